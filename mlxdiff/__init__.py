@@ -1,0 +1,18 @@
+"""Stable Diffusion in plain Python on MLX."""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# In a checkout, convert/ and widgets/ lie beside this package; in a wheel, inside it.
+_above = _Path(__file__).resolve().parent.parent
+if (_above / "pyproject.toml").is_file() and str(_above) not in __path__:
+    __path__.append(str(_above))
+
+from . import blas as _blas  # noqa: E402
+
+BLAS = _blas.preload()
+
+from .errors import Error  # noqa: E402
+
+__all__ = ["BLAS", "Error", "__version__"]
