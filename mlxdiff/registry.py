@@ -21,7 +21,9 @@ class Family:
     fallback: tuple[str, str]  # sampler and schedule for checkpoints whose own scheduler is not one of ours
     clip_skip: int  # which text layer is read, counted from the end: 1 is the last
     vae_float16: bool  # whether the VAE is known not to overflow in float16
-    preview: tuple[tuple[float, float, float], ...]  # latent channels -> RGB, rows then one bias row (ComfyUI's figures)
+    preview: tuple[
+        tuple[float, float, float], ...
+    ]  # latents to RGB: a row a channel, then the bias (ComfyUI's figures)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,9 @@ MODELS: dict[str, Model] = {
         replace(_SDXL, size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
     ),
 }
+
+
+DEFAULT = "sd15"
 
 
 def find(name: str) -> Model | None:

@@ -123,7 +123,9 @@ class Writer:
     def _write(self, key: str, value: mx.array) -> None:
         kind, shape, offset, _ = self.entries[key]
         if key not in self.left or tuple(value.shape) != shape or value.dtype != kind:
-            raise AssertionError(f"{key}: written twice, or {value.shape} {value.dtype} where {shape} {kind} was announced")
+            raise AssertionError(
+                f"{key}: {value.shape} {value.dtype}, not the {shape} {kind} announced, or written twice"
+            )
         self.file.seek(self.start + offset)
         self.file.write(_bytes(value))
         self.left.discard(key)

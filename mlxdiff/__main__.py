@@ -1,0 +1,47 @@
+"""`mlxdiff`: one word, then what to do. Each word is a module that also runs as `python -m mlxdiff.<word>`."""
+
+import importlib
+import sys
+
+from . import __version__
+from .console import run
+from .registry import FAMILIES, MODELS
+
+COMMANDS = {
+    "generate": ("mlxdiff.generate", "draw a picture from a prompt"),
+    "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder, or check one"),
+    "bench": ("mlxdiff.bench", "measure time, memory and kernels"),
+    "models": ("mlxdiff.__main__", "list the models that have a name"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--version"]:
+        print(f"mlxdiff {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: mlxdiff COMMAND ...\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:10} {text}")
+        print("\nmlxdiff COMMAND --help says more.")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"mlxdiff: {argv[0]!r} is not a command. Use one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    if argv[0] == "models":
+        return run("mlxdiff models", models)
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+def models() -> int:
+    """A line for each named model."""
+    for name, m in MODELS.items():
+        print(f"{name:14} {m.download / 1e9:5.1f} GB  {m.licence:25} {m.title}")
+    titles = ", ".join(f.title for f in FAMILIES.values())
+    print(f"\nBeside these: any hub repository, folder or .safetensors file of {titles}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

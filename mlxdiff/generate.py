@@ -1,0 +1,240 @@
+"""`python -m mlxdiff.generate`: arguments to a Request, events to a progress bar, pictures to files."""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from . import images, samplers, schedules
+from .console import Parser, run
+from .errors import Error
+from .pipeline import Event, Pipeline, load
+from .registry import DEFAULT, MODELS
+from .request import Request
+from .weights import BITS, DTYPES
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="mlxdiff generate", description="Draw pictures from a prompt.", epilog=_EXAMPLES, add_help=False)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    g = p.add_argument_group("what to draw")
+    g.add_argument("words", nargs="*", metavar="PROMPT", help="the prompt; '-' reads it from standard input")
+    g.add_argument("-p", "--prompt", help="the prompt, as a flag")
+    g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line, one picture each")
+    g.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to keep away from")
+    g.add_argument("-s", "--seed", type=int, nargs="+", metavar="N", help="one picture a seed (default: a fresh one)")
+    g.add_argument("-b", "--count", type=int, metavar="N", help="pictures at once, with seeds that count up")
+    g.add_argument("-W", "--width", type=int, metavar="PX")
+    g.add_argument("-H", "--height", type=int, metavar="PX")
+    g.add_argument("--from-image", type=Path, metavar="PNG", help="take the settings of a picture; flags win")
+
+    g = p.add_argument_group("how to draw it")
+    g.add_argument("--steps", type=int, metavar="N")
+    g.add_argument("-g", "--guidance", "--cfg-scale", type=float, metavar="G", help="pull to the prompt; 1 is none")
+    g.add_argument("--rescale", type=float, metavar="R", help="guidance rescale, 0 to 1 (default 0)")
+    g.add_argument("--interval", type=float, nargs=2, metavar=("FROM", "TO"), help="fractions of the steps to guide")
+    g.add_argument("--sampler", metavar="NAME", help=", ".join(samplers.SAMPLERS))
+    g.add_argument("--schedule", metavar="NAME", help=", ".join(schedules.SPACINGS))
+    g.add_argument("--eta", type=float, metavar="E", help="how much noise a stochastic sampler puts back")
+    g.add_argument("--clip-skip", type=int, metavar="N", help="text layer counted from the end")
+    g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
+
+    g = p.add_argument_group("with which model")
+    g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder or .safetensors (default {DEFAULT})")
+    g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
+    g.add_argument("--refine-at", type=float, metavar="F", help="fraction of the steps before it begins (0.8)")
+    g.add_argument(
+        "-q", "--quantize", type=int, choices=BITS, metavar="BITS", help="3, 4, 5, 6, 8: smaller, not faster"
+    )
+    g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
+    g.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder for a single-file checkpoint")
+    g.add_argument("--prediction", choices=("eps", "v"), help="what a single file predicts")
+    g.add_argument("--offline", action="store_true", help="never use the network")
+    g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
+
+    g = p.add_argument_group("where it goes")
+    g.add_argument("-o", "--output", type=Path, metavar="FILE", help="file or folder; never overwrites")
+    g.add_argument("--preview-dir", type=Path, metavar="DIR", help="write a rough picture of every step there")
+    g.add_argument("--json", action="store_true", help="one JSON line a picture on standard output, no bar")
+    g.add_argument("-v", "--verbose", action="store_true", help="say what was chosen")
+    g.add_argument("-h", "--help", action="help", help="show this and stop")
+    return p
+
+
+_EXAMPLES = """examples:
+  mlxdiff generate "a red house under a full moon"
+  mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
+  mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return run("mlxdiff generate", lambda: draw(args))
+
+
+def draw(args: argparse.Namespace) -> int:
+    base, model = (None, None) if args.from_image is None else images.read_settings(args.from_image)
+    model = args.model if args.model is not None else _known(model)
+    requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
+    if args.seed is not None:
+        requests = [replace(r, seed=s) for r in requests for s in args.seed]
+    _writable(args.output)
+    with Bar(quiet=args.json) as bar:
+        pipe = load(
+            model,
+            bits=args.quantize,
+            dtype=args.dtype,
+            refiner=args.refiner,
+            offline=args.offline,
+            low_memory=args.low_memory,
+            tokenizer=args.tokenizer,
+            prediction=args.prediction,
+            progress=bar.progress,
+        )
+        requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
+        if args.verbose:
+            bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.model['recipe']}")
+        for request in requests:
+            _one(args, pipe, request, bar)
+    return 0
+
+
+def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar") -> None:
+    mx.reset_peak_memory()
+    drawn = 0
+    for event in pipe.stream(request):
+        bar.show(event)
+        if event.x0 is not None and args.preview_dir is not None:
+            for i, x0 in enumerate(event.x0):
+                rough = images.preview(x0, pipe.family.preview)
+                name = args.preview_dir / f"{request.seed + i}-{event.step:03}.png"
+                images.save(rough, name, request, pipe.name)
+        if event.image is not None:
+            own = replace(request, seed=request.seed + drawn, count=1)
+            path = images.save(event.image, _name(args.output, own), own, pipe.name)
+            drawn += 1
+            bar.done(path, own)
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """The Request fields the user typed."""
+    typed = {
+        "negative": args.negative_prompt,
+        "interval": None if args.interval is None else tuple(args.interval),
+    }
+    same = {f.name for f in fields(Request)} & vars(args).keys() - {"prompt", "seed", "interval"}
+    typed |= {n: getattr(args, n) for n in same}
+    return {k: v for k, v in typed.items() if v is not None}
+
+
+def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
+    given = [(" ".join(args.words) or None), args.prompt, args.prompt_file]
+    if sum(g is not None for g in given) > 1:
+        raise Error("More than one prompt was given.", "Use PROMPT, --prompt or --prompt-file, and only one of them.")
+    if args.prompt_file is not None:
+        try:
+            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise Error(f"{args.prompt_file} cannot be read: {e}.", "Give a text file, a prompt a line.") from None
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")
+    elif given[0] == "-":
+        prompts = [sys.stdin.read().strip()]
+    else:
+        prompts = [g for g in given[:2] if g is not None]
+    if prompts:
+        return [Request(p) if base is None else replace(base, prompt=p) for p in prompts]
+    if base is None:
+        raise Error("There is no prompt.", 'Say what to draw: mlxdiff generate "a red house under a full moon".')
+    return [base]
+
+
+def _known(model: str | None) -> str:
+    """The model a picture names, if it is one that can be opened here; else the default."""
+    return model if model is not None and (model in MODELS or Path(model).exists()) else DEFAULT
+
+
+def _writable(output: Path | None) -> None:
+    """Fail before the work, not after it."""
+    if output is not None and not _is_folder(output):
+        images.kind_of(output)
+    place = Path() if output is None else output if _is_folder(output) else output.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as e:
+        raise Error(f"{place} cannot be written to: {e.strerror}.", "Choose another place with -o.") from None
+
+
+def _is_folder(output: Path) -> bool:
+    return output.is_dir() or str(output).endswith(("/", "\\")) or not output.suffix
+
+
+def _name(output: Path | None, request: Request) -> Path:
+    """house.png as asked, or in a folder a name made of the prompt's first words and the seed."""
+    if output is not None and not _is_folder(output):
+        return output
+    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
+    return (Path() if output is None else output) / f"{words}-{request.seed}.png"
+
+
+class Bar:
+    """One tqdm line a stage, and one printed line a picture. Quiet means JSON lines instead."""
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.bar, self.stage = quiet, None, None
+        self.began = time.perf_counter()
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._close()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Bytes of a download or a conversion."""
+        self._open(stage, total, unit="B", unit_scale=True)
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+    def show(self, event: Event) -> None:
+        self._open(event.stage, event.steps, unit="step")
+        if self.bar is not None:
+            self.bar.update(event.step - self.bar.n)
+
+    def done(self, path: Path, request: Request) -> None:
+        self._close()
+        peak, now = mx.get_peak_memory(), time.perf_counter()
+        seconds, self.began = now - self.began, now
+        if self.quiet:
+            facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak}
+            print(json.dumps(facts | {"request": json.loads(request.to_json())}, ensure_ascii=False), flush=True)
+        else:
+            print(f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak", flush=True)
+
+    def write(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def _open(self, stage: str, total: int, **style) -> None:
+        if not self.quiet and stage != self.stage:
+            self._close()
+            self.bar = tqdm(total=total, desc=f"{stage:8}", leave=False, dynamic_ncols=True, **style)
+            self.stage = stage
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = self.stage = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

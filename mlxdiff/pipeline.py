@@ -1,0 +1,274 @@
+"""From a Request to pictures: encode, denoise, decode, told as Events. The only place where MLX is made to evaluate."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from . import conditioning, guidance, images, registry, samplers, schedules, tokenizers, weights
+from .errors import Error
+from .noise import Noise
+from .registry import FAMILIES, Defaults
+from .request import Request
+
+_LOW_MEMORY_TILE = 64  # latents a side: 512 pixels, the size every VAE was trained at or above
+_LOW_MEMORY_CACHE = 512 * 2**20  # bytes MLX may keep for reuse
+
+
+class Event(NamedTuple):
+    """One thing that happened. Stages in order: encode, load, denoise (once a step), decode (once a picture).
+    Each opens with an event of step 0, so that whoever watches knows what is being waited for."""
+
+    stage: str
+    step: int  # 1-based, of `steps` in this stage
+    steps: int
+    seconds: float  # what this step took
+    x0: np.ndarray | None = None  # denoise: the predicted clean latents so far, (B, h, w, c)
+    image: Image.Image | None = None  # decode: the finished picture
+
+
+@dataclass(frozen=True)
+class Result:
+    images: list[Image.Image]
+    request: Request  # resolved: the seed that was drawn, the steps that were taken
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def image(self) -> Image.Image:
+        return self.images[0]
+
+
+def load(
+    model: str | Path,
+    *,
+    bits: int | None = None,
+    dtype: str | None = None,
+    refiner: str | Path | None = None,
+    offline: bool = False,
+    low_memory: bool = False,
+    **options,
+) -> "Pipeline":
+    """Open a model: a name (`mlxdiff models` lists them), a hub id, a folder, or a .safetensors file. Whatever must be
+    downloaded or converted is, once. bits: 3, 4, 5, 6 or 8 to quantize. dtype: float16, bfloat16, float32; by default
+    what suits this machine. low_memory: slower, smaller. options: see `store.resolve` (tokenizer, prediction, ...)."""
+    from . import store
+
+    def opened(name: str | Path) -> Pipeline:
+        folder = store.resolve(name, bits=bits, dtype=dtype, offline=offline, **options)
+        row = registry.find(str(name))
+        return Pipeline(folder, low_memory, None if row is None else row.defaults)
+
+    pipe = opened(model)
+    if refiner is not None:
+        pipe.attach_refiner(opened(refiner))
+    return pipe
+
+
+class Pipeline:
+    """A model folder. Weights are read when a run needs them; the text encoders go before the denoiser comes."""
+
+    def __init__(self, folder: Path, low_memory: bool = False, defaults: Defaults | None = None):
+        self.folder, self.low_memory = Path(folder), low_memory
+        self.model = weights.read_model(self.folder)
+        self.name = self.model["name"]
+        self.family = FAMILIES[self.model["family"]]
+        self.plan = conditioning.PLANS[self.model["family"]]
+        self.defaults = self.family.defaults if defaults is None else defaults
+        self.schedule = schedules.from_config(self.model["schedule"])
+        self.refiner: Pipeline | None = None
+        self._networks: dict[str, nn.Module] = {}
+        self._texts: tuple[tuple, list[conditioning.Text]] | None = None
+        for name in ("unet", "vae", *(e for e, _ in self.plan.encoders)):
+            if name not in self.model["components"]:
+                raise Error(f"{self.folder} has no {name}.", "Use a checkpoint that holds the whole model.")
+
+    def attach_refiner(self, refiner: "Pipeline") -> None:
+        """A second model that finishes what this one begins, on the same latents."""
+        if refiner.model["components"]["vae"]["scale"] != self.model["components"]["vae"]["scale"]:
+            raise Error(
+                f"{refiner.name} works on other latents than {self.name}.", "Use the refiner made for this model."
+            )
+        self.refiner = refiner
+
+    def __call__(self, prompt: str | Request, **settings) -> Result:
+        """Draw: `pipe("a red house", seed=7).image.save("house.png")`. The settings are Request's fields."""
+        start, drawn = time.perf_counter(), []
+        request = self.resolve(prompt, **settings)
+        mx.reset_peak_memory()
+        for event in self.stream(request):
+            if event.image is not None:
+                drawn.append(event.image)
+        return Result(drawn, request, time.perf_counter() - start, mx.get_peak_memory())
+
+    def resolve(self, prompt: str | Request, **settings) -> Request:
+        """The request with every open setting filled from this model's defaults, and checked."""
+        try:
+            request = replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
+        except TypeError as e:
+            raise Error(f"{e}.", f"The settings are {', '.join(Request.__dataclass_fields__)}.") from None
+        own = self.model["schedule"]
+        pair = self.family.fallback if own["sampler"] is None else (own["sampler"], own["spacing"])
+        return request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.factor)
+
+    def stream(self, prompt: str | Request, **settings) -> Iterator[Event]:
+        """The run, event by event. Leaving the loop stops it; nothing keeps running and nothing is registered."""
+        request = self.resolve(prompt, **settings)
+        if self.low_memory:
+            mx.set_cache_limit(_LOW_MEMORY_CACHE)
+        spec = samplers.SAMPLERS[request.sampler]
+        sigmas = schedules.SPACINGS[request.schedule](self.schedule, request.steps)
+        parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, sigmas)
+        texts = []
+        for pipe, _ in parts:
+            texts.append((yield from pipe._encode(request)))
+
+        noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
+        shape = (1, request.height // self.factor, request.width // self.factor, self.latent_channels)
+
+        def draw() -> mx.array:
+            return mx.concatenate([n.draw(shape) for n in noise])
+
+        extra = {"draw": draw} if spec.noisy else {}
+        if request.eta is not None:
+            extra["eta"] = request.eta
+        x, done = draw() * samplers.start_scale(spec, sigmas[0], request.schedule), 0
+        for (pipe, part), text in zip(parts, texts, strict=True):
+            denoise = yield from pipe._denoiser(request, spec, part, text)
+            yield Event("denoise", done, request.steps, 0.0)
+            begin = time.perf_counter()
+            for x, x0 in spec.fn(denoise, x, part, **extra):
+                mx.eval(x, x0)
+                pipe._check_finite(x)
+                done, now = done + 1, time.perf_counter()
+                yield Event("denoise", done, request.steps, now - begin, x0=np.array(x0))
+                begin = time.perf_counter()
+            if pipe is not self or self.low_memory:
+                pipe._release("unet")
+        yield from self._decode(x * schedules.vp_scale(sigmas[-1]))
+
+    # --- the stages
+
+    def _encode(self, request: Request) -> Iterator[Event]:
+        """Texts of the negative prompt (if this run is guided) and of the prompt; remembered for the next seed."""
+        guided = request.guidance > 1 and self.time_cond is None
+        zeros = guided and request.negative is None and self.model["zero_negative"]
+        prompts = [request.prompt]
+        if guided and not zeros:
+            prompts.insert(0, "" if request.negative is None else request.negative)
+        key = (prompts, request.clip_skip, zeros)
+        if self._texts is None or self._texts[0] != key:
+            yield Event("encode", 0, 1, 0.0)
+            begin = time.perf_counter()
+            encoders = {e: self._network(e) for e, _ in self.plan.encoders}
+            toks = {t: tokenizers.load(self.folder / t) for _, t in self.plan.encoders}
+            texts = conditioning.encode(self.plan, encoders, toks, prompts, request.clip_skip)
+            if zeros:
+                texts.insert(0, conditioning.Text(*(None if a is None else mx.zeros_like(a) for a in texts[0])))
+            mx.eval(texts)
+            self._texts = (key, texts)
+            del encoders
+            self._release(*(e for e, _ in self.plan.encoders))
+            yield Event("encode", 1, 1, time.perf_counter() - begin)
+        return self._texts[1]
+
+    def _denoiser(self, request: Request, spec: samplers.Sampler, sigmas: list[float], texts: list[conditioning.Text]):
+        """The network under its conditions, with everything that does not depend on the latent already computed."""
+        if "unet" not in self._networks:
+            yield Event("load", 0, 1, 0.0)
+            begin = time.perf_counter()
+            mx.eval(self._network("unet").parameters())
+            yield Event("load", 1, 1, time.perf_counter() - begin)
+        net = self._network("unet")
+        ts = [self.schedule.t(s) for s in spec.visits(sigmas)]
+        sides = [
+            conditioning.arguments(self.plan, text, request, negative=len(texts) == 2 and i == 0)
+            for i, text in enumerate(texts)
+        ]
+        if self.time_cond is not None:
+            sides[0]["guidance_embedding"] = conditioning.guidance_embedding(request.guidance, self.time_cond)
+
+        def prepare(*sides: dict) -> dict:
+            batch = {k: mx.concatenate([mx.repeat(s[k], request.count, axis=0) for s in sides]) for k in sides[0]}
+            return net.prepare(ts, **{k: v.astype(_dtype(net)) for k, v in batch.items()})
+
+        passes = {"cond": prepare(sides[-1])}
+        if len(sides) == 2:
+            passes |= {"uncond": prepare(sides[0])} if self.low_memory else {"both": prepare(*sides)}
+        mx.eval(passes)
+        return guidance.denoiser(
+            net,
+            self.schedule,
+            self.model["prediction"],
+            **passes,
+            scale=request.guidance,
+            rescale=request.rescale,
+            interval=_span(sigmas, request),
+        )
+
+    def _decode(self, z: mx.array) -> Iterator[Event]:
+        """Pictures one at a time: a batch through the VAE would need its peak memory once for each."""
+        yield Event("decode", 0, z.shape[0], 0.0)
+        vae, tile = self._network("vae"), _LOW_MEMORY_TILE if self.low_memory else None
+        for i in range(z.shape[0]):
+            begin = time.perf_counter()
+            pixels = vae.decode(z[i : i + 1].astype(_dtype(vae)), tile=tile)[0].astype(mx.float32)
+            mx.eval(pixels)
+            self._check_finite(pixels)
+            image = images.to_image(np.array(pixels))
+            yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
+
+    def _hand_over(self, request: Request, sigmas: list[float]) -> list[tuple["Pipeline", list[float]]]:
+        """The sigmas this model walks and those its refiner walks: timesteps below the cut are the refiner's."""
+        cut = round(self.schedule.steps * (1 - request.refine_at))
+        k = sum(self.schedule.t(s) >= cut for s in sigmas[:-1])
+        halves = [(self, sigmas[: k + 1]), (self.refiner, sigmas[k:])]
+        return [(pipe, part) for pipe, part in halves if len(part) > 1]
+
+    # --- what the stages stand on
+
+    def _network(self, name: str) -> nn.Module:
+        if name not in self._networks:
+            self._networks[name] = weights.load(self.folder, name, self.model)
+        return self._networks[name]
+
+    def _release(self, *names: str) -> None:
+        for name in names:
+            self._networks.pop(name, None)
+        mx.clear_cache()
+
+    def _check_finite(self, x: mx.array) -> None:
+        """No black picture is ever written: what overflows stops the run and names the dtype that does not."""
+        if not mx.isfinite(x).all().item():
+            dtype = self.model["recipe"]["dtype"]
+            other = "bfloat16" if dtype == "float16" else "float32"
+            raise Error(
+                f"{self.name} gave values that are not finite in {dtype}.",
+                f"Run it with --dtype {other}." if dtype != "float32" else "Its weights are damaged: fetch them again.",
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent stands for, along one edge."""
+        return 2 ** (len(self.model["components"]["vae"]["channels"]) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model["components"]["vae"]["latent_channels"]
+
+    @property
+    def time_cond(self) -> int | None:
+        """Width of the guidance embedding of a consistency model, which is guided by it and not by a second pass."""
+        return self.model["components"]["unet"]["time_cond"]
+
+
+def _dtype(net: nn.Module) -> mx.Dtype:
+    """The dtype a network computes in: that of its weights, quantized ones (uint32) aside."""
+    return next(v.dtype for _, v in tree_flatten(net.parameters()) if mx.issubdtype(v.dtype, mx.floating))

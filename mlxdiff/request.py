@@ -1,0 +1,127 @@
+"""Request: every setting of one picture (or of `count` pictures that differ by seed). None means the model's own
+default; `resolve` fills those in once, checks everything, and from then on nothing is None that a run needs."""
+
+import json
+import math
+import secrets
+from dataclasses import dataclass, fields, replace
+
+from . import samplers, schedules
+from .errors import Error
+from .noise import KINDS
+from .registry import Defaults
+
+MAX_SEED = 2**63 - 1  # what a signed 64-bit file format or another tool can still hold
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: str
+    negative: str | None = None  # None is not "": SDXL was trained with zeros for "no negative prompt"
+    seed: int | None = None  # the first picture's; picture i of `count` has seed + i
+    steps: int | None = None
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    count: int = 1
+    eta: float | None = None  # how much noise a stochastic sampler puts back; None: the sampler's own
+    rescale: float = 0.0  # guidance rescale (Lin et al. 2023), 0 to 1
+    interval: tuple[float, float] = (0.0, 1.0)  # the part of the steps that is guided
+    clip_skip: int | None = None  # text layer counted from the end, 1 is the last
+    refine_at: float = 0.8  # the part of the steps before a refiner, if one is loaded, takes over
+    noise: str = "torch"
+
+    def resolve(
+        self, defaults: Defaults, scheduler: tuple[str, str], spacing: str, clip_skip: int, multiple: int
+    ) -> "Request":
+        """All settings as numbers. `scheduler`: sampler and schedule that go together when no sampler is named;
+        `spacing`: the schedule under a sampler the user chose; `multiple`: what both edges must be divisible by."""
+        if self.sampler is None:
+            sampler, schedule = _first(defaults.sampler, scheduler[0]), _first(defaults.schedule, scheduler[1])
+        else:
+            sampler, schedule = self.sampler, spacing
+        full = replace(
+            self,
+            seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
+            steps=_first(self.steps, defaults.steps),
+            guidance=_first(self.guidance, defaults.guidance),
+            width=_first(self.width, defaults.size),
+            height=_first(self.height, defaults.size),
+            sampler=samplers.resolve(sampler),
+            schedule=_first(self.schedule, schedule),
+            clip_skip=_first(self.clip_skip, clip_skip),
+        )
+        full.check(multiple)
+        return full
+
+    def check(self, multiple: int) -> None:
+        """Every value in its range, or one Error that names it."""
+        _text("prompt", self.prompt)
+        if self.negative is not None:
+            _text("negative prompt", self.negative)
+        _whole("seed", self.seed, 0, MAX_SEED)
+        _whole("steps", self.steps, 1, 1000)
+        _whole("count", self.count, 1, 1000)
+        _whole("clip_skip", self.clip_skip, 1, 12)
+        _number("guidance", self.guidance, 0, 100)
+        _number("rescale", self.rescale, 0, 1)
+        _number("refine_at", self.refine_at, 0, 1)
+        if self.eta is not None:
+            _number("eta", self.eta, 0, 10)
+        if self.eta is not None and not samplers.SAMPLERS[self.sampler].noisy:
+            raise Error(f"eta has no meaning for {self.sampler}, which adds no noise.", "Leave eta out, or use ddim.")
+        for name, value in (("width", self.width), ("height", self.height)):
+            _whole(name, value, multiple, 16384)
+            if value % multiple:
+                low = value // multiple * multiple
+                raise Error(f"{name} {value} is not a multiple of {multiple}.", f"Use {low} or {low + multiple}.")
+        lo, hi = _pair("interval", self.interval)
+        if not 0 <= lo <= hi <= 1:
+            raise Error(f"interval {lo} to {hi} is not inside 0 to 1.", "Give two fractions, such as 0.1 0.8.")
+        if self.schedule not in schedules.SPACINGS:
+            raise Error(f"Schedule {self.schedule!r} is not known.", f"Use one of {', '.join(schedules.SPACINGS)}.")
+        if self.noise not in KINDS:
+            raise Error(f"Noise {self.noise!r} is not known.", f"Use one of {', '.join(KINDS)}.")
+
+    def to_json(self) -> str:
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Request":
+        values = json.loads(text)
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise Error(f"The settings hold {min(unknown)!r}, which this version does not know.", "Update mlxdiff.")
+        if "interval" in values:
+            values["interval"] = tuple(values["interval"])
+        return cls(**values)
+
+
+def _first(*values):
+    return next((v for v in values if v is not None), None)
+
+
+def _text(name: str, value) -> None:
+    if not isinstance(value, str):
+        raise Error(f"The {name} is {type(value).__name__}, not text.", f"Give the {name} as a string.")
+
+
+def _whole(name: str, value, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise Error(f"{name} {value!r} is not a whole number from {low} to {high}.", f"Choose {name} in that range.")
+
+
+def _number(name: str, value, low: float, high: float) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high:
+        raise Error(f"{name} {value!r} is not a number from {low} to {high}.", f"Choose {name} in that range.")
+
+
+def _pair(name: str, value) -> tuple[float, float]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise Error(f"{name} {value!r} is not a pair of numbers.", "Give two fractions, such as (0.1, 0.8).")
+    for v in value:
+        _number(name, v, 0, 1)
+    return value[0], value[1]

@@ -1,0 +1,152 @@
+"""The direction of the imports, held module by module to the table below (reference: the README's map), read with ast.
+Reading down the table, a module may import what stands above it, never what stands below."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NONE: set[str] = set()
+
+# module -> what of mlxdiff it may import
+MAY = {
+    "mlxdiff.errors": NONE,
+    "mlxdiff.blas": NONE,
+    "mlxdiff": {"mlxdiff.blas", "mlxdiff.errors", "mlxdiff.pipeline", "mlxdiff.request"},
+    "mlxdiff.registry": NONE,
+    "mlxdiff.models": NONE,
+    "mlxdiff.models.layers": NONE,
+    "mlxdiff.models.*": {"mlxdiff.models.layers"},
+    "mlxdiff.noise": {"mlxdiff.errors"},
+    "mlxdiff.schedules": {"mlxdiff.errors"},
+    "mlxdiff.samplers": {"mlxdiff.errors", "mlxdiff.schedules"},
+    "mlxdiff.guidance": {"mlxdiff.errors", "mlxdiff.schedules"},
+    "mlxdiff.tokenizers": {"mlxdiff.errors"},
+    "mlxdiff.request": {"mlxdiff.errors", "mlxdiff.noise", "mlxdiff.registry", "mlxdiff.samplers", "mlxdiff.schedules"},
+    "mlxdiff.images": {"mlxdiff", "mlxdiff.errors", "mlxdiff.request"},
+    "mlxdiff.conditioning": {"mlxdiff.models.layers", "mlxdiff.request", "mlxdiff.tokenizers"},
+    "mlxdiff.weights": {"mlxdiff.errors", "mlxdiff.models.*", "mlxdiff.registry"},
+    "mlxdiff.convert.*": {
+        "mlxdiff.convert.*",
+        "mlxdiff.errors",
+        "mlxdiff.models.*",
+        "mlxdiff.registry",
+        "mlxdiff.weights",
+    },
+    "mlxdiff.convert.__main__": {"mlxdiff.convert.*", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.weights"},
+    "mlxdiff.store": {"mlxdiff.convert.*", "mlxdiff.errors", "mlxdiff.registry", "mlxdiff.weights"},
+    "mlxdiff.pipeline": {
+        "mlxdiff.conditioning",
+        "mlxdiff.errors",
+        "mlxdiff.guidance",
+        "mlxdiff.images",
+        "mlxdiff.noise",
+        "mlxdiff.registry",
+        "mlxdiff.request",
+        "mlxdiff.samplers",
+        "mlxdiff.schedules",
+        "mlxdiff.store",
+        "mlxdiff.tokenizers",
+        "mlxdiff.weights",
+    },
+    "mlxdiff.console": {"mlxdiff.errors"},
+    "mlxdiff.generate": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.noise",
+        "mlxdiff.pipeline",
+        "mlxdiff.registry",
+        "mlxdiff.request",
+        "mlxdiff.samplers",
+        "mlxdiff.schedules",
+        "mlxdiff.weights",
+    },
+    "mlxdiff.bench": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.pipeline",
+        "mlxdiff.registry",
+        "mlxdiff.request",
+        "mlxdiff.weights",
+        "mlxdiff.models.*",
+    },
+    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.registry"},
+    "mlxdiff.train.*": {"mlxdiff.train.*", "mlxdiff.errors", "mlxdiff.models.*", "mlxdiff.schedules"},
+}
+ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
+THIRD_PARTY = {
+    "mlx",
+    "numpy",
+    "PIL",
+    "huggingface_hub",
+    "safetensors",
+    "tokenizers",
+    "tqdm",
+    "ipywidgets",
+    "anywidget",
+    "traitlets",
+    "sentencepiece",
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for top, name in (("mlxdiff", "mlxdiff"), ("convert", "mlxdiff.convert"), ("widgets", "mlxdiff.widgets")):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = [name, *path.relative_to(ROOT / top).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Every module the file imports, relative ones made absolute; `from . import a, b` gives a and b."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    known, out = modules(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            out |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:
+                out.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base)
+    return out
+
+
+def row(name: str) -> set[str]:
+    return MAY[name] if name in MAY else MAY[name.rpartition(".")[0] + ".*"]
+
+
+def allowed(target: str, rows: set[str]) -> bool:
+    package = target.rpartition(".")[0] + ".*"
+    return target in rows or package in rows or f"{target}.*" in rows
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_imports_only_what_its_row_allows(name):
+    for target in imports(name, modules()[name]):
+        if target.split(".")[0] == "mlxdiff":
+            assert target == name or allowed(target, row(name)), f"{name} imports {target}"
+        else:
+            top = target.split(".")[0]
+            assert top not in ORACLES, f"{name} imports the test oracle {top}"
+            assert top in THIRD_PARTY or top in sys.stdlib_module_names, f"{name} imports {top}"
+
+
+def test_only_the_store_calls_convert():
+    for name, path in modules().items():
+        if not name.startswith("mlxdiff.convert") and name != "mlxdiff.store":
+            assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
+
+
+def test_the_check_can_fail(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("from ..pipeline import load\nimport torch\n")
+    found = imports("mlxdiff.models.bad", bad)
+    assert found == {"mlxdiff.pipeline", "torch"}
+    assert not allowed("mlxdiff.pipeline", row("mlxdiff.models.bad"))
