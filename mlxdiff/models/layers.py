@@ -1,0 +1,180 @@
+"""What several networks share: norms, attention, time embedding, residual and resampling blocks. Maps are (B, h, w, c),
+parameter names are diffusers'. Every layer returns the dtype it was given; float32 lives inside norm statistics and
+sinusoids only."""
+
+import math
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
+SCORES = 1 << 28  # bytes of attention scores alive at once where no fused kernel runs
+
+
+@partial(mx.compile, shapeless=True)
+def affine(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    return (x.astype(mx.float32) * a + b).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def affine_silu(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    y = x.astype(mx.float32) * a + b
+    return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def square_distance(x: mx.array, mean: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32) - mean)
+
+
+@partial(mx.compile, shapeless=True)
+def geglu(x: mx.array, gate: mx.array) -> mx.array:
+    return x * nn.gelu(gate)
+
+
+class GroupNorm(nn.Module):
+    """Group norm over (B, ..., c), then SiLU where asked. Channels are summed first and then their groups: no
+    transposed copies, and on a GPU as many threads as there are channels."""
+
+    def __init__(self, groups: int, c: int, eps: float, silu: bool = False):
+        super().__init__()
+        self.weight, self.bias = mx.ones(c), mx.zeros(c)
+        self.groups, self.eps = groups, eps
+        self.scale_shift = affine_silu if silu else affine
+
+    def mean(self, x: mx.array) -> mx.array:
+        B, c = x.shape[0], x.shape[-1]
+        x = x.reshape(B, -1, c).astype(mx.float32).mean(1)  # (B, c)
+        x = x.reshape(B, self.groups, -1).mean(2, keepdims=True)  # (B, groups, 1)
+        return mx.broadcast_to(x, (B, self.groups, c // self.groups)).reshape(B, 1, c)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, c = x.shape[0], x.shape[-1]
+        flat = x.reshape(B, -1, c)
+        mean = self.mean(flat)  # (B, 1, c)
+        a = self.weight * mx.rsqrt(self.mean(square_distance(flat, mean)) + self.eps)
+        return self.scale_shift(flat, a, self.bias - mean * a).reshape(x.shape)
+
+
+def pad_heads(x: mx.array) -> mx.array:
+    """Zeros after the last axis up to a width the fused kernel has: they change neither the scores nor the output."""
+    d = x.shape[-1]
+    width = next((n for n in FUSED if n >= d), d)
+    return x if width == d else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - d)])
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None = None) -> mx.array:
+    """softmax(q k^T / sqrt(d)) v. q: (B, heads, N, d); k, v: (B, heads, M, d), padded or not -> (B, N, heads * d)."""
+    B, heads, N, d = q.shape
+    q, k, v = pad_heads(q), pad_heads(k), pad_heads(v)
+    attend = partial(mx.fast.scaled_dot_product_attention, k=k, v=v, scale=d**-0.5, mask=mask)
+    fused = q.shape[-1] in FUSED and mx.default_device() == mx.gpu
+    rows = max(1, SCORES // (B * heads * k.shape[2] * q.itemsize))
+    out = attend(q) if fused or mask is not None or rows >= N else in_turn(attend, q, rows)
+    return out[..., :d].swapaxes(1, 2).reshape(B, N, heads * d)
+
+
+def in_turn(attend, q: mx.array, rows: int) -> mx.array:
+    """Attention by `rows` queries at a time. Each part waits for the one before: left to itself, MLX would evaluate
+    the scores of all parts before the first softmax."""
+    parts: list[mx.array] = []
+    for i in range(0, q.shape[2], rows):
+        part = q[:, :, i : i + rows]
+        parts.append(attend(mx.depends(part, parts[-1]) if parts else part))
+    return mx.concatenate(parts, axis=2)
+
+
+def split_heads(x: mx.array, heads: int) -> mx.array:
+    B, N, _ = x.shape
+    return x.reshape(B, N, heads, -1).swapaxes(1, 2)  # (B, heads, N, d)
+
+
+class Attention(nn.Module):
+    """Multi-head attention. Keys and values come apart from the call, so those of a constant text are made once."""
+
+    def __init__(self, c: int, context: int, heads: int, bias: bool):
+        super().__init__()
+        self.to_q = nn.Linear(c, c, bias=bias)
+        self.to_k = nn.Linear(context, c, bias=bias)
+        self.to_v = nn.Linear(context, c, bias=bias)
+        self.to_out = [nn.Linear(c, c)]
+        self.heads = heads
+
+    def kv(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        k, v = self.to_k(context), self.to_v(context)
+        return pad_heads(split_heads(k, self.heads)), pad_heads(split_heads(v, self.heads))
+
+    def __call__(self, x: mx.array, kv: tuple[mx.array, mx.array]) -> mx.array:
+        return self.to_out[0](attention(split_heads(self.to_q(x), self.heads), *kv))
+
+
+def sinusoids(t: mx.array, dim: int, flip_sin_to_cos: bool, freq_shift: int) -> mx.array:
+    """Time as waves, (...) -> (..., dim) float32. Ho et al. 2020; the two options are diffusers'."""
+    half = dim // 2
+    freqs = mx.array([math.exp(-math.log(10000) * i / (half - freq_shift)) for i in range(half)])
+    angles = t.astype(mx.float32)[..., None] * freqs
+    waves = [mx.sin(angles), mx.cos(angles)]
+    return mx.concatenate(waves[::-1] if flip_sin_to_cos else waves, axis=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """A two-layer MLP; `cond_proj` takes LCM's guidance embedding."""
+
+    def __init__(self, dim: int, width: int, cond: int | None = None):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, width)
+        self.linear_2 = nn.Linear(width, width)
+        if cond is not None:
+            self.cond_proj = nn.Linear(cond, dim, bias=False)
+
+    def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
+        if cond is not None:
+            x = x + self.cond_proj(cond)
+        return self.linear_2(nn.silu(self.linear_1(x)))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions and a skip. `shift`, (B or 1, c), is what the time adds between them, from `time_shift`."""
+
+    def __init__(self, c_in: int, c: int, groups: int, eps: float, time: int | None = None):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, c_in, eps, silu=True)
+        self.conv1 = nn.Conv2d(c_in, c, 3, padding=1)
+        if time is not None:
+            self.time_emb_proj = nn.Linear(time, c)
+        self.norm2 = GroupNorm(groups, c, eps, silu=True)
+        self.conv2 = nn.Conv2d(c, c, 3, padding=1)
+        if c_in != c:
+            self.conv_shortcut = nn.Linear(c_in, c)  # a 1x1 convolution in the file
+
+    def time_shift(self, emb: mx.array) -> mx.array:
+        return self.time_emb_proj(emb) + self.conv1.bias  # the bias rides along: one pass over the map, not two
+
+    def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
+        shift = self.conv1.bias if shift is None else shift[:, None, None]
+        h = mx.conv2d(self.norm1(x), self.conv1.weight, padding=1) + shift
+        h = self.conv2(self.norm2(h))
+        return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=padding)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Each pixel twice along both axes, cut to (h, w) where the map it must meet is odd, then a convolution."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def __call__(self, x: mx.array, h: int, w: int) -> mx.array:
+        B, h0, w0, c = x.shape
+        x = mx.broadcast_to(x[:, :, None, :, None], (B, h0, 2, w0, 2, c)).reshape(B, 2 * h0, 2 * w0, c)
+        return self.conv(x[:, :h, :w])

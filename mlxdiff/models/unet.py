@@ -1,0 +1,235 @@
+"""The Stable Diffusion U-Net: SD 1.x, SD 2.x, SDXL and its refiner, inpainting, LCM, distilled ones: Config tells them
+apart. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers' UNet2DConditionModel."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .layers import Attention, Downsample, GroupNorm, ResBlock, TimeEmbedding, Upsample, geglu, sinusoids
+
+
+@dataclass(frozen=True)
+class Config:
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]  # per level
+    layers: tuple[int, ...]  # residual blocks per level on the way down; one more on the way up
+    depth: tuple[tuple[int, ...], ...]  # per level, transformer layers of each attention going down; () where none
+    up_depth: tuple[tuple[int, ...], ...]  # the same going up, deepest level first
+    mid_depth: int | None  # transformer layers in the middle; 0: no attention there, None: no middle
+    heads: tuple[int, ...]  # per level; the middle takes the last
+    context: int  # width of the text
+    groups: int
+    eps: float
+    linear_projection: bool  # how the file keeps proj_in and proj_out; linear here in either case
+    time_cond: int | None  # LCM: width of the guidance embedding
+    added_time: int | None  # SDXL: width of each of the sizes' sinusoids
+    added: int | None  # SDXL: width of pooled text and sizes together
+    flip_sin_to_cos: bool
+    freq_shift: int
+
+
+class GEGLU(nn.Module):
+    def __init__(self, c: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(c, 2 * hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return geglu(*mx.split(self.proj(x), 2, axis=-1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.net = [GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)]  # the file's net.1 is a dropout
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, c: int, context: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c)
+        self.attn1 = Attention(c, c, heads, bias=False)
+        self.norm2 = nn.LayerNorm(c)
+        self.attn2 = Attention(c, context, heads, bias=False)
+        self.norm3 = nn.LayerNorm(c)
+        self.ff = FeedForward(c)
+
+    def __call__(self, x: mx.array, kv: tuple[mx.array, mx.array]) -> mx.array:
+        y = self.norm1(x)
+        x = x + self.attn1(y, self.attn1.kv(y))
+        x = x + self.attn2(self.norm2(x), kv)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config, c: int, heads: int, depth: int):
+        super().__init__()
+        self.norm = GroupNorm(config.groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, c)
+        self.transformer_blocks = [TransformerLayer(c, config.context, heads) for _ in range(depth)]
+        self.proj_out = nn.Linear(c, c)
+
+    def __call__(self, x: mx.array, kv: Iterator) -> mx.array:
+        B, h, w, c = x.shape
+        y = self.proj_in(self.norm(x).reshape(B, h * w, c))  # (B, N, c)
+        for layer in self.transformer_blocks:
+            y = layer(y, next(kv))
+        return x + self.proj_out(y).reshape(B, h, w, c)
+
+
+class Block(nn.Module):
+    """Residual blocks of given input widths, and a transformer for each `depth`. Called with what does not depend on x:
+    every residual block takes the next time shift, every transformer layer the next text keys and values."""
+
+    def __init__(self, config: Config, c_in: list[int], c: int, depth: tuple[int, ...], heads: int):
+        super().__init__()
+        time = 4 * config.channels[0]
+        self.resnets = [ResBlock(n, c, config.groups, config.eps, time) for n in c_in]
+        self.attentions = [Transformer(config, c, heads, n) for n in depth]
+
+
+class DownBlock(Block):
+    def __init__(self, *args, down: bool):
+        super().__init__(*args)
+        self.downsamplers = [Downsample(args[2], padding=1)] if down else []
+
+    def __call__(self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator) -> mx.array:
+        for resnet, transformer in zip_longest(self.resnets, self.attentions):
+            x = resnet(x, next(shifts))
+            if transformer is not None:
+                x = transformer(x, kv)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x
+
+
+class MidBlock(Block):
+    def __call__(self, x: mx.array, shifts: Iterator, kv: Iterator) -> mx.array:
+        x = self.resnets[0](x, next(shifts))
+        for transformer, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(transformer(x, kv), next(shifts))
+        return x
+
+
+class UpBlock(Block):
+    def __init__(self, *args, up: bool):
+        super().__init__(*args)
+        self.upsamplers = [Upsample(args[2])] if up else []
+
+    def __call__(self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator) -> mx.array:
+        for resnet, transformer in zip_longest(self.resnets, self.attentions):
+            x = resnet(mx.concatenate([x, skips.pop()], axis=-1), next(shifts))
+            if transformer is not None:
+                x = transformer(x, kv)
+        for upsample in self.upsamplers:
+            x = upsample(x, *skips[-1].shape[1:3])
+        return x
+
+
+class UNet(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        c, last = config.channels[0], len(config.channels) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
+        self.time_embedding = TimeEmbedding(c, 4 * c, config.time_cond)
+        if config.added is not None:
+            self.add_embedding = TimeEmbedding(config.added, 4 * c)
+
+        skips = [c]  # widths
+        self.down_blocks = []
+        for i, (width, n) in enumerate(zip(config.channels, config.layers, strict=True)):
+            c_in = [c] + [width] * (n - 1)
+            block = DownBlock(config, c_in, width, config.depth[i], config.heads[i], down=i < last)
+            self.down_blocks.append(block)
+            skips += [width] * (n + (i < last))
+            c = width
+
+        if config.mid_depth is not None:
+            depth = (config.mid_depth,) if config.mid_depth else ()
+            self.mid_block = MidBlock(config, [c] * (1 + len(depth)), c, depth, config.heads[-1])
+
+        self.up_blocks = []
+        for i, depth in zip(range(last, -1, -1), config.up_depth, strict=True):
+            width, c_in = config.channels[i], []
+            for _ in range(config.layers[i] + 1):
+                c_in.append(c + skips.pop())
+                c = width
+            self.up_blocks.append(UpBlock(config, c_in, width, depth, config.heads[i], up=i > 0))
+
+        self.conv_norm_out = GroupNorm(config.groups, c, config.eps, silu=True)
+        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    def __call__(
+        self,
+        x: mx.array,
+        t: float | mx.array,
+        *,
+        kv: list[tuple[mx.array, mx.array]],
+        times: dict[float, list[mx.array]],
+        added: mx.array | None,
+        guidance: mx.array | None,
+    ) -> mx.array:
+        """x (B, h, w, in) at time t, a float or one per sample (B,) -> (B, h, w, out). The rest is from `prepare`."""
+        if isinstance(t, mx.array) or t not in times:
+            shifts = self.shifts(mx.array(t).reshape(-1), added, guidance)
+        else:
+            shifts = times[t]
+        shifts, kv = iter(shifts), iter(kv)
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, skips, shifts, kv)
+        if "mid_block" in self:
+            x = self.mid_block(x, shifts, kv)
+        for block in self.up_blocks:
+            x = block(x, skips, shifts, kv)
+        return self.conv_out(self.conv_norm_out(x))
+
+    def prepare(
+        self,
+        ts: list[float] | None,
+        context: mx.array,
+        pooled: mx.array | None = None,
+        time_ids: mx.array | None = None,
+        guidance_embedding: mx.array | None = None,
+    ) -> dict:
+        """All that does not depend on x, made once per picture: text keys and values, and each block's share of each
+        time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5)."""
+        dtype = self.conv_in.weight.dtype
+        added, guidance = None, guidance_embedding
+        if pooled is not None:
+            sizes = self.sinusoids(time_ids, self.config.added_time).reshape(time_ids.shape[0], -1)
+            added = self.add_embedding(mx.concatenate([pooled.astype(dtype), sizes], axis=-1))
+        if guidance is not None:
+            guidance = guidance.astype(dtype)
+        times = {}
+        if ts is not None:
+            shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # of each block (T, B or 1, c)
+            times = {t: [s[i] for s in shifts] for i, t in enumerate(ts)}
+        layers = [m.attn2 for block in self.blocks() for a in block.attentions for m in a.transformer_blocks]
+        kv = [layer.kv(context.astype(dtype)) for layer in layers]
+        return {"kv": kv, "times": times, "added": added, "guidance": guidance}
+
+    def blocks(self) -> list[Block]:
+        mid = [self.mid_block] if "mid_block" in self else []
+        return [*self.down_blocks, *mid, *self.up_blocks]
+
+    def sinusoids(self, t: mx.array, dim: int) -> mx.array:
+        waves = sinusoids(t, dim, self.config.flip_sin_to_cos, self.config.freq_shift)
+        return waves.astype(self.conv_in.weight.dtype)
+
+    def shifts(self, t: mx.array, added: mx.array | None, guidance: mx.array | None) -> list[mx.array]:
+        """What every residual block adds at times t, (..., B or 1) -> (..., B or 1, c) each."""
+        emb = self.time_embedding(self.sinusoids(t, self.config.channels[0]), guidance)
+        emb = nn.silu(emb if added is None else emb + added)
+        return [resnet.time_shift(emb) for block in self.blocks() for resnet in block.resnets]

@@ -1,0 +1,150 @@
+"""The VAE between pictures (B, H, W, 3) in [-1, 1] and latents (B, h, w, c) at the scale the diffusion model sees.
+Rombach et al. 2022; names as in diffusers' AutoencoderKL, attention in its newer ones."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
+
+EPS = 1e-6  # of every norm
+
+
+@dataclass(frozen=True)
+class Config:
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]  # per level, finest first
+    layers: int  # residual blocks per level of the encoder; one more in the decoder
+    groups: int
+    scale: float
+    shift: float
+    quant_conv: bool
+    post_quant_conv: bool
+    mid_attention: bool
+
+
+class AttentionBlock(Attention):
+    def __init__(self, c: int, groups: int):
+        super().__init__(c, c, heads=1, bias=True)
+        self.group_norm = GroupNorm(groups, c, EPS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, h, w, c = x.shape
+        y = self.group_norm(x).reshape(B, h * w, c)
+        return x + super().__call__(y, self.kv(y)).reshape(B, h, w, c)
+
+
+class Block(nn.Module):
+    def __init__(self, c_in: int, c: int, n: int, groups: int):
+        super().__init__()
+        self.resnets = [ResBlock(c if i else c_in, c, groups, EPS) for i in range(n)]
+
+
+class MidBlock(Block):
+    def __init__(self, c: int, config: Config):
+        super().__init__(c, c, 2, config.groups)
+        self.attentions = [AttentionBlock(c, config.groups)] if config.mid_attention else []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class DownBlock(Block):
+    def __init__(self, *args, down: bool):
+        super().__init__(*args)
+        self.downsamplers = [Downsample(args[1], padding=0)] if down else []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for downsample in self.downsamplers:
+            x = downsample(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))  # bottom and right only, as it was trained
+        return x
+
+
+class UpBlock(Block):
+    def __init__(self, *args, up: bool):
+        super().__init__(*args)
+        self.upsamplers = [Upsample(args[1])] if up else []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for upsample in self.upsamplers:
+            x = upsample(x, 2 * x.shape[1], 2 * x.shape[2])
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c, last = config.channels[0], len(config.channels) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
+        self.down_blocks = []
+        for i, width in enumerate(config.channels):
+            self.down_blocks.append(DownBlock(c, width, config.layers, config.groups, down=i < last))
+            c = width
+        self.mid_block = MidBlock(c, config)
+        self.conv_norm_out = GroupNorm(config.groups, c, EPS, silu=True)
+        self.conv_out = nn.Conv2d(c, 2 * config.latent_channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c = config.channels[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, c, 3, padding=1)
+        self.mid_block = MidBlock(c, config)
+        self.up_blocks = []
+        for i, width in reversed(list(enumerate(config.channels))):
+            self.up_blocks.append(UpBlock(c, width, config.layers + 1, config.groups, up=i > 0))
+            c = width
+        self.conv_norm_out = GroupNorm(config.groups, c, EPS, silu=True)
+        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(x))
+
+
+class VAE(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        n = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.quant_conv:
+            self.quant_conv = nn.Linear(2 * n, 2 * n)  # 1x1 convolutions in the file, these two
+        if config.post_quant_conv:
+            self.post_quant_conv = nn.Linear(n, n)
+
+    def encode(self, image: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, H, W, 3) in [-1, 1] -> mean at the model's scale and log variance as it is, (B, h, w, c) each."""
+        x = self.encoder(image.astype(self.encoder.conv_in.weight.dtype))
+        if "quant_conv" in self:
+            x = self.quant_conv(x)
+        mean, logvar = mx.split(x, 2, axis=-1)
+        return (mean - self.config.shift) * self.config.scale, logvar
+
+    def decode(self, z: mx.array, tile: int | None = None) -> mx.array:
+        """z (B, h, w, c) at the model's scale -> (B, H, W, 3) in about [-1, 1]; by overlapping tiles of `tile` latents
+        a side where given, for memory that does not grow with the picture."""
+        z = (z / self.config.scale + self.config.shift).astype(self.decoder.conv_in.weight.dtype)
+        if "post_quant_conv" in self:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
