@@ -1,0 +1,113 @@
+"""Pictures and their settings. References: PIL reads back what was written; A1111's published text format."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlxdiff import images
+from mlxdiff.errors import Error
+from mlxdiff.request import Request
+
+FULL = Request(
+    prompt="a (red:1.3) house, steps: many\nsecond line",
+    negative="blurry, Negative prompt",
+    seed=7,
+    steps=20,
+    guidance=5.5,
+    width=72,
+    height=40,
+    sampler="dpmpp_2m",
+    schedule="karras",
+    clip_skip=2,
+    interval=(0.1, 0.8),
+    noise="nv",
+)
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.arange(40 * 72 * 3, dtype=np.uint8).reshape(40, 72, 3))
+
+
+def test_pixels_are_rounded_and_clipped():
+    pixels = np.array([[[-1.0, 1.0, 0.0], [-3.0, 9.0, 1 / 255]]], np.float32)
+    # -1 -> 0, 1 -> 255, 0 -> 127.5 -> 128 (round half to even), 1/255 -> 128
+    assert np.asarray(images.to_image(pixels)).tolist() == [[[0, 255, 128], [0, 255, 128]]]
+
+
+def test_preview_is_the_linear_map():
+    factors = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.5, -0.5, 0.0))
+    out = np.asarray(images.preview(np.array([[[0.5, 0.5]]]), factors))
+    assert out.tolist() == [[[255, 128, 128]]]  # (0.5 + 0.5, 0.5 - 0.5, 0) on [-1, 1]
+
+
+def test_a_png_gives_back_the_whole_request(tmp_path):
+    path = images.save(picture(), tmp_path / "a.png", FULL, "model, with comma")
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(picture()))
+    request, model = images.read_settings(path)
+    assert (request, model) == (FULL, "model, with comma")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_other_formats_carry_the_a1111_text(tmp_path, suffix):
+    request, model = images.read_settings(images.save(picture(), tmp_path / f"a{suffix}", FULL, "m"))
+    assert (request.prompt, request.negative, request.seed) == (FULL.prompt, FULL.negative, 7)
+    assert (request.sampler, request.schedule, request.noise, model) == ("dpmpp_2m", "karras", "nv", "m")
+
+
+def test_saving_never_overwrites(tmp_path):
+    names = [images.save(picture(), tmp_path / "a.png", FULL, "m").name for _ in range(3)]
+    assert names == ["a.png", "a-1.png", "a-2.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)  # and leaves no temporary file
+
+
+def test_saving_where_one_cannot_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Error, match="cannot be written"):
+        images.save(picture(), tmp_path / "file" / "a.png", FULL, "m")
+    with pytest.raises(Error, match="not a picture name"):
+        images.save(picture(), tmp_path / "a.gif", FULL, "m")
+
+
+def test_text_as_a1111_writes_it():
+    text = """a lighthouse, (stormy:1.2)
+Negative prompt: people
+Steps: 30, Sampler: DPM++ 2M SDE Karras, CFG scale: 7, Seed: 123, Size: 512x768, Model hash: 6ce0161689, Model: v1-5, \
+Denoising strength: 0.7, Clip skip: 2, TI hashes: "a: 1, b: 2", Version: v1.9.3"""
+    request, model = images.parse_parameters(text)
+    assert (request.prompt, request.negative) == ("a lighthouse, (stormy:1.2)", "people")
+    assert (request.steps, request.guidance, request.seed) == (30, 7.0, 123)
+    assert (request.width, request.height, request.clip_skip) == (512, 768, 2)
+    assert (request.sampler, request.schedule, model) == ("dpmpp_2m_sde", "karras", "v1-5")
+    assert request.noise == "nv"  # A1111 draws on the GPU unless it says RNG: CPU
+
+
+def test_our_text_reads_back():
+    request, model = images.parse_parameters(images.parameters(FULL, "m"))
+    for name in ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "sampler", "schedule", "noise"):
+        assert getattr(request, name) == getattr(FULL, name), name
+    assert (request.clip_skip, model) == (2, "m")
+
+
+def test_a_prompt_alone_is_settings_too():
+    assert images.parse_parameters("just a prompt") == (Request("just a prompt", noise="nv"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("absent.png", None, "no picture"),
+        ("text.png", b"hello", "cannot be read"),
+        ("empty.png", b"", "cannot be read"),
+    ],
+)
+def test_what_is_no_picture_is_one_error(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(Error, match=says):
+        images.read_settings(tmp_path / name)
+
+
+def test_a_picture_without_settings_is_one_error(tmp_path):
+    picture().save(tmp_path / "bare.png")
+    with pytest.raises(Error, match="carries no settings"):
+        images.read_settings(tmp_path / "bare.png")

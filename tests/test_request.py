@@ -1,0 +1,85 @@
+"""Request: defaults resolved once, every value checked at the border. Reference: the rules written beside each field."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from mlxdiff.errors import Error
+from mlxdiff.registry import Defaults
+from mlxdiff.request import Request
+
+DEFAULTS = Defaults(size=512, steps=25, guidance=7.5, sampler=None, schedule=None)
+
+
+def resolve(request: Request, defaults: Defaults = DEFAULTS) -> Request:
+    return request.resolve(defaults, ("dpmpp_2m", "karras"), "leading", clip_skip=1, multiple=8)
+
+
+def test_defaults_fill_what_is_open_and_only_that():
+    full = resolve(Request("a house", guidance=0.0, seed=0, width=40))
+    assert (full.guidance, full.seed, full.width) == (0.0, 0, 40)  # zero is a value
+    assert (full.steps, full.height, full.sampler, full.schedule) == (25, 512, "dpmpp_2m", "karras")
+    assert full.negative is None
+    assert resolve(full) == full  # nothing left to resolve
+
+
+def test_a_chosen_sampler_takes_the_checkpoints_spacing():
+    assert resolve(Request("x", sampler="ddim")).schedule == "leading"
+    assert resolve(Request("x", schedule="exponential")).sampler == "dpmpp_2m"
+    turbo = replace(DEFAULTS, sampler="euler_ancestral", schedule="trailing")
+    assert resolve(Request("x"), turbo).schedule == "trailing"
+
+
+def test_a1111_names_are_understood():
+    assert resolve(Request("x", sampler="Euler a")).sampler == "euler_ancestral"
+
+
+def test_a_fresh_seed_is_drawn_each_time():
+    assert len({resolve(Request("x")).seed for _ in range(8)}) == 8  # 8 equal 32-bit draws: once in 1e60
+
+
+def test_json_round_trip():
+    request = resolve(Request("später 🏠", negative="", interval=(0.2, 0.9)))
+    assert Request.from_json(request.to_json()) == request
+    with pytest.raises(Error, match="'future'"):
+        Request.from_json('{"prompt": "x", "future": 1}')
+
+
+BAD = [
+    ({"prompt": 3}, "prompt"),
+    ({"negative": b"x"}, "negative"),
+    ({"seed": -1}, "seed -1"),
+    ({"seed": 2**64}, "seed"),
+    ({"seed": 1.5}, "seed 1.5"),
+    ({"steps": 0}, "steps 0"),
+    ({"steps": -3}, "steps -3"),
+    ({"steps": True}, "steps True"),
+    ({"steps": 10**6}, "steps"),
+    ({"guidance": math.nan}, "guidance nan"),
+    ({"guidance": math.inf}, "guidance inf"),
+    ({"guidance": -1.0}, "guidance"),
+    ({"width": 0}, "width 0"),
+    ({"width": 60}, "Use 56 or 64"),
+    ({"height": -8}, "height -8"),
+    ({"height": 10**6}, "height"),
+    ({"count": 0}, "count 0"),
+    ({"sampler": "eulr"}, "eulr"),
+    ({"schedule": "karas"}, "karas"),
+    ({"eta": 1.0}, "eta"),  # dpmpp_2m adds no noise
+    ({"eta": math.nan, "sampler": "ddim"}, "eta nan"),
+    ({"rescale": 1.5}, "rescale 1.5"),
+    ({"interval": (0.9, 0.1)}, "interval"),
+    ({"interval": (0.1,)}, "interval"),
+    ({"clip_skip": 0}, "clip_skip 0"),
+    ({"refine_at": 2.0}, "refine_at"),
+    ({"noise": "cuda"}, "cuda"),
+]
+
+
+@pytest.mark.parametrize(("values", "says"), BAD, ids=[f"{k}" for k, _ in BAD])
+def test_a_bad_value_is_named(values, says):
+    with pytest.raises(Error) as e:
+        resolve(Request(**({"prompt": "x"} | values)))
+    assert says in str(e.value)
+    assert e.value.fix
