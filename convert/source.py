@@ -1,0 +1,255 @@
+"""Safe reading of safetensors: single files, sharded indexes and the folder of one component. Every header is checked
+whole (length, JSON, dtypes, sizes, offsets) before a byte of weights is used, and nothing is ever unpickled.
+Format: https://github.com/huggingface/safetensors."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import Error
+
+_E4M3 = np.array(
+    [
+        s * (np.nan if c == 127 else math.ldexp(c & 7, -9) if c < 8 else math.ldexp(8 + (c & 7), (c >> 3) - 10))
+        for s in (1, -1)
+        for c in range(128)
+    ],
+    np.float16,
+)
+_E5M2 = (np.arange(256, dtype=np.uint16) << 8).view(np.float16)  # float16 cut to its upper byte
+
+# tag -> (numpy type of the stored numbers, table that widens them). Both 8-bit kinds are exact in float16.
+FLOATS = {
+    "F64": (np.float64, None),
+    "F32": (np.float32, None),
+    "F16": (np.float16, None),
+    "BF16": (np.uint16, None),
+    "F8_E4M3": (np.uint8, _E4M3),
+    "F8_E5M2": (np.uint8, _E5M2),
+}
+_SIZES = {tag: np.dtype(kind).itemsize for tag, (kind, _) in FLOATS.items()} | {
+    tag: int(tag[-2:].strip("IU")) // 8 for tag in ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+}
+_SIZES["BOOL"] = 1
+
+_MAX_HEADER = 100_000_000  # bytes: the format's own limit
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_VARIANTS = ("fp16", "bf16")
+_AGAIN = "Download it again."
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies. `read` maps the file and copies this one tensor."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> mx.array:
+        kind, table = FLOATS[self.dtype]
+        try:
+            if 0 in self.shape:
+                raw = np.empty(self.shape, kind)
+            else:
+                raw = np.memmap(self.file, kind, "r", self.offset, self.shape)
+        except (OSError, ValueError) as e:
+            raise Error(f"{self.file} can no longer be read at {self.name!r}: {e}.", _AGAIN) from None
+        if self.dtype == "F64":
+            raw = raw.astype(np.float32)
+        array = mx.array(np.asarray(raw if table is None else table[raw]))
+        return array.view(mx.bfloat16) if self.dtype == "BF16" else array
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name and the header's free text."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read(path: Path) -> Weights:
+    """A .safetensors file, an index of shards, or the folder of one component."""
+    if not path.is_dir():
+        return _shards(path) if path.suffix == ".json" else _file(path)
+    return read(_pick(path))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a small file."""
+    _stat(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as e:
+        raise Error(f"{path} cannot be read: {e.strerror}.", "Check the file's permissions.") from None
+    except (ValueError, RecursionError) as e:
+        raise Error(f"{path} is not valid JSON: {e}.", _AGAIN) from None
+    if not isinstance(value, dict):
+        raise Error(f"{path} holds {type(value).__name__}, not a JSON object.", _AGAIN)
+    return value
+
+
+def _pick(folder: Path) -> Path:
+    """One rule: the file without a suffix, which is the most precise; else its fp16, else its bf16 copy."""
+    try:
+        names = set(os.listdir(folder))
+    except OSError as e:
+        raise Error(f"{folder} cannot be read: {e.strerror}.", "Check the folder's permissions.") from None
+    for stem in ("diffusion_pytorch_model", "model"):
+        plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+        copies = [f for v in _VARIANTS for f in (f"{stem}.{v}.safetensors", f"{stem}.safetensors.index.{v}.json")]
+        for name in plain + copies:
+            if name in names:
+                return folder / name
+    others = sorted(n for n in names if n.endswith(".safetensors") and "-of-" not in n)
+    if len(others) == 1:
+        return folder / others[0]
+    if others:
+        raise Error(f"{folder} holds several weight files: {', '.join(others)}.", "Give the path of one of them.")
+    for name in sorted(names):
+        if name.endswith(_PICKLES):
+            return folder / name  # refused by name, with the reason
+    if any("-of-" in n for n in names):
+        raise Error(
+            f"{folder} holds shards of weights but no index of them.", "Download its .safetensors.index.json too."
+        )
+    raise Error(f"{folder} holds no .safetensors weights.", "Give a checkpoint file, or a folder in diffusers layout.")
+
+
+def _shards(path: Path) -> Weights:
+    index = read_json(path)
+    placed = index.get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(f, str) for f in placed.values()):
+        raise Error(f"{path} is not an index of shards: it has no weight_map.", _AGAIN)
+    tensors = {}
+    for name in sorted(set(placed.values())):
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise Error(f"{path} names the shard {name!r}, which is not a .safetensors file beside it.", _AGAIN)
+        shard = path.parent / name
+        if not shard.exists():
+            raise Error(f"{path.parent} lacks the shard {name}.", "Download the missing file.")
+        found = _file(shard).tensors
+        for key in sorted(found.keys() ^ {k for k, f in placed.items() if f == name}):
+            where = "not in it" if key not in found else f"in it, and listed under {placed.get(key)}"
+            raise Error(f"{path.name} disagrees with {shard} about {key!r}: it is {where}.", "Download both again.")
+        tensors |= found
+    return Weights(tensors, {})
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        found = path.stat()
+    except OSError as e:
+        raise Error(f"{path} cannot be read: {e.strerror}.", "Check the path, its links and its permissions.") from None
+    except ValueError:  # a NUL in the name
+        raise Error(f"{str(path)!r} is not a file name.", "Check the path.") from None
+    if not path.is_file():
+        raise Error(f"{path} is not a file.", "Give a .safetensors file or a folder in diffusers layout.")
+    return found
+
+
+def _file(path: Path) -> Weights:
+    size = _stat(path).st_size
+    if path.suffix.lower() in _PICKLES:
+        _refuse_pickle(path)
+    try:
+        with open(path, "rb") as f:
+            start = f.read(512)
+            _recognise(path, size, start)
+            length = int.from_bytes(start[:8], "little")
+            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise Error(f"{path} claims a header of {length:,} bytes; the file has {size:,}.", _AGAIN)
+            f.seek(8)
+            text = f.read(length)
+    except OSError as e:
+        raise Error(f"{path} cannot be read: {e.strerror}.", "Check the file's permissions.") from None
+    return _parse(path, text, 8 + length, size)
+
+
+def _refuse_pickle(path: Path):
+    raise Error(
+        f"{path} is a pickle, which can run any code when it is opened.",
+        "Use the .safetensors file of the same model, or convert this one where you trust it.",
+    )
+
+
+def _recognise(path: Path, size: int, start: bytes) -> None:
+    """Name what is often found where weights should be."""
+    if start[8:9] == b"{":  # looks right; the first eight bytes are a number and may spell anything
+        return
+    if size == 0:
+        raise Error(f"{path} is empty.", _AGAIN)
+    if start.startswith(b"version https://git-lfs"):
+        raise Error(f"{path} is a Git LFS pointer, not the weights.", "Run `git lfs pull`, or download it again.")
+    if start.startswith(b"GGUF"):
+        raise Error(f"{path} is a GGUF file, which is not supported.", "Use the .safetensors file of the same model.")
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        _refuse_pickle(path)
+    if start.lstrip()[:1] == b"<":
+        raise Error(f"{path} is a web page (HTML), not weights.", "Download it again; the link may need a login.")
+    if path.suffix.lower() != ".safetensors":
+        raise Error(f"{path} is not a .safetensors file.", "Give a .safetensors file or a folder in diffusers layout.")
+    if size < 10:
+        raise Error(f"{path} is cut short: {size} bytes are no safetensors file.", _AGAIN)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [k for k, _ in pairs]
+        raise KeyError(next(k for i, k in enumerate(names) if k in names[:i]))
+    return found
+
+
+def _parse(path: Path, text: bytes, begin: int, size: int) -> Weights:
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except KeyError as e:
+        raise Error(f"The header of {path} lists {e.args[0]!r} twice.", _AGAIN) from None
+    except (ValueError, RecursionError) as e:
+        raise Error(f"The header of {path} is not valid JSON: {e}.", _AGAIN) from None
+    if not isinstance(entries, dict):
+        raise Error(f"The header of {path} is not a JSON object.", _AGAIN)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise Error(f"__metadata__ of {path} is not text by name.", _AGAIN)
+    spans, tensors = [], {}
+    for name, entry in entries.items():
+        dtype, shape, start, end = _entry(path, name, entry)
+        spans.append((start, end, name))
+        tensors[name] = Tensor(path, name, dtype, shape, begin + start)
+    at = 0
+    for start, end, name in sorted(spans):
+        if start != at:
+            what = "overlaps the tensor before it" if start < at else "leaves unused bytes before it"
+            raise Error(f"{name!r} in {path} {what} (byte {start:,}, expected {at:,}).", _AGAIN)
+        at = end
+    if begin + at > size:
+        raise Error(f"{path} is cut short: {size:,} bytes of {begin + at:,}.", _AGAIN)
+    if begin + at < size:
+        raise Error(f"{path} has {size - begin - at:,} bytes after its last tensor.", _AGAIN)
+    return Weights(tensors, metadata)
+
+
+def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    def whole(values: object, most: int) -> bool:
+        return isinstance(values, list) and all(type(v) is int and 0 <= v < most for v in values)
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise Error(f"The entry of {name!r} in {path} is not dtype, shape and data_offsets.", _AGAIN)
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise Error(f"{name!r} in {path} has the unknown dtype {dtype!r}.", f"Known are {', '.join(_SIZES)}.")
+    if not whole(shape, 2**31) or len(shape) > 8 or not whole(span, 2**63) or len(span) != 2 or span[0] > span[1]:
+        raise Error(f"{name!r} in {path} has shape {shape!r} and data_offsets {span!r}, which cannot be.", _AGAIN)
+    if math.prod(shape) * _SIZES[dtype] != span[1] - span[0]:
+        raise Error(f"{name!r} in {path}: {dtype} of shape {shape} does not fill {span[1] - span[0]:,} bytes.", _AGAIN)
+    return dtype, tuple(shape), span[0], span[1]
