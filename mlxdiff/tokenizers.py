@@ -1,0 +1,204 @@
+"""CLIP's byte-level BPE, weights in the prompt and long prompts. A prompt with neither gives exactly the padded ids of
+transformers' CLIPTokenizer (5.x: NFC, white space to one space, lower case; no ftfy, no accent stripping). Nothing is
+ever truncated: a prompt longer than one context becomes several chunks, cut every length - 2 tokens."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from .errors import Error
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # and what CLIPTokenizer defaults to
+WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+LENGTH = 77  # where tokenizer_config.json names none; one that was never set is stored as about 1e30
+
+EMPHASIS = {"(": 1.1, "[": 1 / 1.1}
+PARTNER = {")": "(", "]": "["}
+MARKS = re.compile(r"(\\[()\[\]]|[()\[\]]|:\s*[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*\)|\bBREAK\b)")
+
+
+class Chunk(NamedTuple):
+    """One context of the text encoder: begin, up to length - 2 tokens, end, padding."""
+
+    ids: list[int]
+    weights: list[float]  # 1 for begin, end and padding
+
+
+@dataclass(frozen=True)
+class ClipTokenizer:
+    backend: Tokenizer
+    bos: int
+    eos: int
+    pad: int
+    length: int
+
+    def ids(self, text: str) -> list[int]:
+        """The text's own tokens, without begin, end and padding. A special token spelled out in it is that token."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise Error(
+                f"The prompt is not valid Unicode at character {e.start} ({text[e.start]!r}).", "Give it as UTF-8 text."
+            ) from None
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode(self, prompt: str, weighted: bool = True) -> list[Chunk]:
+        """At least one chunk, so `encode("")` is the empty one. `weighted=False` takes brackets and BREAK literally."""
+        runs = [[]]  # of (id, weight); BREAK begins a new one
+        for text, weight in parse_weights(prompt) if weighted else [(prompt, 1.0)]:
+            if weight is None:
+                runs.append([])
+            else:
+                runs[-1] += [(i, weight) for i in self.ids(text)]
+        room = self.length - 2
+        pieces = [run[k : k + room] for run in runs for k in range(0, len(run), room)]
+        return [self._chunk(piece) for piece in pieces or [[]]]
+
+    def _chunk(self, piece: list[tuple[int, float]]) -> Chunk:
+        rest = self.length - 2 - len(piece)
+        ids, weights = [i for i, _ in piece], [w for _, w in piece]
+        return Chunk([self.bos, *ids, self.eos] + [self.pad] * rest, [1.0, *weights] + [1.0] * (rest + 1))
+
+
+def parse_weights(prompt: str) -> list[tuple[str, float | None]]:
+    """[(text, weight)]; ("BREAK", None) where a new chunk begins.
+
+    `(text)` weighs 1.1, `[text]` 1/1.1, `(text:1.3)` 1.3; nested weights multiply; `\\(`, `\\)`, `\\[`, `\\]` are the
+    characters. A bracket without a partner, and a `:number` that closes no bracket or is not finite, are text."""
+    parts = MARKS.split(prompt)  # text, mark, text, mark, ..., text
+    factors, closers = _pairs(parts)
+    weights, pieces = [1.0], []
+    for i, part in enumerate(parts):
+        if i in factors:
+            weights.append(weights[-1] * factors[i])
+        elif i in closers:
+            weights.pop()
+        elif i % 2 and part == "BREAK":
+            pieces.append((None, part))
+        elif part:
+            pieces.append((weights[-1], part[1:] if i % 2 and part[0] == "\\" else part))
+    runs = groupby(pieces, key=lambda piece: piece[0])
+    return [("BREAK" if weight is None else "".join(text for _, text in run), weight) for weight, run in runs]
+
+
+def _pairs(parts: list[str]) -> tuple[dict[int, float], set[int]]:
+    """Where brackets open, with their factor, and where they close. Of crossed ones, `([)]`, the first pair counts."""
+    factors, closers, opened = {}, set(), {"(": [], "[": []}
+    for i in range(1, len(parts), 2):
+        mark = parts[i]
+        if mark in EMPHASIS:
+            opened[mark].append(i)
+        elif mark[0] in ":)]":
+            kind = PARTNER[mark[-1]]
+            factor = float(mark[1:-1]) if mark[0] == ":" else EMPHASIS[kind]
+            if opened[kind] and math.isfinite(factor):
+                j = opened[kind].pop()
+                factors[j] = factor
+                closers.add(i)
+                for others in opened.values():
+                    while others and others[-1] > j:
+                        others.pop()
+    return factors, closers
+
+
+def load(folder: str | Path) -> ClipTokenizer:
+    """From tokenizer.json, else vocab.json and merges.txt; special tokens and length from the two files beside them."""
+    folder = Path(folder)
+    vocab, merges, added = _vocabulary(folder)
+    try:
+        roles, tokens, length = _special(folder, vocab, added)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise Error(f"The special tokens in {folder} are malformed ({e!r}).", "Fetch the tokenizer again.") from None
+
+    backend = Tokenizer(BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=roles["unk_token"]))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.add_tokens(list(tokens.values()))
+    bos, eos, pad = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
+    return ClipTokenizer(backend, bos, eos, pad, length)
+
+
+def _special(folder: Path, vocab: dict, added: list[dict]) -> tuple[dict[str, str], dict[str, AddedToken], int]:
+    """Which token has which role, all the tokens that are matched before words are split, and the context length."""
+    config = _json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:  # as transformers: then the older special_tokens_map.json is not looked at
+        added = [token for _, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
+    else:
+        config |= _json(folder / "special_tokens_map.json")
+    listed = {token.content: token for token in map(_added, added)}
+    tokens, roles = dict(listed), {}
+    for role, default in ROLES.items():
+        token = _added(config.get(role) or default)
+        if token.content not in vocab and token.content not in listed:
+            raise Error(f"The tokenizer in {folder} has no {token.content}.", "Give the tokenizer of a CLIP encoder.")
+        token = listed.get(token.content, token)
+        token.special = True
+        tokens[token.content] = token  # of one content in several roles, the last role's flags count in transformers
+        roles[role] = token.content
+    length = config.get("model_max_length", LENGTH)
+    return roles, tokens, LENGTH if length > 1e9 else int(length)
+
+
+def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[dict]]:
+    """vocab, merges and the added tokens of tokenizer.json (or none), checked as far as the BPE model needs."""
+    if (folder / "tokenizer.json").is_file():
+        source = folder / "tokenizer.json"
+        content = _json(source)
+        model, added = content.get("model", {}), content.get("added_tokens", [])
+        vocab, merges = model.get("vocab"), model.get("merges")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        source = folder / "merges.txt"
+        vocab, added = _json(folder / "vocab.json"), []
+        merges = [line for line in _text(source).split("\n") if line and not line.startswith("#version")]
+    else:
+        raise Error(
+            f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt.",
+            "Give the tokenizer folder of a model in diffusers layout.",
+        )
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise Error(f"{source} is not a byte-level BPE.", "Give the tokenizer of a CLIP text encoder.")
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    bad = [p for p in pairs if len(p) != 2 or p[0] not in vocab or p[1] not in vocab or p[0] + p[1] not in vocab]
+    if bad:
+        raise Error(f"{source} has a merge unknown to the vocabulary: {bad[0]}.", "Fetch the tokenizer again.")
+    if not all(isinstance(i, int) and 0 <= i < 2**32 for i in vocab.values()):
+        raise Error(f"The vocabulary in {folder} has ids that are not numbers.", "Fetch the tokenizer again.")
+    return vocab, pairs, added
+
+
+def _added(token: str | dict) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    flags = {k: token[k] for k in ("special", "single_word", "lstrip", "rstrip", "normalized") if k in token}
+    return AddedToken(token["content"], **flags)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise Error(f"{path} cannot be read: {e}.", "Fetch the tokenizer again.") from None
+
+
+def _json(path: Path) -> dict:
+    """The file's object; {} where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(_text(path))
+    except ValueError as e:
+        raise Error(f"{path} is not JSON: {e}.", "Fetch the tokenizer again.") from None
+    if not isinstance(content, dict):
+        raise Error(f"{path} is not a JSON object.", "Fetch the tokenizer again.")
+    return content
