@@ -1,5 +1,5 @@
 """The Stable Diffusion U-Net: SD 1.x, SD 2.x, SDXL and its refiner, inpainting, LCM, distilled ones: Config tells them
-apart. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers' UNet2DConditionModel."""
+apart. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
