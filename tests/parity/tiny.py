@@ -1,0 +1,113 @@
+"""Tiny random pipelines of diffusers and transformers, saved as they save themselves: the oracles of this folder.
+Widths, heads and layer counts are odd on purpose; every random weight is large enough that a mistake shows."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tests import clip_vocab
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def stir(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Biases and norm weights away from 0 and 1, where a swapped or dropped one would go unseen."""
+    g = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
+    return module.eval()
+
+
+def tokenizer(folder: Path, pad: str | None = None) -> CLIPTokenizer:
+    clip_vocab.write(folder, clip_vocab.trained(150))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77, **({} if pad is None else {"pad_token": pad}))
+
+
+def text_encoder(tok: CLIPTokenizer, seed: int, width: int, act: str = "quick_gelu", projection: int | None = None):
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width + 8, num_hidden_layers=3,
+        num_attention_heads=width // 16, hidden_act=act, projection_dim=projection or width,
+        bos_token_id=len(tok) - 2, eos_token_id=len(tok) - 1, pad_token_id=1,
+    )  # fmt: skip
+    return stir((CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config), seed)
+
+
+def unet(seed: int, **config) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    return stir(UNet2DConditionModel(norm_num_groups=8, layers_per_block=1, sample_size=8, **config), seed)
+
+
+def vae(seed: int, scale: float = 0.18215) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 16, 24),
+    }
+    return stir(
+        AutoencoderKL(**blocks, norm_num_groups=4, latent_channels=4, scaling_factor=scale, sample_size=32), seed
+    )
+
+
+CROSS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (24, 40),
+}
+BARE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def sd1(folder: Path) -> StableDiffusionPipeline:
+    tok = tokenizer(folder / "words")
+    net = unet(1, cross_attention_dim=48, attention_head_dim=(3, 5), **CROSS)  # in SD 1.x files this counts heads
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return StableDiffusionPipeline(vae(2), text_encoder(tok, 3, 48), tok, net, scheduler, **BARE)
+
+
+def sd2(folder: Path) -> StableDiffusionPipeline:
+    tok = tokenizer(folder / "words", pad="!")
+    net = unet(4, cross_attention_dim=32, attention_head_dim=(2, 4), use_linear_projection=True, **CROSS)
+    scheduler = DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
+    )
+    return StableDiffusionPipeline(vae(5), text_encoder(tok, 6, 32, "gelu"), tok, net, scheduler, **BARE)
+
+
+def sdxl(folder: Path) -> StableDiffusionXLPipeline:
+    tok, tok2 = tokenizer(folder / "words"), tokenizer(folder / "words2", pad="!")
+    net = unet(
+        7, cross_attention_dim=80, attention_head_dim=(3, 5), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=40 + 6 * 8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(24, 40),
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae(8, 0.13025), text_encoder(tok, 9, 32), text_encoder(tok2, 10, 48, "gelu", 40), tok, tok2, net,
+        EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1), add_watermarker=False,
+    )  # fmt: skip
+
+
+def refiner(folder: Path, base: StableDiffusionXLPipeline) -> StableDiffusionXLImg2ImgPipeline:
+    net = unet(
+        11, cross_attention_dim=48, attention_head_dim=(3, 5), use_linear_projection=True,
+        transformer_layers_per_block=2, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=40 + 5 * 8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(24, 40),
+    )  # fmt: skip
+    return StableDiffusionXLImg2ImgPipeline(
+        base.vae, None, base.text_encoder_2, None, base.tokenizer_2, net, EulerDiscreteScheduler(
+            **BETAS, timestep_spacing="leading", steps_offset=1
+        ), requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False,
+    )  # fmt: skip
