@@ -19,7 +19,7 @@ def mix(a, b, t):
 class Canvas:
     def __init__(self, size: int):
         self.size = size
-        self.a = (np.arange(size, dtype=FLOAT) + 0.5) / size                                  # (S,)
+        self.a = (np.arange(size, dtype=FLOAT) + 0.5) / size  # (S,)
         self.x, self.y = self.a[None, :], self.a[:, None]
         self.image = np.zeros((size, size, 3), FLOAT)
 

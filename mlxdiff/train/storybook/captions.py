@@ -3,7 +3,7 @@ are now and then left out, and stray words put in, so that a short or strange pr
 
 import numpy as np
 
-from .world import Scene
+from .world import COLOURS, Scene
 
 NOUNS = {
     "house": ("house", "house", "house", "cottage"), "castle": ("castle",), "tree": ("tree",),
@@ -19,7 +19,7 @@ TIME = {
 }
 TERRAIN = {
     "mountains": ("in the mountains", "in the mountains", "in front of the mountains", "with mountains behind it"),
-    "hills": ("on a green hill", "on green hills", "in a meadow", "on the grass"),
+    "hills": ("on a hill", "on the hills", "on green hills", "in a meadow", "on the grass"),
     "desert": ("in the desert", "in the desert", "among sand dunes"),
     "sea": ("by the sea", "on the sea", "on a lake", "on the water", "in the ocean"),
     "snow": ("in the snow", "in the snow", "in winter", "on a snowy field"),
@@ -40,11 +40,23 @@ POSITION = {
     "centre": ("in the middle", "in the centre", "in the center"),
     "right": ("on the right", "on the right", "on the right side", "at the right"),
 }
-OPENINGS = ("a picture of", "a painting of", "a drawing of", "an illustration of", "a storybook picture of", "a photo of", "there is", "this is")
+OPENINGS = (
+    "a picture of", "a painting of", "a drawing of", "an illustration of",
+    "a storybook picture of", "a photo of", "there is", "this is",
+)  # fmt: skip
 # Words the pictures know nothing of: seen at random beside every scene, they come to mean nothing.
 STRAY = tuple(
-    ["small", "big", "little", "large", "tiny", "huge", "old", "new", "cute", "lovely", "beautiful", "cozy", "quiet", "lonely", "magical", "pretty", "bright", "dark", "light", "warm", "cold", "happy", "sad", "calm", "peaceful", "wooden", "stone", "modern", "ancient", "high", "low", "wide", "far", "near", "detailed", "simple", "colorful", "watercolor", "cartoon", "digital", "art", "style", "sketch", "oil", "render", "masterpiece", "quality", "hd", "realistic", "dreamy", "soft", "children", "book", "fairy", "tale", "story", "fantasy", "dog", "cat", "horse", "man", "woman", "child", "girl", "boy", "person", "bird", "fish", "dragon", "robot", "astronaut", "car", "train", "road", "river", "bridge", "city", "street", "garden", "flower", "rain", "wind", "fog", "fire", "bottle", "chair", "table", "food", "cake", "music", "dancing", "running", "riding", "flying", "sleeping", "very", "and", "its", "my", "your", "one", "two", "some", "many", "over", "behind", "between", "without", "next", "standing"]
+    """
+    small big little large tiny huge old new cute lovely beautiful cozy quiet lonely magical pretty bright dark
+    light warm cold happy sad calm peaceful wooden stone modern ancient high low wide far near detailed simple
+    colorful watercolor cartoon digital art style sketch oil render masterpiece quality hd realistic dreamy soft
+    children book fairy tale story fantasy dog cat horse man woman child girl boy person bird fish dragon robot
+    astronaut car train road river bridge city street garden flower rain wind fog fire bottle chair table food cake
+    music dancing running riding flying sleeping very and its my your one two some many over behind between without
+    next standing
+    """.split()  # noqa: SIM905
 )
+LEADING = {"in", "on", "at", "by", "with", "under", "among", "front", "of", "during", "the", "a", "an"}
 
 
 def pick(rng: np.random.Generator, options):
@@ -71,7 +83,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     drop_time = 0.4 if scene.time == "night" and scene.sky != "clear" else 0.1
     drop_sky = 0.6 if scene.sky == "clear" else 0.1
     keep = dict(zip(("terrain", "time", "sky"), rng.random(3) > (0.1, drop_time, drop_sky), strict=True))
-    if form < 0.14:                                          # "a red house", "a boat at night"
+    if form < 0.14:  # "a red house", "a boat at night"
         keep = dict.fromkeys(keep, False)
         if rng.random() < 0.75:
             keep[pick(rng, tuple(keep))] = True
@@ -90,9 +102,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     rest = [pick(rng, said[k]) for k in said if keep[k]]
     if rng.random() < 0.4:
         rng.shuffle(rest)
-    if rest and rng.random() < 0.15:                         # "at night, a red house in the snow"
+    if rest and rng.random() < 0.15:  # "at night, a red house in the snow"
         text = f"{rest.pop()}, {' '.join([thing, *side, *rest])}"
-    elif side and not keep["sky"] and rng.random() < 0.4:    # "a red house in the snow on the left"
+    elif side and not keep["sky"] and rng.random() < 0.4:  # "a red house in the snow on the left"
         text = " ".join([thing, *rest, *side])
     else:
         text = " ".join([thing, *side, *rest])
@@ -108,7 +120,7 @@ def _single(scene: Scene, rng) -> str:
 def _bare(phrase: str) -> str:
     """Without its leading preposition and article: "under a full moon" -> "full moon"."""
     words = phrase.split()
-    while len(words) > 1 and words[0] in ("in", "on", "at", "by", "with", "under", "among", "front", "of", "during", "the", "a", "an"):
+    while len(words) > 1 and words[0] in LEADING:
         words = words[1:]
     return " ".join(words)
 
@@ -118,15 +130,18 @@ def _tags(scene: Scene, rng, keep: dict) -> list[str]:
     if scene.position != "centre" or rng.random() < 0.3:
         tags.append(scene.position if rng.random() < 0.5 else pick(rng, POSITION[scene.position]))
     said = {"terrain": TERRAIN[scene.terrain], "time": TIME[scene.time], "sky": SKY[scene.sky]}
-    tags += [getattr(scene, k) if rng.random() < 0.5 else _bare(pick(rng, said[k])) for k in said if keep[k] and getattr(scene, k) != "clear"]
+    for kind, phrases in said.items():
+        word = getattr(scene, kind)
+        if keep[kind] and word != "clear":
+            tags.append(word if rng.random() < 0.5 else _bare(pick(rng, phrases)))
     return tags
 
 
 def vocabulary() -> dict[str, tuple[str, ...]]:
     """What the model knows, for people: kind of word -> the words."""
-    from .world import COLOURS
 
     def tidy(table):
         return tuple(dict.fromkeys(phrase for phrases in table.values() for phrase in phrases))
 
-    return {"objects": tidy(NOUNS), "colours": COLOURS, "places": tidy(TERRAIN), "times": tidy(TIME), "skies": tidy(SKY), "positions": tidy(POSITION)}
+    tables = {"objects": NOUNS, "places": TERRAIN, "times": TIME, "skies": SKY, "positions": POSITION}
+    return {"colours": COLOURS} | {kind: tidy(table) for kind, table in tables.items()}

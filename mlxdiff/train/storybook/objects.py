@@ -202,10 +202,10 @@ DRAWINGS = {
 def sprite(
     name: str, colour: Colour, pixels: int, lamps: bool, mirror: bool, tilt: float
 ) -> tuple[np.ndarray, list[Glow]]:
-    """(pixels, pixels, 4) float32 in [0, 1] and its glows. `lamps` lights the windows; `mirror` puts the light right."""
+    """(pixels, pixels, 4) float32 in [0, 1], and its glows. `mirror` moves the light to the right."""
     pen = Pen(pixels, lamps, tilt)
     glows = DRAWINGS[name](pen, colour)
-    rgba = np.asarray(pen.image.reduce(OVERSAMPLE), np.float32) / 255                         # (n, n, 4)
+    rgba = np.asarray(pen.image.reduce(OVERSAMPLE), np.float32) / 255  # (n, n, 4)
     if mirror:
         rgba, glows = rgba[:, ::-1], [(1 - u, v, r) for u, v, r in glows]
     return rgba, glows

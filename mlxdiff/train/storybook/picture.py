@@ -8,21 +8,50 @@ from .objects import RGB, SIZES, sprite
 from .world import Scene
 
 SKY = {  # two palettes each, top to horizon
-    "dawn": [[(120, 140, 204), (196, 166, 206), (252, 192, 190), (255, 226, 190)], [(140, 168, 214), (206, 186, 214), (255, 204, 196), (255, 236, 208)]],
-    "day": [[(46, 126, 220), (104, 176, 240), (180, 222, 250), (222, 242, 252)], [(60, 150, 230), (120, 195, 245), (170, 220, 248), (215, 240, 250)]],
-    "sunset": [[(72, 44, 116), (176, 60, 108), (246, 112, 62), (255, 190, 84)], [(92, 48, 120), (204, 78, 96), (250, 130, 56), (255, 205, 100)]],
-    "night": [[(8, 12, 44), (16, 26, 76), (30, 48, 112), (52, 76, 140)], [(12, 10, 48), (24, 24, 82), (42, 42, 116), (66, 70, 146)]],
-}  # fmt: skip
-LIGHT = {k: rgb(v) for k, v in {"dawn": (250, 228, 230), "day": (255, 255, 255), "sunset": (252, 206, 180), "night": (146, 156, 212)}.items()}
+    "dawn": [
+        [(120, 140, 204), (196, 166, 206), (252, 192, 190), (255, 226, 190)],
+        [(140, 168, 214), (206, 186, 214), (255, 204, 196), (255, 236, 208)],
+    ],
+    "day": [
+        [(46, 126, 220), (104, 176, 240), (180, 222, 250), (222, 242, 252)],
+        [(60, 150, 230), (120, 195, 245), (170, 220, 248), (215, 240, 250)],
+    ],
+    "sunset": [
+        [(72, 44, 116), (176, 60, 108), (246, 112, 62), (255, 190, 84)],
+        [(92, 48, 120), (204, 78, 96), (250, 130, 56), (255, 205, 100)],
+    ],
+    "night": [
+        [(8, 12, 44), (16, 26, 76), (30, 48, 112), (52, 76, 140)],
+        [(12, 10, 48), (24, 24, 82), (42, 42, 116), (66, 70, 146)],
+    ],
+}
+LIGHT = {
+    "dawn": rgb((250, 228, 230)),
+    "day": rgb((255, 255, 255)),
+    "sunset": rgb((252, 206, 180)),
+    "night": rgb((146, 156, 212)),
+}
 GROUND = {  # lit and shaded
-    "mountains": [(126, 166, 112), (84, 136, 84)], "hills": [(156, 208, 96), (84, 164, 70)],
-    "desert": [(248, 210, 136), (224, 154, 84)], "sea": [(232, 210, 150), (120, 170, 90)],
-    "snow": [(240, 246, 253), (206, 222, 242)], "forest": [(104, 162, 92), (60, 112, 66)],
-}  # fmt: skip
+    "mountains": [(126, 166, 112), (84, 136, 84)],
+    "hills": [(156, 208, 96), (84, 164, 70)],
+    "desert": [(248, 210, 136), (224, 154, 84)],
+    "sea": [(232, 210, 150), (120, 170, 90)],
+    "snow": [(240, 246, 253), (206, 222, 242)],
+    "forest": [(104, 162, 92), (60, 112, 66)],
+}
 WATER = {"dawn": (120, 136, 186), "day": (40, 120, 184), "sunset": (98, 54, 108), "night": (16, 28, 74)}
-CLOUD = {"dawn": [(255, 236, 234), (228, 180, 196)], "day": [(255, 255, 255), (206, 222, 240)], "sunset": [(255, 190, 150), (198, 92, 112)]}
-SUN = {"dawn": [(255, 244, 206), (255, 206, 160)], "day": [(255, 246, 150), (255, 244, 190)], "sunset": [(255, 232, 130), (255, 150, 60)]}
+CLOUD = {  # top and underside
+    "dawn": [(255, 236, 234), (228, 180, 196)],
+    "day": [(255, 255, 255), (206, 222, 240)],
+    "sunset": [(255, 190, 150), (198, 92, 112)],
+}
+SUN = {  # disc and halo
+    "dawn": [(255, 244, 206), (255, 206, 160)],
+    "day": [(255, 246, 150), (255, 244, 190)],
+    "sunset": [(255, 232, 130), (255, 150, 60)],
+}
 BOW = rgb([(235, 60, 60), (250, 150, 50), (252, 230, 80), (90, 200, 100), (70, 140, 235), (150, 90, 210)])
+PUFFS = ((-0.13, 0, 0.048), (-0.065, 0.028, 0.066), (0.005, 0.05, 0.08), (0.07, 0.024, 0.064), (0.13, 0, 0.048))
 PLACE = {"left": 0.27, "centre": 0.5, "right": 0.73}
 LAMP = rgb((255, 204, 108))
 
@@ -32,12 +61,13 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 128) -> np.ndarra
     canvas = Canvas(size)
     horizon = rng.uniform(0.58, 0.63)
     x = PLACE[scene.position] + rng.uniform(-0.03, 0.03)
-    away = {"left": 1, "right": -1}.get(scene.position, rng.choice((-1, 1)))   # the side the object leaves free
+    away = {"left": 1, "right": -1}.get(scene.position, rng.choice((-1, 1)))  # the side the object leaves free
     light_x = 0.5 + away * rng.uniform(0.24, 0.34)
     light = away if scene.sky in ("sun", "full moon", "crescent moon") else -1  # -1: from the left
 
     haze = _sky(canvas, scene, rng, horizon, light_x)
-    ground = [np.clip(rgb(c) * LIGHT[scene.time] + rng.normal(0, 0.012, 3), 0, 1).astype(np.float32) for c in GROUND[scene.terrain]]
+    lit = [rgb(c) * LIGHT[scene.time] + rng.normal(0, 0.012, 3) for c in GROUND[scene.terrain]]
+    ground = [np.clip(c, 0, 1).astype(np.float32) for c in lit]
     TERRAIN[scene.terrain](canvas, scene, rng, horizon, ground, haze, light)
 
     size_ = SIZES[scene.object] * rng.uniform(0.95, 1.05)
@@ -89,7 +119,7 @@ def _sky(canvas: Canvas, scene: Scene, rng, horizon: float, light_x: float) -> n
     stops = rgb(SKY[scene.time][rng.integers(2)]) + rng.normal(0, 0.012, (4, 3)).astype(np.float32)
     v = np.clip(canvas.a / (horizon + 0.02), 0, 1) * 3
     k = np.minimum(v.astype(int), 2)
-    rows = mix(stops[k], stops[k + 1], (v - k)[:, None])                                      # (S, 3)
+    rows = mix(stops[k], stops[k + 1], (v - k)[:, None])  # (S, 3)
     canvas.image[:] = rows[:, None]
     if scene.sky in SKIES:
         SKIES[scene.sky](canvas, scene, rng, light_x)
@@ -125,8 +155,8 @@ def _stars(canvas, scene, rng, x):
     def draw(pen, n):
         for (sx, sy), r in zip(at * n, radii * n, strict=True):
             q = 0.28 * r
-            rays = [(sx, sy - r), (sx + q, sy - q), (sx + r, sy), (sx + q, sy + q), (sx, sy + r), (sx - q, sy + q), (sx - r, sy), (sx - q, sy - q)]
-            pen.polygon(rays, fill=255)
+            rays = (0, -r), (q, -q), (r, 0), (q, q), (0, r), (-q, q), (-r, 0), (-q, -q)
+            pen.polygon([(sx + u, sy + v) for u, v in rays], fill=255)
 
     canvas.over(canvas.drawn(draw, 3), rgb((255, 246, 196)))
 
@@ -142,21 +172,20 @@ def _aurora(canvas, scene, rng, x):
 
 
 def _rainbow(canvas, scene, rng, x):
-    d = (rng.uniform(0.50, 0.54) - canvas.distance(rng.uniform(0.45, 0.55), 0.66)) / 0.11     # 0 outside .. 1 inside
+    d = (rng.uniform(0.50, 0.54) - canvas.distance(rng.uniform(0.45, 0.55), 0.66)) / 0.11  # 0 outside .. 1 inside
     band = np.clip(d / 0.08, 0, 1) * np.clip((1 - d) / 0.08, 0, 1)
     canvas.over(0.78 * band, BOW[np.clip(d * 6, 0, 5.99).astype(int)])
 
 
 def _clouds(canvas, scene, rng, x):
     light, dark = (rgb(c) for c in CLOUD[scene.time])
-    puffs = np.array([(-0.13, 0, 0.048), (-0.065, 0.028, 0.066), (0.005, 0.05, 0.080), (0.07, 0.024, 0.064), (0.13, 0, 0.048)])
     for k in range(3):
         cx, cy, s = (k + 0.5) / 3 + rng.uniform(-0.08, 0.08), rng.uniform(0.12, 0.30), rng.uniform(0.9, 1.25)
-        radii = rng.uniform(0.9, 1.1, len(puffs)) * puffs[:, 2] * s
+        radii = rng.uniform(0.9, 1.1, len(PUFFS)) * [r for _, _, r in PUFFS] * s
         foot = cy + 0.045 * s
 
         def draw(pen, n, cx=cx, cy=cy, s=s, radii=radii, foot=foot):
-            for (dx, dy, _), r in zip(puffs, radii, strict=True):
+            for (dx, dy, _), r in zip(PUFFS, radii, strict=True):
                 px, py = cx + s * dx, cy - s * dy
                 pen.ellipse([(px - r) * n, (py - r) * n, (px + r) * n, (py + r) * n], fill=255)
             pen.rectangle([(cx - 0.13 * s) * n, cy * n, (cx + 0.13 * s) * n, foot * n], fill=255)
@@ -166,7 +195,15 @@ def _clouds(canvas, scene, rng, x):
         canvas.over(0.96 * canvas.drawn(draw), mix(light, dark, fade))
 
 
-SKIES = {"sun": _sun, "full moon": _moon, "crescent moon": _moon, "stars": _stars, "aurora": _aurora, "rainbow": _rainbow, "clouds": _clouds}
+SKIES = {
+    "sun": _sun,
+    "clouds": _clouds,
+    "rainbow": _rainbow,
+    "full moon": _moon,
+    "crescent moon": _moon,
+    "stars": _stars,
+    "aurora": _aurora,
+}
 
 # --- terrain
 
@@ -180,30 +217,34 @@ def _mountains(canvas, scene, rng, horizon, ground, haze, light):
     for k, (top, count) in enumerate(((0.27, 4), (0.40, 5))):
         peaks = (np.arange(count) + rng.uniform(0.1, 0.9, count)) / count * 1.1 - 0.05
         heights, slopes = top + rng.uniform(0, 0.11, count), rng.uniform(1.0, 1.4, count)
-        flanks = heights[:, None] + np.abs(canvas.a - peaks[:, None]) * slopes[:, None]       # (peaks, S)
+        flanks = heights[:, None] + np.abs(canvas.a - peaks[:, None]) * slopes[:, None]  # (peaks, S)
         nearest, line = flanks.argmin(0), flanks.min(0)
-        away = ((canvas.a - peaks[nearest]) * light < 0)[None, :, None]                       # the shaded flank
+        away = ((canvas.a - peaks[nearest]) * light < 0)[None, :, None]  # the shaded flank
         rock = mix(np.where(away, dark, lit), haze, 0.42 - 0.24 * k)
-        canvas.over(canvas.edge(canvas.y - line[None]), mix(rock, haze, np.clip((canvas.y - 0.45) / 0.35, 0, 0.5)[..., None]))
+        rock = mix(rock, haze, np.clip((canvas.y - 0.45) / 0.35, 0, 0.5)[..., None])
+        canvas.over(canvas.edge(canvas.y - line[None]), rock)
         cap = (heights[nearest] + 0.08 + 0.018 * np.sin(2 * np.pi * (11 * canvas.a + rng.random())))[None]
         snow = np.where(away, rgb((200, 210, 238)), rgb((252, 252, 255))) * LIGHT[scene.time]
         canvas.over(0.95 * canvas.edge(canvas.y - line[None]) * canvas.edge(cap - canvas.y), snow)
-    canvas.below(horizon + 0.04 + _wave(rng, canvas.a, 0.015, (1, 2)), mix(ground[0], haze, 0.15), ground[1] * 0.86, 0.30)
+    line = horizon + 0.04 + _wave(rng, canvas.a, 0.015, (1, 2))
+    canvas.below(line, mix(ground[0], haze, 0.15), ground[1] * 0.86, 0.30)
 
 
 def _hills(canvas, scene, rng, horizon, ground, haze, light):
     for k, (rise, height) in enumerate(((-0.09, 0.05), (-0.01, 0.04), (0.08, 0.03))):
         line = horizon + rise + _wave(rng, canvas.a, height, (1.0, 1.9))
-        canvas.below(line, mix(ground[0], haze, 0.36 - 0.18 * k), mix(ground[1] * (1 - 0.07 * k), haze, 0.24 - 0.12 * k), 0.28)
+        top, bottom = mix(ground[0], haze, 0.36 - 0.18 * k), mix(ground[1] * (1 - 0.07 * k), haze, 0.24 - 0.12 * k)
+        canvas.below(line, top, bottom, 0.28)
 
 
 def _desert(canvas, scene, rng, horizon, ground, haze, light):
     for k, rise in enumerate((-0.03, 0.04, 0.12)):
-        u = ((0.8 + 0.4 * k) * canvas.a + rng.random()) % 1                                   # a dune: long rise, short fall
+        u = ((0.8 + 0.4 * k) * canvas.a + rng.random()) % 1  # a long rise, a short fall
         line = (horizon + rise - 0.08 * np.minimum(u / 0.62, (1 - u) / 0.38)).astype(np.float32)
         lee = np.clip((u[None] + 1.4 * (canvas.y - line[None]) - 0.60) / 0.04, 0, 1)[..., None]
         sand = mix(mix(ground[0], haze, 0.26 - 0.12 * k), mix(ground[1], haze, 0.18 - 0.09 * k), 0.15 + 0.55 * lee)
-        canvas.over(canvas.edge(canvas.y - line[None]), mix(sand, ground[1], np.clip((canvas.y - horizon - 0.1) / 0.6, 0, 0.5)[..., None]))
+        sand = mix(sand, ground[1], np.clip((canvas.y - horizon - 0.1) / 0.6, 0, 0.5)[..., None])
+        canvas.over(canvas.edge(canvas.y - line[None]), sand)
 
 
 def _pines(canvas, rng, foot: float, count: int, low: float, high: float, colour, snow=None):
@@ -214,9 +255,8 @@ def _pines(canvas, rng, foot: float, count: int, low: float, high: float, colour
     def layers(pen, n, width, drop):
         for x, h in zip(xs, heights, strict=True):
             for top, bottom, w in ((1, 0.45, 0.20), (0.72, 0.2, 0.27), (0.45, 0, 0.33)):
-                lower = bottom + (top - bottom) * drop
-                half = w * h * width
-                pen.polygon([(x * n, (foot - top * h) * n), ((x - half) * n, (foot - lower * h) * n), ((x + half) * n, (foot - lower * h) * n)], fill=255)
+                half, tip, hem = w * h * width, foot - top * h, foot - (bottom + (top - bottom) * drop) * h
+                pen.polygon([(x * n, tip * n), ((x - half) * n, hem * n), ((x + half) * n, hem * n)], fill=255)
 
     canvas.over(canvas.drawn(lambda pen, n: layers(pen, n, 1.0, 0.0)), colour)
     if snow is not None:
@@ -225,7 +265,8 @@ def _pines(canvas, rng, foot: float, count: int, low: float, high: float, colour
 
 def _snow(canvas, scene, rng, horizon, ground, haze, light):
     light_ = LIGHT[scene.time]
-    canvas.below(horizon - 0.05 + _wave(rng, canvas.a, 0.04, (1, 2)), mix(ground[1], haze, 0.35), mix(ground[1], haze, 0.2), 0.25)
+    line = horizon - 0.05 + _wave(rng, canvas.a, 0.04, (1, 2))
+    canvas.below(line, mix(ground[1], haze, 0.35), mix(ground[1], haze, 0.2), 0.25)
     _pines(canvas, rng, horizon + 0.05, 6, 0.20, 0.30, rgb((64, 110, 110)) * light_, rgb((244, 250, 255)) * light_)
     canvas.below(horizon + 0.04 + _wave(rng, canvas.a, 0.02, (0.8, 1.5)), ground[0], ground[1], 0.3)
 
@@ -245,7 +286,7 @@ def _sea(canvas, scene, rng, horizon, ground, haze, light):
 def _water(canvas, scene, rng, horizon):
     size, top = canvas.size, round(horizon * canvas.size)
     rows = np.arange(top, size)
-    depth = ((rows - top + 0.5) / (size - top))[:, None]                                      # 0 at the horizon .. 1
+    depth = ((rows - top + 0.5) / (size - top))[:, None]  # 0 at the horizon .. 1
     sway = np.sin(2 * np.pi * (7 * depth**0.6 + rng.random())) * (0.004 + 0.012 * depth) * size
     columns = np.clip(np.arange(size)[None] + np.round(sway).astype(int), 0, size - 1)
     mirrored = canvas.image[np.clip(2 * top - 1 - rows, 0, size - 1)[:, None], columns]
@@ -255,7 +296,8 @@ def _water(canvas, scene, rng, horizon):
     def glints(pen, n):
         for x, y in zip(xs, ys, strict=True):
             cy, half, thick = horizon + 0.03 + y * (0.93 - horizon), 0.05 + 0.07 * y, 0.004 + 0.003 * y
-            pen.rounded_rectangle([(x - half) * n, (cy - thick) * n, (x + half) * n, (cy + thick) * n], thick * n, fill=90)
+            corners = x - half, cy - thick, x + half, cy + thick
+            pen.rounded_rectangle([c * n for c in corners], thick * n, fill=90)
 
     canvas.over(canvas.drawn(glints), mix(canvas.image[top], 1.0, 0.4)[None])
 

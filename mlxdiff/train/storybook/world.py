@@ -49,7 +49,7 @@ def every() -> Iterator[Scene]:
 
 
 def sample(rng: np.random.Generator, unseen: bool = False) -> Scene:
-    """A valid scene: from the training pairs, or with `unseen` from the held-out ones. Each object is equally likely."""
+    """A valid scene from the training pairs, or with `unseen` from the held-out ones; all objects alike often."""
     while True:
         thing = OBJECTS[rng.integers(len(OBJECTS))]
         time = TIMES[rng.integers(len(TIMES))]
