@@ -14,9 +14,10 @@ from PIL import Image
 
 from . import conditioning, guidance, images, registry, samplers, schedules, tokenizers, weights
 from .errors import Error
-from .noise import Noise
+from .noise import Noise, draw_nhwc
 from .registry import FAMILIES, Defaults
 from .request import Request
+from .schedules import Discrete
 
 _LOW_MEMORY_TILE = 64  # latents a side: 512 pixels, the size every VAE was trained at or above
 _LOW_MEMORY_CACHE = 512 * 2**20  # bytes MLX may keep for reuse
@@ -82,7 +83,6 @@ class Pipeline:
         self.family = FAMILIES[self.model["family"]]
         self.plan = conditioning.PLANS[self.model["family"]]
         self.defaults = self.family.defaults if defaults is None else defaults
-        self.schedule = schedules.from_config(self.model["schedule"])
         self.refiner: Pipeline | None = None
         self._networks: dict[str, nn.Module] = {}
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
@@ -124,27 +124,26 @@ class Pipeline:
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
         spec = samplers.SAMPLERS[request.sampler]
-        sigmas = schedules.SPACINGS[request.schedule](self.schedule, request.steps)
-        parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, sigmas)
+        schedule = schedules.discrete(self.model["schedule"], spec.grid)
+        sigmas = schedules.sigmas(schedule, request.schedule, request.steps)
+        parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
+        lo, hi = (sigmas[round(f * request.steps)] for f in request.interval)
         texts = []
         for pipe, _ in parts:
             texts.append((yield from pipe._encode(request)))
 
         noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
-        shape = (1, request.height // self.factor, request.width // self.factor, self.latent_channels)
-
-        def draw() -> mx.array:
-            return mx.concatenate([n.draw(shape) for n in noise])
-
-        extra = {"draw": draw} if spec.noisy else {}
+        shape = (request.height // self.factor, request.width // self.factor, self.latent_channels)
+        extra = {"draw": lambda: draw_nhwc(noise, *shape)} if spec.noisy else {}
         if request.eta is not None:
             extra["eta"] = request.eta
-        x, done = draw() * samplers.start_scale(spec, sigmas[0], request.schedule), 0
+        x, done = draw_nhwc(noise, *shape) * schedule.start(sigmas[0], request.schedule), 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            denoise = yield from pipe._denoiser(request, spec, part, text)
+            denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (lo, hi))
             yield Event("denoise", done, request.steps, 0.0)
             begin = time.perf_counter()
-            for x, x0 in spec.fn(denoise, x, part, **extra):
+            for state, x0 in spec.fn(denoise, x, part, **extra):
+                x = state
                 mx.eval(x, x0)
                 pipe._check_finite(x)
                 done, now = done + 1, time.perf_counter()
@@ -152,7 +151,7 @@ class Pipeline:
                 begin = time.perf_counter()
             if pipe is not self or self.low_memory:
                 pipe._release("unet")
-        yield from self._decode(x * schedules.vp_scale(sigmas[-1]))
+        yield from self._decode(x / (1 + sigmas[-1] ** 2) ** 0.5)
 
     # --- the stages
 
@@ -179,7 +178,7 @@ class Pipeline:
             yield Event("encode", 1, 1, time.perf_counter() - begin)
         return self._texts[1]
 
-    def _denoiser(self, request: Request, spec: samplers.Sampler, sigmas: list[float], texts: list[conditioning.Text]):
+    def _denoiser(self, request: Request, schedule: Discrete, visits: list[float], texts: list, span: tuple):
         """The network under its conditions, with everything that does not depend on the latent already computed."""
         if "unet" not in self._networks:
             yield Event("load", 0, 1, 0.0)
@@ -187,7 +186,7 @@ class Pipeline:
             mx.eval(self._network("unet").parameters())
             yield Event("load", 1, 1, time.perf_counter() - begin)
         net = self._network("unet")
-        ts = [self.schedule.t(s) for s in spec.visits(sigmas)]
+        ts = [schedule.t(s) for s in visits]
         sides = [
             conditioning.arguments(self.plan, text, request, negative=len(texts) == 2 and i == 0)
             for i, text in enumerate(texts)
@@ -205,12 +204,12 @@ class Pipeline:
         mx.eval(passes)
         return guidance.denoiser(
             net,
-            self.schedule,
+            schedule,
             self.model["prediction"],
             **passes,
             scale=request.guidance,
             rescale=request.rescale,
-            interval=_span(sigmas, request),
+            interval=span,
         )
 
     def _decode(self, z: mx.array) -> Iterator[Event]:
@@ -225,10 +224,10 @@ class Pipeline:
             image = images.to_image(np.array(pixels))
             yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
 
-    def _hand_over(self, request: Request, sigmas: list[float]) -> list[tuple["Pipeline", list[float]]]:
+    def _hand_over(self, request: Request, schedule: Discrete, sigmas: list[float]) -> list[tuple["Pipeline", list[float]]]:
         """The sigmas this model walks and those its refiner walks: timesteps below the cut are the refiner's."""
-        cut = round(self.schedule.steps * (1 - request.refine_at))
-        k = sum(self.schedule.t(s) >= cut for s in sigmas[:-1])
+        cut = round(schedule.n * (1 - request.refine_at))
+        k = sum(schedule.t(s) >= cut for s in sigmas[:-1])
         halves = [(self, sigmas[: k + 1]), (self.refiner, sigmas[k:])]
         return [(pipe, part) for pipe, part in halves if len(part) > 1]
 

@@ -121,7 +121,7 @@ MODELS: dict[str, Model] = {
         "LCM Dreamshaper 7: four to eight steps",
         "MIT",
         int(4.26 * _GB),
-        replace(_SD1, size=768, steps=4, guidance=8.5, sampler="lcm"),
+        replace(_SD1, size=768, steps=4, guidance=8.5, sampler="lcm", schedule="lcm"),
     ),
     "sdxl": Model(
         "sdxl",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from . import samplers, schedules
 from .errors import Error
-from .noise import KINDS
+from .noise import SOURCES
 from .registry import Defaults
 
 MAX_SEED = 2**63 - 1  # what a signed 64-bit file format or another tool can still hold
@@ -82,8 +82,8 @@ class Request:
             raise Error(f"interval {lo} to {hi} is not inside 0 to 1.", "Give two fractions, such as 0.1 0.8.")
         if self.schedule not in schedules.SPACINGS:
             raise Error(f"Schedule {self.schedule!r} is not known.", f"Use one of {', '.join(schedules.SPACINGS)}.")
-        if self.noise not in KINDS:
-            raise Error(f"Noise {self.noise!r} is not known.", f"Use one of {', '.join(KINDS)}.")
+        if self.noise not in SOURCES:
+            raise Error(f"Noise {self.noise!r} is not known.", f"Use one of {', '.join(SOURCES)}.")
 
     def to_json(self) -> str:
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, ensure_ascii=False)
