@@ -1,0 +1,189 @@
+"""Samplers: generator functions that yield (x, x0) after each step. To add one, write it here and give it a row below.
+
+x: (B, h, w, c) float32 in VE form, x = x0 + sigma * noise. sigmas: descending floats, one more than steps, mostly to 0.
+denoise(x, sigma) -> x0. draw() -> standard normals like x. eta: the share of fresh noise, 0 none, 1 the paper's.
+All follow dx/dsigma = (x - x0) / sigma (Karras et al. 2022). Rectified flow has the same equation, so the samplers
+without noise hold there as they are; how much noise a step may add is what the two families differ in."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import mlx.core as mx
+
+from .errors import Error
+from .schedules import DDIM, DDPM, KDIFFUSION, LOGSNR, Grid
+
+Denoise = Callable[[mx.array, float], mx.array]
+Draw = Callable[[], mx.array]
+Steps = Iterator[tuple[mx.array, mx.array]]
+
+
+def shrink(x: mx.array, x0: mx.array, ratio: float) -> mx.array:
+    """The exact step while x0 stands still: what is not x0 shrinks with sigma. No digits are lost at large sigma."""
+    return x0 + ratio * (x - x0)
+
+
+def ancestral(s: float, s_next: float, eta: float) -> tuple[float, float]:
+    """Go down to the first, add noise of the second: together s_next, and at eta 1 the posterior of DDPM."""
+    up = min(s_next, eta * s_next * math.sqrt(s**2 - s_next**2) / s)
+    return math.sqrt(s_next**2 - up**2), up
+
+
+def euler(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
+    """Euler's method (Karras et al. 2022, algorithm 1 without churn)."""
+    for s, s_next in pairwise(sigmas):
+        x0 = denoise(x, s)
+        x = shrink(x, x0, s_next / s)
+        yield x, x0
+
+
+def ddim(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: float) -> Steps:
+    """DDIM (Song et al. 2021, eq. 12). At eta 0 it is Euler; at eta 1 DDPM (Ho et al. 2020), alias Euler ancestral."""
+    for s, s_next in pairwise(sigmas):
+        x0 = denoise(x, s)
+        down, up = ancestral(s, s_next, eta)
+        x = shrink(x, x0, down / s)
+        if up > 0:
+            x = x + up * draw()
+        yield x, x0
+
+
+def lcm(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: float) -> Steps:
+    """Multistep consistency sampling (Luo et al. 2023, algorithm 3): x0, then all noise anew at eta 1."""
+    for s, s_next in pairwise(sigmas):
+        x0 = denoise(x, s)  # c_skip and c_out are left out: for t >= 19 they change x0 by less than 7e-6 of x_vp
+        x = shrink(x, x0, s_next * math.sqrt(1 - eta**2) / s)
+        if eta > 0 and s_next > 0:
+            x = x + eta * s_next * draw()
+        yield x, x0
+
+
+def heun(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
+    """Heun's method (Karras et al. 2022, algorithm 1 without churn): two evaluations a step, one in the last."""
+    for s, s_next in pairwise(sigmas):
+        x0 = denoise(x, s)
+        ahead = shrink(x, x0, s_next / s)
+        if s_next > 0:
+            slope, slope_ahead = (x - x0) / s, (ahead - denoise(ahead, s_next)) / s_next
+            x = x + (s_next - s) * (slope + slope_ahead) / 2
+        else:
+            x = ahead
+        yield x, x0
+
+
+def dpmpp_2m(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
+    """DPM-Solver++(2M) (Lu et al. 2023, algorithm 2)."""
+    return dpmpp_2m_sde(denoise, x, sigmas, draw=None, eta=0)
+
+
+def dpmpp_2m_sde(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw | None, eta: float) -> Steps:
+    """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2023, appendix). The step to 0 and the first are of first order."""
+    old = h_old = None
+    for s, s_next in pairwise(sigmas):
+        x0 = denoise(x, s)
+        h = math.log(s / s_next) if s_next > 0 else math.inf  # diffusers' flow has log(s / (1 - s)): also second order
+        middle = x0 if old is None or s_next == 0 else x0 + h / (2 * h_old) * (x0 - old)
+        x = shrink(x, middle, (s_next / s) ** (1 + eta))
+        if eta > 0 and s_next > 0:
+            x = x + s_next * math.sqrt(1 - (s_next / s) ** (2 * eta)) * draw()
+        yield x, x0
+        old, h_old = x0, h
+
+
+def halfway(s: float, s_next: float) -> float:
+    return math.sqrt(s * s_next)
+
+
+def dpmpp_sde(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: float) -> Steps:
+    """DPM-Solver++(2S), stochastic (Lu et al. 2023 with k-diffusion's noise): x0 is taken halfway in log sigma."""
+    for s, s_next in pairwise(sigmas):
+        x0 = denoise(x, s)
+        if s_next == 0:
+            yield x0, x0
+            return
+        mid = halfway(s, s_next)
+        down, up = ancestral(s, mid, eta)
+        noise = draw()
+        x_mid = shrink(x, x0, down / s) + up * noise
+        # The two noises share a Brownian path over sigma: the second contains the first as k-diffusion's tree has it.
+        share = (s - mid) / (s - s_next)
+        noise = math.sqrt(share) * noise + math.sqrt(1 - share) * draw()
+        down, up = ancestral(s, s_next, eta)
+        x = shrink(x, denoise(x_mid, mid), down / s) + up * noise
+        yield x, x0
+
+
+def unipc(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
+    """UniPC-2 with B2(h) (Zhao et al. 2023, algorithms 5 and 6): DPM++ 2M predicts, the next x0 corrects."""
+    x_old = old = s_old = h_old = slope = None
+    for s, s_next in pairwise(sigmas):
+        x0 = denoise(x, s)
+        if old is not None:
+            h = math.log(s_old / s)
+            middle = (old + x0) / 2 if slope is None else old + unic(h, h_old, slope, x0 - old)
+            x = shrink(x_old, middle, s / s_old)
+            slope, h_old = (x0 - old) / h, h
+        x_old, old, s_old = x, x0, s
+        middle = x0 if slope is None or s_next == 0 else x0 + math.log(s / s_next) / 2 * slope
+        x = shrink(x, middle, s_next / s)
+        yield x, x0
+
+
+def unic(h: float, h_old: float, slope: mx.array, change: mx.array) -> mx.array:
+    """The corrector's part of second order: weights that make it exact for x0 quadratic in log sigma."""
+    phi = math.expm1(-h)
+    b1 = -(phi / h + 1) / phi
+    b2 = 2 * ((phi / h + 1) / h - 0.5) / phi
+    a = (b1 - b2) / (1 + h_old / h)
+    return a * h * slope + (b1 - a) * change
+
+
+def starts(sigmas: list[float]) -> list[float]:
+    return sigmas[:-1]
+
+
+def starts_and_ends(sigmas: list[float]) -> list[float]:
+    return [s for s in sigmas if s > 0]
+
+
+def starts_and_halfways(sigmas: list[float]) -> list[float]:
+    return sigmas[:-1] + [halfway(s, s_next) for s, s_next in pairwise(sigmas) if s_next > 0]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    fn: Callable[..., Steps]  # (denoise, x, sigmas), and draw and eta where eta is not None
+    grid: Grid  # how its authors read the training schedule
+    aliases: tuple[str, ...]  # A1111's, ComfyUI's and diffusers' names, in any case
+    eta: float | None = None  # the default; None: adds no noise
+    visits: Callable[[list[float]], list[float]] = starts  # the sigmas at which denoise will be called, in any order
+
+    @property
+    def noisy(self) -> bool:
+        return self.eta is not None
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": Sampler(euler, KDIFFUSION, ("EulerDiscreteScheduler",)),
+    "euler_ancestral": Sampler(ddim, KDIFFUSION, ("Euler a", "EulerAncestralDiscreteScheduler"), eta=1.0),
+    "heun": Sampler(heun, KDIFFUSION, ("HeunDiscreteScheduler",), visits=starts_and_ends),
+    "dpmpp_2m": Sampler(dpmpp_2m, LOGSNR, ("DPM++ 2M", "DPMSolverMultistepScheduler")),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, LOGSNR, ("DPM++ 2M SDE",), eta=1.0),
+    "dpmpp_sde": Sampler(
+        dpmpp_sde, KDIFFUSION, ("DPM++ SDE", "DPMSolverSDEScheduler"), eta=1.0, visits=starts_and_halfways
+    ),
+    "unipc": Sampler(unipc, LOGSNR, ("uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler")),
+    "ddim": Sampler(ddim, DDIM, ("DDIMScheduler",), eta=0.0),
+    "ddpm": Sampler(ddim, DDPM, ("DDPMScheduler",), eta=1.0),
+    "lcm": Sampler(lcm, DDPM, ("LCMScheduler",), eta=1.0),
+}
+
+
+def sampler(name: str) -> Sampler:
+    """The row of a sampler by its name or an alias."""
+    for key, row in SAMPLERS.items():
+        if name.casefold() in (key, *(alias.casefold() for alias in row.aliases)):
+            return row
+    raise Error(f"There is no sampler {name!r}.", fix=f"Use one of {', '.join(SAMPLERS)}.")

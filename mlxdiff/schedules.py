@@ -1,0 +1,201 @@
+"""Schedules: how noise grows in training, and the noise levels a sampler visits. Pure functions, numpy float64.
+
+sigma is the noise of a sample in VE form, x = x0 + sigma * noise; x_vp = x / sqrt(1 + sigma^2) is what the network sees
+(Karras et al. 2022). A spacing is a function (schedule, n) -> n descending sigmas; SPACINGS is the table of them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+
+from .errors import Error
+
+Array = TypeVar("Array")  # of numpy or MLX
+
+# ---- the forward process
+
+
+def betas(kind: str, n: int, start: float, end: float) -> np.ndarray:
+    """The variance added at each of n training steps (Ho 2020; Rombach 2022; Nichol 2021; Xu 2022)."""
+    if kind == "linear":
+        return np.linspace(start, end, n)
+    if kind == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, n) ** 2
+    if kind == "cosine":
+        f = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.minimum(1 - f[1:] / f[:-1], 0.999)
+    if kind == "sigmoid":
+        return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, n)))
+    raise Error(f"There are no betas {kind!r}.", fix="Use linear, scaled_linear, cosine or sigmoid.")
+
+
+def alpha_bar(betas: np.ndarray) -> np.ndarray:
+    """The share of the signal's variance left after each step."""
+    return np.cumprod(1 - betas)
+
+
+def zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """Shift and scale sqrt(alpha_bar) so that the last step is pure noise (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(alpha_bar)
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def q_step(x: Array, noise: Array, beta: float) -> Array:
+    """One step of the chain, q(x_t | x_{t-1})."""
+    return math.sqrt(1 - beta) * x + math.sqrt(beta) * noise
+
+
+def q_sample(x0: Array, noise: Array, alpha_bar_t: float | Array) -> Array:
+    """t steps of the chain at once, q(x_t | x_0) (Ho et al. 2020, eq. 4)."""
+    return alpha_bar_t**0.5 * x0 + (1 - alpha_bar_t) ** 0.5 * noise
+
+
+# ---- the training schedule as samplers read it
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a line of samplers reads a training schedule. diffusers' schedulers differ in this, so a sampler says it."""
+
+    ve_start: bool  # the first x is noise * sigma, else noise * sqrt(1 + sigma^2)
+    whole: bool  # training times are rounded to whole steps
+    spare: int  # leading and linspace make this many points more and leave out the lowest
+    zero: float  # alpha_bar where zero_snr has 0; diffusers has 2^-24, or 0, which for float32 is 2^-48
+    first: bool  # may end at sigma(0) where the model says so, else ends at 0
+
+
+KDIFFUSION = Grid(ve_start=True, whole=False, spare=0, zero=2**-24, first=False)  # Euler, Heun and their noisy kin
+LOGSNR = Grid(ve_start=False, whole=True, spare=1, zero=2**-24, first=False)  # DPM++ multistep, UniPC
+DDPM = Grid(ve_start=False, whole=True, spare=0, zero=2**-48, first=False)  # DDPM, LCM
+DDIM = Grid(ve_start=False, whole=True, spare=0, zero=2**-48, first=True)
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """A schedule of n training steps, t = 0 ... n - 1, read on a grid."""
+
+    alpha_bar: np.ndarray  # (n,)
+    grid: Grid = KDIFFUSION
+    offset: int = 0  # added to the leading steps
+    final_alpha_one: bool = True  # False: a sampler whose grid allows it ends at sigma(0)
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:  # (n,), ascending
+        a = np.where(self.alpha_bar > 0, self.alpha_bar, self.grid.zero)
+        return np.sqrt((1 - a) / a)
+
+    @property
+    def n(self) -> int:
+        return len(self.alpha_bar)
+
+    def sigma(self, t: np.ndarray) -> np.ndarray:
+        """Between training steps log sigma is interpolated."""
+        return np.exp(np.interp(t, np.arange(self.n), np.log(self.sigmas)))
+
+    def t(self, sigma: float) -> float:
+        """The inverse of sigma(t): exact on training steps, clipped to them beyond either end."""
+        t = float(np.interp(math.log(sigma), np.log(self.sigmas), np.arange(self.n)))
+        return float(round(t)) if self.grid.whole or abs(t - round(t)) < 1e-4 else t
+
+    def start(self, sigma: float, spacing: str) -> float:
+        """The first x is standard noise times this."""
+        return sigma if self.grid.ve_start and spacing != "leading" else math.sqrt(1 + sigma**2)
+
+
+def discrete(row: dict, grid: Grid) -> Discrete:
+    """The schedule of a model folder, row = model.json's "schedule", as a sampler with this grid reads it."""
+    a = alpha_bar(betas(row["betas"], row["steps"], row["start"], row["end"]))
+    return Discrete(zero_snr(a) if row["zero_snr"] else a, grid, row["offset"], row["final_alpha_one"])
+
+
+# ---- spacings: the first three and lcm choose training steps, the rest noise levels
+
+
+def leading(schedule: Discrete, n: int) -> np.ndarray:
+    """Multiples of a whole stride, counted from the clean end (Ho et al. 2020); equal to diffusers."""
+    points = n + schedule.grid.spare
+    return schedule.sigma(np.arange(points)[::-1][:n] * (schedule.n // points) + schedule.offset)
+
+
+def trailing(schedule: Discrete, n: int) -> np.ndarray:
+    """Counted from the noisy end (Lin et al. 2024, table 2); equal to diffusers."""
+    return schedule.sigma(np.round(np.arange(schedule.n, 0, -schedule.n / n))[:n] - 1)
+
+
+def linspace(schedule: Discrete, n: int) -> np.ndarray:
+    """Both ends included; equal to diffusers, which off the whole steps interpolates sigma and not its logarithm."""
+    t = np.linspace(0, schedule.n - 1, n + schedule.grid.spare)[::-1][:n]
+    return np.interp(np.round(t) if schedule.grid.whole else t, np.arange(schedule.n), schedule.sigmas)
+
+
+def lcm(schedule: Discrete, n: int) -> np.ndarray:
+    """Of the 50 steps of distillation, n from the noisy end (Luo et al. 2023); equal to diffusers."""
+    distilled = np.arange(50, 0, -1) * (schedule.n // 50) - 1
+    return schedule.sigma(distilled[np.linspace(0, 50, n, endpoint=False).astype(int)])
+
+
+def karras(schedule: Discrete, n: int) -> np.ndarray:
+    """Even in sigma^(1/7) (Karras et al. 2022, eq. 5)."""
+    return np.linspace(schedule.sigmas[-1] ** (1 / 7), schedule.sigmas[0] ** (1 / 7), n) ** 7
+
+
+def exponential(schedule: Discrete, n: int) -> np.ndarray:
+    """Even in log sigma."""
+    return np.exp(np.linspace(math.log(schedule.sigmas[-1]), math.log(schedule.sigmas[0]), n))
+
+
+def beta(schedule: Discrete, n: int) -> np.ndarray:
+    """Quantiles of Beta(0.6, 0.6) in sigma (Lee et al. 2024) as diffusers reads it; ComfyUI spaces t so instead."""
+    low, high = schedule.sigmas[[0, -1]]
+    return low + (high - low) * beta_quantile(np.linspace(1, 0, n), 0.6)
+
+
+def sgm_uniform(schedule: Discrete, n: int) -> np.ndarray:
+    """Even in t with the clean end left out, as ComfyUI and Stability's SGM have it."""
+    return schedule.sigma(np.linspace(schedule.n - 1, 0, n + 1)[:-1])
+
+
+def simple(schedule: Discrete, n: int) -> np.ndarray:
+    """Every (steps / n)-th training step from the noisy end, rounded to the noisier, as ComfyUI has it."""
+    return schedule.sigmas[schedule.n - 1 - (np.arange(n) * (schedule.n / n)).astype(int)]
+
+
+def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
+    """Quantile p of Beta(a, a): its distribution function is a power series below 1/2, which bisection inverts."""
+    k = np.arange(64)
+    series = np.cumprod(np.concatenate([[1.0], (k[1:] - a) / k[1:]])) / (a + k)
+    tail, low, high = np.minimum(p, 1 - p), np.zeros_like(p), np.full_like(p, 0.5)
+    for _ in range(64):
+        x = (low + high) / 2
+        below = x**a * (x[:, None] ** k @ series) * math.gamma(2 * a) / math.gamma(a) ** 2 < tail
+        low, high = np.where(below, x, low), np.where(below, high, x)
+    return np.where(p < 0.5, low, 1 - low)
+
+
+SPACINGS: dict[str, Callable[[Discrete, int], np.ndarray]] = {
+    "leading": leading,
+    "trailing": trailing,
+    "linspace": linspace,
+    "karras": karras,
+    "exponential": exponential,
+    "sgm_uniform": sgm_uniform,
+    "beta": beta,
+    "simple": simple,
+    "lcm": lcm,
+}
+
+
+def sigmas(schedule: Discrete, spacing: str, steps: int) -> list[float]:
+    """The steps + 1 noise levels of a run, descending to 0, or to sigma(0) where both model and sampler want it."""
+    if spacing not in SPACINGS:
+        raise Error(f"There is no schedule {spacing!r}.", fix=f"Use one of {', '.join(SPACINGS)}.")
+    if not 1 <= steps <= schedule.n:
+        raise Error(f"{steps} steps are not between 1 and {schedule.n}.", fix="Most pictures need 4 to 50.")
+    levels = SPACINGS[spacing](schedule, steps)
+    if np.any(np.diff(levels) >= 0):  # such as leading with an offset and as many steps as in training
+        raise Error(f"The {spacing} schedule has no {steps} different steps.", fix="Ask for fewer steps.")
+    last = schedule.sigmas[0] if schedule.grid.first and not schedule.final_alpha_one else 0.0
+    return [*levels.tolist(), float(last)]
