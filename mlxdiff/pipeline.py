@@ -134,9 +134,7 @@ class Pipeline:
 
         noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
         shape = (request.height // self.factor, request.width // self.factor, self.latent_channels)
-        extra = {"draw": lambda: draw_nhwc(noise, *shape)} if spec.noisy else {}
-        if request.eta is not None:
-            extra["eta"] = request.eta
+        extra = {"draw": lambda: draw_nhwc(noise, *shape), "eta": request.eta} if spec.noisy else {}
         x, done = draw_nhwc(noise, *shape) * schedule.start(sigmas[0], request.schedule), 0
         for (pipe, part), text in zip(parts, texts, strict=True):
             denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (lo, hi))

@@ -42,6 +42,7 @@ class Request:
             sampler, schedule = _first(defaults.sampler, scheduler[0]), _first(defaults.schedule, scheduler[1])
         else:
             sampler, schedule = self.sampler, spacing
+        row = samplers.sampler(sampler)
         full = replace(
             self,
             seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
@@ -49,9 +50,10 @@ class Request:
             guidance=_first(self.guidance, defaults.guidance),
             width=_first(self.width, defaults.size),
             height=_first(self.height, defaults.size),
-            sampler=samplers.resolve(sampler),
+            sampler=next(name for name, r in samplers.SAMPLERS.items() if r is row),
             schedule=_first(self.schedule, schedule),
             clip_skip=_first(self.clip_skip, clip_skip),
+            eta=_first(self.eta, row.eta),
         )
         full.check(multiple)
         return full
