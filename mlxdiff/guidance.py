@@ -1,0 +1,65 @@
+"""Guidance: a network, its conditions and what it predicts, folded into denoise(x, sigma) -> x0.
+
+Here alone VE form meets the network: it gets x / sqrt(1 + sigma^2) in its dtype, and its output becomes float32."""
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .errors import Error
+from .schedules import Discrete
+
+# x, sigma and the network's output -> x0 (Ho et al. 2020; Salimans and Ho 2022, appendix D)
+PREDICTIONS: dict[str, Callable[[mx.array, float, mx.array], mx.array]] = {
+    "eps": lambda x, sigma, out: x - sigma * out,
+    "v": lambda x, sigma, out: x / (1 + sigma**2) - sigma / math.sqrt(1 + sigma**2) * out,
+    "x0": lambda x, sigma, out: out,
+}
+
+
+def denoiser(
+    net: Callable[..., mx.array],
+    schedule: Discrete,
+    prediction: str,
+    cond: dict,
+    *,
+    both: dict | None = None,
+    uncond: dict | None = None,
+    scale: float = 1.0,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (math.inf, 0.0),
+    dtype: mx.Dtype,
+) -> Callable[[mx.array, float], mx.array]:
+    """denoise(x, sigma) -> x0, for x (B, h, w, c) in VE form.
+
+    cond: what net takes besides x and t, for B samples. both: the same for 2 B, the negative half first, to be run as
+    one batch under guidance; or uncond: the negative alone, to run it by itself and hold half the activations.
+    scale: of classifier-free guidance (Ho and Salimans 2022); up to 1 only cond runs, as in diffusers.
+    rescale: how far to restore the spread of the positive output (Lin et al. 2024), 0 to 1.
+    interval: guidance is on from the first sigma down to, and without, the second (Kynkäänniemi et al. 2024)."""
+    if prediction not in PREDICTIONS:
+        raise Error(f"There is no prediction {prediction!r}.", fix=f"Use one of {', '.join(PREDICTIONS)}.")
+
+    def denoise(x: mx.array, sigma: float) -> mx.array:
+        t, x_in = schedule.t(sigma), (x / math.sqrt(1 + sigma**2)).astype(dtype)
+        if scale <= 1 or not interval[0] >= sigma > interval[1]:
+            out = net(x_in, t, **cond).astype(mx.float32)
+        else:
+            if both is not None:
+                sides = mx.split(net(mx.concatenate([x_in, x_in]), t, **both), 2)  # (2 B, h, w, c) -> 2 x (B, h, w, c)
+            else:
+                sides = net(x_in, t, **uncond), net(x_in, t, **cond)
+            out = guide(*(side.astype(mx.float32) for side in sides), scale, rescale)
+        return PREDICTIONS[prediction](x, sigma, out)
+
+    return denoise
+
+
+def guide(negative: mx.array, positive: mx.array, scale: float, rescale: float) -> mx.array:
+    """Away from the negative output; then back by `rescale` to the spread of the positive one, image by image."""
+    out = negative + scale * (positive - negative)
+    if rescale > 0:
+        spread, grown = (mx.std(a, axis=tuple(range(1, a.ndim)), keepdims=True) for a in (positive, out))
+        out = out * (1 - rescale + rescale * spread / grown)
+    return out
