@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
-SCORES = 1 << 28  # bytes of attention scores alive at once where no fused kernel runs
+SCORES = 1 << 24  # bytes of scores made at a time where no fused kernel runs; MLX queues about ten such pieces
 
 
 @partial(mx.compile, shapeless=True)
@@ -76,8 +76,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None
 
 
 def in_turn(attend, q: mx.array, rows: int) -> mx.array:
-    """Attention by `rows` queries at a time. Each part waits for the one before: left to itself, MLX would evaluate
-    the scores of all parts before the first softmax."""
+    """Attention by `rows` queries at a time. Each part waits for the one before: left to itself, MLX may make the
+    scores of all parts before the first softmax (twice the memory was measured)."""
     parts: list[mx.array] = []
     for i in range(0, q.shape[2], rows):
         part = q[:, :, i : i + rows]

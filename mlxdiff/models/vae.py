@@ -1,10 +1,12 @@
 """The VAE between pictures (B, H, W, 3) in [-1, 1] and latents (B, h, w, c) at the scale the diffusion model sees.
 Rombach et al. 2022; names as in diffusers' AutoencoderKL, attention in its newer ones."""
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
 
@@ -147,4 +149,34 @@ class VAE(nn.Module):
         z = (z / self.config.scale + self.config.shift).astype(self.decoder.conv_in.weight.dtype)
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)
-        return self.decoder(z)
+        if tile is None or max(z.shape[1:3]) <= tile:
+            return self.decoder(z)
+        return by_tiles(self.decoder, z, tile, 2 ** (len(self.config.channels) - 1))
+
+
+def by_tiles(decoder: Decoder, z: mx.array, tile: int, scale: int) -> mx.array:
+    """Tiles that overlap by a quarter, decoded in turn and blended. Norms see only their tile, so this comes close to
+    the whole decode but does not equal it."""
+    B, h, w, _ = z.shape
+    canvas = mx.zeros((B, h * scale, w * scale, decoder.conv_out.weight.shape[0]))
+    for y, wy in windows(h, tile, scale):
+        for x, wx in windows(w, tile, scale):
+            part = decoder(mx.depends(z[:, y : y + tile, x : x + tile], canvas))  # not all at once: see layers.in_turn
+            weight = mx.array((wy[:, None, None] * wx[:, None]).astype(np.float32))  # (H, W, 1)
+            Y, X = slice(y * scale, y * scale + len(wy)), slice(x * scale, x * scale + len(wx))
+            canvas[:, Y, X] += part * weight
+    return canvas.astype(z.dtype)
+
+
+def windows(n: int, tile: int, scale: int) -> list[tuple[int, np.ndarray]]:
+    """Tiles along n latents: where each begins, and its share of its pixels, `scale` a latent; shares sum to one."""
+    overlap = max(1, tile // 4)
+    count = max(1, math.ceil((n - overlap) / (tile - overlap)))
+    tile = min(tile, n)
+    starts = [round(i * (n - tile) / max(1, count - 1)) for i in range(count)]
+    i = (np.arange(tile * scale) + 0.5) / (overlap * scale)
+    ramp = np.sin(np.pi / 2 * np.clip(np.minimum(i, i[::-1]), 0, 1)) ** 2
+    total = np.zeros(n * scale)
+    for s in starts:
+        total[s * scale : (s + tile) * scale] += ramp
+    return [(s, ramp / total[s * scale : (s + tile) * scale]) for s in starts]

@@ -8,14 +8,22 @@ from mlx.utils import tree_flatten
 
 
 def randomize(theirs: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """torch's own initialisation, but with norms that scale and shift, and biases that matter."""
+    """Weights that keep the scale of what they are given, norms that scale and shift, biases that matter."""
     torch.manual_seed(seed)
     for name, p in theirs.named_parameters():
         if p.ndim == 1:
-            p.data = torch.randn_like(p) * 0.3 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        elif "embedding.weight" not in name:  # CLIP's own 0.02 would leave nothing of the deep layers to see
+            torch.nn.init.normal_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
+        else:
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     return theirs.eval().requires_grad_(False)
+
+
+def quieten(theirs: torch.nn.Module, to: float) -> torch.nn.Module:
+    """Everything but the norms scaled down, until the eps inside each norm counts."""
+    for name, p in theirs.named_parameters():
+        if "norm" not in name:
+            p.mul_(to)
+    return theirs
 
 
 def give(theirs: torch.nn.Module, ours, dtype: mx.Dtype = mx.float32):

@@ -57,7 +57,7 @@ def test_clip_equals_transformers(config):
     out = ours(mx.array(ids.astype(np.int32)))
     assert len(out.states) == len(states) == config.layers + 1
     for ours_k, theirs_k in zip(out.states, states, strict=True):  # every layer clip skip may choose
-        assert error(ours_k, theirs_k) < 1e-5  # float32 sums in another order; 1e-6 is seen
+        assert error(ours_k, theirs_k) < 1e-5  # float32 sums in another order; 5e-7 is seen
     assert error(out.last, last) < 1e-5
     assert error(out.pooled, pooled) < 1e-5
 
@@ -73,7 +73,7 @@ def test_pooled_without_eos_is_at_the_highest_id():
     assert error(ours(mx.array(ids.astype(np.int32))).pooled, pooled) < 1e-5
 
 
-# A row of about twenty roundings in each of the layers, which add up as a random walk: some 10 eps at the worst value.
+# A row of about twenty roundings in each of the layers, which add up as a random walk: a few eps at the worst value.
 @pytest.mark.parametrize(
     ("dtype", "torch_dtype", "eps"), [(mx.float16, torch.float16, 2**-11), (mx.bfloat16, torch.bfloat16, 2**-8)]
 )
@@ -85,5 +85,5 @@ def test_half_precision_loses_only_rounding(dtype, torch_dtype, eps):
     _, last, pooled = reference(theirs, ids)
     out = ours(mx.array(ids.astype(np.int32)))
     assert out.last.dtype == out.pooled.dtype == dtype
-    assert error(out.last, last) < 10 * eps
-    assert error(out.pooled, pooled) < 10 * eps
+    assert error(out.last, last) < 8 * eps  # 3 eps is seen
+    assert error(out.pooled, pooled) < 8 * eps

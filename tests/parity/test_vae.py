@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from oracle import error, give, nchw, nhwc, randomize, rounded
+from oracle import error, give, nchw, nhwc, quieten, randomize, rounded
 
 from mlxdiff.models import layers, vae
 
@@ -68,7 +68,7 @@ def test_decode_equals_diffusers(config):
     theirs, ours = pair(config, 0)
     give(theirs, ours)
     z = latents(config, 1)
-    assert error(nchw(ours.decode(nhwc(z))), decoded(theirs, z)) < 1e-4  # float32 in another order; 3e-6 is seen
+    assert error(nchw(ours.decode(nhwc(z))), decoded(theirs, z)) < 1e-4  # float32 in another order; 1e-6 is seen
 
 
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
@@ -83,6 +83,14 @@ def test_encode_equals_diffusers(config, h, w):
     assert error(nchw(logvar), theirs_logvar) < 1e-4
 
 
+def test_eps_of_every_norm_is_the_reference():
+    """1e-6 everywhere; loud weights hide it."""
+    theirs, ours = pair(SD, 0)
+    give(quieten(theirs, 0.01), ours)
+    z = latents(SD, 1)
+    assert error(nchw(ours.decode(nhwc(z))), decoded(theirs, z)) < 1e-4
+
+
 def test_attention_in_chunks_equals_diffusers(monkeypatch):
     monkeypatch.setattr(layers, "SCORES", 2 * 35 * 4 * 6)  # six of the 35 queries at a time
     theirs, ours = pair(SD, 4)
@@ -91,7 +99,7 @@ def test_attention_in_chunks_equals_diffusers(monkeypatch):
     assert error(nchw(ours.decode(nhwc(z))), decoded(theirs, z)) < 1e-4
 
 
-# Some 30 roundings in a row, which add up as a random walk, and the worst of 3360 values: about 20 eps.
+# Some 30 roundings in a row, which add up as a random walk, and the worst of 3360 values: a few eps.
 @pytest.mark.parametrize(
     ("dtype", "torch_dtype", "eps"), [(mx.float16, torch.float16, 2**-11), (mx.bfloat16, torch.bfloat16, 2**-8)]
 )
@@ -101,4 +109,4 @@ def test_half_precision_loses_only_rounding(dtype, torch_dtype, eps):
     z = latents(SD, 7)
     out = ours.decode(nhwc(z))  # float32 latents: the decoder's own dtype wins
     assert out.dtype == dtype
-    assert error(nchw(out), decoded(theirs, z)) < 20 * eps
+    assert error(nchw(out), decoded(theirs, z)) < 8 * eps  # 3 eps is seen
