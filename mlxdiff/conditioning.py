@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .models.layers import sinusoid
+from .models.layers import sinusoids
 from .request import Request
 from .tokenizers import ClipTokenizer
 
@@ -89,4 +89,4 @@ def arguments(plan: Plan, text: Text, request: Request, negative: bool) -> dict[
 
 def guidance_embedding(guidance: float, width: int) -> mx.array:
     """What a consistency model takes in place of a second pass (Luo et al. 2023): a sinusoid of w = guidance - 1."""
-    return sinusoid(mx.array([1000.0 * (guidance - 1.0)]), width, flip=False, shift=1)
+    return sinusoids(mx.array([1000.0 * (guidance - 1.0)]), width, flip_sin_to_cos=False, freq_shift=1)

@@ -73,6 +73,11 @@ def load(
     return pipe
 
 
+def stream(prompt: str | Request, model: str | Path = registry.DEFAULT, **settings) -> Iterator[Event]:
+    """Load a model and draw with it once, event by event. To draw twice, keep what `load` gives."""
+    return load(model).stream(prompt, **settings)
+
+
 class Pipeline:
     """A model folder. Weights are read when a run needs them; the text encoders go before the denoiser comes."""
 
@@ -127,7 +132,7 @@ class Pipeline:
         schedule = schedules.discrete(self.model["schedule"], spec.grid)
         sigmas = schedules.sigmas(schedule, request.schedule, request.steps)
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
-        lo, hi = (sigmas[round(f * request.steps)] for f in request.interval)
+        high, low = (sigmas[round(f * request.steps)] for f in request.interval)
         texts = []
         for pipe, _ in parts:
             texts.append((yield from pipe._encode(request)))
@@ -137,7 +142,7 @@ class Pipeline:
         extra = {"draw": lambda: draw_nhwc(noise, *shape), "eta": request.eta} if spec.noisy else {}
         x, done = draw_nhwc(noise, *shape) * schedule.start(sigmas[0], request.schedule), 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (lo, hi))
+            denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (low, high))
             yield Event("denoise", done, request.steps, 0.0)
             begin = time.perf_counter()
             for state, x0 in spec.fn(denoise, x, part, **extra):
@@ -193,21 +198,25 @@ class Pipeline:
             sides[0]["guidance_embedding"] = conditioning.guidance_embedding(request.guidance, self.time_cond)
 
         def prepare(*sides: dict) -> dict:
-            batch = {k: mx.concatenate([mx.repeat(s[k], request.count, axis=0) for s in sides]) for k in sides[0]}
-            return net.prepare(ts, **{k: v.astype(_dtype(net)) for k, v in batch.items()})
+            def batch(name: str) -> mx.array:
+                return mx.concatenate([mx.repeat(side[name], request.count, axis=0) for side in sides])
 
-        passes = {"cond": prepare(sides[-1])}
+            return net.prepare(ts, **{name: batch(name) for name in sides[0]})
+
+        positive, guided = prepare(sides[-1]), ()
         if len(sides) == 2:
-            passes |= {"uncond": prepare(sides[0])} if self.low_memory else {"both": prepare(*sides)}
-        mx.eval(passes)
+            guided = (prepare(sides[0]), positive) if self.low_memory else (prepare(*sides),)
+        mx.eval(positive, guided)
         return guidance.denoiser(
             net,
             schedule,
             self.model["prediction"],
-            **passes,
-            scale=request.guidance,
+            positive,
+            guided,
+            scale=request.guidance if guided else 1.0,
             rescale=request.rescale,
             interval=span,
+            dtype=_dtype(net),
         )
 
     def _decode(self, z: mx.array) -> Iterator[Event]:
@@ -222,7 +231,9 @@ class Pipeline:
             image = images.to_image(np.array(pixels))
             yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
 
-    def _hand_over(self, request: Request, schedule: Discrete, sigmas: list[float]) -> list[tuple["Pipeline", list[float]]]:
+    def _hand_over(
+        self, request: Request, schedule: Discrete, sigmas: list[float]
+    ) -> list[tuple["Pipeline", list[float]]]:
         """The sigmas this model walks and those its refiner walks: timesteps below the cut are the refiner's."""
         cut = round(schedule.n * (1 - request.refine_at))
         k = sum(schedule.t(s) >= cut for s in sigmas[:-1])
