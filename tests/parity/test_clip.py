@@ -4,10 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from oracle import error, give, randomize, rounded
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from mlxdiff.models import clip
+
+from .oracle import error, give, randomize, rounded
 
 CASES = {
     "like CLIP-L": clip.Config(99, 77, 36, 3, 3, 70, "quick_gelu", None, 98, 1e-5),

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from oracle import error, give, nchw, nhwc, quieten, randomize, rounded
 
 from mlxdiff.models import unet
+
+from .oracle import error, give, nchw, nhwc, quieten, randomize, rounded
 
 SD1 = unet.Config(
     in_channels=4,
@@ -137,8 +138,8 @@ def test_unet_equals_diffusers(config, extra):
     assert error(nchw(out), reference(theirs, x, 481.25, cond)) < 1e-4  # float32 in another order; 1.4e-6 is seen
 
 
-def test_eps_of_every_norm_is_the_reference():
-    """Of resnets the config's eps, of transformers 1e-6, of layer norms 1e-5. Loud weights would hide a wrong one."""
+def test_eps_of_group_norms_is_the_reference():
+    """The config's in residual blocks, 1e-6 in transformers. Loud weights would hide a wrong one."""
     theirs, ours = pair(*CASES["sd1"], 0)
     give(quieten(theirs, 0.03), ours)
     x, cond = inputs(SD1, 1)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from oracle import error, give, nchw, nhwc, quieten, randomize, rounded
 
 from mlxdiff.models import layers, vae
+
+from .oracle import error, give, nchw, nhwc, quieten, randomize, rounded
 
 SD = vae.Config(
     in_channels=3,
@@ -84,7 +85,7 @@ def test_encode_equals_diffusers(config, h, w):
 
 
 def test_eps_of_every_norm_is_the_reference():
-    """1e-6 everywhere; loud weights hide it."""
+    """1e-6 everywhere. Loud weights would hide a wrong one."""
     theirs, ours = pair(SD, 0)
     give(quieten(theirs, 0.01), ours)
     z = latents(SD, 1)
