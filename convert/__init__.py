@@ -1,0 +1,6 @@
+"""Public checkpoints to model folders. `open` says what a source is, from headers; `convert` writes the folder."""
+
+from .checkpoint import PREDICTIONS, Checkpoint, Component, check, open
+from .write import convert
+
+__all__ = ["PREDICTIONS", "Checkpoint", "Component", "check", "convert", "open"]

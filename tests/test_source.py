@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from checkpoints import full, header, raw, sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mlxdiff import Error
 from mlxdiff.convert import source
+
+from .checkpoints import full, header, raw, sparse
 
 
 def entry(dtype="F32", shape=(2,), span=(0, 8)):

@@ -1,0 +1,86 @@
+"""`python -m mlxdiff.convert SOURCE -o DIR` writes a model folder; `--check` says what SOURCE is, from headers."""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..console import Parser, run
+from ..errors import Error
+from ..weights import BITS, DTYPES
+from . import PREDICTIONS, Checkpoint, check, convert, open
+
+_SHOWN = 20  # of what is unmapped or missing, in the text for people; --json has all
+
+
+def parser() -> Parser:
+    p = Parser(prog="mlxdiff convert", description="Turn a public checkpoint into a model folder, or check one.")
+    p.add_argument("source", metavar="SOURCE", type=Path, help=".safetensors file, or folder in diffusers layout")
+    p.add_argument("-o", "--output", metavar="DIR", type=Path, help="the model folder to write")
+    p.add_argument(
+        "-q", "--quantize", metavar="BITS", type=int, choices=BITS, help="3, 4, 5, 6, 8: smaller, not faster"
+    )
+    p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
+    p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, where the file does not say")
+    p.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer folder for a single-file checkpoint")
+    p.add_argument("--check", action="store_true", help="read headers only; exit 0 if every tensor is understood")
+    p.add_argument("--json", action="store_true", help="with --check: for machines")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return run("mlxdiff convert", lambda: _check(args) if args.check else _convert(args))
+
+
+def _convert(args) -> int:
+    if args.output is None:
+        raise Error("There is no folder to write to.", "Give one with -o DIR, or only look with --check.")
+    with tqdm(desc="convert", unit="", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+
+        def show(_: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        convert(args.source, args.output, args.quantize, args.dtype, args.prediction, args.tokenizer, show)
+    print(args.output)
+    return 0
+
+
+def _check(args) -> int:
+    checkpoint = open(args.source, args.prediction)
+    print(json.dumps(report(checkpoint)) if args.json else _describe(checkpoint))
+    check(checkpoint)
+    return 0
+
+
+def report(checkpoint: Checkpoint) -> dict:
+    return {
+        "family": checkpoint.family,
+        "variant": checkpoint.variant,
+        "layout": checkpoint.layout,
+        "components": {
+            name: {"tensors": len(c.weights), "parameters": c.parameters} for name, c in checkpoint.components.items()
+        },
+        "unmapped": list(checkpoint.unmapped),
+        "missing": checkpoint.missing,
+    }
+
+
+def _describe(checkpoint: Checkpoint) -> str:
+    lines = [f"{checkpoint.path}: {checkpoint.family}, {checkpoint.variant}, {checkpoint.layout} names"]
+    for name, c in checkpoint.components.items():
+        lines.append(f"  {name:16} {len(c.weights):5} tensors {c.parameters:14,} parameters")
+    for title, names in (
+        ("no place for", [f"{key!r}: {why}" for key, why in checkpoint.unmapped.items()]),
+        ("missing", checkpoint.missing),
+    ):
+        lines += [f"  {title} {n}" for n in names[:_SHOWN]]
+        if len(names) > _SHOWN:
+            lines.append(f"  ... and {len(names) - _SHOWN} more ({title})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

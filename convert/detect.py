@@ -1,0 +1,108 @@
+"""What a file is, from tensor names and shapes alone: its family, or the name of the thing we do not read."""
+
+import re
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import Error
+from .rules import Weight
+from .sd import DROPPED, SD1, SD2, Family
+from .sdxl import REFINER, SDXL
+from .source import Tensor
+
+FAMILIES = {
+    "sd1": SD1,
+    "sd2": SD2,
+    "sdxl": SDXL,
+    "sdxl-refiner": REFINER,
+    # Networks alone in a file: which family they serve cannot be told.
+    "clip": Family([(r"^", "text_encoder.")], ("text_encoder",), acts={}, pads={}),
+    "clip-g": Family([(r"^", "text_encoder_2.")], ("text_encoder_2",), acts={}, pads={}),
+    "vae": Family([*DROPPED, (r"^(first_stage_model\.|vae\.)?", "vae.")], ("vae",), acts={}, pads={}),
+}
+
+VARIANTS = {4: "base", 9: "inpaint", 8: "edit", 7: "upscale", 5: "depth"}  # by the U-Net's input channels
+
+# One key is enough, and the first row that finds one names the file.
+FOREIGN = [
+    (r"\.(lora_(down|up|mid|A|B)|lora|hada_w\d.*|lokr_.*|oft_.*|dora_scale)(\.|$)|\.lora_linear_layer\.", "a LoRA"),
+    (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
+    (
+        r"^control_model\.|^(controlnet_cond_embedding|controlnet_down_blocks|input_hint_block|zero_convs)\.",
+        "a ControlNet",
+    ),
+    (r"motion_modules\.", "an AnimateDiff motion module"),
+    (r"(^|\.)double_blocks\.\d|(^|\.)single_(transformer_)?blocks\.\d|^redux_(up|down)\.", "a FLUX model"),
+    (
+        r"(^|\.)joint_blocks\.\d|^text_encoders\.(clip_[lg]|t5xxl)\.|^transformer_blocks\.\d+\.attn\.add_q_proj\.",
+        "an SD3 model",
+    ),
+    (r"(^|\.)block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
+    (r"^(decoder|encoder)\.layers\.\d+\.conv\.|^\d+\.conv\.\d+\.weight$", "a TAESD (tiny VAE)"),
+    (r"^(vision_model|visual|visual_projection)\.", "a CLIP vision model"),
+    (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion"),
+    (r"^edm_(mean|std)$|^edm_vpred\.", "an SDXL model with EDM noise (Playground 2.5, CosXL)"),
+    (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
+]
+
+_UNET = r"(input_blocks\.0\.0|conv_in)\.weight"
+_ADDED = r"(label_emb\.0\.0|add_embedding\.linear_1)\.weight"
+_CONTEXT = r"attn2\.to_k\.weight"
+
+
+def family(path, tensors: dict[str, Tensor]) -> str:
+    """The key of FAMILIES."""
+
+    def has(pattern: str) -> bool:
+        return any(re.search(pattern, n) for n in tensors)
+
+    def shape(pattern: str) -> tuple[int, ...]:
+        return next((t.shape for n, t in tensors.items() if re.search(pattern, n)), ())
+
+    if has(rf"^((model\.)?diffusion_model\.)?{_UNET}$") and has(r"(input_blocks|down_blocks)\.\d"):
+        for pattern, what in FOREIGN:
+            if has(pattern):
+                _refuse(path, what)
+        if has(_ADDED):
+            if has(r"^conditioner\.embedders\.1\."):
+                return "sdxl"
+            added, context = shape(_ADDED), shape(_CONTEXT)
+            # Alone, the refiner's U-Net shows itself: it reads and is told the same text vector, SDXL's reads two.
+            lone = len(added) == len(context) == 2 and added[1] - context[1] == REFINER.sizes * 256
+            return "sdxl-refiner" if lone or has(r"^conditioner\.embedders\.0\.model\.") else "sdxl"
+        return "sd1" if len(shape(r"\.proj_in\.weight$")) == 4 else "sd2"
+    for pattern, what in FOREIGN:
+        if has(pattern):
+            _refuse(path, what)
+    if has(r"^(first_stage_model\.|vae\.)?decoder\.conv_in\.weight$"):
+        latents = shape(r"decoder\.conv_in\.weight$")[1:2]
+        if latents == (16,):
+            _refuse(path, "a VAE of SD3 or FLUX")
+        return "vae"
+    if has(r"^((text_model\.)?embeddings\.)?token_embedding\.weight$"):
+        width = shape(r"token_embedding\.weight$")[1:2]
+        return "clip-g" if has(r"^text_projection") and width != (768,) else "clip"
+    raise Error(
+        f"{path} is no checkpoint that is known here; its first tensor is {min(tensors, default='none')!r}.",
+        "Give a Stable Diffusion 1.x, 2.x or XL checkpoint.",
+    )
+
+
+def original(tensors: dict[str, Tensor]) -> bool:
+    """Whether the names are the original authors' (LDM, OpenCLIP) and not diffusers' and transformers'."""
+    marks = r"^(model|first_stage_model|cond_stage_model|conditioner)\.|^input_blocks\.|\.mid\.block_1\.|\.?resblocks\."
+    return any(re.search(marks, n) for n in tensors)
+
+
+def prediction_sd2(weights: dict[str, Weight]) -> str:
+    """eps or v. SD 2.x at 512 pixels predicts eps and at 768 v, in files alike but for the numbers. ComfyUI's rule: the
+    last attention's first norm has biases that spread above 0.09 where v is predicted. All zero, they were never
+    trained, and diffusers' rule holds: v."""
+    last = max(w for w in weights if w.endswith("transformer_blocks.0.norm1.bias"))  # up_blocks sort last
+    spread = np.std(np.array(weights[last].array().astype(mx.float32)))
+    return "v" if spread > 0.09 or spread == 0 else "eps"
+
+
+def _refuse(path, what: str):
+    raise Error(f"{path} is {what}, which is not supported yet.", "Give a Stable Diffusion 1.x, 2.x or XL checkpoint.")

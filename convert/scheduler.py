@@ -1,0 +1,69 @@
+"""The noise schedule a model was trained with, in our terms: from diffusers' scheduler_config.json, or the one all the
+single files of these families share. sampler None: diffusers' own is not among ours."""
+
+from .settings import Settings
+
+# Of the Stable Diffusion authors (v1-inference.yaml) and, for spacing and offset, of the published diffusers folders.
+SINGLE = {
+    "betas": "scaled_linear",
+    "start": 0.00085,
+    "end": 0.012,
+    "steps": 1000,
+    "zero_snr": False,
+    "spacing": "leading",
+    "offset": 1,
+    "final_alpha_one": False,
+    "sampler": None,
+}
+
+# class -> (our sampler, spacing where the file names none)
+_CLASSES = {
+    "DDIMScheduler": ("ddim", "leading"),
+    "DDPMScheduler": ("ddpm", "leading"),
+    "DEISMultistepScheduler": (None, "linspace"),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace"),
+    "DPMSolverSDEScheduler": ("dpmpp_sde", "linspace"),
+    "DPMSolverSinglestepScheduler": (None, "linspace"),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
+    "EulerDiscreteScheduler": ("euler", "linspace"),
+    "HeunDiscreteScheduler": ("heun", "linspace"),
+    "KDPM2AncestralDiscreteScheduler": (None, "linspace"),
+    "KDPM2DiscreteScheduler": (None, "linspace"),
+    "LCMScheduler": ("lcm", "leading"),
+    "LMSDiscreteScheduler": (None, "linspace"),
+    "PNDMScheduler": (None, "leading"),
+    "TCDScheduler": (None, "leading"),
+    "UniPCMultistepScheduler": ("unipc", "linspace"),
+}
+_SOLVERS = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}  # of DPMSolverMultistepScheduler
+_BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_OLD = ("HeunDiscreteScheduler", "KDPM2", "DPMSolverSDE", "LCMScheduler", "TCDScheduler")  # start from SD's betas
+
+
+def from_json(s: Settings) -> tuple[dict, str]:
+    """The schedule, and what the network predicts. What the file leaves out is the class's default."""
+    cls = s.one("_class_name", None, list(_CLASSES))
+    sampler, spacing = _CLASSES[cls]
+    if cls == "DPMSolverMultistepScheduler":
+        sampler = _SOLVERS.get(s.get("algorithm_type", "dpmsolver++"))
+    spacing = s.one("timestep_spacing", spacing, ["leading", "trailing", "linspace"])
+    if cls == "LCMScheduler":
+        s.one("original_inference_steps", 50, [50])
+        spacing = "lcm"
+    for name in ("karras", "exponential", "beta"):
+        spacing = name if s.flag(f"use_{name}_sigmas", False) else spacing
+    s.one("trained_betas", None, [None])
+    start, end = (0.00085, 0.012) if cls.startswith(_OLD) else (0.0001, 0.02)
+    betas = "scaled_linear" if cls in ("LCMScheduler", "TCDScheduler") else "linear"
+    return {
+        "betas": _BETAS[s.one("beta_schedule", betas, list(_BETAS))],
+        "start": s.number("beta_start", start),
+        "end": s.number("beta_end", end),
+        "steps": s.whole("num_train_timesteps", 1000),
+        "zero_snr": s.flag("rescale_betas_zero_snr", False),
+        "spacing": spacing,
+        "offset": s.one("steps_offset", 0, [0, 1]),
+        "final_alpha_one": s.flag("set_alpha_to_one", cls != "PNDMScheduler"),
+        "sampler": sampler,
+    }, _PREDICTIONS[s.one("prediction_type", "epsilon", list(_PREDICTIONS))]

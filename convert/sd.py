@@ -1,0 +1,51 @@
+"""Stable Diffusion 1.x and 2.x in one file: which key belongs to which network, and what no shape tells."""
+
+from dataclasses import dataclass
+
+from .rules import Row
+
+# EMA copies are dropped: model.diffusion_model holds what the publisher meant to be used (in "emaonly" files the
+# average itself), and the reference reads the same. The copies' names lack the dots and could not be mapped safely.
+DROPPED: list[Row] = [
+    (r"^model_ema\.", None),
+    (r"^(betas|alphas_cumprod(_prev)?|sqrt_.*alphas_cumprod|log_one_minus_alphas_cumprod|posterior_\w+)$", None),
+    (r"^(sqrt_recipm1_alphas_cumprod|lvlb_weights|logvar|scale_factor|global_step|epoch)$", None),  # of training
+    (r"^(v_pred|ztsnr|denoiser\.sigmas)$", None),  # marks without numbers; detect reads them by name
+    (r"^embedding_manager\.", None),  # textual inversion's own copy of the text encoder
+    (r"^(cond_stage_model|conditioner\.embedders\.\d)\.logit_scale$", None),
+]
+UNET: Row = (
+    r"^((model\.)?diffusion_model\.|(?=(input|middle|output|down|mid|up)_blocks?\.|time_embed(ding)?\."
+    r"|label_emb\.|add_embedding\.|out\.\d\.|conv_(in|out|norm_out)\.))",
+    "unet.",
+)
+VAE: Row = (r"^first_stage_model\.", "vae.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one family's single files look like, and what of it no shape tells."""
+
+    table: list[Row]  # foreign key -> component.rest
+    components: tuple[str, ...]  # that a whole model has
+    acts: dict[str, str]  # text encoder -> activation
+    pads: dict[str, str]  # tokenizer -> the token it fills up with
+    scale: float = 0.18215  # of the VAE's latents
+    sizes: int = 0  # numbers, beside the pooled text, that the U-Net is told
+    zero_negative: bool = False  # no negative prompt is zeros, not an empty text
+
+
+SD1 = Family(
+    # ComfyUI once wrote `clip_l.` in between, and trainers before transformers 4 no `text_model.` (see clip).
+    table=[*DROPPED, UNET, VAE, (r"^cond_stage_model\.(clip_l\.)?transformer\.", "text_encoder.")],
+    components=("text_encoder", "unet", "vae"),
+    acts={"text_encoder": "quick_gelu"},
+    pads={"tokenizer": "<|endoftext|>"},
+)
+
+SD2 = Family(
+    table=[*DROPPED, UNET, VAE, (r"^(cond_stage_model|conditioner\.embedders\.0)\.model\.", "text_encoder.")],
+    components=("text_encoder", "unet", "vae"),
+    acts={"text_encoder": "gelu"},
+    pads={"tokenizer": "!"},  # OpenCLIP fills with id 0
+)

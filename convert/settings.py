@@ -1,0 +1,64 @@
+"""A foreign config.json, read strictly: a value of the wrong kind, or one not implemented, is an Error that names it.
+Keys nobody asks for are left alone, as the reference leaves them."""
+
+from pathlib import Path
+
+from ..errors import Error
+from .source import read_json
+
+_FIX = "Use a checkpoint of a supported model; `python -m mlxdiff.convert FILE --check` says what a file is."
+
+
+class Settings:
+    def __init__(self, path: Path):
+        self.path, self.values = path, read_json(path)
+        architectures = self.values.get("architectures")
+        named = architectures[0] if isinstance(architectures, list) and architectures else None
+        self.cls = str(self.values.get("_class_name", named))
+
+    def get(self, key: str, default: object) -> object:
+        return self.values.get(key, default)
+
+    def refuse(self, key: str, value: object):
+        raise Error(f"{self.path} has {key} = {value!r}, which is not supported.", _FIX)
+
+    def one(self, key: str, default: object, allowed: list) -> object:
+        value = self.get(key, default)
+        if value not in allowed:
+            self.refuse(key, value)
+        return value
+
+    def whole(self, key: str, default: int) -> int:
+        return self._whole(key, self.get(key, default))
+
+    def _whole(self, key: str, value: object, least: int = 1) -> int:
+        if type(value) is not int or not least <= value < 2**31:
+            self.refuse(key, value)
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not abs(value) < 1e30:
+            self.refuse(key, value)
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self.one(key, default, [False, True]))
+
+    def wholes(self, key: str, default: list[int], n: int | None = None) -> tuple[int, ...]:
+        """A list of positive integers; a single one stands for `n` of them."""
+        value = self.get(key, default)
+        value = [value] * n if n is not None and type(value) is int else value
+        if not isinstance(value, list) or not value or (n is not None and len(value) != n):
+            self.refuse(key, value)
+        return tuple(self._whole(key, v) for v in value)
+
+    def layers(self, key: str, value: object, counts: list[int]) -> list[tuple[int, ...]]:
+        """Transformer layers of each attention, per block: one number for all, one a block, or a list a block."""
+        value = [value] * len(counts) if type(value) is int else value
+        if not isinstance(value, list) or len(value) != len(counts):
+            self.refuse(key, value)
+        per_block = [v if isinstance(v, list) else [v] * n for v, n in zip(value, counts, strict=True)]
+        if any(len(v) != n for v, n in zip(per_block, counts, strict=True)):
+            self.refuse(key, value)
+        return [tuple(self._whole(key, v, least=0) for v in block) for block in per_block]

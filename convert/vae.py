@@ -1,0 +1,74 @@
+"""The VAE (AutoencoderKL): the original names, and diffusers' with its newer and its older attention names."""
+
+import re
+
+from ..models.vae import Config
+from .rules import Row, Shapes
+from .settings import Settings
+
+TABLE: list[Row] = [
+    (r"^(loss|model_ema)\.", None),  # the discriminator, and counters of an average whose weights are the file's own
+    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."),
+    (r"\.attentions\.0\.(q|query)\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.(k|key)\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.(v|value)\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.(proj_out|proj_attn)\.", ".attentions.0.to_out.0."),
+]
+
+
+def table(names: list[str]) -> list[Row]:
+    """The original counts the decoder's levels from the finest, diffusers from the coarsest."""
+    levels = len({m[1] for n in names if (m := re.match(r"decoder\.up\.(\d+)\.", n))})
+    rows = list(TABLE)
+    for i, ours in enumerate(reversed(range(levels))):
+        rows.append((rf"^decoder\.up\.{i}\.block\.", f"decoder.up_blocks.{ours}.resnets."))
+        rows.append((rf"^decoder\.up\.{i}\.upsample\.", f"decoder.up_blocks.{ours}.upsamplers.0."))
+    return rows
+
+
+def config(shapes: Shapes, scale: float) -> Config:
+    """Read off the shapes, names already ours. Not in them: groups (32 in every published VAE) and the scale."""
+    levels = shapes.count(r"encoder\.down_blocks\.(\d+)\..*")
+    return Config(
+        in_channels=shapes.size("encoder.conv_in.weight", 1),
+        out_channels=shapes.size("decoder.conv_out.weight", 0),
+        latent_channels=shapes.size("decoder.conv_in.weight", 1),
+        channels=tuple(shapes.size(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(levels)),
+        layers=shapes.count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*"),
+        groups=32,
+        scale=scale,
+        shift=0.0,
+        quant_conv="quant_conv.weight" in shapes,
+        post_quant_conv="post_quant_conv.weight" in shapes,
+        mid_attention="decoder.mid_block.attentions.0.to_q.weight" in shapes,
+    )
+
+
+def from_json(s: Settings, cls: str) -> Config:
+    """From diffusers' config.json."""
+    channels = s.wholes("block_out_channels", [64])
+    s.one("act_fn", "silu", ["silu"])
+    s.one("down_block_types", ["DownEncoderBlock2D"], [["DownEncoderBlock2D"] * len(channels)])
+    s.one("up_block_types", ["UpDecoderBlock2D"], [["UpDecoderBlock2D"] * len(channels)])
+    s.one("latents_mean", None, [None])
+    s.one("latents_std", None, [None])
+    return Config(
+        in_channels=s.whole("in_channels", 3),
+        out_channels=s.whole("out_channels", 3),
+        latent_channels=s.whole("latent_channels", 4),
+        channels=channels,
+        layers=s.whole("layers_per_block", 1),
+        groups=s.whole("norm_num_groups", 32),
+        scale=s.number("scaling_factor", 0.18215),
+        shift=0.0 if s.get("shift_factor", None) is None else s.number("shift_factor", 0.0),
+        quant_conv=s.flag("use_quant_conv", True),
+        post_quant_conv=s.flag("use_post_quant_conv", True),
+        mid_attention=s.flag("mid_block_add_attention", True),
+    )

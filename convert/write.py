@@ -1,0 +1,175 @@
+"""A checkpoint to a model folder that appears whole or not at all, its weights streamed tensor by tensor."""
+
+import contextlib
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import weights
+from ..errors import Error
+from ..registry import FAMILIES
+from . import detect, rules
+from . import tokenizer as copying
+from .checkpoint import FULL, Checkpoint, check, open
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    bits: int | None = None,
+    dtype: str | None = None,
+    prediction: str | None = None,
+    tokenizer: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Write `source` as a model folder at `target`, which appears whole or not at all. The weights pass one by one.
+
+    source, prediction: see `open`. bits: 3, 4, 5, 6 or 8 to quantize. dtype: float32, float16 or bfloat16; by default
+    what suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told
+    ("convert", bytes done, bytes in all)."""
+    target = Path(target)
+    _vacant(target)
+    dtype = weights.default_dtype() if dtype is None else dtype
+    for what, value, known in (("bits", bits, (None, *weights.BITS)), ("dtype", dtype, tuple(weights.DTYPES))):
+        if value not in known:
+            raise Error(f"{what} {value!r} is not one that can be stored.", f"Use one of {', '.join(map(str, known))}.")
+    checkpoint = open(source, prediction)
+    check(checkpoint)
+    _whole(checkpoint)
+    words = _words(checkpoint, None if tokenizer is None else Path(tokenizer))
+    made = target.absolute().parent / f".{target.name}-{secrets.token_hex(4)}.part"
+    fresh = [p for p in made.parents if not p.exists()]
+    try:
+        try:
+            made.mkdir(parents=True)
+            _write(checkpoint, made, bits, dtype, words, (lambda *_: None) if progress is None else progress)
+            _place(made, target)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            for folder in fresh:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+    except OSError as e:
+        raise Error(f"{target} cannot be written: {e.strerror}.", "Check the free space and the permissions.") from None
+    return target
+
+
+def _whole(checkpoint: Checkpoint) -> None:
+    """Raise unless a picture can be drawn with this."""
+    held = list(checkpoint.components)
+    lacking = [c for c in detect.FAMILIES[checkpoint.family].components if c not in held]
+    if checkpoint.family not in FAMILIES or lacking:
+        also = f", without {', '.join(lacking)}" if lacking else ""
+        raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", FULL)
+    if checkpoint.variant not in ("base", "inpaint", "lcm"):
+        raise Error(
+            f"{checkpoint.path} is of the {checkpoint.variant} variant of {checkpoint.family}, which cannot draw yet.",
+            "Use a text-to-image checkpoint.",
+        )
+
+
+def _words(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[Path, str | None]]:
+    """Where each tokenizer is taken from and, if it is another model's, what it has to fill up with."""
+    words = {}
+    for name, pad in detect.FAMILIES[checkpoint.family].pads.items():
+        if name in checkpoint.tokenizers:
+            words[name] = checkpoint.tokenizers[name], None
+        elif given is not None:
+            folder = copying.find(given, name)
+            words[name] = folder, None if folder == given / name else pad
+        else:
+            raise Error(
+                f"{checkpoint.path} has no tokenizer.",
+                "Pass --tokenizer with the tokenizer folder of a model in diffusers layout.",
+            )
+        encoder = checkpoint.components[name.replace("tokenizer", "text_encoder")]
+        copying.check(words[name][0], encoder.config.vocab)
+    return words
+
+
+def _write(checkpoint: Checkpoint, folder: Path, bits: int | None, dtype: str, words: dict, progress: Callable) -> None:
+    writers = []
+    for name, part in checkpoint.components.items():
+        kind = weights.component_dtype(checkpoint.family, name, dtype)
+        writer = weights.Writer(folder / f"{name}.safetensors", name, asdict(part.config), kind, bits)
+        writers.append((part, writer, weights.DTYPES[kind]))
+    size, free = sum(w.size for _, w, _ in writers), shutil.disk_usage(folder).free
+    if free < size:
+        raise Error(
+            f"{folder.parent} has {free / 1e9:.2f} GB free; the model needs {size / 1e9:.2f} GB.",
+            "Free some space, write elsewhere, or make it smaller with -q.",
+        )
+    done, total = 0, sum(p.parameters for p, _, _ in writers)
+    for part, writer, kind in writers:
+        with writer:
+            for key, weight in part.weights.items():
+                progress("convert", done, total)
+                writer.put(key, _sound(weight, kind))
+                done += math.prod(weight.shape)
+    progress("convert", total, total)
+    for name, (place, pad) in words.items():
+        if pad is None:
+            copying.copy(place, folder / name)
+        else:
+            copying.borrow(place, folder / name, pad)
+    model = {
+        "format": weights.FORMAT,
+        "name": checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.resolve().name,
+        "family": checkpoint.family,
+        "variant": checkpoint.variant,
+        "prediction": checkpoint.prediction,
+        "source": str(checkpoint.path.resolve()),
+        "recipe": {"dtype": dtype, "bits": bits},
+        "schedule": checkpoint.schedule,
+        "zero_negative": checkpoint.zero_negative,
+        "components": {name: asdict(c.config) for name, c in checkpoint.components.items()},
+        "tokenizers": list(words),
+    }
+    weights.write_json(folder / "model.json", model)
+
+
+def _sound(weight: rules.Weight, dtype: mx.Dtype) -> mx.array:
+    """The weight in its place's layout and type, all of it finite."""
+    stored = weight.array()
+    value = stored.astype(dtype)
+    if mx.isfinite(value).all().item():
+        return value
+    name, file = weight.tensor.name, weight.tensor.file
+    if mx.isfinite(stored).all().item():
+        raise Error(f"{name!r} in {file} has numbers too large for {dtype}.", "Pass --dtype bfloat16 or float32.")
+    raise Error(f"{name!r} in {file} has numbers that are NaN or infinite.", "Use another copy of this checkpoint.")
+
+
+def _vacant(target: Path) -> None:
+    """What is overwritten: nothing, an empty folder, or a model folder."""
+    if target.is_dir():
+        if any(target.iterdir()) and not (target / "model.json").is_file():
+            raise Error(f"{target} is a folder of something else.", "Give a new folder, or an older model folder.")
+    elif os.path.lexists(target):
+        raise Error(f"{target} exists and is no folder.", "Give a new folder.")
+
+
+def _place(made: Path, target: Path) -> None:
+    """Give the finished folder its name, on disk too; an older model folder of that name goes."""
+    _sync(made)
+    old = made.with_suffix(".old")
+    if target.is_dir():
+        os.rename(target, old)
+    os.rename(made, target)
+    _sync(made.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
