@@ -142,7 +142,7 @@ class Pipeline:
         extra = {"draw": lambda: draw_nhwc(noise, *shape), "eta": request.eta} if spec.noisy else {}
         x, done = draw_nhwc(noise, *shape) * schedule.start(sigmas[0], request.schedule), 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (low, high))
+            denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (high, low))
             yield Event("denoise", done, request.steps, 0.0)
             begin = time.perf_counter()
             for state, x0 in spec.fn(denoise, x, part, **extra):
@@ -203,17 +203,16 @@ class Pipeline:
 
             return net.prepare(ts, **{name: batch(name) for name in sides[0]})
 
-        positive, guided = prepare(sides[-1]), ()
+        conds = {"cond": prepare(sides[-1])}
         if len(sides) == 2:
-            guided = (prepare(sides[0]), positive) if self.low_memory else (prepare(*sides),)
-        mx.eval(positive, guided)
+            conds |= {"uncond": prepare(sides[0])} if self.low_memory else {"both": prepare(*sides)}
+        mx.eval(conds)
         return guidance.denoiser(
             net,
             schedule,
             self.model["prediction"],
-            positive,
-            guided,
-            scale=request.guidance if guided else 1.0,
+            **conds,
+            scale=request.guidance if len(sides) == 2 else 1.0,
             rescale=request.rescale,
             interval=span,
             dtype=_dtype(net),
