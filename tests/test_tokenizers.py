@@ -5,7 +5,6 @@ import random
 import unicodedata
 from itertools import pairwise
 
-import clip_vocab
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from transformers import CLIPTokenizer
 
 from mlxdiff import Error, tokenizers
 from mlxdiff.tokenizers import parse_weights
+from tests import clip_vocab
 
 BOS, EOS = clip_vocab.BOS, clip_vocab.EOS
 

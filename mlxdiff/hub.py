@@ -1,0 +1,245 @@
+"""Files of a hub repository, through huggingface_hub into its ordinary cache (HF_HOME, HF_ENDPOINT, HF_TOKEN count). A
+file that was cut off goes on where it stopped, also in a later process. Every failure becomes an Error with its fix."""
+
+import errno
+import hashlib
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub as hf
+from huggingface_hub import constants, errors
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import (
+    WeakFileLock,
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+
+from .errors import Error
+
+Progress = Callable[[str, int, int], None]
+FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+# model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and the index model.safetensors.index.fp16.json
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
+    r"(?:\.index(?:\.(?P<shards_of>\w+))?\.json)?"
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")  # what the hub gives as ETag of every large file
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids the network."""
+    return constants.HF_HUB_OFFLINE
+
+
+def listing(repo: str, revision: str) -> tuple[str, dict[str, int]]:
+    """The commit a revision stands for now, and its files with their sizes. One request."""
+    with _explained(repo, revision):
+        info = hf.HfApi(endpoint=constants.ENDPOINT).model_info(repo, revision=revision, files_metadata=True)
+    return info.sha, {file.rfilename: file.size for file in info.siblings}
+
+
+def held(repo: str, revision: str) -> tuple[str, dict[str, int]]:
+    """What `listing` says, from the hub's cache alone."""
+    ref = _folder(repo) / "refs" / revision
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    folder = _folder(repo) / "snapshots" / commit
+    if not folder.is_dir():
+        raise _absent(repo)
+    return commit, {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+
+
+def select(repo: str, names: dict[str, int], half: bool, file: str | None) -> list[str]:
+    """The files of a repository that are needed: settings, tokenizers and one safetensors variant of each network."""
+    single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors"))
+    if file is not None or "model_index.json" not in names:
+        if file in names:
+            return [file]
+        choices = f"Choose one: {', '.join(f'{repo}/{n}' for n in single)}." if single else "Use another repository."
+        what = "is not a model in diffusers layout (no model_index.json)" if file is None else f"has no file {file}"
+        raise Error(f"{repo} {what}.", choices)
+    chosen = ["model_index.json"]
+    for folder in FOLDERS:
+        inside = [n for n in names if n.startswith(f"{folder}/") and n.count("/") == 1]
+        chosen += [n for n in inside if n.endswith((".json", ".txt")) and ".index." not in n]
+        chosen += _variant(repo, folder, inside, half)
+    return chosen
+
+
+def _variant(repo: str, folder: str, inside: list[str], half: bool) -> list[str]:
+    """fp16 where half precision is enough and there is one, else the plain weights; pickles never."""
+    found: dict[str | None, list[str]] = {}
+    for name in inside:
+        match = _WEIGHTS.fullmatch(name.rpartition("/")[2])
+        if match is not None:
+            found.setdefault(match["variant"] or match["shards_of"], []).append(name)
+    order = ("fp16", None) if half else (None, "fp16")
+    for variant in order:
+        if any(n.endswith(".safetensors") for n in found.get(variant, [])):
+            return found[variant]
+    if any(n.endswith((".bin", ".ckpt", ".pt")) for n in inside):
+        raise Error(
+            f"{repo} has {folder} only as a pickle, which can run any code when it is opened; it is not read.",
+            "Use a repository that has .safetensors files, or convert this one where you trust it.",
+        )
+    return []
+
+
+def download(repo: str, revision: str, commit: str, files: dict[str, int], progress: Progress) -> Path:
+    """The folder of the snapshot, holding at least `files` (name -> bytes)."""
+    folder = _folder(repo) / "snapshots" / commit
+    missing = {name: size for name, size in files.items() if not (folder / name).exists()}
+    total = sum(files.values())
+    done = total - sum(missing.values())
+    progress("download", done, total)
+    with _explained(repo, revision), _no_bars():
+        for name, size in missing.items():
+            _fetch(repo, commit, name, size, lambda n, before=done: progress("download", before + n, total))
+            # The bytes are there: this only links them into the snapshot, and notes what the revision stands for.
+            path = hf.hf_hub_download(repo, name, revision=revision)
+            if not Path(path).is_relative_to(folder):
+                raise Error(f"{repo} changed while it was being downloaded.", "Run the same command again.")
+            done += size
+    progress("download", total, total)
+    return folder
+
+
+def snapshots(pattern: str) -> list[Path]:
+    """What matches, of all the repositories in the hub's cache."""
+    return sorted(Path(constants.HF_HUB_CACHE).glob(f"models--*/snapshots/*/{pattern}"))
+
+
+def _folder(repo: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def _fetch(repo: str, commit: str, name: str, size: int, watch: Callable[[int], None]) -> None:
+    """Put one file among the cache's blobs. huggingface_hub 2 starts a file anew in each process; this does not."""
+    url = hf.hf_hub_url(repo, name, revision=commit, endpoint=constants.ENDPOINT)
+    meta = hf.get_hf_file_metadata(url)
+    etag, size = meta.etag, size if meta.size is None else meta.size
+    blob = _folder(repo) / "blobs" / etag
+    part = blob.with_name(f"{etag}.incomplete")
+    lock = Path(constants.HF_HUB_CACHE, ".locks", _folder(repo).name, f"{etag}.lock")
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if blob.exists():
+            return
+        begun = part.stat().st_size if part.exists() else 0
+        if begun > size or not _SHA256.fullmatch(etag):  # goes on only where the result can be checked
+            part.unlink(missing_ok=True)
+            begun = 0
+        if shutil.disk_usage(blob.parent).free < size - begun:
+            raise _full(repo, f"; {name} needs {(size - begun) / 1e9:.2f} GB")
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # compressed, a range would be of other bytes
+        with _Watched(part, watch) as file:
+            http_get(url, file, resume_size=begun, headers=headers, expected_size=size)
+        if begun and _sha256(part) != etag:  # a crash can leave a file longer than what reached the disk
+            part.unlink()
+            raise Error(f"{name} of {repo} was damaged on its way.", "Run the same command again.")
+        os.replace(part, blob)
+
+
+class _Watched(io.BufferedWriter):
+    """An open file, appended to, that tells how long it is after each write."""
+
+    def __init__(self, path: Path, watch: Callable[[int], None]):
+        super().__init__(io.FileIO(path, "a"))
+        self.watch = watch
+
+    def write(self, data: bytes) -> int:
+        written = super().write(data)
+        self.watch(self.tell())
+        return written
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Whoever called shows the progress."""
+    were_off = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            enable_progress_bars()
+
+
+def _transport() -> tuple[type[Exception], ...]:
+    """What the HTTP library raises: which library depends on huggingface_hub's version (requests, httpx, httpx2)."""
+    names = {"requests": "RequestException", "httpx": "HTTPError", "httpx2": "HTTPError"}
+    return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
+
+
+@contextmanager
+def _explained(repo: str, revision: str) -> Iterator[None]:
+    site = constants.ENDPOINT
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise Error(
+            f"{repo} is gated: its licence has to be accepted.", f"Accept it at {site}/{repo}, then {log_in}."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise Error(f"{repo} has no revision {revision!r}.", "Name a branch, a tag or a commit that it has.") from None
+    except errors.RepositoryNotFoundError:
+        raise Error(
+            f"There is neither a folder {repo} here, nor a repository of that name at {site} that you may read.",
+            f"Check the spelling; if it is private, {log_in}.",
+        ) from None
+    except errors.HFValidationError as e:
+        raise Error(f"{repo!r} is not a hub id: {e}.", "Hub ids look like some-org/some-repo.") from None
+    except errors.OfflineModeIsEnabled:
+        raise _absent(repo) from None
+    except errors.LocalEntryNotFoundError as e:  # how hf_hub_download tells that the network failed
+        raise _unreachable(site, e) from None
+    except errors.EntryNotFoundError as e:
+        raise Error(f"{repo} lacks a file that it lists: {e}.", "Run again; if it stays, use another model.") from None
+    except errors.HfHubHTTPError as e:
+        status = e.response.status_code
+        if status in (401, 403):
+            raise Error(f"{site} refused access to {repo} ({status}).", f"Renew your token: {log_in}.") from None
+        raise Error(f"{site} answered {status} for {repo}.", "Try again later; what was downloaded is kept.") from None
+    except _transport() as e:
+        raise _unreachable(site, e) from None
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(repo) from None
+        raise Error(f"Downloading {repo} failed: {e}.", "Run again: it goes on where it stopped.") from None
+
+
+def _full(repo: str, wants: str = "") -> Error:
+    free = shutil.disk_usage(constants.HF_HUB_CACHE).free / 1e9
+    return Error(
+        f"The disk is full: {constants.HF_HUB_CACHE} has {free:.2f} GB free for {repo}{wants}.",
+        "Free some space, or let HF_HOME point to a larger disk.",
+    )
+
+
+def _unreachable(site: str, e: Exception) -> Error:
+    return Error(
+        f"{site} cannot be reached ({type(e).__name__}).",
+        "Check the connection and run again: it goes on where it stopped. --offline uses what is already here.",
+    )
+
+
+def _absent(repo: str) -> Error:
+    return Error(f"{repo} is not on this machine, and the network may not be used.", "Run once without --offline.")

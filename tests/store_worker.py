@@ -1,0 +1,65 @@
+"""A process that resolves models as it is told to on its standard input, a JSON line each, with a converter that only
+copies. Environment (hub address, caches, offline) is read when a process starts, so the tests of the hub need one."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlxdiff.convert
+from mlxdiff import Error, store, weights
+
+
+def fake_open(source, prediction=None):
+    source = Path(source)
+    words = {"tokenizer": source / "tokenizer"} if (source / "tokenizer").is_dir() else {}
+    return SimpleNamespace(
+        path=source, family="sd1", components={}, unmapped={}, missing=[], tokenizers=words, prediction="eps"
+    )
+
+
+def fake_convert(source, target, bits, dtype, prediction, tokenizer, progress):
+    """Everything of the source in one component file, in order, so that a test can tell what was converted."""
+    source, target = Path(source), Path(target)
+    files = [source] if source.is_file() else sorted(f for f in source.rglob("*") if f.is_file())
+    progress("convert", 0, len(files))
+    target.mkdir()
+    (target / "tokenizer").mkdir()
+    names = {} if source.is_file() else {f.relative_to(source).as_posix(): f.stat().st_size for f in files}
+    with open(target / "unet.safetensors", "wb") as out:
+        for file in files:
+            if file.suffix == ".safetensors":
+                out.write(file.read_bytes())
+    if tokenizer is not None:
+        (target / "tokenizer" / "from").write_text(str(tokenizer), encoding="utf-8")
+    model = {"format": weights.FORMAT, "components": {"unet": {}}, "tokenizers": {"tokenizer": {}}, "files": names}
+    model |= {"recipe": {"dtype": dtype, "bits": bits}, "prediction": "eps" if prediction is None else prediction}
+    weights.write_json(target / "model.json", model)
+    progress("convert", len(files), len(files))
+
+
+def fake() -> None:
+    mlxdiff.convert.open, mlxdiff.convert.convert = fake_open, fake_convert
+
+
+def main() -> None:
+    import huggingface_hub.constants as constants
+
+    constants.DOWNLOAD_CHUNK_SIZE = 2**16  # so that a file of a test arrives in several pieces
+    if os.environ.get("STORE_WORKER") != "real":
+        fake()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        told = []
+        try:
+            call = json.loads(line)
+            folder = store.resolve(call.pop("model"), **call, progress=lambda *seen: told.append(seen))  # noqa: B023
+            said = {"folder": str(folder)}
+        except Error as e:
+            said = {"problem": e.problem, "fix": e.fix}
+        print(json.dumps(said | {"told": told}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""The hub code against a real HTTP server on the loopback interface, in processes of its own, with a converter that
+only copies. Reference: the promises in the docstrings of store and hub."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxdiff import weights
+from mlxdiff.registry import MODELS
+from tests import clip_vocab
+from tests.loopback_hub import COMMIT, Hub, Repo, diffusers_repo, noise
+
+ROOT = Path(__file__).parent.parent
+
+
+def chosen(variant: str) -> set[str]:
+    """What of it should be fetched."""
+    both = {f for f in diffusers_repo() if f.endswith((".json", ".txt")) and ".index." not in f}
+    unet = [f for f in diffusers_repo() if "-of-0000" in f or ".index." in f]
+    plain = {"text_encoder/model.safetensors", *unet}
+    half = {"text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"}
+    return both | {"vae/diffusion_pytorch_model.safetensors"} | (half if variant == "fp16" else plain)
+
+
+class Worker:
+    """A process of tests/store_worker.py."""
+
+    def __init__(self, env: dict[str, str]):
+        command = [sys.executable, "-m", "tests.store_worker"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env, bufsize=1
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, model: str | Path, **options) -> None:
+        self.process.stdin.write(json.dumps({"model": str(model), **options}) + "\n")
+
+    def answer(self) -> dict:
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self, model: str | Path, **options) -> dict:
+        self.ask(model, **options)
+        return self.answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def start(hub, tmp_path_factory):
+    """start(**environment) -> a Worker on caches of its own, or on those of `home`."""
+    workers = []
+
+    def start(home: Path | None = None, **extra: str) -> Worker:
+        home = tmp_path_factory.mktemp("home") if home is None else home
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MLXDIFF"))}
+        env = clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "MLXDIFF_CACHE": str(home / "cache")}
+        env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), "."])}
+        workers.append(Worker(env | extra))
+        workers[-1].home = home
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.close()
+
+
+@pytest.fixture(scope="module")
+def worker(start):
+    return start()
+
+
+def source_files(answer: dict) -> set[str]:
+    return set(weights.read_model(Path(answer["folder"]))["files"])
+
+
+def content(answer: dict) -> bytes:
+    return (Path(answer["folder"]) / "unet.safetensors").read_bytes()
+
+
+# From the hub.
+
+
+def test_sharded_repository_is_fetched_and_converted(hub, worker):
+    hub.repos["org/sharded"] = Repo(diffusers_repo())
+    answer = worker("org/sharded", dtype="float32")
+    assert source_files(answer) == chosen("plain")
+    files = hub.repos["org/sharded"].files
+    assert content(answer) == b"".join(files[f] for f in sorted(chosen("plain")) if f.endswith(".safetensors"))
+    total = sum(len(files[f]) for f in chosen("plain"))
+    told = [(done, all) for stage, done, all in answer["told"] if stage == "download"]
+    assert told[0] == (0, total)
+    assert told[-1] == (total, total)
+    assert len(told) > 10  # in steps, not file by file
+    assert told == sorted(told)
+    assert [stage for stage, *_ in answer["told"]].index("convert") >= len(told)
+    assert not any(hub.gets("org/sharded", f) for f in files if f not in chosen("plain"))
+
+
+def test_half_precision_takes_the_fp16_variant(hub, worker):
+    hub.repos["org/half"] = Repo(diffusers_repo())
+    assert source_files(worker("org/half", dtype="float16")) == chosen("fp16")
+    # The plain files come later into the same snapshot; each conversion sees only its own.
+    assert source_files(worker("org/half", dtype="float32")) == chosen("plain")
+    assert source_files(worker("org/half", dtype="bfloat16")) == chosen("fp16")
+
+
+def test_a_cached_model_makes_no_request(hub, worker):
+    hub.repos["org/cached"] = Repo(diffusers_repo())
+    first = worker("org/cached", dtype="float16")
+    before = len(hub.log)
+    again = worker("org/cached", dtype="float16")
+    assert again == {"folder": first["folder"], "told": []}
+    assert worker("org/cached", dtype="float16", offline=True)["folder"] == first["folder"]
+    hub.repos["org/cached"].commit = "f" * 40  # what was seen first stays
+    assert worker("org/cached", dtype="float16")["folder"] == first["folder"]
+    assert len(hub.log) == before
+
+
+def test_another_recipe_downloads_nothing_again(hub, worker):
+    hub.repos["org/recipes"] = Repo(diffusers_repo())
+    folders = {worker("org/recipes", dtype="float16")["folder"]}
+    before = [entry for entry in hub.log if entry[0] == "GET" and "/api/" not in entry[1]]
+    for recipe in ({"bits": 4}, {"bits": 8}, {"prediction": "v"}):
+        folders.add(worker("org/recipes", dtype="float16", **recipe)["folder"])
+    assert len(folders) == 4
+    assert [entry for entry in hub.log if entry[0] == "GET" and "/api/" not in entry[1]] == before
+
+
+def test_originals_may_be_deleted(hub, start):
+    hub.repos["org/deleted"] = Repo(diffusers_repo())
+    worker = start()
+    first = worker("org/deleted", dtype="float16")
+    for path in sorted((worker.home / "hf").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    assert content(worker("org/deleted", dtype="float16", offline=True)) == content(first)
+
+
+def test_one_file_of_a_repository(hub, worker):
+    hub.repos["org/single"] = Repo({"model.safetensors": noise(9000, 1), "other.safetensors": noise(10, 2)})
+    answer = worker("org/single/model.safetensors", tokenizer=str(ROOT))
+    assert content(answer) == noise(9000, 1)
+    assert not hub.gets("org/single", "other.safetensors")
+
+
+def test_other_revisions(hub, worker):
+    hub.repos["org/revised"] = Repo(diffusers_repo())
+    by_commit = worker("org/revised", dtype="float16", revision=COMMIT)
+    assert worker("org/revised", dtype="float16")["folder"] == by_commit["folder"]  # the same thing under another name
+    answer = worker("org/revised", dtype="float16", revision="v9")
+    assert "has no revision 'v9'" in answer["problem"]
+
+
+def test_a_named_model_is_its_repository(hub, worker):
+    hub.repos[MODELS["sd15"].repo] = Repo(diffusers_repo())
+    assert source_files(worker("sd15", dtype="float16")) == chosen("fp16")
+
+
+# Interrupted.
+
+BIG = "unet/diffusion_pytorch_model.fp16.safetensors"
+
+
+def test_dropped_connection_goes_on_by_itself_or_in_the_next_run(hub, start):
+    """huggingface_hub 1 and later try again at once; before, the error came through and the next run goes on."""
+    hub.repos["org/dropped"] = repo = Repo(diffusers_repo(2_000_000))
+    repo.cut[BIG] = 1_000_000
+    worker = start()
+    answer = worker("org/dropped", dtype="float16")
+    if "problem" in answer:
+        assert "goes on where it stopped" in answer["fix"]
+        answer = worker("org/dropped", dtype="float16")
+    assert repo.files[BIG] in content(answer)
+    first, second = hub.gets("org/dropped", BIG)
+    assert first is None
+    assert 0 < int(second.removeprefix("bytes=").rstrip("-")) <= 1_000_000
+
+
+def test_killed_download_goes_on_where_it_stopped(hub, start):
+    hub.repos["org/killed"] = repo = Repo(diffusers_repo(2_000_000))
+    repo.held[BIG] = 1_000_000
+    hub.reached.clear()
+    first = start()
+    first.ask("org/killed", dtype="float16")
+    assert hub.reached.wait(60)
+    part = _wait_for_part(first.home)
+    first.process.kill()
+    first.process.wait()
+    assert not list((first.home / "cache").rglob("model.json"))
+    repo.held.clear()
+    answer = start(first.home)("org/killed", dtype="float16")
+    assert repo.files[BIG] in content(answer)
+    start_of_rest = int(hub.gets("org/killed", BIG)[-1].removeprefix("bytes=").rstrip("-"))
+    assert start_of_rest >= part > 0
+    assert not list((first.home / "cache").rglob("*.part"))
+    assert not list((first.home / "hf").rglob("*.incomplete"))
+
+
+def _wait_for_part(home: Path) -> int:
+    """How much of the held file has reached the disk: at least one piece, as the server has sent many."""
+    while True:
+        sizes = [f.stat().st_size for f in home.rglob("*.incomplete")]
+        if sizes and max(sizes) > 0:
+            return max(sizes)
+
+
+def test_damaged_start_of_a_resumed_download_is_found(hub, start):
+    """After a power cut a file can be longer than what was written of it."""
+    hub.repos["org/damaged"] = repo = Repo(diffusers_repo(200_000))
+    worker = start()
+    blobs = worker.home / "hf" / "hub" / "models--org--damaged" / "blobs"
+    blobs.mkdir(parents=True)
+    etag = hashlib.sha256(repo.files[BIG]).hexdigest()
+    for size in (100_000, 200_000, 300_000):  # shorter than the file, as long, longer
+        (blobs / f"{etag}.incomplete").write_bytes(bytes(size))
+        answer = worker("org/damaged", dtype="float16")
+        if size < 300_000:
+            assert "was damaged on its way" in answer["problem"]
+            assert "again" in answer["fix"]
+            assert not (blobs / etag).exists()
+    assert repo.files[BIG] in content(answer)
+
+
+def test_repository_that_changes_meanwhile_is_an_error(hub, start):
+    hub.repos["org/moving"] = repo = Repo(diffusers_repo(200_000))
+    repo.held[BIG] = 100_000
+    hub.reached.clear()
+    worker = start()
+    worker.ask("org/moving", dtype="float16")
+    assert hub.reached.wait(60)
+    repo.commit, repo.older = "d" * 40, (COMMIT,)
+    repo.held.clear()
+    hub.release.set()
+    answer = worker.answer()
+    hub.release.clear()
+    assert "org/moving changed while it was being downloaded" in answer["problem"]
+    assert "again" in answer["fix"]
+    assert source_files(worker("org/moving", dtype="float16")) == chosen("fp16")
+
+
+# Refused.
+
+
+def test_gated_repository(hub, start, worker):
+    hub.repos["org/gated"] = Repo(diffusers_repo(), gated=True)
+    for asks in (worker, start(HF_TOKEN="hf_not_a_real_one")):
+        answer = asks("org/gated", dtype="float16")
+        assert "org/gated is gated" in answer["problem"]
+        assert f"{hub.url}/org/gated" in answer["fix"]
+        assert "hf auth login" in answer["fix"]
+
+
+def test_a_login_is_not_passed_on_to_the_other_host(hub, start):
+    hub.repos["org/login"] = Repo(diffusers_repo())
+    assert "folder" in start(HF_TOKEN="hf_not_a_real_one")("org/login", dtype="float16")
+
+
+def test_missing_repository(worker):
+    answer = worker("org/nowhere")
+    assert "org/nowhere" in answer["problem"]
+    assert "spelling" in answer["fix"]
+
+
+def test_missing_file(hub, worker):
+    hub.repos["org/few"] = Repo({"a.safetensors": b"1", "b.safetensors": b"2"})
+    answer = worker("org/few/c.safetensors")
+    assert "org/few has no file c.safetensors" in answer["problem"]
+    assert "org/few/a.safetensors, org/few/b.safetensors" in answer["fix"]
+    answer = worker("org/few")
+    assert "not a model in diffusers layout" in answer["problem"]
+    assert "org/few/a.safetensors" in answer["fix"]
+
+
+def test_file_that_is_listed_and_not_there(hub, worker):
+    class Lying(dict):
+        def __contains__(self, name):
+            return name != "vae/config.json" and super().__contains__(name)
+
+    hub.repos["org/lying"] = Repo(Lying(diffusers_repo()))
+    answer = worker("org/lying", dtype="float16")
+    assert "lacks a file that it lists" in answer["problem"]
+    assert "vae/config.json" in answer["problem"]
+
+
+def test_only_pickles(hub, worker):
+    files = {name.replace(".safetensors", ".bin"): data for name, data in diffusers_repo().items()}
+    hub.repos["org/pickles"] = Repo(files)
+    answer = worker("org/pickles", dtype="float16")
+    assert "org/pickles has text_encoder only as a pickle" in answer["problem"]
+    assert ".safetensors" in answer["fix"]
+    assert not any("org/pickles" in path and path.endswith(".bin") for _, path, _ in hub.log)
+
+
+def test_hub_that_is_down(hub, worker):
+    hub.repos["org/down"] = Repo({}, status=500)
+    answer = worker("org/down")
+    assert f"{hub.url} answered 500 for org/down" in answer["problem"]
+
+
+def test_no_network(start):
+    with Hub() as gone:
+        address = gone.url
+    answer = start(HF_ENDPOINT=address)("org/model")
+    assert f"{address} cannot be reached" in answer["problem"]
+    assert "--offline" in answer["fix"]
+
+
+def test_full_disk_is_told_before_the_download(hub, worker):
+    hub.repos["org/huge"] = Repo(diffusers_repo(1000))
+
+    class Huge(bytes):
+        def __len__(self):
+            return 10**16
+
+    hub.repos["org/huge"].files[BIG] = Huge(b"x")
+    answer = worker("org/huge", dtype="float16")
+    assert "The disk is full" in answer["problem"]
+    assert "10000000.00 GB" in answer["problem"]
+    assert "HF_HOME" in answer["fix"]
+    assert not hub.gets("org/huge", BIG)
+
+
+# Offline.
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_offline_makes_no_request(hub, start, how):
+    hub.repos["org/offline"] = Repo(diffusers_repo())
+    worker = start(**({"HF_HUB_OFFLINE": "1"} if how == "environment" else {}))
+    before = len(hub.log)
+    answer = worker("org/offline", **({"offline": True} if how == "option" else {}))
+    assert "org/offline is not on this machine" in answer["problem"]
+    assert "--offline" in answer["fix"]
+    assert len(hub.log) == before
+
+
+def test_offline_uses_what_others_left_in_the_hub_cache(hub, start):
+    hub.repos["org/held"] = Repo(diffusers_repo())
+    online = start()
+    first = online("org/held", dtype="float16")
+    before = len(hub.log)
+    other = start(online.home, HF_HUB_OFFLINE="1", MLXDIFF_CACHE=str(online.home / "second"))
+    assert content(other("org/held", dtype="float16")) == content(first)
+    assert len(hub.log) == before
+
+
+# Two processes, and ends that nobody planned.
+
+
+def test_two_processes_at_once(hub, start):
+    hub.repos["org/twice"] = repo = Repo(diffusers_repo(2_000_000))
+    repo.held[BIG] = 1_000_000
+    hub.reached.clear()
+    first = start()
+    second = start(first.home)
+    first.ask("org/twice", dtype="float16")
+    assert hub.reached.wait(60)
+    second.ask("org/twice", dtype="float16")
+    line = second.process.stdout  # the second says that it waits before it does
+    repo.held.clear()
+    hub.release.set()
+    one, two = first.answer(), json.loads(line.readline())
+    hub.release.clear()
+    assert one["folder"] == two["folder"]
+    assert repo.files[BIG] in content(one)
+    converted = [any(stage == "convert" for stage, *_ in answer["told"]) for answer in (one, two)]
+    assert converted == [True, False]
+    models = first.home / "cache" / "models"
+    assert sorted(p.name for p in models.iterdir()) == [".locks", Path(one["folder"]).name]
+
+
+# A file without a tokenizer.
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A vocabulary with CLIP's size and last two words."""
+    return clip_vocab.write(tmp_path_factory.mktemp("clip") / "tokenizer", clip_vocab.made_up(49408 - 514))
+
+
+def borrowed(answer: dict) -> str:
+    return (Path(answer["folder"]) / "tokenizer" / "from").read_text(encoding="utf-8")
+
+
+def test_tokenizer_of_a_single_file(hub, start, clip_folder, tmp_path):
+    """In order: what is named, the hub's cache, a converted model, the network; else an error naming a repository."""
+    file = tmp_path / "single.safetensors"
+    file.write_bytes(b"x")
+    worker = start()
+    answer = worker(file, offline=True)
+    assert "single.safetensors has no tokenizer" in answer["problem"]
+    assert f"tokenizer folder of {MODELS['sd15'].repo}" in answer["fix"]
+    assert borrowed(worker(file, offline=True, tokenizer=str(clip_folder))) == str(clip_folder)
+
+    files = {f"tokenizer/{f.name}": f.read_bytes() for f in clip_folder.iterdir()}
+    hub.repos[MODELS["sd15"].repo] = Repo(diffusers_repo() | files)
+    before = len(hub.log)
+    fetched = Path(borrowed(worker(file)))
+    assert (fetched / "merges.txt").read_bytes() == files["tokenizer/merges.txt"]
+    assert not any(path.endswith(".safetensors") for _, path, _ in hub.log[before:])  # only the tokenizer
+
+    before = len(hub.log)
+    assert borrowed(worker(file, bits=4)) == str(fetched)  # now from the hub's cache
+    assert len(hub.log) == before
+
+    held = worker.home / "cache" / "models" / "held" / "tokenizer"
+    clip_vocab.write(held, clip_vocab.made_up(49408 - 514))
+    for link in fetched.iterdir():
+        link.unlink()
+    assert borrowed(worker(file, bits=8, offline=True)) == str(held)

@@ -1,0 +1,230 @@
+"""The cache of converted models, and what a name means, with a converter that only copies; then with the real one.
+Reference: the promises in the docstring of store. tests/test_hub.py has what touches the network."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlxdiff.convert
+from mlxdiff import Error, store, weights
+from tests import clip_vocab, store_worker
+from tests.loopback_hub import diffusers_repo
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mlxdiff.convert, "open", store_worker.fake_open, raising=False)
+    monkeypatch.setattr(mlxdiff.convert, "convert", store_worker.fake_convert, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def folder(path: Path) -> Path:
+    for name, data in diffusers_repo(1000).items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def test_a_folder_is_converted_once(cache, tmp_path):
+    source = folder(tmp_path / "model")
+    first = store.resolve(source)
+    assert first.parent == cache / "models"
+    made = (first / "unet.safetensors").stat().st_mtime_ns
+    assert store.resolve(str(source)) == store.resolve("model") == first
+    assert (first / "unet.safetensors").stat().st_mtime_ns == made
+
+
+def test_the_key_holds_all_that_matters(cache, tmp_path):
+    source = folder(tmp_path / "model")
+    words = folder(tmp_path / "other") / "tokenizer"
+    seen = [store.resolve(source)]
+    for recipe in ({"bits": 4}, {"dtype": "float16"}, {"prediction": "v"}, {"tokenizer": words}):
+        seen.append(store.resolve(source, **recipe))
+    (words / "merges.txt").write_text("#version: 0.2\na b\n", encoding="utf-8")
+    seen.append(store.resolve(source, tokenizer=words))
+    os.utime(source / "vae" / "config.json", ns=(0, 0))
+    seen.append(store.resolve(source))
+    (source / "unet" / "config.json").write_text("{} ", encoding="utf-8")
+    seen.append(store.resolve(source))
+    source.rename(tmp_path / "moved")
+    seen.append(store.resolve(tmp_path / "moved"))
+    assert len(set(seen)) == len(seen)
+    assert "float16" in seen[2].name
+    assert "4bit" in seen[1].name
+
+
+def test_our_own_folder_is_used_in_place(cache, tmp_path):
+    ours = store.resolve(folder(tmp_path / "model"), bits=4, dtype="float16")
+    assert store.resolve(ours) == ours
+    assert store.resolve(ours, bits=4, dtype="float16", prediction="eps") == ours
+    for wrong in ({"bits": 8}, {"dtype": "float32"}, {"prediction": "v"}):
+        with pytest.raises(Error, match="is already converted, with"):
+            store.resolve(ours, **wrong)
+
+
+def test_damaged_entries_are_made_again(cache, tmp_path):
+    source = folder(tmp_path / "model")
+    made = store.resolve(source)
+    for name in ("unet.safetensors", "model.json"):
+        whole = (made / name).read_bytes()
+        (made / name).unlink()
+        assert store.resolve(source) == made
+        assert (made / name).read_bytes() == whole
+    (made / "model.json").write_text("{", encoding="utf-8")
+    assert weights.read_model(store.resolve(source))["format"] == weights.FORMAT
+
+
+def test_failure_leaves_nothing(cache, tmp_path, monkeypatch):
+    def fails(source, target, **_):
+        Path(target).mkdir()
+        (Path(target) / "unet.safetensors").write_bytes(b"half")
+        raise Error(f"{source}/unet is odd.", "Fix it.")
+
+    monkeypatch.setattr(mlxdiff.convert, "convert", fails)
+    with pytest.raises(Error, match="unet is odd"):
+        store.resolve(folder(tmp_path / "model"))
+    assert [p.name for p in (cache / "models").iterdir()] == [".locks"]
+
+
+def test_what_a_dead_process_left_is_removed_and_a_living_one_keeps_its_own(cache, tmp_path):
+    source = folder(tmp_path / "model")
+    made = store.resolve(source)
+    dead, living = (cache / "models" / f"{n}-float32-0123456789ab.x1y2z3.part" for n in ("dead", "living"))
+    for part in (dead, living):
+        (part / "model").mkdir(parents=True)
+    with open(cache / "models" / ".locks" / "living-float32-0123456789ab", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = store.resolve(source, bits=4)
+        assert not dead.exists()
+        assert living.exists()
+    assert store.resolve(source) == made != other
+
+
+def test_killed_conversion_leaves_nothing_usable(cache, tmp_path):
+    """SIGKILL while the converter writes; the same call then makes the model and clears up."""
+    source = folder(tmp_path / "model")
+    script = (
+        "import os, pathlib, sys\n"
+        "from tests import store_worker\n"
+        "from mlxdiff import store\n"
+        "import mlxdiff.convert\n"
+        "def stuck(source, target, **_):\n"
+        "    target.mkdir()\n"
+        "    (target / 'model.json').write_text('{')\n"
+        "    print('writing', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "store_worker.fake()\n"
+        "mlxdiff.convert.convert = stuck\n"
+        "store.resolve(sys.argv[1])\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", script, str(source)]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    models = cache / "models"
+    (left,) = (p for p in models.iterdir() if p.name != ".locks")
+    assert left.name.endswith(".part")
+    made = store.resolve(source)
+    assert sorted(p.name for p in models.iterdir()) == [".locks", made.name]
+
+
+@pytest.mark.parametrize("where", ["readonly", "file"])
+def test_cache_that_cannot_be_written(cache, tmp_path, monkeypatch, where):
+    source = folder(tmp_path / "model")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setenv("MLXDIFF_CACHE", "/proc/none" if where == "readonly" else str(tmp_path / "file"))
+    with pytest.raises(Error, match="cannot be written") as caught:
+        store.resolve(source)
+    assert "MLXDIFF_CACHE" in caught.value.fix
+
+
+def test_full_disk_is_told_before_the_conversion(cache, tmp_path, monkeypatch):
+    class Net:
+        parameters = 10**16
+
+    def huge(source, prediction=None):
+        found = store_worker.fake_open(source, prediction)
+        found.components["unet"] = Net()
+        return found
+
+    monkeypatch.setattr(mlxdiff.convert, "open", huge)
+    with pytest.raises(Error, match=r"model needs 40000000\.00 GB converted; .* has \d+\.\d\d GB free"):
+        store.resolve(folder(tmp_path / "model"), dtype="float32")
+    with pytest.raises(Error, match=r"model needs 5000000\.00 GB converted"):
+        store.resolve(tmp_path / "model", dtype="float32", bits=4)
+
+
+# What a name means.
+
+
+def test_a_folder_wins_over_a_hub_id(cache, tmp_path):
+    with pytest.raises(Error, match="org/model is not on this machine"):
+        store.resolve("org/model", offline=True)
+    folder(tmp_path / "org" / "model")
+    assert store.resolve("org/model").parent == cache / "models"
+
+
+def test_a_named_model_wins_over_what_is_no_model(cache, tmp_path):
+    (tmp_path / "sdxl").mkdir()  # pictures, say
+    with pytest.raises(Error, match=r"stabilityai/stable-diffusion-xl-base-1\.0 is not on this machine"):
+        store.resolve("sdxl", offline=True)
+    folder(tmp_path / "sdxl")
+    assert store.resolve("sdxl", offline=True).name.startswith("sdxl-")
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "fix"),
+    [
+        ("sdx", "no model, file or folder 'sdx'", "Did you mean sdxl?"),
+        ("", "no model, file or folder ''", "Named models are"),
+        ("missing.safetensors", "no model, file or folder", "Named models are"),
+        ("folder/missing.safetensors", "no model, file or folder", "Named models are"),
+        ("./missing", "no model, file or folder", "Named models are"),
+        ("../missing", "no model, file or folder", "Named models are"),
+        ("/missing/a/b", "no model, file or folder", "Named models are"),
+        ("~nobody/missing", "no model, file or folder", "Named models are"),
+        ("a\0b", "no model, file or folder", "Named models are"),
+        ("x" * 5000, "no model, file or folder", "Named models are"),
+        ("org/missing", "org/missing is not on this machine", "without --offline"),
+    ],
+)
+def test_names_that_mean_nothing(cache, name, says, fix):
+    with pytest.raises(Error, match=says) as caught:
+        store.resolve(name, offline=True)
+    assert fix in caught.value.fix
+
+
+def test_a_path_object_is_never_a_hub_id(cache):
+    with pytest.raises(Error, match="no model, file or folder"):
+        store.resolve(Path("org/model"), offline=True)
+
+
+@pytest.mark.parametrize(("recipe", "says"), [({"bits": 7}, "7 bits"), ({"dtype": "int8"}, "'int8' is not a dtype")])
+def test_recipes_that_cannot_be(cache, recipe, says):
+    with pytest.raises(Error, match=says):
+        store.resolve("sd15", offline=True, **recipe)
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLXDIFF_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert store.root() == tmp_path / "Library" / "Caches" / "mlxdiff"
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert store.root() == tmp_path / ".cache" / "mlxdiff"
+
+
+def test_other_vocabularies_are_not_taken_for_clip(cache, tmp_path, monkeypatch):
+    clip_vocab.write(cache / "models" / "tiny" / "tokenizer", clip_vocab.trained(10))
+    (tmp_path / "single.safetensors").write_bytes(b"x")
+    with pytest.raises(Error, match="has no tokenizer, none is on this machine"):
+        store.resolve("single.safetensors", offline=True)
