@@ -36,7 +36,8 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.convert.__main__": {"mlxdiff.convert.*", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.weights"},
-    "mlxdiff.store": {"mlxdiff.convert.*", "mlxdiff.errors", "mlxdiff.registry", "mlxdiff.weights"},
+    "mlxdiff.hub": {"mlxdiff.errors"},
+    "mlxdiff.store": {"mlxdiff.convert.*", "mlxdiff.errors", "mlxdiff.hub", "mlxdiff.registry", "mlxdiff.weights"},
     "mlxdiff.pipeline": {
         "mlxdiff.conditioning",
         "mlxdiff.errors",
