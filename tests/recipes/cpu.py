@@ -101,13 +101,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(g):
-    x = g.bfloat16()
-    x = x / (x.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    tall = g.shape[0] > g.shape[1]
+    x = g.T if tall else g
+    x = (x / (x.norm() + 1e-7)).bfloat16().contiguous()
     for _ in range(4):
         a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.T if tall else x).float()
 
 

@@ -23,17 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mlxdiff.train import bpe
+from mlxdiff.train import bpe, judge
 from mlxdiff.train import storybook as sb
 from tests.recipes import cpu
 
 SHARD, CAPTIONS, POSITIONS, RANKS = 4096, 8, 40, 2
-KINDS = ("time", "terrain", "sky", "object", "colour", "position")
-WORDS = (sb.TIMES, sb.TERRAINS, sb.SKIES, sb.OBJECTS, sb.COLOURS, sb.POSITIONS)
+WORDS = tuple(judge.WORDS.values())
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
     "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction",
@@ -88,13 +87,12 @@ def new_text(vocab: int) -> CLIPTextModel:
 
 
 class Judge(nn.Module):
-    """A picture (B, 3, 128, 128) in [-1, 1] -> logits for each of the six kinds of word."""
+    """mlxdiff.train.judge.Judge in torch, for training. (B, 3, 128, 128) in [-1, 1] -> logits of each kind of word."""
 
     def __init__(self):
         super().__init__()
-        shapes = (3, 24, 2), (24, 48, 1), (48, 96, 1), (96, 96, 1)  # in, out, stride
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride, 1, bias=False) for a, b, stride in shapes)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b, _ in shapes)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride, 1, bias=False) for a, b, stride in judge.SHAPES)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b, _ in judge.SHAPES)
         self.hidden, self.heads = nn.Linear(1536, 128), nn.Linear(128, sum(map(len, WORDS)))
 
     def features(self, x):
@@ -315,11 +313,11 @@ def scribble(ids, end: int, g) -> None:
 def train_judge(args) -> None:
     """On renders of all pairs, half of them blurred, noisy at random. Written with its norms folded in."""
     torch.manual_seed(0)
-    rng, judge = np.random.default_rng(0), Judge().to(memory_format=torch.channels_last)
+    rng, net = np.random.default_rng(0), Judge().to(memory_format=torch.channels_last)
     every = shards(args.run) + shards(args.run, "unseen")
     data = [(pictures, torch.tensor([labels(s) for s in scenes])) for pictures, scenes in every]
     shares = np.array([1.0] * (len(data) - 1) + [2.5])
-    adam = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
+    adam = torch.optim.AdamW(net.parameters(), weight_decay=0.02)
     for step in range(args.steps):
         adam.param_groups[0]["lr"] = 2.5e-3 * min(1, step / 100) * (1 - step / args.steps) + 1e-5
         pictures, answers = data[rng.choice(len(data), p=shares / shares.sum())]
@@ -329,35 +327,22 @@ def train_judge(args) -> None:
             blur = (1, 4, 2)[step % 3]
             x = F.interpolate(F.avg_pool2d(x, blur), scale_factor=blur, mode="bilinear")
         x = x + torch.randn_like(x) * 0.08 * rng.random()
-        loss = sum(F.cross_entropy(guess, answers[picks, k]) for k, guess in enumerate(judge(x)))
+        loss = sum(F.cross_entropy(guess, answers[picks, k]) for k, guess in enumerate(net(x)))
         adam.zero_grad()
         loss.backward()
         adam.step()
-    judge.eval()
-    tensors = {}
-    for k, (conv, norm) in enumerate(zip(judge.convs, judge.norms, strict=True)):
-        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-        tensors[f"convs.{k}.weight"] = conv.weight * gain.view(-1, 1, 1, 1)
-        tensors[f"convs.{k}.bias"] = norm.bias - norm.running_mean * gain
-    for name in ("hidden", "heads"):
-        tensors |= {f"{name}.{k}": v for k, v in getattr(judge, name).state_dict().items()}
-    save_file({k: v.detach().half().contiguous() for k, v in tensors.items()}, args.run / "judge.safetensors")
+    net.eval()
+    tensors = {k: v.half() for k, v in net.state_dict().items() if "batches" not in k}
+    for name, tensor in tensors.items():  # to the layout of mlxdiff.train.judge
+        if tensor.dim() == 4:
+            tensors[name] = tensor.permute(0, 2, 3, 1).contiguous()
+    grid = tensors["hidden.weight"].view(-1, 96, 4, 4)  # torch flattens channels first
+    tensors["hidden.weight"] = grid.permute(0, 2, 3, 1).flatten(1).contiguous()
+    save_file(tensors, args.run / "judge.safetensors")
 
 
 def labels(scene) -> list[int]:
     return [words.index(word) for words, word in zip(WORDS, scene, strict=True)]
-
-
-def judged(file: Path, x) -> list:
-    """The folded judge. x: (B, 3, 128, 128) -> six index tensors (B,)."""
-    w = {k: v.float() for k, v in load_file(file).items()}
-    x = F.avg_pool2d(x, 2)
-    for k in range(4):
-        x = F.relu(F.conv2d(x, w[f"convs.{k}.weight"], w[f"convs.{k}.bias"], stride=1 if k else 2, padding=1))
-        x = F.max_pool2d(x, 2) if k else x
-    x = F.relu(F.linear(x.flatten(1), w["hidden.weight"], w["hidden.bias"]))
-    answers = F.linear(x, w["heads.weight"], w["heads.bias"]).split([len(words) for words in WORDS], 1)
-    return [a.argmax(1) for a in answers]
 
 
 # --- export and measure
@@ -403,25 +388,26 @@ def measure(args) -> None:
     """Share of the prompts' words that the judge finds, 192 plain captions, 25 DDIM steps; VAE error on new renders."""
     pipeline = StableDiffusionPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    file, rng = args.run / "judge.safetensors", np.random.default_rng(9)
+    referee, rng = judge.load(args.run / "judge.safetensors"), np.random.default_rng(9)
     for name, seed, unseen, count in (("trained pairs", 2026, False, 192), ("held-out pairs", 2027, True, 96)):
         chooser = np.random.default_rng(seed)
         scenes = [sb.sample(chooser, unseen) for _ in range(count)]
-        renders = picture_batch([sb.render(s, rng, 128) for s in scenes])
-        decoded = pipeline.vae.decode(pipeline.vae.encode(renders).latent_dist.mode()).sample.clamp(-1, 1)
-        error = ((decoded - renders) ** 2).mean((1, 2, 3)) / 4
+        renders = np.stack([sb.render(s, rng, 128) for s in scenes])
+        x = picture_batch(renders)
+        decoded = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        error = ((decoded - x) ** 2).mean((1, 2, 3)) / 4
         samples = []
         for k in range(0, count, 16):
             seeds = [torch.Generator().manual_seed(1000 + k + j) for j in range(16)]
             prompts = [sb.plain(s) for s in scenes[k : k + 16]]
-            settings = {"guidance_scale": args.guidance, "generator": seeds, "output_type": "pt"}
+            settings = {"guidance_scale": args.guidance, "generator": seeds, "output_type": "np"}
             samples.append(pipeline(prompts, 128, 128, 25, **settings).images)
-        truth = torch.tensor([labels(astuple(s)) for s in scenes])
+        decoded = ((decoded.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
+        samples = (np.concatenate(samples) * 255).round().astype(np.uint8)
         print(f"{name}: VAE {(-10 * error.log10()).mean():.2f} dB")
-        for what, x in (("renders", renders), ("VAE", decoded), ("samples", torch.cat(samples) * 2 - 1)):
-            right = torch.stack(judged(file, x), 1) == truth  # (B, 6)
-            figures = " ".join(f"{k} {100 * v:.1f}" for k, v in zip(KINDS, right.float().mean(0), strict=True))
-            print(f"  {what}: {figures} all {100 * right.all(1).float().mean():.1f}")
+        for what, pictures in (("renders", renders), ("VAE", decoded), ("samples", samples)):
+            shares = judge.adherence(referee, pictures, scenes)
+            print(f"  {what}: " + " ".join(f"{kind} {100 * share:.1f}" for kind, share in shares.items()))
 
 
 def main() -> None:

@@ -1,0 +1,101 @@
+"""`python -m mlxdiff.train`: teach a storybook model from nothing, or measure one."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..console import Parser, run
+from ..errors import Error
+from . import storybook as sb
+from .objective import PREDICTIONS
+from .recipe import Recipe, storybook
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="mlxdiff train", description=__doc__.partition(": ")[2])
+    kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
+    s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
+    s.add_argument("--out", type=Path, required=True, metavar="DIR", help="a run that is in it goes on")
+    s.add_argument("--pictures", type=int, default=60000, metavar="N", help="renders to learn from (default 60000)")
+    s.add_argument("--vae-steps", type=int, default=4000, metavar="N")
+    s.add_argument("--steps", type=int, default=8000, metavar="N", help="of the U-Net and its text encoder")
+    s.add_argument("--batch", type=int, default=64, metavar="N")
+    s.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    s.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the U-Net learns to predict")
+    s.add_argument("--min-snr", type=float, metavar="GAMMA", help="weigh the losses by min-SNR, 5 is usual")
+    s.add_argument("--seed", type=int, default=0)
+    s = kinds.add_parser("scenes", help="draw some of the pictures that are learned from, with their captions")
+    s.add_argument("--out", type=Path, required=True, metavar="PNG")
+    s.add_argument("--size", type=int, default=128, metavar="PX")
+    s.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    return run("mlxdiff train", lambda: {"storybook": train, "scenes": scenes}[args.what](args))
+
+
+def train(args) -> int:
+    recipe = Recipe(
+        args.pictures,
+        args.vae_steps,
+        args.steps,
+        args.batch,
+        args.optimizer,
+        args.prediction,
+        args.min_snr,
+        args.seed,
+    )
+    _same_run(args.out, recipe)
+    print(f"Rendering {recipe.pictures} pictures first." if not (args.out / "scenes.json").exists() else "Going on.")
+    totals = {"vae": recipe.vae_steps, "denoiser": recipe.steps}
+    sizes = {"vae": max(1, recipe.batch // 4), "denoiser": recipe.batch}
+    bars: dict[str, tqdm] = {}
+    mean = 0.0
+    for stage, report in storybook(args.out, recipe):
+        if stage not in bars:
+            bars[stage] = tqdm(total=totals[stage], initial=report.step - 1, desc=stage, unit="step")
+            mean = report.loss
+        mean += 0.05 * (report.loss - mean)
+        bars[stage].set_postfix_str(f"loss {mean:.4f}, {sizes[stage] / report.seconds:.0f} samples/s", refresh=False)
+        bars[stage].update(1)
+    for bar in bars.values():
+        bar.close()
+    print(f"{args.out / 'model'} is the model, in the diffusers layout.")
+    return 0
+
+
+def _same_run(folder: Path, recipe: Recipe) -> None:
+    """A folder holds one run: going on with other settings would be neither the one nor the other."""
+    file, settings = folder / "recipe.json", vars(recipe)
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [k for k in settings if settings[k] != before.get(k)]
+        if changed:
+            told = ", ".join(f"{k} {before.get(k)}" for k in changed)
+            raise Error(f"{folder} holds a run with {told}.", "Give the same settings, or another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def scenes(args) -> int:
+    rng, rows = np.random.default_rng(args.seed), []
+    for _ in range(3):
+        row = []
+        for _ in range(4):
+            scene = sb.sample(rng)
+            row.append(sb.render(scene, rng, args.size))
+            print(sb.caption(scene, rng))
+        rows.append(np.concatenate(row, 1))
+    Image.fromarray(np.concatenate(rows)).save(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

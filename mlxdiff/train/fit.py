@@ -1,0 +1,156 @@
+"""The training loop. `fit` yields a Report a step. It saves as it goes and when it is left, by its end, Ctrl-C or an
+error, and goes on from what it finds. A step's batch follows from its number: a resumed run is the same run."""
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as opt
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from PIL import Image, ImageDraw
+
+# Muon is for matrices between hidden layers: the ends, the embeddings, norms and biases stay with AdamW.
+ENDS = ("conv_in", "conv_out", "quant_conv", "embedding.", "time_embedding.linear_1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    steps: int
+    rate: float
+    optimizer: str  # "adamw" or "muon"
+    warmup: int  # steps
+    decay: float  # from this share of the steps on, the rate falls to nothing
+    clip: float  # of the gradient's norm
+    ema: float  # the most that the average keeps of itself a step
+    save_every: int
+
+
+class Report(NamedTuple):
+    step: int  # done so far
+    loss: float
+    rate: float
+    seconds: float  # this step took
+
+
+def optimizer(kind: str) -> opt.Optimizer:
+    adamw = opt.AdamW(0.0, betas=[0.9, 0.99], weight_decay=0.0, bias_correction=True)
+    if kind == "adamw":
+        return adamw
+    inner = opt.Muon(0.0, momentum=0.95, weight_decay=0.0)
+    return opt.MultiOptimizer([inner, adamw], [lambda name, p: p.ndim >= 2 and not any(e in name for e in ENDS)])
+
+
+def set_rate(chosen: opt.Optimizer, rate: float) -> None:
+    """Muon's steps are all of one size, AdamW's rate beside it is a seventh."""
+    if isinstance(chosen, opt.MultiOptimizer):
+        chosen.optimizers[0].learning_rate, chosen.optimizers[1].learning_rate = rate, 0.15 * rate
+    else:
+        chosen.learning_rate = rate
+
+
+def rate_at(plan: Plan, step: int) -> float:
+    left = (plan.steps - step) / (plan.steps * (1 - plan.decay))
+    return plan.rate * min(1.0, (step + 1) / plan.warmup, left)
+
+
+def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: Plan, folder: Path) -> Iterator[Report]:
+    """loss(model, *batch(step)) -> scalar. The model is trained in place; `averaged` reads its mean from the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = optimizer(plan.optimizer)
+    chosen.init(model.trainable_parameters())
+    mean = tree_map(mx.array, model.parameters())
+    start = 0
+    if (folder / "state.safetensors").exists():
+        start, mean = _restore(folder / "state.safetensors", model, chosen)
+    gradient = nn.value_and_grad(model, loss)
+    step, saved = start, start
+    _cut_log(folder / "log.csv", start)
+    try:
+        while step < plan.steps:
+            began = time.perf_counter()
+            rate = rate_at(plan, step)
+            set_rate(chosen, rate)
+            value, grads = gradient(model, *batch(step))
+            grads, _ = opt.clip_grad_norm(grads, plan.clip)
+            chosen.update(model, grads)
+            keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
+            mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), mean, model.parameters())
+            mx.eval(value, model.parameters(), chosen.state, mean)
+            step += 1
+            report = Report(step, value.item(), rate, time.perf_counter() - began)
+            with open(folder / "log.csv", "a", newline="") as file:
+                csv.writer(file).writerow([step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
+            if step - saved >= plan.save_every:
+                saved = step
+                _save(folder, model, chosen, mean, step)
+            yield report
+    finally:
+        if step > saved:
+            _save(folder, model, chosen, mean, step)
+
+
+def averaged(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the running mean of its weights, as last saved."""
+    arrays = mx.load(str(folder / "state.safetensors"))
+    model.update(tree_unflatten([(k[5:], v) for k, v in arrays.items() if k.startswith("mean.")]))
+    return model
+
+
+def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, step: int) -> None:
+    """Whole or not at all: written beside the old state, then put in its place."""
+    trees = {"model": model.parameters(), "optimizer": chosen.state, "mean": mean}
+    arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
+    mx.save_safetensors(str(folder / "state.new.safetensors"), arrays, {"step": str(step)})
+    os.replace(folder / "state.new.safetensors", folder / "state.safetensors")
+    plot(folder / "log.csv", folder / "loss.png")
+
+
+def _restore(path: Path, model: nn.Module, chosen: opt.Optimizer) -> tuple[int, dict]:
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+
+    def tree(name):
+        return tree_unflatten([(k[len(name) + 1 :], v) for k, v in arrays.items() if k.startswith(f"{name}.")])
+
+    model.update(tree("model"))
+    chosen.state = tree("optimizer")
+    return int(metadata["step"]), tree("mean")
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Forget what was logged after the state that is gone on from."""
+    rows = path.read_text().splitlines()[1:] if path.exists() else []
+    kept = [r for r in rows if int(r.split(",")[0]) <= step]
+    path.write_text("\n".join(["step,loss,rate,seconds", *kept]) + "\n")
+
+
+def plot(log: Path, picture: Path) -> None:
+    """The loss over the steps, log scale upwards: single steps grey, their running mean red."""
+    losses = [float(row["loss"]) for row in csv.DictReader(log.open())]
+    if len(losses) < 2:
+        return
+    means, mean = [], losses[0]
+    for k, value in enumerate(losses):
+        mean += (value - mean) / min(k + 1, 50)
+        means.append(mean)
+    width, height, low, high = 640, 320, min(losses), max(losses)
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+
+    def points(values):
+        span = max(math.log(high / low), 1e-9)
+        for k, v in enumerate(values):
+            yield 50 + (width - 60) * k / (len(values) - 1), height - 20 - (height - 40) * math.log(v / low) / span
+
+    pen.line(list(points(losses)), fill=(200, 200, 200))
+    pen.line(list(points(means)), fill=(200, 40, 40), width=2)
+    pen.text((4, 12), f"{high:.3g}", fill="black")
+    pen.text((4, height - 28), f"{low:.3g}", fill="black")
+    pen.text((width - 80, height - 14), f"{len(losses)} steps", fill="black")
+    image.save(picture)

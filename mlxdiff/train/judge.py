@@ -1,0 +1,88 @@
+"""A small network that reads a storybook picture: which time, terrain, sky, object, colour, side. It measures how well
+a model follows its prompts, and its features give a Frechet distance. Pictures are (B, 128, 128, 3) uint8."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .storybook import COLOURS, OBJECTS, POSITIONS, SKIES, TERRAINS, TIMES, Scene
+
+WORDS = {
+    "time": TIMES,
+    "terrain": TERRAINS,
+    "sky": SKIES,
+    "object": OBJECTS,
+    "colour": COLOURS,
+    "position": POSITIONS,
+}
+SHAPES = ((3, 24, 2), (24, 48, 1), (48, 96, 1), (96, 96, 1))  # of each convolution: in, out, stride
+
+
+class Judge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = [nn.Conv2d(a, b, 3, stride, 1, bias=False) for a, b, stride in SHAPES]
+        self.norms = [nn.BatchNorm(b) for _, b, _ in SHAPES]
+        self.pool = nn.MaxPool2d(2)
+        self.hidden, self.heads = nn.Linear(4 * 4 * 96, 128), nn.Linear(128, sum(map(len, WORDS.values())))
+
+    def features(self, x: mx.array) -> mx.array:
+        """(B, 128, 128, 3) in [-1, 1] -> (B, 128)."""
+        B, H, W, c = x.shape
+        x = x.reshape(B, H // 2, 2, W // 2, 2, c).mean((2, 4))
+        for conv, norm, (_, _, stride) in zip(self.convs, self.norms, SHAPES, strict=True):
+            x = nn.relu(norm(conv(x)))
+            x = self.pool(x) if stride == 1 else x
+        return nn.relu(self.hidden(x.reshape(B, -1)))
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        """Logits of each kind of word."""
+        ends = np.cumsum([len(words) for words in WORDS.values()])[:-1]
+        return mx.split(self.heads(self.features(x)), ends.tolist(), axis=-1)
+
+
+def load(path: Path) -> Judge:
+    judge = Judge()
+    judge.load_weights(str(path))
+    judge.apply(lambda w: w.astype(mx.float32))
+    judge.eval()
+    return judge
+
+
+def labels(scenes: list[Scene]) -> np.ndarray:
+    """(B, 6) indices into WORDS."""
+    return np.array([[words.index(getattr(s, kind)) for kind, words in WORDS.items()] for s in scenes])
+
+
+def read(judge: Judge, pictures: np.ndarray) -> np.ndarray:
+    """What the judge sees, (B, 6) indices into WORDS."""
+    answers = [judge(_signed(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
+    return np.concatenate([np.stack([np.array(a.argmax(-1)) for a in part], 1) for part in answers])
+
+
+def adherence(judge: Judge, pictures: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
+    """Share of the scenes' words found in their pictures, by kind, and of pictures with all six."""
+    right = read(judge, pictures) == labels(scenes)
+    return dict(zip(WORDS, right.mean(0).tolist(), strict=True)) | {"all": float(right.all(1).mean())}
+
+
+def frechet(judge: Judge, a: np.ndarray, b: np.ndarray) -> float:
+    """Distance of two sets of pictures as Gaussians of features. Dowson and Landau 1982; Heusel et al. 2017."""
+    (m1, c1), (m2, c2) = (_gaussian(judge, x) for x in (a, b))
+    # The trace of sqrt(c1 c2) is that of the symmetric sqrt(r c2 r), r = sqrt(c1).
+    values, vectors = np.linalg.eigh(c1)
+    r = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(r @ c2 @ r), 0)).sum()
+    return float(((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * cross)
+
+
+def _gaussian(judge: Judge, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    parts = [judge.features(_signed(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
+    x = np.concatenate([np.array(p, np.float64) for p in parts])
+    return x.mean(0), np.cov(x.T)
+
+
+def _signed(pictures: np.ndarray) -> mx.array:
+    return mx.array(pictures.astype(np.float32) / 127.5 - 1)

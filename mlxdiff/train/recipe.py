@@ -1,0 +1,255 @@
+"""The storybook model from nothing: pictures, VAE, vocabulary and latents, U-Net with its text encoder, export. Each
+stage leaves a file in the folder and is not done twice."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import schedules
+from ..models import clip, unet, vae
+from ..tokenizers import ClipTokenizer, load
+from . import bpe, export, objective
+from . import storybook as sb
+from .fit import Plan, Report, averaged, fit
+
+SIZE, FACTOR, POSITIONS, CAPTIONS = 128, 8, 40, 8
+SCALE = 0.18215  # what files of this layout say; the latents are whitened first, so that it holds by construction
+ALPHA_BAR = schedules.alpha_bar(schedules.betas("scaled_linear", 1000, 0.00085, 0.012))
+
+VAE = vae.Config(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    channels=(16, 32, 64, 96),
+    layers=1,
+    groups=8,
+    scale=1.0,
+    shift=0.0,
+    quant_conv=True,
+    post_quant_conv=True,
+    mid_attention=True,
+)
+UNET = unet.Config(
+    in_channels=4,
+    out_channels=4,
+    channels=(64, 96, 144),
+    layers=(1, 1, 1),
+    depth=((1,), (1,), (1,)),
+    up_depth=((1, 1), (1, 1), (1, 1)),
+    mid_depth=1,
+    heads=(2, 2, 2),
+    context=128,
+    groups=16,
+    eps=1e-5,
+    linear_projection=False,
+    time_cond=None,
+    added_time=None,
+    added=None,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+)
+
+
+def text_config(vocab: int) -> clip.Config:
+    return clip.Config(
+        vocab=vocab,
+        positions=POSITIONS,
+        width=128,
+        layers=3,
+        heads=4,
+        hidden=512,
+        act="quick_gelu",
+        projection=None,
+        eos=vocab - 1,
+        eps=1e-5,
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    pictures: int
+    vae_steps: int
+    steps: int
+    batch: int  # of the denoiser; the VAE sees a quarter of it, in crops
+    optimizer: str
+    prediction: str
+    gamma: float | None  # of min-SNR
+    seed: int
+
+
+class Denoiser(nn.Module):
+    """The U-Net and the text encoder it reads, trained together."""
+
+    def __init__(self, vocab: int):
+        super().__init__()
+        self.unet, self.text = unet.UNet(UNET), clip.CLIPText(text_config(vocab))
+
+    def __call__(self, x: mx.array, t: mx.array, ids: mx.array) -> mx.array:
+        return self.unet(x, t, **self.unet.prepare(None, self.text(ids).last))
+
+
+# --- losses
+
+
+def pyramid(y: mx.array, x: mx.array) -> mx.array:
+    """Squared error, L1 at four scales, and L1 of neighbours' differences at the two finest: sharp edges."""
+    total = 2 * mx.square(y - x).mean()
+    for k in range(4):
+        d = y - x
+        total = total + mx.abs(d).mean() * (1.0 if k == 0 else 0.6)
+        if k < 2:
+            total = total + 0.7 * (mx.abs(d[:, 1:] - d[:, :-1]).mean() + mx.abs(d[:, :, 1:] - d[:, :, :-1]).mean())
+        x, y = halved(x), halved(y)
+    return total
+
+
+def halved(x: mx.array) -> mx.array:
+    B, H, W, c = x.shape
+    return x.reshape(B, H // 2, 2, W // 2, 2, c).mean((2, 4))
+
+
+def vae_loss(model: vae.VAE, x: mx.array, noise: mx.array) -> mx.array:
+    mean, logvar = model.encode(x)
+    y = model.decode(mean + mx.exp(0.5 * logvar) * noise)
+    return pyramid(y, x) + 1e-4 * (mx.square(mean) + mx.exp(logvar) - 1 - logvar).mean()
+
+
+def denoiser_loss(model: Denoiser, x: mx.array, target: mx.array, t: mx.array, ids: mx.array, weight: mx.array):
+    return (mx.square(model(x, t, ids) - target).mean((1, 2, 3)) * weight).mean()
+
+
+# --- stages
+
+
+def pictures(folder: Path, recipe: Recipe) -> tuple[np.ndarray, list[sb.Scene]]:
+    """Rendered once: (N, 128, 128, 3) uint8 on disk, and what is in them."""
+    file, listing = folder / "pictures.npy", folder / "scenes.json"
+    if not listing.exists():
+        store = np.lib.format.open_memmap(file, "w+", np.uint8, (recipe.pictures, SIZE, SIZE, 3))
+        scenes = []
+        for k in range(recipe.pictures):
+            rng = np.random.default_rng([recipe.seed, k])
+            scenes.append(sb.sample(rng))
+            store[k] = sb.render(scenes[-1], rng, SIZE)
+        store.flush()
+        listing.write_text(json.dumps([astuple(s) for s in scenes]), encoding="utf-8")
+    return np.load(file, mmap_mode="r"), [sb.Scene(*s) for s in json.loads(listing.read_text(encoding="utf-8"))]
+
+
+def train_vae(folder: Path, recipe: Recipe, shown: np.ndarray) -> Iterator[Report]:
+    """On crops of half the picture's side: as many edges for a quarter of the work."""
+    side, n = SIZE // 2, max(1, recipe.batch // 4)
+
+    def batch(step):
+        rng = np.random.default_rng([recipe.seed, 1, step])
+        corners = rng.integers(0, side // 8 + 1, (n, 2)) * 8
+        picks = rng.integers(0, len(shown), n)
+        crops = np.stack([shown[i, y : y + side, x : x + side] for i, (y, x) in zip(picks, corners, strict=True)])
+        noise = rng.standard_normal((n, side // FACTOR, side // FACTOR, VAE.latent_channels), np.float32)
+        return mx.array(crops.astype(np.float32) / 127.5 - 1), mx.array(noise)
+
+    mx.random.seed(recipe.seed)
+    plan = Plan(
+        recipe.vae_steps, 0.02 if recipe.optimizer == "muon" else 1e-3, recipe.optimizer, 40, 0.0, 1.0, 0.995, 250
+    )
+    yield from fit(vae.VAE(VAE), vae_loss, batch, plan, folder / "vae")
+
+
+def whitened(model: vae.VAE, mean: np.ndarray, covariance: np.ndarray) -> vae.VAE:
+    """The same autoencoder with uncorrelated latents of unit variance at the model's scale: the change of basis goes
+    into the 1x1 convolutions beside the latents."""
+    values, vectors = np.linalg.eigh(covariance)
+    into, back = vectors / np.sqrt(values), np.sqrt(values)[:, None] * vectors.T  # white = (z - mean) @ into
+    n = len(mean)
+    inward, outward = model.quant_conv, model.post_quant_conv
+    w, b = np.array(inward.weight, np.float64), np.array(inward.bias, np.float64)
+    w[:n], b[:n] = into.T @ w[:n] / SCALE, (b[:n] - mean) @ into / SCALE
+    w[n:], b[n:] = 0, -6  # the posterior's spread means nothing in the new basis
+    inward.weight, inward.bias = mx.array(w.astype(np.float32)), mx.array(b.astype(np.float32))
+    matrix, bias = np.array(outward.weight, np.float64), np.array(outward.bias, np.float64)
+    outward.weight = mx.array((matrix @ back.T * SCALE).astype(np.float32))
+    outward.bias = mx.array((bias + matrix @ mean).astype(np.float32))
+    model.config = vae.Config(**{**vars(model.config), "scale": SCALE})
+    return model
+
+
+def encode(folder: Path, recipe: Recipe, shown: np.ndarray, scenes: list[sb.Scene]) -> dict[str, np.ndarray]:
+    """Latents (N, 16, 16, 4), their mean and covariance, and token ids (N, captions, positions)."""
+    file = folder / "latents.npz"
+    if not file.exists():
+        rng = np.random.default_rng([recipe.seed, 2])
+        captions = [[sb.caption(s, rng) for _ in range(CAPTIONS)] for s in scenes]
+        stray = " ".join(sb.captions.STRAY)
+        bpe.save(folder / "tokenizer", bpe.learn([c for cs in captions for c in cs] + [stray] * 20, 2000), POSITIONS)
+        tokenizer = load(folder / "tokenizer")
+        ids = np.array([[padded(tokenizer, c) for c in cs] for cs in captions], np.int16)
+        model, latents = averaged(vae.VAE(VAE), folder / "vae"), []
+        for k in range(0, len(shown), 32):
+            mean, _ = model.encode(mx.array(shown[k : k + 32].astype(np.float32) / 127.5 - 1))
+            latents.append(np.array(mean).astype(np.float16))
+        z = np.concatenate(latents)
+        flat = z.reshape(-1, z.shape[-1]).astype(np.float32)
+        np.savez(file, z=z, ids=ids, mean=flat.mean(0), covariance=np.cov(flat.T))
+    return dict(np.load(file))
+
+
+def padded(tokenizer: ClipTokenizer, text: str) -> list[int]:
+    (ids, _), *_ = tokenizer.encode(text, weighted=False)
+    return ids
+
+
+def train_denoiser(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) -> Iterator[Report]:
+    """One caption in ten is empty, for guidance."""
+    values, vectors = np.linalg.eigh(data["covariance"])
+    white = ((data["z"].astype(np.float32) - data["mean"]) @ (vectors / np.sqrt(values))).astype(np.float32)
+    empty = np.array(padded(load(folder / "tokenizer"), ""))
+
+    def batch(step):
+        rng = np.random.default_rng([recipe.seed, 3, step])
+        picks = rng.integers(0, len(white), recipe.batch)
+        ids = data["ids"][picks, rng.integers(0, CAPTIONS, recipe.batch)].astype(np.int32)
+        ids[rng.random(recipe.batch) < 0.1] = empty
+        t, level = objective.levels(recipe.prediction, ALPHA_BAR, objective.stratified(rng, recipe.batch))
+        x0, noise = mx.array(white[picks]), mx.array(rng.standard_normal(white[picks].shape, np.float32))
+        level = mx.array(level.astype(np.float32))
+        x, target = objective.mixture(recipe.prediction, x0, noise, level)
+        weight = objective.weights(recipe.prediction, level, recipe.gamma)
+        return x, target, mx.array(t.astype(np.float32)), mx.array(ids), weight
+
+    mx.random.seed(recipe.seed)
+    model = Denoiser(vocab_size(folder))
+    plan = Plan(recipe.steps, 0.01 if recipe.optimizer == "muon" else 1e-3, recipe.optimizer, 80, 0.5, 1.0, 0.998, 250)
+    yield from fit(model, denoiser_loss, batch, plan, folder / "denoiser")
+
+
+def vocab_size(folder: Path) -> int:
+    return len(json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
+
+
+def finish(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) -> Path:
+    """The public folder `model`, of the averaged weights."""
+    target = folder / "model"
+    model = averaged(Denoiser(vocab_size(folder)), folder / "denoiser")
+    autoencoder = whitened(averaged(vae.VAE(VAE), folder / "vae"), data["mean"], data["covariance"])
+    export.write(target, autoencoder, model.unet, model.text, recipe.prediction)
+    (target / "tokenizer").mkdir(exist_ok=True)
+    for file in (folder / "tokenizer").iterdir():
+        (target / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def storybook(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Report]]:
+    """The whole training, step by step, as (stage, Report). Leave it at any time; started again, it goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown, scenes = pictures(folder, recipe)
+    for report in train_vae(folder, recipe, shown):
+        yield "vae", report
+    data = encode(folder, recipe, shown, scenes)
+    for report in train_denoiser(folder, recipe, data):
+        yield "denoiser", report
+    finish(folder, recipe, data)
