@@ -210,7 +210,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled:
         raise _absent(repo) from None
     except errors.LocalEntryNotFoundError as e:  # how hf_hub_download tells that the network failed
-        raise _unreachable(site, e) from None
+        raise _no_connection(site, e) from None
     except errors.EntryNotFoundError as e:
         raise Error(f"{repo} lacks a file that it lists: {e}.", "Run again; if it stays, use another model.") from None
     except errors.HfHubHTTPError as e:
@@ -219,7 +219,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
             raise Error(f"{site} refused access to {repo} ({status}).", f"Renew your token: {log_in}.") from None
         raise Error(f"{site} answered {status} for {repo}.", "Try again later; what was downloaded is kept.") from None
     except _transport() as e:
-        raise _unreachable(site, e) from None
+        raise _no_connection(site, e) from None
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(repo) from None
@@ -234,9 +234,9 @@ def _full(repo: str, wants: str = "") -> Error:
     )
 
 
-def _unreachable(site: str, e: Exception) -> Error:
+def _no_connection(site: str, e: Exception) -> Error:
     return Error(
-        f"{site} cannot be reached ({type(e).__name__}).",
+        f"The connection to {site} failed ({type(e).__name__}).",
         "Check the connection and run again: it goes on where it stopped. --offline uses what is already here.",
     )
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -48,7 +49,7 @@ class Repo:
     gated: bool = False
     status: int | None = None  # answered to everything, e.g. 503
     cut: dict[str, int] = field(default_factory=dict)  # file -> bytes after which the connection is dropped, once
-    held: dict[str, int] = field(default_factory=dict)  # file -> bytes after which the server says no more
+    held: dict[str, int] = field(default_factory=dict)  # file -> bytes after which the server waits for `release`
 
 
 class Hub:
@@ -143,12 +144,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         if body and name in repo.held:
+            pause = repo.held[name]
             self.send(status, data[start:], headers, False)
-            self.wfile.write(data[start : repo.held[name]])
+            self.wfile.write(data[start:pause])
             self.wfile.flush()
             self.hub.reached.set()
             self.hub.release.wait()
-            self.close_connection = True
+            with suppress(ConnectionError):  # whoever asked may be dead by now
+                self.wfile.write(data[pause:])
             return None
         return self.send(status, data[start:], headers, body)
 
