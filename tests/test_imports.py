@@ -75,7 +75,16 @@ MAY = {
         "mlxdiff.models.*",
     },
     "mlxdiff.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.registry"},
-    "mlxdiff.train.*": {"mlxdiff.train.*", "mlxdiff.errors", "mlxdiff.models.*", "mlxdiff.schedules"},
+    "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
+    "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
+    "mlxdiff.train.*": {
+        "mlxdiff.errors",
+        "mlxdiff.models.*",
+        "mlxdiff.schedules",
+        "mlxdiff.tokenizers",
+        "mlxdiff.train.*",
+    },
+    "mlxdiff.train.__main__": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.train.*"},
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {
