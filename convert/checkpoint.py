@@ -119,7 +119,7 @@ def _folder(path: Path, prediction: str | None) -> Checkpoint:
     else:
         family = "sd2" if net.linear_projection else "sd1"
     schedule, stated = scheduler.SINGLE, None
-    if (path / "scheduler").is_dir():
+    if index.get("scheduler", None) is not None:
         schedule, stated = scheduler.from_json(Settings(path / "scheduler" / "scheduler_config.json"))
     return Checkpoint(
         path=path,

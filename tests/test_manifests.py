@@ -1,0 +1,351 @@
+"""Every published file of these families is understood to the last tensor, and every other is named for what it is.
+References: manifests of published files, whose names and shapes are facts, and files derived from those by original.py,
+which is itself held to them."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from mlxdiff import Error, convert
+from mlxdiff.convert.__main__ import main
+
+from . import original
+from .checkpoints import MANIFESTS, manifest, sparse
+
+CONFIGS = json.loads((Path(__file__).parent / "data" / "configs.json").read_text())
+
+# manifest -> (family, variant)
+WHOLE = {"sd15_v1-5-pruned-emaonly": "sd1", "sdxl_base_1.0": "sdxl", "sdxl_refiner_1.0": "sdxl-refiner"}
+ALONE = {
+    "comfy_clip_g": ("clip-g", "base", "text_encoder_2"),
+    "comfy_clip_l": ("clip", "base", "text_encoder"),
+    "flux_text_encoder": ("clip", "base", "text_encoder"),
+    "lcm_dreamshaper_v7_unet": ("sd1", "lcm", "unet"),
+    "sd15_inpainting_unet": ("sd1", "inpaint", "unet"),
+    "sd15_text_encoder": ("clip", "base", "text_encoder"),
+    "sd15_unet": ("sd1", "base", "unet"),
+    "sd15_vae": ("vae", "base", "vae"),
+    "sd15_vae_newnames": ("vae", "base", "vae"),
+    "sd15_vae_single": ("vae", "base", "vae"),
+    "sd21_text_encoder": ("clip", "base", "text_encoder"),
+    "sd21_text_encoder_posids": ("clip", "base", "text_encoder"),
+    "sd21_unet": ("sd2", "base", "unet"),
+    "sd21_vae": ("vae", "base", "vae"),
+    "sd3_text_encoder": ("clip", "base", "text_encoder"),
+    "sd3_text_encoder_2": ("clip-g", "base", "text_encoder_2"),
+    "sdxl_base_unet": ("sdxl", "base", "unet"),
+    "sdxl_inpainting_unet": ("sdxl", "inpaint", "unet"),
+    "sdxl_refiner_unet": ("sdxl-refiner", "base", "unet"),
+    "sdxl_text_encoder": ("clip", "base", "text_encoder"),
+    "sdxl_text_encoder_2": ("clip-g", "base", "text_encoder_2"),
+    "sdxl_vae": ("vae", "base", "vae"),
+}
+BUFFERS = ("position_ids", "model_ema.", "alphas_cumprod", "betas")
+
+
+def count(name: str) -> dict[str, int]:
+    """Tensors and parameters of a component's manifest, buffers left out."""
+    held = [s for k, s in manifest(name)["tensors"].items() if not any(b in k for b in BUFFERS)]
+    return {"tensors": len(held), "parameters": sum(int(np.prod(s)) for s in held)}
+
+
+def check(path: Path, capsys) -> dict:
+    """What `--check --json` prints, its exit code being 0."""
+    code = main([str(path), "--check", "--json"])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    said = json.loads(out.out)
+    assert (said["unmapped"], said["missing"]) == ([], [])
+    return said
+
+
+def published(tmp_path: Path, name: str) -> Path:
+    m = manifest(name)
+    return sparse(tmp_path / f"{name}.safetensors", m["tensors"], dtype=m["dtype"], dtypes=m.get("dtypes"))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_published_single_files(tmp_path, capsys, name):
+    said = check(published(tmp_path, name), capsys)
+    assert (said["family"], said["variant"], said["layout"]) == (WHOLE[name], "base", "single-file")
+    assert said["components"] == {part: count(m) for part, m in manifest(name)["converts_to"].items()}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_published_components_alone(tmp_path, capsys, name):
+    said = check(published(tmp_path, name), capsys)
+    family, variant, part = ALONE[name]
+    assert (said["family"], said["variant"]) == (family, variant)
+    assert said["components"] == {part: count(name)}
+
+
+FOREIGN = {
+    "comfy_t5xxl_fp16": "T5", "flux1-dev": "FLUX", "flux1-fill-dev": "FLUX", "flux1-redux-dev": "FLUX",
+    "flux1-schnell": "FLUX", "flux_ae": "VAE of SD3 or FLUX", "flux_dev_transformer": "FLUX",
+    "flux_fill_dev_transformer": "FLUX", "flux_redux_image_embedder": "FLUX",
+    "flux_redux_image_encoder": "CLIP vision", "flux_schnell_transformer": "FLUX", "flux_text_encoder_2": "T5",
+    "flux_vae": "VAE of SD3 or FLUX", "ip_adapter_image_encoder_vit_h": "CLIP vision", "ip_adapter_sd15": "IP-Adapter",
+    "lora_bfl_flux_control": "LoRA", "lora_diffusers_sd15_lora_down_up": "LoRA", "lora_kohya_flux": "LoRA",
+    "lora_kohya_sd15": "LoRA", "lora_kohya_sdxl": "LoRA", "lora_lcm_sd15": "LoRA", "lora_peft_flux_aitoolkit": "LoRA",
+    "lora_peft_flux_dreambooth": "LoRA", "lora_peft_sd15_unet": "LoRA", "lora_peft_sd15_unet_te": "LoRA",
+    "lora_peft_sdxl_unet": "LoRA", "sd15_controlnet_canny": "ControlNet", "sd15_controlnet_canny_single": "ControlNet",
+    "sd35_large": "SD3", "sd35_large_transformer": "SD3", "sd35_medium": "SD3", "sd35_medium_transformer": "SD3",
+    "sd3_medium": "SD3", "sd3_medium_incl_clips": "SD3", "sd3_medium_transformer": "SD3",
+    "sd3_vae": "VAE of SD3 or FLUX", "sdxl_controlnet_canny": "ControlNet", "t5xxl_encoder": "T5", "taef1": "TAESD",
+    "taesd": "TAESD", "taesd3": "TAESD", "taesd_decoder_single": "TAESD", "taesd_encoder_single": "TAESD",
+    "taesdxl": "TAESD", "taesdxl_decoder_single": "TAESD", "taesdxl_encoder_single": "TAESD",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_files_are_named_for_what_they_are(tmp_path, name):
+    with pytest.raises(Error) as e:
+        convert.open(published(tmp_path, name))
+    assert FOREIGN[name] in e.value.problem
+
+
+def test_every_manifest_is_in_one_of_the_lists():
+    assert {p.name.removesuffix(".json.gz") for p in MANIFESTS.glob("*.gz")} == {*WHOLE, *ALONE, *FOREIGN}
+
+
+# Files of the same families that are published and have no manifest here, derived from those that have.
+
+
+def shapes(state: dict) -> dict:
+    return {k: tuple(x.shape) for k, x in state.items()}
+
+
+def hollow(name: str) -> dict:
+    return {k: np.broadcast_to(np.int8(0), s) for k, s in manifest(name)["tensors"].items()}
+
+
+def ldm(unet: str, vae: str, **texts: dict) -> dict:
+    state = original.under("model.diffusion_model.", original.unet(hollow(unet)))
+    state |= original.under("first_stage_model.", original.vae(hollow(vae)))
+    for prefix, text in texts.items():
+        state |= original.under({"l": "cond_stage_model.transformer.", "h": "cond_stage_model.model."}[prefix], text)
+    return shapes(state)
+
+
+def open_clip_h() -> dict:
+    return original.open_clip(hollow("sd21_text_encoder"), spare=True, projection=np.zeros((1024, 1024), np.int8))
+
+
+def test_the_inverse_tables_give_the_published_names():
+    """original.py against the manifests: what is left over is schedule buffers and counters."""
+    made = ldm("sd15_unet", "sd15_vae", l=hollow("sd15_text_encoder"))
+    facts = {k: tuple(s) for k, s in manifest("sd15_v1-5-pruned-emaonly")["tensors"].items()}
+    assert made.items() <= facts.items()
+    assert all("." not in k or k.startswith("model_ema.") for k in facts.keys() - made.keys())
+    facts = {k: tuple(s) for k, s in manifest("sdxl_refiner_1.0")["tensors"].items()}
+    text = original.under("conditioner.embedders.0.model.", original.open_clip(hollow("sdxl_text_encoder_2"), False))
+    assert ldm("sdxl_refiner_unet", "sdxl_vae") | shapes(text) == facts
+
+
+SD1_COUNTS = {"text_encoder": "sd15_text_encoder", "unet": "sd15_unet", "vae": "sd15_vae"}
+SD2_COUNTS = {"text_encoder": "sd21_text_encoder", "unet": "sd21_unet", "vae": "sd21_vae"}
+SDXL_COUNTS = manifest("sdxl_base_1.0")["converts_to"]
+
+
+def v15() -> dict:
+    return {k: tuple(s) for k, s in manifest("sd15_v1-5-pruned-emaonly")["tensors"].items()}
+
+
+def xl() -> dict:
+    return {k: tuple(s) for k, s in manifest("sdxl_base_1.0")["tensors"].items()}
+
+
+def ema(held: dict) -> dict:
+    """With the averaged copies of full training checkpoints: the U-Net's names without their dots."""
+    prefix = "model.diffusion_model."
+    copies = {k.removeprefix("model.").replace(".", ""): s for k, s in held.items() if k.startswith(prefix)}
+    return held | {f"model_ema.{k}": s for k, s in copies.items()}
+
+
+def renamed(held: dict, old: str, new: str) -> dict:
+    assert any(old in k for k in held)
+    return {k.replace(old, new): s for k, s in held.items()}
+
+
+def without(held: dict, *words: str) -> dict:
+    assert all(any(w in k for k in held) for w in words)
+    return {k: s for k, s in held.items() if not any(w in k for w in words)}
+
+
+CLIP_L, CLIP_G = "conditioner.embedders.0.", "conditioner.embedders.1.model."
+
+# name -> (shapes, family, variant, component -> the manifest that counts it)
+DERIVED = {
+    "v1-5-pruned, with its full EMA": (lambda: ema(v15()), "sd1", "base", SD1_COUNTS),
+    "SD1 without buffers": (
+        lambda: ldm("sd15_unet", "sd15_vae", l=without(hollow("sd15_text_encoder"), "position_ids")),
+        "sd1", "base", SD1_COUNTS,
+    ),
+    "SD1 of a trainer without text_model.": (lambda: renamed(v15(), "text_model.", ""), "sd1", "base", SD1_COUNTS),
+    "SD1 merged, saved by ComfyUI": (
+        lambda: renamed(v15(), "cond_stage_model.", "cond_stage_model.clip_l.")
+        | {"cond_stage_model.clip_l.transformer.text_projection.weight": (768, 768)}
+        | {"cond_stage_model.logit_scale": ()}
+        | {"embedding_manager.embedder.transformer.text_model.final_layer_norm.bias": (768,)},
+        "sd1", "base", SD1_COUNTS,
+    ),
+    "SD1 inpainting": (
+        lambda: ldm("sd15_inpainting_unet", "sd15_vae", l=hollow("sd15_text_encoder")),
+        "sd1", "inpaint", SD1_COUNTS | {"unet": "sd15_inpainting_unet"},
+    ),
+    "LCM in one file": (
+        lambda: ldm("lcm_dreamshaper_v7_unet", "sd15_vae", l=hollow("sd15_text_encoder")),
+        "sd1", "lcm", SD1_COUNTS | {"unet": "lcm_dreamshaper_v7_unet"},
+    ),
+    "SD1 with the newer attention names inside": (
+        lambda: renamed(v15(), "mid.attn_1.q.", "mid_block.attentions.0.to_q."),
+        "sd1", "base", SD1_COUNTS,
+    ),
+    "SD1 U-Net and text encoder, no VAE": (
+        lambda: without(v15(), "first_stage_model."),
+        "sd1", "base", {k: SD1_COUNTS[k] for k in ("text_encoder", "unet")},
+    ),
+    "SD1 U-Net, prefix and all": (
+        lambda: original.under("model.diffusion_model.", shapes(original.unet(hollow("sd15_unet")))),
+        "sd1", "base", {"unet": "sd15_unet"},
+    ),
+    "SDXL U-Net, original names, no prefix": (
+        lambda: shapes(original.unet(hollow("sdxl_base_unet"))),
+        "sdxl", "base", {"unet": "sdxl_base_unet"},
+    ),
+    "SDXL refiner U-Net, original names": (
+        lambda: shapes(original.unet(hollow("sdxl_refiner_unet"))),
+        "sdxl-refiner", "base", {"unet": "sdxl_refiner_unet"},
+    ),
+    "SD1 VAE with its prefix": (
+        lambda: original.under("first_stage_model.", shapes(original.vae(hollow("sd15_vae")))),
+        "vae", "base", {"vae": "sd15_vae"},
+    ),
+    "VAE of a training run": (
+        lambda: manifest("sd15_vae_single")["tensors"] | {"loss.logvar": (), "loss.discriminator.main.0.bias": (64,)},
+        "vae", "base", {"vae": "sd15_vae"},
+    ),
+    "SD2": (lambda: ldm("sd21_unet", "sd21_vae", h=open_clip_h()), "sd2", "base", SD2_COUNTS),
+    "SD2 with EMA": (lambda: ema(ldm("sd21_unet", "sd21_vae", h=open_clip_h())), "sd2", "base", SD2_COUNTS),
+    "SD2 exported from diffusers: 23 layers": (
+        lambda: ldm("sd21_unet", "sd21_vae", h=original.open_clip(hollow("sd21_text_encoder"), spare=False)),
+        "sd2", "base", SD2_COUNTS,
+    ),
+    "SDXL merged": (
+        lambda: xl() | {
+            f"{CLIP_L}logit_scale": (), f"{CLIP_L}transformer.text_projection.weight": (768, 768),
+            f"{CLIP_G}transformer.text_model.embeddings.position_ids": (1, 77), "denoiser.sigmas": (1000,),
+        },
+        "sdxl", "base", SDXL_COUNTS,
+    ),
+    "SDXL v-prediction": (lambda: xl() | {"v_pred": (0,), "ztsnr": (0,)}, "sdxl", "base", SDXL_COUNTS),
+    "SDXL with transformers' names for CLIP-G": (
+        lambda: without(xl(), CLIP_G)
+        | original.under(f"{CLIP_G}transformer.", without(shapes(hollow("sdxl_text_encoder_2")), "text_projection"))
+        | {f"{CLIP_G}text_projection": (1280, 1280)},
+        "sdxl", "base", SDXL_COUNTS,
+    ),
+    "SDXL inpainting": (
+        lambda: without(xl(), "model.diffusion_model.")
+        | original.under("model.diffusion_model.", shapes(original.unet(hollow("sdxl_inpainting_unet")))),
+        "sdxl", "inpaint", SDXL_COUNTS | {"unet": "sdxl_inpainting_unet"},
+    ),
+    "SDXL without text encoders": (
+        lambda: without(xl(), "conditioner."),
+        "sdxl", "base", {k: SDXL_COUNTS[k] for k in ("unet", "vae")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F8_E4M3"])
+@pytest.mark.parametrize("name", DERIVED)
+def test_files_like_the_published(tmp_path, capsys, name, dtype):
+    make, family, variant, counts = DERIVED[name]
+    held = make()
+    dtypes = {k: "I64" for k in held if "position_ids" in k} if dtype == "F16" else {}  # merges cast even those
+    said = check(sparse(tmp_path / "a.safetensors", held, dtype=dtype, dtypes=dtypes), capsys)
+    assert (said["family"], said["variant"]) == (family, variant)
+    assert said["components"] == {part: count(m) for part, m in counts.items()}
+
+
+def distilled(kind: str):
+    """U-Nets with fewer blocks than their family: diffusers' class with the published settings, without weights."""
+    if kind == "small-sd":
+        settings = {"layers_per_block": 1, "mid_block_type": None, "cross_attention_dim": 768}
+    else:
+        settings = CONFIGS["sdxl_base"]["components"]["unet"]["config"] | {
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, 2, 4],
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+        }
+        settings = {k: v for k, v in settings.items() if not k.startswith("_")}
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel(**settings)
+
+
+@pytest.mark.parametrize(("kind", "family"), [("small-sd", "sd1"), ("SSD-1B", "sdxl")])
+def test_distilled_unets_in_every_form(tmp_path, capsys, kind, family):
+    net = distilled(kind)
+    state = {k: np.broadcast_to(np.int8(0), v.shape) for k, v in net.state_dict().items()}
+    counts = {"unet": {"tensors": len(state), "parameters": sum(x.size for x in state.values())}}
+    file = sparse(tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors", shapes(state))
+    net.save_config(tmp_path / "unet")
+    paths = (file, tmp_path / "unet", sparse(tmp_path / "a.safetensors", shapes(original.unet(state))))
+    for path in paths:
+        said = check(path, capsys)
+        assert (said["family"], said["components"]) == (family, counts)
+    configs = [convert.open(path).components["unet"].config for path in paths]
+    assert configs[0] == configs[1] == configs[2]  # what shapes and family tell, and what config.json tells, agree
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15_inpainting", "sd21", "sdxl_base", "sdxl_refiner", "sdxl_inpainting"])
+def test_published_folders_agree_with_their_single_files(tmp_path, capsys, name):
+    """A folder with the published configs; its Configs are those that shapes and family knowledge give."""
+    base, stem = name.split("_")[0], {"sdxl_base": "sdxl_base", "sdxl_refiner": "sdxl_refiner"}.get(name, name)
+    parts = {k: v["config"] for k, v in CONFIGS[name]["components"].items() if k != "model_index"}
+    index = {k: ["x", v.get("_class_name") or v["architectures"][0]] for k, v in parts.items()}
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "X", "safety_checker": [None] * 2})
+    )
+    for part, config in parts.items():
+        folder = tmp_path / "m" / part
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        folder.mkdir()
+        (folder / file).write_text(json.dumps(config))
+        if part != "scheduler":
+            of = f"{stem}_unet" if part == "unet" else f"{base}_{part}"
+            sparse(folder / "model.fp16.safetensors", manifest(of)["tensors"])
+    said = check(tmp_path / "m", capsys)
+    assert said["layout"] == "diffusers"
+    opened = convert.open(tmp_path / "m")
+    assert opened.prediction == ("v" if name == "sd21" else "eps")
+    assert opened.zero_negative == base.startswith("sdxl")  # the refiner's model_index, not here, says otherwise
+    for part in opened.components:
+        alone = convert.open(tmp_path / "m" / part / "model.fp16.safetensors").components[part].config
+        told = opened.components[part].config
+        if part == "vae":
+            alone = type(alone)(**{**vars(alone), "scale": told.scale})  # no shape tells it
+        assert alone == told
+
+
+def test_people_are_told_what_it_is_and_what_is_wrong(tmp_path, capsys):
+    held = without(shapes(hollow("sd15_unet")), "conv_in.bias")
+    path = sparse(tmp_path / "a.safetensors", held | {"stranger": (3,), "conv_out.bias": (5,)})
+    assert main([str(path), "--check"]) == 1
+    out = capsys.readouterr()
+    assert "sd1, base, diffusers names" in out.out
+    assert "684 tensors" in out.out
+    for line in ("no place for 'stranger'", "no place for 'conv_out.bias': shape (5,)", "missing unet.conv_in.bias"):
+        assert line in out.out
+    assert len(out.err.splitlines()) == 1
+
+
+def test_check_without_what_tells_the_size_says_so(tmp_path, capsys):
+    path = sparse(tmp_path / "a.safetensors", without(shapes(hollow("sd15_vae")), "encoder.conv_in.weight"))
+    assert main([str(path), "--check", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["missing"] == ["vae.encoder.conv_in.weight"]
