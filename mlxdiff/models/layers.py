@@ -178,3 +178,27 @@ class Upsample(nn.Module):
         B, h0, w0, c = x.shape
         x = mx.broadcast_to(x[:, :, None, :, None], (B, h0, 2, w0, 2, c)).reshape(B, 2 * h0, 2 * w0, c)
         return self.conv(x[:, :h, :w])
+
+
+# These two retrace for each new shape: told to be shapeless, MLX keeps every broadcast apart and makes two kernels of one.
+@mx.compile
+def gelu_tanh(x: mx.array) -> mx.array:
+    """GELU in its tanh form (Hendrycks and Gimpel 2016), by (1 + tanh z) / 2 = sigmoid(2 z)."""
+    y = x.astype(mx.float32)
+    return (y * mx.sigmoid(math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y))).astype(x.dtype)
+
+
+@mx.compile
+def gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+    """x + gate * y. float16 is kept finite: the text of a diffusion transformer overflows, and its references clip."""
+    z = x.astype(mx.float32) + gate.astype(mx.float32) * y
+    if x.dtype == mx.float16:
+        z = mx.clip(z, -65504, 65504)
+    return z.astype(x.dtype)
+
+
+def adaptive_norm(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """Layer norm whose weight and bias, (B or 1, 1, d) each, come from outside: one kernel where all samples share them."""
+    if scale.shape[0] == 1:
+        return mx.fast.layer_norm(x, scale.reshape(-1), shift.reshape(-1), eps=1e-6)
+    return affine(mx.fast.layer_norm(x, None, None, eps=1e-6), scale, shift)

@@ -1,6 +1,8 @@
 """diffusers and transformers as oracles: the same random weights in their network and in ours, and how far apart the
 outputs are."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import torch
@@ -26,11 +28,11 @@ def quieten(theirs: torch.nn.Module, to: float) -> torch.nn.Module:
     return theirs
 
 
-def give(theirs: torch.nn.Module, ours, dtype: mx.Dtype = mx.float32):
-    """Their weights in our network, strictly."""
+def give(theirs: torch.nn.Module, ours, dtype: mx.Dtype = mx.float32, rename: Callable[[dict], dict] = dict):
+    """Their weights in our network, strictly; `rename` makes our names of theirs where they differ."""
     shapes = {name: p.shape for name, p in tree_flatten(ours.parameters())}
     weights = []
-    for name, p in theirs.state_dict().items():
+    for name, p in rename(theirs.state_dict()).items():
         name = name.removeprefix("text_model.")
         w = p.numpy()
         if w.ndim == 4:  # OIHW -> OHWI, a 1x1 kernel -> a matrix where ours is one

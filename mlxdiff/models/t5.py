@@ -1,0 +1,143 @@
+"""T5 v1.1 encoder. ids (B, N) -> (B, N, d). Raffel et al. 2020, Shazeer 2020; names as in transformers' T5EncoderModel.
+
+Its residual stream and the output of its `wo` leave float16's range, so the stream is float32 and what enters `wo` is
+made smaller by a power of two; every weight and every matmul keeps the model's dtype."""
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .layers import gelu_tanh, split_heads
+
+SHRINK = 2.0**-6  # of what enters wo: lets its output reach 4e6 in float16, and is exact down to 4e-3
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    head_dim: int
+    hidden: int
+    buckets: int
+    max_distance: int
+    eps: float
+
+
+@mx.compile
+def gated_gelu(x: mx.array, y: mx.array) -> mx.array:
+    return (gelu_tanh(x.astype(mx.float32)) * (y.astype(mx.float32) * SHRINK)).astype(x.dtype)
+
+
+@mx.compile
+def add_shrunk(x: mx.array, y: mx.array) -> mx.array:
+    return x + y.astype(mx.float32) / SHRINK
+
+
+class RMSNorm(nn.RMSNorm):
+    """From the float32 stream to the model's dtype."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(self.weight.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.q, self.k, self.v = (nn.Linear(config.width, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, config.width, bias=False)
+        self.heads = config.heads
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        B, N, _ = x.shape
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q, self.k, self.v))
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=bias)  # trained without the 1 / sqrt(d)
+        return self.o(y.swapaxes(1, 2).reshape(B, N, -1))
+
+
+class AttentionLayer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.layer_norm = RMSNorm(config.width, config.eps)
+        self.SelfAttention = Attention(config)
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        return x + self.SelfAttention(self.layer_norm(x), bias)
+
+
+class GatedGELU(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.wi_0, self.wi_1 = (nn.Linear(config.width, config.hidden, bias=False) for _ in range(2))
+        self.wo = nn.Linear(config.hidden, config.width, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.wo(gated_gelu(self.wi_0(x), self.wi_1(x)))
+
+
+class MLPLayer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.layer_norm = RMSNorm(config.width, config.eps)
+        self.DenseReluDense = GatedGELU(config)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return add_shrunk(x, self.DenseReluDense(self.layer_norm(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.layer = [AttentionLayer(config), MLPLayer(config)]
+
+    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+        return self.layer[1](self.layer[0](x, bias))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.block = [Block(config) for _ in range(config.layers)]
+        # In the file the first block holds the table of position biases for all.
+        self.block[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
+        self.final_layer_norm = RMSNorm(config.width, config.eps)
+
+
+class T5Encoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab, config.width)
+        self.encoder = Encoder(config)
+
+    def __call__(self, ids: mx.array, mask: mx.array | None = None) -> mx.array:
+        """mask (B, N): nonzero where a token may be attended to; None: everywhere, padding too, as SD3 and FLUX do."""
+        x = self.shared(ids).astype(mx.float32)
+        bias = self.position_bias(ids.shape[1])
+        if mask is not None:
+            bias = mx.where(mask[:, None, None].astype(mx.bool_), bias, mx.finfo(bias.dtype).min)  # (B, heads, N, N)
+        for block in self.encoder.block:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+    def position_bias(self, n: int) -> mx.array:
+        """What each head adds to its scores by distance, the same in every layer: (1, heads, n, n)."""
+        i = np.arange(n)
+        distance = buckets(i - i[:, None], self.config.buckets, self.config.max_distance)  # (query, key)
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        return table(mx.array(distance)).transpose(2, 0, 1)[None].astype(self.encoder.final_layer_norm.weight.dtype)
+
+
+def buckets(distance: np.ndarray, count: int, max_distance: int) -> np.ndarray:
+    """Distances to `count` buckets: half for each direction; of each, half exact and half growing with the logarithm.
+    In float32, as the reference has it: a bucket's edge falls on whole numbers."""
+    half, exact = count // 2, count // 4
+    far = np.log(np.maximum(np.abs(distance), 1).astype(np.float32) / np.float32(exact))
+    far = exact + (far / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)).astype(np.int32)
+    near = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(far, half - 1))
+    return (near + half * (distance > 0)).astype(np.int32)
