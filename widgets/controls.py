@@ -1,0 +1,194 @@
+"""The settings as controls, and what is known about them: presets, which of them a model ignores, values of an axis."""
+
+from collections.abc import Callable
+
+import ipywidgets as w
+import traitlets as t
+
+from .. import samplers, schedules
+from ..errors import Error
+from ..registry import MODELS, Defaults
+from ..request import MAX_SEED
+from .worker import Facts
+
+# Request fields that have a control, with how one value of a comparison is read from text.
+FIELDS: dict[str, Callable] = {
+    "seed": int,
+    "steps": int,
+    "guidance": float,
+    "sampler": str,
+    "schedule": str,
+    "width": int,
+    "height": int,
+    "prompt": str,
+    "negative": str,
+}
+_QUICK, _FINE = 0.4, 2.0  # of the model's own steps; DPM++ 2M on Karras' sigmas needs the fewest for the same picture
+
+
+def presets(defaults: Defaults) -> dict[str, dict]:
+    """What the three buttons set. Models made for a few steps have only the one way they were made for."""
+    own = {
+        "steps": defaults.steps,
+        "guidance": defaults.guidance,
+        "width": defaults.size,
+        "height": defaults.size,
+        "sampler": None,
+        "schedule": None,
+    }
+    if defaults.steps < 10:
+        return {"standard": own}
+    solver = {"sampler": "dpmpp_2m", "schedule": "karras"}
+    return {
+        "quick": own | solver | {"steps": round(defaults.steps * _QUICK)},
+        "standard": own,
+        "fine": own | solver | {"steps": round(defaults.steps * _FINE)},
+    }
+
+
+def ignored(facts: Facts | None, guidance: float) -> dict[str, str]:
+    """The controls that change nothing now, with the reason."""
+    if facts is not None and not facts.negative:
+        return {"negative": f"{facts.name} draws in one pass: it has no place for a negative prompt."}
+    if guidance <= 1:
+        return {"negative": "Not used at guidance 1 or below: nothing is subtracted there."}
+    return {}
+
+
+def values(name: str, text: str) -> list:
+    """The values typed for one axis of a comparison: 1, 2, 3 or, for prompts, one | another."""
+    if name not in FIELDS:
+        raise Error(f"{name} is not a setting to compare.", f"Use one of {', '.join(FIELDS)}.")
+    parts = [p.strip() for p in text.split("|" if name in ("prompt", "negative") else ",")]
+    try:
+        found = [FIELDS[name](p) for p in parts if p]
+    except ValueError:
+        raise Error(f"{text!r} are not values of {name}.", "Separate them with commas, such as 1, 2, 3.") from None
+    if not found:
+        raise Error(f"There are no values of {name} to compare.", "Separate them with commas, such as 1, 2, 3.")
+    return found
+
+
+class Controls(w.VBox):
+    """One control a setting. `bind` ties each to the trait of the same name, which is the truth."""
+
+    def __init__(self, model: str):
+        wide = w.Layout(width="auto")
+        self.prompt = w.Textarea(description="Prompt", rows=3, layout=wide, placeholder="What to draw")
+        self.negative = w.Textarea(description="Negative prompt", rows=2, layout=wide, placeholder="What to keep away")
+        self.why = w.HTML().add_class("mlxdiff-why")
+        self.generate = w.Button(description="Generate", tooltip="Draw this (Ctrl+Enter)", button_style="primary")
+        self.cancel = w.Button(description="Cancel", tooltip="Stop the running picture (Esc)", disabled=True)
+        self.clear = w.Button(description="Cancel all", tooltip="Stop the running picture and empty the queue")
+        self.model = w.Dropdown(description="Model", options=_models(model), layout=wide)
+        names = ("quick", "standard", "fine")
+        self.presets = {n: w.Button(description=n.title(), tooltip=f"Set {n} steps and sampler") for n in names}
+        self.steps = w.IntSlider(description="Steps", min=1, max=60, layout=wide)
+        self.guidance = w.FloatSlider(
+            description="Guidance", min=0, max=15, step=0.5, readout_format=".1f", layout=wide
+        )
+        self.sampler = w.Dropdown(description="Sampler", options=_or_own(samplers.SAMPLERS), layout=wide)
+        self.schedule = w.Dropdown(description="Schedule", options=_or_own(schedules.SPACINGS), layout=wide)
+        self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=64, layout=wide)
+        self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=64, layout=wide)
+        self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=wide)
+        # Text and not a number: a browser's numbers lose the last digits of large seeds.
+        self.seed = w.Text(description="Seed", continuous_update=False, layout=wide)
+        self.locked = w.ToggleButton(icon="lock", tooltip="Keep this seed for every picture")
+        self.dice = w.Button(icon="random", tooltip="Another seed")
+        self.reuse = w.Button(icon="history", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
+        self.more = w.HTML().add_class("mlxdiff-why")
+        self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
+        self.compare = Compare()
+        fold = w.Accordion([self.compare], titles=["Compare settings"]).add_class("mlxdiff-fold")
+        super().__init__(
+            [
+                self.prompt,
+                self.negative,
+                self.why,
+                _row("mlxdiff-go", self.generate, self.cancel, self.clear),
+                self.model,
+                _row("mlxdiff-presets", *self.presets.values()),
+                self.steps,
+                self.guidance,
+                _row("mlxdiff-two", self.sampler, self.schedule),
+                _row("mlxdiff-three", self.width, self.height, self.count),
+                _row("mlxdiff-seed", self.seed, self.locked, self.dice, self.reuse),
+                w.HBox([self.more, self.forget]),
+                fold,
+            ]
+        )
+        self.add_class("mlxdiff-controls")
+
+    def bind(self, studio: t.HasTraits) -> None:
+        """Every setting both ways."""
+        for name in ("prompt", "steps", "guidance", "sampler", "schedule", "width", "height", "count", "locked"):
+            _tie(studio, name, getattr(self, name))
+        _tie(studio, "negative", self.negative, lambda v: "" if v is None else v, lambda v: v or None)
+        _tie(studio, "seed", self.seed, str, _seed)
+        _tie(studio, "model", self.model)
+
+
+class Compare(w.VBox):
+    """Two settings and their values."""
+
+    def __init__(self):
+        two = [n for n in FIELDS if n != "negative"] + ["negative"]
+        self.rows = w.Dropdown(description="Rows", options=two, value="seed")
+        self.row_values = w.Text(description="Row values", value="1, 2, 3")
+        self.columns = w.Dropdown(description="Columns", options=two, value="guidance")
+        self.column_values = w.Text(description="Column values", value="1, 3, 7")
+        self.draw = w.Button(description="Draw the grid", tooltip="A picture for every pair, then one labelled PNG")
+        super().__init__(
+            [
+                _row("mlxdiff-axis", self.rows, self.row_values),
+                _row("mlxdiff-axis", self.columns, self.column_values),
+                self.draw,
+            ]
+        )
+
+
+def _tie(
+    studio: t.HasTraits, name: str, control: w.Widget, there: Callable | None = None, back: Callable | None = None
+):
+    """Keep a trait and its control equal. What a control cannot show, it first learns: longer scales, other models."""
+
+    def show(_=None):
+        value = getattr(studio, name)
+        if isinstance(control, w.IntSlider | w.FloatSlider) and value > control.max:
+            control.max = value
+        if isinstance(control, w.Dropdown) and value not in [v for _, v in control.options]:
+            control.options = [*control.options, (str(value), value)]
+        control.value = value if there is None else there(value)
+
+    def take(change):
+        try:
+            setattr(studio, name, change["new"] if back is None else back(change["new"]))
+        except t.TraitError:
+            show()
+
+    studio.observe(show, name)
+    control.observe(take, "value")
+    show()
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) > MAX_SEED:
+        raise t.TraitError(f"{text!r} is not a seed.")
+    return int(text)
+
+
+def _models(extra: str) -> list[tuple[str, str]]:
+    rows = [
+        (row.title if row.repo is None else f"{row.title}, {row.download / 1e9:.1f} GB", name)
+        for name, row in MODELS.items()
+    ]
+    return rows if extra in MODELS else [*rows, (extra, extra)]
+
+
+def _or_own(names) -> list[tuple[str, str | None]]:
+    return [("the model's own", None), *((n, n) for n in names)]
+
+
+def _row(kind: str, *children: w.Widget) -> w.HBox:
+    return w.HBox(children).add_class(kind)

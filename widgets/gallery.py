@@ -1,0 +1,181 @@
+"""Pictures with their settings, and pictures made of pictures: contact sheets and labelled comparisons. No widgets here."""
+
+import io
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .. import images
+from ..errors import Error
+from ..request import Request
+
+_THUMB = 160  # pixels: the strip shows 80, twice that for sharp screens
+_CELL = 192  # longest edge of a cell while a grid fills; the file has them whole
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture. The file is the only copy: a long session does not fill memory with what it drew."""
+
+    path: Path
+    request: Request  # of this one picture: its own seed, count 1
+    model: str
+    seconds: float
+
+    @classmethod
+    def write(cls, image: Image.Image, folder: Path, request: Request, model: str, seconds: float) -> "Picture":
+        """Save a picture under its prompt's first words and its seed."""
+        words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
+        path = images.save(image, Path(folder) / f"{words}-{request.seed}.png", request, model)
+        return cls(path.resolve(), request, model, seconds)
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.open(io.BytesIO(self._repr_png_()))
+
+    def save(self, path: str | Path) -> Path:
+        """Another copy, settings included; the suffix says PNG, JPEG or WebP. Never overwrites."""
+        return images.save(self.image.convert("RGB"), Path(path), self.request, self.model)
+
+    def caption(self) -> str:
+        r = self.request
+        return f"seed {r.seed} · {r.width} × {r.height} · {r.steps} steps of {r.sampler} · guidance {r.guidance:g}"
+
+    def _repr_png_(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as e:
+            raise Error(f"{self.path} cannot be read: {e.strerror}.", "Was it moved? Draw it again.") from None
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    small = image.copy()
+    small.thumbnail((_THUMB, _THUMB))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+def sheet(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, in as square a block as they make."""
+    if len(pictures) == 1:
+        return pictures[0]
+    across = math.ceil(math.sqrt(len(pictures)))
+    w, h = pictures[0].size
+    out = Image.new("RGB", (across * w, math.ceil(len(pictures) / across) * h))
+    for i, picture in enumerate(pictures):
+        out.paste(picture, (i % across * w, i // across * h))
+    return out
+
+
+class Grid:
+    """A comparison over one or two settings, filled as its jobs end. The last expression of a cell shows it."""
+
+    def __init__(self, base: Request, axes: dict[str, list]):
+        (self.across, self.columns), *rest = reversed(axes.items())  # the last setting named runs from left to right
+        self.down, self.rows = rest[0] if rest else (None, [None])
+        self.base = base
+        self.cells: dict[tuple[int, int], Picture] = {}
+        self.jobs: list = []
+        self._small: dict[tuple[int, int], Image.Image] = {}
+
+    def requests(self) -> dict[tuple[int, int], Request]:
+        """The request of every cell, row by row."""
+        out = {}
+        for i, down in enumerate(self.rows):
+            for j, across in enumerate(self.columns):
+                row = {} if self.down is None else {self.down: down}
+                out[i, j] = replace(self.base, **row, **{self.across: across})
+        return out
+
+    def result(self) -> "Grid":
+        """Wait for all cells."""
+        for job in self.jobs:
+            job.result()
+        return self
+
+    def cancel(self) -> None:
+        for job in reversed(self.jobs):
+            job.cancel()
+
+    @property
+    def name(self) -> str:
+        return "compare-" + "-".join(n for n in (self.down, self.across) if n)
+
+    def put(self, cell: tuple[int, int], picture: Picture, image: Image.Image) -> bool:
+        """Fill a cell. True if it was the last."""
+        self.cells[cell], self._small[cell] = picture, _fit(image)
+        return len(self.cells) == len(self.rows) * len(self.columns)
+
+    def draft(self, cell: tuple[int, int], preview: Image.Image) -> Image.Image:
+        """The grid so far, small, with a preview in one of its cells."""
+        edge = max(preview.size)
+        preview = preview.resize([round(v * _CELL / edge) for v in preview.size], Image.Resampling.BICUBIC)
+        return self._render(self._small | {cell: preview})
+
+    @property
+    def image(self) -> Image.Image:
+        """The labelled grid at full size."""
+        return self._render({cell: picture.image for cell, picture in self.cells.items()})
+
+    def _render(self, shown: dict[tuple[int, int], Image.Image]) -> Image.Image:
+        w = max((i.width for i in shown.values()), default=_CELL)
+        h = max((i.height for i in shown.values()), default=_CELL)
+        size = max(12, round(min(w, h) / 14))
+        font, gap, top = ImageFont.load_default(size), max(2, size // 3), 2 * size
+        widest = max(math.ceil(font.getlength(_label(self.down, v))) for v in self.rows)
+        side = size if self.down is None else min(widest, w) + 2 * size
+        down, across = len(self.rows) * (h + gap), len(self.columns) * (w + gap)
+        out = Image.new("RGB", (side + across - gap + size, top + down - gap + size), _PAPER)
+        draw = ImageDraw.Draw(out)
+        for j, value in enumerate(self.columns):
+            text = _cut(font, _label(self.across, value), w)
+            draw.text((side + j * (w + gap) + w // 2, top // 2), text, _INK, font, anchor="mm")
+        for i, value in enumerate(self.rows):
+            y = top + i * (h + gap)
+            if self.down is not None:
+                text = _cut(font, _label(self.down, value), side - size)
+                draw.text((side - size // 2, y + h // 2), text, _INK, font, anchor="rm")
+            for j in range(len(self.columns)):
+                x = side + j * (w + gap)
+                draw.rectangle((x, y, x + w - 1, y + h - 1), _EMPTY)
+                if (i, j) in shown:
+                    image = shown[i, j]
+                    out.paste(image, (x + (w - image.width) // 2, y + (h - image.height) // 2))
+        return out
+
+    def save(self, path: str | Path) -> Path:
+        """The labelled grid at full size, with the settings its cells share. Never overwrites."""
+        first = self.cells[min(self.cells)]
+        return images.save(self.image, Path(path), first.request, first.model)
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.image.save(out, "PNG")
+        return out.getvalue()
+
+
+_PAPER, _INK, _EMPTY = "#ffffff", "#222222", "#e8e8ea"
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    out = image.copy()
+    out.thumbnail((_CELL, _CELL))
+    return out
+
+
+def _label(name: str | None, value) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if name in ("prompt", "negative", "sampler", "schedule") else f"{name} {text}"
+
+
+def _cut(font, text: str, width: int) -> str:
+    """Text that fits, its end left out where it must be."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,191 @@
+// The view of view.py: canvas, progress, history, file drop, shortcuts. It mirrors traits and sends messages, no more.
+// Nothing is fetched: this file and studio.css are all there is.
+
+const MOST = 8 * 2 ** 20; // bytes of a dropped file that are sent: its settings come before its pixels
+
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+// Frames are decoded off the page's thread and may come out of order: one that was overtaken is not drawn.
+function painter(canvas) {
+  let asked = 0, drawn = 0;
+  return async (bytes, type, title) => {
+    const turn = ++asked;
+    const bitmap = await createImageBitmap(new Blob([bytes], { type }), { colorSpaceConversion: "none" });
+    if (turn < drawn) return;
+    drawn = turn;
+    canvas.width = bitmap.width;
+    canvas.height = bitmap.height;
+    canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    canvas.setAttribute("aria-label", title);
+    canvas.dataset.frames = 1 + Number(canvas.dataset.frames || 0);
+    bitmap.close();
+  };
+}
+
+function render({ model, el }) {
+  const send = (action, extra = {}, buffers = []) => model.send({ do: action, ...extra }, undefined, buffers);
+  const button = (text, action, title) =>
+    h("button", { type: "button", class: "mlxdiff-button", title, onclick: action }, text);
+
+  const canvas = h("canvas", { role: "img", "aria-label": "No picture yet" });
+  const paint = painter(canvas);
+  const empty = h("p", { class: "mlxdiff-empty" }, "Your picture forms here.", h("br"), "Drop one to restore its settings.");
+  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas);
+
+  const fill = h("div");
+  const bar = h("div", { class: "mlxdiff-bar", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
+  const status = h("p", { class: "mlxdiff-status" });
+  const spoken = h("p", { class: "mlxdiff-spoken", role: "status", "aria-live": "polite" });
+  const error = h("div", { class: "mlxdiff-error", role: "alert" });
+
+  const caption = h("p", { class: "mlxdiff-caption" });
+  const path = h("p", { class: "mlxdiff-path" });
+  const download = h("a", { class: "mlxdiff-button" }, "Download");
+  const back = button("Back to the preview", () => { pinned = false; shown(); update(); }, "Show the running picture");
+  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
+    button("Restore settings", () => send("restore", { key: model.get("shown").key }), "Take over all settings of this picture"),
+    button("Use its seed", () => send("seed", { key: model.get("shown").key }), "Take over the seed and keep it"),
+    download, back);
+  const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: () => { take(file.files[0]); file.value = ""; } });
+  const open = h("label", { class: "mlxdiff-button mlxdiff-open" }, "Open a picture…", file);
+  const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
+
+  el.classList.add("mlxdiff-view");
+  el.append(stage, bar, status, spoken, error, h("div", { class: "mlxdiff-about" }, h("div", {}, caption, path), tools), strip, open);
+
+  let pinned = false; // an older picture is being looked at while another forms
+  let url = null;
+
+  function shown() {
+    const it = model.get("shown");
+    tools.hidden = !it.png;
+    if (!it.png) return;
+    empty.hidden = true;
+    paint(it.png, "image/png", it.title);
+    caption.textContent = it.caption;
+    path.textContent = it.path;
+    if (url) URL.revokeObjectURL(url);
+    url = URL.createObjectURL(new Blob([it.png], { type: "image/png" }));
+    download.href = url;
+    download.download = it.name;
+    mark();
+  }
+
+  function mark() {
+    for (const child of strip.children) {
+      child.setAttribute("aria-pressed", String(Number(child.dataset.key) === model.get("shown").key));
+    }
+  }
+
+  const thumbs = new Map(); // key -> button, so that a growing history moves nothing that is already there
+  function history() {
+    for (const it of model.get("history")) {
+      if (thumbs.has(it.key)) continue;
+      const src = URL.createObjectURL(new Blob([it.thumb], { type: "image/jpeg" }));
+      const image = h("img", { src, alt: "", onload: () => URL.revokeObjectURL(src) });
+      const view = () => { pinned = model.get("running"); send("view", { key: it.key }); update(); };
+      const thumb = h("button", { type: "button", class: "mlxdiff-thumb", title: it.title, "aria-label": it.title, "data-key": it.key, onclick: view }, image);
+      thumbs.set(it.key, thumb);
+      strip.prepend(thumb);
+    }
+    const kept = new Set(model.get("history").map((it) => it.key));
+    for (const [key, thumb] of thumbs) if (!kept.has(key)) { thumb.remove(); thumbs.delete(key); }
+    strip.hidden = thumbs.size === 0;
+    mark();
+  }
+
+  function walk(event) {
+    const next = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+    const target = next && document.activeElement[next];
+    if (target) { target.focus(); event.preventDefault(); }
+  }
+
+  function update() {
+    const running = model.get("running"), progress = model.get("progress"), wrong = model.get("error");
+    if (!running) pinned = false;
+    status.textContent = model.get("status");
+    status.hidden = Boolean(wrong.problem);
+    spoken.textContent = model.get("spoken");
+    back.hidden = !pinned;
+    bar.classList.toggle("mlxdiff-unknown", running && progress < 0);
+    bar.classList.toggle("mlxdiff-idle", !running);
+    if (progress < 0) bar.removeAttribute("aria-valuenow");
+    else bar.setAttribute("aria-valuenow", Math.round(100 * progress));
+    fill.style.width = `${100 * Math.max(0, progress)}%`;
+  }
+
+  function failed() {
+    const { problem, fix, trace } = model.get("error");
+    error.replaceChildren();
+    error.hidden = !problem;
+    if (problem) {
+      error.append(h("p", {}, h("strong", {}, problem), " ", fix), h("details", {}, h("summary", {}, "Details"), h("pre", {}, trace)));
+    }
+    update();
+  }
+
+  async function take(dropped) {
+    if (!dropped) return;
+    send("drop", { name: dropped.name }, [await dropped.slice(0, MOST).arrayBuffer()]);
+  }
+
+  function heard(message, buffers) {
+    if (message.do !== "frame" || pinned || !model.get("running")) return;
+    empty.hidden = true;
+    paint(buffers[0], "image/jpeg", message.title);
+  }
+
+  function keys(event) {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) act(event, "generate");
+    else if (event.key === "Escape" && model.get("running")) act(event, "cancel");
+  }
+
+  function act(event, action) {
+    event.preventDefault();
+    event.stopPropagation();
+    // A text box tells Python what was typed when it is left, and must be believed before the picture is begun.
+    const box = document.activeElement;
+    if (box instanceof HTMLInputElement) { box.blur(); box.focus(); }
+    send(action);
+  }
+
+  const over = (event) => { event.preventDefault(); stage.classList.add("mlxdiff-over"); };
+  const leave = () => stage.classList.remove("mlxdiff-over");
+  const drop = (event) => { event.preventDefault(); event.stopPropagation(); leave(); take(event.dataTransfer.files[0]); };
+
+  // The whole studio listens, and it is known only once this part of it is on the page.
+  const away = new AbortController();
+  const arrival = new ResizeObserver(() => {
+    const root = el.closest(".mlxdiff-studio");
+    if (!root) return;
+    arrival.disconnect();
+    root.dataset.lmSuppressShortcuts = "true"; // else JupyterLab runs the cell on Ctrl+Enter
+    for (const [name, listener] of Object.entries({ keydown: keys, dragover: over, dragleave: leave, drop })) {
+      root.addEventListener(name, listener, { signal: away.signal });
+    }
+  });
+  arrival.observe(el);
+
+  const changes = { shown: () => pinned || shown(), history, error: failed, status: update, spoken: update, progress: update, running: update };
+  for (const [name, listener] of Object.entries(changes)) model.on(`change:${name}`, listener);
+  model.on("msg:custom", heard);
+  shown(); history(); failed();
+
+  return () => {
+    arrival.disconnect();
+    away.abort();
+    if (url) URL.revokeObjectURL(url);
+    for (const [name, listener] of Object.entries(changes)) model.off(`change:${name}`, listener);
+    model.off("msg:custom", heard);
+  };
+}
+
+export default { render };

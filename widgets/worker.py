@@ -1,0 +1,281 @@
+"""One thread owns every MLX call of the widgets: it loads, draws and previews. Everybody else queues jobs and sets flags.
+
+MLX streams belong to threads, and a widget's callback may run on another thread from one click to the next. So requests
+go in, and only pictures, bytes and numbers come out. The thread never ends: MLX can abort a process when one does."""
+
+import atexit
+import io
+import statistics
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from .. import images
+from ..errors import Error
+from ..pipeline import Event, Pipeline, Result, load
+from ..registry import Defaults
+from ..request import Request
+from .gallery import sheet
+
+_APART = 0.2  # seconds between two previews, and between two reports of a download
+_SHARE = 10  # a preview that took s seconds is followed by none for 10 s: it slows a run by a tenth at most
+_AT_EXIT = 20.0  # seconds to wait for the running step: stopping Python under it can abort the process
+
+
+class Cancelled(Exception):
+    """What `result()` of a cancelled job raises. Not an Error: nothing went wrong."""
+
+
+class Facts(NamedTuple):
+    """What the controls need to know of an opened model."""
+
+    name: str
+    defaults: Defaults
+    multiple: int  # both edges of a picture must be divisible by it
+    clip_skip: int
+    negative: bool  # whether it can be guided away from a second prompt
+
+
+class Update(NamedTuple):
+    """What a job tells while it runs. Stages: those of Event, download and convert before them (in bytes), open when a
+    model is about to be read, ready when its `job.facts` are known; done, cancelled or failed ends the job."""
+
+    stage: str
+    step: int = 0
+    steps: int = 0
+    pace: float | None = None  # seconds a step
+    peak: int = 0  # bytes
+    frame: bytes | None = None  # a JPEG of the picture as it will probably be
+    picture: Image.Image | None = None
+    seconds: float = 0.0  # with a picture: since the job began
+
+
+class Job:
+    """One run. `state` is queued, running, done, cancelled or failed; `error` is what made it fail."""
+
+    def __init__(self, worker: "Worker", model: str | Path, options: dict, asked: Request | None, tell: Callable):
+        self.model, self.options, self.asked = model, options, asked
+        self.state, self.error = "queued", None
+        self.request: Request | None = None  # resolved, once the model is open
+        self.facts: Facts | None = None
+        self._worker, self._tell = worker, tell
+        self._stop, self._ended = threading.Event(), threading.Event()
+        self._result: Result | None = None
+
+    def __repr__(self) -> str:
+        return f"<Job {self.state}: {'open' if self.asked is None else repr(self.asked.prompt)} with {self.model}>"
+
+    def cancel(self) -> None:
+        """Leave the queue at once, or stop after the step that is running."""
+        self._worker._cancel(self)
+
+    def result(self, timeout: float | None = None) -> Result | None:
+        """Wait for the pictures (None for a job that only opens a model). Interrupting the wait cancels the job."""
+        try:
+            if not self._ended.wait(timeout):
+                raise TimeoutError(f"{self!r} has not ended after {timeout:g} s.")
+        except KeyboardInterrupt:
+            self.cancel()
+            self._ended.wait()
+            raise
+        if self.error is not None:
+            raise self.error
+        if self.state == "cancelled":
+            raise Cancelled(repr(self))
+        return self._result
+
+    def tell(self, stage: str, *args, **facts) -> None:
+        self._tell(self, Update(stage, *args, peak=mx.get_peak_memory(), **facts))
+
+    def check(self) -> None:
+        if self._stop.is_set():
+            raise Cancelled(repr(self))
+
+
+class Worker:
+    """The queue and its thread. At most one model is in memory, the one drawn with last."""
+
+    def __init__(self, load: Callable[..., Pipeline] = load):
+        self._load = load
+        self._pipe: Pipeline | None = None
+        self._key: tuple | None = None
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._begun = self._total = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, model: str | Path, request: Request | None, tell: Callable[[Job, Update], None], **options) -> Job:
+        """Queue a run, or with no request the opening of a model. `tell` is called on the worker's thread."""
+        job = Job(self, model, options, request, tell)
+        with self._changed:
+            if self._running is None and not self._waiting:
+                self._begun = self._total = 0
+            self._waiting.append(job)
+            self._total += request is not None
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="mlxdiff", daemon=True)
+                self._thread.start()
+                atexit.register(self.rest, _AT_EXIT)
+            self._changed.notify_all()
+        return job
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(2, 4): the second of four runs since the queue was last empty."""
+        with self._changed:
+            return self._begun, self._total
+
+    def rest(self, timeout: float | None = None) -> None:
+        """Cancel everything and wait until the thread does nothing."""
+        with self._changed:
+            jobs = [*self._waiting] if self._running is None else [*self._waiting, self._running]
+        for job in jobs:
+            job.cancel()
+        with self._changed:
+            self._changed.wait_for(lambda: self._running is None, timeout)
+
+    def _cancel(self, job: Job) -> None:
+        job._stop.set()
+        with self._changed:
+            waiting = job in self._waiting
+            if waiting:
+                self._waiting.remove(job)
+                self._total -= job.asked is not None
+        if waiting:
+            self._end(job, "cancelled")
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                self._running = self._waiting.popleft()
+                self._begun += self._running.asked is not None
+            self._run(self._running)
+            with self._changed:
+                self._running = None
+                self._changed.notify_all()
+
+    def _run(self, job: Job) -> None:
+        job.state, state = "running", "done"
+        try:
+            job._result = self._draw(job)
+        except Cancelled:
+            state = "cancelled"
+        except BaseException as e:  # whatever it is, the thread goes on to the next job and the job tells its user
+            state, job.error = "failed", _readable(e)
+            self._pipe = self._key = None  # it may have been left half loaded
+        if state != "done":
+            mx.clear_cache()
+        self._end(job, state)
+
+    def _end(self, job: Job, state: str) -> None:
+        job.state = state
+        try:
+            job.tell(state)
+        except Exception:  # a listener's mistake: said on the kernel's terminal, since the job itself is over
+            traceback.print_exc()
+        finally:
+            job._ended.set()
+
+    def _draw(self, job: Job) -> Result | None:
+        job.check()
+        mx.reset_peak_memory()
+        pipe = self._open(job)
+        if job.asked is None:
+            return None
+        job.request = pipe.resolve(job.asked)
+        begin, drawn, paces, due = time.perf_counter(), [], [], 0.0
+        with closing(pipe.stream(job.request)) as events:
+            for event in events:
+                if event.stage == "denoise" and event.step:
+                    paces.append(event.seconds)
+                frame, due = _frame(pipe, event, due)
+                if event.image is not None:
+                    drawn.append(event.image)
+                job.tell(
+                    event.stage,
+                    event.step,
+                    event.steps,
+                    pace=statistics.median(paces[-5:]) if paces else None,
+                    frame=frame,
+                    picture=event.image,
+                    seconds=time.perf_counter() - begin,
+                )
+                if len(drawn) < job.request.count:  # all drawn: too late to cancel
+                    job.check()
+        return Result(drawn, job.request, time.perf_counter() - begin, mx.get_peak_memory())
+
+    def _open(self, job: Job) -> Pipeline:
+        key = (str(job.model), tuple(sorted(job.options.items())))
+        if self._key != key:
+            self._pipe = self._key = None  # the old model goes before the new one comes
+            mx.clear_cache()
+            job.tell("open")
+            due = 0.0
+
+            def progress(stage: str, done: int, total: int) -> None:
+                nonlocal due
+                job.check()
+                if time.perf_counter() >= due:
+                    due = time.perf_counter() + _APART
+                    job.tell(stage, done, total)
+
+            self._pipe = self._load(job.model, progress=progress, **job.options)
+            self._key = key
+        pipe = self._pipe
+        job.facts = Facts(pipe.name, pipe.defaults, pipe.factor, pipe.family.clip_skip, pipe.time_cond is None)
+        job.tell("ready")
+        return pipe
+
+
+def _frame(pipe: Pipeline, event: Event, due: float) -> tuple[bytes | None, float]:
+    """The event's preview, if it has one and the last is long enough ago; and the time before which no other comes."""
+    begin = time.perf_counter()
+    if event.x0 is None or begin < due:
+        return None, due
+    frame = jpeg(sheet([_preview(pipe, x0) for x0 in event.x0]))
+    now = time.perf_counter()
+    return frame, now + max(_APART, _SHARE * (now - begin))
+
+
+def _preview(pipe: Pipeline, x0: np.ndarray) -> Image.Image:
+    """x0: (h, w, c). What the model itself offers, or one linear map to RGB."""
+    own = getattr(pipe, "preview", None)
+    return images.preview(x0, pipe.family.preview) if own is None else own(x0)
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """Small and quick to make: a PNG of a noisy picture takes forty times as long."""
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
+def _readable(error: BaseException) -> BaseException:
+    """The error without the arrays its frames hold: they are the worker's, and should be free by now."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__context__
+    if isinstance(error, MemoryError) or "malloc" in str(error):
+        fix = "Choose a smaller picture, a count of 1, or options={'low_memory': True}."
+        return Error("There is not enough memory for this run.", fix).with_traceback(error.__traceback__)
+    return error
+
+
+_shared = Worker()
+
+
+def shared() -> Worker:
+    """The one worker of this process: every studio draws through it."""
+    return _shared
