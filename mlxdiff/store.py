@@ -144,7 +144,8 @@ def _from_hub(repo: str, file: str | None, revision: str | None, order: Order) -
     from . import hub
 
     at = revision if seen is None else seen
-    commit, held = hub.held(repo, at) if order.offline or hub.offline() else hub.listing(repo, at)
+    offline = order.offline or hub.offline()
+    commit, held = hub.held(repo, at) if offline else hub.listing(repo, at)
     files = {name: held[name] for name in hub.select(repo, held, half, file)}
 
     def obtain(part: Path) -> Path:
@@ -158,7 +159,12 @@ def _from_hub(repo: str, file: str | None, revision: str | None, order: Order) -
         return part / _slug(repo)
 
     target = _target(label, ["hub", repo, commit, file, half], order)
-    made = target if _complete(target) else _make(target, obtain, order)
+    try:
+        made = target if _complete(target) else _make(target, obtain, order)
+    except Error as e:
+        if offline:  # what is held may be the beginning of a download
+            raise Error(e.problem, f"{e.fix} If its download was cut off, run once without --offline.") from None
+        raise
     with _writing(note):
         note.parent.mkdir(parents=True, exist_ok=True)
         fresh = note.with_suffix(f".{os.getpid()}")

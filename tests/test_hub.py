@@ -310,6 +310,13 @@ def test_hub_that_is_down(hub, worker):
     assert f"{hub.url} answered 500 for org/down" in answer["problem"]
 
 
+def test_refused_token(hub, start):
+    hub.repos["org/refused"] = Repo({}, status=403)
+    answer = start(HF_TOKEN="hf_not_a_real_one")("org/refused")
+    assert f"{hub.url} refused access to org/refused (403)" in answer["problem"]
+    assert "HF_TOKEN" in answer["fix"]
+
+
 def test_no_network(start):
     with Hub() as gone:
         address = gone.url
@@ -355,6 +362,21 @@ def test_offline_uses_what_others_left_in_the_hub_cache(hub, start):
     other = start(online.home, HF_HUB_OFFLINE="1", MLXDIFF_CACHE=str(online.home / "second"))
     assert content(other("org/held", dtype="float16")) == content(first)
     assert len(hub.log) == before
+
+
+def test_offline_with_half_a_download(hub, start, saved):
+    files = {f.relative_to(saved / "plain").as_posix(): f.read_bytes() for f in (saved / "plain").rglob("*.*")}
+    hub.repos["org/part"] = Repo(files, held={"unet/diffusion_pytorch_model.safetensors": 1000})
+    hub.reached.clear()
+    first = start()
+    first.ask("org/part", dtype="float32")
+    assert hub.reached.wait(60)
+    first.process.kill()
+    first.process.wait()
+    answer = start(first.home, STORE_WORKER="real", HF_HUB_OFFLINE="1")("org/part", dtype="float32")
+    assert "org-part" in answer["problem"]
+    assert "unet" in answer["problem"]
+    assert "once without --offline" in answer["fix"]
 
 
 # Two processes, and ends that nobody planned.
@@ -421,3 +443,52 @@ def test_tokenizer_of_a_single_file(hub, start, clip_folder, tmp_path):
     for link in fetched.iterdir():
         link.unlink()
     assert borrowed(worker(file, bits=8, offline=True)) == str(held)
+
+
+# With the real converter: what diffusers itself saves, whole and in shards.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """name -> folder of one tiny pipeline."""
+    import torch
+
+    from tests.parity import tiny
+
+    root = tmp_path_factory.mktemp("saved")
+    pipe = tiny.sd1(root / "words")
+    pipe.save_pretrained(root / "plain")
+    pipe.save_pretrained(root / "shards", max_shard_size="200KB")
+    pipe.to(torch.float16).save_pretrained(root / "shards", variant="fp16", max_shard_size="100KB")
+    return root
+
+
+def test_fetched_converts_to_the_same_as_the_folder(hub, start, saved):
+    worker = start(STORE_WORKER="real")
+    plain = worker(saved / "plain", dtype="float32")
+    folder = saved / "shards"
+    files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    hub.repos["org/real"] = Repo(files)
+    full, half = worker("org/real", dtype="float32"), worker("org/real", dtype="float16")
+    assert any("fp16-00001-of-" in path for _, path, _ in hub.log)
+    model = weights.read_model(Path(plain["folder"]))
+    for name in model["components"]:
+        one, two, three = (Path(a["folder"]) / f"{name}.safetensors" for a in (plain, full, half))
+        assert one.read_bytes() == two.read_bytes()
+        assert three.stat().st_size < two.stat().st_size
+    assert weights.read_model(Path(full["folder"]))["components"] == model["components"]
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        for given in (saved / "plain" / "tokenizer").glob(name):
+            assert (Path(full["folder"]) / "tokenizer" / name).read_bytes() == given.read_bytes()
+    assert ("convert", 0) in {(stage, done) for stage, done, _ in full["told"]}
+
+
+def test_errors_name_the_repository_not_where_it_was_worked_on(hub, start, saved):
+    files = {f.relative_to(saved / "plain").as_posix(): f.read_bytes() for f in (saved / "plain").rglob("*.*")}
+    files["unet/diffusion_pytorch_model.safetensors"] = b"<html>"
+    hub.repos["org/broken"] = Repo(files)
+    worker = start(STORE_WORKER="real")
+    answer = worker("org/broken", dtype="float32")
+    assert "org-broken/unet/diffusion_pytorch_model.safetensors" in answer["problem"]
+    assert str(worker.home) not in answer["problem"]
+    assert [p.name for p in (worker.home / "cache" / "models").iterdir()] == [".locks"]
