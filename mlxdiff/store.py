@@ -227,7 +227,11 @@ def _make(target: Path, obtain: Callable[[Path], Path], order: Order) -> Path:
                 _check_room(checkpoint, order)
                 options = order.recipe | {"tokenizer": _tokenizer(checkpoint, order), "progress": order.progress}
                 convert.convert(source, part / "model", **options)
-                os.rename(part / "model", target)
+                try:
+                    os.rename(part / "model", target)
+                except OSError:  # where a file system's locks do not hold, somebody else may have been first
+                    if not _complete(target):
+                        raise
             except Error as e:  # in words of what the user knows: not where it was worked on
                 problem = e.problem.replace(str(part / "model"), str(target)).replace(f"{part}{os.sep}", "")
                 raise Error(problem, e.fix) from None

@@ -52,10 +52,15 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         told = []
+
+        def progress(stage: str, done: int, total: int, told: list = told) -> None:
+            told.append((stage, done, total))
+            if stage == "wait":
+                print(json.dumps("waiting"), flush=True)
+
         try:
             call = json.loads(line)
-            folder = store.resolve(call.pop("model"), **call, progress=lambda *seen: told.append(seen))  # noqa: B023
-            said = {"folder": str(folder)}
+            said = {"folder": str(store.resolve(call.pop("model"), **call, progress=progress))}
         except Error as e:
             said = {"problem": e.problem, "fix": e.fix}
         print(json.dumps(said | {"told": told}), flush=True)
