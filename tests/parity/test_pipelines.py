@@ -61,6 +61,16 @@ def oracle(pipe, **settings) -> np.ndarray:
     return np.asarray(pipe(PROMPT, generator=generator, **(SIZE | settings)).images[0])
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_the_oracles_listen_to_their_prompts(oracles, name):
+    """Else the tests below could not fail on a mistake in the text."""
+    pipe, same = oracles[name][0], {"num_inference_steps": 6, "guidance_scale": 5.0}
+    plain = oracle(pipe, negative_prompt=NEGATIVE, **same)
+    assert psnr(plain, oracle(pipe, negative_prompt="", **same)) < DB - 10
+    theirs = pipe("a blue boat", generator=torch.Generator("cpu").manual_seed(SEED), **SIZE, **same).images[0]
+    assert psnr(plain, np.asarray(theirs)) < DB - 10
+
+
 def test_sd1_with_a_negative_prompt(oracles, cache, tmp_path):
     pipe, folder = oracles["sd1"]
     drawn, said = command(
@@ -152,5 +162,5 @@ def test_long_and_weighted_prompts_run_and_differ(oracles, cache, monkeypatch):
     draw = lambda prompt: np.asarray(pipe(prompt, seed=5, steps=2, **SIZE).image)  # noqa: E731
     plain = draw("a red fox")
     assert psnr(plain, draw("a (red:1.0) fox")) > 50  # weight 1 is no weight
-    assert psnr(plain, draw("a (red:1.5) fox")) < 60
-    assert psnr(plain, draw("a red fox BREAK " + "snow " * 200)) < 60
+    assert psnr(plain, draw("a (red:1.5) fox")) < 40
+    assert psnr(plain, draw("a red fox BREAK " + "snow " * 200)) < 40

@@ -20,12 +20,17 @@ from tests import clip_vocab
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def stir(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Biases and norm weights away from 0 and 1, where a swapped or dropped one would go unseen."""
+def stir(module: torch.nn.Module, seed: int, listen: float = 1.0) -> torch.nn.Module:
+    """Biases and norm weights away from 0 and 1, where a swapped or dropped one would go unseen; text that counts
+    (`listen` scales cross-attention): with fresh weights another prompt would change the picture by 40 dB only."""
     g = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
+        elif isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
+            parameter.data *= 4
+        elif "attn2" in name:
+            parameter.data *= listen
     return module.eval()
 
 
@@ -44,9 +49,9 @@ def text_encoder(tok: CLIPTokenizer, seed: int, width: int, act: str = "quick_ge
     return stir((CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config), seed)
 
 
-def unet(seed: int, **config) -> UNet2DConditionModel:
+def unet(seed: int, listen: float, **config) -> UNet2DConditionModel:
     torch.manual_seed(seed)
-    return stir(UNet2DConditionModel(norm_num_groups=8, layers_per_block=1, sample_size=8, **config), seed)
+    return stir(UNet2DConditionModel(norm_num_groups=8, layers_per_block=1, sample_size=8, **config), seed, listen)
 
 
 def vae(seed: int, scale: float = 0.18215) -> AutoencoderKL:
@@ -71,14 +76,14 @@ BARE = {"safety_checker": None, "feature_extractor": None, "requires_safety_chec
 
 def sd1(folder: Path) -> StableDiffusionPipeline:
     tok = tokenizer(folder / "words")
-    net = unet(1, cross_attention_dim=48, attention_head_dim=(3, 5), **CROSS)  # in SD 1.x files this counts heads
+    net = unet(1, 5, cross_attention_dim=48, attention_head_dim=(3, 5), **CROSS)  # in SD 1.x files this counts heads
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     return StableDiffusionPipeline(vae(2), text_encoder(tok, 3, 48), tok, net, scheduler, **BARE)
 
 
 def sd2(folder: Path) -> StableDiffusionPipeline:
     tok = tokenizer(folder / "words", pad="!")
-    net = unet(4, cross_attention_dim=32, attention_head_dim=(2, 4), use_linear_projection=True, **CROSS)
+    net = unet(4, 4, cross_attention_dim=32, attention_head_dim=(2, 4), use_linear_projection=True, **CROSS)
     scheduler = DDIMScheduler(
         **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
     )
@@ -88,7 +93,7 @@ def sd2(folder: Path) -> StableDiffusionPipeline:
 def sdxl(folder: Path) -> StableDiffusionXLPipeline:
     tok, tok2 = tokenizer(folder / "words"), tokenizer(folder / "words2", pad="!")
     net = unet(
-        7, cross_attention_dim=80, attention_head_dim=(3, 5), use_linear_projection=True,
+        7, 1, cross_attention_dim=80, attention_head_dim=(3, 5), use_linear_projection=True,
         transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=40 + 6 * 8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(24, 40),
@@ -101,7 +106,7 @@ def sdxl(folder: Path) -> StableDiffusionXLPipeline:
 
 def refiner(folder: Path, base: StableDiffusionXLPipeline) -> StableDiffusionXLImg2ImgPipeline:
     net = unet(
-        11, cross_attention_dim=48, attention_head_dim=(3, 5), use_linear_projection=True,
+        11, 1, cross_attention_dim=48, attention_head_dim=(3, 5), use_linear_projection=True,
         transformer_layers_per_block=2, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=40 + 5 * 8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(24, 40),
