@@ -12,49 +12,46 @@ FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
 SCORES = 1 << 24  # bytes of scores made at a time where no fused kernel runs; MLX queues about ten such pieces
 
 
-@partial(mx.compile, shapeless=True)
-def affine(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    return (x.astype(mx.float32) * a + b).astype(x.dtype)
-
-
-@partial(mx.compile, shapeless=True)
-def affine_silu(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    y = x.astype(mx.float32) * a + b
-    return (y * mx.sigmoid(y)).astype(x.dtype)
-
-
-@partial(mx.compile, shapeless=True)
-def square_distance(x: mx.array, mean: mx.array) -> mx.array:
-    return mx.square(x.astype(mx.float32) - mean)
-
-
-@partial(mx.compile, shapeless=True)
+# Chains that compile to one kernel each. They retrace for each new shape: told to be shapeless, MLX keeps broadcasts
+# apart and makes two kernels of one.
+@mx.compile
 def geglu(x: mx.array, gate: mx.array) -> mx.array:
     return x * nn.gelu(gate)
 
 
+@mx.compile
+def squares(x: mx.array, total: mx.array, per: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32) - total * per)
+
+
+@mx.compile
+def normed(x: mx.array, total, square, per, weight, bias, eps: float) -> mx.array:
+    return ((x.astype(mx.float32) - total * per) * mx.rsqrt(square * per + eps) * weight + bias).astype(x.dtype)
+
+
+@mx.compile
+def normed_silu(x: mx.array, total, square, per, weight, bias, eps: float) -> mx.array:
+    y = (x.astype(mx.float32) - total * per) * mx.rsqrt(square * per + eps) * weight + bias
+    return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
 class GroupNorm(nn.Module):
-    """Group norm over (B, ..., c), then SiLU where asked. Channels are summed first and then their groups: no
-    transposed copies, and on a GPU as many threads as there are channels."""
+    """Group norm over (B, ..., c), then SiLU where asked: two sums for the mean, two for the variance, one pass that
+    applies them. No transposed copies; pixels are summed first, which gives a GPU as many threads as channels."""
 
     def __init__(self, groups: int, c: int, eps: float, silu: bool = False):
         super().__init__()
         self.weight, self.bias = mx.ones(c), mx.zeros(c)
         self.groups, self.eps = groups, eps
-        self.scale_shift = affine_silu if silu else affine
-
-    def mean(self, x: mx.array) -> mx.array:
-        B, c = x.shape[0], x.shape[-1]
-        x = x.reshape(B, -1, c).astype(mx.float32).mean(1)  # (B, c)
-        x = x.reshape(B, self.groups, -1).mean(2, keepdims=True)  # (B, groups, 1)
-        return mx.broadcast_to(x, (B, self.groups, c // self.groups)).reshape(B, 1, c)
+        self.apply_to = normed_silu if silu else normed
 
     def __call__(self, x: mx.array) -> mx.array:
-        B, c = x.shape[0], x.shape[-1]
-        flat = x.reshape(B, -1, c)
-        mean = self.mean(flat)  # (B, 1, c)
-        a = self.weight * mx.rsqrt(self.mean(square_distance(flat, mean)) + self.eps)
-        return self.scale_shift(flat, a, self.bias - mean * a).reshape(x.shape)
+        y = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)  # (B, N, groups, c / groups)
+        per = mx.array(1 / (y.shape[1] * y.shape[3]))
+        total = y.astype(mx.float32).sum(1, keepdims=True).sum(3, keepdims=True)  # (B, 1, groups, 1)
+        square = squares(y, total, per).sum(1, keepdims=True).sum(3, keepdims=True)
+        weight, bias = self.weight.reshape(self.groups, -1), self.bias.reshape(self.groups, -1)
+        return self.apply_to(y, total, square, per, weight, bias, self.eps).reshape(x.shape)
 
 
 def pad_heads(x: mx.array) -> mx.array:
@@ -180,7 +177,6 @@ class Upsample(nn.Module):
         return self.conv(x[:, :h, :w])
 
 
-# These two retrace for each new shape: told to be shapeless, MLX keeps every broadcast apart and makes two kernels of one.
 @mx.compile
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in its tanh form (Hendrycks and Gimpel 2016), by (1 + tanh z) / 2 = sigmoid(2 z)."""
@@ -197,8 +193,23 @@ def gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
     return z.astype(x.dtype)
 
 
+def modulation(y: mx.array, n: int) -> list:
+    """What adaLN's layer gives, (..., 3 n d) -> n times ((scale, shift), gate) in one list, (..., 1, d) each. A scale
+    comes with its 1, ready to be a norm's weight (Peebles and Xie 2022)."""
+    parts = iter(mx.split(y[..., None, :], 3 * n, axis=-1))
+    mods: list = []
+    for shift, scale, gate in zip(parts, parts, parts, strict=True):
+        mods += [(1 + scale, shift), gate]
+    return mods
+
+
+@mx.compile
+def affine(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    return (x.astype(mx.float32) * a + b).astype(x.dtype)
+
+
 def adaptive_norm(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """Layer norm whose weight and bias, (B or 1, 1, d) each, come from outside: one kernel where all samples share them."""
+    """Layer norm with weight and bias from outside, (B or 1, 1, d) each: one kernel where all samples share them."""
     if scale.shape[0] == 1:
         return mx.fast.layer_norm(x, scale.reshape(-1), shift.reshape(-1), eps=1e-6)
     return affine(mx.fast.layer_norm(x, None, None, eps=1e-6), scale, shift)
