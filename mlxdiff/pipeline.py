@@ -121,7 +121,11 @@ class Pipeline:
             raise Error(f"{e}.", f"The settings are {', '.join(Request.__dataclass_fields__)}.") from None
         own = self.model["schedule"]
         pair = self.family.fallback if own["sampler"] is None else (own["sampler"], own["spacing"])
-        return request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.factor)
+        full = request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.factor)
+        layers = min(self.model["components"][e]["layers"] for e, _ in self.plan.encoders)
+        if full.clip_skip > layers:
+            raise Error(f"clip_skip {full.clip_skip} goes below the text encoder's {layers} layers.", "Choose less.")
+        return full
 
     def stream(self, prompt: str | Request, **settings) -> Iterator[Event]:
         """The run, event by event. Leaving the loop stops it; nothing keeps running and nothing is registered."""
