@@ -42,7 +42,7 @@ class Request:
             sampler, schedule = _first(defaults.sampler, scheduler[0]), _first(defaults.schedule, scheduler[1])
         else:
             sampler, schedule = self.sampler, spacing
-        row = samplers.sampler(sampler)
+        sampler = samplers.resolve(sampler)
         full = replace(
             self,
             seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
@@ -50,10 +50,10 @@ class Request:
             guidance=_first(self.guidance, defaults.guidance),
             width=_first(self.width, defaults.size),
             height=_first(self.height, defaults.size),
-            sampler=next(name for name, r in samplers.SAMPLERS.items() if r is row),
+            sampler=sampler,
             schedule=_first(self.schedule, schedule),
             clip_skip=_first(self.clip_skip, clip_skip),
-            eta=_first(self.eta, row.eta),
+            eta=_first(self.eta, samplers.SAMPLERS[sampler].eta),
         )
         full.check(multiple)
         return full

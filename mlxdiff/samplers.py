@@ -181,9 +181,9 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def sampler(name: str) -> Sampler:
-    """The row of a sampler by its name or an alias."""
+def resolve(name: str) -> str:
+    """A sampler's name in SAMPLERS, from that name or an alias, in any case."""
     for key, row in SAMPLERS.items():
         if name.casefold() in (key, *(alias.casefold() for alias in row.aliases)):
-            return row
+            return key
     raise Error(f"There is no sampler {name!r}.", fix=f"Use one of {', '.join(SAMPLERS)}.")

@@ -142,7 +142,7 @@ class Studio(w.VBox):
         self.locked = request.seed is not None or self.locked
         self.more = _unusual(request, self._facts)
 
-    def open(self, png: str | Path | bytes) -> None:
+    def load(self, png: str | Path | bytes) -> None:
         """Restore the settings a picture carries: a PNG of ours, of A1111 or of a relative."""
         if isinstance(png, bytes):
             with tempfile.TemporaryDirectory() as folder:
@@ -359,7 +359,7 @@ class Studio(w.VBox):
         elif do == "cancel":
             self.cancel()
         elif do == "drop":
-            self.open(bytes(buffers[0]))
+            self.load(bytes(buffers[0]))
         elif do == "view":
             self._show(key)
         elif do == "restore":
@@ -384,7 +384,7 @@ def _unusual(request: Request, facts: Facts | None) -> dict:
     plain = Request("")
     own = {"clip_skip": None if facts is None else facts.clip_skip}
     if request.sampler is not None:
-        own["eta"] = samplers.sampler(request.sampler).eta
+        own["eta"] = samplers.SAMPLERS[samplers.resolve(request.sampler)].eta
     found = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in (*FIELDS, "count")}
     return {n: v for n, v in found.items() if v not in (getattr(plain, n), own.get(n))}
 
