@@ -12,7 +12,7 @@ from ..models import clip, unet, vae
 POINTWISE = ("conv_shortcut", "quant_conv", "post_quant_conv", "proj_in", "proj_out")  # Linear here, Conv2d in the file
 
 
-def public(name: str, module: nn.Module) -> dict[str, mx.array]:
+def public(name: str, module: nn.Module, dtype: mx.Dtype = mx.float16) -> dict[str, mx.array]:
     """A component's tensors under the file's names, in the file's layout."""
     tensors = {}
     for key, value in tree_flatten(module.parameters()):
@@ -21,7 +21,7 @@ def public(name: str, module: nn.Module) -> dict[str, mx.array]:
         elif value.ndim == 2 and key.split(".")[-2] in POINTWISE:
             value = value[:, :, None, None]
         prefix = "text_model." if name == "text_encoder" and not key.startswith("text_projection") else ""
-        tensors[prefix + key] = mx.contiguous(value.astype(mx.float16))
+        tensors[prefix + key] = mx.contiguous(value.astype(dtype))
     return tensors
 
 

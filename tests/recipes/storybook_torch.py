@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -379,6 +379,10 @@ def export(args) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(args.folder)
+    file = args.folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)  # newer transformers leave out the prefix that files have
+    prefixed = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in tensors.items()}
+    save_file(prefixed, file, {"format": "pt"})
     for file in (run / "tokenizer").iterdir():  # CLIP's own two files, whatever the library wrote
         (args.folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
 

@@ -1,0 +1,280 @@
+"""Training. References: closed forms for objectives, an uninterrupted run for a resumed one, torch with diffusers' own
+networks and AdamW for the losses and weights of both nets, diffusers as the reader of an exported folder."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxdiff import schedules
+from mlxdiff.models import unet, vae
+from mlxdiff.train import export, fit, judge, objective, recipe
+from mlxdiff.train import storybook as sb
+
+TINY_VAE = replace(recipe.VAE, channels=(8, 16), groups=4)
+TINY_UNET = replace(
+    recipe.UNET, channels=(16, 24), layers=(1, 1), depth=((1,), (1,)), up_depth=((1, 1), (1, 1)), heads=(2, 2),
+    context=12, groups=4,
+)  # fmt: skip
+STEPS = 20
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+# --- objectives
+
+
+@pytest.mark.parametrize("prediction", objective.PREDICTIONS)
+def test_the_target_gives_back_the_picture(prediction):
+    """x0 solved by hand from mixture and target, at levels away from both ends."""
+    x0, noise = mx.array(normal(0, 3, 4, 4, 2)), mx.array(normal(1, 3, 4, 4, 2))
+    level = mx.array([0.1, 0.5, 0.9])
+    x, target = objective.mixture(prediction, x0, noise, level)
+    a = level.reshape(-1, 1, 1, 1)
+    solved = {
+        "eps": (x - mx.sqrt(1 - a) * target) / mx.sqrt(a),
+        "v": mx.sqrt(a) * x - mx.sqrt(1 - a) * target,
+        "x0": target,
+        "flow": x - a * target,
+    }[prediction]
+    np.testing.assert_allclose(solved, x0, atol=1e-5)  # float32, divided by at least sqrt(0.1)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_min_snr_counts_the_error_in_x0(prediction):
+    """An error of 0.1 in x0 costs min(SNR, 5) * 0.01 in each parametrization."""
+    x0, noise = mx.array(normal(0, 4, 2, 2, 1)), mx.array(normal(1, 4, 2, 2, 1))
+    level = mx.array([0.05, 0.4, 0.8, 0.99])
+    x, target = objective.mixture(prediction, x0, noise, level)
+    a = level.reshape(-1, 1, 1, 1)
+    wrong = x0 + 0.1
+    eps = (x - mx.sqrt(a) * wrong) / mx.sqrt(1 - a)
+    guess = {"eps": eps, "v": mx.sqrt(a) * eps - mx.sqrt(1 - a) * wrong, "x0": wrong}[prediction]
+    cost = objective.weights(prediction, level, 5.0) * mx.square(guess - target).mean((1, 2, 3))
+    np.testing.assert_allclose(cost, np.minimum(level / (1 - level), 5) * 0.01, rtol=1e-3)  # float32 cancels at 0.99
+
+
+def test_times_match_their_levels():
+    alpha_bar = schedules.alpha_bar(schedules.betas("scaled_linear", 1000, 0.00085, 0.012))
+    t, level = objective.levels("v", alpha_bar, np.array([0.0, 0.5, 0.9999999]))
+    assert t.tolist() == [0, 500, 999]
+    assert (level == alpha_bar[t]).all()
+    t, level = objective.levels("flow", alpha_bar, np.array([0.25]))
+    assert (t, level) == (250, 0.25)
+    assert sorted((objective.stratified(np.random.default_rng(0), 8) * 8).astype(int)) == list(range(8))
+
+
+# --- the loop
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.conv_out = nn.Linear(3, 1)
+
+
+def line_loss(model, x, y):
+    return mx.square(model.conv_out(model.inner(x)) - y).mean()
+
+
+def line_batch(step):
+    x = normal(step, 16, 3)
+    return mx.array(x), mx.array(x @ np.array([[1.0], [-2.0], [0.5]], np.float32))
+
+
+def run(folder, stop=None, kind="adamw", steps=12):
+    mx.random.seed(0)
+    model = Line()
+    plan = fit.Plan(steps, 0.05, kind, warmup=2, decay=0.5, clip=1.0, ema=0.9, save_every=5)
+    reports = []
+    for report in fit.fit(model, line_loss, line_batch, plan, folder):
+        reports.append(report)
+        if report.step == stop:
+            break
+    return model, reports
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_resumed_run_is_the_same_run(tmp_path, kind):
+    """Left between two saves and started again, against one that was not: equal to the last bit."""
+    whole, reports = run(tmp_path / "whole", kind=kind)
+    run(tmp_path / "parts", stop=7, kind=kind)
+    resumed, rest = run(tmp_path / "parts", kind=kind)
+    assert [r.step for r in rest] == [8, 9, 10, 11, 12]
+    assert [r.loss for r in rest] == [r.loss for r in reports[7:]]
+    for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(resumed.parameters()), strict=True):
+        assert mx.array_equal(a, b), name
+    logs = [(tmp_path / n / "log.csv").read_text().splitlines() for n in ("whole", "parts")]
+    first, second = ([line.split(",")[:3] for line in log] for log in logs)  # all but the seconds
+    assert first == second
+    mean_whole, mean_parts = (fit.averaged(Line(), tmp_path / n) for n in ("whole", "parts"))
+    assert mx.array_equal(mean_whole.inner.weight, mean_parts.inner.weight)
+    assert not mx.array_equal(mean_whole.inner.weight, whole.inner.weight)
+
+
+def test_the_loss_falls_and_is_drawn(tmp_path):
+    _, reports = run(tmp_path, steps=60)
+    assert reports[-1].loss < 0.2 * reports[0].loss
+    assert (tmp_path / "loss.png").stat().st_size > 500
+    assert not list(tmp_path.glob("*.new.*"))
+
+
+def test_the_rate_rises_then_stays_then_falls():
+    plan = fit.Plan(100, 1.0, "adamw", warmup=10, decay=0.5, clip=1.0, ema=0.9, save_every=5)
+    assert [fit.rate_at(plan, s) for s in (0, 9, 49, 75, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+
+
+# --- against torch
+
+
+def batches(shape):
+    return [normal(100 + k, *shape) for k in range(STEPS)]
+
+
+def train_mlx(model, loss, inputs):
+    chosen = fit.optimizer("adamw")
+    chosen.init(model.trainable_parameters())
+    gradient, losses = nn.value_and_grad(model, loss), []
+    for values in inputs:
+        fit.set_rate(chosen, 1e-3)
+        value, grads = gradient(model, *values)
+        chosen.update(model, grads)
+        mx.eval(value, model.parameters(), chosen.state)
+        losses.append(value.item())
+    return losses
+
+
+def same_weights(name, ours, theirs, reference):
+    """Every tensor of the file, in float32: the export's names and layout are tested on the way. AdamW divides a
+    gradient by its own size, so where it is nearly nothing rounding decides about parts of a step of 1e-3. Hence: no
+    weight differs by a step, and the mean weight of no tensor by a fiftieth of one."""
+    stored = export.public(name, ours, mx.float32)
+    torch_side = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
+    assert stored.keys() == torch_side.keys()
+    moved = 0.0
+    for key, value in torch_side.items():
+        if not key.endswith("to_k.bias"):  # softmax cancels it: its gradient is rounding alone
+            difference = np.abs(np.array(stored[key]) - value)
+            assert difference.max() < 1e-3, key
+            assert difference.mean() < 2e-5, key
+        moved = max(moved, np.abs(value - reference[key]).max())
+    assert moved > 5e-3  # twenty steps of 1e-3 did go somewhere
+
+
+def load_torch(module, name, ours):
+    torch = pytest.importorskip("torch")
+    stored = {k: torch.from_numpy(np.array(v)) for k, v in export.public(name, ours, mx.float32).items()}
+    module.load_state_dict(stored)
+    return {k: v.numpy().copy() for k, v in stored.items()}
+
+
+def test_unet_training_equals_torch():
+    """The first 20 losses within 1e-4 of their size (float32, compounding over the steps), then the weights."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    mx.random.seed(1)
+    ours = unet.UNet(TINY_UNET)
+    theirs = diffusers.UNet2DConditionModel.from_config(export.unet_config(TINY_UNET, 8))
+    before = load_torch(theirs, "unet", ours)
+    x, target, context = batches((2, 8, 8, 4)), batches((2, 8, 8, 4))[::-1], normal(5, 2, 6, 12)
+    ts = np.random.default_rng(0).integers(0, 1000, (STEPS, 2))
+
+    def loss(model, x, target, t):
+        return mx.square(model(x, t, **model.prepare(None, mx.array(context))) - target).mean()
+
+    inputs = [(mx.array(a), mx.array(b), mx.array(t.astype(np.float32))) for a, b, t in zip(x, target, ts, strict=True)]
+    losses = train_mlx(ours, loss, inputs)
+    adam, expected = torch.optim.AdamW(theirs.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.0), []
+    for a, b, t in zip(x, target, ts, strict=True):
+        out = theirs(torch.from_numpy(a).permute(0, 3, 1, 2), torch.from_numpy(t), torch.from_numpy(context)).sample
+        value = torch.nn.functional.mse_loss(out.permute(0, 2, 3, 1), torch.from_numpy(b))
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        expected.append(value.item())
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    same_weights("unet", ours, theirs, before)
+
+
+def test_vae_training_equals_torch():
+    """As above. The posterior's noise is given, so both draw the same latents."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    mx.random.seed(2)
+    ours = vae.VAE(TINY_VAE)
+    theirs = diffusers.AutoencoderKL.from_config(export.vae_config(TINY_VAE, 16))
+    before = load_torch(theirs, "vae", ours)
+    pictures, noise = batches((2, 16, 16, 3)), batches((2, 8, 8, 4))[::-1]
+    losses = train_mlx(
+        ours, recipe.vae_loss, [(mx.array(a), mx.array(b)) for a, b in zip(pictures, noise, strict=True)]
+    )
+    adam, expected = torch.optim.AdamW(theirs.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.0), []
+    for a, b in zip(pictures, noise, strict=True):
+        x = torch.from_numpy(a).permute(0, 3, 1, 2)
+        posterior = theirs.encode(x).latent_dist
+        mean, logvar = posterior.mean, posterior.logvar
+        y = theirs.decode(mean + torch.exp(0.5 * logvar) * torch.from_numpy(b).permute(0, 3, 1, 2)).sample
+        value = torch_pyramid(y, x) + 1e-4 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        expected.append(value.item())
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    same_weights("vae", ours, theirs, before)
+
+
+def torch_pyramid(y, x):
+    """The picture loss in torch's own functions."""
+    from torch.nn import functional as F
+
+    total = 2 * F.mse_loss(y, x)
+    for k in range(4):
+        total = total + F.l1_loss(y, x) * (1 if k == 0 else 0.6)
+        if k < 2:
+            total = total + 0.7 * sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return total
+
+
+# --- export
+
+
+def test_whitening_changes_the_latents_and_not_the_picture():
+    """Encode-decode before and after; and the latents of what the covariance was taken from come out white."""
+    mx.random.seed(3)
+    model = vae.VAE(TINY_VAE)
+    model.quant_conv.weight = model.quant_conv.weight * 3  # latents that are not white to begin with
+    x = mx.array(normal(7, 64, 16, 16, 3))
+    z, _ = model.encode(x)
+    y = np.array(model.decode(z[:4]))
+    flat = np.array(z).reshape(-1, 4).astype(np.float64)
+    recipe.whitened(model, flat.mean(0), np.cov(flat.T))
+    white, _ = model.encode(x)
+    np.testing.assert_allclose(np.array(model.decode(white[:4])), y, atol=1e-3)  # float32 through 1/sqrt
+    flat = np.array(white).reshape(-1, 4)
+    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-2)
+    np.testing.assert_allclose(np.cov(flat.T), np.eye(4), atol=2e-2)
+
+
+# --- judge
+
+
+def test_adherence_and_distance_by_hand(monkeypatch):
+    """A judge that answers what it is told; a Frechet distance of two Gaussians known in closed form."""
+    scenes = [sb.sample(np.random.default_rng(k)) for k in range(4)]
+    truth = judge.labels(scenes)
+    answers = truth.copy()
+    answers[0, 0] = (answers[0, 0] + 1) % 4
+    answers[1, 3] = (answers[1, 3] + 1) % 10
+    monkeypatch.setattr(judge, "read", lambda *_: answers)
+    shares = judge.adherence(None, None, scenes)
+    assert shares == {"time": 0.75, "terrain": 1, "sky": 1, "object": 0.75, "colour": 1, "position": 1, "all": 0.5}
+    a, b = (np.zeros(2), np.diag([1.0, 4.0])), (np.array([3.0, 0.0]), np.diag([4.0, 4.0]))
+    monkeypatch.setattr(judge, "_gaussian", lambda _, which: which)
+    assert judge.frechet(None, a, b) == pytest.approx(9 + (1 - 2) ** 2)
