@@ -85,7 +85,9 @@ MAY = {
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
         "mlxdiff.errors",
+        "mlxdiff.guidance",
         "mlxdiff.models.*",
+        "mlxdiff.samplers",
         "mlxdiff.schedules",
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",

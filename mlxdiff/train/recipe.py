@@ -9,8 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from PIL import Image
 
-from .. import schedules
+from .. import guidance, samplers, schedules
 from ..models import clip, unet, vae
 from ..tokenizers import ClipTokenizer, load
 from . import bpe, export, objective
@@ -19,6 +20,7 @@ from .fit import Plan, Report, averaged, fit
 
 SIZE, FACTOR, POSITIONS, CAPTIONS = 128, 8, 40, 8
 SCALE = 0.18215  # what files of this layout say; the latents are whitened first, so that it holds by construction
+SAVE_EVERY, SAMPLES_EVERY = 250, 1000  # steps; samples are drawn from what was just saved
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("scaled_linear", 1000, 0.00085, 0.012))
 
 VAE = vae.Config(
@@ -223,7 +225,9 @@ def train_denoiser(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) ->
 
     mx.random.seed(recipe.seed)
     model = Denoiser(vocab_size(folder))
-    plan = Plan(recipe.steps, 0.01 if recipe.optimizer == "muon" else 1e-3, recipe.optimizer, 80, 0.5, 1.0, 0.998, 250)
+    plan = Plan(
+        recipe.steps, 0.01 if recipe.optimizer == "muon" else 1e-3, recipe.optimizer, 80, 0.5, 1.0, 0.998, SAVE_EVERY
+    )
     yield from fit(model, denoiser_loss, batch, plan, folder / "denoiser")
 
 
@@ -243,6 +247,26 @@ def finish(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) -> Path:
     return target
 
 
+def samples(folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: list[sb.Scene]) -> Image.Image:
+    """Scenes as the averaged weights draw them by now: 25 steps of Euler, guidance 4, always the same noise."""
+    model = averaged(Denoiser(vocab_size(folder)), folder / "denoiser")
+    autoencoder = whitened(averaged(vae.VAE(VAE), folder / "vae"), data["mean"], data["covariance"])
+    tokenizer, n = load(folder / "tokenizer"), len(scenes)
+    ids = [padded(tokenizer, text) for text in [""] * n + [sb.plain(s) for s in scenes]]
+    both = model.unet.prepare(None, model.text(mx.array(ids)).last)
+    positive = both | {"kv": [(k[n:], v[n:]) for k, v in both["kv"]]}
+    schedule = schedules.Discrete(ALPHA_BAR)
+    net = {"both": both, "scale": 4.0, "dtype": mx.float32}
+    denoise = guidance.denoiser(model.unet, schedule, recipe.prediction, positive, **net)
+    sigmas = schedules.sigmas(schedule, "trailing", 25)
+    x = mx.array(np.random.default_rng(recipe.seed).standard_normal((n, 16, 16, 4), np.float32)) * sigmas[0]
+    for state, _ in samplers.euler(denoise, x, sigmas):
+        x = state
+        mx.eval(x)
+    pixels = np.clip(np.array(autoencoder.decode(x)) * 127.5 + 128, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.concatenate(list(pixels), 1))
+
+
 def storybook(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Report]]:
     """The whole training, step by step, as (stage, Report). Leave it at any time; started again, it goes on."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,5 +275,7 @@ def storybook(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Report]]:
         yield "vae", report
     data = encode(folder, recipe, shown, scenes)
     for report in train_denoiser(folder, recipe, data):
+        if report.step % SAMPLES_EVERY == 0 and recipe.prediction != "flow":
+            samples(folder, recipe, data, scenes[:8]).save(folder / f"samples_{report.step:06d}.png")
         yield "denoiser", report
     finish(folder, recipe, data)
