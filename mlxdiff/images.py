@@ -95,7 +95,13 @@ _A1111_SAMPLERS = {
     "lcm": "LCM",
 }
 _A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform", "beta": "Beta"}
-_A1111_SCHEDULES |= {"simple": "Simple", "leading": "Leading", "trailing": "Trailing", "linspace": "Uniform"}
+_A1111_SCHEDULES |= {
+    "simple": "Simple",
+    "leading": "Leading",
+    "trailing": "Trailing",
+    "linspace": "Uniform",
+    "lcm": "LCM",
+}
 
 
 def parameters(request: Request, model: str) -> str:

@@ -87,13 +87,19 @@ class Pipeline:
         self.name = self.model["name"]
         self.family = FAMILIES[self.model["family"]]
         self.plan = conditioning.PLANS[self.model["family"]]
-        self.defaults = self.family.defaults if defaults is None else defaults
+        kind = self.model["family"], self.model["variant"]
+        self.defaults = registry.VARIANTS.get(kind, self.family.defaults) if defaults is None else defaults
         self.refiner: Pipeline | None = None
         self._networks: dict[str, nn.Module] = {}
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
         for name in ("unet", "vae", *(e for e, _ in self.plan.encoders)):
             if name not in self.model["components"]:
                 raise Error(f"{self.folder} has no {name}.", "Use a checkpoint that holds the whole model.")
+        if self.model["variant"] not in ("base", "lcm"):
+            raise Error(
+                f"{self.name} is a model of the variant {self.model['variant']!r}, which needs more than a prompt.",
+                "It converts, but cannot draw yet: use a base model.",
+            )
 
     def attach_refiner(self, refiner: "Pipeline") -> None:
         """A second model that finishes what this one begins, on the same latents."""

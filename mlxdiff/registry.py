@@ -88,6 +88,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 _SD1, _SD2, _SDXL = (FAMILIES[f].defaults for f in ("sd1", "sd2", "sdxl"))
+_LCM = replace(_SD1, size=768, steps=4, guidance=8.5, sampler="lcm", schedule="lcm")
+
+# Checkpoints of a family that are drawn with otherwise: seen in their tensors, whatever their name.
+VARIANTS: dict[tuple[str, str], Defaults] = {("sd1", "lcm"): _LCM}
 _GB = 10**9
 
 MODELS: dict[str, Model] = {
@@ -121,7 +125,7 @@ MODELS: dict[str, Model] = {
         "LCM Dreamshaper 7: four to eight steps",
         "MIT",
         int(4.26 * _GB),
-        replace(_SD1, size=768, steps=4, guidance=8.5, sampler="lcm", schedule="lcm"),
+        _LCM,
     ),
     "sdxl": Model(
         "sdxl",

@@ -1,10 +1,12 @@
 """Pictures and their settings. References: PIL reads back what was written; A1111's published text format."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlxdiff import images
+from mlxdiff import images, samplers, schedules
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 
@@ -86,6 +88,13 @@ def test_our_text_reads_back():
     for name in ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "sampler", "schedule", "noise"):
         assert getattr(request, name) == getattr(FULL, name), name
     assert (request.clip_skip, model) == (2, "m")
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("schedule", schedules.SPACINGS)
+def test_every_sampler_and_schedule_reads_back(sampler, schedule):
+    request, _ = images.parse_parameters(images.parameters(replace(FULL, sampler=sampler, schedule=schedule), "m"))
+    assert (request.sampler, request.schedule) == (sampler, schedule)
 
 
 def test_a_prompt_alone_is_settings_too():
