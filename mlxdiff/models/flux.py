@@ -1,0 +1,261 @@
+"""FLUX.1: velocity flux(x, t, **flux.prepare(...)), x (B, h, w, c) of even sides, t a sigma in [0, 1]. Packing into
+2 x 2 patches and positions are inside. Names, orders and rotations are those of Black Forest Labs' code (2024)."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from .layers import adaptive_norm, attention, gated, gelu_tanh, modulation, sinusoids, split_heads
+
+Pair = tuple[mx.array, mx.array]
+
+
+@dataclass(frozen=True)
+class Config:
+    in_channels: int  # of a patch: 4 for each channel of x
+    out_channels: int
+    context: int  # width of the text
+    pooled: int
+    width: int
+    heads: int
+    hidden: int
+    double: int  # blocks
+    single: int
+    axes: tuple[int, ...]  # how much of a head each coordinate of a token turns
+    theta: float
+    guidance: bool  # dev; schnell has none
+
+
+class Embedder(nn.Module):
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.in_layer, self.out_layer = nn.Linear(dim, width), nn.Linear(width, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.out_layer(nn.silu(self.in_layer(x)))
+
+
+class Modulation(nn.Module):
+    def __init__(self, width: int, n: int):
+        super().__init__()
+        self.lin = nn.Linear(width, 3 * n * width)
+        self.n = n
+
+    def __call__(self, vec: mx.array) -> list:
+        return modulation(self.lin(vec), self.n)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.scale = mx.ones(d)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.scale, eps=1e-6)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        d = config.width // config.heads
+        self.query_norm, self.key_norm = RMSNorm(d), RMSNorm(d)
+        self.heads = config.heads
+
+    def __call__(self, qkv: mx.array) -> tuple[mx.array, ...]:
+        """(B, N, 3 * heads * d) -> q, k, v, (B, heads, N, d) each."""
+        q, k, v = (split_heads(x, self.heads) for x in mx.split(qkv, 3, axis=-1))
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.norm = QKNorm(config)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, ...]:
+        return self.norm(self.qkv(x))
+
+
+class DoubleBlock(nn.Module):
+    """Picture and text, each with its own weights, in one attention."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        d, hidden = config.width, config.hidden
+        for name in ("img", "txt"):
+            self[f"{name}_mod"] = Modulation(d, 2)
+            self[f"{name}_attn"] = Attention(config)
+            self[f"{name}_mlp"] = [nn.Linear(d, hidden), nn.Identity(), nn.Linear(hidden, d)]  # 1 is the GELU
+
+    def mods(self, vec: mx.array) -> tuple[list, list]:
+        return self.img_mod(vec), self.txt_mod(vec)
+
+    def __call__(self, img: mx.array, txt: mx.array, mods: tuple[list, list], pe: Pair) -> Pair:
+        (img_norm, img_gate, *img_mlp), (txt_norm, txt_gate, *txt_mlp) = mods
+        streams = self.txt_attn(adaptive_norm(txt, *txt_norm)), self.img_attn(adaptive_norm(img, *img_norm))
+        q, k, v = (mx.concatenate(parts, axis=2) for parts in zip(*streams, strict=True))
+        y = attention(rotate(q, pe), rotate(k, pe), v)
+        txt_y, img_y = mx.split(y, [txt.shape[1]], axis=1)
+        img = gated(img, img_gate, self.img_attn.proj(img_y))
+        txt = gated(txt, txt_gate, self.txt_attn.proj(txt_y))
+        return add_mlp(img, self.img_mlp, *img_mlp), add_mlp(txt, self.txt_mlp, *txt_mlp)
+
+
+def add_mlp(x: mx.array, mlp: list[nn.Module], norm: Pair, gate: mx.array) -> mx.array:
+    return gated(x, gate, mlp[2](gelu_tanh(mlp[0](adaptive_norm(x, *norm)))))
+
+
+class SingleBlock(nn.Module):
+    """Text and picture as one sequence; attention and MLP side by side."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        d, hidden = config.width, config.hidden
+        self.modulation = Modulation(d, 1)
+        self.linear1 = nn.Linear(d, 3 * d + hidden)
+        self.norm = QKNorm(config)
+        self.linear2 = nn.Linear(d + hidden, d)
+
+    def __call__(self, x: mx.array, mods: list, pe: Pair) -> mx.array:
+        norm, gate = mods
+        qkv, hidden = mx.split(self.linear1(adaptive_norm(x, *norm)), [3 * x.shape[-1]], axis=-1)
+        q, k, v = self.norm(qkv)
+        y = attention(rotate(q, pe), rotate(k, pe), v)
+        return gated(x, gate, self.linear2(mx.concatenate([y, gelu_tanh(hidden)], axis=-1)))
+
+
+class LastLayer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.adaLN_modulation = [nn.Identity(), nn.Linear(config.width, 2 * config.width)]  # 0 is the SiLU
+        self.linear = nn.Linear(config.width, config.out_channels)
+
+    def mods(self, vec: mx.array) -> Pair:
+        shift, scale = mx.split(self.adaLN_modulation[1](vec)[..., None, :], 2, axis=-1)
+        return 1 + scale, shift
+
+    def __call__(self, x: mx.array, mods: Pair) -> mx.array:
+        return self.linear(adaptive_norm(x, *mods))
+
+
+class Flux(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        d = config.width
+        self.img_in = nn.Linear(config.in_channels, d)
+        self.txt_in = nn.Linear(config.context, d)
+        self.time_in = Embedder(256, d)
+        self.vector_in = Embedder(config.pooled, d)
+        if config.guidance:
+            self.guidance_in = Embedder(256, d)
+        self.double_blocks = [DoubleBlock(config) for _ in range(config.double)]
+        self.single_blocks = [SingleBlock(config) for _ in range(config.single)]
+        self.final_layer = LastLayer(config)
+
+    def __call__(
+        self,
+        x: mx.array,
+        t: float | mx.array,
+        *,
+        txt: mx.array,
+        pe: Pair,
+        vec: mx.array,
+        times: dict[float, int],
+        mods: tuple[list, list, Pair] | None,
+    ) -> mx.array:
+        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest is from `prepare`."""
+        if isinstance(t, mx.array) or t not in times:
+            mods = self.mods(mx.array(t).reshape(-1), vec)
+        else:
+            mods = tree_map(lambda m: m[times[t]], mods)
+        double, single, final = mods
+
+        img = self.img_in(pack(x))  # (B, N, d)
+        for block, m in zip(self.double_blocks, double, strict=True):
+            img, txt = block(img, txt, m, pe)
+        both = mx.concatenate([txt, img], axis=1)
+        for block, m in zip(self.single_blocks, single, strict=True):
+            both = block(both, m, pe)
+        return unpack(self.final_layer(both[:, txt.shape[1] :], final), *x.shape[1:3])
+
+    def prepare(
+        self,
+        ts: list[float] | None,
+        context: mx.array,
+        pooled: mx.array,
+        size: tuple[int, int],
+        guidance: float | mx.array | None = None,
+    ) -> dict:
+        """All that does not depend on x, made once per picture: the text, the rotations of x's size (h, w), and each
+        block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p)."""
+        dtype = self.img_in.bias.dtype
+        vec = self.vector_in(pooled.astype(dtype))  # (B, d)
+        if self.config.guidance:
+            vec = vec + self.guidance_in(self.waves(mx.array(guidance).reshape(-1)))
+        return {
+            "txt": self.txt_in(context.astype(dtype)),
+            "pe": rotations(self.config, context.shape[1], size[0] // 2, size[1] // 2),
+            "vec": vec,
+            "times": {} if ts is None else {t: i for i, t in enumerate(ts)},
+            "mods": None if ts is None else self.mods(mx.array(ts)[:, None], vec),  # (T, B, 1, d) each
+        }
+
+    def release_modulation(self) -> None:
+        """Drops what only `prepare` reads, over a quarter of the weights. Before the prepared is evaluated: then no
+        two blocks' modulation layers need be in memory together."""
+        for block in self.double_blocks:
+            del block.img_mod, block.txt_mod
+        for block in self.single_blocks:
+            del block.modulation
+        del self.final_layer.adaLN_modulation, self.txt_in, self.time_in, self.vector_in
+        if self.config.guidance:
+            del self.guidance_in
+
+    def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list, Pair]:
+        """Of every block at times t, (..., B or 1)."""
+        vec = nn.silu(self.time_in(self.waves(t)) + vec)
+        double, single = ([b.mods(vec) for b in self.double_blocks], [b.modulation(vec) for b in self.single_blocks])
+        return double, single, self.final_layer.mods(vec)
+
+    def waves(self, t: mx.array) -> mx.array:
+        return sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(self.img_in.bias.dtype)
+
+
+def pack(x: mx.array) -> mx.array:
+    """(B, h, w, c) -> (B, h/2 * w/2, 4 c): 2 x 2 patches, of each the four values of its first channel first."""
+    B, h, w, c = x.shape
+    x = x.reshape(B, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(B, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(x: mx.array, h: int, w: int) -> mx.array:
+    x = x.reshape(x.shape[0], h // 2, w // 2, -1, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(x.shape[0], h, w, -1)
+
+
+def rotations(config: Config, text: int, h: int, w: int) -> Pair:
+    """By how much each pair of a head's numbers turns, as cos (N, d/2, 1) and signed sin (N, d/2, 2) in float32. Text
+    tokens stand at (0, 0, 0) and do not turn; a patch stands at (0, row, column)."""
+    ids = np.zeros((text + h * w, len(config.axes)))
+    ids[text:, 1:] = np.indices((h, w)).reshape(2, -1).T
+    freqs = [config.theta ** -(np.arange(0, d, 2) / d) for d in config.axes]
+    angles = np.concatenate([ids[:, i, None] * f for i, f in enumerate(freqs)], axis=1)[..., None]
+    cos, sin = np.cos(angles), np.sin(angles) * np.array([-1, 1])
+    return mx.array(cos.astype(np.float32)), mx.array(sin.astype(np.float32))
+
+
+def rotate(x: mx.array, pe: Pair) -> mx.array:
+    """RoPE (Su et al. 2021) of neighbouring pairs: float32 inside one kernel, x's dtype outside."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)  # (B, heads, N, d/2, 2)
+    return turn(pairs, pairs[..., ::-1], *pe).reshape(x.shape)
+
+
+@mx.compile
+def turn(x: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    return (x.astype(mx.float32) * cos + swapped.astype(mx.float32) * sin).astype(x.dtype)
