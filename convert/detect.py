@@ -46,9 +46,9 @@ FOREIGN = [
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
 ]
 
-_UNET = r"(input_blocks\.0\.0|conv_in)\.weight"
-_ADDED = r"(label_emb\.0\.0|add_embedding\.linear_1)\.weight"
-_CONTEXT = r"attn2\.to_k\.weight"
+_UNET = r"^((model\.)?diffusion_model\.)?(input_blocks\.\d|down_blocks\.\d)"
+_VAE = r"^(first_stage_model\.|vae\.)?decoder\.(up|up_blocks)\.\d"
+_CLIP = r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.|^transformer\.resblocks\.\d"
 
 
 def family(path, tensors: dict[str, Tensor]) -> str:
@@ -60,29 +60,24 @@ def family(path, tensors: dict[str, Tensor]) -> str:
     def shape(pattern: str) -> tuple[int, ...]:
         return next((t.shape for n, t in tensors.items() if re.search(pattern, n)), ())
 
-    if has(rf"^((model\.)?diffusion_model\.)?{_UNET}$") and has(r"(input_blocks|down_blocks)\.\d"):
-        for pattern, what in FOREIGN:
-            if has(pattern):
-                _refuse(path, what)
-        if has(_ADDED):
-            if has(r"^conditioner\.embedders\.1\."):
-                return "sdxl"
-            added, context = shape(_ADDED), shape(_CONTEXT)
-            # Alone, the refiner's U-Net shows itself: it reads and is told the same text vector, SDXL's reads two.
-            lone = len(added) == len(context) == 2 and added[1] - context[1] == REFINER.sizes * 256
-            return "sdxl-refiner" if lone or has(r"^conditioner\.embedders\.0\.model\.") else "sdxl"
-        return "sd1" if len(shape(r"\.proj_in\.weight$")) == 4 else "sd2"
     for pattern, what in FOREIGN:
         if has(pattern):
             _refuse(path, what)
-    if has(r"^(first_stage_model\.|vae\.)?decoder\.conv_in\.weight$"):
-        latents = shape(r"decoder\.conv_in\.weight$")[1:2]
-        if latents == (16,):
+    if has(_UNET):
+        if has(r"(label_emb|add_embedding)\.|^conditioner\.embedders\.1\."):
+            told, read = shape(r"(label_emb\.0\.0|add_embedding\.linear_1)\.weight"), shape(r"attn2\.to_k\.weight")
+            # Alone, the refiner's U-Net shows itself: it reads and is told the same text vector; SDXL's reads two.
+            alone = len(told) == len(read) == 2 and told[1] - read[1] == REFINER.sizes * 256
+            one = not has(r"^conditioner\.embedders\.1\.")
+            return "sdxl-refiner" if one and (alone or has(r"^conditioner\.embedders\.0\.model\.")) else "sdxl"
+        return "sd1" if len(shape(r"\.proj_in\.weight$")) == 4 else "sd2"
+    if has(_VAE):
+        if shape(r"decoder\.conv_in\.weight$")[1:2] == (16,):
             _refuse(path, "a VAE of SD3 or FLUX")
         return "vae"
-    if has(r"^((text_model\.)?embeddings\.)?token_embedding\.weight$"):
-        width = shape(r"token_embedding\.weight$")[1:2]
-        return "clip-g" if has(r"^text_projection") and width != (768,) else "clip"
+    if has(_CLIP):
+        large = shape(r"(final_layer_norm|ln_final)\.weight$") != (768,)
+        return "clip-g" if large and has(r"^text_projection") else "clip"
     raise Error(
         f"{path} is no checkpoint that is known here; its first tensor is {min(tensors, default='none')!r}.",
         "Give a Stable Diffusion 1.x, 2.x or XL checkpoint.",
