@@ -54,6 +54,7 @@ MAY = {
     },
     "mlxdiff.console": {"mlxdiff.errors"},
     "mlxdiff.generate": {
+        "mlxdiff",
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.images",
@@ -92,7 +93,8 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
     },
-    "mlxdiff.train.__main__": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.train.*"},
+    "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.train.*"},
+    "mlxdiff.train.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.train.*"},
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import mlxdiff
 from mlxdiff import schedules
 from mlxdiff.models import unet, vae
 from mlxdiff.train import export, fit, judge, objective, recipe
 from mlxdiff.train import storybook as sb
+from mlxdiff.train.__main__ import main
 
 TINY_VAE = replace(recipe.VAE, channels=(8, 16), groups=4)
 TINY_UNET = replace(
@@ -278,3 +280,35 @@ def test_adherence_and_distance_by_hand(monkeypatch):
     a, b = (np.zeros(2), np.diag([1.0, 4.0])), (np.array([3.0, 0.0]), np.diag([4.0, 4.0]))
     monkeypatch.setattr(judge, "_gaussian", lambda _, which: which)
     assert judge.frechet(None, a, b) == pytest.approx(9 + (1 - 2) ** 2)
+
+
+# --- the whole
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_folder_that_others_open(tmp_path, capsys, monkeypatch):
+    """A run of a few steps: both losses fall, the same command goes on without doing anything twice, other settings
+    are refused, and diffusers draws from the folder what we draw (float16 file, float32 arithmetic on both sides)."""
+    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
+    arguments = ["storybook", "--out", str(tmp_path / "run"), "--pictures", "16", "--vae-steps", "6", "--steps", "6"]
+    assert main([*arguments, "--batch", "8"]) == 0
+    for stage in ("vae", "denoiser"):
+        log = (tmp_path / "run" / stage / "log.csv").read_text().splitlines()[1:]
+        losses = [float(line.split(",")[1]) for line in log]
+        assert len(losses) == 6
+        assert losses[-1] < losses[0]
+    before = (tmp_path / "run" / "denoiser" / "state.safetensors").stat().st_mtime_ns
+    assert main([*arguments, "--batch", "8"]) == 0
+    assert (tmp_path / "run" / "denoiser" / "state.safetensors").stat().st_mtime_ns == before
+    assert main([*arguments, "--batch", "4"]) == 1
+    assert "batch 8" in capsys.readouterr().err
+
+    settings = {"width": 128, "height": 128, "guidance": 3.0, "sampler": "ddim"}
+    ours = mlxdiff.load(tmp_path / "run" / "model")("a red house", seed=3, steps=4, **settings).image
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "model", torch_dtype=torch.float32)
+    g = torch.Generator().manual_seed(3)
+    picture = theirs("a red house", 128, 128, 4, guidance_scale=3.0, generator=g, output_type="np").images[0]
+    error = np.square(np.asarray(ours) / 255 - picture).mean()
+    assert -10 * np.log10(error) > 40

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,16 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the U-Net learns to predict")
     s.add_argument("--min-snr", type=float, metavar="GAMMA", help="weigh the losses by min-SNR, 5 is usual")
     s.add_argument("--seed", type=int, default=0)
+    s = kinds.add_parser("judge", help="how much of its prompts a storybook model draws")
+    s.add_argument("model", metavar="MODEL", help="a name or a folder")
+    s.add_argument("--judge", type=Path, required=True, metavar="FILE", help="weights of the judge")
+    s.add_argument("--scenes", type=int, default=192, metavar="N", help="prompts (default 192)")
+    s.add_argument("--unseen", action="store_true", help="pairs of words that were held out of training")
+    s.add_argument("--guidance", type=float, nargs="+", metavar="G", default=[4.0])
+    s.add_argument("--steps", type=int, nargs="+", metavar="N", default=[25])
+    s.add_argument("--sampler", nargs="+", metavar="NAME", default=["ddim"])
+    s.add_argument("--quantize", type=int, metavar="BITS")
+    s.add_argument("--dtype")
     s = kinds.add_parser("scenes", help="draw some of the pictures that are learned from, with their captions")
     s.add_argument("--out", type=Path, required=True, metavar="PNG")
     s.add_argument("--size", type=int, default=128, metavar="PX")
@@ -38,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
-    return run("mlxdiff train", lambda: {"storybook": train, "scenes": scenes}[args.what](args))
+    return run("mlxdiff train", lambda: {"storybook": train, "judge": judge, "scenes": scenes}[args.what](args))
 
 
 def train(args) -> int:
@@ -82,6 +93,26 @@ def _same_run(folder: Path, recipe: Recipe) -> None:
             raise Error(f"{folder} holds a run with {told}.", "Give the same settings, or another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def judge(args) -> int:
+    """A line for each combination of settings."""
+    from .. import load
+    from . import judge as judges
+    from . import measure
+
+    pipe, referee = load(args.model, bits=args.quantize, dtype=args.dtype), judges.load(args.judge)
+    chosen = measure.scenes(args.scenes, args.unseen)
+    _line("renders", judges.adherence(referee, measure.renders(chosen), chosen))
+    for guidance, steps, sampler in product(args.guidance, args.steps, args.sampler):
+        shares = measure.measure(pipe, referee, chosen, guidance=guidance, steps=steps, sampler=sampler)
+        _line(f"guidance {guidance:g}, {steps} steps of {sampler}", shares)
+    return 0
+
+
+def _line(what: str, figures: dict[str, float]) -> None:
+    parts = [f"{k} {v:.2f}" if k == "frechet" else f"{k} {100 * v:.1f}" for k, v in figures.items()]
+    print(f"{what}: {', '.join(parts)}", flush=True)
 
 
 def scenes(args) -> int:
