@@ -1,4 +1,4 @@
-"""A pipeline without a model: the same `stream`, pictures in colours that follow from seed and step. For the widgets."""
+"""A pipeline without a model: the same `stream`, pictures in colours that follow from the seed. For the widgets."""
 
 import threading
 import time

@@ -5,7 +5,6 @@ import io
 import subprocess
 import sys
 import threading
-import time
 
 import mlx.core as mx
 import psutil
@@ -92,7 +91,7 @@ def test_a_cancelled_job_leaves_the_queue_at_once():
     assert second.state == "cancelled"  # while the first still waits at its gate
     assert worker.place[1] == 2
     gate.set()
-    assert first.result(WAIT).images and third.result(WAIT).images
+    assert all(job.result(WAIT).images for job in (first, third))
     with pytest.raises(Cancelled):
         second.result(WAIT)
 
@@ -134,7 +133,7 @@ def test_a_failure_in_the_middle_holds_no_arrays():
         frames.append(trace.tb_frame)
         trace = trace.tb_next
     inside = [f for f in frames if f.f_code.co_name == "stream"]
-    assert inside and not inside[0].f_locals
+    assert [f.f_locals for f in inside] == [{}]
     assert worker.submit("fake", Request("a", steps=1), quiet).result(WAIT).images
 
 
@@ -257,7 +256,7 @@ time.sleep({after})
 
 @pytest.mark.parametrize("after", [0.0, 0.05])
 def test_the_interpreter_exits_0_in_the_middle_of_a_run(after):
-    """MLX aborts (rc 134) in 10 to 40 % of the exits with a compiled function in a thread that ended: 5 of each here."""
+    """MLX aborts (rc 134) in 10 to 40 % of the exits with a compiled function in a thread that ended."""
     from tests.test_imports import ROOT
 
     code = EXIT.format(root=str(ROOT), after=after)

@@ -130,7 +130,7 @@ class Controls(w.VBox):
 
 
 class Compare(w.VBox):
-    """Two settings and their values."""
+    """Two settings and, as text, their values."""
 
     def __init__(self):
         two = [n for n in FIELDS if n != "negative"] + ["negative"]
@@ -147,6 +147,13 @@ class Compare(w.VBox):
             ]
         )
 
+    def axes(self) -> dict[str, list]:
+        """What `Studio.compare` takes."""
+        if self.rows.value == self.columns.value:
+            raise Error(f"Rows and columns are both {self.rows.value}.", "Choose two different settings.")
+        pairs = ((self.rows.value, self.row_values.value), (self.columns.value, self.column_values.value))
+        return {name: values(name, text) for name, text in pairs}
+
 
 def _tie(
     studio: t.HasTraits, name: str, control: w.Widget, there: Callable | None = None, back: Callable | None = None
@@ -158,7 +165,10 @@ def _tie(
         if isinstance(control, w.IntSlider | w.FloatSlider) and value > control.max:
             control.max = value
         if isinstance(control, w.Dropdown) and value not in [v for _, v in control.options]:
+            control.unobserve(take, "value")  # new options select the first of them
             control.options = [*control.options, (str(value), value)]
+            control.value = value
+            control.observe(take, "value")
         control.value = value if there is None else there(value)
 
     def take(change):
@@ -167,8 +177,8 @@ def _tie(
         except t.TraitError:
             show()
 
-    studio.observe(show, name)
     control.observe(take, "value")
+    studio.observe(show, name)
     show()
 
 

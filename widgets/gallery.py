@@ -1,4 +1,4 @@
-"""Pictures with their settings, and pictures made of pictures: contact sheets and labelled comparisons. No widgets here."""
+"""Pictures with their settings, and pictures made of pictures: sheets and labelled comparisons. No widgets here."""
 
 import io
 import math

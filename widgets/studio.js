@@ -1,7 +1,7 @@
 // The view of view.py: canvas, progress, history, file drop, shortcuts. It mirrors traits and sends messages, no more.
 // Nothing is fetched: this file and studio.css are all there is.
 
-const MOST = 8 * 2 ** 20; // bytes of a dropped file that are sent: its settings come before its pixels
+const PART = 4 * 2 ** 20; // bytes of a dropped file in one message: Jupyter's server closes on messages above 10 MiB
 
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -24,6 +24,7 @@ function painter(canvas) {
     canvas.width = bitmap.width;
     canvas.height = bitmap.height;
     canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    canvas.parentElement.style.setProperty("--shape", bitmap.width / bitmap.height);
     canvas.setAttribute("aria-label", title);
     canvas.dataset.frames = 1 + Number(canvas.dataset.frames || 0);
     bitmap.close();
@@ -134,7 +135,10 @@ function render({ model, el }) {
 
   async function take(dropped) {
     if (!dropped) return;
-    send("drop", { name: dropped.name }, [await dropped.slice(0, MOST).arrayBuffer()]);
+    const parts = Math.ceil(dropped.size / PART) || 1;
+    for (let part = 0; part < parts; part++) {
+      send("drop", { part, parts }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
+    }
   }
 
   function heard(message, buffers) {

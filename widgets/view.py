@@ -1,12 +1,27 @@
 """The right half of the studio, which ipywidgets cannot draw: canvas, progress, history, file drop, shortcuts.
 
 A mirror of Python state. Traits hold what a page opened again must show; previews are messages, shown and forgotten.
-The page only sends messages, each a dict with `do`: generate, cancel, view, restore, seed, drop (with the file's bytes)."""
+The page only sends messages, dicts with `do`: generate, cancel, view, restore, seed, or drop with the file's bytes."""
 
+import traceback
 from pathlib import Path
 
 import anywidget
 import traitlets as t
+
+from ..errors import Error
+from .gallery import Picture
+from .worker import Update
+
+_STRIP = 100  # thumbnails kept on the page
+_STAGES = {
+    "open": "Opening the model",
+    "download": "Downloading",
+    "convert": "Converting the model, once",
+    "encode": "Reading the prompt",
+    "load": "Loading the weights",
+    "decode": "Making pixels",
+}
 
 
 class View(anywidget.AnyWidget):
@@ -18,9 +33,62 @@ class View(anywidget.AnyWidget):
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 when nobody can know
     running = t.Bool(False).tag(sync=True)
     error = t.Dict().tag(sync=True)  # problem, fix, trace
-    shown = t.Dict().tag(sync=True)  # png, title, caption, name, path, key: the picture on the canvas
+    shown = t.Dict().tag(sync=True)  # key, png, title, caption, name, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
+
+    def say(self, text: str, progress: float = 0.0, aloud: bool = True) -> None:
+        with self.hold_sync():
+            self.status, self.progress = text, progress
+            if aloud:
+                self.spoken = text
+
+    def fail(self, error: BaseException) -> None:
+        """What went wrong, in red, with the traceback folded. The page's alert is read out by itself."""
+        plain = (error.problem, error.fix) if isinstance(error, Error) else (f"{type(error).__name__}: {error}", "")
+        self.say(" ".join(plain).strip(), aloud=False)
+        self.error = {"problem": plain[0], "fix": plain[1], "trace": "".join(traceback.format_exception(error))}
 
     def frame(self, jpeg: bytes, title: str) -> None:
         """Show a preview."""
         self.send({"do": "frame", "title": title}, [jpeg])
+
+    def keep(self, key: int, picture: Picture, thumb: bytes) -> None:
+        """Add to the history."""
+        title = f"{picture.request.prompt}, seed {picture.request.seed}"
+        self.history = [*self.history, {"key": key, "title": title, "thumb": thumb}][-_STRIP:]
+
+    def show(self, key: int, picture: Picture) -> None:
+        path, here = picture.path, Path.cwd()
+        self.shown = {
+            "key": key,
+            "png": picture._repr_png_(),
+            "title": picture.request.prompt,
+            "caption": picture.caption(),
+            "name": path.name,
+            "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
+        }
+
+
+def line(update: Update) -> tuple[str, float]:
+    """Where a run stands: in words, and as a fraction that is below 0 when nobody can know."""
+    text = _STAGES.get(update.stage, "")
+    if update.stage == "denoise" and update.pace is None:
+        return "First step, the slowest", 0.0
+    if update.stage == "denoise":
+        left = seconds(update.pace * (update.steps - update.step))
+        text = f"Step {update.step} of {update.steps} · {update.pace:.2f} s a step · {left} left · {size(update.peak)}"
+        return text, update.step / update.steps
+    if update.stage in ("download", "convert") and update.steps:
+        done = update.step / update.steps
+        return f"{text} · {done:.0%} of {size(update.steps)}", done
+    if update.stage == "decode" and update.steps > 1:
+        text += f" · {min(update.step + 1, update.steps)} of {update.steps}"
+    return text, -1.0
+
+
+def seconds(s: float) -> str:
+    return f"{s:.1f} s" if s < 10 else f"{s:.0f} s" if s < 100 else f"{s // 60:.0f} min {s % 60:.0f} s"
+
+
+def size(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"

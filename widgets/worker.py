@@ -1,4 +1,4 @@
-"""One thread owns every MLX call of the widgets: it loads, draws and previews. Everybody else queues jobs and sets flags.
+"""One thread owns every MLX call of the widgets: it loads, draws and previews. All others queue jobs and set flags.
 
 MLX streams belong to threads, and a widget's callback may run on another thread from one click to the next. So requests
 go in, and only pictures, bytes and numbers come out. The thread never ends: MLX can abort a process when one does."""
@@ -56,7 +56,7 @@ class Update(NamedTuple):
     peak: int = 0  # bytes
     frame: bytes | None = None  # a JPEG of the picture as it will probably be
     picture: Image.Image | None = None
-    seconds: float = 0.0  # with a picture: since the job began
+    seconds: float = 0.0  # since the job began, with a picture and when done
 
 
 class Job:
@@ -166,9 +166,10 @@ class Worker:
                 self._changed.notify_all()
 
     def _run(self, job: Job) -> None:
-        job.state, state = "running", "done"
+        job.state, state, seconds = "running", "done", 0.0
         try:
             job._result = self._draw(job)
+            seconds = 0.0 if job._result is None else job._result.seconds
         except Cancelled:
             state = "cancelled"
         except BaseException as e:  # whatever it is, the thread goes on to the next job and the job tells its user
@@ -176,12 +177,12 @@ class Worker:
             self._pipe = self._key = None  # it may have been left half loaded
         if state != "done":
             mx.clear_cache()
-        self._end(job, state)
+        self._end(job, state, seconds)
 
-    def _end(self, job: Job, state: str) -> None:
+    def _end(self, job: Job, state: str, seconds: float = 0.0) -> None:
         job.state = state
         try:
-            job.tell(state)
+            job.tell(state, seconds=seconds)
         except Exception:  # a listener's mistake: said on the kernel's terminal, since the job itself is over
             traceback.print_exc()
         finally:

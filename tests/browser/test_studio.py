@@ -1,0 +1,312 @@
+"""The studio as a person meets it: JupyterLab in Chromium, with a pipeline that needs no model (tests/fakes.py).
+Every button is pressed at least twice: Jupyter moves callbacks to another thread after the first time."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from playwright.sync_api import expect
+
+from mlxdiff import images
+from mlxdiff.request import Request
+from tests import fakes
+from tests.browser.conftest import STUDIO, Hand
+
+SLOW, QUICK = STUDIO.format(pace=0.08), STUDIO.format(pace=0.01)
+
+
+def drawn(lab, name: str = "pictures") -> list:
+    return sorted((lab.folder / name).glob("*.png"), key=lambda p: p.stat().st_mtime_ns)
+
+
+def rgb(hand: Hand) -> np.ndarray:
+    w, h, data = hand.pixels()
+    return np.frombuffer(data, np.uint8).reshape(h, w, 4)[..., :3]
+
+
+def test_from_a_prompt_to_a_picture(desk, lab):
+    d = desk("first.ipynb", SLOW)
+    begin = time.perf_counter()
+    d.run_all()
+    s = d.studio()
+    lab.timings["first widget"] = time.perf_counter() - begin
+    s.shot("studio-empty")
+    for prompt in ("a blue boat", "a green boat"):
+        before, frames = len(drawn(lab)), s.frames()
+        s.label("Prompt").fill(prompt)
+        begin = time.perf_counter()
+        s.press("Generate")
+        expect(s.canvas).to_have_attribute("data-frames", str(frames + 1))
+        lab.timings[f"first preview of {prompt}"] = time.perf_counter() - begin
+        assert len(s.distinct(lambda: "Done in" in s.status.inner_text())) > 3  # the last one is the picture
+        file = drawn(lab)[before]
+        request, _ = images.read_settings(file)
+        assert request.prompt == prompt
+        expect(s.root.locator(".mlxdiff-caption")).to_contain_text(f"seed {request.seed}")
+        expect(s.canvas).to_have_attribute("aria-label", prompt)
+        np.testing.assert_array_equal(rgb(s), np.asarray(fakes.picture(request)))  # exact: a PNG all the way
+
+
+def test_cancel_within_a_step_and_draw_again(desk, lab):
+    d = desk("cancel.ipynb", STUDIO.format(pace=0.3))
+    d.run_all()
+    s = d.studio()
+    for how in ("button", "button", "key"):
+        s.press("Generate")
+        s.says("Step 2")
+        begin = time.perf_counter()
+        if how == "button":
+            s.press("Cancel")
+        else:
+            s.label("Prompt").press("Escape")
+        s.says("Cancelled")
+        lab.timings["cancel"] = time.perf_counter() - begin
+        # One step is 0.3 s; the rest is the page, on a machine that may be busy with other things.
+        assert lab.timings["cancel"] < 0.3 + 2
+        expect(s.root.get_by_role("button", name="Cancel", exact=True)).to_be_disabled()
+    s.press("Generate")
+    s.says("Step 3")
+    s.shot("studio-running")
+
+
+def test_keys_work_from_anywhere_and_do_not_run_the_cell(desk):
+    d = desk("keys.ipynb", QUICK)
+    d.run_all()
+    s = d.studio()
+    for n, place in enumerate((s.label("Prompt"), s.root.get_by_role("button", name="Generate"), s.label("Seed")), 1):
+        place.focus()
+        d.page.keyboard.press("Control+Enter")
+        expect(s.thumbs).to_have_count(n)
+        s.says("Done in")
+    assert d.page.locator(".mlxdiff-studio").count() == 1
+    expect(d.page.locator(".jp-InputPrompt").first).to_have_text("[1]:")  # run once, by run_all
+
+
+def test_seed_buttons_presets_and_history(desk, lab):
+    d = desk("buttons.ipynb", QUICK)
+    d.run_all()
+    s = d.studio()
+    seed = s.label("Seed")
+    seeds = []
+    for n in (1, 2):  # unlocked: each run has another seed
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(n)
+        s.says("Done in")
+        seeds.append(seed.input_value())
+    assert seeds[0] != seeds[1]
+    lock = s.root.get_by_title("Keep this seed for every picture")
+    for n in (3, 4):  # locked: the same
+        if n == 3:
+            lock.click()
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(n)
+        expect(seed).to_have_value(seeds[1])
+    lock.click()
+    for _ in range(2):
+        before = seed.input_value()
+        s.root.get_by_title("Another seed").click()
+        expect(seed).not_to_have_value(before)
+        s.root.get_by_title("Reuse the last picture's seed, and keep it").click()
+        expect(seed).to_have_value(seeds[1])
+    for thumb in (3, 2):  # the strip begins with the newest
+        s.thumbs.nth(thumb).click()
+        expect(s.thumbs.nth(thumb)).to_have_attribute("aria-pressed", "true")
+        s.press("Use its seed")
+        expect(seed).to_have_value(seeds[3 - thumb])
+    for _ in range(2):
+        s.label("Prompt").fill("something else")
+        s.press("Restore settings")
+        expect(s.label("Prompt")).to_have_value("a red house under a full moon")
+    readout = s.root.locator(".widget-readout").first
+    for name, steps in (("Quick", 8), ("Fine", 40), ("Standard", 20)) * 2:
+        s.press(name)
+        expect(readout).to_have_text(str(steps))
+    for _ in range(2):
+        with d.page.expect_download() as download:
+            s.root.get_by_role("link", name="Download").click()
+        assert images.read_settings(download.value.path())[0].seed == int(seeds[1])
+    s.thumbs.first.focus()
+    d.page.keyboard.press("ArrowRight")
+    expect(s.thumbs.nth(1)).to_be_focused()
+
+
+def test_errors_are_read_out_and_the_next_run_clears_them(desk):
+    d = desk("errors.ipynb", QUICK)
+    d.run_all()
+    s = d.studio()
+    for _ in range(2):
+        s.label("Prompt").fill("fail")
+        s.press("Generate")
+        expect(s.error).to_contain_text("The fake model broke in step 2. Ask for something else.")
+        s.error.get_by_text("Details").click()
+        expect(s.error.locator("pre")).to_contain_text("in stream")
+        s.shot("studio-error")
+        s.label("Prompt").fill("fine")
+        s.press("Generate")
+        s.says("Done in")
+        expect(s.error).to_be_hidden()
+
+
+def test_a_dropped_picture_restores_its_settings(desk):
+    d = desk("drop.ipynb", QUICK)
+    d.run_all()
+    s = d.studio()
+    ours, plain = io.BytesIO(), io.BytesIO()
+    fakes.picture(Request("x", seed=1, width=64, height=64)).save(plain, "PNG")
+    theirs = "a lighthouse\nNegative prompt: fog\nSteps: 31, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 77"
+    theirs += ", Size: 96x64"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", theirs)
+    Image.open(plain).save(ours, "PNG", pnginfo=info)
+    for _ in range(2):
+        s.label("Prompt").fill("before")
+        _drop(s, ours.getvalue())
+        expect(s.label("Prompt")).to_have_value("a lighthouse")
+        expect(s.label("Negative prompt")).to_have_value("fog")
+        expect(s.label("Seed")).to_have_value("77")
+        expect(s.label("Sampler")).to_have_value("dpmpp_2m")
+        expect(s.label("Width")).to_have_value("96")
+        expect(s.root.get_by_text("Also set: noise nv.")).to_be_visible()
+        s.press("Forget these")
+        expect(s.root.get_by_text("Also set")).to_have_count(0)
+        _drop(s, plain.getvalue())
+        expect(s.error).to_contain_text("The picture carries no settings")
+    chosen = {"name": "a.png", "mimeType": "image/png", "buffer": ours.getvalue()}
+    s.root.locator("input[type=file]").set_input_files(chosen)
+    s.says("Settings restored")
+
+
+def _drop(hand: Hand, data: bytes) -> None:
+    transfer = hand.page.evaluate_handle(
+        "bytes => { const t = new DataTransfer(); t.items.add(new File([new Uint8Array(bytes)], 'a.png')); return t; }",
+        list(data),
+    )
+    hand.canvas.dispatch_event("drop", {"dataTransfer": transfer})
+
+
+def test_a_queue_of_three_and_two_studios(desk):
+    d = desk("queue.ipynb", SLOW, "other = Studio('fake', worker=studio._worker, steps=4)\nother")
+    d.run_all()
+    s, other = d.studio(0), d.studio(1)
+    for n in (3, 6):
+        for _ in range(3):
+            s.press("Generate")
+        s.says("2 of 3")
+        s.shot("studio-queue")
+        expect(s.thumbs).to_have_count(n, timeout=30_000)
+        s.says("3 of 3 · Done")
+    for n in (1, 2):
+        s.press("Generate")
+        other.press("Generate")
+        expect(other.thumbs).to_have_count(n)  # the one worker draws both, one after the other
+        other.says("Done in")
+    for _ in range(2):
+        for _ in range(3):
+            s.press("Generate")
+        s.says("Step")
+        s.press("Cancel all")
+        s.says("Cancelled")
+        expect(s.root.get_by_role("button", name="Cancel all")).to_be_hidden()
+
+
+def test_compare_fills_a_grid_and_writes_it(desk, lab):
+    d = desk("compare.ipynb", QUICK)
+    d.run_all()
+    s = d.studio()
+    s.root.get_by_text("Compare settings").click()
+    s.label("Row values").fill("1, 2")
+    s.label("Columns").select_option("steps")
+    s.label("Column values").fill("3, 9")
+    for n in (1, 2):
+        s.press("Draw the grid")
+        expect(s.thumbs).to_have_count(5 * n, timeout=30_000)  # four pictures and the grid
+        s.says("Done in")
+        s.shot("studio-compare")
+    files = [p for p in drawn(lab) if p.stem.startswith("compare-seed-steps")]
+    assert len(files) == 2
+    grid = np.asarray(Image.open(files[0]))
+    np.testing.assert_array_equal(rgb(s), grid)
+    for seed in (1, 2):  # every cell is the picture of its seed, somewhere in the grid
+        one = np.asarray(fakes.picture(Request("x", seed=seed, width=64, height=64)))
+        windows = np.lib.stride_tricks.sliding_window_view(grid[:, :, 0], (64, 64))
+        assert (windows == one[..., 0]).all((2, 3)).sum() == 2  # under both step counts
+    s.label("Columns").select_option("seed")
+    s.press("Draw the grid")
+    expect(s.error).to_contain_text("Rows and columns are both seed")
+
+
+def test_an_interrupt_cancels_the_run_a_cell_waits_for(desk):
+    d = desk("block.ipynb", STUDIO.format(pace=0.1), "studio.generate().result()", "print('after', studio.status)")
+    page = d.page
+    d.run_all()
+    s = d.studio()
+    for _ in range(2):
+        s.says("Step 3")
+        page.evaluate("() => void window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
+        s.says("Cancelled")
+        expect(page.locator(".jp-RenderedText").last).to_contain_text("KeyboardInterrupt")
+        page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+
+
+def test_restart_and_run_again(desk):
+    d = desk("restart.ipynb", QUICK)
+    for _ in range(2):
+        d.run_all()
+        s = d.studio()
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(1)
+        s.says("Done in")
+        d.restart()
+
+
+@pytest.mark.parametrize(
+    ("theme", "width", "name"), [("JupyterLab Dark", 1400, "dark"), ("JupyterLab Light", 560, "narrow")]
+)
+def test_dark_and_narrow(desk, lab, page, theme, width, name):
+    lab.theme(theme)
+    page.set_viewport_size({"width": width, "height": 1300})
+    d = desk(f"{name}.ipynb", QUICK)
+    d.run_all()
+    s = d.studio()
+    for n in range(1, 4):
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(n)
+    s.says("Done in")
+    s.shot(f"studio-{name}")
+    ground = s.root.locator(".mlxdiff-body").evaluate("e => getComputedStyle(e).backgroundColor")
+    assert (max(int(v) for v in ground[4:-1].split(",")) < 80) == (name == "dark")
+    box, inner = s.root.bounding_box(), s.canvas.bounding_box()
+    assert inner["x"] + inner["width"] <= box["x"] + box["width"]  # nothing hangs over the edge
+    below = inner["y"] > s.label("Prompt").bounding_box()["y"] + 100
+    assert below == (name == "narrow")
+
+
+def test_what_a_screen_reader_finds(desk):
+    d = desk("reader.ipynb", SLOW)
+    d.run_all()
+    s = d.studio()
+    labels = ("Prompt", "Negative prompt", "Model", "Sampler", "Schedule", "Width", "Height", "Pictures", "Seed")
+    for name in labels:
+        expect(s.label(name)).to_have_count(1)
+    for name in ("Steps", "Guidance"):
+        expect(s.root.get_by_role("slider", name=name)).to_have_count(1)
+    s.press("Generate")
+    bar, spoken = s.root.get_by_role("progressbar"), s.root.get_by_role("status")
+    expect(bar).to_have_attribute("aria-valuenow", "50")
+    expect(spoken).not_to_contain_text("Step 10")  # what is read aloud are a run's turns, not its steps
+    expect(spoken).to_contain_text("Done in")
+    expect(s.root.get_by_role("img", name="a red house under a full moon")).to_be_visible()
+
+
+def test_in_notebook_7(desk, page):
+    page.allowed.append("403")  # Notebook 7 asks its own server for something it may not have
+    d = desk("seven.ipynb", QUICK, where="notebooks")
+    d.run_all()
+    s = d.studio()
+    for n in (1, 2):
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(n)
+        s.says("Done in")
+    s.shot("studio-notebook7")

@@ -1,0 +1,397 @@
+"""The studio without a browser: traits, messages and files, over a pipeline that needs no model (tests/fakes.py)."""
+
+import io
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
+
+from mlxdiff import images, registry
+from mlxdiff.errors import Error
+from mlxdiff.request import Request
+from mlxdiff.widgets import Studio, controls, gallery
+from mlxdiff.widgets.view import line
+from mlxdiff.widgets.worker import Cancelled, Facts, Update, Worker
+from tests import fakes
+
+WAIT = 30
+
+
+@pytest.fixture
+def studio(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Studio("fake", worker=Worker(fakes.load), steps=4)
+
+
+def draw(studio, **settings):
+    for name, value in settings.items():
+        setattr(studio, name, value)
+    return studio.generate().result(WAIT)
+
+
+def settled(studio):
+    """The worker has nothing left to do: its last messages are out."""
+    studio._worker.submit("fake", None, lambda *_: None).result(WAIT)
+
+
+def heard(studio, **message):
+    """A message as the page sends it."""
+    studio._heard(message, [message.pop("data", b"")])
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", "a fox"),
+        ("steps", 7),
+        ("guidance", 3.5),
+        ("sampler", "heun"),
+        ("schedule", "karras"),
+        ("width", 128),
+        ("height", 192),
+        ("count", 3),
+        ("locked", True),
+    ],
+)
+def test_traits_and_controls_mirror_each_other(studio, name, value):
+    control = getattr(studio.controls, name)
+    before = control.value
+    setattr(studio, name, value)
+    assert control.value == value
+    control.value = before
+    assert getattr(studio, name) == before
+    if name != "locked":
+        setattr(studio, name, value)
+        assert getattr(studio.request(), name) == value
+
+
+def test_an_empty_negative_prompt_is_none_but_an_explicit_one_stays(studio):
+    assert studio.request().negative is None
+    studio.controls.negative.value = "fog"
+    assert studio.request().negative == "fog"
+    studio.controls.negative.value = ""
+    assert studio.request().negative is None
+    studio.negative = ""  # SDXL tells the two apart
+    assert studio.request().negative == ""
+
+
+def test_controls_learn_what_they_could_not_show(studio):
+    studio.steps, studio.guidance, studio.sampler, studio.model = 250, 30.0, "Euler a", "some-org/some-repo"
+    c = studio.controls
+    assert (c.steps.value, c.guidance.value, c.sampler.value, c.model.value) == (
+        250,
+        30.0,
+        "Euler a",
+        "some-org/some-repo",
+    )
+
+
+def test_the_seed_field_holds_any_seed_and_refuses_words(studio):
+    studio.seed = 2**63 - 1  # more digits than a browser's numbers keep
+    assert studio.controls.seed.value == str(2**63 - 1)
+    studio.controls.seed.value = "moon"
+    assert (studio.seed, studio.controls.seed.value) == (2**63 - 1, str(2**63 - 1))
+    studio.controls.seed.value = "12"
+    assert studio.seed == 12
+
+
+def test_every_request_field_can_be_set(studio):
+    """Those without a control are in `more`."""
+    studio.more = {"clip_skip": 2, "noise": "nv"}
+    request = studio.request()
+    assert (request.clip_skip, request.noise) == (2, "nv")
+    assert "clip skip 2, noise nv" in studio.controls.more.value
+    studio.controls.forget.click()
+    assert studio.more == {}
+
+
+def test_an_unknown_setting_is_named(tmp_path):
+    with pytest.raises(Error, match="no colour"):
+        Studio("fake", worker=Worker(fakes.load), colour="red")
+
+
+@pytest.mark.parametrize("name", registry.MODELS)
+def test_presets_of_named_models_are_valid_requests(name):
+    row = registry.MODELS[name]
+    for values in controls.presets(row.defaults).values():
+        Request("x", **values).resolve(row.defaults, ("euler", "leading"), "leading", 1, 8)
+    assert ("quick" in controls.presets(row.defaults)) == (row.defaults.steps >= 10)
+
+
+def test_naming_a_model_brings_its_defaults(studio):
+    studio.model = "sdxl"
+    assert (studio.width, studio.steps, studio.guidance) == (1024, 30, 5.0)
+    assert studio.sampler is None
+    studio.model = "sd-turbo"
+    assert (studio.width, studio.steps, studio.guidance) == (512, 1, 0.0)
+    assert studio.controls.presets["quick"].disabled
+
+
+def test_a_model_of_unknown_defaults_fills_in_what_was_not_touched(studio):
+    """steps was set by the user; size and guidance are the fake model's 64 and 5."""
+    assert studio.request().width is None
+    result = draw(studio)
+    assert (result.request.width, result.request.steps, result.request.guidance) == (64, 4, 5.0)
+    assert (studio.width, studio.steps, studio.guidance) == (64, 4, 5.0)
+    assert studio.controls.width.step == 8
+
+
+def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
+    assert not studio.controls.negative.disabled
+    studio.guidance = 1.0
+    assert studio.controls.negative.disabled
+    assert "guidance 1" in studio.controls.why.value
+    studio.guidance = 1.1
+    assert not studio.controls.negative.disabled
+    one = Facts("LCM", fakes.DEFAULTS, 8, 1, negative=False)
+    assert "one pass" in controls.ignored(one, 7.5)["negative"]
+
+
+# --- runs
+
+
+def test_a_run_saves_its_pictures_with_their_settings(studio, tmp_path):
+    result = draw(studio, prompt="A red house!", count=2, seed=5, locked=True)
+    assert [p.path.name for p in studio.images] == ["a-red-house-5.png", "a-red-house-6.png"]
+    for i, picture in enumerate(studio.images):
+        assert images.read_settings(picture.path) == (picture.request, "fake")
+        assert picture.request.seed == 5 + i
+        assert picture.image.convert("RGB").tobytes() == result.images[i].tobytes()
+        assert Image.open(io.BytesIO(picture._repr_png_())).size == (64, 64)
+    copy = studio.images[0].save(tmp_path / "copy.jpg")
+    assert images.read_settings(copy)[0].seed == 5
+
+
+def test_the_view_mirrors_a_run(studio, monkeypatch):
+    frames = []
+    monkeypatch.setattr(studio.view, "send", lambda message, buffers: frames.append((message, buffers)))
+    statuses = []
+    studio.observe(lambda change: statuses.append(change["new"]), "status")
+    draw(studio)
+    settled(studio)
+    assert frames[0][0]["do"] == "frame"
+    assert Image.open(io.BytesIO(frames[0][1][0])).format == "JPEG"
+    assert statuses[0] == "Opening the model"
+    assert any(s.startswith("Step 4 of 4 · ") for s in statuses)
+    assert statuses[-1].startswith("Done in ")
+    assert studio.view.shown["png"] == studio.images[-1].path.read_bytes()
+    assert len(studio.view.history) == 1
+    assert not studio.view.running
+
+
+def test_seeds_are_fresh_unless_locked(studio):
+    seeds = [draw(studio).request.seed for _ in range(2)]
+    assert seeds[0] != seeds[1]
+    assert studio.seed == seeds[1]  # the field shows what was used
+    studio.controls.reuse.click()
+    assert draw(studio).request.seed == seeds[1]
+    studio.controls.dice.click()
+    assert studio.seed != seeds[1]
+    assert draw(studio).request.seed == studio.seed  # still locked
+
+
+def test_an_error_is_shown_kept_and_cleared(studio):
+    with pytest.raises(Error, match="step 2"):
+        draw(studio, prompt="fail")
+    settled(studio)
+    assert studio.status == "The fake model broke in step 2. Ask for something else."
+    assert studio.view.error["fix"] == "Ask for something else."
+    assert "in stream" in studio.view.error["trace"]
+    assert isinstance(studio.error, Error)
+    draw(studio, prompt="fine")
+    assert (studio.error, studio.view.error) == (None, {})
+
+
+def test_a_bad_setting_is_an_error_of_the_run(studio):
+    with pytest.raises(Error, match="width 65"):
+        draw(studio, width=65)
+
+
+def test_errors_in_callbacks_are_shown(studio):
+    """Jupyter itself would show nothing."""
+    studio.folder = __file__  # a file, where no folder can be made
+    studio.controls.generate.click()
+    assert "cannot be written to" in studio.status
+    assert studio.error is not None
+    studio.view._handle_custom_msg({"do": "view", "key": 99}, [])
+    assert studio.status == "KeyError: 99"
+
+
+def test_cancel_and_queue(studio):
+    gate = threading.Event()
+    studio._worker = Worker(lambda model, progress: fakes.Pipe(gate=gate))
+    started = threading.Event()
+    studio.observe(lambda change: "First step" in change["new"] and started.set(), "status")
+    jobs = [studio.generate() for _ in range(3)]
+    assert started.wait(WAIT)
+    assert studio.status.startswith("1 of 3")
+    assert not studio.controls.cancel.disabled
+    assert studio.controls.clear.layout.display is None
+    studio.cancel()
+    gate.set()
+    with pytest.raises(Cancelled):
+        jobs[0].result(WAIT)
+    assert jobs[1].result(WAIT).images
+    jobs[2].result(WAIT)
+    gate.clear()
+    more = [studio.generate() for _ in range(2)]
+    studio.cancel(everything=True)
+    gate.set()
+    for job in more:
+        with pytest.raises(Cancelled):
+            job.result(WAIT)
+    settled(studio)
+    assert not studio.view.running
+    assert studio.controls.cancel.disabled
+
+
+# --- history and files
+
+
+def test_restore_all_or_the_seed_alone(studio):
+    first = draw(studio, prompt="one", sampler="heun", negative="fog", more={"clip_skip": 2}).request
+    draw(studio, prompt="two", sampler="euler", negative=None, more={})
+    heard(studio, do="seed", key=0)
+    assert (studio.prompt, studio.seed, studio.locked) == ("two", first.seed, True)
+    heard(studio, do="restore", key=0)
+    assert (studio.prompt, studio.sampler, studio.negative) == ("one", "heun", "fog")
+    assert studio.more == {"clip_skip": 2}  # and not the eta and noise that nobody chose
+    assert draw(studio).request == first
+    heard(studio, do="view", key=1)
+    assert studio.view.shown["title"] == "two"
+
+
+def test_a_stochastic_sampler_s_eta_is_not_carried_to_another(studio):
+    draw(studio, sampler="ddim", more={"eta": 0.5})
+    studio.more = {}
+    heard(studio, do="restore", key=0)
+    assert studio.more == {"eta": 0.5}
+    studio.sampler = "euler"  # which would refuse it
+    assert studio.more == {}
+    draw(studio)
+
+
+def test_a_dropped_picture_of_ours_restores_everything(studio, tmp_path):
+    request = draw(studio, prompt="a boat", more={"clip_skip": 2}).request
+    other = Studio("fake", worker=studio._worker)
+    heard(other, do="drop", part=0, parts=1, data=studio.images[0].path.read_bytes())
+    assert other.generate().result(WAIT).request == request
+
+
+def test_a_file_in_parts_is_put_together(studio):
+    """A second file, whose first part follows an unfinished one, begins anew."""
+    draw(studio, prompt="a boat")
+    data = studio.images[0].path.read_bytes()
+    other = Studio("fake", worker=studio._worker)
+    heard(other, do="drop", part=0, parts=3, data=b"something left behind")
+    for part in range(3):
+        assert other.prompt != "a boat"
+        heard(other, do="drop", part=part, parts=3, data=data[part * 300 : part * 300 + 300 if part < 2 else None])
+    assert other.prompt == "a boat"
+
+
+def test_a_picture_without_settings_says_so(studio):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    with pytest.raises(Error, match=r"^The picture carries no settings"):
+        studio.load(out.getvalue())
+    with pytest.raises(Error, match=r"^The picture cannot be read"):
+        studio.load(b"not a picture")
+
+
+def test_a_file_that_is_gone_is_named(studio):
+    draw(studio)
+    studio.images[0].path.unlink()
+    with pytest.raises(Error, match="cannot be read"):
+        _ = studio.images[0].image
+
+
+# --- comparisons
+
+
+def test_compare_draws_every_pair_and_one_labelled_file(studio, tmp_path):
+    grid = studio.compare(seed=[1, 2], steps=[2, 3, 4]).result()
+    settled(studio)
+    assert [len(grid.cells), len(studio.images), len(studio.view.history)] == [6, 6, 7]
+    assert grid.cells[1, 2].request.seed == 2
+    assert grid.cells[1, 2].request.steps == 4
+    saved = Image.open(tmp_path / "pictures" / "compare-seed-steps.png")
+    assert saved.tobytes() == grid.image.tobytes()
+    whole = np.asarray(saved)
+    for seed in (1, 2):  # each picture is in its row, whole, once a column
+        one = np.asarray(fakes.picture(Request("x", seed=seed, width=64, height=64)))[..., 0]
+        found = np.argwhere((np.lib.stride_tricks.sliding_window_view(whole[..., 0], (64, 64)) == one).all((2, 3)))
+        assert len(found) == 3
+        assert len(set(found[:, 0])) == 1
+
+
+def test_a_grid_in_one_direction_and_of_sizes(studio):
+    assert studio.compare(guidance=[1.0, 2.0]).result().image.size[0] > 2 * 64
+    grid = studio.compare(width=[64, 128]).result()
+    assert grid.image.width > 2 * 128  # every cell has room for the largest
+
+
+def test_one_fresh_seed_for_a_whole_grid(studio):
+    grid = studio.compare(steps=[2, 3]).result()
+    assert len({p.request.seed for p in grid.cells.values()}) == 1
+
+
+def test_the_values_of_an_axis_are_read_as_their_setting_is(studio):
+    assert controls.values("seed", "1, 2,3") == [1, 2, 3]
+    assert controls.values("guidance", "1, 2.5") == [1.0, 2.5]
+    assert controls.values("prompt", "a red, old house | a boat") == ["a red, old house", "a boat"]
+    for name, text in (("steps", "few"), ("steps", " , "), ("colour", "red")):
+        with pytest.raises(Error):
+            controls.values(name, text)
+    with pytest.raises(Error, match="cannot be compared"):
+        studio.compare()
+    with pytest.raises(Error, match="cannot be compared"):
+        studio.compare(colour=["red"])
+
+
+def test_a_sheet_is_as_square_as_it_can_be():
+    tiles = [Image.new("RGB", (10, 20), (i, 0, 0)) for i in range(5)]
+    sheet = gallery.sheet(tiles)
+    assert sheet.size == (30, 40)
+    assert [sheet.getpixel((x, y))[0] for y in (0, 20) for x in (0, 10, 20)] == [0, 1, 2, 3, 4, 0]
+
+
+# --- words
+
+
+@pytest.mark.parametrize(
+    ("update", "text", "progress"),
+    [
+        (Update("download", 250_000_000, 10**9), "Downloading · 25% of 1.0 GB", 0.25),
+        (Update("denoise", 0, 20), "First step, the slowest", 0.0),
+        (
+            Update("denoise", 5, 20, pace=0.5, peak=2 * 10**9),
+            "Step 5 of 20 · 0.50 s a step · 7.5 s left · 2.0 GB",
+            0.25,
+        ),
+        (Update("denoise", 1, 25, pace=8.0, peak=0), "Step 1 of 25 · 8.00 s a step · 3 min 12 s left · 0 MB", 0.04),
+        (Update("decode", 0, 1), "Making pixels", -1.0),
+        (Update("decode", 1, 4), "Making pixels · 2 of 4", -1.0),
+    ],
+)
+def test_the_status_line(update, text, progress):
+    assert line(update) == (text, progress)
+
+
+def test_importing_the_widgets_needs_no_jupyter():
+    """`mlxdiff studio --help` and the worker do without ipywidgets; Studio says what to install."""
+    code = (
+        "import sys; sys.modules['anywidget'] = None\nimport mlxdiff.widgets.worker\nfrom mlxdiff.widgets import Studio"
+    )
+    from tests.test_imports import ROOT
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 'pip install "mlxdiff[studio]"' in done.stderr
