@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import images, samplers, schedules
+from . import BLAS, images, samplers, schedules
 from .console import Parser, run
 from .errors import Error
 from .pipeline import Event, Pipeline, load
@@ -22,7 +22,8 @@ from .weights import BITS, DTYPES
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="mlxdiff generate", description="Draw pictures from a prompt.", epilog=_EXAMPLES, add_help=False)
+    p = Parser(prog="mlxdiff generate", usage="mlxdiff generate PROMPT [options]", epilog=_EXAMPLES, add_help=False)
+    p.description = "Draw pictures from a prompt. What is left open is the model's own default."
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     g = p.add_argument_group("what to draw")
     g.add_argument("words", nargs="*", metavar="PROMPT", help="the prompt; '-' reads it from standard input")
@@ -101,7 +102,8 @@ def draw(args: argparse.Namespace) -> int:
         )
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
         if args.verbose:
-            bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.model['recipe']}")
+            bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.model['recipe']['dtype']}")
+            bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for request in requests:
             _one(args, pipe, request, bar)
     return 0
