@@ -70,7 +70,7 @@ CASES = {
 }  # fmt: skip
 
 
-def pair(config: unet.Config, extra: dict, seed: int):
+def build(config: unet.Config, extra: dict) -> UNet2DConditionModel:
     text_time = {}
     if config.added is not None:
         text_time = {
@@ -78,7 +78,7 @@ def pair(config: unet.Config, extra: dict, seed: int):
             "addition_time_embed_dim": config.added_time,
             "projection_class_embeddings_input_dim": config.added,
         }
-    theirs = UNet2DConditionModel(
+    return UNet2DConditionModel(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         block_out_channels=config.channels,
@@ -96,7 +96,10 @@ def pair(config: unet.Config, extra: dict, seed: int):
         **text_time,
         **extra,
     )
-    return randomize(theirs, seed), unet.UNet(config)
+
+
+def pair(config: unet.Config, extra: dict, seed: int):
+    return randomize(build(config, extra), seed), unet.UNet(config)
 
 
 def inputs(config: unet.Config, seed: int, h: int = 5, w: int = 7) -> tuple[np.ndarray, dict]:
@@ -105,8 +108,10 @@ def inputs(config: unet.Config, seed: int, h: int = 5, w: int = 7) -> tuple[np.n
     x = rng.standard_normal((2, config.in_channels, h, w), np.float32)
     cond = {"context": rng.standard_normal((2, 9, config.context), np.float32)}
     if config.added is not None:
-        cond["pooled"] = rng.standard_normal((2, 11), np.float32)
-        cond["time_ids"] = rng.integers(0, 1024, (2, (config.added - 11) // 8)).astype(np.float32)
+        pooled = {8: 11, 256: 1280}[config.added_time]  # here, and as published
+        sizes = (config.added - pooled) // config.added_time
+        cond["pooled"] = rng.standard_normal((2, pooled), np.float32)
+        cond["time_ids"] = rng.integers(0, 1024, (2, sizes)).astype(np.float32)
     if config.time_cond is not None:
         cond["guidance_embedding"] = rng.standard_normal((2, config.time_cond), np.float32)
     return x, cond
@@ -182,6 +187,18 @@ def test_a_time_per_sample_equals_a_call_per_sample(case):
         one = {k: v[i : i + 1] for k, v in ready(cond).items()}
         alone = ours(nhwc(x)[i : i + 1], float(t[i]), **ours.prepare(None, **one))
         assert error(out[i : i + 1], np.array(alone)) < 1e-5
+
+
+def test_gradients_equal_diffusers():
+    """What training follows: the slope along x of the mean square of the output, through every kind of layer."""
+    theirs, ours = pair(*CASES["sd1"], 9)
+    give(theirs, ours)
+    x, cond = inputs(SD1, 10)
+    x_theirs = torch.tensor(x, requires_grad=True)
+    out = theirs(x_theirs, torch.tensor(481.0), torch.tensor(cond["context"])).sample
+    out.square().mean().backward()
+    slope = mx.grad(lambda x: ours(x, 481.0, **ours.prepare(None, **ready(cond))).square().mean())(nhwc(x))
+    assert error(nchw(slope), x_theirs.grad) < 1e-4
 
 
 # Some 60 roundings in a row, which add up as a random walk, and the worst of 280 values: a few eps.

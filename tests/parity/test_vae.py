@@ -35,9 +35,9 @@ CASES = {
 }
 
 
-def pair(config: vae.Config, seed: int):
+def build(config: vae.Config) -> AutoencoderKL:
     n = len(config.channels)
-    theirs = AutoencoderKL(
+    return AutoencoderKL(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         latent_channels=config.latent_channels,
@@ -52,7 +52,10 @@ def pair(config: vae.Config, seed: int):
         use_post_quant_conv=config.post_quant_conv,
         mid_block_add_attention=config.mid_attention,
     )
-    return randomize(theirs, seed), vae.VAE(config)
+
+
+def pair(config: vae.Config, seed: int):
+    return randomize(build(config), seed), vae.VAE(config)
 
 
 def latents(config: vae.Config, seed: int, h: int = 5, w: int = 7) -> np.ndarray:

@@ -1,0 +1,109 @@
+"""The published networks at full size: equal to diffusers on small maps, and what a step costs on real ones. Every
+weight is a window of one random buffer, in both libraries, so that gigabytes of weights take none."""
+
+import time
+import zlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+
+from mlxdiff import fullsize
+from mlxdiff.models import unet, vae
+
+from . import test_unet, test_vae
+from .oracle import error, nchw, nhwc
+
+pytestmark = pytest.mark.slow
+
+SPREAD = 1 << 20  # windows begin at one of so many places
+EXTRA = {"sd1": {}, "sdxl": {"transformer_layers_per_block": (1, 2, 10)}}
+
+
+@pytest.fixture(scope="module")
+def numbers() -> np.ndarray:
+    """As many as the largest convolution has, and the spread."""
+    return np.random.default_rng(0).standard_normal(9 * 2560 * 1280 + SPREAD, np.float32) * np.float32(0.02)
+
+
+def begin(name: str) -> int:
+    return zlib.crc32(name.encode()) % SPREAD
+
+
+def fill(ours, numbers: np.ndarray):
+    """Windows for all but the norms, which stay at 1 and 0."""
+    buffer = mx.array(numbers)
+    windows = [
+        (name, p if "norm" in name else mx.as_strided(buffer, p.shape, offset=begin(name)))
+        for name, p in tree_flatten(ours.parameters())
+    ]
+    return ours.load_weights(windows)
+
+
+def fill_theirs(theirs: torch.nn.Module, numbers: np.ndarray) -> torch.nn.Module:
+    """The same windows read by torch: a kernel's four axes stepping through the buffer as ours, (O, kh, kw, I), do."""
+    buffer, windows = torch.from_numpy(numbers), {}
+    for name, p in theirs.state_dict().items():
+        if "norm" in name:
+            windows[name] = torch.ones(p.shape) if name.endswith("weight") else torch.zeros(p.shape)
+        elif p.ndim == 4:
+            _, c, kh, kw = p.shape
+            windows[name] = buffer.as_strided(p.shape, (kh * kw * c, 1, kw * c, c), begin(name))
+        else:
+            windows[name] = buffer[begin(name) :][: p.numel()].view(p.shape)
+    theirs.load_state_dict(windows, assign=True)
+    return theirs.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", EXTRA)
+def test_unet_equals_diffusers(family, numbers):
+    config = fullsize.ROWS[family]["unet"]
+    with torch.device("meta"):
+        theirs = test_unet.build(config, EXTRA[family])
+    fill_theirs(theirs, numbers)
+    x, cond = test_unet.inputs(config, 1, 8, 8)
+    ours = fill(unet.UNet(config), numbers)
+    out = ours(nhwc(x), 481.0, **ours.prepare([481.0], **test_unet.ready(cond)))
+    assert error(nchw(out), test_unet.reference(theirs, x, 481.0, cond)) < 1e-4
+
+
+def test_vae_equals_diffusers(numbers):
+    config = fullsize.ROWS["sd1"]["vae"]
+    with torch.device("meta"):
+        theirs = test_vae.build(config)
+    fill_theirs(theirs, numbers)
+    ours, z = fill(vae.VAE(config), numbers), test_vae.latents(config, 2, 8, 8)
+    assert error(nchw(ours.decode(nhwc(z))), test_vae.decoded(theirs, z)) < 1e-4
+
+
+@pytest.mark.parametrize(("family", "batch", "n"), [("sd1", 2, 64), ("sdxl", 1, 64)])
+def test_a_step_is_finite_and_fits(family, batch, n, numbers, capsys):
+    """Above its weights a step of SD 1.5 (512 pixels, guided) or SDXL (512 pixels, not guided) takes under 1.2 GB: a
+    hundredth of what all scores at once would, and room for what MLX queues ahead."""
+    config = fullsize.ROWS[family]["unet"]
+    net = fill(unet.UNet(config), numbers)
+    size = sum(p.nbytes for _, p in tree_flatten(net.parameters()))
+    x, cond = test_unet.inputs(config, 3, n, n)
+    x, cond = nhwc(x)[:batch], {k: v[:batch] for k, v in test_unet.ready(cond).items()}
+    cond = net.prepare([481.0], **cond)
+    mx.eval(net.parameters(), x, cond)
+
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    y = net(x, 481.0, **cond)
+    mx.eval(y)
+    seconds, extra = time.perf_counter() - start, mx.get_peak_memory() - before
+    with capsys.disabled():
+        print(
+            f"\n{family}, batch {batch}, {n}x{n}: {seconds:.1f} s a step, peak {(size + extra) / 2**30:.2f} GiB,",
+            end="",
+        )
+        print(f" of which weights {size / 2**30:.2f}, {mx.default_device()}, float32")
+    assert y.shape == x.shape
+    assert mx.isfinite(y).all()
+    assert y.std() > 0
+    assert extra < 1.2e9
