@@ -115,8 +115,7 @@ def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar")
     for event in pipe.stream(request):
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
-            for i, x0 in enumerate(event.x0):
-                rough = images.preview(x0, pipe.family.preview)
+            for i, rough in enumerate(pipe.preview(event.x0)):
                 name = args.preview_dir / f"{request.seed + i}-{event.step:03}.png"
                 images.save(rough, name, request, pipe.name)
         if event.image is not None:
@@ -229,7 +228,7 @@ class Bar:
     def _open(self, stage: str, total: int, **style) -> None:
         if not self.quiet and stage != self.stage:
             self._close()
-            self.bar = tqdm(total=total, desc=f"{stage:8}", leave=False, dynamic_ncols=True, **style)
+            self.bar = tqdm(total=total, desc=f"{stage:8}", leave=False, dynamic_ncols=True, disable=None, **style)
             self.stage = stage
 
     def _close(self) -> None:

@@ -20,6 +20,7 @@ from .request import Request
 from .schedules import Discrete
 
 _LOW_MEMORY_TILE = 64  # latents a side: 512 pixels, the size every VAE was trained at or above
+_SMALL_VAE = 16 * 2**20  # bytes; decoding one of these takes less than a step
 _LOW_MEMORY_CACHE = 512 * 2**20  # bytes MLX may keep for reuse
 
 
@@ -165,6 +166,15 @@ class Pipeline:
             if pipe is not self or self.low_memory:
                 pipe._release("unet")
         yield from self._decode(x / (1 + sigmas[-1] ** 2) ** 0.5)
+
+    def preview(self, x0: np.ndarray) -> list[Image.Image]:
+        """Rough pictures of predicted latents (B, h, w, c): by the VAE where it is small, else by one linear map."""
+        if (self.folder / "vae.safetensors").stat().st_size > _SMALL_VAE:
+            return [images.preview(x, self.family.preview) for x in x0]
+        vae = self._network("vae")
+        pixels = vae.decode(mx.array(x0).astype(_dtype(vae))).astype(mx.float32)
+        mx.eval(pixels)
+        return [images.to_image(p) for p in np.array(pixels)]
 
     # --- the stages
 

@@ -95,6 +95,14 @@ VARIANTS: dict[tuple[str, str], Defaults] = {("sd1", "lcm"): _LCM}
 _GB = 10**9
 
 MODELS: dict[str, Model] = {
+    "storybook": Model(
+        "sd1",
+        None,
+        "Storybook: small, in the box, 128 pixels",
+        "MIT",
+        0,
+        replace(_SD1, size=128, guidance=4.0),
+    ),
     "sd15": Model(
         "sd1",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -154,7 +162,7 @@ MODELS: dict[str, Model] = {
 }
 
 
-DEFAULT = "sd15"
+DEFAULT = "storybook"
 
 
 def find(name: str) -> Model | None:
