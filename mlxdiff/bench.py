@@ -121,8 +121,9 @@ def asked(pipe: Pipeline, args: argparse.Namespace) -> Request:
 
 
 def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
-    """A run to warm up, whose first step is traced, then `repeat` runs. What only the first run does, such as loading,
-    is taken from it. Random weights come from no file, so making them is neither timed nor called loading."""
+    """A run to warm up, whose first step is traced, then `repeat` runs. From the first come the peaks, since later ones
+    find networks in memory, and what it alone does, such as loading. Random weights come from no file, so making them
+    is neither timed nor called loading."""
     trace, clock = Trace(), pipe.clock if isinstance(pipe, RandomPipeline) else time.perf_counter
     try:
         first = watch(pipe, request, clock, trace)
@@ -132,7 +133,7 @@ def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
     stages = {}
     for stage in (s for s in _STAGES if s in first.seconds):
         samples = [r.seconds[stage] for r in rest if stage in r.seconds] or [first.seconds[stage]]
-        stages[stage] = {"seconds": spread(samples), "peak_bytes": max(r.peaks.get(stage, 0) for r in (first, *rest))}
+        stages[stage] = {"seconds": spread(samples), "peak_bytes": first.peaks[stage]}
     if isinstance(pipe, RandomPipeline):
         del stages["load"]
     parts, step = trace.alone(repeat), spread([s for r in rest for s in r.steps])
