@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
-from .layers import adaptive_norm, attention, gated, gelu_tanh, modulation, sinusoids, split_heads
+from .layers import adaptive_norm, attention, gated, gelu_tanh, modulation, of_time, sinusoids, split_heads
 
 Pair = tuple[mx.array, mx.array]
 
@@ -173,7 +172,7 @@ class Flux(nn.Module):
         if isinstance(t, mx.array) or t not in times:
             mods = self.mods(mx.array(t).reshape(-1), vec)
         else:
-            mods = tree_map(lambda m: m[times[t]], mods)
+            mods = of_time(mods, times[t])
         double, single, final = mods
 
         img = self.img_in(pack(x))  # (B, N, d)

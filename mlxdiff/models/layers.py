@@ -7,6 +7,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
 SCORES = 1 << 24  # bytes of scores made at a time where no fused kernel runs; MLX queues about ten such pieces
@@ -201,6 +202,11 @@ def modulation(y: mx.array, n: int) -> list:
     for shift, scale, gate in zip(parts, parts, parts, strict=True):
         mods += [(1 + scale, shift), gate]
     return mods
+
+
+def of_time(mods: list | tuple, i: int) -> list | tuple:
+    """The i-th of all times' modulations, as views: indexed by an integer, each would cost a gather."""
+    return tree_map(lambda m: m[i : i + 1].squeeze(0), mods)
 
 
 @mx.compile

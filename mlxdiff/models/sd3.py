@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
-from .layers import TimeEmbedding, adaptive_norm, attention, gated, gelu_tanh, modulation, sinusoids
+from .layers import TimeEmbedding, adaptive_norm, attention, gated, gelu_tanh, modulation, of_time, sinusoids
 
 Pair = tuple[mx.array, mx.array]
 
@@ -199,7 +198,7 @@ class SD3(nn.Module):
         if isinstance(t, mx.array) or t not in times:
             mods = self.mods(mx.array(t).reshape(-1), vec)
         else:
-            mods = tree_map(lambda m: m[times[t]], mods)
+            mods = of_time(mods, times[t])
         blocks, (final,) = mods
 
         B, h, w, _ = x.shape
