@@ -83,14 +83,14 @@ def reference(theirs, x: np.ndarray, t, cond: dict) -> np.ndarray:
 
 
 # Float32 sums in another order, and a wave of 1000 * guidance: float32 knows its angle to 3500 * 2^-24 = 2e-4, of which
-# 3e-5 arrives in the picture; 4e-6 is seen without guidance.
+# 4e-5 arrives in the picture; 4e-6 is seen without guidance. GELU in the wrong form would make 1e-4.
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_flux_equals_diffusers(config):
     theirs, ours = pair(config, 0)
     give(theirs, ours, rename=from_diffusers)
     x, cond = inputs(config, 1)
     out = ours(nhwc(x), 0.7125, **ours.prepare([1.0, 0.7125], **ready(cond, x)))
-    assert error(nchw(out), reference(theirs, x, 0.7125, cond)) < 1e-4
+    assert error(nchw(out), reference(theirs, x, 0.7125, cond)) < (1e-4 if config.guidance else 2e-5)
 
 
 @pytest.mark.parametrize(("h", "w"), [(2, 2), (4, 18), (14, 6)])

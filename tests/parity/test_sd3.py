@@ -83,7 +83,8 @@ def test_sd3_equals_diffusers(config):
     give(theirs, ours)
     x, cond = inputs(config, 1)
     out = ours(nhwc(x), 0.7125, **ours.prepare([1.0, 0.7125], **ready(cond, x)))
-    assert error(nchw(out), reference(theirs, x, 0.7125, cond)) < 1e-4  # float32 sums in another order
+    # Float32 sums in another order: 4e-6 is seen. GELU in the wrong form would make 1e-4.
+    assert error(nchw(out), reference(theirs, x, 0.7125, cond)) < 2e-5
 
 
 @pytest.mark.parametrize(("h", "w"), [(2, 2), (4, 22), (14, 6)])
@@ -93,7 +94,7 @@ def test_any_even_size_equals_diffusers(h, w):
     give(theirs, ours)
     x, cond = inputs(SD3, 3, h, w)
     out = ours(nhwc(x), 1.0, **ours.prepare([1.0], **ready(cond, x)))
-    assert error(nchw(out), reference(theirs, x, 1.0, cond)) < 1e-4
+    assert error(nchw(out), reference(theirs, x, 1.0, cond)) < 2e-5
 
 
 def test_eps_of_norms_is_the_reference():
@@ -113,7 +114,7 @@ def test_skipped_layers_equal_diffusers():
     give(theirs, ours)
     x, cond = inputs(config, 7)
     out = ours(nhwc(x), 0.5, **ours.prepare(None, **ready(cond, x)), skip_layers=(1, 3))
-    assert error(nchw(out), reference(theirs, x, 0.5, cond, skip_layers=[1, 3])) < 1e-4
+    assert error(nchw(out), reference(theirs, x, 0.5, cond, skip_layers=[1, 3])) < 2e-5
 
 
 @pytest.mark.parametrize("case", ["sd3", "sd3.5 medium"])
@@ -139,7 +140,7 @@ def test_a_time_per_sample_equals_a_call_per_sample():
     x, cond = inputs(config, 10)
     t = np.array([0.125, 0.875], np.float32)
     out = ours(nhwc(x), mx.array(t), **ours.prepare(None, **ready(cond, x)))
-    assert error(nchw(out), reference(theirs, x, t, cond)) < 1e-4
+    assert error(nchw(out), reference(theirs, x, t, cond)) < 2e-5
     for i in range(2):  # a batch of one takes its modulations into the norm kernel
         one = {k: v[i : i + 1] for k, v in cond.items()}
         alone = ours(nhwc(x)[i : i + 1], float(t[i]), **ours.prepare([float(t[i])], **ready(one, x)))
