@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -136,6 +137,7 @@ def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
         stages[stage] = {"seconds": spread(samples), "peak_bytes": first.peaks[stage]}
     if isinstance(pipe, RandomPipeline):
         del stages["load"]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     parts, step = trace.alone(repeat), spread([s for r in rest for s in r.steps])
     parts["rest"] = {"seconds": step["median"] - sum(p["seconds"] for p in parts.values())}
     for part in parts.values():
@@ -143,7 +145,7 @@ def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
     kernels = {"kernels": sum(trace.kernels.values()), "primitives": dict(trace.kernels.most_common())}
     return {
         "stages": stages,
-        "total": {"seconds": spread([sum(r.seconds.values()) for r in rest])},
+        "total": {"seconds": spread([sum(r.seconds.values()) for r in rest]), "resident_bytes": resident},
         "step": {"seconds": step, **kernels, "parts": parts},
     }
 
@@ -252,7 +254,8 @@ def install_size() -> dict | None:
             todo += [need for line in package.requires or [] for need in _required(line, extras)]
     if "mlxdiff" not in sizes:
         return None
-    folders = [_PACKAGE, *(_PACKAGE.parent / n for n in ("convert", "widgets"))]  # beside it in a checkout
+    checkout = (_PACKAGE.parent / "pyproject.toml").is_file()  # then two of its folders lie beside it
+    folders = [_PACKAGE, *(_PACKAGE.parent / n for n in ("convert", "widgets") if checkout)]
     sizes["mlxdiff"] = _bytes(f for d in folders for f in d.rglob("*") if f.is_file() and f.suffix != ".pyc")
     return {"bytes": sum(sizes.values()), "packages": dict(sorted(sizes.items(), key=lambda s: -s[1]))}
 
@@ -293,7 +296,10 @@ def table(facts: dict) -> str:
     ]
     for name, row in f["stages"].items():
         lines.append(f"{name:12}{_spread(row['seconds'])}{row['peak_bytes'] / 1e9:6.2f} GB")
-    lines += [f"{'whole':12}{_spread(f['total']['seconds'])}", f"{'one step':12}{_spread(step['seconds'])}   s/it", ""]
+    lines.append(
+        f"{'whole':12}{_spread(f['total']['seconds'])}{f['total']['resident_bytes'] / 1e9:6.2f} GB   {_RESIDENT}"
+    )
+    lines += [f"{'one step':12}{_spread(step['seconds'])}   s/it", ""]
 
     lines.append(f"{'in one step':12}{'seconds':>10}{'share':>8}{'calls':>8}")
     for name, row in step["parts"].items():
@@ -320,6 +326,7 @@ def table(facts: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+_RESIDENT = "held at most by all runs, as the system counts"
 _REST = "the step less these: elementwise, norms, copies, overhead"
 _KERNELS = "primitives of its graph but views"
 

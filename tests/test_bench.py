@@ -83,6 +83,7 @@ def test_the_stages_are_all_there_and_add_up(facts):
     assert 0 < 2 * facts["step"]["seconds"]["median"] < stages["denoise"]["seconds"]["median"]
     held = sum(v.nbytes for _, v in tree_flatten(net().parameters()))
     assert held < stages["denoise"]["peak_bytes"] < 100 * held  # weights at least; activations of 8x8 maps
+    assert facts["total"]["resident_bytes"] > 10 * 2**20  # an interpreter alone holds more
 
 
 def test_spread_is_reported(facts):
