@@ -10,7 +10,9 @@ from ..console import Parser, run
 from ..errors import Error
 from ..weights import BITS, DTYPES
 from . import PREDICTIONS, Checkpoint, check, convert, open
+from .detect import FAMILIES
 
+_ALONE = {"clip": "CLIP text encoder", "clip-g": "CLIP text encoder with projection", "vae": "VAE"}
 _SHOWN = 20  # of what is unmapped or missing, in the text for people; --json has all
 
 
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(args) -> int:
     if args.output is None:
         raise Error("There is no folder to write to.", "Give one with -o DIR, or only look with --check.")
-    with tqdm(desc="convert", unit="", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(desc="convert", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
 
         def show(_: str, done: int, total: int) -> None:
             bar.total = total
@@ -69,7 +71,8 @@ def report(checkpoint: Checkpoint) -> dict:
 
 
 def _describe(checkpoint: Checkpoint) -> str:
-    lines = [f"{checkpoint.path}: {checkpoint.family}, {checkpoint.variant}, {checkpoint.layout} names"]
+    names = "original names" if checkpoint.layout == "single-file" else "diffusers names"
+    lines = [f"{checkpoint.path}: {_title(checkpoint)}, {checkpoint.variant}, {names}"]
     for name, c in checkpoint.components.items():
         lines.append(f"  {name:16} {len(c.weights):5} tensors {c.parameters:14,} parameters")
     for title, names in (
@@ -79,7 +82,17 @@ def _describe(checkpoint: Checkpoint) -> str:
         lines += [f"  {title} {n}" for n in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append(f"  ... and {len(names) - _SHOWN} more ({title})")
+    lacking = [c for c in FAMILIES[checkpoint.family].components if c not in checkpoint.components]
+    if lacking:
+        lines.append(f"  not a whole model: no {', no '.join(lacking)}")
     return "\n".join(lines)
+
+
+def _title(checkpoint: Checkpoint) -> str:
+    if checkpoint.family in _ALONE:
+        return _ALONE[checkpoint.family]
+    whole = len(checkpoint.components) > 1
+    return f"{checkpoint.family} checkpoint" if whole else f"{checkpoint.family} {' '.join(checkpoint.components)}"
 
 
 if __name__ == "__main__":

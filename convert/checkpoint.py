@@ -147,7 +147,7 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
                 stray[key] = "no part of this family"
     components = {}
     for name in (c for c in row.components if c in parts):
-        if path.is_dir() and (path / "config.json").is_file():  # a folder of one component: it says more than shapes do
+        if len(parts) == 1 and path.is_dir() and (path / "config.json").is_file():  # which says more than shapes do
             settings = Settings(path / "config.json")
             components[name] = _configured(name, settings, settings.cls, parts[name])
         else:
@@ -210,12 +210,36 @@ def _sized(components: dict[str, Component], sizes: int) -> Component:
     net, text = components["unet"], components["text_encoder_2"]
     if net.config is None or net.config.added is None or text.config is None:
         return net
-    return replace(net, config=replace(net.config, added_time=(net.config.added - text.config.projection) // sizes))
+    width, rest = divmod(net.config.added - text.config.projection, sizes)
+    if rest or width < 1:
+        raise Error(
+            f"The unet is told {net.config.added} numbers, which are no text vector of {text.config.projection} and "
+            f"{sizes} sizes.",
+            "Use a checkpoint whose networks belong together.",
+        )
+    return replace(net, config=replace(net.config, added_time=width))
 
 
 def _fill(name: str, config: Config, tensors: rules.Named, table: list[rules.Row]) -> Component:
+    for width, n, what in _divided(config):
+        if width % n:
+            raise Error(
+                f"The {name} is {width} wide, which is no multiple of its {n} {what}.", "Use another checkpoint."
+            )
     parameters = tree_flatten(weights.build(name, asdict(config)).parameters())
     return Component(config, *rules.fill(tensors, table, {k: tuple(v.shape) for k, v in parameters}))
+
+
+def _divided(config: Config) -> list[tuple[int, int, str]]:
+    """What no shape shows and no tensor contradicts: the numbers that widths are divided by."""
+    if isinstance(config, clip.Config):
+        return [(config.width, config.heads, "heads")]
+    groups = [(c, config.groups, "norm groups") for c in config.channels]
+    if isinstance(config, vae.Config):
+        return groups
+    attends = [bool(a or b) for a, b in zip(config.depth, reversed(config.up_depth), strict=True)]
+    attends[-1] |= bool(config.mid_depth)
+    return groups + [(c, h, "heads") for c, h, a in zip(config.channels, config.heads, attends, strict=True) if a]
 
 
 def check(checkpoint: Checkpoint) -> None:

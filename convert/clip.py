@@ -4,7 +4,7 @@ import re
 
 from ..models.clip import Config
 from .rules import Row, Shapes
-from .settings import Settings
+from .settings import MOST_LAYERS, Settings
 
 TABLE: list[Row] = [
     (r"position_ids$|^logit_scale$|^attn_mask$", None),  # buffers, and what only CLIP's own training uses
@@ -47,7 +47,7 @@ def config(shapes: Shapes, act: str | None, projected: bool) -> Config:
         vocab=vocab,
         positions=shapes.size("embeddings.position_embedding.weight", 0),
         width=width,
-        layers=shapes.count(r"encoder\.layers\.(\d+)\..*"),
+        layers=shapes.count("encoder.layers"),
         heads=max(1, width // 64),
         hidden=shapes.size("encoder.layers.0.mlp.fc1.weight", 0),
         act=act if act is not None else "quick_gelu" if width == 768 else "gelu",
@@ -64,11 +64,11 @@ def from_json(s: Settings, cls: str) -> Config:
         vocab=vocab,
         positions=s.whole("max_position_embeddings", 77),
         width=s.whole("hidden_size", 512),
-        layers=s.whole("num_hidden_layers", 12),
+        layers=s.whole("num_hidden_layers", 12, MOST_LAYERS),
         heads=s.whole("num_attention_heads", 8),
         hidden=s.whole("intermediate_size", 2048),
         act=s.one("hidden_act", "quick_gelu", ["quick_gelu", "gelu"]),
         projection=s.whole("projection_dim", 512) if cls.endswith("WithProjection") else None,
         eos=vocab - 1 if eos == 2 else eos,  # 2 is in configs older than the field; it meant the highest id
-        eps=s.number("layer_norm_eps", 1e-5),
+        eps=s.positive("layer_norm_eps", 1e-5),
     )

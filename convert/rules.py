@@ -48,9 +48,9 @@ class Shapes(dict[str, tuple[int, ...]]):
             raise Lacking(name)
         return shape[axis]
 
-    def count(self, pattern: str) -> int:
-        """How many different things the pattern's group finds. Blocks are numbered from 0 without a gap."""
-        return len({m[1] for n in self if (m := re.fullmatch(pattern, n))})
+    def count(self, block: str) -> int:
+        """How many `block.<number>` there are. They are numbered from 0; where that has a gap, the last go unmapped."""
+        return len({n.removeprefix(f"{block}.").partition(".")[0] for n in self if n.startswith(f"{block}.")})
 
 
 def rename(name: str, table: list[Row]) -> tuple[str, ...]:

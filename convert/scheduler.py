@@ -58,8 +58,8 @@ def from_json(s: Settings) -> tuple[dict, str]:
     betas = "scaled_linear" if cls in ("LCMScheduler", "TCDScheduler") else "linear"
     return {
         "betas": _BETAS[s.one("beta_schedule", betas, list(_BETAS))],
-        "start": s.number("beta_start", start),
-        "end": s.number("beta_end", end),
+        "start": s.positive("beta_start", start),
+        "end": s.positive("beta_end", end),
         "steps": s.whole("num_train_timesteps", 1000),
         "zero_snr": s.flag("rescale_betas_zero_snr", False),
         "spacing": spacing,

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..errors import Error
 from .source import read_json
 
+MOST_LAYERS = 1000  # of a kind, in any network: building one with more would take all memory
 _FIX = "Use a checkpoint of a supported model; `python -m mlxdiff.convert FILE --check` says what a file is."
 
 
@@ -28,11 +29,11 @@ class Settings:
             self.refuse(key, value)
         return value
 
-    def whole(self, key: str, default: int) -> int:
-        return self._whole(key, self.get(key, default))
+    def whole(self, key: str, default: int, most: int = 2**24) -> int:
+        return self._whole(key, self.get(key, default), 1, most)
 
-    def _whole(self, key: str, value: object, least: int = 1) -> int:
-        if type(value) is not int or not least <= value < 2**31:
+    def _whole(self, key: str, value: object, least: int, most: int) -> int:
+        if type(value) is not int or not least <= value <= most:
             self.refuse(key, value)
         return value
 
@@ -42,16 +43,22 @@ class Settings:
             self.refuse(key, value)
         return float(value)
 
+    def positive(self, key: str, default: float) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            self.refuse(key, value)
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         return bool(self.one(key, default, [False, True]))
 
-    def wholes(self, key: str, default: list[int], n: int | None = None) -> tuple[int, ...]:
+    def wholes(self, key: str, default: list[int] | int, n: int | None = None, most: int = 2**24) -> tuple[int, ...]:
         """A list of positive integers; a single one stands for `n` of them."""
         value = self.get(key, default)
         value = [value] * n if n is not None and type(value) is int else value
         if not isinstance(value, list) or not value or (n is not None and len(value) != n):
             self.refuse(key, value)
-        return tuple(self._whole(key, v) for v in value)
+        return tuple(self._whole(key, v, 1, most) for v in value)
 
     def layers(self, key: str, value: object, counts: list[int]) -> list[tuple[int, ...]]:
         """Transformer layers of each attention, per block: one number for all, one a block, or a list a block."""
@@ -61,4 +68,4 @@ class Settings:
         per_block = [v if isinstance(v, list) else [v] * n for v, n in zip(value, counts, strict=True)]
         if any(len(v) != n for v, n in zip(per_block, counts, strict=True)):
             self.refuse(key, value)
-        return [tuple(self._whole(key, v, least=0) for v in block) for block in per_block]
+        return [tuple(self._whole(key, v, 0, MOST_LAYERS) for v in block) for block in per_block]

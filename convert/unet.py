@@ -3,8 +3,8 @@
 import re
 
 from ..models.unet import Config
-from .rules import Row, Shapes
-from .settings import Settings
+from .rules import Lacking, Row, Shapes
+from .settings import MOST_LAYERS, Settings
 
 TABLE: list[Row] = [
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
@@ -63,20 +63,20 @@ def table(names: list[str]) -> list[Row]:
 def config(shapes: Shapes) -> Config:
     """Read off the shapes, names already ours. Not in them: attention heads, which are 8 where the file keeps proj_in
     as a convolution (SD 1.x) and 64 wide elsewhere; 32 groups; sinusoids of SDXL's sizes, 256 wide."""
-    down, up = shapes.count(r"down_blocks\.(\d+)\..*"), shapes.count(r"up_blocks\.(\d+)\..*")
-    channels = tuple(shapes.size(f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(down))
+    levels = range(max(1, shapes.count("down_blocks"), shapes.count("up_blocks")))
+    channels = tuple(shapes.size(f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in levels)
+    layers = tuple(shapes.count(f"down_blocks.{i}.resnets") for i in levels)
     linear = not any(len(s) == 4 for n, s in shapes.items() if n.endswith(".proj_in.weight"))
     reads = next((n for n in shapes if n.endswith(".attn2.to_k.weight")), "down_blocks.0.attentions")
     added, cond = "add_embedding.linear_1.weight", "time_embedding.cond_proj.weight"
-    middle = shapes.count(r"mid_block\.resnets\.(\d+)\..*")
     return Config(
         in_channels=shapes.size("conv_in.weight", 1),
         out_channels=shapes.size("conv_out.weight", 0),
         channels=channels,
-        layers=tuple(shapes.count(rf"down_blocks\.{i}\.resnets\.(\d+)\..*") for i in range(down)),
-        depth=tuple(_depth(shapes, f"down_blocks.{i}") for i in range(down)),
-        up_depth=tuple(_depth(shapes, f"up_blocks.{i}") for i in range(up)),
-        mid_depth=sum(_depth(shapes, "mid_block")) if middle else None,
+        layers=layers,
+        depth=tuple(_depth(shapes, f"down_blocks.{i}", n) for i, n in enumerate(layers)),
+        up_depth=tuple(_depth(shapes, f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(layers))),
+        mid_depth=sum(_depth(shapes, "mid_block", 1)) if shapes.count("mid_block") else None,
         heads=tuple(max(1, c // 64) if linear else 8 for c in channels),
         context=shapes.size(reads, 1),
         groups=32,
@@ -90,9 +90,12 @@ def config(shapes: Shapes) -> Config:
     )
 
 
-def _depth(shapes: Shapes, block: str) -> tuple[int, ...]:
-    n = shapes.count(rf"{block}\.attentions\.(\d+)\..*")
-    return tuple(shapes.count(rf"{block}\.attentions\.{j}\.transformer_blocks\.(\d+)\..*") for j in range(n))
+def _depth(shapes: Shapes, block: str, resnets: int) -> tuple[int, ...]:
+    """Of each attention: a block has none, or one for each residual block."""
+    n = shapes.count(f"{block}.attentions")
+    if n not in (0, resnets):
+        raise Lacking(f"{block}.attentions.{min(n, resnets)}")
+    return tuple(shapes.count(f"{block}.attentions.{j}.transformer_blocks") for j in range(n))
 
 
 # What diffusers can be told and we do not implement: the only value of each that this network has.
@@ -130,7 +133,7 @@ def from_json(s: Settings, cls: str) -> Config:
     s.one("mid_block_only_cross_attention", None, [None, False])
     channels = s.wholes("block_out_channels", [320, 640, 1280, 1280])
     n = len(channels)
-    layers = s.wholes("layers_per_block", 2, n)
+    layers = s.wholes("layers_per_block", 2, n, MOST_LAYERS)
     down = _attends(s, "down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], n)
     up = _attends(s, "up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, n)
     mid = s.one("mid_block_type", "UNetMidBlock2DCrossAttn", [None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"])
@@ -157,7 +160,7 @@ def from_json(s: Settings, cls: str) -> Config:
         heads=s.wholes("attention_head_dim", 8, n),  # misnamed in diffusers from the start: these are counts
         context=context[0],
         groups=s.whole("norm_num_groups", 32),
-        eps=s.number("norm_eps", 1e-5),
+        eps=s.positive("norm_eps", 1e-5),
         linear_projection=s.flag("use_linear_projection", False),
         time_cond=None if s.get("time_cond_proj_dim", None) is None else s.whole("time_cond_proj_dim", 1),
         added_time=s.whole("addition_time_embed_dim", 0) if added else None,

@@ -4,7 +4,7 @@ import re
 
 from ..models.vae import Config
 from .rules import Row, Shapes
-from .settings import Settings
+from .settings import MOST_LAYERS, Settings
 
 TABLE: list[Row] = [
     (r"^(loss|model_ema)\.", None),  # the discriminator, and counters of an average whose weights are the file's own
@@ -35,13 +35,13 @@ def table(names: list[str]) -> list[Row]:
 
 def config(shapes: Shapes, scale: float) -> Config:
     """Read off the shapes, names already ours. Not in them: groups (32 in every published VAE) and the scale."""
-    levels = shapes.count(r"encoder\.down_blocks\.(\d+)\..*")
+    levels = max(1, shapes.count("encoder.down_blocks"))
     return Config(
         in_channels=shapes.size("encoder.conv_in.weight", 1),
         out_channels=shapes.size("decoder.conv_out.weight", 0),
         latent_channels=shapes.size("decoder.conv_in.weight", 1),
         channels=tuple(shapes.size(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(levels)),
-        layers=shapes.count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*"),
+        layers=shapes.count("encoder.down_blocks.0.resnets"),
         groups=32,
         scale=scale,
         shift=0.0,
@@ -64,9 +64,9 @@ def from_json(s: Settings, cls: str) -> Config:
         out_channels=s.whole("out_channels", 3),
         latent_channels=s.whole("latent_channels", 4),
         channels=channels,
-        layers=s.whole("layers_per_block", 1),
+        layers=s.whole("layers_per_block", 1, MOST_LAYERS),
         groups=s.whole("norm_num_groups", 32),
-        scale=s.number("scaling_factor", 0.18215),
+        scale=s.positive("scaling_factor", 0.18215),
         shift=0.0 if s.get("shift_factor", None) is None else s.number("shift_factor", 0.0),
         quant_conv=s.flag("use_quant_conv", True),
         post_quant_conv=s.flag("use_post_quant_conv", True),

@@ -69,6 +69,13 @@ def _whole(checkpoint: Checkpoint) -> None:
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""
         raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", FULL)
+    encoders = [c.config.width for name, c in checkpoint.components.items() if name.startswith("text_encoder")]
+    read = checkpoint.components["unet"].config.context
+    if sum(encoders) != read:
+        raise Error(
+            f"{checkpoint.path} has a unet that reads text {read} wide and text encoders that give {sum(encoders)}.",
+            "Use a checkpoint whose networks belong together.",
+        )
     if checkpoint.variant not in ("base", "inpaint", "lcm"):
         raise Error(
             f"{checkpoint.path} is of the {checkpoint.variant} variant of {checkpoint.family}, which cannot draw yet.",
@@ -107,13 +114,13 @@ def _write(checkpoint: Checkpoint, folder: Path, bits: int | None, dtype: str, w
             f"{folder.parent} has {free / 1e9:.2f} GB free; the model needs {size / 1e9:.2f} GB.",
             "Free some space, write elsewhere, or make it smaller with -q.",
         )
-    done, total = 0, sum(p.parameters for p, _, _ in writers)
+    done, total = 0, sum(p.parameters * kind.size for p, _, kind in writers)
     for part, writer, kind in writers:
         with writer:
             for key, weight in part.weights.items():
                 progress("convert", done, total)
                 writer.put(key, _sound(weight, kind))
-                done += math.prod(weight.shape)
+                done += math.prod(weight.shape) * kind.size
     progress("convert", total, total)
     for name, (place, pad) in words.items():
         if pad is None:

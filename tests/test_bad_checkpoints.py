@@ -190,6 +190,12 @@ def gone(name: str):
     return lambda place: place.folder(lambda f: (f / name).unlink())
 
 
+def other_text(folder: Path) -> None:
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(CONFIGS["text_encoder"] | {"hidden_size": 128, "num_attention_heads": 2}))
+    full(path.with_name("model.safetensors"), state("text_encoder", folder))
+
+
 def relink(place: Place) -> list[str]:
     (place.root / "a.safetensors").symlink_to(place.file)
     place.file.symlink_to(place.root / "a.safetensors")
@@ -329,6 +335,10 @@ BAD = {
         lambda p: p.tensors(put(KERNEL, lambda x: np.concatenate([x, x], 1))),
         "edit variant",
     ),
+    "networks of different models": (
+        lambda p: p.folder(other_text),
+        "reads text 64 wide and text encoders that give 128",
+    ),
     "no tokenizer": (lambda p: [str(p.good / "one.safetensors"), "-o", "out"], "--tokenizer"),
     "a tokenizer folder without one": (
         lambda p: [str(p.good / "one.safetensors"), "-o", "out", "--tokenizer", str(p.good)],
@@ -345,6 +355,8 @@ BAD = {
     "a setting not implemented": (unet(class_embed_type="timestep"), "class_embed_type"),
     "a block not implemented": (unet(down_block_types=["AttnDownBlock2D"] * 2), "AttnDown"),
     "a setting of the wrong kind": (unet(layers_per_block="two"), "layers_per_block"),
+    "heads that do not divide": (unet(attention_head_dim=5), "32 wide, which is no multiple of its 5 heads"),
+    "groups that do not divide": (lambda p: p.json("vae/config.json", norm_num_groups=5), "its 5 norm groups"),
     "a config unlike its weights": (unet(cross_attention_dim=96), "does not fit"),
     "a config of fewer blocks": (lambda p: p.json("vae/config.json", layers_per_block=2), "missing (such as vae."),
     "a scheduler unknown": (scheduler(_class_name="EDMEulerScheduler"), "EDMEuler"),
@@ -464,6 +476,69 @@ def test_a_file_that_shrinks_meanwhile(place):
     weight = list(checkpoint.components["vae"].weights.values())[-1]
     with pytest.raises(Error, match="can no longer be read"):
         weight.array()
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_any_mix_of_names_and_shapes_is_told_or_refused(place, seed, capsys):
+    """Dropped, renamed, resized and exchanged tensors in a sound file: --check ends in 0 or in one line, never else."""
+    rng = np.random.default_rng(seed)
+    file = place.good / ("one.safetensors" if seed % 2 else "model/unet/model.safetensors")
+    shapes = {k: t.shape for k, t in source.read(file).tensors.items()}
+    for _ in range(rng.integers(1, 6)):
+        name, other = (str(x) for x in rng.choice(list(shapes), 2, replace=False))
+        kind = rng.integers(6)
+        if kind == 0:
+            del shapes[name]
+        elif kind == 1:  # whole blocks
+            part = rng.choice(name.split("."))
+            shapes = {k: s for k, s in shapes.items() if f".{part}." not in k} or {"x": ()}
+        elif kind == 2:
+            shapes[name] = tuple(int(x) for x in rng.integers(0, 40, rng.integers(0, 6)))
+        elif kind == 3:
+            shapes[name], shapes[other] = shapes[other], shapes[name]
+        elif kind == 4:
+            shapes[name.replace(".0.", f".{rng.integers(99)}.")] = shapes.pop(name)
+        else:
+            shapes[name.replace(name.split(".")[-1], str(rng.choice(["weight", "bias", "", "9" * 30])))] = ()
+        if len(shapes) < 2:
+            break
+    sparse(place.file, shapes, dtype="F32")
+    code = main([str(place.file), "--check", "--json"])
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == (code != 0)
+    if said.out:
+        told = json.loads(said.out)
+        assert (code == 0) == (told["unmapped"] == [] and told["missing"] == [])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_value_in_a_config_is_told_or_refused(place, seed, capsys):
+    """One random setting of each config.json, a random value: --check ends in 0 or in one line, never else."""
+    rng = np.random.default_rng(seed)
+    junk = [None, True, 0, -1, 2**31 - 1, 2**70, 0.5, float("nan"), "", "silu", [], [1], [[1]], [None], {}, {"a": 1}]
+
+    def change(folder: Path) -> None:
+        for name in (*CONFIGS, "scheduler"):
+            path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+            keys = [n for n in KNOWN[name] if rng.random() < 0.2]
+            values = {k: junk[rng.integers(len(junk))] for k in keys}
+            path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    code = main([*place.folder(change)[:1], "--check", "--json"])
+    assert len(capsys.readouterr().err.splitlines()) == (code != 0)
+
+
+KNOWN = {
+    "text_encoder": ["architectures", "vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "eos_token_id",
+                     "layer_norm_eps", "projection_dim"],
+    "unet": ["_class_name", "block_out_channels", "layers_per_block", "down_block_types", "attention_head_dim",
+             "cross_attention_dim", "transformer_layers_per_block", "reverse_transformer_layers_per_block",
+             "mid_block_type", "time_cond_proj_dim", "addition_embed_type", "norm_num_groups", "norm_eps"],
+    "vae": ["block_out_channels", "layers_per_block", "latent_channels", "scaling_factor", "shift_factor",
+            "use_quant_conv", "mid_block_add_attention", "latents_mean"],
+    "scheduler": ["_class_name", "beta_start", "num_train_timesteps", "prediction_type", "timestep_spacing",
+                  "steps_offset", "use_karras_sigmas", "beta_schedule"],
+}  # fmt: skip
 
 
 def run(argv: list[str], **limits) -> subprocess.CompletedProcess:

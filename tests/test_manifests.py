@@ -338,7 +338,7 @@ def test_people_are_told_what_it_is_and_what_is_wrong(tmp_path, capsys):
     path = sparse(tmp_path / "a.safetensors", held | {"stranger": (3,), "conv_out.bias": (5,)})
     assert main([str(path), "--check"]) == 1
     out = capsys.readouterr()
-    assert "sd1, base, diffusers names" in out.out
+    assert "sd1 unet, base, diffusers names" in out.out
     assert "684 tensors" in out.out
     for line in ("no place for 'stranger'", "no place for 'conv_out.bias': shape (5,)", "missing unet.conv_in.bias"):
         assert line in out.out
