@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mlxdiff import registry
+from mlxdiff import images, registry
 from mlxdiff.errors import Error
 from mlxdiff.images import to_image
 from mlxdiff.pipeline import Event
@@ -29,6 +29,9 @@ class Pipe:
 
     def resolve(self, request: Request) -> Request:
         return request.resolve(self.defaults, ("euler", "leading"), "leading", 1, self.factor)
+
+    def preview(self, x0: np.ndarray) -> list[Image.Image]:
+        return [images.preview(x, self.family.preview) for x in x0]
 
     def stream(self, request: Request) -> Iterator[Event]:
         yield Event("encode", 0, 1, 0.0)

@@ -82,18 +82,6 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.weights",
     },
-    "mlxdiff.widgets": {"mlxdiff.errors", "mlxdiff.widgets.*"},
-    "mlxdiff.widgets.*": {
-        "mlxdiff.console",
-        "mlxdiff.errors",
-        "mlxdiff.images",
-        "mlxdiff.pipeline",
-        "mlxdiff.registry",
-        "mlxdiff.request",
-        "mlxdiff.samplers",
-        "mlxdiff.schedules",
-        "mlxdiff.widgets.*",
-    },
     "mlxdiff.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.registry"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
@@ -108,6 +96,33 @@ MAY = {
     },
     "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.train.*"},
     "mlxdiff.train.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.train.*"},
+    "mlxdiff.widgets": {"mlxdiff.errors", "mlxdiff.widgets.*"},
+    "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request"},
+    "mlxdiff.widgets.worker": {
+        "mlxdiff.errors",
+        "mlxdiff.pipeline",
+        "mlxdiff.registry",
+        "mlxdiff.request",
+        "mlxdiff.widgets.gallery",
+    },
+    "mlxdiff.widgets.controls": {
+        "mlxdiff.errors",
+        "mlxdiff.registry",
+        "mlxdiff.request",
+        "mlxdiff.samplers",
+        "mlxdiff.schedules",
+        "mlxdiff.widgets.worker",
+    },
+    "mlxdiff.widgets.view": {"mlxdiff.errors", "mlxdiff.widgets.gallery", "mlxdiff.widgets.worker"},
+    "mlxdiff.widgets.studio": {
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.registry",
+        "mlxdiff.request",
+        "mlxdiff.samplers",
+        "mlxdiff.widgets.*",
+    },
+    "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.studio"},
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {
@@ -121,6 +136,10 @@ THIRD_PARTY = {
     "ipywidgets",
     "anywidget",
     "traitlets",
+    "jupyterlab",
+    "jupyter_client",
+    "jupyter_core",
+    "nbformat",
     "sentencepiece",
 }
 

@@ -63,10 +63,10 @@ def heard(studio, **message):
 )
 def test_traits_and_controls_mirror_each_other(studio, name, value):
     control = getattr(studio.controls, name)
-    before = control.value
+    shown, before = control.value, getattr(studio, name)
     setattr(studio, name, value)
     assert control.value == value
-    control.value = before
+    control.value = shown
     assert getattr(studio, name) == before
     if name != "locked":
         setattr(studio, name, value)
@@ -228,11 +228,11 @@ def test_errors_in_callbacks_are_shown(studio):
 def test_cancel_and_queue(studio):
     gate = threading.Event()
     studio._worker = Worker(lambda model, progress: fakes.Pipe(gate=gate))
-    started = threading.Event()
+    started, statuses = threading.Event(), []
     studio.observe(lambda change: "First step" in change["new"] and started.set(), "status")
+    studio.observe(lambda change: statuses.append(change["new"]), "status")
     jobs = [studio.generate() for _ in range(3)]
     assert started.wait(WAIT)
-    assert studio.status.startswith("1 of 3")
     assert not studio.controls.cancel.disabled
     assert studio.controls.clear.layout.display is None
     studio.cancel()
@@ -241,6 +241,7 @@ def test_cancel_and_queue(studio):
         jobs[0].result(WAIT)
     assert jobs[1].result(WAIT).images
     jobs[2].result(WAIT)
+    assert any(s.startswith("2 of 3 · Step 1 of 4") for s in statuses)
     gate.clear()
     more = [studio.generate() for _ in range(2)]
     studio.cancel(everything=True)
@@ -296,6 +297,15 @@ def test_a_file_in_parts_is_put_together(studio):
         assert other.prompt != "a boat"
         heard(other, do="drop", part=part, parts=3, data=data[part * 300 : part * 300 + 300 if part < 2 else None])
     assert other.prompt == "a boat"
+
+
+def test_restoring_finds_the_model_where_it_can(studio):
+    request = Request("x", seed=1, steps=3)
+    for name, expected in (("stable-diffusion-v1-5", "sd15"), ("sdxl", "sdxl"), ("unheard-of", "sdxl"), (None, "sdxl")):
+        studio.restore(request, name)
+        assert studio.model == expected
+    assert studio.steps == 3  # and not the model's 30
+    assert studio.width == 1024
 
 
 def test_a_picture_without_settings_says_so(studio):

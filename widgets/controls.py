@@ -122,11 +122,11 @@ class Controls(w.VBox):
 
     def bind(self, studio: t.HasTraits) -> None:
         """Every setting both ways."""
-        for name in ("prompt", "steps", "guidance", "sampler", "schedule", "width", "height", "count", "locked"):
+        for name in ("prompt", "model", "steps", "guidance", "width", "height", "count", "locked"):
             _tie(studio, name, getattr(self, name))
-        _tie(studio, "negative", self.negative, lambda v: "" if v is None else v, lambda v: v or None)
+        for name in ("negative", "sampler", "schedule"):
+            _tie(studio, name, getattr(self, name), lambda v: "" if v is None else v, lambda v: v or None)
         _tie(studio, "seed", self.seed, str, _seed)
-        _tie(studio, "model", self.model)
 
 
 class Compare(w.VBox):
@@ -161,15 +161,15 @@ def _tie(
     """Keep a trait and its control equal. What a control cannot show, it first learns: longer scales, other models."""
 
     def show(_=None):
-        value = getattr(studio, name)
+        value = getattr(studio, name) if there is None else there(getattr(studio, name))
         if isinstance(control, w.IntSlider | w.FloatSlider) and value > control.max:
             control.max = value
         if isinstance(control, w.Dropdown) and value not in [v for _, v in control.options]:
             control.unobserve(take, "value")  # new options select the first of them
-            control.options = [*control.options, (str(value), value)]
+            control.options = [*control.options, (value, value)]
             control.value = value
             control.observe(take, "value")
-        control.value = value if there is None else there(value)
+        control.value = value
 
     def take(change):
         try:
@@ -196,8 +196,8 @@ def _models(extra: str) -> list[tuple[str, str]]:
     return rows if extra in MODELS else [*rows, (extra, extra)]
 
 
-def _or_own(names) -> list[tuple[str, str | None]]:
-    return [("the model's own", None), *((n, n) for n in names)]
+def _or_own(names) -> list[tuple[str, str]]:
+    return [("the model's own", ""), *((n, n) for n in names)]  # "" and not None, which selects nothing
 
 
 def _row(kind: str, *children: w.Widget) -> w.HBox:

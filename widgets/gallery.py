@@ -24,6 +24,7 @@ class Picture:
     request: Request  # of this one picture: its own seed, count 1
     model: str
     seconds: float
+    title: str = ""  # of what is not one picture but a comparison
 
     @classmethod
     def write(cls, image: Image.Image, folder: Path, request: Request, model: str, seconds: float) -> "Picture":
@@ -42,6 +43,8 @@ class Picture:
 
     def caption(self) -> str:
         r = self.request
+        if self.title:
+            return self.title
         return f"seed {r.seed} · {r.width} × {r.height} · {r.steps} steps of {r.sampler} · guidance {r.guidance:g}"
 
     def _repr_png_(self) -> bytes:
@@ -101,10 +104,6 @@ class Grid:
         for job in reversed(self.jobs):
             job.cancel()
 
-    @property
-    def name(self) -> str:
-        return "compare-" + "-".join(n for n in (self.down, self.across) if n)
-
     def put(self, cell: tuple[int, int], picture: Picture, image: Image.Image) -> bool:
         """Fill a cell. True if it was the last."""
         self.cells[cell], self._small[cell] = picture, _fit(image)
@@ -151,6 +150,12 @@ class Grid:
         """The labelled grid at full size, with the settings its cells share. Never overwrites."""
         first = self.cells[min(self.cells)]
         return images.save(self.image, Path(path), first.request, first.model)
+
+    def finish(self, folder: str | Path) -> Picture:
+        """Write the grid under the names of its settings."""
+        names = [n for n in (self.down, self.across) if n is not None]
+        path = self.save(Path(folder) / f"compare-{'-'.join(names)}.png")
+        return replace(self.cells[0, 0], path=path.resolve(), title=f"Comparison of {' and '.join(names)}")
 
     def _repr_png_(self) -> bytes:
         out = io.BytesIO()

@@ -172,11 +172,25 @@ function render({ model, el }) {
     if (!root) return;
     arrival.disconnect();
     root.dataset.lmSuppressShortcuts = "true"; // else JupyterLab runs the cell on Ctrl+Enter
-    for (const [name, listener] of Object.entries({ keydown: keys, dragover: over, dragleave: leave, drop })) {
+    // ipywidgets' text boxes keep keys to themselves: they have to be heard on their way down.
+    root.addEventListener("keydown", keys, { signal: away.signal, capture: true });
+    for (const [name, listener] of Object.entries({ dragover: over, dragleave: leave, drop })) {
       root.addEventListener(name, listener, { signal: away.signal });
     }
+    naming.observe(root, { childList: true, subtree: true });
+    name_sliders(root);
   });
   arrival.observe(el);
+
+  // ipywidgets' sliders have no accessible name: give each its label's, whenever it is drawn.
+  const naming = new MutationObserver(() => name_sliders(el.closest(".mlxdiff-studio")));
+  function name_sliders(root) {
+    for (const slider of root?.querySelectorAll(".widget-hslider") ?? []) {
+      const name = slider.querySelector(".widget-label")?.textContent;
+      slider.querySelector(".noUi-handle")?.setAttribute("aria-label", name);
+      slider.querySelector(".widget-readout")?.setAttribute("aria-label", `${name}, as a number`);
+    }
+  }
 
   const changes = { shown: () => pinned || shown(), history, error: failed, status: update, spoken: update, progress: update, running: update };
   for (const [name, listener] of Object.entries(changes)) model.on(`change:${name}`, listener);
@@ -185,6 +199,7 @@ function render({ model, el }) {
 
   return () => {
     arrival.disconnect();
+    naming.disconnect();
     away.abort();
     if (url) URL.revokeObjectURL(url);
     for (const [name, listener] of Object.entries(changes)) model.off(`change:${name}`, listener);

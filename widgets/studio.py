@@ -63,6 +63,7 @@ class Studio(w.VBox):
         self._facts: Facts | None = None  # of the model, once it is open
         self._defaults: Defaults | None = None  # of the model, if they are known
         self._before: dict = {}  # the model's own settings as they stood when it was named
+        self._seen: dict[str, str] = {}  # what opened models are called in files: what they were opened by
         self._history: dict[int, Picture] = {}
         self._keys = itertools.count()
         self._dropped: list[bytes] = []  # the parts so far of a file that is being dropped
@@ -79,6 +80,7 @@ class Studio(w.VBox):
             setattr(self, name, value)
         self.controls.bind(self)
         self._wire()
+        self._count()
         self._judge()
 
     # --- what a cell can do
@@ -110,9 +112,9 @@ class Studio(w.VBox):
         return grid
 
     def restore(self, request: Request, model: str | None = None) -> None:
-        """Take over all settings of a request, and the model if it is one that can be opened here."""
-        if model is not None and (model in MODELS or Path(model).exists()):
-            self.model = model
+        """Take over all settings of a request, and the model if its name is of one that can be opened here."""
+        here = self._seen | {n: n for n in MODELS} | {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
+        self.model = here.get(model, self.model)
         for name in (*FIELDS, "count"):
             value = getattr(request, name)
             if value is not None or self.traits()[name].allow_none:
@@ -166,8 +168,10 @@ class Studio(w.VBox):
     # --- from the worker, on its thread
 
     def _tell(self, job: Job, update: Update, grid: Grid | None = None, cell: tuple[int, int] | None = None) -> None:
-        if update.stage == "ready" and job.model == self.model:
-            self._learn(job.facts)
+        if update.stage == "ready":
+            self._seen[job.facts.name] = job.model
+            if job.model == self.model:
+                self._learn(job.facts)
         if update.frame is not None and grid is None:
             self.view.frame(update.frame, f"Preview of {job.request.prompt}")
         elif update.frame is not None:
@@ -178,8 +182,8 @@ class Studio(w.VBox):
             self.images = [*self.images, picture]
             self._keep(picture, update.picture, show=grid is None)
             if grid is not None and grid.put(cell, picture, update.picture):
-                path = grid.save(Path(self.folder) / f"{grid.name}.png").resolve()
-                self._keep(replace(picture, path=path), grid.image, show=True)
+                whole = grid.finish(self.folder)
+                self._keep(whole, whole.image, show=True)
         if update.stage in ("done", "cancelled", "failed"):
             self._ended(job, update)
         elif update.stage != "ready":
@@ -299,7 +303,7 @@ class Studio(w.VBox):
         elif do == "seed":
             self._reuse(self._history[key])
         elif do == "restore":
-            self.restore(self._history[key].request)
+            self.restore(self._history[key].request, self._history[key].model)
             self._say("Settings restored")
         elif do == "drop":  # in parts: a large message would end the connection to the kernel
             self._dropped = [*(self._dropped if message["part"] else []), bytes(buffers[0])]

@@ -54,7 +54,7 @@ class View(anywidget.AnyWidget):
 
     def keep(self, key: int, picture: Picture, thumb: bytes) -> None:
         """Add to the history."""
-        title = f"{picture.request.prompt}, seed {picture.request.seed}"
+        title = picture.title or f"{picture.request.prompt}, seed {picture.request.seed}"
         self.history = [*self.history, {"key": key, "title": title, "thumb": thumb}][-_STRIP:]
 
     def show(self, key: int, picture: Picture) -> None:
@@ -62,7 +62,7 @@ class View(anywidget.AnyWidget):
         self.shown = {
             "key": key,
             "png": picture._repr_png_(),
-            "title": picture.request.prompt,
+            "title": picture.title or picture.request.prompt,
             "caption": picture.caption(),
             "name": path.name,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 from PIL import Image
 
-from .. import images
 from ..errors import Error
 from ..pipeline import Event, Pipeline, Result, load
 from ..registry import Defaults
@@ -244,15 +242,9 @@ def _frame(pipe: Pipeline, event: Event, due: float) -> tuple[bytes | None, floa
     begin = time.perf_counter()
     if event.x0 is None or begin < due:
         return None, due
-    frame = jpeg(sheet([_preview(pipe, x0) for x0 in event.x0]))
+    frame = jpeg(sheet(pipe.preview(event.x0)))
     now = time.perf_counter()
     return frame, now + max(_APART, _SHARE * (now - begin))
-
-
-def _preview(pipe: Pipeline, x0: np.ndarray) -> Image.Image:
-    """x0: (h, w, c). What the model itself offers, or one linear map to RGB."""
-    own = getattr(pipe, "preview", None)
-    return images.preview(x0, pipe.family.preview) if own is None else own(x0)
 
 
 def jpeg(image: Image.Image) -> bytes:

@@ -77,7 +77,7 @@ def lab(tmp_path_factory):
     # Without a token: it listens on the loopback interface only, and for the length of the tests.
     options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "password": "", "root_dir": base / "books"}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
-    command += ["--IdentityProvider.token="]
+    command += ["--JupyterNotebookApp.expose_app_in_browser=True", "--IdentityProvider.token="]
     command += [f"--ServerApp.{k}={v}" for k, v in options.items()]
     begin = time.perf_counter()
     with open(base / "log", "w") as log:
@@ -168,7 +168,7 @@ class Desk:
     def studio(self, n: int = 0) -> "Hand":
         root = self.page.locator(".mlxdiff-studio").nth(n)
         root.wait_for()
-        root.locator("canvas").wait_for()
+        root.locator(".mlxdiff-stage").wait_for()
         return Hand(self.page, root)
 
 

@@ -2,6 +2,7 @@
 Every button is pressed at least twice: Jupyter moves callbacks to another thread after the first time."""
 
 import io
+import re
 import time
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_cancel_within_a_step_and_draw_again(desk, lab):
     s = d.studio()
     for how in ("button", "button", "key"):
         s.press("Generate")
-        s.says("Step 2")
+        s.says("left")
         begin = time.perf_counter()
         if how == "button":
             s.press("Cancel")
@@ -67,7 +68,7 @@ def test_cancel_within_a_step_and_draw_again(desk, lab):
         assert lab.timings["cancel"] < 0.3 + 2
         expect(s.root.get_by_role("button", name="Cancel", exact=True)).to_be_disabled()
     s.press("Generate")
-    s.says("Step 3")
+    s.says("left")
     s.shot("studio-running")
 
 
@@ -205,7 +206,7 @@ def test_a_queue_of_three_and_two_studios(desk):
     for _ in range(2):
         for _ in range(3):
             s.press("Generate")
-        s.says("Step")
+        s.says("left")
         s.press("Cancel all")
         s.says("Cancelled")
         expect(s.root.get_by_role("button", name="Cancel all")).to_be_hidden()
@@ -243,14 +244,15 @@ def test_an_interrupt_cancels_the_run_a_cell_waits_for(desk):
     d.run_all()
     s = d.studio()
     for _ in range(2):
-        s.says("Step 3")
+        s.says("left")
         page.evaluate("() => void window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
         s.says("Cancelled")
         expect(page.locator(".jp-RenderedText").last).to_contain_text("KeyboardInterrupt")
         page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
 
-def test_restart_and_run_again(desk):
+def test_restart_and_run_again(desk, page):
+    page.allowed.append("Could not restore the debugger state")  # JupyterLab's own, at any restart
     d = desk("restart.ipynb", QUICK)
     for _ in range(2):
         d.run_all()
@@ -294,7 +296,7 @@ def test_what_a_screen_reader_finds(desk):
         expect(s.root.get_by_role("slider", name=name)).to_have_count(1)
     s.press("Generate")
     bar, spoken = s.root.get_by_role("progressbar"), s.root.get_by_role("status")
-    expect(bar).to_have_attribute("aria-valuenow", "50")
+    expect(bar).to_have_attribute("aria-valuenow", re.compile("[1-9]0|5"))
     expect(spoken).not_to_contain_text("Step 10")  # what is read aloud are a run's turns, not its steps
     expect(spoken).to_contain_text("Done in")
     expect(s.root.get_by_role("img", name="a red house under a full moon")).to_be_visible()

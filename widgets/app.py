@@ -1,0 +1,166 @@
+"""`mlxdiff studio`: JupyterLab on a notebook whose studio is already drawn. Nothing but loopback is listened on."""
+
+import argparse
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+from pathlib import Path
+
+from ..console import Parser, run
+from ..errors import Error
+
+INTRO = """# Studio
+
+Type a prompt and press **Generate**. Pictures are saved in the folder `pictures`, each with its settings inside:
+drop one on the studio to get them back. Nothing leaves this machine."""
+CELL = """from mlxdiff.widgets import Studio
+
+studio = Studio({model})
+studio"""
+MORE = """# Everything is also here, in Python:
+# studio.images[-1]                                   the last picture, with .request and .save(...)
+# studio.prompt, studio.steps = "a red house", 30
+# studio.compare(seed=[1, 2, 3], guidance=[1, 3, 7])"""
+_PATIENCE = 60.0  # seconds for Jupyter to start: a cold disk and an old machine
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = Parser(prog="mlxdiff studio", description="Draw in the browser: JupyterLab on a ready notebook.")
+    p.add_argument("notebook", nargs="?", type=Path, default=Path("studio.ipynb"), help="made if it is not there")
+    p.add_argument("-m", "--model", metavar="MODEL", help="name, hub id, folder or .safetensors")
+    p.add_argument("--no-browser", action="store_true", help="only print the address")
+    args = p.parse_args(argv)
+    return run("mlxdiff studio", lambda: studio(args))
+
+
+def studio(args: argparse.Namespace) -> int:
+    try:
+        import jupyterlab  # noqa: F401 (before anything is written)
+        from nbformat.sign import NotebookNotary
+
+        from .studio import Studio  # noqa: F401
+    except ModuleNotFoundError as e:
+        raise Error(f"The studio needs {e.name}.", 'Install it with: pip install "mlxdiff[studio]"') from None
+    path = args.notebook.resolve()
+    book = _notebook(path, args.model)
+    token, port = secrets.token_hex(16), _free_port()
+    server, url = _serve(path.parent, token, port), f"http://127.0.0.1:{port}"
+    try:
+        _wait(server, url)
+        _draw(book, path, url, token)
+        NotebookNotary().sign(book)  # else Jupyter would not show what we have drawn
+        _write(book, path)
+        address = f"{url}/lab/tree/{urllib.request.quote(path.name)}?token={token}"
+        print(f"The studio is at {address}\nCtrl-C here ends it.", flush=True)
+        if not args.no_browser:
+            webbrowser.open(address)
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _notebook(path: Path, model: str | None):
+    """The notebook there, or a new one."""
+    import nbformat
+    from nbformat import v4
+
+    if not path.is_file():
+        cell = v4.new_code_cell(CELL.format(model="" if model is None else repr(model)))
+        return v4.new_notebook(
+            cells=[v4.new_markdown_cell(INTRO), cell, v4.new_code_cell(MORE)],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        )
+    try:
+        book = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as e:
+        raise Error(f"{path} cannot be read as a notebook: {e}.", "Name another one.") from None
+    if model is not None:
+        _cell(book, path).source = CELL.format(model=repr(model))
+    _cell(book, path)
+    return book
+
+
+def _cell(book, path: Path):
+    """The first code cell: the studio's."""
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            return cell
+    raise Error(f"{path} has no code.", "Name another notebook, or one that is not there yet.")
+
+
+def _serve(folder: Path, token: str, port: int) -> subprocess.Popen:
+    options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "root_dir": folder, "log_level": "ERROR"}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser"]
+    command += [f"--ServerApp.{k}={v}" for k, v in options.items()]
+    command += ["--allow-root"] if os.geteuid() == 0 else []
+    # A session of its own: Jupyter would answer Ctrl-C with a question. The token is in the environment, not in `ps`.
+    return subprocess.Popen(command, env=os.environ | {"JUPYTER_TOKEN": token}, start_new_session=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _wait(server: subprocess.Popen, url: str) -> None:
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            raise Error(f"JupyterLab ended with code {server.returncode}.", "Try it alone: jupyter lab.")
+        try:
+            urllib.request.urlopen(f"{url}/api", timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise Error(f"JupyterLab did not answer within {_PATIENCE:g} s.", "Try it alone: jupyter lab.")
+
+
+def _draw(book, path: Path, url: str, token: str) -> None:
+    """Run the studio's cell in the kernel that the page will find for this notebook."""
+    from jupyter_client import BlockingKernelClient
+    from jupyter_core.paths import jupyter_runtime_dir
+    from nbformat.v4 import output_from_msg
+
+    _write(book, path)
+    asked = {"path": path.name, "name": path.name, "type": "notebook", "kernel": {"name": "python3"}}
+    headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/api/sessions", json.dumps(asked).encode(), headers)
+    with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+        kernel = json.load(answer)["kernel"]["id"]
+    client = BlockingKernelClient(connection_file=str(Path(jupyter_runtime_dir()) / f"kernel-{kernel}.json"))
+    client.load_connection_file()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=_PATIENCE)
+        cell, said = _cell(book, path), []
+        reply = client.execute_interactive(cell.source, output_hook=said.append, timeout=_PATIENCE)
+    finally:
+        client.stop_channels()
+    shown = ("stream", "display_data", "execute_result", "error")
+    cell.outputs = [output_from_msg(m) for m in said if m["msg_type"] in shown]
+    cell.execution_count = reply["content"].get("execution_count")
+
+
+def _write(book, path: Path) -> None:
+    import nbformat
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(book, path)
+    except OSError as e:
+        raise Error(f"{path} cannot be written: {e.strerror}.", "Name a notebook somewhere else.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
