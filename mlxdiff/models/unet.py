@@ -8,7 +8,7 @@ from itertools import zip_longest
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import Attention, Downsample, GroupNorm, ResBlock, TimeEmbedding, Upsample, geglu, sinusoids
+from .layers import Attention, Downsample, GroupNorm, ResBlock, TimeEmbedding, Upsample, geglu, of_time, sinusoids
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class UNet(nn.Module):
         times = {}
         if ts is not None:
             shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # of each block (T, B or 1, c)
-            times = {t: [s[i] for s in shifts] for i, t in enumerate(ts)}
+            times = {t: of_time(shifts, i) for i, t in enumerate(ts)}
         layers = [m.attn2 for block in self.blocks() for a in block.attentions for m in a.transformer_blocks]
         kv = [layer.kv(context.astype(dtype)) for layer in layers]
         return {"kv": kv, "times": times, "added": added, "guidance": guidance}
