@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": ("mlxdiff.generate", "draw a picture from a prompt"),
     "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder, or check one"),
     "bench": ("mlxdiff.bench", "measure time, memory and kernels"),
+    "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "models": ("mlxdiff.__main__", "list the models that have a name"),
 }
 

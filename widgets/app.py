@@ -7,11 +7,14 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import webbrowser
 from pathlib import Path
+from typing import IO
 
 from ..console import Parser, run
 from ..errors import Error
@@ -51,22 +54,24 @@ def studio(args: argparse.Namespace) -> int:
     path = args.notebook.resolve()
     book = _notebook(path, args.model)
     token, port = secrets.token_hex(16), _free_port()
-    server, url = _serve(path.parent, token, port), f"http://127.0.0.1:{port}"
-    try:
-        _wait(server, url)
-        _draw(book, path, url, token)
-        NotebookNotary().sign(book)  # else Jupyter would not show what we have drawn
-        _write(book, path)
-        address = f"{url}/lab/tree/{urllib.request.quote(path.name)}?token={token}"
-        print(f"The studio is at {address}\nCtrl-C here ends it.", flush=True)
-        if not args.no_browser:
-            webbrowser.open(address)
-        return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        server.terminate()
-        server.wait()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile("w+") as log:
+        server = _serve(path.parent, token, port, log)
+        try:
+            _wait(server, url, log)
+            _draw(book, path, url, token)
+            NotebookNotary().sign(book)  # else Jupyter would not show what we have drawn
+            _write(book, path)
+            address = f"{url}/lab/tree/{urllib.parse.quote(path.name)}?token={token}"
+            print(f"The studio is at {address}\nCtrl-C here ends it.", flush=True)
+            if not args.no_browser:
+                webbrowser.open(address)
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def _notebook(path: Path, model: str | None):
@@ -98,13 +103,14 @@ def _cell(book, path: Path):
     raise Error(f"{path} has no code.", "Name another notebook, or one that is not there yet.")
 
 
-def _serve(folder: Path, token: str, port: int) -> subprocess.Popen:
-    options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "root_dir": folder, "log_level": "ERROR"}
+def _serve(folder: Path, token: str, port: int, log: IO[str]) -> subprocess.Popen:
+    options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "root_dir": folder}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser"]
     command += [f"--ServerApp.{k}={v}" for k, v in options.items()]
     command += ["--allow-root"] if os.geteuid() == 0 else []
     # A session of its own: Jupyter would answer Ctrl-C with a question. The token is in the environment, not in `ps`.
-    return subprocess.Popen(command, env=os.environ | {"JUPYTER_TOKEN": token}, start_new_session=True)
+    env = os.environ | {"JUPYTER_TOKEN": token}
+    return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
 def _free_port() -> int:
@@ -113,11 +119,13 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _wait(server: subprocess.Popen, url: str) -> None:
+def _wait(server: subprocess.Popen, url: str, log: IO[str]) -> None:
     end = time.monotonic() + _PATIENCE
     while time.monotonic() < end:
         if server.poll() is not None:
-            raise Error(f"JupyterLab ended with code {server.returncode}.", "Try it alone: jupyter lab.")
+            log.seek(0)
+            last = (log.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise Error(f"JupyterLab ended with code {server.returncode}: {last}.", "Try it alone: jupyter lab.")
         try:
             urllib.request.urlopen(f"{url}/api", timeout=2).close()
             return

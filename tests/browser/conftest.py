@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
 
+import numpy as np
 import pytest
 
 from tests.test_imports import ROOT
@@ -42,6 +43,7 @@ class Lab:
     folder: Path
     started: float  # seconds until it answered
     settings: Path
+    env: dict[str, str]  # what keeps it apart from a person's own Jupyter
     timings: dict[str, float] = field(default_factory=dict)
 
     def write(self, name: str, *cells: str) -> None:
@@ -65,7 +67,7 @@ def lab(tmp_path_factory):
     if CHROMIUM is None or not all(map(importlib.util.find_spec, NEEDS)):
         pytest.skip(f"browser tests need Chromium and JupyterLab: {HOW}")
     base = tmp_path_factory.mktemp("lab")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MLXDIFF_CACHE": str(base / "cache")}
+    env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MLXDIFF_CACHE": str(base / "cache")}
     for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
         env[f"JUPYTER_{name}"] = str(base / name.lower())
     env |= {"IPYTHONDIR": str(base / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(base / "settings")}
@@ -81,8 +83,8 @@ def lab(tmp_path_factory):
     command += [f"--ServerApp.{k}={v}" for k, v in options.items()]
     begin = time.perf_counter()
     with open(base / "log", "w") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    found = Lab(f"http://127.0.0.1:{port}", base / "books", 0.0, base / "settings")
+        server = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log, start_new_session=True)
+    found = Lab(f"http://127.0.0.1:{port}", base / "books", 0.0, base / "settings", env)
     found._set("notification", {"fetchNews": "false", "checkForUpdates": False})
     try:
         while not _answers(f"{found.url}/api/status"):
@@ -216,6 +218,11 @@ class Hand:
     def shot(self, name: str) -> None:
         SHOTS.mkdir(parents=True, exist_ok=True)
         self.root.screenshot(path=SHOTS / f"{name}.png")
+
+
+def rgb(hand: Hand) -> np.ndarray:
+    w, h, data = hand.pixels()
+    return np.frombuffer(data, np.uint8).reshape(h, w, 4)[..., :3]
 
 
 @pytest.fixture

@@ -13,18 +13,13 @@ from playwright.sync_api import expect
 from mlxdiff import images
 from mlxdiff.request import Request
 from tests import fakes
-from tests.browser.conftest import STUDIO, Hand
+from tests.browser.conftest import STUDIO, Hand, rgb
 
 SLOW, QUICK = STUDIO.format(pace=0.08), STUDIO.format(pace=0.01)
 
 
 def drawn(lab, name: str = "pictures") -> list:
     return sorted((lab.folder / name).glob("*.png"), key=lambda p: p.stat().st_mtime_ns)
-
-
-def rgb(hand: Hand) -> np.ndarray:
-    w, h, data = hand.pixels()
-    return np.frombuffer(data, np.uint8).reshape(h, w, 4)[..., :3]
 
 
 def test_from_a_prompt_to_a_picture(desk, lab):
