@@ -1,0 +1,57 @@
+"""`mlxdiff studio` as a newcomer meets it: one command, a page with the studio drawn, the built-in model's pixels."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from playwright.sync_api import expect
+
+import mlxdiff
+from mlxdiff import images
+from tests.browser.conftest import Hand, rgb
+from tests.test_imports import ROOT
+
+
+@pytest.fixture
+def started(lab, tmp_path):  # lab: for its skip, and for a place of settings of our own
+    env = os.environ | lab.env | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mlxdiff.widgets.app", "--no-browser"]
+    begin = time.perf_counter()
+    with open(tmp_path / "err", "w") as err:
+        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=err, text=True)
+    line = server.stdout.readline()
+    lab.timings["mlxdiff studio: address after"] = time.perf_counter() - begin
+    address = re.search(r"http://\S+", line)
+    assert address, (tmp_path / "err").read_text()
+    yield address[0], begin
+    server.send_signal(signal.SIGINT)
+    assert server.wait(30) == 0
+    assert (tmp_path / "err").read_text() == ""
+
+
+def test_one_command_then_a_prompt_then_a_picture(started, lab, page, tmp_path):
+    address, begin = started
+    page.allowed.append("404")  # JupyterLab looks for a workspace of this name, which is new
+    page.goto(address)
+    root = page.locator(".mlxdiff-studio")
+    root.wait_for(timeout=60_000)
+    lab.timings["mlxdiff studio: studio on the page after"] = time.perf_counter() - begin
+    s = Hand(page, root)
+    for n, prompt in enumerate(("a red house under a full moon", "a blue boat on a lake at night"), 1):
+        s.label("Prompt").fill(prompt)
+        pressed = time.perf_counter()
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(n, timeout=60_000)
+        lab.timings[f"{prompt}: picture after"] = time.perf_counter() - pressed
+        s.says("Done in")
+    s.shot("studio-storybook")
+    file = max((tmp_path / "pictures").glob("*.png"), key=lambda p: p.stat().st_mtime_ns)
+    request, model = images.read_settings(file)
+    assert (request.prompt, model) == (prompt, "storybook")
+    # The same machine, weights and code in another process: equal to the last bit.
+    np.testing.assert_array_equal(rgb(s), np.asarray(mlxdiff.load("storybook")(request).image))
