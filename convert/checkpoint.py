@@ -25,6 +25,7 @@ _BESIDE = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety
 
 PREDICTIONS = ("eps", "v", "x0")
 _STATED = {"epsilon": "eps", "v": "v"}  # modelspec's words for what a file predicts
+_FAMILIES = "Give a Stable Diffusion 1.x, 2.x or XL checkpoint."
 FULL = "Use the full checkpoint, or the diffusers folder that holds every part."
 
 Config = clip.Config | unet.Config | vae.Config
@@ -93,24 +94,31 @@ def open(source: str | Path, prediction: str | None = None) -> Checkpoint:
     path = Path(source)
     if prediction not in (None, *PREDICTIONS):
         raise Error(f"{prediction!r} is not what a network predicts.", f"Use one of {', '.join(PREDICTIONS)}.")
-    if (path / "model_index.json").is_file():
-        return _folder(path, prediction)
-    if (path / "model.json").is_file():
-        raise Error(f"{path} is converted already.", "Use it as it is.")
-    return _single(path, prediction)
+    try:
+        if (path / "model_index.json").is_file():
+            return _folder(path, prediction)
+        if (path / "model.json").is_file():
+            raise Error(f"{path} is converted already.", "Use it as it is.")
+        return _single(path, prediction)
+    except OSError as e:  # a folder that may not be looked into, a link that leads nowhere
+        raise Error(f"{path} cannot be read: {e.strerror}.", "Check the path, its links and its permissions.") from None
 
 
 def _folder(path: Path, prediction: str | None) -> Checkpoint:
     index, components = Settings(path / "model_index.json"), {}
-    for name, entry in index.values.items():
-        if name.startswith("_") or name in _BESIDE or not isinstance(entry, list) or entry[-1:] in ([], [None]):
-            continue
-        if entry[-1] not in _CLASSES or name not in weights.MODULES:
-            index.refuse(name, entry[-1])
+    networks = {
+        name: entry[-1]
+        for name, entry in index.values.items()
+        if isinstance(entry, list) and entry[-1:] not in ([], [None]) and name not in _BESIDE
+    }
+    for name, cls in networks.items():
+        if cls not in _CLASSES or name not in weights.MODULES:
+            raise Error(f"{path} is a {index.cls} whose {name} is a {cls}, which is not supported yet.", _FAMILIES)
+    for name, cls in networks.items():
         if not (path / name).is_dir():
             raise Error(f"{path} lacks the folder {name}.", "Download the missing folder.")
         tensors = files.read(path / name).tensors
-        components[name] = _configured(name, Settings(path / name / "config.json"), entry[-1], list(tensors.items()))
+        components[name] = _configured(name, Settings(path / name / "config.json"), cls, list(tensors.items()))
     if "unet" not in components:
         raise Error(f"{path} has no unet.", FULL)
     net = components["unet"].config
@@ -174,7 +182,7 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
 def _configured(name: str, settings: Settings, cls: str, tensors: rules.Named) -> Component:
     """A network whose config.json says what it is."""
     if cls not in _CLASSES:
-        raise Error(f"{settings.path} describes a {cls}, which is not supported yet.", FULL)
+        raise Error(f"{settings.path} describes a {cls}, which is not supported yet.", _FAMILIES)
     module = _CLASSES[cls]
     config = module.from_json(settings, cls)
     table = module.table([n for n, _ in tensors])

@@ -53,7 +53,8 @@ def from_json(s: Settings) -> tuple[dict, str]:
         spacing = "lcm"
     for name in ("karras", "exponential", "beta"):
         spacing = name if s.flag(f"use_{name}_sigmas", False) else spacing
-    s.one("trained_betas", None, [None])
+    for key, only in (("trained_betas", None), ("timestep_type", "discrete"), ("use_flow_sigmas", False)):
+        s.one(key, only, [only])
     start, end = (0.00085, 0.012) if cls.startswith(_OLD) else (0.0001, 0.02)
     betas = "scaled_linear" if cls in ("LCMScheduler", "TCDScheduler") else "linear"
     return {

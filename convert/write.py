@@ -5,7 +5,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,28 +35,18 @@ def convert(
     what suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told
     ("convert", bytes done, bytes in all)."""
     target = Path(target)
-    _vacant(target)
     dtype = weights.default_dtype() if dtype is None else dtype
     for what, value, known in (("bits", bits, (None, *weights.BITS)), ("dtype", dtype, tuple(weights.DTYPES))):
         if value not in known:
             raise Error(f"{what} {value!r} is not one that can be stored.", f"Use one of {', '.join(map(str, known))}.")
-    checkpoint = open(source, prediction)
-    check(checkpoint)
-    _whole(checkpoint)
-    words = _words(checkpoint, None if tokenizer is None else Path(tokenizer))
-    made = target.absolute().parent / f".{target.name}-{secrets.token_hex(4)}.part"
-    fresh = [p for p in made.parents if not p.exists()]
     try:
-        try:
-            made.mkdir(parents=True)
-            _write(checkpoint, made, bits, dtype, words, (lambda *_: None) if progress is None else progress)
-            _place(made, target)
-        except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            for folder in fresh:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise
+        _vacant(target)
+        checkpoint = open(source, prediction)
+        check(checkpoint)
+        _whole(checkpoint)
+        words = _words(checkpoint, None if tokenizer is None else Path(tokenizer))
+        with _appearing(target) as folder:
+            _write(checkpoint, folder, bits, dtype, words, (lambda *_: None) if progress is None else progress)
     except OSError as e:
         raise Error(f"{target} cannot be written: {e.strerror}.", "Check the free space and the permissions.") from None
     return target
@@ -151,7 +141,9 @@ def _sound(weight: rules.Weight, dtype: mx.Dtype) -> mx.array:
         return weight.fitted(value)
     name, file = weight.tensor.name, weight.tensor.file
     if _finite(stored):
-        raise Error(f"{name!r} in {file} has numbers too large for {dtype}.", "Pass --dtype bfloat16 or float32.")
+        raise Error(
+            f"{name!r} in {file} has numbers too large for {str(dtype)[9:]}.", "Pass --dtype bfloat16 or float32."
+        )
     raise Error(f"{name!r} in {file} has numbers that are NaN or infinite.", "Use another copy of this checkpoint.")
 
 
@@ -178,15 +170,29 @@ def _vacant(target: Path) -> None:
         raise Error(f"{target} exists and is no folder.", "Give a new folder.")
 
 
-def _place(made: Path, target: Path) -> None:
-    """Give the finished folder its name, on disk too; an older model folder of that name goes."""
-    _sync(made)
-    old = made.with_suffix(".old")
-    if target.is_dir():
-        os.rename(target, old)
-    os.rename(made, target)
-    _sync(made.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder that gets the target's name once all is in it, on disk too; an older model folder of that name goes.
+    Left early, for whatever reason, it leaves nothing."""
+    made = target.absolute().parent / f".{target.name}-{secrets.token_hex(4)}.part"
+    old, fresh = made.with_suffix(".old"), [p for p in made.parents if not p.exists()]
+    try:
+        made.mkdir(parents=True)
+        yield made
+        _sync(made)
+        if target.is_dir():
+            os.rename(target, old)
+        os.rename(made, target)
+        _sync(target.absolute().parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            shutil.rmtree(made, ignore_errors=True)
+            for folder in fresh:
+                folder.rmdir()
+        raise
 
 
 def _sync(folder: Path) -> None:

@@ -316,7 +316,7 @@ BAD = {
     ),
     "NaN": (lambda p: p.tensors(put(NORM, lambda x: poke(x, np.nan))), "'model.diffusion_model.out.0.bias'"),
     "infinity": (lambda p: p.tensors(put("decoder.conv_in.bias", lambda x: poke(x, np.inf))), "conv_in.bias"),
-    "too large for float16": (too_large, "--dtype bfloat16"),
+    "too large for float16": (too_large, "too large for float16. Pass --dtype bfloat16"),
     # whole files of something else, and half models
     "a LoRA": (lambda p: p.sparse("lora_kohya_sd15"), "a LoRA"),
     "a ControlNet": (lambda p: p.sparse("sd15_controlnet_canny"), "a ControlNet"),
@@ -352,6 +352,11 @@ BAD = {
     "config.json missing": (gone("unet/config.json"), "unet/config.json"),
     "a component unknown": (lambda p: p.json("model_index.json", controlnet=["x", "ControlNetModel"]), "controlnet"),
     "no unet": (lambda p: p.json("model_index.json", unet=[None, None]), "has no unet"),
+    "a folder of FLUX": (
+        lambda p: p.json("model_index.json", _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer"]),
+        "is a FluxPipeline whose transformer is a FluxTransformer",
+    ),
+    "noise of continuous time": (scheduler(timestep_type="continuous"), "timestep_type"),
     "a setting not implemented": (unet(class_embed_type="timestep"), "class_embed_type"),
     "a block not implemented": (unet(down_block_types=["AttnDownBlock2D"] * 2), "AttnDown"),
     "a setting of the wrong kind": (unet(layers_per_block="two"), "layers_per_block"),
