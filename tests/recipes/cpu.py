@@ -1,6 +1,6 @@
 """What makes torch train small diffusion nets on CPU cores: a GroupNorm for narrow layers, attention as plain matrix
-products, Muon, and single-threaded processes that average gradients (threads of one process wait at every barrier when
-the cores are shared)."""
+products, Muon, and single-threaded processes that average gradients or weights (threads of one process wait at every
+barrier when the cores are shared)."""
 
 import os
 import tempfile
@@ -126,6 +126,15 @@ def average_gradients(params) -> None:
     flat /= dist.get_world_size()
     for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
         p.grad.copy_(g.view_as(p))
+
+
+@torch.no_grad()
+def average_weights(params) -> None:
+    flat = torch.cat([p.reshape(-1) for p in params])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, mean in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.copy_(mean.view_as(p))
 
 
 def agree(value: float) -> float:
