@@ -33,6 +33,10 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.check and args.output is not None:
+        parser().error("--check only looks: leave out -o")
+    if args.json and not args.check:
+        parser().error("--json goes with --check")
     return run("mlxdiff convert", lambda: _check(args) if args.check else _convert(args))
 
 

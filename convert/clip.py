@@ -32,10 +32,11 @@ def table(names: list[str]) -> list[Row]:
 
 
 def unread(names: list[str]) -> list[Row]:
-    """SD 2.x reads OpenCLIP's last layer but one. The original files hold all layers and the projection; files that
-    were exported from diffusers hold one layer less and no projection, and all of theirs are read."""
-    layers = {m[1] for n in names if (m := re.match(r"transformer\.resblocks\.(\d+)\.", n))}
-    return [(rf"^transformer\.resblocks\.{len(layers) - 1}\.", None)] if "text_projection" in names else []
+    """SD 2.x reads OpenCLIP's last layer but one. Original files hold all 24 layers; those exported from diffusers only
+    the 23 that are read. Of another count, a file that also holds the projection is taken for a whole encoder."""
+    n = len({m[1] for name in names if (m := re.match(r"transformer\.resblocks\.(\d+)\.", name))})
+    whole = n == 24 or (n != 23 and "text_projection" in names)
+    return [(rf"^transformer\.resblocks\.{n - 1}\.", None)] if whole else []
 
 
 def config(shapes: Shapes, act: str | None, projected: bool) -> Config:

@@ -1,6 +1,7 @@
 """What a file is, from tensor names and shapes alone: its family, or the name of the thing we do not read."""
 
 import re
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -51,7 +52,7 @@ _VAE = r"^(first_stage_model\.|vae\.)?decoder\.(up|up_blocks)\.\d"
 _CLIP = r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.|^transformer\.resblocks\.\d"
 
 
-def family(path, tensors: dict[str, Tensor]) -> str:
+def family(path: Path, tensors: dict[str, Tensor]) -> str:
     """The key of FAMILIES."""
 
     def has(pattern: str) -> bool:
@@ -86,7 +87,7 @@ def family(path, tensors: dict[str, Tensor]) -> str:
 
 def original(tensors: dict[str, Tensor]) -> bool:
     """Whether the names are the original authors' (LDM, OpenCLIP) and not diffusers' and transformers'."""
-    marks = r"^(model|first_stage_model|cond_stage_model|conditioner)\.|^input_blocks\.|\.mid\.block_1\.|\.?resblocks\."
+    marks = r"^(model|first_stage_model|cond_stage_model|conditioner)\.|^input_blocks\.|\.mid\.block_1\.|resblocks\."
     return any(re.search(marks, n) for n in tensors)
 
 
@@ -99,5 +100,5 @@ def prediction_sd2(weights: dict[str, Weight]) -> str:
     return "v" if spread > 0.09 or spread == 0 else "eps"
 
 
-def _refuse(path, what: str):
+def _refuse(path: Path, what: str):
     raise Error(f"{path} is {what}, which is not supported yet.", "Give a Stable Diffusion 1.x, 2.x or XL checkpoint.")

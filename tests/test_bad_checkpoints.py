@@ -383,6 +383,8 @@ BAD = {
     "output under a file": (lambda p: output(p, "/dev/null/out"), "/dev/null/out"),
     "output the checkpoint itself": (itself, "folder of something else"),
     "no output": (lambda p: [str(p.good / "model")], "-o DIR"),
+    "to look and to write": (lambda p: [*output(p, "out"), "--check"], "leave out -o"),
+    "json of nothing": (lambda p: [*output(p, "out"), "--json"], "--json goes with --check"),
     "bits that are not": (lambda p: [*output(p, "out"), "-q", "7"], "7"),
     "a dtype that is not": (lambda p: [*output(p, "out"), "--dtype", "int8"], "int8"),
     "a prediction that is not": (lambda p: [*output(p, "out"), "--prediction", "flow"], "flow"),

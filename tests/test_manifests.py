@@ -236,6 +236,15 @@ DERIVED = {
         lambda: ldm("sd21_unet", "sd21_vae", h=original.open_clip(hollow("sd21_text_encoder"), spare=False)),
         "sd2", "base", SD2_COUNTS,
     ),
+    "SD2 without its projection": (
+        lambda: without(ldm("sd21_unet", "sd21_vae", h=open_clip_h()), "text_projection", "logit_scale"),
+        "sd2", "base", SD2_COUNTS,
+    ),
+    "SD2 exported from diffusers and given a projection": (
+        lambda: ldm("sd21_unet", "sd21_vae", h=original.open_clip(hollow("sd21_text_encoder"), spare=False))
+        | {"cond_stage_model.model.text_projection": (1024, 1024)},
+        "sd2", "base", SD2_COUNTS,
+    ),
     "SD-Turbo, with the newer prefix": (
         lambda: renamed(ldm("sd21_unet", "sd21_vae", h=open_clip_h()), "cond_stage_model.", "conditioner.embedders.0."),
         "sd2", "base", SD2_COUNTS,
