@@ -1,6 +1,6 @@
 """Guidance: a network, its conditions and what it predicts, folded into denoise(x, sigma) -> x0.
 
-Here alone VE form meets the network: it gets x / sqrt(1 + sigma^2) in its dtype, and its output becomes float32."""
+Here alone a sampler's x meets the network: scaled as in training, in its dtype; what comes out becomes float32."""
 
 import math
 from collections.abc import Callable
@@ -8,19 +8,20 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .errors import Error
-from .schedules import Discrete
+from .schedules import Schedule
 
-# x, sigma and the network's output -> x0 (Ho et al. 2020; Salimans and Ho 2022, appendix D)
+# x, sigma and the network's output -> x0 (Ho et al. 2020; Salimans and Ho 2022, appendix D; Liu et al. 2023)
 PREDICTIONS: dict[str, Callable[[mx.array, float, mx.array], mx.array]] = {
     "eps": lambda x, sigma, out: x - sigma * out,
     "v": lambda x, sigma, out: x / (1 + sigma**2) - sigma / math.sqrt(1 + sigma**2) * out,
     "x0": lambda x, sigma, out: out,
+    "flow": lambda x, sigma, out: x - sigma * out,
 }
 
 
 def denoiser(
     net: Callable[..., mx.array],
-    schedule: Discrete,
+    schedule: Schedule,
     prediction: str,
     cond: dict,
     *,
@@ -31,7 +32,7 @@ def denoiser(
     interval: tuple[float, float] = (math.inf, 0.0),
     dtype: mx.Dtype,
 ) -> Callable[[mx.array, float], mx.array]:
-    """denoise(x, sigma) -> x0, for x (B, h, w, c) in VE form.
+    """denoise(x, sigma) -> x0, for x (B, h, w, c) as samplers have it.
 
     cond: what net takes besides x and t, for B samples. both: the same for 2 B, the negative half first, to be run as
     one batch under guidance; or uncond: the negative alone, to run it by itself and hold half the activations.
@@ -42,7 +43,7 @@ def denoiser(
         raise Error(f"There is no prediction {prediction!r}.", fix=f"Use one of {', '.join(PREDICTIONS)}.")
 
     def denoise(x: mx.array, sigma: float) -> mx.array:
-        t, x_in = schedule.t(sigma), (x / math.sqrt(1 + sigma**2)).astype(dtype)
+        t, x_in = schedule.t(sigma), (x / schedule.spread(sigma)).astype(dtype)
         if scale <= 1 or not interval[0] >= sigma > interval[1]:
             out = net(x_in, t, **cond).astype(mx.float32)
         else:

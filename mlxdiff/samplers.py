@@ -2,12 +2,14 @@
 
 x: (B, h, w, c) float32 in VE form, x = x0 + sigma * noise. sigmas: descending floats, one more than steps, mostly to 0.
 denoise(x, sigma) -> x0. draw() -> standard normals like x. eta: the share of fresh noise, 0 none, 1 the paper's.
-All follow dx/dsigma = (x - x0) / sigma (Karras et al. 2022). Rectified flow has the same equation, so the samplers
-without noise hold there as they are; how much noise a step may add is what the two families differ in."""
+All follow dx/dsigma = (x - x0) / sigma (Karras et al. 2022). Rectified flow, x = (1 - sigma) x0 + sigma * noise, has
+the same equation, so one-step samplers hold there as they are. What differs is noise over signal (multistep samplers
+count in its logarithm) and how much noise a step may add: the column `flow` of the table."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
@@ -18,11 +20,24 @@ from .schedules import DDIM, DDPM, KDIFFUSION, LOGSNR, Grid
 Denoise = Callable[[mx.array, float], mx.array]
 Draw = Callable[[], mx.array]
 Steps = Iterator[tuple[mx.array, mx.array]]
+Ratio = Callable[[float], float]  # sigma -> noise over signal
 
 
 def shrink(x: mx.array, x0: mx.array, ratio: float) -> mx.array:
     """The exact step while x0 stands still: what is not x0 shrinks with sigma. No digits are lost at large sigma."""
     return x0 + ratio * (x - x0)
+
+
+def ve_ratio(s: float) -> float:
+    return s
+
+
+def flow_ratio(s: float) -> float:
+    return s / (1 - s) if s < 1 else math.inf
+
+
+def unipc_ratio(s: float) -> float:
+    return flow_ratio(min(s, 1 - 1e-6))  # where diffusers' UniPC begins, to keep the first logarithm finite
 
 
 def ancestral(s: float, s_next: float, eta: float) -> tuple[float, float]:
@@ -45,6 +60,19 @@ def ddim(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: fl
         x0 = denoise(x, s)
         down, up = ancestral(s, s_next, eta)
         x = shrink(x, x0, down / s)
+        if up > 0:
+            x = x + up * draw()
+        yield x, x0
+
+
+def euler_ancestral_flow(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: float) -> Steps:
+    """Euler ancestral of rectified flow (ComfyUI): too far down, then signal and noise brought to those of s_next."""
+    for s, s_next in pairwise(sigmas):
+        x0 = denoise(x, s)
+        down = s_next * (1 + eta * (s_next / s - 1))
+        signal = (1 - s_next) / (1 - down)
+        x = signal * shrink(x, x0, down / s)
+        up = math.sqrt(max(0.0, s_next**2 - (down * signal) ** 2))
         if up > 0:
             x = x + up * draw()
         yield x, x0
@@ -73,17 +101,19 @@ def heun(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
         yield x, x0
 
 
-def dpmpp_2m(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
+def dpmpp_2m(denoise: Denoise, x: mx.array, sigmas: list[float], ratio: Ratio = ve_ratio) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2023, algorithm 2)."""
-    return dpmpp_2m_sde(denoise, x, sigmas, draw=None, eta=0)
+    return dpmpp_2m_sde(denoise, x, sigmas, draw=None, eta=0, ratio=ratio)
 
 
-def dpmpp_2m_sde(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw | None, eta: float) -> Steps:
+def dpmpp_2m_sde(
+    denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw | None, eta: float, ratio: Ratio = ve_ratio
+) -> Steps:
     """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2023, appendix). The step to 0 and the first are of first order."""
     old = h_old = None
     for s, s_next in pairwise(sigmas):
         x0 = denoise(x, s)
-        h = math.log(s / s_next) if s_next > 0 else math.inf  # diffusers' flow has log(s / (1 - s)): also second order
+        h = math.log(ratio(s) / ratio(s_next)) if s_next > 0 else math.inf
         middle = x0 if old is None or s_next == 0 else x0 + h / (2 * h_old) * (x0 - old)
         x = shrink(x, middle, (s_next / s) ** (1 + eta))
         if eta > 0 and s_next > 0:
@@ -115,18 +145,18 @@ def dpmpp_sde(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, et
         yield x, x0
 
 
-def unipc(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
+def unipc(denoise: Denoise, x: mx.array, sigmas: list[float], ratio: Ratio = ve_ratio) -> Steps:
     """UniPC-2 with B2(h) (Zhao et al. 2023, algorithms 5 and 6): DPM++ 2M predicts, the next x0 corrects."""
     x_old = old = s_old = h_old = slope = None
     for s, s_next in pairwise(sigmas):
         x0 = denoise(x, s)
         if old is not None:
-            h = math.log(s_old / s)
+            h = math.log(ratio(s_old) / ratio(s))
             middle = (old + x0) / 2 if slope is None else old + unic(h, h_old, slope, x0 - old)
             x = shrink(x_old, middle, s / s_old)
             slope, h_old = (x0 - old) / h, h
         x_old, old, s_old = x, x0, s
-        middle = x0 if slope is None or s_next == 0 else x0 + math.log(s / s_next) / 2 * slope
+        middle = x0 if slope is None or s_next == 0 else x0 + math.log(ratio(s) / ratio(s_next)) / 2 * slope
         x = shrink(x, middle, s_next / s)
         yield x, x0
 
@@ -159,6 +189,7 @@ class Sampler:
     aliases: tuple[str, ...]  # A1111's, ComfyUI's and diffusers' names, in any case
     eta: float | None = None  # the default; None: adds no noise
     visits: Callable[[list[float]], list[float]] = starts  # the sigmas at which denoise will be called, in any order
+    flow: Callable[..., Steps] | None = None  # fn for rectified flow; None: not for it
 
     @property
     def noisy(self) -> bool:
@@ -166,15 +197,30 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(euler, KDIFFUSION, ("EulerDiscreteScheduler",)),
-    "euler_ancestral": Sampler(ddim, KDIFFUSION, ("Euler a", "EulerAncestralDiscreteScheduler"), eta=1.0),
-    "heun": Sampler(heun, KDIFFUSION, ("HeunDiscreteScheduler",), visits=starts_and_ends),
-    "dpmpp_2m": Sampler(dpmpp_2m, LOGSNR, ("DPM++ 2M", "DPMSolverMultistepScheduler")),
+    "euler": Sampler(euler, KDIFFUSION, ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"), flow=euler),
+    "euler_ancestral": Sampler(
+        ddim, KDIFFUSION, ("Euler a", "EulerAncestralDiscreteScheduler"), eta=1.0, flow=euler_ancestral_flow
+    ),
+    "heun": Sampler(
+        heun,
+        KDIFFUSION,
+        ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+        visits=starts_and_ends,
+        flow=heun,
+    ),
+    "dpmpp_2m": Sampler(
+        dpmpp_2m, LOGSNR, ("DPM++ 2M", "DPMSolverMultistepScheduler"), flow=partial(dpmpp_2m, ratio=flow_ratio)
+    ),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, LOGSNR, ("DPM++ 2M SDE",), eta=1.0),
     "dpmpp_sde": Sampler(
         dpmpp_sde, KDIFFUSION, ("DPM++ SDE", "DPMSolverSDEScheduler"), eta=1.0, visits=starts_and_halfways
     ),
-    "unipc": Sampler(unipc, LOGSNR, ("uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler")),
+    "unipc": Sampler(
+        unipc,
+        LOGSNR,
+        ("uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler"),
+        flow=partial(unipc, ratio=unipc_ratio),
+    ),
     "ddim": Sampler(ddim, DDIM, ("DDIMScheduler",), eta=0.0),
     "ddpm": Sampler(ddim, DDPM, ("DDPMScheduler",), eta=1.0),
     "lcm": Sampler(lcm, DDPM, ("LCMScheduler",), eta=1.0),
@@ -187,3 +233,12 @@ def resolve(name: str) -> str:
         if name.casefold() in (key, *(alias.casefold() for alias in row.aliases)):
             return key
     raise Error(f"There is no sampler {name!r}.", fix=f"Use one of {', '.join(SAMPLERS)}.")
+
+
+def of_flow(name: str) -> Callable[..., Steps]:
+    """The sampler as rectified flow takes it."""
+    fn = SAMPLERS[name].flow
+    if fn is None:
+        suited = ", ".join(n for n, row in SAMPLERS.items() if row.flow is not None)
+        raise Error(f"The sampler {name} is not for models of rectified flow.", fix=f"Use one of {suited}.")
+    return fn

@@ -1,7 +1,8 @@
 """Schedules: how noise grows in training, and the noise levels a sampler visits. Pure functions, numpy float64.
 
-sigma is the noise of a sample in VE form, x = x0 + sigma * noise; x_vp = x / sqrt(1 + sigma^2) is what the network sees
-(Karras et al. 2022). A spacing is a function (schedule, n) -> n descending sigmas; SPACINGS is the table of them."""
+Discrete: sigma is the noise of a sample in VE form, x = x0 + sigma * noise; x_vp = x / sqrt(1 + sigma^2) is what the
+network sees (Karras et al. 2022). Flow: x = (1 - sigma) * x0 + sigma * noise, which the network sees as it is (Liu et
+al. 2023). A spacing is a function (schedule, n) -> n descending sigmas; SPACINGS and FLOW_SPACINGS are the tables."""
 
 import math
 from collections.abc import Callable
@@ -102,7 +103,68 @@ class Discrete:
 
     def start(self, sigma: float, spacing: str) -> float:
         """The first x is standard noise times this."""
-        return sigma if self.grid.ve_start and spacing != "leading" else math.sqrt(1 + sigma**2)
+        return sigma if self.grid.ve_start and spacing != "leading" else self.spread(sigma)
+
+    def spread(self, sigma: float) -> float:
+        """x over this is what the networks see."""
+        return math.sqrt(1 + sigma**2)
+
+    @property
+    def last(self) -> float:
+        """Where a run ends."""
+        return float(self.sigmas[0]) if self.grid.first and not self.final_alpha_one else 0.0
+
+    def ends(self, n: int) -> tuple[float, float]:
+        """The least and the greatest of n levels that are spaced between ends."""
+        return self.sigmas[0], self.sigmas[-1]
+
+    @property
+    def spacings(self) -> dict[str, "Spacing"]:
+        return SPACINGS
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow: sigma in [0, 1] is also the network's time. Shifted, more of the steps go to large sigma
+    (Esser et al. 2024, eq. 23)."""
+
+    shift: float = 1.0
+    own: str = "linspace"  # the model's own spacing, linspace or trailing: it has the ends of karras and its kin
+    n: int = 1000  # training steps: what the smallest sigma is one of
+
+    last = 0.0
+
+    def t(self, sigma: float) -> float:
+        return sigma
+
+    def start(self, sigma: float, spacing: str) -> float:
+        return 1.0
+
+    def spread(self, sigma: float) -> float:
+        return 1.0
+
+    def ends(self, n: int) -> tuple[float, float]:
+        return tuple(FLOW_SPACINGS[self.own](self, n)[[-1, 0]])
+
+    def shifted(self, sigma: np.ndarray | float) -> np.ndarray | float:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    @property
+    def spacings(self) -> dict[str, "Spacing"]:
+        return FLOW_SPACINGS
+
+
+Schedule = Discrete | Flow
+Spacing = Callable[[Schedule, int], np.ndarray]
+
+
+def flow(row: dict, tokens: int, shift: float | None = None) -> Flow:
+    """The schedule of a model folder for pictures of so many patches. shift: instead of the model's own."""
+    d = row["dynamic"]
+    if shift is None and d is not None:  # FLUX dev: log shift is linear in the size of the picture
+        slope = (d["max_shift"] - d["base_shift"]) / (d["max_image_seq_len"] - d["base_image_seq_len"])
+        shift = math.exp(d["base_shift"] + slope * (tokens - d["base_image_seq_len"]))
+    return Flow(row["shift"] if shift is None else shift, row["ends"], row["steps"])
 
 
 def discrete(row: dict, grid: Grid) -> Discrete:
@@ -137,22 +199,6 @@ def lcm(schedule: Discrete, n: int) -> np.ndarray:
     return schedule.sigma(distilled[np.linspace(0, 50, n, endpoint=False).astype(int)])
 
 
-def karras(schedule: Discrete, n: int) -> np.ndarray:
-    """Even in sigma^(1/7) (Karras et al. 2022, eq. 5)."""
-    return np.linspace(schedule.sigmas[-1] ** (1 / 7), schedule.sigmas[0] ** (1 / 7), n) ** 7
-
-
-def exponential(schedule: Discrete, n: int) -> np.ndarray:
-    """Even in log sigma."""
-    return np.exp(np.linspace(math.log(schedule.sigmas[-1]), math.log(schedule.sigmas[0]), n))
-
-
-def beta(schedule: Discrete, n: int) -> np.ndarray:
-    """Quantiles of Beta(0.6, 0.6) in sigma (Lee et al. 2024) as diffusers reads it; ComfyUI spaces t so instead."""
-    low, high = schedule.sigmas[[0, -1]]
-    return low + (high - low) * beta_quantile(np.linspace(1, 0, n), 0.6)
-
-
 def sgm_uniform(schedule: Discrete, n: int) -> np.ndarray:
     """Even in t with the clean end left out, as ComfyUI and Stability's SGM have it."""
     return schedule.sigma(np.linspace(schedule.n - 1, 0, n + 1)[:-1])
@@ -161,6 +207,27 @@ def sgm_uniform(schedule: Discrete, n: int) -> np.ndarray:
 def simple(schedule: Discrete, n: int) -> np.ndarray:
     """Every (steps / n)-th training step from the noisy end, rounded to the noisier, as ComfyUI has it."""
     return schedule.sigmas[schedule.n - 1 - (np.arange(n) * (schedule.n / n)).astype(int)]
+
+
+# ---- spacings between two ends, of either family
+
+
+def karras(schedule: Schedule, n: int) -> np.ndarray:
+    """Even in sigma^(1/7) (Karras et al. 2022, eq. 5)."""
+    low, high = schedule.ends(n)
+    return np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7
+
+
+def exponential(schedule: Schedule, n: int) -> np.ndarray:
+    """Even in log sigma."""
+    low, high = schedule.ends(n)
+    return np.exp(np.linspace(math.log(high), math.log(low), n))
+
+
+def beta(schedule: Schedule, n: int) -> np.ndarray:
+    """Quantiles of Beta(0.6, 0.6) in sigma (Lee et al. 2024) as diffusers reads it; ComfyUI spaces t so instead."""
+    low, high = schedule.ends(n)
+    return low + (high - low) * beta_quantile(np.linspace(1, 0, n), 0.6)
 
 
 def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
@@ -175,7 +242,25 @@ def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
     return np.where(p < 0.5, low, 1 - low)
 
 
-SPACINGS: dict[str, Callable[[Discrete, int], np.ndarray]] = {
+# ---- spacings of rectified flow: even before the shift
+
+
+def flow_linspace(schedule: Flow, n: int) -> np.ndarray:
+    """As SD3's pipeline in diffusers has it: down to the smallest sigma of training, which is shifted a second time."""
+    return schedule.shifted(np.linspace(1, schedule.shifted(1 / schedule.n), n))
+
+
+def flow_trailing(schedule: Flow, n: int) -> np.ndarray:
+    """From 1 to 1 / n, as Black Forest Labs have it."""
+    return schedule.shifted(np.linspace(1, 1 / n, n))
+
+
+def flow_sgm_uniform(schedule: Flow, n: int) -> np.ndarray:
+    """With the clean end left out, as UniPC in diffusers has it."""
+    return schedule.shifted(np.linspace(1, 1 / schedule.n, n + 1)[:-1])
+
+
+SPACINGS: dict[str, Spacing] = {
     "leading": leading,
     "trailing": trailing,
     "linspace": linspace,
@@ -186,16 +271,26 @@ SPACINGS: dict[str, Callable[[Discrete, int], np.ndarray]] = {
     "simple": simple,
     "lcm": lcm,
 }
+FLOW_SPACINGS: dict[str, Spacing] = {
+    "linspace": flow_linspace,
+    "trailing": flow_trailing,
+    "sgm_uniform": flow_sgm_uniform,
+    "karras": karras,
+    "exponential": exponential,
+    "beta": beta,
+}
 
 
-def sigmas(schedule: Discrete, spacing: str, steps: int) -> list[float]:
+def sigmas(schedule: Schedule, spacing: str, steps: int) -> list[float]:
     """The steps + 1 noise levels of a run, descending to 0, or to sigma(0) where both model and sampler want it."""
     if spacing not in SPACINGS:
         raise Error(f"There is no schedule {spacing!r}.", fix=f"Use one of {', '.join(SPACINGS)}.")
     if not 1 <= steps <= schedule.n:
         raise Error(f"{steps} steps are not between 1 and {schedule.n}.", fix="Most pictures need 4 to 50.")
-    levels = SPACINGS[spacing](schedule, steps)
+    if spacing not in schedule.spacings:
+        names = ", ".join(schedule.spacings)
+        raise Error(f"The {spacing} schedule does not exist for rectified flow.", fix=f"Use one of {names}.")
+    levels = schedule.spacings[spacing](schedule, steps)
     if np.any(np.diff(levels) >= 0):  # such as leading with an offset and as many steps as in training
         raise Error(f"The {spacing} schedule has no {steps} different steps.", fix="Ask for fewer steps.")
-    last = schedule.sigmas[0] if schedule.grid.first and not schedule.final_alpha_one else 0.0
-    return [*levels.tolist(), float(last)]
+    return [*levels.tolist(), schedule.last]

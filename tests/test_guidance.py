@@ -122,5 +122,5 @@ def test_rescale_equals_diffusers(rescale):
 
 
 def test_unknown_prediction_names_the_known_ones():
-    with pytest.raises(Error, match=r"'flow'.*eps, v, x0"):
-        denoiser(Net(), SCHEDULE, "flow", COND, dtype=mx.float32)
+    with pytest.raises(Error, match=r"'score'.*eps, v, x0, flow"):
+        denoiser(Net(), SCHEDULE, "score", COND, dtype=mx.float32)
