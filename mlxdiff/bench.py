@@ -19,6 +19,7 @@ from statistics import median
 from typing import NamedTuple
 
 import mlx.core as mx
+from tqdm import trange
 
 from . import BLAS, __version__, bench_torch
 from .bench_step import Trace, spread
@@ -130,7 +131,8 @@ def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
         first = watch(pipe, request, clock, trace)
     finally:
         trace.on(False)
-    rest = [watch(pipe, replace(request, prompt=f"{_PROMPT} {i}"), clock) for i in range(repeat)]
+    runs = trange(repeat, desc="runs", leave=False, disable=None)  # a bar on a terminal only
+    rest = [watch(pipe, replace(request, prompt=f"{_PROMPT} {i}"), clock) for i in runs]
     stages = {}
     for stage in (s for s in _STAGES if s in first.seconds):
         samples = [r.seconds[stage] for r in rest if stage in r.seconds] or [first.seconds[stage]]
