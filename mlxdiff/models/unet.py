@@ -95,9 +95,9 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    def __init__(self, *args, down: bool):
-        super().__init__(*args)
-        self.downsamplers = [Downsample(args[2], padding=1)] if down else []
+    def __init__(self, config: Config, c_in: list[int], c: int, depth: tuple[int, ...], heads: int, down: bool):
+        super().__init__(config, c_in, c, depth, heads)
+        self.downsamplers = [Downsample(c, padding=1)] if down else []
 
     def __call__(self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator) -> mx.array:
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
@@ -120,9 +120,9 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    def __init__(self, *args, up: bool):
-        super().__init__(*args)
-        self.upsamplers = [Upsample(args[2])] if up else []
+    def __init__(self, config: Config, c_in: list[int], c: int, depth: tuple[int, ...], heads: int, up: bool):
+        super().__init__(config, c_in, c, depth, heads)
+        self.upsamplers = [Upsample(c)] if up else []
 
     def __call__(self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator) -> mx.array:
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
@@ -148,8 +148,7 @@ class UNet(nn.Module):
         self.down_blocks = []
         for i, (width, n) in enumerate(zip(config.channels, config.layers, strict=True)):
             c_in = [c] + [width] * (n - 1)
-            block = DownBlock(config, c_in, width, config.depth[i], config.heads[i], down=i < last)
-            self.down_blocks.append(block)
+            self.down_blocks.append(DownBlock(config, c_in, width, config.depth[i], config.heads[i], i < last))
             skips += [width] * (n + (i < last))
             c = width
 
@@ -163,7 +162,7 @@ class UNet(nn.Module):
             for _ in range(config.layers[i] + 1):
                 c_in.append(c + skips.pop())
                 c = width
-            self.up_blocks.append(UpBlock(config, c_in, width, depth, config.heads[i], up=i > 0))
+            self.up_blocks.append(UpBlock(config, c_in, width, depth, config.heads[i], i > 0))
 
         self.conv_norm_out = GroupNorm(config.groups, c, config.eps, silu=True)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
@@ -206,12 +205,12 @@ class UNet(nn.Module):
         """All that does not depend on x, made once per picture: text keys and values, and each block's share of each
         time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5)."""
         dtype = self.conv_in.weight.dtype
-        added, guidance = None, guidance_embedding
-        if pooled is not None:
+        added = guidance = None
+        if self.config.added is not None:
             sizes = self.sinusoids(time_ids, self.config.added_time).reshape(time_ids.shape[0], -1)
             added = self.add_embedding(mx.concatenate([pooled.astype(dtype), sizes], axis=-1))
-        if guidance is not None:
-            guidance = guidance.astype(dtype)
+        if self.config.time_cond is not None:
+            guidance = guidance_embedding.astype(dtype)
         times = {}
         if ts is not None:
             shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # of each block (T, B or 1, c)

@@ -58,9 +58,9 @@ class MidBlock(Block):
 
 
 class DownBlock(Block):
-    def __init__(self, *args, down: bool):
-        super().__init__(*args)
-        self.downsamplers = [Downsample(args[1], padding=0)] if down else []
+    def __init__(self, c_in: int, c: int, n: int, groups: int, down: bool):
+        super().__init__(c_in, c, n, groups)
+        self.downsamplers = [Downsample(c, padding=0)] if down else []
 
     def __call__(self, x: mx.array) -> mx.array:
         for resnet in self.resnets:
@@ -71,9 +71,9 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    def __init__(self, *args, up: bool):
-        super().__init__(*args)
-        self.upsamplers = [Upsample(args[1])] if up else []
+    def __init__(self, c_in: int, c: int, n: int, groups: int, up: bool):
+        super().__init__(c_in, c, n, groups)
+        self.upsamplers = [Upsample(c)] if up else []
 
     def __call__(self, x: mx.array) -> mx.array:
         for resnet in self.resnets:
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
         self.down_blocks = []
         for i, width in enumerate(config.channels):
-            self.down_blocks.append(DownBlock(c, width, config.layers, config.groups, down=i < last))
+            self.down_blocks.append(DownBlock(c, width, config.layers, config.groups, i < last))
             c = width
         self.mid_block = MidBlock(c, config)
         self.conv_norm_out = GroupNorm(config.groups, c, EPS, silu=True)
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(c, config)
         self.up_blocks = []
         for i, width in reversed(list(enumerate(config.channels))):
-            self.up_blocks.append(UpBlock(c, width, config.layers + 1, config.groups, up=i > 0))
+            self.up_blocks.append(UpBlock(c, width, config.layers + 1, config.groups, i > 0))
             c = width
         self.conv_norm_out = GroupNorm(config.groups, c, EPS, silu=True)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
