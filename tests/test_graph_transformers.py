@@ -1,6 +1,8 @@
 """The audit of test_graph over the transformers of SD3 and FLUX and over T5: half precision but where float32 is meant,
 nothing for the CPU alone, and in the loop only what sees x."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
@@ -155,3 +157,26 @@ def test_the_loop_holds_only_what_sees_x(name):
 def test_t5_makes_its_position_bias_once():
     net = of_dtype(t5.T5Encoder(T5), mx.float32)
     assert counts(lambda ids: net(ids), mx.zeros((1, 7), mx.int32))["Gather"] == 2  # tokens, and biases by distance
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_weights_released_before_they_are_read_stream(name, tmp_path):
+    """Peak memory, from a file, of making all modulations: a few layers at a time where they are released first, all
+    of them together where they are kept."""
+    kind, config = NETS[name]
+    deep = {"width": 192, "double": 12, "single": 24} if name == "flux" else {"head_dim": 96, "layers": 24}
+    config = replace(config, **deep)
+    mx.save_safetensors(str(tmp_path / "net.safetensors"), dict(tree_flatten(kind(config).parameters())))
+    peaks = {}
+    for first in (True, False):
+        net = kind(config)
+        net.load_weights(str(tmp_path / "net.safetensors"))
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        cond = net.prepare([0.75, 0.5], **conditions(config, mx.float32, 1))
+        if first:
+            net.release_modulation()
+        mx.eval(cond)
+        peaks[first] = mx.get_peak_memory() - before
+    assert peaks[True] < peaks[False] / 2  # a quarter is seen

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from mlx.utils import tree_flatten
 
 from mlxdiff.models import flux
 
+from ..checkpoints import manifest
 from .bfl import from_diffusers
 from .oracle import error, give, nchw, nhwc, quieten, randomize, rounded
 
@@ -169,3 +171,22 @@ def test_float16_text_that_overflows_is_clipped_as_in_diffusers():
     half = reference(theirs.half(), x.astype(np.float16), 0.5, {k: v.astype(np.float16) for k, v in cond.items()})
     assert clipped == [65504]
     assert error(nchw(out), half.astype(np.float32)) < 16 * 2**-11  # both round
+
+
+PUBLISHED = flux.Config(64, 64, 4096, 768, 3072, 24, 12288, 19, 38, (16, 56, 56), 10000.0, guidance=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "bfl", "diffusers"),
+    [
+        (PUBLISHED, "flux1-dev", "flux_dev_transformer"),
+        (replace(PUBLISHED, guidance=False), "flux1-schnell", "flux_schnell_transformer"),
+        (replace(PUBLISHED, in_channels=384), "flux1-fill-dev", "flux_fill_dev_transformer"),
+    ],
+)
+def test_parameters_are_those_of_the_published_files(config, bfl, diffusers):
+    """Names and shapes, in both layouts. No weight is made: ours are lazy, theirs have no storage."""
+    ours = {name: list(p.shape) for name, p in tree_flatten(flux.Flux(config).parameters())}
+    assert ours == manifest(bfl)["tensors"]
+    theirs = {name: torch.empty(shape, device="meta") for name, shape in manifest(diffusers)["tensors"].items()}
+    assert ours == {name: list(p.shape) for name, p in from_diffusers(theirs).items()}

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from mlx.utils import tree_flatten
 
 from mlxdiff.models import sd3
 
+from ..checkpoints import manifest
 from .oracle import error, give, nchw, nhwc, quieten, randomize, rounded
 
 SD3 = sd3.Config(
@@ -160,3 +162,21 @@ def test_half_precision_loses_only_rounding(case, dtype, torch_dtype, eps):
     out = ours(nhwc(x).astype(dtype), 0.5, **ours.prepare([0.5], **ready(cond, x)))
     assert out.dtype == dtype
     assert error(nchw(out), reference(theirs, x, 0.5, cond)) < 8 * eps  # 2 to 4 eps is seen
+
+
+MEDIUM = sd3.Config(16, 16, 2, 192, 4096, 2048, 24, 64, 24, dual=(), qk_norm=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (MEDIUM, "sd3_medium_transformer"),
+        (replace(MEDIUM, heads=38, layers=38, qk_norm=True), "sd35_large_transformer"),
+        (replace(MEDIUM, positions=384, dual=tuple(range(13)), qk_norm=True), "sd35_medium_transformer"),
+    ],
+)
+def test_parameters_are_those_of_the_published_files(config, name):
+    """Names and shapes; none is made, for ours are lazy."""
+    ours = {name: list(p.shape) for name, p in tree_flatten(sd3.SD3(config).parameters())}
+    o, kh, kw, i = ours["pos_embed.proj.weight"]
+    assert ours | {"pos_embed.proj.weight": [o, i, kh, kw]} == manifest(name)["tensors"]

@@ -4,11 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx.utils import tree_flatten
 from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from mlxdiff.models import t5
 
+from ..checkpoints import manifest
 from .oracle import error, give, randomize, rounded
 
 CASES = {
@@ -103,3 +105,9 @@ def test_float16_survives_what_t5_xxl_does_to_it():
     assert len(streams) == config.layers
     assert min(streams) > 4 * 65504
     assert error(ours_of(ours, ids), reference) < 24 * 2**-11
+
+
+def test_parameters_are_those_of_the_published_file():
+    """Names and shapes of T5-XXL's encoder; none is made, for ours are lazy."""
+    net = t5.T5Encoder(t5.Config(32128, 4096, 24, 64, 64, 10240, 32, 128, 1e-6))
+    assert {name: list(p.shape) for name, p in tree_flatten(net.parameters())} == manifest("t5xxl_encoder")["tensors"]
