@@ -25,6 +25,7 @@ _BESIDE = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety
 
 PREDICTIONS = ("eps", "v", "x0")
 _STATED = {"epsilon": "eps", "v": "v"}  # modelspec's words for what a file predicts
+_COMPONENTS = {c for family in detect.FAMILIES.values() for c in family.components}
 _FAMILIES = "Give a Stable Diffusion 1.x, 2.x or XL checkpoint."
 FULL = "Use the full checkpoint, or the diffusers folder that holds every part."
 
@@ -112,7 +113,7 @@ def _folder(path: Path, prediction: str | None) -> Checkpoint:
         if isinstance(entry, list) and entry[-1:] not in ([], [None]) and name not in _BESIDE
     }
     for name, cls in networks.items():
-        if cls not in _CLASSES or name not in weights.MODULES:
+        if cls not in _CLASSES or name not in _COMPONENTS:
             raise Error(f"{path} is a {index.cls} whose {name} is a {cls}, which is not supported yet.", _FAMILIES)
     for name, cls in networks.items():
         if not (path / name).is_dir():

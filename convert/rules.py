@@ -1,5 +1,6 @@
 """Foreign names to ours, foreign layout to ours. A table row is (pattern, target), applied in order, each to what the
-last one made of the name; a tuple of targets splits axis 0; None drops a key on purpose; `.T` at the end transposes."""
+last one made of the name; a tuple of targets splits axis 0; None drops a key on purpose. At a target's end, `.T`
+transposes, and `+0`, `+1`, ... are pieces of one parameter, laid end to end along axis 0."""
 
 import re
 from dataclasses import dataclass
@@ -14,25 +15,57 @@ Named = list[tuple[str, Tensor]]  # a name can occur twice: then one of the two 
 
 
 @dataclass(frozen=True)
-class Weight:
-    """What fills one parameter: a stored tensor, or one of several equal parts of it along axis 0."""
+class Piece:
+    """A stored tensor, or one of several equal parts of it along axis 0."""
 
     tensor: Tensor
+    part: int
+    parts: int
+    transposed: bool
+
+    def cut(self, array: mx.array | np.ndarray) -> mx.array | np.ndarray:
+        rows = array.shape[0] // self.parts if self.parts > 1 else 0
+        array = array[self.part * rows : (self.part + 1) * rows] if self.parts > 1 else array
+        return array.T if self.transposed else array
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """None where it cannot be cut into so many."""
+        shape = self.tensor.shape
+        if self.parts > 1:
+            if not shape or shape[0] % self.parts:
+                return None
+            shape = (shape[0] // self.parts, *shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What fills one parameter."""
+
+    pieces: tuple[Piece, ...]
     shape: tuple[int, ...]  # the parameter's
-    part: int = 0
-    parts: int = 1
-    transposed: bool = False
 
     def array(self) -> mx.array:
-        return self.fitted(self.tensor.read())
+        return self.fitted([p.tensor.read() for p in self.pieces])
 
-    def fitted(self, array: mx.array | np.ndarray) -> mx.array | np.ndarray | None:
-        if self.parts > 1:
-            if array.ndim == 0 or array.shape[0] % self.parts:
-                return None
-            rows = array.shape[0] // self.parts
-            array = array[self.part * rows : (self.part + 1) * rows]
-        return fit(array.T if self.transposed else array, self.shape)
+    def fitted(self, arrays: list[mx.array]) -> mx.array:
+        """Their tensors in our layout."""
+        parts = [p.cut(x) for p, x in zip(self.pieces, arrays, strict=True)]
+        return fit(parts[0] if len(parts) == 1 else mx.concatenate(parts), self.shape)
+
+    @property
+    def fits(self) -> bool:
+        """Judged by shapes alone."""
+        shapes = [p.shape for p in self.pieces]
+        if None in shapes:
+            return False
+        whole = shapes[0]
+        if len(shapes) > 1:
+            if () in shapes or len({s[1:] for s in shapes}) > 1:
+                return False
+            whole = (sum(s[0] for s in shapes), *whole[1:])
+        return fit(np.broadcast_to(np.int8(0), whole), self.shape) is not None  # which takes no memory
 
 
 class Lacking(Exception):
@@ -78,35 +111,48 @@ def fit(array: mx.array | np.ndarray, shape: tuple[int, ...]) -> mx.array | np.n
     return array if tuple(array.shape) == shape else None
 
 
+def target(name: str) -> tuple[str, int, bool]:
+    """A target without its marks, which piece it is, and whether it is transposed."""
+    name, _, piece = name.partition("+")
+    return name.removesuffix(".T"), int(piece or 0), name.endswith(".T")
+
+
 def shapes(tensors: Named, table: list[Row]) -> Shapes:
-    """By our names; only whole tensors, for no network's size is told by a split one."""
+    """By our names; only whole tensors, for no network's size is told by one that is split or put together."""
     found = Shapes()
     for name, tensor in tensors:
-        for target in rename(name, table):
-            found[target.removesuffix(".T")] = tensor.shape[::-1] if target.endswith(".T") else tensor.shape
+        for to in rename(name, table):
+            ours, _, transposed = target(to)
+            found[ours] = tensor.shape[::-1] if transposed else tensor.shape
     return found
 
 
 def fill(
     tensors: Named, table: list[Row], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Weight], dict[str, str], list[str]]:
-    """Give every parameter in `shapes` exactly one tensor, judged by headers alone: (what fills each parameter, why
-    each leftover key has no place, what nothing fills)."""
-    weights, unmapped = {}, {}
+    """Give every parameter in `shapes` exactly one tensor, or one for each of its pieces, judged by headers alone:
+    (what fills each parameter, why each leftover key has no place, what nothing fills)."""
+    found, weights, unmapped = {}, {}, {}
     for name, tensor in tensors:
         targets = rename(name, table)
-        for i, target in enumerate(targets):
-            transposed, target = target.endswith(".T"), target.removesuffix(".T")
-            if target not in shapes:
+        for i, to in enumerate(targets):
+            ours, n, transposed = target(to)
+            pieces = found.setdefault(ours, {})
+            if ours not in shapes:
                 unmapped[tensor.name] = "no such parameter"
-            elif target in weights:
-                unmapped[tensor.name] = f"{target} is filled already by {weights[target].tensor.name}"
+            elif n in pieces:
+                unmapped[tensor.name] = f"{ours} is filled already by {pieces[n].tensor.name}"
             elif tensor.dtype not in FLOATS:
                 unmapped[tensor.name] = f"{tensor.dtype} where a floating-point type is needed"
             else:
-                weight = Weight(tensor, shapes[target], i, len(targets), transposed)
-                if weight.fitted(np.broadcast_to(np.int8(0), tensor.shape)) is None:  # a shape that takes no memory
-                    unmapped[tensor.name] = f"shape {tensor.shape} does not fit {target}, {shapes[target]}"
-                else:
-                    weights[target] = weight
+                pieces[n] = Piece(tensor, i, len(targets), transposed)
+    for ours, pieces in found.items():
+        if pieces:
+            weight = Weight(tuple(pieces[n] for n in sorted(pieces)), shapes[ours])
+            if weight.fits:
+                weights[ours] = weight
+            else:
+                sizes = " + ".join(str(p.tensor.shape) for p in weight.pieces)
+                why = f"shape {sizes} does not fit {ours}, {shapes[ours]}"
+                unmapped |= {p.tensor.name: why for p in weight.pieces}
     return weights, unmapped, [name for name in shapes if name not in weights]

@@ -18,6 +18,7 @@ from ..registry import FAMILIES
 from . import detect, rules
 from . import tokenizer as copying
 from .checkpoint import FULL, Checkpoint, check, open
+from .source import Tensor
 
 
 def convert(
@@ -135,16 +136,23 @@ def _write(checkpoint: Checkpoint, folder: Path, bits: int | None, dtype: str, w
 
 def _sound(weight: rules.Weight, dtype: mx.Dtype) -> mx.array:
     """The weight in its place's layout and type, all of it finite."""
-    stored = weight.tensor.read()
+    return weight.fitted([_sound_tensor(p.tensor, dtype) for p in weight.pieces])
+
+
+def _sound_tensor(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
+    stored = tensor.read()
     value = stored.astype(dtype)
     if _finite(value):
-        return weight.fitted(value)
-    name, file = weight.tensor.name, weight.tensor.file
+        return value
     if _finite(stored):
         raise Error(
-            f"{name!r} in {file} has numbers too large for {str(dtype)[9:]}.", "Pass --dtype bfloat16 or float32."
+            f"{tensor.name!r} in {tensor.file} has numbers too large for {str(dtype)[9:]}.",
+            "Pass --dtype bfloat16 or float32.",
         )
-    raise Error(f"{name!r} in {file} has numbers that are NaN or infinite.", "Use another copy of this checkpoint.")
+    raise Error(
+        f"{tensor.name!r} in {tensor.file} has numbers that are NaN or infinite.",
+        "Use another copy of this checkpoint.",
+    )
 
 
 # type -> its bits as integers, and the least of them, sign aside, that is no number. Ten times faster than isfinite.

@@ -14,16 +14,18 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .errors import Error
-from .models import clip, unet, vae
+from .models import clip, flux, sd3, t5, unet, vae
 from .registry import FAMILIES
 
 FORMAT = 1
-MODULES = {
-    "text_encoder": (clip.Config, clip.CLIPText),
-    "text_encoder_2": (clip.Config, clip.CLIPText),
-    "unet": (unet.Config, unet.UNet),
-    "vae": (vae.Config, vae.VAE),
-}
+NETWORKS = (
+    (clip.Config, clip.CLIPText),
+    (t5.Config, t5.T5Encoder),
+    (unet.Config, unet.UNet),
+    (sd3.Config, sd3.SD3),
+    (flux.Config, flux.Flux),
+    (vae.Config, vae.VAE),
+)
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 BITS = (3, 4, 5, 6, 8)
 _TAGS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
@@ -33,9 +35,11 @@ _KEEP = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection", 
 
 
 def build(name: str, config: dict) -> nn.Module:
-    """The network of a component from its stored config. Parameters are lazy: building it allocates nothing."""
-    Config, Module = MODULES[name]
-    return Module(Config(**{f.name: _tuples(config[f.name]) for f in fields(Config)}))
+    """The network of a component, told by what its stored config holds. Its parameters are lazy: nothing is allocated."""
+    for Config, Module in NETWORKS:
+        if {f.name for f in fields(Config)} == config.keys():
+            return Module(Config(**{k: _tuples(v) for k, v in config.items()}))
+    raise Error(f"The settings of {name} are of no network that is known here.", "Convert the checkpoint again.")
 
 
 def _tuples(value):

@@ -205,7 +205,9 @@ def test_every_parameter_is_filled_exactly_once(saved):
     for parts, source, _ in saved.values():
         checkpoint = convert.open(source)
         for name in parts:
-            filled = [(w.tensor.file, w.tensor.name, w.part) for w in checkpoint.components[name].weights.values()]
+            pieces = [w.pieces for w in checkpoint.components[name].weights.values()]
+            filled = [[(p.tensor.file, p.tensor.name, p.part) for p in ps] for ps in pieces]
+            filled = [piece for ps in filled for piece in ps]
             assert (
                 len(filled)
                 == len(set(filled))
