@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .. import store
 from ..console import Parser, run
 from ..errors import Error
 from ..weights import BITS, DTYPES
@@ -26,6 +27,7 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, where the file does not say")
     p.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer folder for a single-file checkpoint")
+    p.add_argument("--offline", action="store_true", help="never use the network, not even for a tokenizer")
     p.add_argument("--check", action="store_true", help="read headers only; exit 0 if every tensor is understood")
     p.add_argument("--json", action="store_true", help="with --check: for machines")
     return p
@@ -49,7 +51,10 @@ def _convert(args) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        convert(args.source, args.output, args.quantize, args.dtype, args.prediction, args.tokenizer, show)
+        words = args.tokenizer
+        if words is None:
+            words = store.tokenizer_for(open(args.source, args.prediction), args.offline, show)
+        convert(args.source, args.output, args.quantize, args.dtype, args.prediction, words, show)
     print(args.output)
     return 0
 

@@ -124,7 +124,7 @@ def _from_path(path: Path, order: Order) -> Path:
 
 def _marks(path: Path) -> list:
     """Name, size and time of a file, or of every file of a folder that a model can consist of, two levels deep."""
-    ends = (".json", ".safetensors", ".txt")
+    ends = (".json", ".safetensors", ".txt", ".model")
     files = [path] if path.is_file() else sorted(f for g in ("*", "*/*") for f in path.glob(g) if f.suffix in ends)
     return [[f.name, f.parent.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
 
@@ -225,8 +225,10 @@ def _make(target: Path, obtain: Callable[[Path], Path], order: Order) -> Path:
                 source = obtain(part)
                 checkpoint = convert.open(source, order.recipe["prediction"])
                 _check_room(checkpoint, order)
-                options = order.recipe | {"tokenizer": _tokenizer(checkpoint, order), "progress": order.progress}
-                convert.convert(source, part / "model", **options)
+                words = order.tokenizer
+                if words is None:
+                    words = tokenizer_for(checkpoint, order.offline, order.progress)
+                convert.convert(source, part / "model", **order.recipe, tokenizer=words, progress=order.progress)
                 try:
                     os.rename(part / "model", target)
                 except OSError:  # where a file system's locks do not hold, somebody else may have been first
@@ -305,13 +307,14 @@ def _check_room(checkpoint: "Checkpoint", order: Order) -> None:
 # Tokenizers, for checkpoints that bring none.
 
 
-def _tokenizer(checkpoint: "Checkpoint", order: Order) -> Path | None:
-    """The folder to take the words from; None where the checkpoint has its own, or cannot be converted anyway."""
+def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: Progress) -> Path | None:
+    """The folder to take the words from: of any model on this machine, else from the hub. None where the checkpoint has
+    its own, or cannot be converted anyway."""
     from . import hub
 
     whole = checkpoint.family in FAMILIES and not checkpoint.missing and not checkpoint.unmapped
-    if order.tokenizer is not None or checkpoint.tokenizers or not whole:
-        return order.tokenizer
+    if checkpoint.tokenizers or not whole:
+        return None
     name = checkpoint.path.name
     for encoder, component in checkpoint.components.items():
         words = getattr(component.config, "vocab", CLIP_WORDS)
@@ -325,7 +328,7 @@ def _tokenizer(checkpoint: "Checkpoint", order: Order) -> Path | None:
         if _is_clip(merges.parent):
             return merges.parent
     repo = next(row.repo for row in MODELS.values() if row.family == checkpoint.family and row.repo is not None)
-    if order.offline or hub.offline():
+    if offline or hub.offline():
         raise Error(
             f"{name} has no tokenizer, none is on this machine, and the network may not be used.",
             f"Fetch the tokenizer folder of {repo} and name it with --tokenizer, or run once without --offline.",
@@ -333,7 +336,7 @@ def _tokenizer(checkpoint: "Checkpoint", order: Order) -> Path | None:
     commit, files = hub.listing(repo, "main")
     folder = min(n.partition("/")[0] for n in files if n.endswith("/merges.txt"))
     files = {n: size for n, size in files.items() if n.startswith(f"{folder}/")}
-    return hub.download(repo, "main", commit, files, order.progress) / folder
+    return hub.download(repo, "main", commit, files, progress) / folder
 
 
 def _is_clip(folder: Path) -> bool:

@@ -36,7 +36,13 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.convert": {"mlxdiff.convert.*"},
-    "mlxdiff.convert.__main__": {"mlxdiff.convert.*", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.weights"},
+    "mlxdiff.convert.__main__": {
+        "mlxdiff.convert.*",
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.store",
+        "mlxdiff.weights",
+    },
     "mlxdiff.hub": {"mlxdiff.errors"},
     "mlxdiff.store": {"mlxdiff.convert.*", "mlxdiff.errors", "mlxdiff.hub", "mlxdiff.registry", "mlxdiff.weights"},
     "mlxdiff.pipeline": {
