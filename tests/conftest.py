@@ -7,4 +7,4 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The oracles must not look for a hub; tests of the hub code point HF_ENDPOINT at a loopback server of their own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import mlxdiff  # noqa: E402, F401
+import mlxdiff  # noqa: F401
