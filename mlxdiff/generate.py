@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--schedule", metavar="NAME", help=", ".join(schedules.SPACINGS))
     g.add_argument("--eta", type=float, metavar="E", help="how much noise a stochastic sampler puts back")
     g.add_argument("--clip-skip", type=int, metavar="N", help="text layer counted from the end")
+    g.add_argument("--shift", type=float, metavar="S", help="SD3, FLUX: above 1 spends the steps on large noise")
+    g.add_argument("--true-cfg", type=float, metavar="G", help="FLUX: pull from the negative prompt by a second pass")
+    g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: do without T5, for less memory")
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
     g = p.add_argument_group("with which model")

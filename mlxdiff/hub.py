@@ -26,7 +26,8 @@ from huggingface_hub.utils import (
 from .errors import Error
 
 Progress = Callable[[str, int, int], None]
-FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+_TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+FOLDERS = ("scheduler", *_TEXT, "unet", "transformer", "vae")
 # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and the index model.safetensors.index.fp16.json
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
@@ -69,7 +70,7 @@ def select(repo: str, names: dict[str, int], half: bool, file: str | None) -> li
     chosen = ["model_index.json"]
     for folder in FOLDERS:
         inside = [n for n in names if n.startswith(f"{folder}/") and n.count("/") == 1]
-        chosen += [n for n in inside if n.endswith((".json", ".txt")) and ".index." not in n]
+        chosen += [n for n in inside if n.endswith((".json", ".txt", ".model")) and ".index." not in n]
         chosen += _variant(repo, folder, inside, half)
     return chosen
 

@@ -1,5 +1,6 @@
 """From a Request to pictures: encode, denoise, decode, told as Events. The only place where MLX is made to evaluate."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from .errors import Error
 from .noise import Noise, draw_nhwc
 from .registry import FAMILIES, Defaults
 from .request import Request
-from .schedules import Discrete
+from .schedules import Schedule
 
 _LOW_MEMORY_TILE = 64  # latents a side: 512 pixels, the size every VAE was trained at or above
 _SMALL_VAE = 16 * 2**20  # bytes; decoding one of these takes less than a step
@@ -87,16 +88,17 @@ class Pipeline:
         self.model = weights.read_model(self.folder)
         self.name = self.model["name"]
         self.family = FAMILIES[self.model["family"]]
-        self.plan = conditioning.PLANS[self.model["family"]]
         kind = self.model["family"], self.model["variant"]
+        self.plan = conditioning.PLANS.get("-".join(kind), conditioning.PLANS[kind[0]])
+        self.net = "unet" if "unet" in self.model["components"] else "transformer"
         self.defaults = registry.VARIANTS.get(kind, self.family.defaults) if defaults is None else defaults
         self.refiner: Pipeline | None = None
         self._networks: dict[str, nn.Module] = {}
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        for name in ("unet", "vae", *(e for e, _ in self.plan.encoders)):
+        for name in (self.net, "vae", *self.plan.needs):
             if name not in self.model["components"]:
                 raise Error(f"{self.folder} has no {name}.", "Use a checkpoint that holds the whole model.")
-        if self.model["variant"] not in ("base", "lcm"):
+        if self.model["variant"] not in ("base", "lcm", "schnell"):
             raise Error(
                 f"{self.name} is a model of the variant {self.model['variant']!r}, which needs more than a prompt.",
                 "It converts, but cannot draw yet: use a base model.",
@@ -128,10 +130,11 @@ class Pipeline:
             raise Error(f"{e}.", f"The settings are {', '.join(Request.__dataclass_fields__)}.") from None
         own = self.model["schedule"]
         pair = self.family.fallback if own["sampler"] is None else (own["sampler"], own["spacing"])
-        full = request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.factor)
+        full = request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.multiple)
         layers = min(self.model["components"][e]["layers"] for e, _ in self.plan.encoders)
         if full.clip_skip > layers:
             raise Error(f"clip_skip {full.clip_skip} goes below the text encoder's {layers} layers.", "Choose less.")
+        self._check(full)
         return full
 
     def stream(self, prompt: str | Request, **settings) -> Iterator[Event]:
@@ -139,8 +142,8 @@ class Pipeline:
         request = self.resolve(prompt, **settings)
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
-        spec = samplers.SAMPLERS[request.sampler]
-        schedule = schedules.discrete(self.model["schedule"], spec.grid)
+        spec, schedule = samplers.SAMPLERS[request.sampler], self._schedule(request)
+        fn = samplers.of_flow(request.sampler) if self.flow else spec.fn
         sigmas = schedules.sigmas(schedule, request.schedule, request.steps)
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
         high, low = (sigmas[round(f * request.steps)] for f in request.interval)
@@ -149,14 +152,14 @@ class Pipeline:
             texts.append((yield from pipe._encode(request)))
 
         noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
-        shape = (request.height // self.factor, request.width // self.factor, self.latent_channels)
+        shape = (*self._latents(request), self.latent_channels)
         extra = {"draw": lambda: draw_nhwc(noise, *shape), "eta": request.eta} if spec.noisy else {}
         x, done = draw_nhwc(noise, *shape) * schedule.start(sigmas[0], request.schedule), 0
         for (pipe, part), text in zip(parts, texts, strict=True):
             denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (high, low))
             yield Event("denoise", done, request.steps, 0.0)
             begin = time.perf_counter()
-            for state, x0 in spec.fn(denoise, x, part, **extra):
+            for state, x0 in fn(denoise, x, part, **extra):
                 x = state
                 mx.eval(x, x0)
                 pipe._check_finite(x)
@@ -164,8 +167,8 @@ class Pipeline:
                 yield Event("denoise", done, request.steps, now - begin, x0=np.array(x0))
                 begin = time.perf_counter()
             if pipe is not self or self.low_memory:
-                pipe._release("unet")
-        yield from self._decode(x / (1 + sigmas[-1] ** 2) ** 0.5)
+                pipe._release(pipe.net)
+        yield from self._decode(x / schedule.spread(sigmas[-1]))
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         """Rough pictures of predicted latents (B, h, w, c): by the VAE where it is small, else by one linear map."""
@@ -180,63 +183,80 @@ class Pipeline:
 
     def _encode(self, request: Request) -> Iterator[Event]:
         """Texts of the negative prompt (if this run is guided) and of the prompt; remembered for the next seed."""
-        guided = request.guidance > 1 and self.time_cond is None
+        guided, t5 = self._cfg(request) > 1, self._reads_t5(request)
         zeros = guided and request.negative is None and self.model["zero_negative"]
         prompts = [request.prompt]
         if guided and not zeros:
             prompts.insert(0, "" if request.negative is None else request.negative)
-        key = (prompts, request.clip_skip, zeros)
+        key = (prompts, request.clip_skip, zeros, t5)
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
-            encoders = {e: self._network(e) for e, _ in self.plan.encoders}
             toks = {t: tokenizers.load(self.folder / t) for _, t in self.plan.encoders}
-            texts = conditioning.encode(self.plan, encoders, toks, prompts, request.clip_skip)
+            if t5:
+                toks[self.plan.t5[1]] = tokenizers.load_t5(self.folder / self.plan.t5[1])
+            parts = {}
+            for name, words in conditioning.tokenize(self.plan, toks, prompts, t5).items():
+                is_t5 = self.plan.t5 is not None and name == self.plan.t5[0]
+                parts[name] = conditioning.read(self.plan, self._network(name), is_t5, words, request.clip_skip)
+                mx.eval(parts[name])
+                self._release(name)  # one encoder at a time: T5 alone is larger than all the others
+            texts = conditioning.join(self.plan, parts, self.model["components"][self.net]["context"])
             if zeros:
                 texts.insert(0, conditioning.Text(*(None if a is None else mx.zeros_like(a) for a in texts[0])))
             mx.eval(texts)
             self._texts = (key, texts)
-            del encoders
-            self._release(*(e for e, _ in self.plan.encoders))
             yield Event("encode", 1, 1, time.perf_counter() - begin)
         return self._texts[1]
 
-    def _denoiser(self, request: Request, schedule: Discrete, visits: list[float], texts: list, span: tuple):
+    def _denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, span: tuple):
         """The network under its conditions, with everything that does not depend on the latent already computed."""
-        if "unet" not in self._networks:
+        if self.net not in self._networks:
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()
-            mx.eval(self._network("unet").parameters())
+            net = self._network(self.net)
+            if self.flow:
+                net.release_modulation()
+            mx.eval(net.parameters())
             yield Event("load", 1, 1, time.perf_counter() - begin)
-        net = self._network("unet")
-        ts = [schedule.t(s) for s in visits]
-        sides = [
-            conditioning.arguments(self.plan, text, request, negative=len(texts) == 2 and i == 0)
-            for i, text in enumerate(texts)
-        ]
-        if self.time_cond is not None:
-            sides[0]["guidance_embedding"] = conditioning.guidance_embedding(request.guidance, self.time_cond)
-
-        def prepare(*sides: dict) -> dict:
-            def batch(name: str) -> mx.array:
-                return mx.concatenate([mx.repeat(side[name], request.count, axis=0) for side in sides])
-
-            return net.prepare(ts, **{name: batch(name) for name in sides[0]})
-
-        conds = {"cond": prepare(sides[-1])}
-        if len(sides) == 2:
-            conds |= {"uncond": prepare(sides[0])} if self.low_memory else {"both": prepare(*sides)}
+        net = self._network(self.net)
+        conds = self._conditions(request, [schedule.t(s) for s in visits], texts)
         mx.eval(conds)
         return guidance.denoiser(
             net,
             schedule,
             self.model["prediction"],
             **conds,
-            scale=request.guidance if len(sides) == 2 else 1.0,
+            scale=self._cfg(request) if len(texts) == 2 else 1.0,
             rescale=request.rescale,
             interval=span,
             dtype=_dtype(net),
         )
+
+    def _conditions(self, request: Request, ts: list[float], texts: list[conditioning.Text]) -> dict[str, dict]:
+        """What the network takes besides x and t, by the names `guidance.denoiser` has for it."""
+        # What a transformer only prepares with is read anew for each run, passes through memory and is gone.
+        net = weights.load(self.folder, self.net, self.model) if self.flow else self._network(self.net)
+        sides = [
+            conditioning.arguments(self.plan, text, request, negative=len(texts) == 2 and i == 0)
+            for i, text in enumerate(texts)
+        ]
+        if self.time_cond is not None:
+            sides[0]["guidance_embedding"] = conditioning.guidance_embedding(request.guidance, self.time_cond)
+        fixed = {"size": self._latents(request)} if self.flow else {}
+        if self.told:
+            fixed["guidance"] = request.guidance
+
+        def prepare(*sides: dict) -> dict:
+            def batch(name: str) -> mx.array:
+                return mx.concatenate([mx.repeat(side[name], request.count, axis=0) for side in sides])
+
+            return net.prepare(ts, **{name: batch(name) for name in sides[0]}, **fixed)
+
+        conds = {"cond": prepare(sides[-1])}
+        if len(sides) == 2:
+            conds |= {"uncond": prepare(sides[0])} if self.low_memory else {"both": prepare(*sides)}
+        return conds
 
     def _decode(self, z: mx.array) -> Iterator[Event]:
         """Pictures one at a time: a batch through the VAE would need its peak memory once for each."""
@@ -251,13 +271,70 @@ class Pipeline:
             yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
 
     def _hand_over(
-        self, request: Request, schedule: Discrete, sigmas: list[float]
+        self, request: Request, schedule: Schedule, sigmas: list[float]
     ) -> list[tuple["Pipeline", list[float]]]:
         """The sigmas this model walks and those its refiner walks: timesteps below the cut are the refiner's."""
         cut = round(schedule.n * (1 - request.refine_at))
         k = sum(schedule.t(s) >= cut for s in sigmas[:-1])
         halves = [(self, sigmas[: k + 1]), (self.refiner, sigmas[k:])]
         return [(pipe, part) for pipe, part in halves if len(part) > 1]
+
+    # --- what a request means for this model
+
+    def _check(self, request: Request) -> None:
+        """What is good for one family and not for another, told before the work."""
+        if self.flow:
+            samplers.of_flow(request.sampler)
+        elif request.shift is not None:
+            raise Error(f"{self.name} has no shift: it is no rectified flow.", "Leave shift out.")
+        schedules.sigmas(self._schedule(request), request.schedule, request.steps)
+        net = self.model["components"][self.net]
+        if not request.t5 and (self.plan.t5 is None or self.plan.t5[0] in self.plan.needs):
+            raise Error(f"Leaving T5 out is for SD3; {self.name} is {self.family.title}.", "Leave --no-t5 out.")
+        if "guidance" in net:  # FLUX
+            if not self.told and request.guidance > 1:
+                raise Error(
+                    f"{self.name} takes no guidance, and {request.guidance:g} was given.",
+                    "Leave guidance out, or use flux-dev.",
+                )
+            if request.negative and request.true_cfg <= 1:
+                raise Error(
+                    f"{self.name} draws in one pass, which has no place for a negative prompt.",
+                    "Add --true-cfg 4 for a second pass, or leave the negative prompt out.",
+                )
+        elif request.true_cfg != 1:
+            raise Error(f"true_cfg is for FLUX; {self.name} is {self.family.title}.", "Use guidance.")
+        side = net["positions"] * self.multiple if "positions" in net else math.inf
+        if max(request.width, request.height) > side:
+            raise Error(f"{self.name} knows positions up to {side} pixels a side.", "Choose a smaller size.")
+
+    def _schedule(self, request: Request) -> Schedule:
+        if self.flow:
+            h, w = self._latents(request)
+            return schedules.flow(self.model["schedule"], h * w // 4, request.shift)  # patches of 2 x 2
+        return schedules.discrete(self.model["schedule"], samplers.SAMPLERS[request.sampler].grid)
+
+    def _cfg(self, request: Request) -> float:
+        """The scale of classifier-free guidance. Where the network is told its guidance, that is another number."""
+        if self.time_cond is not None:
+            return 1.0
+        return request.true_cfg if "guidance" in self.model["components"][self.net] else request.guidance
+
+    def _reads_t5(self, request: Request) -> bool:
+        return request.t5 and self.plan.t5 is not None and self.plan.t5[0] in self.model["components"]
+
+    def _latents(self, request: Request) -> tuple[int, int]:
+        return request.height // self.factor, request.width // self.factor
+
+    @property
+    def flow(self) -> bool:
+        """Whether this is rectified flow, as all transformers here are."""
+        return self.model["prediction"] == "flow"
+
+    @property
+    def told(self) -> bool:
+        """FLUX dev: whether guidance is one of the network's inputs."""
+        return self.model["components"][self.net].get("guidance", False)
 
     # --- what the stages stand on
 
@@ -287,13 +364,18 @@ class Pipeline:
         return 2 ** (len(self.model["components"]["vae"]["channels"]) - 1)
 
     @property
+    def multiple(self) -> int:
+        """What a picture's edges are multiples of: a latent, or a transformer's patch of 2 x 2."""
+        return self.factor * (2 if self.flow else 1)
+
+    @property
     def latent_channels(self) -> int:
         return self.model["components"]["vae"]["latent_channels"]
 
     @property
     def time_cond(self) -> int | None:
         """Width of the guidance embedding of a consistency model, which is guided by it and not by a second pass."""
-        return self.model["components"]["unet"]["time_cond"]
+        return self.model["components"][self.net].get("time_cond")
 
 
 def _dtype(net: nn.Module) -> mx.Dtype:

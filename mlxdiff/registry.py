@@ -52,6 +52,45 @@ _SDXL_PREVIEW = (
     (0.1084, -0.0175, -0.0011),
 )
 
+_SD3_PREVIEW = (
+    (-0.0922, -0.0175, 0.0749),
+    (0.0311, 0.0633, 0.0954),
+    (0.1994, 0.0927, 0.0458),
+    (0.0856, 0.0339, 0.0902),
+    (0.0587, 0.0272, -0.0496),
+    (-0.0006, 0.1104, 0.0309),
+    (0.0978, 0.0306, 0.0427),
+    (-0.0042, 0.1038, 0.1358),
+    (-0.0194, 0.0020, 0.0669),
+    (-0.0488, 0.0130, -0.0268),
+    (0.0922, 0.0988, 0.0951),
+    (-0.0278, 0.0524, -0.0542),
+    (0.0332, 0.0456, 0.0895),
+    (-0.0069, -0.0030, -0.0810),
+    (-0.0596, -0.0465, -0.0293),
+    (-0.1448, -0.1463, -0.1189),
+    (0.2394, 0.2135, 0.1925),
+)
+_FLUX_PREVIEW = (
+    (-0.0346, 0.0244, 0.0681),
+    (0.0034, 0.0210, 0.0687),
+    (0.0275, -0.0668, -0.0433),
+    (-0.0174, 0.0160, 0.0617),
+    (0.0859, 0.0721, 0.0329),
+    (0.0004, 0.0383, 0.0115),
+    (0.0405, 0.0861, 0.0915),
+    (-0.0236, -0.0185, -0.0259),
+    (-0.0245, 0.0250, 0.1180),
+    (0.1008, 0.0755, -0.0421),
+    (-0.0515, 0.0201, 0.0011),
+    (0.0428, -0.0012, -0.0036),
+    (0.0817, 0.0765, 0.0749),
+    (-0.1264, -0.0522, -0.1103),
+    (-0.0280, -0.0881, -0.0499),
+    (-0.1262, -0.0982, -0.0778),
+    (-0.0329, -0.0718, -0.0851),
+)
+
 FAMILIES: dict[str, Family] = {
     "sd1": Family(
         title="Stable Diffusion 1.x",
@@ -85,13 +124,30 @@ FAMILIES: dict[str, Family] = {
         vae_float16=False,
         preview=_SDXL_PREVIEW,
     ),
+    "sd3": Family(
+        title="Stable Diffusion 3 and 3.5",
+        defaults=Defaults(size=1024, steps=28, guidance=7.0, sampler=None, schedule=None),
+        fallback=("euler", "linspace"),
+        clip_skip=2,
+        vae_float16=False,
+        preview=_SD3_PREVIEW,
+    ),
+    "flux": Family(
+        title="FLUX.1",
+        defaults=Defaults(size=1024, steps=28, guidance=3.5, sampler=None, schedule=None),
+        fallback=("euler", "trailing"),
+        clip_skip=1,
+        vae_float16=False,
+        preview=_FLUX_PREVIEW,
+    ),
 }
 
-_SD1, _SD2, _SDXL = (FAMILIES[f].defaults for f in ("sd1", "sd2", "sdxl"))
+_SD1, _SD2, _SDXL, _SD3, _FLUX = (FAMILIES[f].defaults for f in ("sd1", "sd2", "sdxl", "sd3", "flux"))
+_SCHNELL = replace(_FLUX, steps=4, guidance=0.0)
 _LCM = replace(_SD1, size=768, steps=4, guidance=8.5, sampler="lcm", schedule="lcm")
 
 # Checkpoints of a family that are drawn with otherwise: seen in their tensors, whatever their name.
-VARIANTS: dict[tuple[str, str], Defaults] = {("sd1", "lcm"): _LCM}
+VARIANTS: dict[tuple[str, str], Defaults] = {("sd1", "lcm"): _LCM, ("flux", "schnell"): _SCHNELL}
 _GB = 10**9
 
 MODELS: dict[str, Model] = {
@@ -158,6 +214,69 @@ MODELS: dict[str, Model] = {
         "Stability AI Community",
         int(6.94 * _GB),
         replace(_SDXL, size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
+    ),
+    "sd3-medium": Model(
+        "sd3",
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        "Stable Diffusion 3 medium",
+        "Stability AI Community",
+        int(15.50 * _GB),
+        _SD3,
+        gated=True,
+    ),
+    "sd3.5-medium": Model(
+        "sd3",
+        "stabilityai/stable-diffusion-3.5-medium",
+        "Stable Diffusion 3.5 medium",
+        "Stability AI Community",
+        int(16.27 * _GB),
+        replace(_SD3, steps=40, guidance=4.5),
+        gated=True,
+    ),
+    "sd3.5-large": Model(
+        "sd3",
+        "stabilityai/stable-diffusion-3.5-large",
+        "Stable Diffusion 3.5 large",
+        "Stability AI Community",
+        int(27.62 * _GB),
+        replace(_SD3, guidance=3.5),
+        gated=True,
+    ),
+    "sd3.5-large-turbo": Model(
+        "sd3",
+        "stabilityai/stable-diffusion-3.5-large-turbo",
+        "Stable Diffusion 3.5 large turbo: four steps",
+        "Stability AI Community",
+        int(27.62 * _GB),
+        replace(_SD3, steps=4, guidance=0.0),
+        gated=True,
+    ),
+    "flux-schnell": Model(
+        "flux",
+        "black-forest-labs/FLUX.1-schnell",
+        "FLUX.1 schnell: one to four steps",
+        "Apache 2.0",
+        int(33.72 * _GB),
+        _SCHNELL,
+        gated=True,
+    ),
+    "flux-dev": Model(
+        "flux",
+        "black-forest-labs/FLUX.1-dev",
+        "FLUX.1 dev",
+        "FLUX.1 [dev] Non-Commercial",
+        int(33.74 * _GB),
+        _FLUX,
+        gated=True,
+    ),
+    "flux-krea": Model(
+        "flux",
+        "black-forest-labs/FLUX.1-Krea-dev",
+        "FLUX.1 Krea dev",
+        "FLUX.1 [dev] Non-Commercial",
+        int(33.74 * _GB),
+        replace(_FLUX, guidance=4.5),
+        gated=True,
     ),
 }
 

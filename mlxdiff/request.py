@@ -31,6 +31,9 @@ class Request:
     interval: tuple[float, float] = (0.0, 1.0)  # the part of the steps that is guided
     clip_skip: int | None = None  # text layer counted from the end, 1 is the last
     refine_at: float = 0.8  # the part of the steps before a refiner, if one is loaded, takes over
+    shift: float | None = None  # SD3 and FLUX: more than 1 spends the steps on large noise; None: the model's own
+    true_cfg: float = 1.0  # FLUX, which is told its guidance: how far a second pass pulls from the negative prompt
+    t5: bool = True  # SD3: whether T5 reads the prompt too
     noise: str = "torch"
 
     def resolve(
@@ -70,6 +73,11 @@ class Request:
         _number("guidance", self.guidance, 0, 100)
         _number("rescale", self.rescale, 0, 1)
         _number("refine_at", self.refine_at, 0, 1)
+        _number("true_cfg", self.true_cfg, 0, 100)
+        if self.shift is not None:
+            _number("shift", self.shift, 0.01, 100)
+        if not isinstance(self.t5, bool):
+            raise Error(f"t5 {self.t5!r} is neither true nor false.", "Use t5=False to leave T5 out.")
         if self.eta is not None:
             _number("eta", self.eta, 0, 10)
         if self.eta is not None and not samplers.SAMPLERS[self.sampler].noisy:

@@ -1,15 +1,18 @@
-"""CLIP's byte-level BPE, weights in the prompt and long prompts. A prompt with neither gives exactly the padded ids of
-transformers' CLIPTokenizer (5.x: NFC, white space to one space, lower case; no ftfy, no accent stripping). Nothing is
-ever truncated: a prompt longer than one context becomes several chunks, cut every length - 2 tokens."""
+"""CLIP's byte-level BPE, T5's sentencepiece, weights in the prompt and long prompts. A prompt with neither gives
+exactly the padded ids of transformers' CLIPTokenizer (5.x: NFC, white space to one space, lower case; no ftfy, no
+accent stripping) and T5Tokenizer. Nothing is ever truncated: what is longer than one context of CLIP becomes several
+chunks, cut every length - 2 tokens; T5 has no longest context."""
 
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -26,7 +29,7 @@ MARKS = re.compile(r"(\\[()\[\]]|[()\[\]]|:\s*[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9
 
 
 class Chunk(NamedTuple):
-    """One context of the text encoder: begin, up to length - 2 tokens, end, padding."""
+    """One context of the text encoder: CLIP's begin, up to length - 2 tokens, end, padding; T5's has no begin."""
 
     ids: list[int]
     weights: list[float]  # 1 for begin, end and padding
@@ -42,13 +45,7 @@ class ClipTokenizer:
 
     def ids(self, text: str) -> list[int]:
         """The text's own tokens, without begin, end and padding. A special token spelled out in it is that token."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            raise Error(
-                f"The prompt is not valid Unicode at character {e.start} ({text[e.start]!r}).", "Give it as UTF-8 text."
-            ) from None
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(_valid(text), add_special_tokens=False).ids
 
     def encode(self, prompt: str, weighted: bool = True) -> list[Chunk]:
         """At least one chunk, so `encode("")` is the empty one. `weighted=False` takes brackets and BREAK literally."""
@@ -66,6 +63,34 @@ class ClipTokenizer:
         rest = self.length - 2 - len(piece)
         ids, weights = [i for i, _ in piece], [w for _, w in piece]
         return Chunk([self.bos, *ids, self.eos] + [self.pad] * rest, [1.0, *weights] + [1.0] * (rest + 1))
+
+
+@dataclass(frozen=True)
+class T5Tokenizer:
+    pieces: Callable[[str], list[int]]
+    eos: int
+    pad: int
+
+    def ids(self, text: str) -> list[int]:
+        """The text's own tokens, without end and padding."""
+        return self.pieces(_valid(text))
+
+    def encode(self, prompt: str, length: int) -> Chunk:
+        """Padded to `length`, and longer where the prompt is. A BREAK is left out: there are no chunks."""
+        pairs = [(i, w) for text, w in parse_weights(prompt) if w is not None for i in self.ids(text)]
+        rest = max(0, length - 1 - len(pairs))
+        ids, weights = [i for i, _ in pairs], [w for _, w in pairs]
+        return Chunk([*ids, self.eos] + [self.pad] * rest, weights + [1.0] * (rest + 1))
+
+
+def _valid(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise Error(
+            f"The prompt is not valid Unicode at character {e.start} ({text[e.start]!r}).", "Give it as UTF-8 text."
+        ) from None
+    return text
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float | None]]:
@@ -127,6 +152,29 @@ def load(folder: str | Path) -> ClipTokenizer:
     backend.add_tokens(list(tokens.values()))
     bos, eos, pad = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
     return ClipTokenizer(backend, bos, eos, pad, length)
+
+
+def load_t5(folder: str | Path) -> T5Tokenizer:
+    """From tokenizer.json, else spiece.model."""
+    fast, model = Path(folder) / "tokenizer.json", Path(folder) / "spiece.model"
+    again = "Give the tokenizer folder of a T5 text encoder."
+    if not fast.is_file() and not model.is_file():
+        raise Error(f"{folder} holds no tokenizer: neither tokenizer.json nor spiece.model.", again)
+    try:
+        if fast.is_file():
+            backend = Tokenizer.from_str(_text(fast))
+            backend.no_padding()  # either may be stored, as it was last used
+            backend.no_truncation()
+            eos, pad = (backend.token_to_id(token) for token in ("</s>", "<pad>"))
+            pieces = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
+        else:
+            spm = SentencePieceProcessor(model_proto=model.read_bytes())
+            eos, pad, pieces = spm.eos_id(), spm.pad_id(), spm.encode
+    except Exception as e:  # what either library raises for a damaged file has no narrower type
+        raise Error(f"The tokenizer in {folder} cannot be read: {e}.", again) from None
+    if eos is None or pad is None or min(eos, pad) < 0:
+        raise Error(f"The tokenizer in {folder} has no </s> or no <pad>.", again)
+    return T5Tokenizer(pieces, eos, pad)
 
 
 def _special(folder: Path, vocab: dict, added: list[dict]) -> tuple[dict[str, str], dict[str, AddedToken], int]:

@@ -31,11 +31,15 @@ BITS = (3, 4, 5, 6, 8)
 _TAGS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
 
 # Linear layers that see every step's time or size, or whose error nothing downstream averages out, stay unquantized.
-_KEEP = ("time_embedding", "add_embedding", "time_emb_proj", "text_projection", "embeddings")
+# The modulations of a transformer are a quarter of FLUX, but are read once and dropped before the first step.
+_SD3 = ("time_text_embed", "context_embedder", "norm1", "norm_out", "proj_out")
+_FLUX = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "_mod.", "modulation", "final_layer")
+_KEEP = {"unet": ("time_embedding", "add_embedding", "time_emb_proj"), "transformer": _SD3 + _FLUX}
+_KEEP_TEXT = ("text_projection", "embeddings")
 
 
 def build(name: str, config: dict) -> nn.Module:
-    """The network of a component, told by what its stored config holds. Its parameters are lazy: nothing is allocated."""
+    """The network of a component, told by its stored settings. Parameters are lazy: building it allocates nothing."""
     for Config, Module in NETWORKS:
         if {f.name for f in fields(Config)} == config.keys():
             return Module(Config(**{k: _tuples(v) for k, v in config.items()}))
@@ -66,9 +70,9 @@ def plan(name: str, module: nn.Module, bits: int | None) -> dict[str, int]:
     """Which Linear layers of a component are quantized, and with which group width: {path: group}."""
     if bits is None or name == "vae":
         return {}
-    groups = {}
+    groups, keep = {}, _KEEP.get(name, _KEEP_TEXT)
     for path, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and not any(k in path for k in _KEEP):
+        if isinstance(layer, nn.Linear) and not any(k in path for k in keep):
             group = next((g for g in (64, 32) if layer.weight.shape[1] % g == 0), None)
             if group is not None:
                 groups[path] = group
