@@ -61,7 +61,8 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 128) -> np.ndarra
     canvas = Canvas(size)
     horizon = rng.uniform(0.58, 0.63)
     x = PLACE[scene.position] + rng.uniform(-0.03, 0.03)
-    away = {"left": 1, "right": -1}.get(scene.position, rng.choice((-1, 1)))  # the side the object leaves free
+    # The sun or moon stands on the side the object leaves free. Never on either: a model that cannot tell draws two.
+    away = -1 if scene.position == "right" else 1
     light_x = 0.5 + away * rng.uniform(0.24, 0.34)
     light = away if scene.sky in ("sun", "full moon", "crescent moon") else -1  # -1: from the left
 
