@@ -94,6 +94,16 @@ def test_controls_learn_what_they_could_not_show(studio):
     )
 
 
+def test_another_model_is_asked_for_and_named(studio):
+    c = studio.controls
+    c.model.value = ""  # the list's last row
+    assert c.other.layout.display is None
+    assert studio.model == "fake"  # nothing changed yet
+    c.other.value = " some-org/some-repo "
+    assert studio.model == c.model.value == "some-org/some-repo"
+    assert (c.other.layout.display, c.other.value) == ("none", "")
+
+
 def test_the_seed_field_holds_any_seed_and_refuses_words(studio):
     studio.seed = 2**63 - 1  # more digits than a browser's numbers keep
     assert studio.controls.seed.value == str(2**63 - 1)
@@ -372,6 +382,24 @@ def test_a_sheet_is_as_square_as_it_can_be():
     sheet = gallery.sheet(tiles)
     assert sheet.size == (30, 40)
     assert [sheet.getpixel((x, y))[0] for y in (0, 20) for x in (0, 10, 20)] == [0, 1, 2, 3, 4, 0]
+
+
+def test_interrupting_the_wait_for_a_grid_cancels_all_of_it(studio):
+    grid = gallery.Grid(Request("x"), {"seed": [1, 2]})
+
+    class Interrupted:
+        cancelled = False
+
+        def result(self):
+            raise KeyboardInterrupt
+
+        def cancel(self):
+            self.cancelled = True
+
+    grid.jobs += [Interrupted(), Interrupted()]
+    with pytest.raises(KeyboardInterrupt):
+        grid.result()
+    assert all(job.cancelled for job in grid.jobs)
 
 
 # --- words

@@ -87,7 +87,7 @@ def _notebook(path: Path, model: str | None):
         )
     try:
         book = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError) as e:
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError) as e:  # nbformat's own, on odd JSON
         raise Error(f"{path} cannot be read as a notebook: {e}.", "Name another one.") from None
     if model is not None:
         _cell(book, path).source = CELL.format(model=repr(model))

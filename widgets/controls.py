@@ -23,6 +23,7 @@ FIELDS: dict[str, Callable] = {
     "prompt": str,
     "negative": str,
 }
+_ANOTHER = ""
 _QUICK, _FINE = 0.4, 2.0  # of the model's own steps; DPM++ 2M on Karras' sigmas needs the fewest for the same picture
 
 
@@ -81,6 +82,12 @@ class Controls(w.VBox):
         self.cancel = w.Button(description="Cancel", tooltip="Stop the running picture (Esc)", disabled=True)
         self.clear = w.Button(description="Cancel all", tooltip="Stop the running picture and empty the queue")
         self.model = w.Dropdown(description="Model", options=_models(model), layout=wide)
+        self.other = w.Text(
+            description="Another model",
+            continuous_update=False,
+            placeholder="hub id, folder or .safetensors file",
+            layout=w.Layout(width="auto", display="none"),
+        )
         names = ("quick", "standard", "fine")
         self.presets = {n: w.Button(description=n.title(), tooltip=f"Set {n} steps and sampler") for n in names}
         self.steps = w.IntSlider(description="Steps", min=1, max=60, layout=wide)
@@ -108,6 +115,7 @@ class Controls(w.VBox):
                 self.why,
                 _row("mlxdiff-go", self.generate, self.cancel, self.clear),
                 self.model,
+                self.other,
                 _row("mlxdiff-presets", *self.presets.values()),
                 self.steps,
                 self.guidance,
@@ -122,11 +130,23 @@ class Controls(w.VBox):
 
     def bind(self, studio: t.HasTraits) -> None:
         """Every setting both ways."""
-        for name in ("prompt", "model", "steps", "guidance", "width", "height", "count", "locked"):
+        for name in ("prompt", "steps", "guidance", "width", "height", "count", "locked"):
             _tie(studio, name, getattr(self, name))
         for name in ("negative", "sampler", "schedule"):
             _tie(studio, name, getattr(self, name), lambda v: "" if v is None else v, lambda v: v or None)
         _tie(studio, "seed", self.seed, str, _seed)
+        # The last row of the list is no model: it asks for one, and changes nothing until it is named.
+        _tie(studio, "model", self.model, str, lambda v: studio.model if v == _ANOTHER else v)
+        self.model.observe(lambda change: self._ask(change["new"] == _ANOTHER), "value")
+        self.other.observe(lambda change: self._answer(studio, change["new"].strip()), "value")
+
+    def _ask(self, yes: bool) -> None:
+        self.other.layout.display = None if yes else "none"
+
+    def _answer(self, studio: t.HasTraits, model: str) -> None:
+        if model:
+            studio.model = model
+            self.model.value, self.other.value = studio.model, ""
 
 
 class Compare(w.VBox):
@@ -165,10 +185,7 @@ def _tie(
         if isinstance(control, w.IntSlider | w.FloatSlider) and value > control.max:
             control.max = value
         if isinstance(control, w.Dropdown) and value not in [v for _, v in control.options]:
-            control.unobserve(take, "value")  # new options select the first of them
-            control.options = [*control.options, (value, value)]
-            control.value = value
-            control.observe(take, "value")
+            control.options = [(value, value), *control.options]  # first: new options select the first of them
         control.value = value
 
     def take(change):
@@ -193,7 +210,7 @@ def _models(extra: str) -> list[tuple[str, str]]:
         (row.title if row.repo is None else f"{row.title}, {row.download / 1e9:.1f} GB", name)
         for name, row in MODELS.items()
     ]
-    return rows if extra in MODELS else [*rows, (extra, extra)]
+    return [*rows, *([] if extra in MODELS else [(extra, extra)]), ("Another …", _ANOTHER)]
 
 
 def _or_own(names) -> list[tuple[str, str]]:

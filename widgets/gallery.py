@@ -95,9 +95,13 @@ class Grid:
         return out
 
     def result(self) -> "Grid":
-        """Wait for all cells."""
-        for job in self.jobs:
-            job.result()
+        """Wait for all cells. Interrupting the wait cancels them."""
+        try:
+            for job in self.jobs:
+                job.result()
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
         return self
 
     def cancel(self) -> None:

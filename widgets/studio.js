@@ -50,19 +50,21 @@ function render({ model, el }) {
   const caption = h("p", { class: "mlxdiff-caption" });
   const path = h("p", { class: "mlxdiff-path" });
   const download = h("a", { class: "mlxdiff-button" }, "Download");
-  const back = button("Back to the preview", () => { pinned = false; shown(); update(); }, "Show the running picture");
+  const back = button("Back to the preview", () => { pinned = null; update(); }, "Show the running picture");
   const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
-    button("Restore settings", () => send("restore", { key: model.get("shown").key }), "Take over all settings of this picture"),
-    button("Use its seed", () => send("seed", { key: model.get("shown").key }), "Take over the seed and keep it"),
+    button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
+    button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
     download, back);
   const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: () => { take(file.files[0]); file.value = ""; } });
   const open = h("label", { class: "mlxdiff-button mlxdiff-open" }, "Open a picture…", file);
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
 
   el.classList.add("mlxdiff-view");
-  el.append(stage, bar, status, spoken, error, h("div", { class: "mlxdiff-about" }, h("div", {}, caption, path), tools), strip, open);
+  const about = h("div", { class: "mlxdiff-about" }, h("div", {}, caption, path), tools);
+  el.append(stage, bar, status, spoken, error, about, strip, open);
 
-  let pinned = false; // an older picture is being looked at while another forms
+  let current = null; // key of the picture on the canvas; null for a preview, of which there is no file
+  let pinned = null; // key of a picture that is looked at while another forms
   let url = null;
 
   function shown() {
@@ -77,13 +79,17 @@ function render({ model, el }) {
     url = URL.createObjectURL(new Blob([it.png], { type: "image/png" }));
     download.href = url;
     download.download = it.name;
-    mark();
+    mark(it.key);
   }
 
-  function mark() {
-    for (const child of strip.children) {
-      child.setAttribute("aria-pressed", String(Number(child.dataset.key) === model.get("shown").key));
-    }
+  function arrived() {
+    if (pinned === null || pinned === model.get("shown").key) shown();
+  }
+
+  function mark(key) {
+    current = key;
+    about.classList.toggle("mlxdiff-past", key === null);
+    for (const child of strip.children) child.setAttribute("aria-pressed", String(Number(child.dataset.key) === key));
   }
 
   const thumbs = new Map(); // key -> button, so that a growing history moves nothing that is already there
@@ -92,7 +98,7 @@ function render({ model, el }) {
       if (thumbs.has(it.key)) continue;
       const src = URL.createObjectURL(new Blob([it.thumb], { type: "image/jpeg" }));
       const image = h("img", { src, alt: "", onload: () => URL.revokeObjectURL(src) });
-      const view = () => { pinned = model.get("running"); send("view", { key: it.key }); update(); };
+      const view = () => look(it.key);
       const thumb = h("button", { type: "button", class: "mlxdiff-thumb", title: it.title, "aria-label": it.title, "data-key": it.key, onclick: view }, image);
       thumbs.set(it.key, thumb);
       strip.prepend(thumb);
@@ -100,7 +106,14 @@ function render({ model, el }) {
     const kept = new Set(model.get("history").map((it) => it.key));
     for (const [key, thumb] of thumbs) if (!kept.has(key)) { thumb.remove(); thumbs.delete(key); }
     strip.hidden = thumbs.size === 0;
-    mark();
+    mark(current);
+  }
+
+  function look(key) {
+    pinned = model.get("running") ? key : null;
+    if (key === model.get("shown").key) shown();
+    else send("view", { key });
+    update();
   }
 
   function walk(event) {
@@ -111,11 +124,11 @@ function render({ model, el }) {
 
   function update() {
     const running = model.get("running"), progress = model.get("progress"), wrong = model.get("error");
-    if (!running) pinned = false;
+    if (!running) pinned = null;
     status.textContent = model.get("status");
     status.hidden = Boolean(wrong.problem);
     spoken.textContent = model.get("spoken");
-    back.hidden = !pinned;
+    back.hidden = pinned === null;
     bar.classList.toggle("mlxdiff-unknown", running && progress < 0);
     bar.classList.toggle("mlxdiff-idle", !running);
     if (progress < 0) bar.removeAttribute("aria-valuenow");
@@ -142,9 +155,10 @@ function render({ model, el }) {
   }
 
   function heard(message, buffers) {
-    if (message.do !== "frame" || pinned || !model.get("running")) return;
+    if (message.do !== "frame" || pinned !== null || !model.get("running")) return;
     empty.hidden = true;
     paint(buffers[0], "image/jpeg", message.title);
+    mark(null);
   }
 
   function keys(event) {
@@ -192,7 +206,7 @@ function render({ model, el }) {
     }
   }
 
-  const changes = { shown: () => pinned || shown(), history, error: failed, status: update, spoken: update, progress: update, running: update };
+  const changes = { shown: arrived, history, error: failed, status: update, spoken: update, progress: update, running: update };
   for (const [name, listener] of Object.entries(changes)) model.on(`change:${name}`, listener);
   model.on("msg:custom", heard);
   shown(); history(); failed();

@@ -200,7 +200,7 @@ class Studio(w.VBox):
         elif job.asked is None:
             self._say("Ready")
         else:
-            self._say(f"{self._place()}Done in {seconds(update.seconds)} · {size(update.peak)} at most", 1.0)
+            self._say(f"{self._place()}Done in {seconds(update.seconds)} · {size(update.peak)} at the peak", 1.0)
 
     def _place(self) -> str:
         i, n = self._worker.place

@@ -26,6 +26,7 @@ from .gallery import sheet
 
 _APART = 0.2  # seconds between two previews, and between two reports of a download
 _SHARE = 10  # a preview that took s seconds is followed by none for 10 s: it slows a run by a tenth at most
+_EDGE = 256  # pixels: smaller previews, such as one a latent, are enlarged to about this
 _AT_EXIT = 20.0  # seconds to wait for the running step: stopping Python under it can abort the process
 
 
@@ -242,7 +243,9 @@ def _frame(pipe: Pipeline, event: Event, due: float) -> tuple[bytes | None, floa
     begin = time.perf_counter()
     if event.x0 is None or begin < due:
         return None, due
-    frame = jpeg(sheet(pipe.preview(event.x0)))
+    rough = sheet(pipe.preview(event.x0))
+    grow = max(1, _EDGE // max(rough.size))  # a page enlarges less smoothly than we can
+    frame = jpeg(rough.resize([grow * edge for edge in rough.size], Image.Resampling.BICUBIC))
     now = time.perf_counter()
     return frame, now + max(_APART, _SHARE * (now - begin))
 

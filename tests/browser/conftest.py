@@ -22,6 +22,7 @@ from tests.test_imports import ROOT
 
 SHOTS = ROOT / "build" / "shots"  # for eyes: no test compares them
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+KERNEL = os.environ.get("MLXDIFF_TEST_KERNEL")  # another Python, whose ipykernel is to be tried
 NEEDS = ("jupyterlab", "notebook", "playwright")
 HOW = "apt-get install chromium fonts-dejavu-core; pip install jupyterlab notebook playwright ipywidgets anywidget"
 
@@ -73,6 +74,11 @@ def lab(tmp_path_factory):
     env |= {"IPYTHONDIR": str(base / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(base / "settings")}
     env["JUPYTERLAB_WORKSPACES_DIR"] = str(base / "workspaces")
     (base / "books").mkdir()
+    if KERNEL is not None:
+        spec = base / "data_dir" / "kernels" / "python3" / "kernel.json"
+        spec.parent.mkdir(parents=True)
+        argv = [KERNEL, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

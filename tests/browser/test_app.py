@@ -9,12 +9,13 @@ import time
 
 import numpy as np
 import pytest
-from playwright.sync_api import expect
 
 import mlxdiff
 from mlxdiff import images
-from tests.browser.conftest import Hand, rgb
+from tests.browser.conftest import HOW, Hand, rgb
 from tests.test_imports import ROOT
+
+expect = pytest.importorskip("playwright.sync_api", reason=HOW).expect
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+"""`mlxdiff studio` before it starts anything: what it says when it cannot, and which notebook it opens."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("nbformat", reason="the studio needs JupyterLab: pip install .[studio]")
+
+import nbformat
+
+from mlxdiff.errors import Error
+from mlxdiff.widgets import app
+from tests.test_imports import ROOT
+
+
+def test_without_jupyterlab_it_says_what_to_install_and_writes_nothing(tmp_path):
+    code = "import sys; sys.modules['jupyterlab'] = None\n"
+    code += "from mlxdiff.__main__ import main; sys.exit(main(['studio']))"
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        done.stderr == 'mlxdiff studio: The studio needs jupyterlab. Install it with: pip install "mlxdiff[studio]"\n'
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_notebook_is_valid_and_its_cell_makes_a_studio(tmp_path):
+    book = app._notebook(tmp_path / "new.ipynb", "sdxl")
+    nbformat.validate(book)
+    assert "Studio('sdxl')" in app._cell(book, tmp_path).source
+    assert "Studio()" in app._cell(app._notebook(tmp_path / "new.ipynb", None), tmp_path).source
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            compile(cell.source, "cell", "exec")
+
+
+def test_a_notebook_that_is_there_keeps_what_its_owner_wrote(tmp_path):
+    path = tmp_path / "mine.ipynb"
+    book = app._notebook(path, None)
+    book.cells.append(nbformat.v4.new_code_cell("mine = 1"))
+    app._write(book, path)
+    assert app._notebook(path, None).cells == book.cells
+    named = app._notebook(path, "folder/model")
+    assert "Studio('folder/model')" in app._cell(named, path).source
+    assert named.cells[-1].source == "mine = 1"
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"nbformat": 99}'])
+def test_what_is_no_notebook_is_one_line(tmp_path, text):
+    path = tmp_path / "bad.ipynb"
+    path.write_text(text)
+    with pytest.raises(Error, match="cannot be read"):
+        app._notebook(path, None)
+
+
+def test_a_notebook_without_code_is_told(tmp_path):
+    path = tmp_path / "prose.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# hello")]), path)
+    with pytest.raises(Error, match="has no code"):
+        app._notebook(path, None)
