@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from .. import weights
 from ..errors import Error
-from . import clip, detect, rules, scheduler, unet, vae
+from . import clip, detect, flux, rules, scheduler, sd3, t5, unet, vae
 from . import source as files
 from .settings import Settings
 
@@ -20,16 +20,29 @@ _CLASSES = {
     "AutoencoderKL": vae,
     "CLIPTextModel": clip,
     "CLIPTextModelWithProjection": clip,
+    "FluxTransformer2DModel": flux,
+    "SD3Transformer2DModel": sd3,
+    "T5EncoderModel": t5,
 }
-_BESIDE = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety_checker", "image_encoder")
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_BESIDE = ("scheduler", *_TOKENIZERS, "feature_extractor", "safety_checker", "image_encoder")
+
+_NETS = ("unet", "transformer")  # what a whole model has one of
 
 PREDICTIONS = ("eps", "v", "x0")
 _STATED = {"epsilon": "eps", "v": "v"}  # modelspec's words for what a file predicts
 _COMPONENTS = {c for family in detect.FAMILIES.values() for c in family.components}
-_FAMILIES = "Give a Stable Diffusion 1.x, 2.x or XL checkpoint."
 FULL = "Use the full checkpoint, or the diffusers folder that holds every part."
 
-Config = clip.Config | unet.Config | vae.Config
+# A network alone in a file, by the short name it is given under: the families it can be told for, and what it is.
+PARTS = {
+    "vae": (("vae",), "a VAE"),
+    "clip": (("clip", "clip-g"), "a CLIP text encoder"),
+    "clip_g": (("clip-g",), "a CLIP text encoder with projection"),
+    "t5": (("t5",), "a T5 text encoder"),
+}
+
+Config = clip.Config | flux.Config | sd3.Config | t5.Config | unet.Config | vae.Config
 
 
 @dataclass(frozen=True)
@@ -70,37 +83,44 @@ class Checkpoint:
 
     @property
     def variant(self) -> str:
-        """base, inpaint or lcm; edit, upscale and depth are recognised and cannot draw yet."""
-        net = self.components["unet"].config if "unet" in self.components else None
+        """base, schnell, inpaint or lcm; others are recognised and cannot draw yet."""
+        name = next((n for n in _NETS if n in self.components), None)
+        net = None if name is None else self.components[name].config
         if net is None:
             return "base"
+        if name == "transformer":
+            return _module(self.family, name).variant(net)
         return (
             "lcm" if net.time_cond is not None else detect.VARIANTS.get(net.in_channels, f"{net.in_channels}-channel")
         )
 
     @cached_property
     def prediction(self) -> str:
-        """eps, v or x0. An SD 2.x file that does not say is told by one of its weights, which is read here."""
+        """eps, v, x0 or flow. An SD 2.x file that does not say is told by one of its weights, which is read here."""
         if self.stated is not None:
             return self.stated
         guess = self.family == "sd2" and self.variant == "base"
-        return detect.prediction_sd2(self.components["unet"].weights) if guess else "eps"
+        own = detect.FAMILIES[self.family].prediction
+        return detect.prediction_sd2(self.components["unet"].weights) if guess else own
 
 
-def open(source: str | Path, prediction: str | None = None) -> Checkpoint:
+def open(source: str | Path, prediction: str | None = None, parts: dict[str, str | Path] | None = None) -> Checkpoint:
     """Say what a checkpoint is and where each of its tensors goes, from headers and config files alone.
 
     source: a .safetensors file, an index of shards, a folder in diffusers layout, or the folder of one component.
-    prediction: "eps", "v" or "x0" where the checkpoint does not say, or to overrule it."""
+    prediction: "eps", "v" or "x0" where the checkpoint does not say, or to overrule it. parts: files (or folders) of
+    "vae", "clip", "clip_g" or "t5", to use these in place of the checkpoint's own. What a single file of SD3 or FLUX
+    lacks and nobody gives is looked for beside it, and in text_encoders/ there, under the names people know:
+    clip_l*.safetensors, clip_g*.safetensors, t5xxl*.safetensors, FLUX's ae.safetensors and sd3_vae.safetensors."""
     path = Path(source)
     if prediction not in (None, *PREDICTIONS):
         raise Error(f"{prediction!r} is not what a network predicts.", f"Use one of {', '.join(PREDICTIONS)}.")
     try:
         if (path / "model_index.json").is_file():
-            return _folder(path, prediction)
+            return _with_parts(_folder(path, prediction), parts or {})
         if (path / "model.json").is_file():
             raise Error(f"{path} is converted already.", "Use it as it is.")
-        return _single(path, prediction)
+        return _with_parts(_single(path, prediction), parts or {})
     except OSError as e:  # a folder that may not be looked into, a link that leads nowhere
         raise Error(f"{path} cannot be read: {e.strerror}.", "Check the path, its links and its permissions.") from None
 
@@ -114,22 +134,24 @@ def _folder(path: Path, prediction: str | None) -> Checkpoint:
     }
     for name, cls in networks.items():
         if cls not in _CLASSES or name not in _COMPONENTS:
-            raise Error(f"{path} is a {index.cls} whose {name} is a {cls}, which is not supported yet.", _FAMILIES)
+            raise Error(f"{path} is a {index.cls} whose {name} is a {cls}, which is not supported yet.", detect.KNOWN)
     for name, cls in networks.items():
         if not (path / name).is_dir():
             raise Error(f"{path} lacks the folder {name}.", "Download the missing folder.")
         tensors = files.read(path / name).tensors
         components[name] = _configured(name, Settings(path / name / "config.json"), cls, list(tensors.items()))
-    if "unet" not in components:
-        raise Error(f"{path} has no unet.", FULL)
-    net = components["unet"].config
-    if net.added is not None:
-        family = "sdxl" if "text_encoder" in components else "sdxl-refiner"
-    else:
-        family = "sd2" if net.linear_projection else "sd1"
-    schedule, stated = scheduler.SINGLE, None
+    name = next((n for n in _NETS if n in components), None)
+    if name is None:
+        raise Error(f"{path} has no unet and no transformer.", FULL)
+    net = components[name].config
+    family = _family(net, "text_encoder" in components)
+    schedule, stated = _schedule(family, net), None
     if index.get("scheduler", None) is not None:
-        schedule, stated = scheduler.from_json(Settings(path / "scheduler" / "scheduler_config.json"))
+        settings = Settings(path / "scheduler" / "scheduler_config.json")
+        if name == "transformer":
+            schedule = scheduler.flow_from_json(settings, schedule["ends"])
+        else:
+            schedule, stated = scheduler.from_json(settings)
     return Checkpoint(
         path=path,
         family=family,
@@ -137,10 +159,77 @@ def _folder(path: Path, prediction: str | None) -> Checkpoint:
         components=components,
         stray={},
         schedule=schedule,
-        zero_negative=index.flag("force_zeros_for_empty_prompt", net.added is not None),
+        zero_negative=index.flag("force_zeros_for_empty_prompt", family.startswith("sdxl")),
         tokenizers={t: path / t for t in detect.FAMILIES[family].pads if (path / t).is_dir()},
         stated=stated if prediction is None else prediction,
     )
+
+
+def _family(net: Config, first: bool) -> str:
+    """By the network of a folder, and by whether there is a first text encoder."""
+    if isinstance(net, flux.Config):
+        return "flux"
+    if isinstance(net, sd3.Config):
+        return "sd3"
+    if net.added is not None:
+        return "sdxl" if first else "sdxl-refiner"
+    return "sd2" if net.linear_projection else "sd1"
+
+
+def _module(family: str, name: str):
+    """Whose tables and settings a component has."""
+    if name == detect.FAMILIES[family].t5:
+        return t5
+    return {"unet": unet, "vae": vae, "transformer": {"flux": flux, "sd3": sd3}.get(family)}.get(name, clip)
+
+
+def _schedule(family: str, net: Config | None) -> dict:
+    """Of a checkpoint that brings none."""
+    if detect.FAMILIES[family].prediction != "flow":
+        return scheduler.SINGLE
+    return scheduler.FLOW if net is None else _module(family, "transformer").schedule(net)
+
+
+def _with_parts(checkpoint: Checkpoint, given: dict[str, str | Path]) -> Checkpoint:
+    """The checkpoint with the networks that are given, and those that lie beside it, where it has none of its own."""
+    row, path = detect.FAMILIES[checkpoint.family], checkpoint.path
+    if checkpoint.stated is not None and row.prediction == "flow":
+        raise Error(f"{path} is of {checkpoint.family}, which predicts flow.", "Leave out --prediction.")
+    for kind in given:
+        if kind not in row.parts:
+            takes = ", ".join(f"--{k.replace('_', '-')}" for k in row.parts) or "none"
+            raise Error(
+                f"{path} is of {checkpoint.family}, which takes no --{kind.replace('_', '-')}.", f"It takes {takes}."
+            )
+    parts = {kind: Path(file) for kind, file in given.items()}
+    if path.is_file() and "transformer" in checkpoint.components:
+        for kind, part in row.parts.items():
+            if kind not in parts and part.component not in checkpoint.components:
+                found = [f for d in (path.parent, path.parent / "text_encoders") for f in sorted(d.glob(part.beside))]
+                if found:
+                    parts[kind] = found[0]
+    added = {row.parts[kind].component: _part(checkpoint.family, kind, file) for kind, file in parts.items()}
+    held = checkpoint.components | added
+    return replace(checkpoint, components={c: held[c] for c in (*row.components, *held) if c in held})
+
+
+def _part(family: str, kind: str, path: Path) -> Component:
+    """A network in a file, or a folder, of its own."""
+    tensors = files.read(path).tensors
+    alone, (kinds, what) = detect.family(path, tensors), PARTS[kind]
+    if alone not in kinds:
+        holds = next((w for k, w in PARTS.values() if alone in k), f"{alone} weights")
+        raise Error(f"{path} holds {holds}, not {what}.", f"Give --{kind.replace('_', '-')} the file of {what}.")
+    named = [
+        (to.partition(".")[2], x)
+        for key, x in tensors.items()
+        for to in rules.rename(key, detect.FAMILIES[alone].table)
+    ]
+    name = detect.FAMILIES[family].parts[kind].component
+    if path.is_dir() and (path / "config.json").is_file():
+        settings = Settings(path / "config.json")
+        return _configured(name, settings, settings.cls, named)
+    return _measured(name, family, named)
 
 
 def _single(path: Path, prediction: str | None) -> Checkpoint:
@@ -163,6 +252,7 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
             components[name] = _measured(name, family, parts[name])
     if "text_encoder_2" in components and "unet" in components:
         components["unet"] = _sized(components, row.sizes)
+    net = components["transformer"].config if "transformer" in components else None
     zero_snr = "ztsnr" in found.tensors
     own = {"zero_snr": True, "spacing": "trailing"} if zero_snr else {}  # Lin et al. 2024: start at the very last step
     words = found.metadata.get("modelspec.prediction_type", found.metadata.get("modelspec.predict_key"))
@@ -173,7 +263,7 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
         layout="single-file" if detect.original(found.tensors) else "diffusers",
         components=components,
         stray=stray,
-        schedule=scheduler.SINGLE | own,
+        schedule=_schedule(family, net) | own,
         zero_negative=row.zero_negative,
         tokenizers={},
         stated=stated if prediction is None else prediction,
@@ -183,7 +273,7 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
 def _configured(name: str, settings: Settings, cls: str, tensors: rules.Named) -> Component:
     """A network whose config.json says what it is."""
     if cls not in _CLASSES:
-        raise Error(f"{settings.path} describes a {cls}, which is not supported yet.", _FAMILIES)
+        raise Error(f"{settings.path} describes a {cls}, which is not supported yet.", detect.KNOWN)
     module = _CLASSES[cls]
     config = module.from_json(settings, cls)
     table = module.table([n for n, _ in tensors])
@@ -195,20 +285,20 @@ def _configured(name: str, settings: Settings, cls: str, tensors: rules.Named) -
 def _measured(name: str, family: str, tensors: rules.Named) -> Component:
     """A network whose Config is read off its shapes."""
     row, names = detect.FAMILIES[family], [n for n, _ in tensors]
-    module = {"unet": unet, "vae": vae}.get(name, clip)
+    module = _module(family, name)
     table = module.table(names)
     if family == "sd2" and module is clip:
         table = clip.unread(names) + table
-    if name == "text_encoder" and family != "clip":
+    if name == "text_encoder" and module is clip and not row.pooled:
         table = clip.UNPROJECTED + table
     shapes = rules.shapes(tensors, table)
     try:
-        if module is unet:
-            config = unet.config(shapes)
-        elif module is vae:
-            config = vae.config(shapes, row.scale)
-        else:
+        if module is vae:
+            config = vae.config(shapes, row.scale, row.shift)
+        elif module is clip:
             config = clip.config(shapes, row.acts.get(name), name == "text_encoder_2")
+        else:
+            config = module.config(shapes)
     except rules.Lacking as e:
         return Component(None, {}, {}, [str(e)])
     return _fill(name, config, tensors, table)
@@ -243,6 +333,10 @@ def _divided(config: Config) -> list[tuple[int, int, str]]:
     """What no shape shows and no tensor contradicts: the numbers that widths are divided by."""
     if isinstance(config, clip.Config):
         return [(config.width, config.heads, "heads")]
+    if isinstance(config, flux.Config):
+        return [(config.width, config.heads, "heads")]
+    if isinstance(config, sd3.Config | t5.Config):
+        return []
     groups = [(c, config.groups, "norm groups") for c in config.channels]
     if isinstance(config, vae.Config):
         return groups

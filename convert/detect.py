@@ -7,8 +7,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import Error
+from .flux import FLUX
 from .rules import Weight
 from .sd import DROPPED, SD1, SD2, Family
+from .sd3 import SD3
 from .sdxl import REFINER, SDXL
 from .source import Tensor
 
@@ -17,29 +19,35 @@ FAMILIES = {
     "sd2": SD2,
     "sdxl": SDXL,
     "sdxl-refiner": REFINER,
+    "sd3": SD3,
+    "flux": FLUX,
     # Networks alone in a file: which family they serve cannot be told.
-    "clip": Family([(r"^", "text_encoder.")], ("text_encoder",), acts={}, pads={}),
+    "clip": Family([(r"^", "text_encoder.")], ("text_encoder",), acts={}, pads={}, pooled=True),
     "clip-g": Family([(r"^", "text_encoder_2.")], ("text_encoder_2",), acts={}, pads={}),
+    "t5": Family([(r"^", "text_encoder.")], ("text_encoder",), acts={}, pads={}, t5="text_encoder"),
     "vae": Family([*DROPPED, (r"^(first_stage_model\.|vae\.)?", "vae.")], ("vae",), acts={}, pads={}),
 }
+
+KNOWN = "Give a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 or a FLUX.1 checkpoint."
 
 VARIANTS = {4: "base", 9: "inpaint", 8: "edit", 7: "upscale", 5: "depth"}  # by the U-Net's input channels
 
 # One key is enough, and the first row that finds one names the file.
 FOREIGN = [
     (r"\.(lora_(down|up|mid|A|B)|lora|hada_w\d.*|lokr_.*|oft_.*|dora_scale)(\.|$)|\.lora_linear_layer\.", "a LoRA"),
-    (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
+    (r"^(ip_adapter|image_proj|ip_adapter_proj_model)\.|\.ip_adapter_\w+_proj\.", "an IP-Adapter"),
     (
-        r"^control_model\.|^(controlnet_cond_embedding|controlnet_down_blocks|input_hint_block|zero_convs)\.",
+        r"^control_model\.|^controlnet_(cond_embedding|down_blocks|blocks|x_embedder)\.|^(input_hint_block|zero_convs)\.",
         "a ControlNet",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),
-    (r"(^|\.)double_blocks\.\d|(^|\.)single_(transformer_)?blocks\.\d|^redux_(up|down)\.", "a FLUX model"),
-    (
-        r"(^|\.)joint_blocks\.\d|^text_encoders\.(clip_[lg]|t5xxl)\.|^transformer_blocks\.\d+\.attn\.add_q_proj\.",
-        "an SD3 model",
-    ),
-    (r"(^|\.)block\.\d+\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
+    (r"^redux_(up|down)\.", "a FLUX Redux image embedder"),
+    (r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|comfy_quant)$", "a file of scaled 8-bit numbers"),
+    (r"\.(quant_state\.bitsandbytes__\w+|absmax)$", "a file quantized by bitsandbytes"),
+    (r"(^|\.)distilled_guidance_layer\.", "a Chroma model"),
+    (r"(^|\.)double_stream_modulation_", "a FLUX.2 model"),
+    (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo model"),
+    (r"(^|\.)transformer_blocks\.\d+\.img_mod\.", "a Qwen-Image model"),
     (r"^(decoder|encoder)\.layers\.\d+\.conv\.|^\d+\.conv\.\d+\.weight$", "a TAESD (tiny VAE)"),
     (r"^(vision_model|visual|visual_projection)\.", "a CLIP vision model"),
     (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion"),
@@ -47,6 +55,9 @@ FOREIGN = [
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
 ]
 
+_FLUX = r"(^|\.)double_blocks\.\d|(^|\.)single_transformer_blocks\.\d"
+_SD3 = r"(^|\.)joint_blocks\.\d|^transformer_blocks\.\d+\.attn\.add_q_proj\."
+_T5 = r"^encoder\.block\.\d+\.layer\.0\.SelfAttention\."
 _UNET = r"^((model\.)?diffusion_model\.)?(input_blocks\.\d|down_blocks\.\d)"
 _VAE = r"^(first_stage_model\.|vae\.)?decoder\.(up|up_blocks)\.\d"
 _CLIP = r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.|^transformer\.resblocks\.\d"
@@ -64,6 +75,10 @@ def family(path: Path, tensors: dict[str, Tensor]) -> str:
     for pattern, what in FOREIGN:
         if has(pattern):
             _refuse(path, what)
+    if has(_FLUX):
+        return "flux"
+    if has(_SD3):
+        return "sd3"
     if has(_UNET):
         if has(r"(label_emb|add_embedding)\.|^conditioner\.embedders\.1\."):
             told, read = shape(r"(label_emb\.0\.0|add_embedding\.linear_1)\.weight"), shape(r"attn2\.to_k\.weight")
@@ -72,22 +87,25 @@ def family(path: Path, tensors: dict[str, Tensor]) -> str:
             one = not has(r"^conditioner\.embedders\.1\.")
             return "sdxl-refiner" if one and (alone or has(r"^conditioner\.embedders\.0\.model\.")) else "sdxl"
         return "sd1" if len(shape(r"\.proj_in\.weight$")) == 4 else "sd2"
+    if has(_T5):
+        return "t5"
     if has(_VAE):
-        if shape(r"decoder\.conv_in\.weight$")[1:2] == (16,):
-            _refuse(path, "a VAE of SD3 or FLUX")
         return "vae"
     if has(_CLIP):
         large = shape(r"(final_layer_norm|ln_final)\.weight$") != (768,)
         return "clip-g" if large and has(r"^text_projection") else "clip"
     raise Error(
         f"{path} is no checkpoint that is known here; its first tensor is {min(tensors, default='none')!r}.",
-        "Give a Stable Diffusion 1.x, 2.x or XL checkpoint.",
+        KNOWN,
     )
 
 
 def original(tensors: dict[str, Tensor]) -> bool:
     """Whether the names are the original authors' (LDM, OpenCLIP) and not diffusers' and transformers'."""
-    marks = r"^(model|first_stage_model|cond_stage_model|conditioner)\.|^input_blocks\.|\.mid\.block_1\.|resblocks\."
+    marks = (
+        r"^(model|first_stage_model|cond_stage_model|conditioner)\.|^input_blocks\.|\.mid\.block_1\.|resblocks\."
+        r"|(^|\.)(double|joint)_blocks\."
+    )
     return any(re.search(marks, n) for n in tensors)
 
 
@@ -101,4 +119,4 @@ def prediction_sd2(weights: dict[str, Weight]) -> str:
 
 
 def _refuse(path: Path, what: str):
-    raise Error(f"{path} is {what}, which is not supported yet.", "Give a Stable Diffusion 1.x, 2.x or XL checkpoint.")
+    raise Error(f"{path} is {what}, which is not supported yet.", KNOWN)

@@ -16,6 +16,10 @@ SINGLE = {
     "sampler": None,
 }
 
+# Of rectified flow, as SD3 has it. spacing, ends: of diffusers' pipeline for the family, for no file says it.
+FLOW = {"steps": 1000, "shift": 3.0, "dynamic": None, "spacing": "linspace", "ends": "linspace", "sampler": "euler"}
+DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+
 # class -> (our sampler, spacing where the file names none)
 _CLASSES = {
     "DDIMScheduler": ("ddim", "leading"),
@@ -68,3 +72,39 @@ def from_json(s: Settings) -> tuple[dict, str]:
         "final_alpha_one": s.flag("set_alpha_to_one", cls != "PNDMScheduler"),
         "sampler": sampler,
     }, _PREDICTIONS[s.one("prediction_type", "epsilon", list(_PREDICTIONS))]
+
+
+_FLOW_CLASSES = {
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "unipc",
+}
+
+
+def flow_from_json(s: Settings, ends: str) -> dict:
+    """The schedule of a model of rectified flow. ends: the spacing its pipeline has."""
+    cls = s.one("_class_name", None, list(_FLOW_CLASSES))
+    key = "shift"
+    if not cls.startswith("FlowMatch"):
+        s.one("use_flow_sigmas", False, [True])
+        key = "flow_shift"
+    only = {"invert_sigmas": False, "shift_terminal": None, "time_shift_type": "exponential"}
+    for name, value in (only | {"stochastic_sampling": False}).items():
+        s.one(name, value, [value])
+    spacing = ends
+    for name in ("karras", "exponential", "beta"):
+        spacing = name if s.flag(f"use_{name}_sigmas", False) else spacing
+    dynamic = None
+    if s.flag("use_dynamic_shifting", False):
+        dynamic = {k: (s.whole if k.endswith("len") else s.number)(k, default) for k, default in DYNAMIC.items()}
+        if dynamic["max_image_seq_len"] <= dynamic["base_image_seq_len"]:
+            s.refuse("max_image_seq_len", dynamic["max_image_seq_len"])
+    return {
+        "steps": s.whole("num_train_timesteps", 1000),
+        "shift": s.positive(key, 1.0),
+        "dynamic": dynamic,
+        "spacing": spacing,
+        "ends": ends,
+        "sampler": _FLOW_CLASSES[cls],
+    }

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x in one file: which key belongs to which network, and what no shape tells."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .rules import Row
 
@@ -12,7 +12,7 @@ DROPPED: list[Row] = [
     (r"^(sqrt_recipm1_alphas_cumprod|lvlb_weights|logvar|scale_factor|global_step|epoch)$", None),  # of training
     (r"^(v_pred|ztsnr|denoiser\.sigmas)$", None),  # marks without numbers; detect reads them by name
     (r"^embedding_manager\.", None),  # textual inversion's own copy of the text encoder
-    (r"^(cond_stage_model|conditioner\.embedders\.\d)\.logit_scale$", None),
+    (r"^(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.logit_scale$", None),
 ]
 UNET: Row = (
     r"^((model\.)?diffusion_model\.|(?=(input|middle|output|down|mid|up)_blocks?\.|time_embed(ding)?\."
@@ -23,14 +23,26 @@ VAE: Row = (r"^first_stage_model\.", "vae.")
 
 
 @dataclass(frozen=True)
+class Part:
+    component: str
+    beside: str  # the name its file goes by, looked for beside the transformer's
+
+
+@dataclass(frozen=True)
 class Family:
     """What one family's single files look like, and what of it no shape tells."""
 
     table: list[Row]  # foreign key -> component.rest
     components: tuple[str, ...]  # that a whole model has
-    acts: dict[str, str]  # text encoder -> activation
-    pads: dict[str, str]  # tokenizer -> the token it fills up with
+    acts: dict[str, str]  # CLIP -> activation
+    pads: dict[str, str | None]  # tokenizer -> the token CLIP's fills up with; None for T5's
+    optional: tuple[str, ...] = ()  # of the components
+    parts: dict[str, Part] = field(default_factory=dict)  # what people have in files of their own, by its short name
+    t5: str | None = None  # the component that is a T5
+    pooled: bool = False  # whether text_encoder's projection is read
+    prediction: str = "eps"
     scale: float = 0.18215  # of the VAE's latents
+    shift: float = 0.0
     sizes: int = 0  # numbers, beside the pooled text, that the U-Net is told
     zero_negative: bool = False  # no negative prompt is zeros, not an empty text
 

@@ -4,25 +4,51 @@ import json
 import shutil
 from pathlib import Path
 
+from sentencepiece import SentencePieceProcessor
+
 from ..errors import Error
 from .source import read_json
 
-_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json", "added_tokens.json")
 _MAP = "special_tokens_map.json"
 
 
-def find(given: Path, name: str) -> Path:
-    """Of a folder the user named: the tokenizer's own folder inside it, else the first tokenizer's, else it itself."""
-    return next((f for f in (given / name, given / "tokenizer") if f.is_dir()), given)
+def find(given: Path, name: str, t5: bool) -> Path:
+    """Of a folder the user named: the tokenizer's own folder inside it, else one of its kind, else it itself."""
+    folders = [given / name, *(given / t for t in ("tokenizer", "tokenizer_2", "tokenizer_3"))]
+    return next((f for f in folders if f.is_dir() and _is_t5(f) == t5), given)
 
 
-def check(folder: Path, vocab: int) -> None:
+def _is_t5(folder: Path) -> bool:
+    if (folder / "spiece.model").is_file():
+        return True
+    return not (folder / "vocab.json").is_file() and isinstance(_vocab(folder), list)
+
+
+def _vocab(folder: Path) -> object:
+    """Of tokenizer.json: CLIP's is {word: id}, T5's [[word, score], ...]."""
+    model = read_json(folder / "tokenizer.json").get("model") if (folder / "tokenizer.json").is_file() else None
+    return model.get("vocab") if isinstance(model, dict) else None
+
+
+def check(folder: Path, vocab: int, t5: bool) -> None:
     """That there is one, and that the text encoder knows all its words."""
+    if t5:
+        count = _t5_words(folder)
+    else:
+        count = _clip_words(folder)
+    if count > vocab:
+        raise Error(
+            f"The tokenizer in {folder} has {count} words; the text encoder knows {vocab}.",
+            "Pass the tokenizer of this model with --tokenizer.",
+        )
+
+
+def _clip_words(folder: Path) -> int:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         words = read_json(folder / "vocab.json")
-    elif (folder / "tokenizer.json").is_file():
-        model = read_json(folder / "tokenizer.json").get("model")
-        words = model.get("vocab") if isinstance(model, dict) else None
+    elif (folder / "tokenizer.json").is_file() and not isinstance(_vocab(folder), list):
+        words = _vocab(folder)
     else:
         raise Error(
             f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt.",
@@ -30,11 +56,22 @@ def check(folder: Path, vocab: int) -> None:
         )
     if not isinstance(words, dict) or not all(type(i) is int for i in words.values()):
         raise Error(f"The vocabulary in {folder} is malformed.", "Fetch the tokenizer again.")
-    if max(words.values(), default=0) >= vocab:
+    return 1 + max(words.values(), default=-1)
+
+
+def _t5_words(folder: Path) -> int:
+    words = _vocab(folder)
+    if isinstance(words, list):
+        return len(words)
+    if not (folder / "spiece.model").is_file():
         raise Error(
-            f"The tokenizer in {folder} has {len(words)} words; the text encoder knows {vocab}.",
-            "Pass the tokenizer of this model with --tokenizer.",
+            f"{folder} holds no tokenizer of T5: neither spiece.model nor a tokenizer.json of its kind.",
+            "Pass --tokenizer with the folder of a whole model in diffusers layout, which holds one for each encoder.",
         )
+    try:
+        return SentencePieceProcessor(model_file=str(folder / "spiece.model")).get_piece_size()
+    except (OSError, RuntimeError):
+        raise Error(f"{folder / 'spiece.model'} is damaged.", "Fetch the tokenizer again.") from None
 
 
 def copy(folder: Path, target: Path) -> None:

@@ -33,8 +33,8 @@ def table(names: list[str]) -> list[Row]:
     return rows
 
 
-def config(shapes: Shapes, scale: float) -> Config:
-    """Read off the shapes, names already ours. Not in them: groups (32 in every published VAE) and the scale."""
+def config(shapes: Shapes, scale: float, shift: float) -> Config:
+    """Read off the shapes, names already ours. Not in them: groups (32 in every published VAE), scale and shift."""
     levels = max(1, shapes.count("encoder.down_blocks"))
     return Config(
         in_channels=shapes.size("encoder.conv_in.weight", 1),
@@ -44,7 +44,7 @@ def config(shapes: Shapes, scale: float) -> Config:
         layers=shapes.count("encoder.down_blocks.0.resnets"),
         groups=32,
         scale=scale,
-        shift=0.0,
+        shift=shift,
         quant_conv="quant_conv.weight" in shapes,
         post_quant_conv="post_quant_conv.weight" in shapes,
         mid_attention="decoder.mid_block.attentions.0.to_q.weight" in shapes,

@@ -15,7 +15,7 @@ import numpy as np
 from .. import weights
 from ..errors import Error
 from ..registry import FAMILIES
-from . import detect, rules
+from . import detect, flux, rules, sd3
 from . import tokenizer as copying
 from .checkpoint import FULL, Checkpoint, check, open
 from .source import Tensor
@@ -29,11 +29,12 @@ def convert(
     prediction: str | None = None,
     tokenizer: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    parts: dict[str, str | Path] | None = None,
 ) -> Path:
     """Write `source` as a model folder at `target`, which appears whole or not at all. The weights pass one by one.
 
-    source, prediction: see `open`. bits: 3, 4, 5, 6 or 8 to quantize. dtype: float32, float16 or bfloat16; by default
-    what suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told
+    source, prediction, parts: see `open`. bits: 3, 4, 5, 6 or 8 to quantize. dtype: float32, float16 or bfloat16; by
+    default what suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told
     ("convert", bytes done, bytes in all)."""
     target = Path(target)
     dtype = weights.default_dtype() if dtype is None else dtype
@@ -42,7 +43,7 @@ def convert(
             raise Error(f"{what} {value!r} is not one that can be stored.", f"Use one of {', '.join(map(str, known))}.")
     try:
         _vacant(target)
-        checkpoint = open(source, prediction)
+        checkpoint = open(source, prediction, parts)
         check(checkpoint)
         _whole(checkpoint)
         words = _words(checkpoint, None if tokenizer is None else Path(tokenizer))
@@ -55,41 +56,67 @@ def convert(
 
 def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
-    held = list(checkpoint.components)
-    lacking = [c for c in detect.FAMILIES[checkpoint.family].components if c not in held]
+    held, row = list(checkpoint.components), detect.FAMILIES[checkpoint.family]
+    lacking = [c for c in row.components if c not in held and c not in row.optional]
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""
-        raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", FULL)
-    encoders = [c.config.width for name, c in checkpoint.components.items() if name.startswith("text_encoder")]
-    read = checkpoint.components["unet"].config.context
-    if sum(encoders) != read:
-        raise Error(
-            f"{checkpoint.path} has a unet that reads text {read} wide and text encoders that give {sum(encoders)}.",
-            "Use a checkpoint whose networks belong together.",
-        )
-    if checkpoint.variant not in ("base", "inpaint", "lcm"):
+        flags = [f"--{k.replace('_', '-')} {p.beside}" for k, p in row.parts.items() if p.component in lacking]
+        fix = f"Pass {', '.join(flags)}, or put them beside it." if len(flags) == len(lacking) > 0 else FULL
+        raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", fix)
+    for name, what, takes, gives in _reads(checkpoint):
+        if takes != gives:
+            net = next(n for n in ("unet", "transformer") if n in held)
+            raise Error(
+                f"{checkpoint.path} has a {net} that takes {what} {takes} wide and {_told(checkpoint, name)} {gives}.",
+                "Use a checkpoint whose networks belong together.",
+            )
+    if checkpoint.variant not in _VARIANTS:
         raise Error(
             f"{checkpoint.path} is of the {checkpoint.variant} variant of {checkpoint.family}, which cannot draw yet.",
             "Use a text-to-image checkpoint.",
         )
 
 
+# What converts. What of it draws is the pipeline's to say.
+_VARIANTS = ("base", "schnell", "inpaint", "lcm", "fill", "control")
+
+
+def _reads(checkpoint: Checkpoint) -> list[tuple[str, str, int, int]]:
+    """What the denoiser takes from the other networks: (which, what, how wide it takes it, how wide that gives it)."""
+    configs = {name: c.config for name, c in checkpoint.components.items()}
+    if "transformer" in configs:
+        module = {"flux": flux, "sd3": sd3}[checkpoint.family]
+        return module.reads(configs["transformer"], configs)
+    encoders = [c.width for name, c in configs.items() if name.startswith("text_encoder")]
+    return [("text encoders", "text", configs["unet"].context, sum(encoders))]
+
+
+def _told(checkpoint: Checkpoint, name: str) -> str:
+    if name not in checkpoint.components:
+        return f"{name} that give"
+    weight = next(iter(checkpoint.components[name].weights.values()))
+    return f"a {name} ({weight.pieces[0].tensor.file.name}) that gives"
+
+
 def _words(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[Path, str | None]]:
     """Where each tokenizer is taken from and, if it is another model's, what it has to fill up with."""
     words = {}
     for name, pad in detect.FAMILIES[checkpoint.family].pads.items():
+        encoder = checkpoint.components.get(name.replace("tokenizer", "text_encoder"))
+        if encoder is None:
+            continue
+        t5 = pad is None
         if name in checkpoint.tokenizers:
             words[name] = checkpoint.tokenizers[name], None
         elif given is not None:
-            folder = copying.find(given, name)
+            folder = copying.find(given, name, t5)
             words[name] = folder, None if folder == given / name else pad
         else:
             raise Error(
                 f"{checkpoint.path} has no tokenizer.",
                 "Pass --tokenizer with the tokenizer folder of a model in diffusers layout.",
             )
-        encoder = checkpoint.components[name.replace("tokenizer", "text_encoder")]
-        copying.check(words[name][0], encoder.config.vocab)
+        copying.check(words[name][0], encoder.config.vocab, t5)
     return words
 
 

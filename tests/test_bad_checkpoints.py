@@ -320,8 +320,11 @@ BAD = {
     # whole files of something else, and half models
     "a LoRA": (lambda p: p.sparse("lora_kohya_sd15"), "a LoRA"),
     "a ControlNet": (lambda p: p.sparse("sd15_controlnet_canny"), "a ControlNet"),
-    "a FLUX model": (lambda p: p.sparse("flux1-schnell"), "a FLUX model"),
-    "an SD3 model": (lambda p: p.sparse("sd3_medium"), "an SD3 model"),
+    "a FLUX transformer alone": (
+        lambda p: p.sparse("flux1-schnell"),
+        "without text_encoder, text_encoder_2, vae. Pass --clip clip_l*.safetensors, --t5 t5xxl*.safetensors, --vae ae",
+    ),
+    "SD3 without its CLIPs": (lambda p: p.sparse("sd3_medium"), "without text_encoder, text_encoder_2. Pass --clip "),
     "an IP-Adapter": (lambda p: p.sparse("ip_adapter_sd15"), "an IP-Adapter"),
     "a tiny VAE": (lambda p: p.sparse("taesd"), "a TAESD"),
     "a U-Net alone": (lambda p: p.sparse("sdxl_base_unet"), "only unet, without text_encoder, text_encoder_2, vae"),
@@ -337,7 +340,7 @@ BAD = {
     ),
     "networks of different models": (
         lambda p: p.folder(other_text),
-        "reads text 64 wide and text encoders that give 128",
+        "takes text 64 wide and text encoders that give 128",
     ),
     "no tokenizer": (lambda p: [str(p.good / "one.safetensors"), "-o", "out"], "--tokenizer"),
     "a tokenizer folder without one": (
@@ -351,7 +354,7 @@ BAD = {
     "a component's folder missing": (lambda p: p.folder(lambda f: shutil.rmtree(f / "vae")), "lacks the folder vae"),
     "config.json missing": (gone("unet/config.json"), "unet/config.json"),
     "a component unknown": (lambda p: p.json("model_index.json", controlnet=["x", "ControlNetModel"]), "controlnet"),
-    "no unet": (lambda p: p.json("model_index.json", unet=[None, None]), "has no unet"),
+    "no unet": (lambda p: p.json("model_index.json", unet=[None, None]), "has no unet and no transformer"),
     "a folder of FLUX": (
         lambda p: p.json("model_index.json", _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer"]),
         "is a FluxPipeline whose transformer is a FluxTransformer",

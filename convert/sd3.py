@@ -1,0 +1,139 @@
+"""Stable Diffusion 3 and 3.5: diffusers' names, and the original ones, whose layers that only scale and shift have the
+shift first. And the single files of the family."""
+
+import math
+import re
+
+from ..models.sd3 import Config
+from .rules import Row, Shapes
+from .scheduler import FLOW
+from .sd import DROPPED, Family, Part
+from .settings import MOST_LAYERS, Settings
+
+_END = r"\.(weight|bias)$"
+TABLE: list[Row] = [
+    (r"^x_embedder\.proj\.", "pos_embed.proj."),
+    (r"^pos_embed$", "pos_embed.pos_embed"),
+    (r"^t_embedder\.mlp\.", "time_text_embed.timestep_embedder.mlp."),
+    (r"^y_embedder\.mlp\.", "time_text_embed.text_embedder.mlp."),
+    (r"_embedder\.mlp\.0\.", "_embedder.linear_1."),
+    (r"_embedder\.mlp\.2\.", "_embedder.linear_2."),
+    (r"^joint_blocks\.", "transformer_blocks."),
+    (r"\.x_block\.adaLN_modulation\.1\.", ".norm1.linear."),
+    (r"\.x_block\.mlp\.fc1\.", ".ff.net.0.proj."),
+    (r"\.x_block\.mlp\.fc2\.", ".ff.net.2."),
+    (r"\.x_block\.(attn2?)\.proj\.", r".\1.to_out.0."),
+    (r"\.x_block\.(attn2?)\.ln_([qk])\.", r".\1.norm_\2."),
+    (rf"\.x_block\.(attn2?)\.qkv{_END}", tuple(rf".\1.to_{p}.\2" for p in "qkv")),
+    (r"\.context_block\.mlp\.fc1\.", ".ff_context.net.0.proj."),
+    (r"\.context_block\.mlp\.fc2\.", ".ff_context.net.2."),
+    (r"\.context_block\.attn\.proj\.", ".attn.to_add_out."),
+    (r"\.context_block\.attn\.ln_([qk])\.", r".attn.norm_added_\1."),
+    (rf"\.context_block\.attn\.qkv{_END}", tuple(rf".attn.add_{p}_proj.\1" for p in "qkv")),
+    (r"^final_layer\.linear\.", "proj_out."),
+    (rf"^final_layer\.adaLN_modulation\.1{_END}", tuple(rf"norm_out.linear.\1+{i}" for i in (1, 0))),
+]
+
+SD3 = Family(
+    table=[
+        *DROPPED,
+        (r"^text_encoders\.clip_l\.transformer\.", "text_encoder."),
+        (r"^text_encoders\.clip_g\.transformer\.", "text_encoder_2."),
+        (r"^text_encoders\.t5xxl\.transformer\.", "text_encoder_3."),
+        (r"^(vae|first_stage_model)\.", "vae."),
+        (r"^((model\.)?diffusion_model\.|(?!text_encoder|vae\.))", "transformer."),
+    ],
+    components=("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
+    optional=("text_encoder_3",),
+    acts={"text_encoder": "quick_gelu", "text_encoder_2": "gelu"},
+    pads={"tokenizer": "<|endoftext|>", "tokenizer_2": "!", "tokenizer_3": None},
+    parts={
+        "clip": Part("text_encoder", "clip_l*.safetensors"),
+        "clip_g": Part("text_encoder_2", "clip_g*.safetensors"),
+        "t5": Part("text_encoder_3", "t5xxl*.safetensors"),
+        "vae": Part("vae", "sd3_vae.safetensors"),
+    },
+    t5="text_encoder_3",
+    pooled=True,
+    prediction="flow",
+    scale=1.5305,
+    shift=0.0609,
+)
+
+
+def table(names: list[str]) -> list[Row]:
+    """TABLE and, since the last block's text is only scaled and shifted, that block's number."""
+    last = max((int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d+)\.", n))), default=0)
+    swap = tuple(rf"transformer_blocks.{last}.norm1_context.linear.\1+{i}" for i in (1, 0))
+    return [
+        (rf"^joint_blocks\.{last}\.context_block\.adaLN_modulation\.1{_END}", swap),
+        (r"\.context_block\.adaLN_modulation\.1\.", ".norm1_context.linear."),
+        *TABLE,
+    ]
+
+
+def config(shapes: Shapes) -> Config:
+    """Read off the shapes. Not in them, where queries and keys have no norm: heads, which are 64 wide."""
+    norm = "transformer_blocks.0.attn.norm_q.weight"
+    width, patch = (shapes.size("pos_embed.proj.weight", axis) for axis in (0, 2))
+    head = shapes.size(norm, 0) if norm in shapes else 64
+    layers = shapes.count("transformer_blocks")
+    return Config(
+        in_channels=shapes.size("pos_embed.proj.weight", 1),
+        out_channels=max(1, shapes.size("proj_out.weight", 0) // patch**2),
+        patch=patch,
+        positions=math.isqrt(shapes.size("pos_embed.pos_embed", 1)),
+        context=shapes.size("context_embedder.weight", 1),
+        pooled=shapes.size("time_text_embed.text_embedder.linear_1.weight", 1),
+        heads=max(1, width // head),
+        head_dim=head,
+        layers=layers,
+        dual=tuple(i for i in range(layers) if f"transformer_blocks.{i}.attn2.to_q.weight" in shapes),
+        qk_norm=norm in shapes,
+    )
+
+
+def from_json(s: Settings, cls: str) -> Config:
+    """From diffusers' config.json."""
+    heads, head = s.whole("num_attention_heads", 18), s.whole("attention_head_dim", 64)
+    s.one("caption_projection_dim", 1152, [heads * head])
+    layers, dual = s.whole("num_layers", 18, MOST_LAYERS), s.get("dual_attention_layers", [])
+    if not isinstance(dual, list) or not all(type(i) is int and 0 <= i < layers for i in dual):
+        s.refuse("dual_attention_layers", dual)
+    channels = s.whole("in_channels", 16)
+    return Config(
+        in_channels=channels,
+        out_channels=channels if s.get("out_channels", 16) is None else s.whole("out_channels", 16),
+        patch=s.whole("patch_size", 2),
+        positions=s.whole("pos_embed_max_size", 96, 2**12),
+        context=s.whole("joint_attention_dim", 4096),
+        pooled=s.whole("pooled_projection_dim", 2048),
+        heads=heads,
+        head_dim=head,
+        layers=layers,
+        dual=tuple(dual),
+        qk_norm=s.one("qk_norm", None, [None, "rms_norm"]) is not None,
+    )
+
+
+def variant(config: Config) -> str:
+    """Turbo has large's very shapes."""
+    return "base" if config.in_channels == config.out_channels else f"{config.in_channels}-channel"
+
+
+def schedule(config: Config) -> dict:
+    """Of files that bring none."""
+    return FLOW
+
+
+def reads(config: Config, others: dict) -> list[tuple[str, str, int, int]]:
+    """What the transformer takes from the other networks: (which, what of it, how wide it takes it, how wide it is)."""
+    clips = [others[c] for c in ("text_encoder", "text_encoder_2")]
+    pooled = sum(c.width if c.projection is None else c.projection for c in clips)
+    rows = [
+        ("text_encoder_2", "text vectors", config.pooled, pooled),
+        ("vae", "latents", config.out_channels, others["vae"].latent_channels),
+    ]
+    if "text_encoder_3" in others:
+        rows.append(("text_encoder_3", "text", config.context, others["text_encoder_3"].width))
+    return rows
