@@ -33,16 +33,18 @@ function painter(canvas) {
 
 function render({ model, el }) {
   const send = (action, extra = {}, buffers = []) => model.send({ do: action, ...extra }, undefined, buffers);
-  const button = (text, action, title) =>
-    h("button", { type: "button", class: "mlxdiff-button", title, onclick: action }, text);
+  const button = (content, action, title, kind = "mlxdiff-button") =>
+    h("button", { type: "button", class: kind, title, onclick: action }, content);
 
   const canvas = h("canvas", { role: "img", "aria-label": "No picture yet" });
   const paint = painter(canvas);
-  const empty = h("p", { class: "mlxdiff-empty" }, "Your picture forms here.", h("br"), "Drop one to restore its settings.");
+  const hint = ["Your picture forms here.", h("br"), "Drop one to restore its settings."];
+  const empty = h("p", { class: "mlxdiff-empty" }, ...hint);
   const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas);
 
   const fill = h("div");
-  const bar = h("div", { class: "mlxdiff-bar", role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
+  const range = { "aria-label": "Progress", "aria-valuemin": 0, "aria-valuemax": 100 };
+  const bar = h("div", { class: "mlxdiff-bar", role: "progressbar", ...range }, fill);
   const status = h("p", { class: "mlxdiff-status" });
   const spoken = h("p", { class: "mlxdiff-spoken", role: "status", "aria-live": "polite" });
   const error = h("div", { class: "mlxdiff-error", role: "alert" });
@@ -55,7 +57,8 @@ function render({ model, el }) {
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
     download, back);
-  const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: () => { take(file.files[0]); file.value = ""; } });
+  const chosen = () => { take(file.files[0]); file.value = ""; };
+  const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: chosen });
   const open = h("label", { class: "mlxdiff-button mlxdiff-open" }, "Open a picture…", file);
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
 
@@ -98,8 +101,9 @@ function render({ model, el }) {
       if (thumbs.has(it.key)) continue;
       const src = URL.createObjectURL(new Blob([it.thumb], { type: "image/jpeg" }));
       const image = h("img", { src, alt: "", onload: () => URL.revokeObjectURL(src) });
-      const view = () => look(it.key);
-      const thumb = h("button", { type: "button", class: "mlxdiff-thumb", title: it.title, "aria-label": it.title, "data-key": it.key, onclick: view }, image);
+      const thumb = button(image, () => look(it.key), it.title, "mlxdiff-thumb");
+      thumb.setAttribute("aria-label", it.title);
+      thumb.dataset.key = it.key;
       thumbs.set(it.key, thumb);
       strip.prepend(thumb);
     }
@@ -141,7 +145,8 @@ function render({ model, el }) {
     error.replaceChildren();
     error.hidden = !problem;
     if (problem) {
-      error.append(h("p", {}, h("strong", {}, problem), " ", fix), h("details", {}, h("summary", {}, "Details"), h("pre", {}, trace)));
+      error.append(h("p", {}, h("strong", {}, problem), " ", fix));
+      error.append(h("details", {}, h("summary", {}, "Details"), h("pre", {}, trace)));
     }
     update();
   }
@@ -177,7 +182,12 @@ function render({ model, el }) {
 
   const over = (event) => { event.preventDefault(); stage.classList.add("mlxdiff-over"); };
   const leave = () => stage.classList.remove("mlxdiff-over");
-  const drop = (event) => { event.preventDefault(); event.stopPropagation(); leave(); take(event.dataTransfer.files[0]); };
+  const drop = (event) => {
+    event.preventDefault();
+    event.stopPropagation();
+    leave();
+    take(event.dataTransfer.files[0]);
+  };
 
   // The whole studio listens, and it is known only once this part of it is on the page.
   const away = new AbortController();
@@ -192,13 +202,13 @@ function render({ model, el }) {
       root.addEventListener(name, listener, { signal: away.signal });
     }
     naming.observe(root, { childList: true, subtree: true });
-    name_sliders(root);
+    nameSliders(root);
   });
   arrival.observe(el);
 
   // ipywidgets' sliders have no accessible name: give each its label's, whenever it is drawn.
-  const naming = new MutationObserver(() => name_sliders(el.closest(".mlxdiff-studio")));
-  function name_sliders(root) {
+  const naming = new MutationObserver(() => nameSliders(el.closest(".mlxdiff-studio")));
+  function nameSliders(root) {
     for (const slider of root?.querySelectorAll(".widget-hslider") ?? []) {
       const name = slider.querySelector(".widget-label")?.textContent;
       slider.querySelector(".noUi-handle")?.setAttribute("aria-label", name);
@@ -206,7 +216,8 @@ function render({ model, el }) {
     }
   }
 
-  const changes = { shown: arrived, history, error: failed, status: update, spoken: update, progress: update, running: update };
+  const changes = { shown: arrived, history, error: failed };
+  for (const name of ["status", "spoken", "progress", "running"]) changes[name] = update;
   for (const [name, listener] of Object.entries(changes)) model.on(`change:${name}`, listener);
   model.on("msg:custom", heard);
   shown(); history(); failed();

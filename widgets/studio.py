@@ -50,7 +50,7 @@ class Studio(w.VBox):
     locked = t.Bool(False, help="keep the seed; otherwise every run draws a fresh one")
     count = t.Int(1)
     more = t.Dict(help="Request's fields that have no control, such as {'clip_skip': 2}")
-    folder = t.Unicode("pictures", help="where files are written")
+    folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
     options = t.Dict(help="for mlxdiff.load, such as {'bits': 8}")
 
     status = t.Unicode("Ready", help="the line under the picture")

@@ -26,6 +26,8 @@ KERNEL = os.environ.get("MLXDIFF_TEST_KERNEL")  # another Python, whose ipykerne
 NEEDS = ("jupyterlab", "notebook", "playwright")
 HOW = "apt-get install chromium fonts-dejavu-core; pip install jupyterlab notebook playwright ipywidgets anywidget"
 
+_PATIENCE = 20_000  # ms before a failure: a busy machine is no mistake of ours
+
 STUDIO = """
 from functools import partial
 from mlxdiff.widgets import Studio
@@ -118,8 +120,9 @@ def _answers(url: str) -> bool:
 
 @pytest.fixture(scope="session")
 def browser(lab):
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=_PATIENCE)
     with sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield chromium
@@ -130,7 +133,7 @@ def browser(lab):
 def page(browser):
     """A page that must neither complain nor ask anything of another machine."""
     context = browser.new_context(viewport={"width": 1400, "height": 1200}, accept_downloads=True)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(_PATIENCE)
     wrong: list[str] = []
     page = context.new_page()
     page.on("console", lambda m: m.type == "error" and wrong.append(m.text))
@@ -196,7 +199,7 @@ class Hand:
     def press(self, name: str) -> None:
         self.root.get_by_role("button", name=name, exact=True).click()
 
-    def says(self, text: str, timeout: float = 20_000) -> None:
+    def says(self, text: str, timeout: float = _PATIENCE) -> None:
         from playwright.sync_api import expect
 
         expect(self.status).to_contain_text(text, timeout=timeout)
@@ -211,13 +214,13 @@ class Hand:
         )
         return w, h, bytes(data)
 
-    def distinct(self, until) -> set[bytes]:
+    def distinct(self, until) -> set[str]:
         """The different pictures seen on the canvas until something holds."""
         seen, end = set(), time.perf_counter() + 60
         while not until():
             assert time.perf_counter() < end, self.status.inner_text()
             if self.frames():
-                seen.add(self.pixels()[2])
+                seen.add(self.canvas.evaluate("c => c.toDataURL()"))
             self.page.wait_for_timeout(50)
         return seen
 

@@ -258,7 +258,7 @@ def test_compare_fills_a_grid_and_writes_it(desk, lab):
 
 
 def test_an_interrupt_cancels_the_run_a_cell_waits_for(desk):
-    d = desk("block.ipynb", STUDIO.format(pace=0.1), "studio.generate().result()", "print('after', studio.status)")
+    d = desk("block.ipynb", STUDIO.format(pace=0.3), "studio.generate().result()", "print('after', studio.status)")
     page = d.page
     d.run_all()
     s = d.studio()
