@@ -4,15 +4,14 @@ import importlib
 import sys
 
 from . import __version__
-from .console import run
-from .registry import FAMILIES, MODELS
 
 COMMANDS = {
     "generate": ("mlxdiff.generate", "draw a picture from a prompt"),
     "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder, or check one"),
     "bench": ("mlxdiff.bench", "measure time, memory and kernels"),
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
-    "models": ("mlxdiff.__main__", "list the models that have a name"),
+    "models": ("mlxdiff.catalogue", "list the models that have a name"),
+    "train": ("mlxdiff.train.__main__", "teach the built-in model anew, or measure it"),
 }
 
 
@@ -30,18 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"mlxdiff: {argv[0]!r} is not a command. Use one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    if argv[0] == "models":
-        return run("mlxdiff models", models)
     return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
-
-
-def models() -> int:
-    """A line for each named model."""
-    for name, m in MODELS.items():
-        print(f"{name:14} {m.download / 1e9:5.1f} GB  {m.licence:25} {m.title}")
-    titles = ", ".join(f.title for f in FAMILIES.values())
-    print(f"\nBeside these: any hub repository, folder or .safetensors file of {titles}.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import BLAS, images, samplers, schedules
+from . import BLAS, catalogue, images, samplers, schedules
 from .console import Parser, run
 from .errors import Error
 from .pipeline import Event, Pipeline, load
@@ -108,6 +108,9 @@ def draw(args: argparse.Namespace) -> int:
             bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.model['recipe']['dtype']}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for request in requests:
+            if pipe.name == catalogue.BUILTIN and catalogue.strange(request.prompt):
+                unknown = ", ".join(catalogue.strange(request.prompt))
+                bar.write(f"{pipe.name} does not know: {unknown}. `mlxdiff models {pipe.name}` lists what it knows.")
             _one(args, pipe, request, bar)
     return 0
 

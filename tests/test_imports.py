@@ -60,8 +60,15 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.console": {"mlxdiff.errors"},
+    "mlxdiff.catalogue": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.registry",
+        "mlxdiff.train.storybook.captions",
+    },
     "mlxdiff.generate": {
         "mlxdiff",
+        "mlxdiff.catalogue",
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.images",
@@ -88,7 +95,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.weights",
     },
-    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.registry"},
+    "mlxdiff.__main__": {"mlxdiff"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
