@@ -187,6 +187,7 @@ class Studio(w.VBox):
         if update.stage in ("done", "cancelled", "failed"):
             self._ended(job, update)
         elif update.stage != "ready":
+            self._count()  # again and again: the page's thread may have been counting at the same time
             text, progress = line(update)
             self._say(self._place() + text, progress, aloud=update.step == 0)
 

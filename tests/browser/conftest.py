@@ -102,7 +102,8 @@ def lab(tmp_path_factory):
         found.started = time.perf_counter() - begin
         found.timings["server start"] = found.started
         yield found
-        print("\n" + ", ".join(f"{k} {v:.2f} s" for k, v in found.timings.items()))
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        (SHOTS / "timings.txt").write_text("".join(f"{v:6.2f} s  {k}\n" for k, v in found.timings.items()))
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         try:
@@ -199,10 +200,10 @@ class Hand:
     def press(self, name: str) -> None:
         self.root.get_by_role("button", name=name, exact=True).click()
 
-    def says(self, text: str, timeout: float = _PATIENCE) -> None:
+    def says(self, text: str) -> None:
         from playwright.sync_api import expect
 
-        expect(self.status).to_contain_text(text, timeout=timeout)
+        expect(self.status).to_contain_text(text)
 
     def frames(self) -> int:
         return int(self.canvas.get_attribute("data-frames") or 0)
