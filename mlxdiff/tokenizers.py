@@ -22,6 +22,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # and what CLIPTokenizer defaults to
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 LENGTH = 77  # where tokenizer_config.json names none; one that was never set is stored as about 1e30
+T5_SPECIAL = re.compile(r"(<pad>|</s>|<unk>|<extra_id_\d\d?>)")
 
 EMPHASIS = {"(": 1.1, "[": 1 / 1.1}
 PARTNER = {")": "(", "]": "["}
@@ -169,7 +170,14 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
             pieces = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
         else:
             spm = SentencePieceProcessor(model_proto=model.read_bytes())
-            eos, pad, pieces = spm.eos_id(), spm.pad_id(), spm.encode
+            eos, pad = spm.eos_id(), spm.pad_id()
+            special = {spm.id_to_piece(i): i for i in (pad, eos, spm.unk_id()) if i >= 0}
+            special |= {f"<extra_id_{i}>": len(spm) + 99 - i for i in range(100)}  # T5's, after the model's own
+
+            def pieces(text: str) -> list[int]:
+                parts = T5_SPECIAL.split(text)
+                return [i for p in parts for i in ([special[p]] if p in special else spm.encode(p))]
+
     except Exception as e:  # what either library raises for a damaged file has no narrower type
         raise Error(f"The tokenizer in {folder} cannot be read: {e}.", again) from None
     if eos is None or pad is None or min(eos, pad) < 0:

@@ -8,14 +8,29 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
-from tests import clip_vocab
+from tests import clip_vocab, t5_vocab
+
+from .oracle import randomize
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -54,16 +69,15 @@ def unet(seed: int, listen: float, **config) -> UNet2DConditionModel:
     return stir(UNet2DConditionModel(norm_num_groups=8, layers_per_block=1, sample_size=8, **config), seed, listen)
 
 
-def vae(seed: int, scale: float = 0.18215) -> AutoencoderKL:
+def vae(seed: int, scale: float = 0.18215, channels: int = 4, **config) -> AutoencoderKL:
     torch.manual_seed(seed)
     blocks = {
         "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
         "block_out_channels": (8, 16, 24),
     }
-    return stir(
-        AutoencoderKL(**blocks, norm_num_groups=4, latent_channels=4, scaling_factor=scale, sample_size=32), seed
-    )
+    blocks |= {"norm_num_groups": 4, "latent_channels": channels, "scaling_factor": scale, "sample_size": 32}
+    return stir(AutoencoderKL(**blocks, **config), seed)
 
 
 CROSS = {
@@ -115,4 +129,61 @@ def refiner(folder: Path, base: StableDiffusionXLPipeline) -> StableDiffusionXLI
         base.vae, None, base.text_encoder_2, None, base.tokenizer_2, net, EulerDiscreteScheduler(
             **BETAS, timestep_spacing="leading", steps_offset=1
         ), requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False,
+    )  # fmt: skip
+
+
+# ---- rectified flow: transformers, VAEs of 16 channels, T5
+
+PLAIN = {"use_quant_conv": False, "use_post_quant_conv": False}
+
+
+def t5_tokenizer(folder: Path) -> T5Tokenizer:
+    t5_vocab.write(folder)
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def t5(tok: T5Tokenizer, seed: int, width: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tok), d_model=width, d_kv=12, d_ff=2 * width, num_layers=2, num_heads=3,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return louder(randomize(T5EncoderModel(config), seed), 3, (".q.", "shared"))
+
+
+def louder(module: torch.nn.Module, factor: float, names: tuple[str, ...]) -> torch.nn.Module:
+    """Some weights larger: the few words among hundreds of padding tokens would else change the picture by 40 dB."""
+    for name, parameter in module.named_parameters():
+        if any(n in name for n in names):
+            parameter.mul_(factor)
+    return module
+
+
+def sd3(folder: Path, kind: str = "medium", dim: int = 12, width: int = 88) -> StableDiffusion3Pipeline:
+    """medium: plain, as SD 3; "3.5": dual attention and query and key norms. dim: of a head. width: of the text."""
+    words, words2, words3 = tokenizer(folder / "1"), tokenizer(folder / "2", pad="!"), t5_tokenizer(folder / "3")
+    new = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"} if kind == "3.5" else {}
+    net = SD3Transformer2DModel(
+        sample_size=16, in_channels=16, num_layers=3, attention_head_dim=dim, num_attention_heads=3,
+        joint_attention_dim=width, caption_projection_dim=3 * dim, pooled_projection_dim=64, pos_embed_max_size=9,
+        **new,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        randomize(net, 21), FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae(22, 1.5305, 16, shift_factor=0.0609, **PLAIN),
+        text_encoder(words, 23, 32, projection=24), words, text_encoder(words2, 24, 48, "gelu", 40), words2,
+        t5(words3, 25, width), words3,
+    )  # fmt: skip
+
+
+def flux(folder: Path, kind: str = "dev", axes: tuple = (4, 6, 10), width: int = 36) -> FluxPipeline:
+    words, words2 = tokenizer(folder / "1"), t5_tokenizer(folder / "2")
+    net = FluxTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=sum(axes), num_attention_heads=3,
+        joint_attention_dim=width, pooled_projection_dim=32, guidance_embeds=kind == "dev", axes_dims_rope=axes,
+    )  # fmt: skip
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if kind == "dev" else {"shift": 1.0}
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(**shift), vae(31, 0.3611, 16, shift_factor=0.1159, **PLAIN),
+        text_encoder(words, 32, 32), words, t5(words2, 33, width), words2,
+        louder(randomize(net, 34), 4, ("context_embedder.weight",)),
     )  # fmt: skip

@@ -1,0 +1,233 @@
+"""SD3 and FLUX pipelines against diffusers: same weights, prompt, seed and settings, same picture. Bound: 40 dB, as for
+the other families; float32 on both sides, so it is far above."""
+
+import re
+from dataclasses import replace
+
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from mlx.utils import tree_flatten
+
+import mlxdiff
+from mlxdiff import weights
+from mlxdiff.errors import Error
+from mlxdiff.pipeline import Pipeline
+
+from . import tiny
+from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, command, oracle, psnr
+
+NAMES = {"sd3": ("sd3", "medium"), "sd3.5": ("sd3", "3.5"), "dev": ("flux", "dev"), "schnell": ("flux", "schnell")}
+TOKENS = {"sd3": 256, "sd3.5": 256, "dev": 512, "schnell": 256}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDIFF_CACHE", str(place))
+        yield place
+
+
+@pytest.fixture(scope="module")
+def oracles(tmp_path_factory) -> dict:
+    """name -> (diffusers pipeline, folder it was saved in)"""
+    root, made = tmp_path_factory.mktemp("flow"), {}
+    for name, (family, kind) in NAMES.items():
+        made[name] = getattr(tiny, family)(root / f"{name}-words", kind), root / name
+        made[name][0].set_progress_bar_config(disable=True)
+        made[name][0].save_pretrained(root / name)
+    return made
+
+
+def opened(folder, **options) -> Pipeline:
+    return mlxdiff.load(folder, dtype="float32", **options)
+
+
+def ours(folder, prompt=PROMPT, low_memory=False, **settings) -> np.ndarray:
+    pipe = opened(folder, low_memory=low_memory)
+    return np.asarray(pipe(prompt, seed=SEED, **(SIZE | settings)).image)
+
+
+def theirs(pipe, name, **settings) -> np.ndarray:
+    return oracle(pipe, max_sequence_length=TOKENS[name], **settings)
+
+
+CFG = {"sd3": {"guidance_scale": 5.0}, "sd3.5": {"guidance_scale": 5.0}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_oracles_listen_to_their_prompts(oracles, name):
+    """Else the tests below could not fail on a mistake in the text."""
+    pipe, same = oracles[name][0], {"num_inference_steps": 5} | CFG.get(name, {"true_cfg_scale": 3.0})
+    plain = theirs(pipe, name, negative_prompt=NEGATIVE, **same)
+    assert psnr(plain, theirs(pipe, name, negative_prompt="", **same)) < DB - 10
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    other = pipe("a blue boat", generator=generator, negative_prompt=NEGATIVE, **SIZE, **same).images[0]
+    assert psnr(plain, np.asarray(other)) < DB - 10
+    t5 = {"prompt_3" if name.startswith("sd3") else "prompt_2": "a blue boat"}  # what T5 alone reads
+    assert psnr(plain, theirs(pipe, name, negative_prompt=NEGATIVE, **t5, **same)) < DB - 10
+    if name == "dev":
+        assert psnr(plain, theirs(pipe, name, negative_prompt=NEGATIVE, guidance_scale=9.0, **same)) < DB - 5
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5"])
+def test_sd3(oracles, name):
+    pipe, folder = oracles[name]
+    want = theirs(pipe, name, negative_prompt=NEGATIVE, num_inference_steps=6, guidance_scale=5.0)
+    assert psnr(ours(folder, negative=NEGATIVE, steps=6, guidance=5.0), want) > DB
+    assert psnr(ours(folder, negative=NEGATIVE, steps=6, guidance=5.0, low_memory=True), want) > DB
+    want = theirs(pipe, name, num_inference_steps=3, guidance_scale=1.0)
+    assert psnr(ours(folder, steps=3, guidance=1.0), want) > DB
+
+
+def test_sd3_without_t5(oracles, tmp_path):
+    """Zeros in its place, whether it was left out of the run or of the folder."""
+    pipe, folder = oracles["sd3"]
+    own, pipe.text_encoder_3 = pipe.text_encoder_3, None
+    try:
+        want = theirs(pipe, "sd3", num_inference_steps=4, guidance_scale=5.0)
+        pipe.save_pretrained(tmp_path / "without")
+    finally:
+        pipe.text_encoder_3 = own
+    assert psnr(ours(folder, steps=4, guidance=5.0, t5=False), want) > DB
+    assert psnr(ours(folder, steps=4, guidance=5.0), want) < DB - 10
+    assert psnr(ours(tmp_path / "without", steps=4, guidance=5.0), want) > DB
+
+
+def test_flux_dev_is_told_its_guidance(oracles):
+    pipe, folder = oracles["dev"]
+    want = theirs(pipe, "dev", num_inference_steps=6, guidance_scale=4.5)
+    assert psnr(ours(folder, steps=6, guidance=4.5), want) > DB
+
+
+def test_flux_dev_with_a_negative_prompt_and_true_cfg(oracles):
+    pipe, folder = oracles["dev"]
+    same = {"num_inference_steps": 4, "guidance_scale": 3.5}
+    want = theirs(pipe, "dev", negative_prompt=NEGATIVE, true_cfg_scale=3.0, **same)
+    assert psnr(ours(folder, steps=4, guidance=3.5, negative=NEGATIVE, true_cfg=3.0), want) > DB
+    assert psnr(theirs(pipe, "dev", **same), want) < DB - 10
+
+
+def test_flux_schnell(oracles):
+    pipe, folder = oracles["schnell"]
+    assert psnr(ours(folder), theirs(pipe, "schnell", num_inference_steps=4)) > DB
+
+
+class ExactUniPC(UniPCMultistepScheduler):
+    """diffusers cuts the times of flow to whole thousandths for DPM++ and UniPC, which no model was trained for."""
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.timesteps = self.sigmas[:-1] * 1000
+
+
+def test_unipc_as_diffusers_drives_it(oracles):
+    pipe, folder = oracles["sd3"]
+    own = pipe.scheduler
+    pipe.scheduler = ExactUniPC(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    try:
+        want = theirs(pipe, "sd3", num_inference_steps=6, guidance_scale=3.0)
+    finally:
+        pipe.scheduler = own
+    assert psnr(ours(folder, steps=6, guidance=3.0, sampler="unipc", schedule="sgm_uniform"), want) > DB
+
+
+def test_through_the_command_line(oracles, cache, tmp_path):
+    _, folder = oracles["sd3"]
+    out, args = tmp_path / "a.png", ["-m", str(folder), "--steps", "4", "-g", "5", "--shift", "2", "--no-t5"]
+    drawn, said = command(cache, out, PROMPT, *args)
+    assert (said["request"]["sampler"], said["request"]["schedule"]) == ("euler", "linspace")
+    assert (said["request"]["shift"], said["request"]["t5"]) == (2.0, False)
+    assert psnr(drawn, ours(folder, steps=4, guidance=5.0, shift=2.0, t5=False)) == float("inf")
+    assert psnr(drawn, ours(folder, steps=4, guidance=5.0, t5=False)) < DB
+
+
+def test_modulation_is_released_and_the_next_run_takes_other_steps(oracles):
+    pipe = opened(oracles["dev"][1])
+    first = pipe(PROMPT, seed=SEED, steps=3, **SIZE).image
+    kept = {k for k, _ in tree_flatten(pipe._networks["transformer"].parameters())}
+    assert kept
+    assert not any("mod" in k or "_in." in k.replace("img_in.", "") for k in kept)
+    assert not any(name.startswith("text_encoder") for name in pipe._networks)
+    other = pipe("a blue boat", seed=SEED, steps=4, width=24, height=32).image
+    fresh = opened(oracles["dev"][1])("a blue boat", seed=SEED, steps=4, width=24, height=32).image
+    assert np.array_equal(np.asarray(other), np.asarray(fresh))
+    assert np.array_equal(np.asarray(first), np.asarray(pipe(PROMPT, seed=SEED, steps=3, **SIZE).image))
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "dev"])
+def test_a_batch_draws_its_members(oracles, name):
+    pipe = opened(oracles[name][1])
+    request = pipe.resolve(PROMPT, seed=5, steps=2, sampler="euler_ancestral", count=2, **SIZE)
+    batch = [np.asarray(i) for i in pipe(request).images]
+    alone = np.asarray(pipe(replace(request, seed=6, count=1)).image)
+    assert psnr(batch[1], alone) > 50  # a batched matmul may round differently from a single one
+    assert psnr(batch[0], batch[1]) < DB
+
+
+KEPT = {
+    "sd3": {
+        "time_text_embed.timestep_embedder.linear_N",
+        "time_text_embed.text_embedder.linear_N",
+        "context_embedder",
+        "transformer_blocks.N.normN.linear",
+        "transformer_blocks.N.normN_context.linear",
+        "norm_out.linear",
+        "proj_out",
+    },
+    "flux": {
+        *(f"{name}_in.{end}_layer" for name in ("time", "vector", "guidance") for end in ("in", "out")),
+        "img_in",
+        "txt_in",
+        "double_blocks.N.img_mod.lin",
+        "double_blocks.N.txt_mod.lin",
+        "single_blocks.N.modulation.lin",
+        "final_layer.adaLN_modulation.N",
+        "final_layer.linear",
+    },
+}
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_quantized_to_eight_bits(family, tmp_path):
+    """Eight bits change the picture by less than 35 dB. Of the transformer all but what every step or token passes
+    through is quantized."""
+    wide = {"dim": 32, "width": 96} if family == "sd3" else {"axes": (8, 12, 12), "width": 64}  # divided by 32
+    wide = getattr(tiny, family)(tmp_path / "words", **wide)
+    wide.save_pretrained(tmp_path / "model")
+    small = opened(tmp_path / "model", bits=8)
+    net = weights.load(small.folder, "transformer", small.model)
+    assert {re.sub(r"\d+", "N", p) for p, m in net.named_modules() if isinstance(m, nn.Linear)} == KEPT[family]
+    drawn = np.asarray(small(PROMPT, seed=SEED, steps=3, **SIZE).image)
+    assert psnr(drawn, ours(tmp_path / "model", steps=3)) > 35
+
+
+def test_long_and_weighted_prompts_run_and_differ(oracles):
+    for name, long in (("sd3", 110), ("dev", 0)):
+        draw = lambda prompt, folder=oracles[name][1]: ours(folder, prompt, steps=2)  # noqa: E731
+        plain = draw("a red fox in the snow")
+        assert psnr(plain, draw("(a red fox in the snow:1.0)")) > 50  # weight 1 is no weight
+        assert psnr(plain, draw("(a red fox in the snow:3.0)")) < 50  # a few of 512 tokens
+        if long:
+            assert psnr(plain, draw("a red fox in the snow " + "snow " * long)) < DB
+
+
+def test_what_these_families_refuse(oracles):
+    dev, schnell, sd3 = (opened(oracles[n][1]) for n in ("dev", "schnell", "sd3"))
+    for pipe, settings, said in (
+        (schnell, {"guidance": 3.5}, "takes no guidance"),
+        (dev, {"negative": "blurry"}, "no place for a negative prompt"),
+        (dev, {"t5": False}, "is for SD3"),
+        (dev, {"sampler": "ddim"}, "not for models of rectified flow"),
+        (dev, {"schedule": "leading"}, "does not exist for rectified flow"),
+        (dev, {"width": 36}, "not a multiple of 8"),
+        (sd3, {"true_cfg": 3.0}, "true_cfg is for FLUX"),
+        (sd3, {"width": 80}, "up to 72 pixels"),
+        (sd3, {"clip_skip": 4}, "3 layers"),
+        (sd3, {"shift": 0.0}, "shift 0.0"),
+    ):
+        with pytest.raises(Error, match=said):
+            pipe.resolve(PROMPT, **settings)

@@ -1,0 +1,79 @@
+"""T5's tokenizer against transformers', from spiece.model and from tokenizer.json, with a vocabulary made here."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import T5Tokenizer
+
+from mlxdiff import Error, tokenizers
+
+from . import t5_vocab
+
+STRINGS = [
+    "a red fox in the snow", "", " ", "  two  spaces\nand a line ", "tab\there\r\n", "café ﬁne Ⅷ ① ½",
+    "e\u0301 combining", "猫 unknown ☃☃☃ 字字", "4k, 8k!!! it's we'll", "😀😀 fox 👩\u200d🚀",
+    "\u200bzero width\u00a0nbsp", "ÄÖÜ ẞ straße", "x" * 300, "— dash … “quotes”", "(red:1.2) [blue]",
+    "a</s>b <extra_id_0> <pad>x <extra_id_99><unk>", "<extra_id_100> </s", "بيت קמר",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """transformers', and ours from each kind of file."""
+    root = tmp_path_factory.mktemp("t5")
+    t5_vocab.write(root / "spiece")
+    theirs = T5Tokenizer.from_pretrained(root / "spiece")
+    theirs("x", padding="max_length", max_length=7, truncation=True)  # which it would store, and ours must not heed
+    theirs.save_pretrained(root / "json")
+    return theirs, tokenizers.load_t5(root / "spiece"), tokenizers.load_t5(root / "json")
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_equals_transformers(three, text):
+    theirs, *both = three
+    for ours in both:
+        assert ours.ids(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Co", "Cn", "Cc"]), max_size=40))
+@settings(max_examples=150, deadline=None)
+def test_equals_transformers_on_any_text(three, text):
+    theirs, *both = three
+    for ours in both:
+        assert ours.ids(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("length", [8, 256, 512])
+def test_padding_equals_transformers(three, length):
+    theirs, *both = three
+    for text in ("a red fox", ""):
+        want = theirs(text, padding="max_length", max_length=length, truncation=True).input_ids
+        for ours in both:
+            chunk = ours.encode(text, length)
+            assert (chunk.ids, set(chunk.weights)) == (want, {1.0})
+
+
+def test_longer_prompts_are_not_cut_and_weights_stand_by_their_tokens(three):
+    theirs, *both = three
+    for ours in both:
+        assert ours.encode("fox " * 20, 8).ids == theirs("fox " * 20).input_ids
+        ids, weights = ours.encode("a (red fox:1.5) snow BREAK moon", 32)
+        n = [len(ours.ids(text)) for text in ("a ", "red fox", " snow ", " moon")]
+        assert weights[: sum(n)] == [1.0] * n[0] + [1.5] * n[1] + [1.0] * (n[2] + n[3])
+        assert len(ids) == len(weights) == 32
+
+
+def test_what_is_no_tokenizer_is_told(tmp_path):
+    with pytest.raises(Error, match=r"neither tokenizer\.json nor spiece.model"):
+        tokenizers.load_t5(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"not a model")
+    with pytest.raises(Error, match="cannot be read"):
+        tokenizers.load_t5(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(Error, match="cannot be read"):
+        tokenizers.load_t5(tmp_path)
+
+
+def test_text_that_is_no_unicode_is_told(three):
+    with pytest.raises(Error, match="not valid Unicode at character 4"):
+        three[1].encode("fox \ud800", 8)
