@@ -43,12 +43,16 @@ def test_one_command_then_a_prompt_then_a_picture(started, lab, page, tmp_path):
     root.wait_for(timeout=60_000)
     lab.timings["mlxdiff studio: studio on the page after"] = time.perf_counter() - begin
     s = Hand(page, root)
-    for n, prompt in enumerate(("a red house under a full moon", "a blue boat on a lake at night"), 1):
+    for count, total, prompt in (
+        (4, 4, "a yellow castle on a hill at sunset"),
+        (1, 5, "a red house under a full moon"),
+    ):
         s.label("Prompt").fill(prompt)
+        s.label("Pictures").fill(str(count))
         pressed = time.perf_counter()
         s.press("Generate")
-        expect(s.thumbs).to_have_count(n, timeout=60_000)
-        lab.timings[f"{prompt}: picture after"] = time.perf_counter() - pressed
+        expect(s.thumbs).to_have_count(total, timeout=60_000)
+        lab.timings[f"{count} x {prompt}: drawn after"] = time.perf_counter() - pressed
         s.says("Done in")
     s.shot("studio-storybook")
     file = max((tmp_path / "pictures").glob("*.png"), key=lambda p: p.stat().st_mtime_ns)
