@@ -11,9 +11,15 @@ from ..console import Parser, run
 from ..errors import Error
 from ..weights import BITS, DTYPES
 from . import PREDICTIONS, Checkpoint, check, convert, open
+from .checkpoint import PARTS
 from .detect import FAMILIES
 
-_ALONE = {"clip": "CLIP text encoder", "clip-g": "CLIP text encoder with projection", "vae": "VAE"}
+_ALONE = {
+    "clip": "CLIP text encoder",
+    "clip-g": "CLIP text encoder with projection",
+    "t5": "T5 text encoder",
+    "vae": "VAE",
+}
 _SHOWN = 20  # of what is unmapped or missing, in the text for people; --json has all
 
 
@@ -27,6 +33,9 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, where the file does not say")
     p.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer folder for a single-file checkpoint")
+    for kind, (_, what) in PARTS.items():
+        flag = f"--{kind.replace('_', '-')}"
+        p.add_argument(flag, metavar="FILE", type=Path, help=f"{what} to use, where SOURCE has none or another")
     p.add_argument("--offline", action="store_true", help="never use the network, not even for a tokenizer")
     p.add_argument("--check", action="store_true", help="read headers only; exit 0 if every tensor is understood")
     p.add_argument("--json", action="store_true", help="with --check: for machines")
@@ -53,17 +62,21 @@ def _convert(args) -> int:
 
         words = args.tokenizer
         if words is None:
-            words = store.tokenizer_for(open(args.source, args.prediction), args.offline, show)
-        convert(args.source, args.output, args.quantize, args.dtype, args.prediction, words, show)
+            words = store.tokenizer_for(open(args.source, args.prediction, _parts(args)), args.offline, show)
+        convert(args.source, args.output, args.quantize, args.dtype, args.prediction, words, show, _parts(args))
     print(args.output)
     return 0
 
 
 def _check(args) -> int:
-    checkpoint = open(args.source, args.prediction)
+    checkpoint = open(args.source, args.prediction, _parts(args))
     print(json.dumps(report(checkpoint)) if args.json else _describe(checkpoint))
     check(checkpoint)
     return 0
+
+
+def _parts(args) -> dict[str, Path]:
+    return {kind: file for kind in PARTS if (file := getattr(args, kind)) is not None}
 
 
 def report(checkpoint: Checkpoint) -> dict:
@@ -91,7 +104,8 @@ def _describe(checkpoint: Checkpoint) -> str:
         lines += [f"  {title} {n}" for n in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append(f"  ... and {len(names) - _SHOWN} more ({title})")
-    lacking = [c for c in FAMILIES[checkpoint.family].components if c not in checkpoint.components]
+    row = FAMILIES[checkpoint.family]
+    lacking = [c for c in row.components if c not in checkpoint.components and c not in row.optional]
     if lacking:
         lines.append(f"  not a whole model: no {', no '.join(lacking)}")
     return "\n".join(lines)

@@ -113,3 +113,43 @@ def open_clip(state: dict, spare: bool, projection: np.ndarray | None = None) ->
 
 def under(prefix: str, state: dict) -> dict:
     return {prefix + name: x for name, x in state.items()}
+
+
+def sd3(state: dict) -> dict:
+    """diffusers' SD3Transformer2DModel to Stability's MMDiT."""
+    last = max(int(n.split(".")[1]) for n in state if n.startswith("transformer_blocks."))
+    swapped = ("norm_out.linear.", f"transformer_blocks.{last}.norm1_context.linear.")
+    out = {}
+    for name, x in state.items():
+        if name.startswith(swapped):
+            x = np.roll(x, len(x) // 2, axis=0)
+        if m := re.search(r"(to_q|add_q_proj)\.", name):
+            others = [m[1].replace("q", p) for p in "kv"]
+            x = np.concatenate([x, *(state[name.replace(m[1], o)] for o in others)])
+        elif re.search(r"to_[kv]\.|add_[kv]_proj\.", name):
+            continue
+        for theirs, new in (
+            ("pos_embed.proj", "x_embedder.proj"),
+            ("pos_embed.pos_embed", "pos_embed"),
+            ("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+            ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+            ("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+            ("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+            ("norm_out.linear", "final_layer.adaLN_modulation.1"),
+            ("norm1_context.linear", "context_block.adaLN_modulation.1"),
+            ("norm1.linear", "x_block.adaLN_modulation.1"),
+            ("attn.to_add_out", "context_block.attn.proj"),
+            ("attn.add_q_proj", "context_block.attn.qkv"),
+            ("attn.norm_added_", "context_block.attn.ln_"),
+            ("ff_context.net.0.proj", "context_block.mlp.fc1"),
+            ("ff_context.net.2", "context_block.mlp.fc2"),
+            (".ff.net.0.proj", ".x_block.mlp.fc1"),
+            (".ff.net.2", ".x_block.mlp.fc2"),
+            ("transformer_blocks", "joint_blocks"),
+        ):
+            name = name.replace(theirs, new)
+        name = re.sub(r"(\d)\.(attn2?)\.to_out\.0", r"\1.x_block.\2.proj", name)
+        name = re.sub(r"(\d)\.(attn2?)\.to_q", r"\1.x_block.\2.qkv", name)
+        name = re.sub(r"(\d)\.(attn2?)\.norm_", r"\1.x_block.\2.ln_", name)
+        out["final_layer.linear." + name[9:] if name.startswith("proj_out.") else name] = x
+    return out
