@@ -162,7 +162,8 @@ def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
     studio.guidance = 1.1
     assert not studio.controls.negative.disabled
     one = Facts("LCM", fakes.DEFAULTS, 8, 1, negative=False)
-    assert "one pass" in controls.ignored(one, 7.5)["negative"]
+    assert "one pass" in controls.ignored(one, 7.5, true_cfg=1.0)["negative"]
+    assert controls.ignored(one, 1.0, true_cfg=2.0) == {}
 
 
 # --- runs

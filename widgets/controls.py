@@ -24,7 +24,7 @@ FIELDS: dict[str, Callable] = {
     "negative": str,
 }
 _ANOTHER = ""
-_QUICK, _FINE = 0.4, 2.0  # of the model's own steps; DPM++ 2M on Karras' sigmas needs the fewest for the same picture
+_QUICK, _FINE = 0.4, 2.0  # of the model's own steps
 
 
 def presets(defaults: Defaults) -> dict[str, dict]:
@@ -39,7 +39,7 @@ def presets(defaults: Defaults) -> dict[str, dict]:
     }
     if defaults.steps < 10:
         return {"standard": own}
-    solver = {"sampler": "dpmpp_2m", "schedule": "karras"}
+    solver = {"sampler": "dpmpp_2m"}  # of second order, and for every family
     return {
         "quick": own | solver | {"steps": round(defaults.steps * _QUICK)},
         "standard": own,
@@ -47,11 +47,12 @@ def presets(defaults: Defaults) -> dict[str, dict]:
     }
 
 
-def ignored(facts: Facts | None, guidance: float) -> dict[str, str]:
-    """The controls that change nothing now, with the reason."""
-    if facts is not None and not facts.negative:
+def ignored(facts: Facts | None, guidance: float, true_cfg: float) -> dict[str, str]:
+    """The controls that change nothing now, with the reason. true_cfg: Request's, a second pass for FLUX."""
+    told = facts is not None and not facts.negative
+    if told and true_cfg <= 1:
         return {"negative": f"{facts.name} draws in one pass: it has no place for a negative prompt."}
-    if guidance <= 1:
+    if guidance <= 1 and not told:
         return {"negative": "Not used at guidance 1 or below: nothing is subtracted there."}
     return {}
 

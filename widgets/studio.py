@@ -253,7 +253,7 @@ class Studio(w.VBox):
 
     def _judge(self) -> None:
         """Disable what would change nothing now, and say why; name what is set and has no control."""
-        c, reasons = self.controls, ignored(self._facts, self.guidance)
+        c, reasons = self.controls, ignored(self._facts, self.guidance, self.more.get("true_cfg", 1.0))
         c.negative.disabled = "negative" in reasons
         c.why.value = html.escape(" ".join(reasons.values()))
         known = {} if self._defaults is None else presets(self._defaults)
