@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict:
     else:
         pipe = RandomPipeline(args.random, args.dtype, args.low_memory)
     request = asked(pipe, args)
-    batch = 2 if request.guidance > 1 and pipe.time_cond is None else 1
+    batch = 2 if request.guidance > 1 and pipe.two_passes else 1
     facts = {
         "mlxdiff": __version__,
         "mlx": metadata.version("mlx"),
@@ -109,11 +109,11 @@ def measure(args: argparse.Namespace) -> dict:
 
 def asked(pipe: Pipeline, args: argparse.Namespace) -> Request:
     """The picture that is drawn: euler, which calls the network once a step."""
-    guidance = None if args.batch is None else 1.0
-    if args.batch == 2:
-        guidance = max(pipe.defaults.guidance, 2.0)
-        if pipe.time_cond is not None:
-            raise Error(f"{pipe.name} is guided without a second pass.", "Use --batch 1.")
+    guidance = None
+    if args.batch == 2 and not pipe.two_passes:
+        raise Error(f"{pipe.name} is guided without a second pass.", "Use --batch 1.")
+    if args.batch is not None and pipe.two_passes:
+        guidance = 1.0 if args.batch == 1 else max(pipe.defaults.guidance, 2.0)
     return pipe.resolve(
         _PROMPT, seed=0, steps=args.steps, width=args.width, height=args.height, guidance=guidance, sampler="euler"
     )

@@ -155,6 +155,16 @@ def test_guided_is_twice_the_batch(model):
     assert calls("2") == {2}
 
 
+def test_a_model_of_one_pass_has_no_batch_of_two(model, monkeypatch):
+    monkeypatch.setitem(fullsize.ROWS, "sd1", TINY | {"unet": replace(UNET, time_cond=8)})
+    pipe = fullsize.RandomPipeline("sd1")
+    args = bench.parser().parse_args(quick("--batch", "2"))
+    with pytest.raises(bench.Error, match="--batch 1"):
+        bench.asked(pipe, args)
+    args.batch = 1
+    assert bench.asked(pipe, args).guidance == pipe.defaults.guidance  # an input of the network, not a second pass
+
+
 # ---- kernels
 
 
