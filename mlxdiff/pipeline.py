@@ -315,10 +315,10 @@ class Pipeline:
         return schedules.discrete(self.model["schedule"], samplers.SAMPLERS[request.sampler].grid)
 
     def _cfg(self, request: Request) -> float:
-        """The scale of classifier-free guidance. Where the network is told its guidance, that is another number."""
+        """The scale of classifier-free guidance. In FLUX, which may be told its guidance, that is another number."""
         if self.time_cond is not None:
             return 1.0
-        return request.true_cfg if "guidance" in self.model["components"][self.net] else request.guidance
+        return request.guidance if self.two_passes else request.true_cfg
 
     def _reads_t5(self, request: Request) -> bool:
         return request.t5 and self.plan.t5 is not None and self.plan.t5[0] in self.model["components"]
@@ -330,6 +330,12 @@ class Pipeline:
     def flow(self) -> bool:
         """Whether this is rectified flow, as all transformers here are."""
         return self.model["prediction"] == "flow"
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether guidance is a second pass for the negative prompt: not so in LCM and FLUX."""
+        net = self.model["components"][self.net]
+        return net.get("time_cond") is None and "guidance" not in net
 
     @property
     def told(self) -> bool:

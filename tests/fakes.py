@@ -21,14 +21,14 @@ DEFAULTS = Defaults(size=64, steps=20, guidance=5.0, sampler=None, schedule=None
 class Pipe:
     """Stands where a Pipeline would. pace: seconds a step. gate: steps wait for it, so that a test sees them run."""
 
-    factor, time_cond, family = 8, None, registry.FAMILIES["sd1"]
+    multiple, two_passes, family = 8, True, registry.FAMILIES["sd1"]
 
     def __init__(self, name: str = "fake", pace: float = 0.0, gate: threading.Event | None = None):
         self.name, self.pace, self.gate, self.defaults = name, pace, gate, DEFAULTS
         self.steps = 0  # taken in its life
 
     def resolve(self, request: Request) -> Request:
-        return request.resolve(self.defaults, ("euler", "leading"), "leading", 1, self.factor)
+        return request.resolve(self.defaults, ("euler", "leading"), "leading", 1, self.multiple)
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         return [images.preview(x, self.family.preview) for x in x0]

@@ -233,7 +233,7 @@ class Worker:
             self._pipe = self._load(job.model, progress=progress, **job.options)
             self._key = key
         pipe = self._pipe
-        job.facts = Facts(pipe.name, pipe.defaults, pipe.factor, pipe.family.clip_skip, pipe.time_cond is None)
+        job.facts = Facts(pipe.name, pipe.defaults, pipe.multiple, pipe.family.clip_skip, pipe.two_passes)
         job.tell("ready")
         return pipe
 
