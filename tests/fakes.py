@@ -21,7 +21,7 @@ DEFAULTS = Defaults(size=64, steps=20, guidance=5.0, sampler=None, schedule=None
 class Pipe:
     """Stands where a Pipeline would. pace: seconds a step. gate: steps wait for it, so that a test sees them run."""
 
-    multiple, two_passes, family = 8, True, registry.FAMILIES["sd1"]
+    multiple, two_passes, flow, family = 8, True, False, registry.FAMILIES["sd1"]
 
     def __init__(self, name: str = "fake", pace: float = 0.0, gate: threading.Event | None = None):
         self.name, self.pace, self.gate, self.defaults = name, pace, gate, DEFAULTS

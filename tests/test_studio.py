@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
 
-from mlxdiff import images, registry
+from mlxdiff import images, registry, samplers, schedules
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 from mlxdiff.widgets import Studio, controls, gallery
@@ -161,9 +161,24 @@ def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
     assert "guidance 1" in studio.controls.why.value
     studio.guidance = 1.1
     assert not studio.controls.negative.disabled
-    one = Facts("LCM", fakes.DEFAULTS, 8, 1, negative=False)
+    one = Facts("LCM", fakes.DEFAULTS, 8, 1, negative=False, flow=False)
     assert "one pass" in controls.ignored(one, 7.5, true_cfg=1.0)["negative"]
     assert controls.ignored(one, 1.0, true_cfg=2.0) == {}
+
+
+def test_rectified_flow_has_samplers_and_schedules_of_its_own(studio):
+    draw(studio, sampler="heun", more={"clip_skip": 2})
+    facts = Facts("FLUX", fakes.DEFAULTS, 16, 1, negative=False, flow=True)
+    studio._learn(facts)
+    names = [v for _, v in studio.controls.sampler.options]
+    assert "euler" in names
+    assert "dpmpp_sde" not in names
+    assert [v for _, v in studio.controls.schedule.options] == ["", *schedules.FLOW_SPACINGS]
+    assert (studio.sampler, studio.controls.sampler.value, studio.more) == ("heun", "heun", {"clip_skip": 2})
+    studio._learn(facts._replace(flow=False))
+    assert "dpmpp_sde" in [v for _, v in studio.controls.sampler.options]
+    for preset in controls.presets(registry.FAMILIES["flux"].defaults).values():
+        assert preset["sampler"] is None or samplers.SAMPLERS[preset["sampler"]].flow is not None
 
 
 # --- runs

@@ -95,8 +95,9 @@ class Controls(w.VBox):
         self.guidance = w.FloatSlider(
             description="Guidance", min=0, max=15, step=0.5, readout_format=".1f", layout=wide
         )
-        self.sampler = w.Dropdown(description="Sampler", options=_or_own(samplers.SAMPLERS), layout=wide)
-        self.schedule = w.Dropdown(description="Schedule", options=_or_own(schedules.SPACINGS), layout=wide)
+        self.sampler = w.Dropdown(description="Sampler", layout=wide)
+        self.schedule = w.Dropdown(description="Schedule", layout=wide)
+        self.offer(flow=False)
         self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=64, layout=wide)
         self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=64, layout=wide)
         self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=wide)
@@ -128,6 +129,12 @@ class Controls(w.VBox):
             ]
         )
         self.add_class("mlxdiff-controls")
+
+    def offer(self, flow: bool) -> None:
+        """List the samplers and schedules that a model can take."""
+        fit = [n for n, row in samplers.SAMPLERS.items() if row.flow is not None or not flow]
+        self.sampler.options = _or_own(fit)
+        self.schedule.options = _or_own(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
     def bind(self, studio: t.HasTraits) -> None:
         """Every setting both ways."""

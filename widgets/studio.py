@@ -62,6 +62,7 @@ class Studio(w.VBox):
         self._jobs: list[Job] = []  # queued or running, in order
         self._facts: Facts | None = None  # of the model, once it is open
         self._defaults: Defaults | None = None  # of the model, if they are known
+        self._flow = False  # whether the samplers on offer are those of rectified flow
         self._before: dict = {}  # the model's own settings as they stood when it was named
         self._seen: dict[str, str] = {}  # what opened models are called in files: what they were opened by
         self._history: dict[int, Picture] = {}
@@ -243,6 +244,12 @@ class Studio(w.VBox):
             for name, value in presets(facts.defaults)["standard"].items():
                 if getattr(self, name) == self._before[name]:
                     setattr(self, name, value)
+        if facts.flow != self._flow:
+            kept = {n: getattr(self, n) for n in ("sampler", "schedule", "more")}
+            self._flow = facts.flow
+            self.controls.offer(facts.flow)  # which selects nothing
+            for name, value in kept.items():
+                setattr(self, name, value)
         self._facts, self._defaults = facts, facts.defaults
         self.controls.width.step = self.controls.height.step = facts.multiple
         self._judge()

@@ -42,6 +42,7 @@ class Facts(NamedTuple):
     multiple: int  # both edges of a picture must be divisible by it
     clip_skip: int
     negative: bool  # whether it can be guided away from a second prompt
+    flow: bool  # whether it is rectified flow, which has samplers and schedules of its own
 
 
 class Update(NamedTuple):
@@ -233,7 +234,7 @@ class Worker:
             self._pipe = self._load(job.model, progress=progress, **job.options)
             self._key = key
         pipe = self._pipe
-        job.facts = Facts(pipe.name, pipe.defaults, pipe.multiple, pipe.family.clip_skip, pipe.two_passes)
+        job.facts = Facts(pipe.name, pipe.defaults, pipe.multiple, pipe.family.clip_skip, pipe.two_passes, pipe.flow)
         job.tell("ready")
         return pipe
 
