@@ -112,15 +112,15 @@ def open(source: str | Path, prediction: str | None = None, parts: dict[str, str
     "vae", "clip", "clip_g" or "t5", to use these in place of the checkpoint's own. What a single file of SD3 or FLUX
     lacks and nobody gives is looked for beside it, and in text_encoders/ there, under the names people know:
     clip_l*.safetensors, clip_g*.safetensors, t5xxl*.safetensors, FLUX's ae.safetensors and sd3_vae.safetensors."""
-    path = Path(source)
+    path, parts = Path(source), {} if parts is None else parts
     if prediction not in (None, *PREDICTIONS):
         raise Error(f"{prediction!r} is not what a network predicts.", f"Use one of {', '.join(PREDICTIONS)}.")
     try:
         if (path / "model_index.json").is_file():
-            return _with_parts(_folder(path, prediction), parts or {})
+            return _with_parts(_folder(path, prediction), parts)
         if (path / "model.json").is_file():
             raise Error(f"{path} is converted already.", "Use it as it is.")
-        return _with_parts(_single(path, prediction), parts or {})
+        return _with_parts(_single(path, prediction), parts)
     except OSError as e:  # a folder that may not be looked into, a link that leads nowhere
         raise Error(f"{path} cannot be read: {e.strerror}.", "Check the path, its links and its permissions.") from None
 

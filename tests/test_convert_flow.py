@@ -13,7 +13,7 @@ import torch
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from mlxdiff import Error, convert
-from mlxdiff.convert import rules, scheduler
+from mlxdiff.convert import rules, scheduler, write
 from mlxdiff.convert.__main__ import main
 from mlxdiff.convert.settings import Settings
 from mlxdiff.convert.source import Tensor
@@ -230,6 +230,30 @@ def test_t5_in_every_form(tmp_path):
         for key, weight in t5.weights.items():
             source = held.get(key, held.get(words))
             assert np.array_equal(np.array(weight.array()), source)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_component_s_folder_says_what_it_is(saved, kind):
+    """With config.json; and from shapes alone, which agree with it."""
+    source = saved[kind][1] / "transformer"
+    told, read = (convert.open(path) for path in (source, next(source.glob("*.safetensors"))))
+    assert (told.unmapped, told.missing, told.family) == ({}, [], read.family)
+    assert told.components["transformer"].config == read.components["transformer"].config
+
+
+def test_a_24_gb_file_passes_in_little_more_memory_than_its_largest_tensor(tmp_path):
+    """A sparse file of full size, in diffusers' layout, whose pieces are put together: its first single block."""
+    m = manifest("flux_dev_transformer")
+    found = convert.open(sparse(tmp_path / "a.safetensors", m["tensors"], dtype=m["dtype"])).components["transformer"]
+    block = [w for k, w in found.weights.items() if k.startswith("single_blocks.0.")]
+    largest = max(2 * np.prod(w.shape) for w in block)  # linear1, 132 MB
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for weight in block:
+        mx.eval(write._sound(weight, mx.bfloat16))
+    # The pieces of one, and the whole they are copied into; the rest of the 24 GB is not looked at.
+    assert mx.get_peak_memory() - before <= 2.1 * largest < 0.02 * 2 * found.parameters
 
 
 # ---- rules
