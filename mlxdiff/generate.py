@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     g.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder for a single-file checkpoint")
+    for kind, what in PARTS.items():
+        g.add_argument(f"--{kind}", dest=f"part_{kind}", type=Path, metavar="FILE", help=f"{what}, for a single file")
     g.add_argument("--prediction", choices=("eps", "v"), help="what a single file predicts")
     g.add_argument("--offline", action="store_true", help="never use the network")
     g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
@@ -71,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-h", "--help", action="help", help="show this and stop")
     return p
 
+
+# What single files of SD3 and FLUX may lack, if it does not lie beside them either.
+PARTS = {"vae": "a VAE", "clip": "the CLIP text encoder", "clip-g": "SD3's second CLIP", "t5": "T5"}
 
 _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
@@ -101,6 +106,7 @@ def draw(args: argparse.Namespace) -> int:
             low_memory=args.low_memory,
             tokenizer=args.tokenizer,
             prediction=args.prediction,
+            parts={k.replace("-", "_"): f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
             progress=bar.progress,
         )
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 BUILTIN = Path(__file__).parent / "builtin"
 CLIP_WORDS = 49408  # every CLIP text encoder of these families was published with the one vocabulary
+T5_WORDS = 32128  # and every T5
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.ckpt))(?:/(.+\.safetensors))?")
 
 
@@ -39,6 +40,7 @@ class Order:
 
     recipe: dict
     tokenizer: Path | None
+    parts: dict[str, Path]
     offline: bool
     progress: Progress
 
@@ -52,13 +54,15 @@ def resolve(
     revision: str | None = None,
     tokenizer: str | Path | None = None,
     prediction: str | None = None,
+    parts: dict[str, str | Path] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """The model folder of a named model, a hub id (`org/repo`, or `org/repo/file.safetensors`), a folder or a file.
 
     bits, dtype: how to store the weights. offline: never use the network. revision: a branch, tag or commit of the hub
     repository; without one the commit first seen stays. tokenizer: a folder, for checkpoints that bring none.
-    prediction: "eps" or "v", where a checkpoint does not say. progress(stage, done, total) is told bytes."""
+    prediction: "eps" or "v", where a checkpoint does not say. parts: files of "vae", "clip", "clip_g" and "t5", for
+    checkpoints of SD3 and FLUX that lack them and have none beside them. progress(stage, done, total) is told bytes."""
     if bits is not None and bits not in weights.BITS:
         raise Error(f"Weights cannot be quantized to {bits} bits.", f"Use one of {', '.join(map(str, weights.BITS))}.")
     if dtype is not None and dtype not in weights.DTYPES:
@@ -66,11 +70,13 @@ def resolve(
     asked = {"dtype": dtype, "bits": bits, "prediction": prediction}
     recipe = asked | {"dtype": weights.default_dtype() if dtype is None else dtype}
     words = None if tokenizer is None else Path(tokenizer).expanduser()
-    order = Order(recipe, words, offline, (lambda *_: None) if progress is None else progress)
+    given = {kind: Path(file).expanduser() for kind, file in (parts or {}).items()}
+    tell = (lambda *_: None) if progress is None else progress
+    order = Order(recipe, words, given, offline, tell)
 
     path = _path(model)
     if path is not None:
-        return _as_it_is(path, asked) if (path / "model.json").is_file() else _from_path(path, order)
+        return _as_it_is(path, asked, order) if (path / "model.json").is_file() else _from_path(path, order)
     name = str(model)
     if name in MODELS:
         row = MODELS[name]
@@ -99,8 +105,10 @@ def _unknown(name: str) -> Error:
     return Error(f"There is no model, file or folder {name!r}.", f"Did you mean {near[0]}? {known}" if near else known)
 
 
-def _as_it_is(folder: Path, asked: dict) -> Path:
+def _as_it_is(folder: Path, asked: dict, order: Order) -> Path:
     """Our own format is used in place; it cannot be converted once more."""
+    if order.parts:
+        raise Error(f"{folder} is already converted; it takes no other parts.", "Convert the original checkpoint.")
     model = weights.read_model(folder)
     has = model["recipe"] | {"prediction": model["prediction"]}
     for key, value in asked.items():
@@ -186,7 +194,8 @@ def root() -> Path:
 
 def _target(label: str, identity: list, order: Order) -> Path:
     words = None if order.tokenizer is None else [str(order.tokenizer.resolve()), _marks(order.tokenizer)]
-    key = json.dumps([weights.FORMAT, identity, order.recipe, words])
+    parts = [[kind, str(file.resolve()), _marks(file)] for kind, file in sorted(order.parts.items())]
+    key = json.dumps([weights.FORMAT, identity, order.recipe, words, *parts])
     kind = order.recipe["dtype"] + ("" if order.recipe["bits"] is None else f"-{order.recipe['bits']}bit")
     return root() / "models" / f"{_slug(label)}-{kind}-{_short(key)}"
 
@@ -223,12 +232,14 @@ def _make(target: Path, obtain: Callable[[Path], Path], order: Order) -> Path:
             part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent))
             try:
                 source = obtain(part)
-                checkpoint = convert.open(source, order.recipe["prediction"])
+                parts = {"parts": order.parts} if order.parts else {}
+                checkpoint = convert.open(source, order.recipe["prediction"], **parts)
                 _check_room(checkpoint, order)
                 words = order.tokenizer
                 if words is None:
                     words = tokenizer_for(checkpoint, order.offline, order.progress)
-                convert.convert(source, part / "model", **order.recipe, tokenizer=words, progress=order.progress)
+                options = order.recipe | {"tokenizer": words, "progress": order.progress} | parts
+                convert.convert(source, part / "model", **options)
                 try:
                     os.rename(part / "model", target)
                 except OSError:  # where a file system's locks do not hold, somebody else may have been first
@@ -315,18 +326,24 @@ def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: Progress) -
     whole = checkpoint.family in FAMILIES and not checkpoint.missing and not checkpoint.unmapped
     if checkpoint.tokenizers or not whole:
         return None
-    name = checkpoint.path.name
+    name, t5 = checkpoint.path.name, False
     for encoder, component in checkpoint.components.items():
         words = getattr(component.config, "vocab", CLIP_WORDS)
-        if words != CLIP_WORDS:
+        if words == T5_WORDS:
+            t5 = True
+        elif words != CLIP_WORDS:
             raise Error(
                 f"{name} has no tokenizer, and its {encoder} knows {words} words where CLIP has {CLIP_WORDS}.",
                 "Give the tokenizer folder it was trained with (--tokenizer).",
             )
+    # With T5 a whole model's folder is taken, which holds a tokenizer of either kind; else any tokenizer of CLIP.
     held = [*hub.snapshots("merges.txt"), *hub.snapshots("*/merges.txt"), *root().glob("models/*/*/merges.txt")]
     for merges in held:
         if _is_clip(merges.parent):
-            return merges.parent
+            if not t5:
+                return merges.parent
+            if any((merges.parents[1] / w / "spiece.model").is_file() for w in ("tokenizer_2", "tokenizer_3")):
+                return merges.parents[1]
     repo = next(row.repo for row in MODELS.values() if row.family == checkpoint.family and row.repo is not None)
     if offline or hub.offline():
         raise Error(
@@ -335,8 +352,10 @@ def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: Progress) -
         )
     commit, files = hub.listing(repo, "main")
     folder = min(n.partition("/")[0] for n in files if n.endswith("/merges.txt"))
-    files = {n: size for n, size in files.items() if n.startswith(f"{folder}/")}
-    return hub.download(repo, "main", commit, files, progress) / folder
+    wanted = "tokenizer" if t5 else f"{folder}/"
+    files = {n: size for n, size in files.items() if n.startswith(wanted)}
+    place = hub.download(repo, "main", commit, files, progress)
+    return place if t5 else place / folder
 
 
 def _is_clip(folder: Path) -> bool:

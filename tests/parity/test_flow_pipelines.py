@@ -1,6 +1,7 @@
 """SD3 and FLUX pipelines against diffusers: same weights, prompt, seed and settings, same picture. Bound: 40 dB, as for
 the other families; float32 on both sides, so it is far above."""
 
+import copy
 import re
 from dataclasses import replace
 
@@ -8,13 +9,22 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from mlx.utils import tree_flatten
+from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 import mlxdiff
 from mlxdiff import weights
 from mlxdiff.errors import Error
 from mlxdiff.pipeline import Pipeline
+from tests import clip_vocab, t5_vocab
+from tests.test_convert_flow import apart, nets, single
 
 from . import tiny
 from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, command, oracle, psnr
@@ -231,3 +241,65 @@ def test_what_these_families_refuse(oracles):
     ):
         with pytest.raises(Error, match=said):
             pipe.resolve(PROMPT, **settings)
+
+
+# ---- single files under the original authors' names; the weights and the layouts are those of test_convert_flow
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Tokenizers in one folder, as a diffusers model has them, with the 700 words these CLIPs have."""
+    root = tmp_path_factory.mktemp("words")
+    made = clip_vocab.write(root / "made", clip_vocab.trained(186))
+    for name, pad in (("tokenizer", {}), ("tokenizer_2", {"pad_token": "!"})):
+        CLIPTokenizer.from_pretrained(made, model_max_length=77, **pad).save_pretrained(root / "sd3" / name)
+    t5_vocab.write(root / "sd3" / "tokenizer_3")
+    clip_vocab.write(root / "flux" / "tokenizer", clip_vocab.trained(186))
+    t5_vocab.write(root / "flux" / "tokenizer_2")
+    return root
+
+
+def test_flux_in_files_of_its_parts(words, cache, tmp_path):
+    parts = nets("dev")
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        tokenizer=CLIPTokenizer.from_pretrained(words / "flux" / "tokenizer", model_max_length=77),
+        tokenizer_2=T5Tokenizer.from_pretrained(words / "flux" / "tokenizer_2"),
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    want = oracle(pipe, num_inference_steps=4, guidance_scale=3.5)
+    args = (PROMPT, "--tokenizer", str(words / "flux"), "--steps", "4", "-m")
+    beside = apart(tmp_path / "beside", "dev", parts)
+    drawn, _ = command(cache, tmp_path / "a.png", *args, str(beside))
+    assert psnr(drawn, want) > DB
+    alone = beside.rename(tmp_path / "flux.safetensors")
+    given = ("--vae", str(tmp_path / "beside" / "ae.safetensors"), "--t5")
+    given += (str(tmp_path / "beside" / "t5xxl_fp16.safetensors"), "--clip")
+    given += (str(tmp_path / "beside" / "text_encoders" / "clip_l.safetensors"),)
+    drawn, _ = command(cache, tmp_path / "b.png", *args, str(alone), *given)
+    assert psnr(drawn, want) > DB
+
+
+def test_sd3_in_one_file(words, tmp_path):
+    """T5 as wide as both CLIPs together, or wider, as any SD3 has it."""
+    parts = nets("sd3.5")
+    wide, net = copy.deepcopy(parts["text_encoder_3"].config), dict(parts["transformer"].config)
+    wide.d_model = net["joint_attention_dim"] = 192
+    parts["text_encoder_3"] = tiny.stir(T5EncoderModel(wide), 8)
+    parts["transformer"] = tiny.stir(SD3Transformer2DModel.from_config(net), 9)
+    toks = [CLIPTokenizer.from_pretrained(words / "sd3" / name) for name in ("tokenizer", "tokenizer_2")]
+    pipe = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=toks[0],
+        tokenizer_2=toks[1],
+        tokenizer_3=T5Tokenizer.from_pretrained(words / "sd3" / "tokenizer_3"),
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    size = {"width": 24, "height": 16}
+    want = oracle(pipe, negative_prompt=NEGATIVE, num_inference_steps=4, guidance_scale=5.0, **size)
+    file = single(tmp_path / "sd3.safetensors", "sd3.5", parts)
+    pipe = opened(file, tokenizer=words / "sd3")
+    drawn = pipe(PROMPT, negative=NEGATIVE, seed=SEED, steps=4, guidance=5.0, **size).image
+    assert psnr(np.asarray(drawn), want) > DB
