@@ -123,6 +123,21 @@ def test_every_request_field_can_be_set(studio):
     assert studio.more == {}
 
 
+def test_a_run_s_settings_travel_with_the_wish_for_it(studio):
+    """Lists by their index, the rest by value; what a box cannot say (an emptied number) stays as it is."""
+    heun = [v for _, v in studio.controls.sampler.options].index("heun")
+    page = {"prompt": "typed", "count": 2, "sampler": heun, "steps": None, "locked": True, "seed": "9"}
+    heard(studio, do="generate", settings=page)
+    settled(studio)
+    assert [p.request.seed for p in studio.images] == [9, 10]
+    request = studio.images[0].request
+    assert (request.prompt, request.sampler, request.steps) == ("typed", "heun", 4)
+    heard(studio, do="compare", settings={"row_values": "1, 2", "column_values": "3"})
+    settled(studio)
+    assert len(studio.images) == 4
+    assert set(studio.view.controls) == set(studio.controls.entries())
+
+
 def test_an_unknown_setting_is_named(tmp_path):
     with pytest.raises(Error, match="no colour"):
         Studio("fake", worker=Worker(fakes.load), colour="red")

@@ -129,6 +129,21 @@ class Controls(w.VBox):
             ]
         )
         self.add_class("mlxdiff-controls")
+        self.generate.add_class("mlxdiff-generate")
+        self.compare.draw.add_class("mlxdiff-compare")
+
+    def entries(self) -> dict[str, w.Widget]:
+        """Everything that a run or a comparison reads."""
+        own = {n: getattr(self, n) for n in (*FIELDS, "model", "count", "locked")}
+        names = ("rows", "row_values", "columns", "column_values")
+        return own | {n: getattr(self.compare, n) for n in names}
+
+    def take(self, found: dict) -> None:
+        """What the page shows: values, and of lists the index."""
+        entries = self.entries()
+        for name, value in found.items():
+            if value is not None:
+                entries[name].set_trait("index" if isinstance(entries[name], w.Dropdown) else "value", value)
 
     def offer(self, flow: bool) -> None:
         """List the samplers and schedules that a model can take."""

@@ -171,13 +171,28 @@ function render({ model, el }) {
     else if (event.key === "Escape" && model.get("running")) act(event, "cancel");
   }
 
-  function act(event, action) {
+  function clicks(event) {
+    if (event.target.closest(".mlxdiff-generate")) act(event, "generate");
+    else if (event.target.closest(".mlxdiff-compare")) act(event, "compare");
+  }
+
+  // Jupyter may hand the messages of two widgets to two threads of the kernel, and what was typed may be read after the
+  // click that followed it. So the settings travel with the wish for a run, and the button's own message is not sent.
+  async function act(event, action) {
     event.preventDefault();
     event.stopPropagation();
-    // A text box tells Python what was typed when it is left, and must be believed before the picture is begun.
-    const box = document.activeElement;
+    const box = document.activeElement; // a text box believes what was typed when it is left
     if (box instanceof HTMLInputElement) { box.blur(); box.focus(); }
-    send(action);
+    send(action, action === "cancel" ? {} : { settings: await settings() });
+  }
+
+  async function settings() {
+    const found = {};
+    for (const [name, id] of Object.entries(model.get("controls"))) {
+      const control = await model.widget_manager.get_model(id);
+      found[name] = control.get("index") ?? control.get("value");
+    }
+    return found;
   }
 
   const over = (event) => { event.preventDefault(); stage.classList.add("mlxdiff-over"); };
@@ -198,6 +213,7 @@ function render({ model, el }) {
     root.dataset.lmSuppressShortcuts = "true"; // else JupyterLab runs the cell on Ctrl+Enter
     // ipywidgets' text boxes keep keys to themselves: they have to be heard on their way down.
     root.addEventListener("keydown", keys, { signal: away.signal, capture: true });
+    root.addEventListener("click", clicks, { signal: away.signal, capture: true });
     for (const [name, listener] of Object.entries({ dragover: over, dragleave: leave, drop })) {
       root.addEventListener(name, listener, { signal: away.signal });
     }

@@ -80,6 +80,7 @@ class Studio(w.VBox):
         for name, value in settings.items():
             setattr(self, name, value)
         self.controls.bind(self)
+        self.view.controls = {name: control.model_id for name, control in self.controls.entries().items()}
         self._wire()
         self._count()
         self._judge()
@@ -285,7 +286,7 @@ class Studio(w.VBox):
             c.dice: lambda: self.set_trait("seed", secrets.randbelow(2**32)),
             c.reuse: lambda: self._reuse(self.images[-1]),
             c.forget: lambda: self._forget(*self.more),
-            c.compare.draw: lambda: self.compare(**c.compare.axes()),
+            c.compare.draw: self._draw_grid,
         }
         for name, button in c.presets.items():
             buttons[button] = functools.partial(self._apply, name)
@@ -302,8 +303,11 @@ class Studio(w.VBox):
     def _heard(self, message: dict, buffers: list) -> None:
         """A message of the view."""
         do, key = message["do"], message.get("key")
+        self.controls.take(message.get("settings", {}))
         if do == "generate":
             self.generate()
+        elif do == "compare":
+            self._draw_grid()
         elif do == "cancel":
             self.cancel()
         elif do == "view":
@@ -318,6 +322,9 @@ class Studio(w.VBox):
             if message["part"] + 1 == message["parts"]:
                 self.load(b"".join(self._dropped))
                 self._say("Settings restored")
+
+    def _draw_grid(self) -> None:
+        self.compare(**self.controls.compare.axes())
 
     def _reuse(self, picture: Picture) -> None:
         self.seed, self.locked = picture.request.seed, True

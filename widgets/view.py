@@ -1,7 +1,7 @@
 """The right half of the studio, which ipywidgets cannot draw: canvas, progress, history, file drop, shortcuts.
 
 A mirror of Python state. Traits hold what a page opened again must show; previews are messages, shown and forgotten.
-The page only sends messages, dicts with `do`: generate, cancel, view, restore, seed, or drop with the file's bytes."""
+The page only sends messages, dicts with `do`: generate, compare, cancel, view, restore, seed, or drop with bytes."""
 
 import traceback
 from pathlib import Path
@@ -28,6 +28,7 @@ class View(anywidget.AnyWidget):
     _esm = Path(__file__).with_name("studio.js")
     _css = Path(__file__).with_name("studio.css")
 
+    controls = t.Dict().tag(sync=True)  # name -> id of the control's own widget: what a run is to be told
     status = t.Unicode("Ready").tag(sync=True)
     spoken = t.Unicode("").tag(sync=True)  # for screen readers: the turns of a run, not its every step
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 when nobody can know

@@ -54,6 +54,7 @@ def test_one_command_then_a_prompt_then_a_picture(started, lab, page, tmp_path):
         expect(s.thumbs).to_have_count(total, timeout=60_000)
         lab.timings[f"{count} x {prompt}: drawn after"] = time.perf_counter() - pressed
         s.says("Done in")
+    expect(s.thumbs).to_have_count(5)
     s.shot("studio-storybook")
     file = max((tmp_path / "pictures").glob("*.png"), key=lambda p: p.stat().st_mtime_ns)
     request, model = images.read_settings(file)

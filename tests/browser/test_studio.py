@@ -81,6 +81,23 @@ def test_keys_work_from_anywhere_and_do_not_run_the_cell(desk):
     expect(d.page.locator(".jp-InputPrompt").first).to_have_text("[1]:")  # run once, by run_all
 
 
+def test_what_was_typed_counts_even_if_the_click_follows_at_once(desk):
+    """Field and button are two widgets, whose messages Jupyter may hand to two threads."""
+    d = desk("typed.ipynb", QUICK)
+    d.run_all()
+    s = d.studio()
+    total = 0
+    for count in (2, 1, 3, 1, 2):
+        total += count
+        s.label("Pictures").fill(str(count))
+        s.label("Sampler").select_option("heun" if count == 1 else "euler")
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(total)
+        s.says("Done in")
+        expect(s.root.locator(".mlxdiff-caption")).to_contain_text("heun" if count == 1 else "euler")
+    expect(s.thumbs).to_have_count(total)
+
+
 def test_seed_buttons_presets_and_history(desk, lab):
     d = desk("buttons.ipynb", QUICK)
     d.run_all()
@@ -287,7 +304,7 @@ def test_restart_and_run_again(desk, page):
 )
 def test_dark_and_narrow(desk, lab, page, theme, width, name):
     lab.theme(theme)
-    page.set_viewport_size({"width": width, "height": 1300})
+    page.set_viewport_size({"width": width, "height": 1500})
     d = desk(f"{name}.ipynb", QUICK)
     d.run_all()
     s = d.studio()
