@@ -302,6 +302,8 @@ class Pipeline:
                     f"{self.name} draws in one pass, which has no place for a negative prompt.",
                     "Add --true-cfg 4 for a second pass, or leave the negative prompt out.",
                 )
+            if request.negative is None and request.true_cfg > 1:
+                raise Error("true_cfg has no negative prompt to pull from.", 'Give one: -n TEXT, or -n "".')
         elif request.true_cfg != 1:
             raise Error(f"true_cfg is for FLUX; {self.name} is {self.family.title}.", "Use guidance.")
         side = net["positions"] * self.multiple if "positions" in net else math.inf

@@ -230,6 +230,7 @@ def test_what_these_families_refuse(oracles):
     for pipe, settings, said in (
         (schnell, {"guidance": 3.5}, "takes no guidance"),
         (dev, {"negative": "blurry"}, "no place for a negative prompt"),
+        (dev, {"true_cfg": 3.0}, "no negative prompt to pull from"),
         (dev, {"t5": False}, "is for SD3"),
         (dev, {"sampler": "ddim"}, "not for models of rectified flow"),
         (dev, {"schedule": "leading"}, "does not exist for rectified flow"),
