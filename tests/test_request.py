@@ -1,4 +1,4 @@
-"""Request: defaults resolved once, every value checked at the border. Reference: the rules written beside each field."""
+"""Request: defaults resolved once, every value checked at the border. Reference: the rules beside each field."""
 
 import math
 from dataclasses import replace
