@@ -1,5 +1,5 @@
-"""How the shipped storybook weights were made: torch on CPU cores, two single-threaded processes whose gradients are
-averaged. Everything is seeded; run the commands in this order, each from the repository root:
+"""How the shipped storybook weights were made: torch on CPU cores, two single-threaded processes that share gradients
+(VAE) or weights (U-Net). Everything is seeded; run the commands in this order, each from the repository root:
 
     python -m tests.recipes.storybook_torch render RUN        15 shards of 4096 pictures, and what is in them
     python -m tests.recipes.storybook_torch vae RUN --minutes 21
@@ -10,7 +10,12 @@ averaged. Everything is seeded; run the commands in this order, each from the re
     python -m tests.recipes.storybook_torch export RUN FOLDER
     python -m tests.recipes.storybook_torch measure RUN FOLDER
 
-`unet` saves every four minutes and goes on from there when it is started again."""
+`unet` saves every four minutes and goes on from there when it is started again.
+
+The shipped run differed in three ways. It was steered by hand: weights were averaged (and not gradients) from step 765
+on, and t leaned to high noise by u^0.75 (steps 608 to 870) and u^0.85 (after). Its pictures had the sun or moon on
+either side of an object in the middle; the model then drew two, and from step 1077 those with it on the left were left
+out. The world now draws none of those."""
 
 import argparse
 import copy
