@@ -108,7 +108,7 @@ def join(plan: Plan, parts: dict[str, list[Text]], width: int) -> list[Text]:
     """The encoders' shares put together, prompt by prompt. width: of the text that the denoiser reads."""
     texts = []
     for i in range(len(parts[plan.encoders[0][0]])):
-        own = {enc: texts[i] for enc, texts in parts.items()}
+        own = {enc: by_prompt[i] for enc, by_prompt in parts.items()}
         pooled = [own[enc].pooled for enc in plan.pooled]
         context = mx.concatenate([own[enc].context for enc, _ in plan.encoders], axis=-1)
         if plan.t5 is not None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 import time
@@ -193,11 +192,10 @@ def _is_folder(output: Path) -> bool:
 
 
 def _name(output: Path | None, request: Request) -> Path:
-    """house.png as asked, or in a folder a name made of the prompt's first words and the seed."""
+    """house.png as asked, or a name in a folder."""
     if output is not None and not _is_folder(output):
         return output
-    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
-    return (Path() if output is None else output) / f"{words}-{request.seed}.png"
+    return (Path() if output is None else output) / images.file_name(request)
 
 
 class Bar:

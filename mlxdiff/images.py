@@ -43,6 +43,12 @@ def save(image: Image.Image, path: Path, request: Request, model: str) -> Path:
         raise Error(f"{path} cannot be written: {e.strerror or e}.", "Choose another place with -o.") from None
 
 
+def file_name(request: Request) -> str:
+    """A file name made of the prompt's first words and the seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
+    return f"{words}-{request.seed}.png"
+
+
 def kind_of(path: Path) -> str:
     """The file format a name asks for."""
     kind = SUFFIXES.get(path.suffix.lower())

@@ -2,7 +2,6 @@
 
 import io
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,8 +28,7 @@ class Picture:
     @classmethod
     def write(cls, image: Image.Image, folder: Path, request: Request, model: str, seconds: float) -> "Picture":
         """Save a picture under its prompt's first words and its seed."""
-        words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
-        path = images.save(image, Path(folder) / f"{words}-{request.seed}.png", request, model)
+        path = images.save(image, Path(folder) / images.file_name(request), request, model)
         return cls(path.resolve(), request, model, seconds)
 
     @property
