@@ -161,7 +161,7 @@ def test_ctrl_c_stops_within_a_step_and_leaves_nothing(here, model, cache):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.strip().splitlines()[-1].endswith("stopped.")
     assert "Traceback" not in err
     assert not [f for f in files(here) if not f.startswith("steps/") or f.endswith(".part")]
