@@ -40,7 +40,7 @@ def strange(prompt: str) -> list[str]:
     """The words of a prompt that the built-in model was never shown to mean something."""
     phrases = [*captions.LEADING, *captions.OPENINGS, *(p for w in captions.vocabulary().values() for p in w)]
     known = {word for phrase in phrases for word in phrase.split()}
-    return [w for w in dict.fromkeys(re.findall(r"[a-z]+", prompt.lower())) if w not in known]
+    return [w for w in dict.fromkeys(re.findall(r"[a-z]+", prompt.replace("BREAK", "").lower())) if w not in known]
 
 
 if __name__ == "__main__":

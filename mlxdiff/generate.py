@@ -134,6 +134,7 @@ def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar")
             path = images.save(event.image, _name(args.output, own), own, pipe.name)
             drawn += 1
             bar.done(path, own)
+    bar.began = time.perf_counter()
 
 
 def _settings(args: argparse.Namespace) -> dict:
@@ -180,9 +181,9 @@ def _writable(output: Path | None) -> None:
     if output is not None and not _is_folder(output):
         images.kind_of(output)
     place = Path() if output is None else output if _is_folder(output) else output.parent
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())  # the rest is made when a picture is
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as e:
         raise Error(f"{place} cannot be written to: {e.strerror}.", "Choose another place with -o.") from None
 
@@ -225,7 +226,7 @@ class Bar:
     def done(self, path: Path, request: Request) -> None:
         self._close()
         peak, now = mx.get_peak_memory(), time.perf_counter()
-        seconds, self.began = now - self.began, now
+        seconds = now - self.began
         if self.quiet:
             facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak}
             print(json.dumps(facts | {"request": json.loads(request.to_json())}, ensure_ascii=False), flush=True)

@@ -243,4 +243,7 @@ def _no_connection(site: str, e: Exception) -> Error:
 
 
 def _absent(repo: str) -> Error:
-    return Error(f"{repo} is not on this machine, and the network may not be used.", "Run once without --offline.")
+    return Error(
+        f"{repo} is not on this machine, and the network may not be used.",
+        "Run once without --offline, and without HF_HUB_OFFLINE.",
+    )

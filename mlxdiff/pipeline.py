@@ -91,7 +91,11 @@ class Pipeline:
         kind = self.model["family"], self.model["variant"]
         self.plan = conditioning.PLANS.get("-".join(kind), conditioning.PLANS[kind[0]])
         self.net = "unet" if "unet" in self.model["components"] else "transformer"
-        self.defaults = registry.VARIANTS.get(kind, self.family.defaults) if defaults is None else defaults
+        if defaults is None:
+            row = registry.find(self.name)  # a converted copy of a named model is still that model
+            own = row is not None and row.family == kind[0]
+            defaults = row.defaults if own else registry.VARIANTS.get(kind, self.family.defaults)
+        self.defaults = defaults
         self.refiner: Pipeline | None = None
         self._networks: dict[str, nn.Module] = {}
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
@@ -103,6 +107,9 @@ class Pipeline:
                 f"{self.name} is a model of the variant {self.model['variant']!r}, which needs more than a prompt.",
                 "It converts, but cannot draw yet: use a base model.",
             )
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.family.title}, {self.model['recipe']['dtype']}, in {self.folder}>"
 
     def attach_refiner(self, refiner: "Pipeline") -> None:
         """A second model that finishes what this one begins, on the same latents."""

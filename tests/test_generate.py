@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxdiff import images
+from mlxdiff import images, load
 from mlxdiff.generate import main
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +68,15 @@ def test_seeds_counts_and_names(here, model, capsys):
     assert all(s["request"]["count"] == 1 for s in said)  # each file replays alone
     assert main(quick(model, "a red fox!", "-s", "3", "-o", "out")) == 0
     assert "out/a-red-fox-3-1.png" in files(here)
+
+
+def test_a_converted_copy_of_a_named_model_keeps_its_defaults(here, monkeypatch):
+    from mlxdiff.convert.__main__ import main as convert
+    from mlxdiff.store import BUILTIN
+
+    assert convert([str(BUILTIN / "storybook"), "-o", "copy", "--dtype", "float32"]) == 0
+    request = load("copy").resolve("a house")
+    assert (request.width, request.guidance) == (128, 4.0)
 
 
 def test_prompts_from_a_file_and_from_standard_input(here, model, monkeypatch, capsys):
