@@ -113,9 +113,10 @@ def draw(args: argparse.Namespace) -> int:
             bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.model['recipe']['dtype']}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for request in requests:
-            if pipe.name == catalogue.BUILTIN and catalogue.strange(request.prompt):
-                unknown = ", ".join(catalogue.strange(request.prompt))
-                bar.write(f"{pipe.name} does not know: {unknown}. `mlxdiff models {pipe.name}` lists what it knows.")
+            strange = catalogue.strange(request.prompt) if pipe.name == catalogue.BUILTIN else []
+            if strange:
+                known = f"`mlxdiff models {pipe.name}` lists what it knows."
+                bar.write(f"{pipe.name} does not know: {', '.join(strange)}. {known}")
             _one(args, pipe, request, bar)
     return 0
 
