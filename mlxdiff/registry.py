@@ -144,7 +144,7 @@ FAMILIES: dict[str, Family] = {
 
 _SD1, _SD2, _SDXL, _SD3, _FLUX = (FAMILIES[f].defaults for f in ("sd1", "sd2", "sdxl", "sd3", "flux"))
 _SCHNELL = replace(_FLUX, steps=4, guidance=0.0)
-_LCM = replace(_SD1, size=768, steps=4, guidance=8.5, sampler="lcm", schedule="lcm")
+_LCM = replace(_SD1, size=768, steps=4, guidance=8.0, sampler="lcm", schedule="lcm")
 
 # Checkpoints of a family that are drawn with otherwise: seen in their tensors, whatever their name.
 VARIANTS: dict[tuple[str, str], Defaults] = {("sd1", "lcm"): _LCM, ("flux", "schnell"): _SCHNELL}
