@@ -19,6 +19,7 @@ _ALONE = {
     "clip-g": "CLIP text encoder with projection",
     "t5": "T5 text encoder",
     "vae": "VAE",
+    "taesd": "TAESD decoder, for previews",
 }
 _SHOWN = 20  # of what is unmapped or missing, in the text for people; --json has all
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from .. import weights
 from ..errors import Error
-from . import clip, detect, flux, rules, scheduler, sd3, t5, unet, vae
+from . import clip, detect, flux, rules, scheduler, sd3, t5, taesd, unet, vae
 from . import source as files
 from .settings import Settings
 
@@ -24,6 +24,7 @@ _CLASSES = {
     "SD3Transformer2DModel": sd3,
     "T5EncoderModel": t5,
 }
+_ALONE = _CLASSES | {"AutoencoderTiny": taesd}  # and what is no part of a model: a preview's decoder
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _BESIDE = ("scheduler", *_TOKENIZERS, "feature_extractor", "safety_checker", "image_encoder")
 
@@ -42,7 +43,7 @@ PARTS = {
     "t5": (("t5",), "a T5 text encoder"),
 }
 
-Config = clip.Config | flux.Config | sd3.Config | t5.Config | unet.Config | vae.Config
+Config = clip.Config | flux.Config | sd3.Config | t5.Config | taesd.Config | unet.Config | vae.Config
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def _module(family: str, name: str):
     """Whose tables and settings a component has."""
     if name == detect.FAMILIES[family].t5:
         return t5
-    return {"unet": unet, "vae": vae, "transformer": {"flux": flux, "sd3": sd3}.get(family)}.get(name, clip)
+    nets = {"unet": unet, "vae": vae, "taesd": taesd, "transformer": {"flux": flux, "sd3": sd3}.get(family)}
+    return nets.get(name, clip)
 
 
 def _schedule(family: str, net: Config | None) -> dict:
@@ -272,9 +274,9 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
 
 def _configured(name: str, settings: Settings, cls: str, tensors: rules.Named) -> Component:
     """A network whose config.json says what it is."""
-    if cls not in _CLASSES:
+    if cls not in _ALONE:
         raise Error(f"{settings.path} describes a {cls}, which is not supported yet.", detect.KNOWN)
-    module = _CLASSES[cls]
+    module = _ALONE[cls]
     config = module.from_json(settings, cls)
     table = module.table([n for n, _ in tensors])
     if module is clip and config.projection is None:
@@ -335,7 +337,7 @@ def _divided(config: Config) -> list[tuple[int, int, str]]:
         return [(config.width, config.heads, "heads")]
     if isinstance(config, flux.Config):
         return [(config.width, config.heads, "heads")]
-    if isinstance(config, sd3.Config | t5.Config):
+    if isinstance(config, sd3.Config | t5.Config | taesd.Config):
         return []
     groups = [(c, config.groups, "norm groups") for c in config.channels]
     if isinstance(config, vae.Config):

@@ -26,6 +26,7 @@ FAMILIES = {
     "clip-g": Family([(r"^", "text_encoder_2.")], ("text_encoder_2",), acts={}, pads={}),
     "t5": Family([(r"^", "text_encoder.")], ("text_encoder",), acts={}, pads={}, t5="text_encoder"),
     "vae": Family([*DROPPED, (r"^(first_stage_model\.|vae\.)?", "vae.")], ("vae",), acts={}, pads={}),
+    "taesd": Family([(r"^", "taesd.")], ("taesd",), acts={}, pads={}),
 }
 
 KNOWN = "Give a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 or a FLUX.1 checkpoint."
@@ -48,7 +49,7 @@ FOREIGN = [
     (r"(^|\.)double_stream_modulation_", "a FLUX.2 model"),
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo model"),
     (r"(^|\.)transformer_blocks\.\d+\.img_mod\.", "a Qwen-Image model"),
-    (r"^(decoder|encoder)\.layers\.\d+\.conv\.|^\d+\.conv\.\d+\.weight$", "a TAESD (tiny VAE)"),
+    (r"^1\.conv\.0\.", "the encoder of a TAESD, whose decoder alone is used"),  # in a decoder's file, 1 is no block
     (r"^(vision_model|visual|visual_projection)\.", "a CLIP vision model"),
     (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion"),
     (r"^edm_(mean|std)$|^edm_vpred\.", "an SDXL model with EDM noise (Playground 2.5, CosXL)"),
@@ -60,6 +61,7 @@ _SD3 = r"(^|\.)joint_blocks\.\d|^transformer_blocks\.\d+\.attn\.add_q_proj\."
 _T5 = r"^encoder\.block\.\d+\.layer\.0\.SelfAttention\."
 _UNET = r"^((model\.)?diffusion_model\.)?(input_blocks\.\d|down_blocks\.\d)"
 _VAE = r"^(first_stage_model\.|vae\.)?decoder\.(up|up_blocks)\.\d"
+_TAESD = r"^(decoder\.layers\.)?\d+\.conv\.\d+\.weight$"
 _CLIP = r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.|^transformer\.resblocks\.\d"
 
 
@@ -91,6 +93,8 @@ def family(path: Path, tensors: dict[str, Tensor]) -> str:
         return "t5"
     if has(_VAE):
         return "vae"
+    if has(_TAESD):
+        return "taesd"
     if has(_CLIP):
         large = shape(r"(final_layer_norm|ln_final)\.weight$") != (768,)
         return "clip-g" if large and has(r"^text_projection") else "clip"

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from .. import weights
@@ -54,8 +55,20 @@ def convert(
     return target
 
 
+def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
+    """The networks of `source` themselves, without a converted copy: for a decoder of a few megabytes."""
+    checkpoint, networks = open(source), {}
+    check(checkpoint)
+    for name, part in checkpoint.components.items():
+        networks[name] = weights.build(name, asdict(part.config))
+        networks[name].load_weights([(key, _sound(weight, dtype)) for key, weight in part.weights.items()])
+    return networks
+
+
 def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
+    if checkpoint.family == "taesd":
+        raise Error(f"{checkpoint.path} is a TAESD, which is used as it is.", "Give it to `generate` as --taesd FILE.")
     held, row = list(checkpoint.components), detect.FAMILIES[checkpoint.family]
     lacking = [c for c in row.components if c not in held and c not in row.optional]
     if checkpoint.family not in FAMILIES or lacking:

@@ -113,9 +113,9 @@ def download(repo: str, revision: str, commit: str, files: dict[str, int], progr
     return folder
 
 
-def snapshots(pattern: str) -> list[Path]:
-    """What matches, of all the repositories in the hub's cache."""
-    return sorted(Path(constants.HF_HUB_CACHE).glob(f"models--*/snapshots/*/{pattern}"))
+def snapshots(pattern: str, repo: str = "*") -> list[Path]:
+    """What matches, of a repository in the hub's cache, or of all of them."""
+    return sorted(Path(constants.HF_HUB_CACHE).glob(f"{_folder(repo).name}/snapshots/*/{pattern}"))
 
 
 def _folder(repo: str) -> Path:

@@ -21,6 +21,7 @@ class Family:
     fallback: tuple[str, str]  # sampler and schedule for checkpoints whose own scheduler is not one of ours
     clip_skip: int  # which text layer is read, counted from the end: 1 is the last
     vae_float16: bool  # whether the VAE is known not to overflow in float16
+    taesd: str  # hub id of the tiny decoder for its latents
     preview: tuple[
         tuple[float, float, float], ...
     ]  # latents to RGB: a row a channel, then the bias (ComfyUI's figures)
@@ -98,6 +99,7 @@ FAMILIES: dict[str, Family] = {
         fallback=("dpmpp_2m", "karras"),
         clip_skip=1,
         vae_float16=True,
+        taesd="madebyollin/taesd",
         preview=_SD_PREVIEW,
     ),
     "sd2": Family(
@@ -106,6 +108,7 @@ FAMILIES: dict[str, Family] = {
         fallback=("dpmpp_2m", "karras"),
         clip_skip=1,  # published without the last layer of OpenCLIP: the reference reads the penultimate one
         vae_float16=True,
+        taesd="madebyollin/taesd",
         preview=_SD_PREVIEW,
     ),
     "sdxl": Family(
@@ -114,6 +117,7 @@ FAMILIES: dict[str, Family] = {
         fallback=("euler", "leading"),
         clip_skip=2,
         vae_float16=False,  # the published VAE overflows in float16 and draws black
+        taesd="madebyollin/taesdxl",
         preview=_SDXL_PREVIEW,
     ),
     "sdxl-refiner": Family(
@@ -122,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         fallback=("euler", "leading"),
         clip_skip=2,
         vae_float16=False,
+        taesd="madebyollin/taesdxl",
         preview=_SDXL_PREVIEW,
     ),
     "sd3": Family(
@@ -130,6 +135,7 @@ FAMILIES: dict[str, Family] = {
         fallback=("euler", "linspace"),
         clip_skip=2,
         vae_float16=False,
+        taesd="madebyollin/taesd3",
         preview=_SD3_PREVIEW,
     ),
     "flux": Family(
@@ -138,6 +144,7 @@ FAMILIES: dict[str, Family] = {
         fallback=("euler", "trailing"),
         clip_skip=1,
         vae_float16=False,
+        taesd="madebyollin/taef1",
         preview=_FLUX_PREVIEW,
     ),
 }

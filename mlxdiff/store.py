@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import mlx.nn as nn
+
 from . import weights
 from .errors import Error
 from .registry import FAMILIES, MODELS
@@ -179,6 +181,37 @@ def _from_hub(repo: str, file: str | None, revision: str | None, order: Order) -
         weights.write_json(fresh, {"repo": repo, "revision": revision, "commit": commit})
         os.replace(fresh, note)
     return made
+
+
+# A preview's decoder is read where it is: of a few megabytes no converted copy is kept.
+
+
+def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | None = None) -> nn.Module:
+    """The tiny decoder in a file, in a folder, or in a hub repository (`org/repo`, or `org/repo/file.safetensors`)."""
+    from . import convert
+
+    path = _path(name)
+    if path is None:
+        found = _HUB_ID.fullmatch(str(name))
+        if found is None:
+            raise Error(f"There is no TAESD, file or folder {str(name)!r}.", "Use auto for the model's own.")
+        file = "diffusion_pytorch_model.safetensors" if found[2] is None else found[2]
+        path = _one_file(found[1], file, offline, (lambda *_: None) if progress is None else progress)
+    networks = convert.read(path, weights.DTYPES[dtype])
+    if "taesd" not in networks:
+        raise Error(f"{path} is no TAESD but {', '.join(networks)}.", "Use auto for the model's own.")
+    return networks["taesd"]
+
+
+def _one_file(repo: str, file: str, offline: bool, progress: Progress) -> Path:
+    """One that is here already is not asked for again."""
+    from . import hub
+
+    here = hub.snapshots(file, repo)
+    if here:
+        return here[-1]
+    commit, held = hub.held(repo, "main") if offline or hub.offline() else hub.listing(repo, "main")
+    return hub.download(repo, "main", commit, {n: held[n] for n in hub.select(repo, held, True, file)}, progress) / file
 
 
 # The cache: models/<name>-<recipe>-<key>, each either whole or absent.

@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .errors import Error
-from .models import clip, flux, sd3, t5, unet, vae
+from .models import clip, flux, sd3, t5, taesd, unet, vae
 from .registry import FAMILIES
 
 FORMAT = 1
@@ -25,6 +25,7 @@ NETWORKS = (
     (sd3.Config, sd3.SD3),
     (flux.Config, flux.Flux),
     (vae.Config, vae.VAE),
+    (taesd.Config, taesd.Decoder),
 )
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 BITS = (3, 4, 5, 6, 8)

@@ -60,7 +60,11 @@ def main() -> None:
 
         try:
             call = json.loads(line)
-            said = {"folder": str(store.resolve(call.pop("model"), **call, progress=progress))}
+            model = call.pop("model")
+            if call.pop("taesd", False):
+                said = {"width": store.taesd(model, **call, progress=progress).config.width}
+            else:
+                said = {"folder": str(store.resolve(model, **call, progress=progress))}
         except Error as e:
             said = {"problem": e.problem, "fix": e.fix}
         print(json.dumps(said | {"told": told}), flush=True)

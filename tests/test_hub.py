@@ -492,3 +492,24 @@ def test_errors_name_the_repository_not_where_it_was_worked_on(hub, start, saved
     assert "org-broken/unet/diffusion_pytorch_model.safetensors" in answer["problem"]
     assert str(worker.home) not in answer["problem"]
     assert [p.name for p in (worker.home / "cache" / "models").iterdir()] == [".locks"]
+
+
+def test_a_taesd_is_fetched_once(hub, start, tmp_path):
+    """One file of the repository; found in the hub's cache, it is not asked for again, nor is the network."""
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny(decoder_block_out_channels=(8,) * 4).save_pretrained(tmp_path)
+    files = {f.name: f.read_bytes() for f in tmp_path.iterdir()} | {"taesd_encoder.safetensors": b"not asked for"}
+    hub.repos["madebyollin/taesd"] = Repo(files)
+    worker = start(STORE_WORKER="real")
+    ask = {"taesd": True, "dtype": "float32", "offline": False}
+    first = worker("madebyollin/taesd", **ask)
+    assert first["width"] == 8
+    size = len(files["diffusion_pytorch_model.safetensors"])
+    assert first["told"][-1] == ["download", size, size]
+    assert not hub.gets("madebyollin/taesd", "taesd_encoder.safetensors")
+    before = len(hub.log)
+    assert worker("madebyollin/taesd", **ask) == {"width": 8, "told": []}
+    assert len(hub.log) == before
+    assert "has no file" in worker("madebyollin/taesd/other.safetensors", **ask)["problem"]
+    assert "not on this machine" in worker("madebyollin/taef1", **ask | {"offline": True})["problem"]

@@ -63,6 +63,12 @@ ALONE = {
     "sdxl_text_encoder": ("clip", "base", "text_encoder"),
     "sdxl_text_encoder_2": ("clip-g", "base", "text_encoder_2"),
     "sdxl_vae": ("vae", "base", "vae"),
+    "taef1": ("taesd", "base", "taesd"),
+    "taesd": ("taesd", "base", "taesd"),
+    "taesd3": ("taesd", "base", "taesd"),
+    "taesd_decoder_single": ("taesd", "base", "taesd"),
+    "taesdxl": ("taesd", "base", "taesd"),
+    "taesdxl_decoder_single": ("taesd", "base", "taesd"),
 }
 BUFFERS = ("position_ids", "model_ema.", "alphas_cumprod", "betas")
 # By what our parameters are counted: such files take fused layers apart, or hold the words twice.
@@ -78,7 +84,8 @@ NO_PROJECTION = {"text_encoder": "comfy_clip_l"}  # of single SD3 files: the ref
 def count(name: str) -> dict[str, int]:
     """Tensors and parameters of a component's manifest, buffers left out."""
     held = manifest(LIKE.get(name, name))["tensors"]
-    held = [s for k, s in held.items() if not any(b in k for b in BUFFERS)]
+    dropped = (*BUFFERS, "encoder.layers.") if name.startswith("tae") else BUFFERS  # of a TAESD, the decoder is read
+    held = [s for k, s in held.items() if not any(b in k for b in dropped)]
     return {"tensors": len(held), "parameters": sum(int(np.prod(s)) for s in held)}
 
 
@@ -121,9 +128,8 @@ FOREIGN = {
     "lora_kohya_flux": "LoRA", "lora_kohya_sd15": "LoRA", "lora_kohya_sdxl": "LoRA", "lora_lcm_sd15": "LoRA",
     "lora_peft_flux_aitoolkit": "LoRA", "lora_peft_flux_dreambooth": "LoRA", "lora_peft_sd15_unet": "LoRA",
     "lora_peft_sd15_unet_te": "LoRA", "lora_peft_sdxl_unet": "LoRA", "sd15_controlnet_canny": "ControlNet",
-    "sd15_controlnet_canny_single": "ControlNet", "sdxl_controlnet_canny": "ControlNet", "taef1": "TAESD",
-    "taesd": "TAESD", "taesd3": "TAESD", "taesd_decoder_single": "TAESD", "taesd_encoder_single": "TAESD",
-    "taesdxl": "TAESD", "taesdxl_decoder_single": "TAESD", "taesdxl_encoder_single": "TAESD",
+    "sd15_controlnet_canny_single": "ControlNet", "sdxl_controlnet_canny": "ControlNet",
+    "taesd_encoder_single": "encoder of a TAESD", "taesdxl_encoder_single": "encoder of a TAESD",
 }  # fmt: skip
 
 
