@@ -1,9 +1,8 @@
 """From a Request to pictures: encode, denoise, decode, told as Events. The only place where MLX is made to evaluate."""
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ from PIL import Image
 
 from . import conditioning, guidance, images, registry, samplers, schedules, tokenizers, weights
 from .errors import Error
+from .folder import ModelFolder
 from .noise import Noise, draw_nhwc
-from .registry import FAMILIES, Defaults
+from .registry import Defaults
 from .request import Request
 from .schedules import Schedule
 
@@ -35,6 +35,8 @@ class Event(NamedTuple):
     seconds: float  # what this step took
     x0: np.ndarray | None = None  # denoise: the predicted clean latents so far, (B, h, w, c)
     image: Image.Image | None = None  # decode: the finished picture
+    x: np.ndarray | None = None  # denoise: the noisy latents after this step, and their noise level
+    sigma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,36 +82,13 @@ def stream(prompt: str | Request, model: str | Path = registry.DEFAULT, **settin
     return load(model).stream(prompt, **settings)
 
 
-class Pipeline:
-    """A model folder. Weights are read when a run needs them; the text encoders go before the denoiser comes."""
+class Pipeline(ModelFolder):
+    """A model folder that draws. The text encoders go before the denoiser comes."""
 
     def __init__(self, folder: Path, low_memory: bool = False, defaults: Defaults | None = None):
-        self.folder, self.low_memory = Path(folder), low_memory
-        self.model = weights.read_model(self.folder)
-        self.name = self.model["name"]
-        self.family = FAMILIES[self.model["family"]]
-        kind = self.model["family"], self.model["variant"]
-        self.plan = conditioning.PLANS.get("-".join(kind), conditioning.PLANS[kind[0]])
-        self.net = "unet" if "unet" in self.model["components"] else "transformer"
-        if defaults is None:
-            row = registry.find(self.name)  # a converted copy of a named model is still that model
-            own = row is not None and row.family == kind[0]
-            defaults = row.defaults if own else registry.VARIANTS.get(kind, self.family.defaults)
-        self.defaults = defaults
+        super().__init__(folder, low_memory, defaults)
         self.refiner: Pipeline | None = None
-        self._networks: dict[str, nn.Module] = {}
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        for name in (self.net, "vae", *self.plan.needs):
-            if name not in self.model["components"]:
-                raise Error(f"{self.folder} has no {name}.", "Use a checkpoint that holds the whole model.")
-        if self.model["variant"] not in ("base", "lcm", "schnell"):
-            raise Error(
-                f"{self.name} is a model of the variant {self.model['variant']!r}, which needs more than a prompt.",
-                "It converts, but cannot draw yet: use a base model.",
-            )
-
-    def __repr__(self) -> str:
-        return f"<{self.name}: {self.family.title}, {self.model['recipe']['dtype']}, in {self.folder}>"
 
     def attach_refiner(self, refiner: "Pipeline") -> None:
         """A second model that finishes what this one begins, on the same latents."""
@@ -128,21 +107,6 @@ class Pipeline:
             if event.image is not None:
                 drawn.append(event.image)
         return Result(drawn, request, time.perf_counter() - start, mx.get_peak_memory())
-
-    def resolve(self, prompt: str | Request, **settings) -> Request:
-        """The request with every open setting filled from this model's defaults, and checked."""
-        try:
-            request = replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
-        except TypeError as e:
-            raise Error(f"{e}.", f"The settings are {', '.join(Request.__dataclass_fields__)}.") from None
-        own = self.model["schedule"]
-        pair = self.family.fallback if own["sampler"] is None else (own["sampler"], own["spacing"])
-        full = request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.multiple)
-        layers = min(self.model["components"][e]["layers"] for e, _ in self.plan.encoders)
-        if full.clip_skip > layers:
-            raise Error(f"clip_skip {full.clip_skip} goes below the text encoder's {layers} layers.", "Choose less.")
-        self._check(full)
-        return full
 
     def stream(self, prompt: str | Request, **settings) -> Iterator[Event]:
         """The run, event by event. Leaving the loop stops it; nothing keeps running and nothing is registered."""
@@ -164,14 +128,14 @@ class Pipeline:
         x, done = draw_nhwc(noise, *shape) * schedule.start(sigmas[0], request.schedule), 0
         for (pipe, part), text in zip(parts, texts, strict=True):
             denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (high, low))
-            yield Event("denoise", done, request.steps, 0.0)
+            yield Event("denoise", done, request.steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
-            for state, x0 in fn(denoise, x, part, **extra):
+            for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
                 x = state
                 mx.eval(x, x0)
                 pipe._check_finite(x)
                 done, now = done + 1, time.perf_counter()
-                yield Event("denoise", done, request.steps, now - begin, x0=np.array(x0))
+                yield Event("denoise", done, request.steps, now - begin, np.array(x0), x=np.array(x), sigma=sigma)
                 begin = time.perf_counter()
             if pipe is not self or self.low_memory:
                 pipe._release(pipe.net)
@@ -285,112 +249,6 @@ class Pipeline:
         k = sum(schedule.t(s) >= cut for s in sigmas[:-1])
         halves = [(self, sigmas[: k + 1]), (self.refiner, sigmas[k:])]
         return [(pipe, part) for pipe, part in halves if len(part) > 1]
-
-    # --- what a request means for this model
-
-    def _check(self, request: Request) -> None:
-        """What is good for one family and not for another, told before the work."""
-        if self.flow:
-            samplers.of_flow(request.sampler)
-        elif request.shift is not None:
-            raise Error(f"{self.name} has no shift: it is no rectified flow.", "Leave shift out.")
-        schedules.sigmas(self._schedule(request), request.schedule, request.steps)
-        net = self.model["components"][self.net]
-        if not request.t5 and (self.plan.t5 is None or self.plan.t5[0] in self.plan.needs):
-            raise Error(f"Leaving T5 out is for SD3; {self.name} is {self.family.title}.", "Leave --no-t5 out.")
-        if "guidance" in net:  # FLUX
-            if not self.told and request.guidance > 1:
-                raise Error(
-                    f"{self.name} takes no guidance, and {request.guidance:g} was given.",
-                    "Leave guidance out, or use flux-dev.",
-                )
-            if request.negative and request.true_cfg <= 1:
-                raise Error(
-                    f"{self.name} draws in one pass, which has no place for a negative prompt.",
-                    "Add --true-cfg 4 for a second pass, or leave the negative prompt out.",
-                )
-            if request.negative is None and request.true_cfg > 1:
-                raise Error("true_cfg has no negative prompt to pull from.", 'Give one: -n TEXT, or -n "".')
-        elif request.true_cfg != 1:
-            raise Error(f"true_cfg is for FLUX; {self.name} is {self.family.title}.", "Use guidance.")
-        side = net["positions"] * self.multiple if "positions" in net else math.inf
-        if max(request.width, request.height) > side:
-            raise Error(f"{self.name} knows positions up to {side} pixels a side.", "Choose a smaller size.")
-
-    def _schedule(self, request: Request) -> Schedule:
-        if self.flow:
-            h, w = self._latents(request)
-            return schedules.flow(self.model["schedule"], h * w // 4, request.shift)  # patches of 2 x 2
-        return schedules.discrete(self.model["schedule"], samplers.SAMPLERS[request.sampler].grid)
-
-    def _cfg(self, request: Request) -> float:
-        """The scale of classifier-free guidance. In FLUX, which may be told its guidance, that is another number."""
-        if self.time_cond is not None:
-            return 1.0
-        return request.guidance if self.two_passes else request.true_cfg
-
-    def _reads_t5(self, request: Request) -> bool:
-        return request.t5 and self.plan.t5 is not None and self.plan.t5[0] in self.model["components"]
-
-    def _latents(self, request: Request) -> tuple[int, int]:
-        return request.height // self.factor, request.width // self.factor
-
-    @property
-    def flow(self) -> bool:
-        """Whether this is rectified flow, as all transformers here are."""
-        return self.model["prediction"] == "flow"
-
-    @property
-    def two_passes(self) -> bool:
-        """Whether guidance is a second pass for the negative prompt: not so in LCM and FLUX."""
-        net = self.model["components"][self.net]
-        return net.get("time_cond") is None and "guidance" not in net
-
-    @property
-    def told(self) -> bool:
-        """FLUX dev: whether guidance is one of the network's inputs."""
-        return self.model["components"][self.net].get("guidance", False)
-
-    # --- what the stages stand on
-
-    def _network(self, name: str) -> nn.Module:
-        if name not in self._networks:
-            self._networks[name] = weights.load(self.folder, name, self.model)
-        return self._networks[name]
-
-    def _release(self, *names: str) -> None:
-        for name in names:
-            self._networks.pop(name, None)
-        mx.clear_cache()
-
-    def _check_finite(self, x: mx.array) -> None:
-        """No black picture is ever written: what overflows stops the run and names the dtype that does not."""
-        if not mx.isfinite(x).all().item():
-            dtype = self.model["recipe"]["dtype"]
-            other = "bfloat16" if dtype == "float16" else "float32"
-            raise Error(
-                f"{self.name} gave values that are not finite in {dtype}.",
-                f"Run it with --dtype {other}." if dtype != "float32" else "Its weights are damaged: fetch them again.",
-            )
-
-    @property
-    def factor(self) -> int:
-        """Pixels a latent stands for, along one edge."""
-        return 2 ** (len(self.model["components"]["vae"]["channels"]) - 1)
-
-    @property
-    def multiple(self) -> int:
-        """What a picture's edges are multiples of: a latent, or a transformer's patch of 2 x 2."""
-        return self.factor * (2 if self.flow else 1)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.model["components"]["vae"]["latent_channels"]
-
-    @property
-    def time_cond(self) -> int | None:
-        """Width of the guidance embedding of a consistency model, which is guided by it and not by a second pass."""
-        return self.model["components"][self.net].get("time_cond")
 
 
 def _dtype(net: nn.Module) -> mx.Dtype:
