@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("where it goes")
     g.add_argument("-o", "--output", type=Path, metavar="FILE", help="file or folder; never overwrites")
     g.add_argument("--preview-dir", type=Path, metavar="DIR", help="write a rough picture of every step there")
+    g.add_argument("--taesd", metavar="auto|FILE", help="draw these by a tiny decoder: auto fetches the model's, 10 MB")
     g.add_argument("--json", action="store_true", help="one JSON line a picture on standard output, no bar")
     g.add_argument("-v", "--verbose", action="store_true", help="say what was chosen")
     g.add_argument("-h", "--help", action="help", help="show this and stop")
@@ -95,12 +96,15 @@ def draw(args: argparse.Namespace) -> int:
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
     _writable(args.output)
+    if args.taesd is not None and args.preview_dir is None:
+        raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
     with Bar(quiet=args.json) as bar:
         pipe = load(
             model,
             bits=args.quantize,
             dtype=args.dtype,
             refiner=args.refiner,
+            taesd=args.taesd,
             offline=args.offline,
             low_memory=args.low_memory,
             tokenizer=args.tokenizer,

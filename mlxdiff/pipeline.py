@@ -57,13 +57,16 @@ def load(
     bits: int | None = None,
     dtype: str | None = None,
     refiner: str | Path | None = None,
+    taesd: str | Path | None = None,
     offline: bool = False,
     low_memory: bool = False,
     **options,
 ) -> "Pipeline":
     """Open a model: a name (`mlxdiff models` lists them), a hub id, a folder, or a .safetensors file. Whatever must be
     downloaded or converted is, once. bits: 3, 4, 5, 6 or 8 to quantize. dtype: float16, bfloat16, float32; by default
-    what suits this machine. low_memory: slower, smaller. options: see `store.resolve` (tokenizer, prediction, ...)."""
+    what suits this machine. taesd: "auto", a hub id, a folder or a file: the tiny decoder to draw previews with. Auto
+    is the one made for the model's family, where its VAE is too large for that. low_memory: slower, smaller. options:
+    see `store.resolve` (tokenizer, prediction, ...)."""
     from . import store
 
     def opened(name: str | Path) -> Pipeline:
@@ -74,6 +77,9 @@ def load(
     pipe = opened(model)
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
+    if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
+        name, dtype = pipe.family.taesd if taesd == "auto" else taesd, pipe.model["recipe"]["dtype"]
+        pipe.attach_taesd(store.taesd(name, dtype=dtype, offline=offline, progress=options.get("progress")))
     return pipe
 
 
@@ -88,6 +94,7 @@ class Pipeline(ModelFolder):
     def __init__(self, folder: Path, low_memory: bool = False, defaults: Defaults | None = None):
         super().__init__(folder, low_memory, defaults)
         self.refiner: Pipeline | None = None
+        self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
 
     def attach_refiner(self, refiner: "Pipeline") -> None:
@@ -97,6 +104,16 @@ class Pipeline(ModelFolder):
                 f"{refiner.name} works on other latents than {self.name}.", "Use the refiner made for this model."
             )
         self.refiner = refiner
+
+    def attach_taesd(self, decoder: nn.Module) -> None:
+        """A tiny decoder for previews."""
+        channels = decoder.config.latent_channels
+        if channels != self.latent_channels:
+            raise Error(
+                f"This TAESD reads latents of {channels} channels; {self.name} has {self.latent_channels}.",
+                f"Use {self.family.taesd}.",
+            )
+        self._taesd = decoder
 
     def __call__(self, prompt: str | Request, **settings) -> Result:
         """Draw: `pipe("a red house", seed=7).image.save("house.png")`. The settings are Request's fields."""
@@ -142,13 +159,19 @@ class Pipeline(ModelFolder):
         yield from self._decode(x / schedule.spread(sigmas[-1]))
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
-        """Rough pictures of predicted latents (B, h, w, c): by the VAE where it is small, else by one linear map."""
-        if (self.folder / "vae.safetensors").stat().st_size > _SMALL_VAE:
+        """Rough pictures of predicted latents (B, h, w, c): by the TAESD if there is one, by the VAE where it is small,
+        else by one linear map."""
+        decoder = self._network("vae") if self._taesd is None and self.previews_by_vae else self._taesd
+        if decoder is None:
             return [images.preview(x, self.family.preview) for x in x0]
-        vae = self._network("vae")
-        pixels = vae.decode(mx.array(x0).astype(_dtype(vae))).astype(mx.float32)
+        pixels = decoder.decode(mx.array(x0).astype(_dtype(decoder))).astype(mx.float32)
         mx.eval(pixels)
         return [images.to_image(p) for p in np.array(pixels)]
+
+    @property
+    def previews_by_vae(self) -> bool:
+        """Whether the VAE is small enough to draw previews."""
+        return (self.folder / "vae.safetensors").stat().st_size <= _SMALL_VAE
 
     # --- the stages
 

@@ -102,6 +102,7 @@ BAD = {
     "prompt file missing": (["--prompt-file", "absent.txt"], "absent.txt"),
     "prompt file empty": (["--prompt-file", "empty.txt"], "empty.txt"),
     "prompt file binary": (["--prompt-file", "binary.txt"], "binary.txt"),
+    "a decoder for no previews": (["x", "--taesd", "auto"], "Add --preview-dir"),
     "width 0": (["x", "-W", "0"], "width 0"),
     "width negative": (["x", "-W", "-8"], "width -8"),
     "height not a multiple": (["x", "-H", "30"], "Use 28 or 32"),

@@ -7,8 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from mlxdiff import store
+from mlxdiff import load, pipeline, registry, store
 from mlxdiff.errors import Error
+from mlxdiff.images import to_image
+from mlxdiff.models import taesd
 from tests.checkpoints import full
 
 from .oracle import error, nchw, nhwc, randomize
@@ -41,7 +43,7 @@ def test_decode_equals_diffusers_in_every_form(tmp_path, sizes):
         full(tmp_path / "taesd_decoder.safetensors", original),
     ):
         ours = store.taesd(path, dtype="float32", offline=True)
-        assert error(nchw(ours.decode(nhwc(z))), expected) < 1e-4  # float32 in another order; 2e-7 is seen
+        assert error(nchw(ours.decode(nhwc(z))), expected) < 1e-4  # float32 in another order; 1.4e-6 is seen
 
 
 def test_half_precision_loses_only_rounding(tmp_path):
@@ -62,3 +64,32 @@ def test_what_is_no_taesd_is_named(tmp_path):
         store.taesd(tmp_path, dtype="float32", offline=True)
     with pytest.raises(Error, match="no TAESD but text_encoder"):
         store.taesd(store.BUILTIN / "storybook", dtype="float32", offline=True)
+
+
+def test_a_model_s_previews_are_drawn_with_it(tmp_path):
+    """The same pixels as diffusers' decode of the predicted latents; 1 of 255 where a value lies between two."""
+    theirs = save(tmp_path)
+    pipe = load("storybook", taesd=tmp_path)
+    x0 = next(e.x0 for e in pipe.stream("a red house", seed=1, steps=1) if e.x0 is not None)
+    (drawn,) = pipe.preview(x0)
+    expected = theirs.decode(torch.tensor(x0).permute(0, 3, 1, 2)).sample[0].permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(drawn, int) - np.asarray(to_image(expected), int)).max() <= 1
+    assert drawn.tobytes() != load("storybook").preview(x0)[0].tobytes()  # which its own VAE draws
+
+
+def test_auto_is_the_family_s_where_the_vae_is_too_large(monkeypatch):
+    """The built-in model's VAE is small, and its latents are not Stable Diffusion's: it keeps its own."""
+    asked, tiny = [], taesd.Decoder(taesd.Config(latent_channels=4, out_channels=3, width=4, blocks=(1,)))
+    monkeypatch.setattr(store, "taesd", lambda name, **_: asked.append(name) or tiny)
+    load("storybook", taesd="auto")
+    assert asked == []
+    monkeypatch.setattr(pipeline, "_SMALL_VAE", 0)
+    load("storybook", taesd="auto")
+    assert asked == ["madebyollin/taesd"]
+    assert {f.taesd.partition("/")[2] for f in registry.FAMILIES.values()} == {"taesd", "taesdxl", "taesd3", "taef1"}
+
+
+def test_a_taesd_of_another_family_is_refused(tmp_path):
+    save(tmp_path, latent_channels=16)
+    with pytest.raises(Error, match="reads latents of 16 channels; storybook has 4"):
+        load("storybook", taesd=tmp_path)
