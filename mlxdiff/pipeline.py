@@ -161,12 +161,13 @@ class Pipeline(ModelFolder):
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         """Rough pictures of predicted latents (B, h, w, c): by the TAESD if there is one, by the VAE where it is small,
         else by one linear map."""
-        decoder = self._network("vae") if self._taesd is None and self.previews_by_vae else self._taesd
-        if decoder is None:
-            return [images.preview(x, self.family.preview) for x in x0]
-        pixels = decoder.decode(mx.array(x0).astype(_dtype(decoder))).astype(mx.float32)
-        mx.eval(pixels)
-        return [images.to_image(p) for p in np.array(pixels)]
+        if self._taesd is not None:
+            return _pictures(self._taesd, x0)
+        return self.decode(x0) if self.previews_by_vae else [images.preview(x, self.family.preview) for x in x0]
+
+    def decode(self, z: np.ndarray) -> list[Image.Image]:
+        """The pictures of latents (B, h, w, c), by the VAE."""
+        return _pictures(self._network("vae"), z)
 
     @property
     def previews_by_vae(self) -> bool:
@@ -272,6 +273,12 @@ class Pipeline(ModelFolder):
         k = sum(schedule.t(s) >= cut for s in sigmas[:-1])
         halves = [(self, sigmas[: k + 1]), (self.refiner, sigmas[k:])]
         return [(pipe, part) for pipe, part in halves if len(part) > 1]
+
+
+def _pictures(decoder: nn.Module, z: np.ndarray) -> list[Image.Image]:
+    pixels = decoder.decode(mx.array(z).astype(_dtype(decoder))).astype(mx.float32)
+    mx.eval(pixels)
+    return [images.to_image(p) for p in np.array(pixels)]
 
 
 def _dtype(net: nn.Module) -> mx.Dtype:

@@ -69,6 +69,7 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.weights",
     },
+    "mlxdiff.probe": {"mlxdiff.pipeline", "mlxdiff.request", "mlxdiff.samplers", "mlxdiff.schedules"},
     "mlxdiff.console": {"mlxdiff.errors"},
     "mlxdiff.catalogue": {
         "mlxdiff.console",
@@ -145,6 +146,9 @@ MAY = {
         "mlxdiff.samplers",
         "mlxdiff.widgets.*",
     },
+    "mlxdiff.widgets.explain": {"mlxdiff.widgets.explain.*"},
+    "mlxdiff.widgets.explain.lesson": {"mlxdiff.registry", "mlxdiff.widgets.worker"},
+    "mlxdiff.widgets.explain.*": {"mlxdiff.probe", "mlxdiff.schedules", "mlxdiff.widgets.explain.*"},
     "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.studio"},
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
@@ -159,6 +163,8 @@ THIRD_PARTY = {
     "ipywidgets",
     "anywidget",
     "traitlets",
+    "matplotlib",
+    "IPython",
     "jupyterlab",
     "jupyter_client",
     "jupyter_core",

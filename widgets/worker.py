@@ -1,4 +1,4 @@
-"""One thread owns every MLX call of the widgets: it loads, draws and previews. All others queue jobs and set flags.
+"""One thread owns every MLX call of the widgets: it loads, draws, previews, looks. All others queue jobs or set flags.
 
 MLX streams belong to threads, and a widget's callback may run on another thread from one click to the next. So requests
 go in, and only pictures, bytes and numbers come out. The thread never ends: MLX can abort a process when one does."""
@@ -59,27 +59,34 @@ class Update(NamedTuple):
     seconds: float = 0.0  # since the job began, with a picture and when done
 
 
+Work = Callable[[Pipeline, "Job"], object]
+
+
 class Job:
     """One run. `state` is queued, running, done, cancelled or failed; `error` is what made it fail."""
 
-    def __init__(self, worker: "Worker", model: str | Path, options: dict, asked: Request | None, tell: Callable):
+    def __init__(
+        self, worker: "Worker", model: str | Path, options: dict, asked: Request | Work | None, tell: Callable
+    ):
         self.model, self.options, self.asked = model, options, asked
         self.state, self.error = "queued", None
         self.request: Request | None = None  # resolved, once the model is open
         self.facts: Facts | None = None
         self._worker, self._tell = worker, tell
         self._stop, self._ended = threading.Event(), threading.Event()
-        self._result: Result | None = None
+        self.value: object = None  # what came of it
 
     def __repr__(self) -> str:
-        return f"<Job {self.state}: {'open' if self.asked is None else repr(self.asked.prompt)} with {self.model}>"
+        what = repr(self.asked.prompt) if isinstance(self.asked, Request) else getattr(self.asked, "__name__", "open")
+        return f"<Job {self.state}: {what} with {self.model}>"
 
     def cancel(self) -> None:
         """Leave the queue at once, or stop after the step that is running."""
         self._worker._cancel(self)
 
-    def result(self, timeout: float | None = None) -> Result | None:
-        """Wait for the pictures (None for a job that only opens a model). Interrupting the wait cancels the job."""
+    def result(self, timeout: float | None = None) -> object:
+        """Wait for the Result, for what other work returned, or for None of a job that only opens a model. Interrupting
+        the wait cancels the job."""
         try:
             if not self._ended.wait(timeout):
                 raise TimeoutError(f"{self!r} has not ended after {timeout:g} s.")
@@ -91,7 +98,7 @@ class Job:
             raise self.error
         if self.state == "cancelled":
             raise Cancelled(repr(self))
-        return self._result
+        return self.value
 
     def tell(self, stage: str, *args, **facts) -> None:
         self._tell(self, Update(stage, *args, peak=mx.get_peak_memory(), **facts))
@@ -114,14 +121,17 @@ class Worker:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def submit(self, model: str | Path, request: Request | None, tell: Callable[[Job, Update], None], **options) -> Job:
-        """Queue a run, or with no request the opening of a model. `tell` is called on the worker's thread."""
-        job = Job(self, model, options, request, tell)
+    def submit(
+        self, model: str | Path, asked: Request | Work | None, tell: Callable[[Job, Update], None], **options
+    ) -> Job:
+        """Queue a run, or other work with the opened model, or with None its opening. Work is called as (pipe, job) on
+        the worker's thread, as `tell` is; it may look at `job.check()` to be cancelled and use `job.tell`."""
+        job = Job(self, model, options, asked, tell)
         with self._changed:
             if self._running is None and not self._waiting:
                 self._begun = self._total = 0
             self._waiting.append(job)
-            self._total += request is not None
+            self._total += isinstance(asked, Request)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="mlxdiff", daemon=True)
                 self._thread.start()
@@ -150,7 +160,7 @@ class Worker:
             waiting = job in self._waiting
             if waiting:
                 self._waiting.remove(job)
-                self._total -= job.asked is not None
+                self._total -= isinstance(job.asked, Request)
         if waiting:
             self._end(job, "cancelled")
 
@@ -159,7 +169,7 @@ class Worker:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 self._running = self._waiting.popleft()
-                self._begun += self._running.asked is not None
+                self._begun += isinstance(self._running.asked, Request)
             self._run(self._running)
             with self._changed:
                 self._running = None
@@ -168,8 +178,8 @@ class Worker:
     def _run(self, job: Job) -> None:
         job.state, state, seconds = "running", "done", 0.0
         try:
-            job._result = self._draw(job)
-            seconds = 0.0 if job._result is None else job._result.seconds
+            job.value = self._draw(job)
+            seconds = job.value.seconds if isinstance(job.value, Result) else 0.0
         except Cancelled:
             state = "cancelled"
         except BaseException as e:  # whatever it is, the thread goes on to the next job and the job tells its user
@@ -188,12 +198,12 @@ class Worker:
         finally:
             job._ended.set()
 
-    def _draw(self, job: Job) -> Result | None:
+    def _draw(self, job: Job) -> object:
         job.check()
         mx.reset_peak_memory()
         pipe = self._open(job)
-        if job.asked is None:
-            return None
+        if not isinstance(job.asked, Request):
+            return None if job.asked is None else job.asked(pipe, job)
         job.request = pipe.resolve(job.asked)
         begin, drawn, paces, due = time.perf_counter(), [], [], 0.0
         with closing(pipe.stream(job.request)) as events:

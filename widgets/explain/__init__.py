@@ -1,0 +1,5 @@
+"""Lessons: small widgets, one idea each, on the built-in model. `from mlxdiff.widgets.explain import FilmStrip`."""
+
+from .film import FilmStrip
+
+__all__ = ["FilmStrip"]

@@ -1,0 +1,114 @@
+"""Lesson 2, the way back: what the network sees, what it takes for noise and what picture it expects, step by step."""
+
+from typing import NamedTuple
+
+import ipywidgets as w
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ...probe import trace
+from .lesson import BLUE, GREEN, ORANGE, Lesson, Told
+
+SHAPES, DETAIL = 6, 16  # cycles across a picture: below the first is layout, above the second is detail
+
+
+class Frame(NamedTuple):
+    sigma: float
+    noisy: Image.Image  # x, decoded
+    noise: np.ndarray  # (h, w): the predicted noise, its first channel
+    clean: Image.Image  # x0, decoded
+
+
+class FilmStrip(Lesson):
+    title = "The way back"
+    idea = (
+        "A run asks one question again and again: which part of this is noise? "
+        "The picture it expects settles from coarse to fine."
+    )
+    trying = (
+        "Scrub through the steps, or press play: when is the layout decided, and when the edges? "
+        "Then ask for few steps."
+    )
+
+    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 20, **options):
+        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
+        self.seed = w.BoundedIntText(seed, min=0, max=2**31 - 1, description="Seed")
+        self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
+        self.at = w.IntSlider(1, min=1, max=steps, description="Step")
+        play = w.Play(min=1, max=steps, interval=300)
+        w.jslink((play, "value"), (self.at, "value"))
+        w.jslink((self.at, "max"), (play, "max"))
+        asks = (self.prompt, self.seed, self.steps)
+        super().__init__(*asks, w.HBox([play, self.at]), asks=asks, **options)
+
+    def settings(self) -> dict:
+        return {"prompt": self.prompt.value, "seed": self.seed.value, "steps": self.steps.value}
+
+    def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> list[Frame]:
+        frames = []
+        for step in trace(pipe, prompt, seed=seed, steps=steps):
+            noisy, clean = pipe.decode(np.concatenate([step.x / np.sqrt(1 + step.sigma**2), step.x0]))
+            frames.append(Frame(step.sigma, noisy, step.noise[0, :, :, 0], clean))
+            told(step.step, step.steps)
+        return frames
+
+    def redraw(self) -> None:
+        if self.data is not None:
+            self.at.max = len(self.data)
+        super().redraw()
+
+    def figure(self) -> Figure:
+        frame, last = self.data[self.at.value - 1], self.data[-1]
+        fig = Figure(figsize=(8.4, 4.6), layout="constrained")
+        top, bottom = fig.subfigures(2, 1, height_ratios=(1.6, 1))
+        panels = (
+            (frame.noisy, f"what the network sees\nnoise {frame.sigma:.2f} to 1 of picture"),
+            (frame.noise, "what it takes for noise\n(one channel of four)"),
+            (frame.clean, "the picture it expects"),
+            (last.clean, "where it ends"),
+        )
+        for ax, (image, title) in zip(top.subplots(1, 4), panels, strict=True):
+            ax.imshow(image, cmap="gray")
+            ax.set_title(title)
+            ax.axis("off")
+        ax = bottom.subplots()
+        for (name, values), colour in zip(settled(self.data).items(), (BLUE, GREEN, ORANGE), strict=True):
+            ax.plot(range(1, len(values) + 1), values, label=name, color=colour)
+        ax.axvline(self.at.value, color="black", lw=0.8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel="step", ylabel="still to change", ylim=(0, None), xlim=(1, len(self.data)))
+        ax.legend(ncols=3)
+        return fig
+
+    def words(self) -> str:
+        frame = self.data[self.at.value - 1]
+        half = {name: first_below(values, 0.25) for name, values in settled(self.data).items()}
+        when = ", ".join(f"{name} by step {step}" for name, step in half.items())
+        return (
+            f"Step {self.at.value} of {len(self.data)}, noise {frame.sigma:.2f}. "
+            f"Three quarters of the way to the final picture: {when}."
+        )
+
+
+def settled(frames: list[Frame]) -> dict[str, np.ndarray]:
+    """How far each expected picture is from the last, by the size of its parts; 1: as far as the last is from grey."""
+    pictures = np.stack([np.asarray(f.clean, np.float32).mean(2) / 255 - 0.5 for f in frames])
+    spectra = np.fft.fft2(pictures)  # (steps, H, W)
+    H, W = pictures.shape[1:]
+    cycles = np.hypot(np.fft.fftfreq(H)[:, None] * H, np.fft.fftfreq(W) * W)
+    bands = {
+        "layout": cycles < SHAPES,
+        "shapes": (cycles >= SHAPES) & (cycles < DETAIL),
+        "detail": cycles >= DETAIL,
+    }
+    power = np.abs(spectra - spectra[-1]) ** 2
+    return {
+        name: np.sqrt(power[:, band].sum(1) / (np.abs(spectra[-1][band]) ** 2).sum()) for name, band in bands.items()
+    }
+
+
+def first_below(values: np.ndarray, bound: float) -> int:
+    """The step, counted from 1, from which on the values stay below a bound."""
+    above = np.flatnonzero(values >= bound)
+    return 1 if len(above) == 0 else int(above[-1]) + 2

@@ -1,0 +1,177 @@
+"""What the lessons share: one idea above a figure, its controls, what the figure shows in words, one thing to try.
+
+A lesson is a subclass with `work`, which runs on the engine's thread (see worker.py) and returns numbers and pictures,
+and `figure` and `words`, which show them and touch no MLX. Moving a control of `asks` works anew, any other redraws."""
+
+import base64
+import functools
+import io
+import threading
+from collections.abc import Callable
+
+import ipywidgets as w
+import matplotlib as mpl
+import traitlets as t
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from ...registry import DEFAULT
+from ..worker import Job, Update, Worker, shared
+
+BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb7", "#d9822b", "#3d8f5f", "#b8434e", "#8a8f98"
+_STYLE = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": mpl.cycler(color=[BLUE, ORANGE, GREEN, RED, GREY]),
+    "axes.titlesize": 9,
+    "image.interpolation": "nearest",
+    "figure.facecolor": "white",
+    "legend.frameon": False,
+}
+_DPI, _SHOWN = 144, 96  # pixels an inch of the file, and on the page: sharp on sharp screens
+_drawing = threading.Lock()  # matplotlib keeps its style and its fonts for the whole process
+Told = Callable[[int, int], None]  # of a work's progress: done, of how many
+
+
+class Lesson(w.VBox):
+    """A cell that shows one works first; then it stands there live, and in a saved notebook as a picture and words."""
+
+    title = ""
+    idea = ""  # one sentence
+    trying = ""  # what to do with the controls
+    model = DEFAULT
+
+    data = t.Any(None, help="what `work` returned last")
+    error = t.Any(None, help="what went wrong last; `raise lesson.error` shows where")
+
+    def __init__(self, *controls: w.Widget, asks: tuple[w.Widget, ...] = (), worker: Worker | None = None):
+        self._worker = shared() if worker is None else worker
+        self._job: Job | None = None
+        self._turn = 0  # which wish the newest job is for
+        self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="100%", height="6px", visibility="hidden"))
+        self.said = w.HTML().add_class("mlxdiff-lesson-status")
+        self.image = w.Image(format="png", layout=w.Layout(max_width="100%", object_fit="contain"))
+        self.caption = w.HTML().add_class("mlxdiff-lesson-caption")
+        super().__init__(
+            [
+                w.HTML(f"<b>{self.title}.</b> {self.idea}"),
+                *([w.HBox(controls, layout=w.Layout(flex_flow="row wrap"))] if controls else []),
+                self.bar,
+                self.image,
+                self.caption,
+                w.HTML(f"<b>Try this.</b> {self.trying}"),
+                self.said,
+            ]
+        )
+        self.add_class("mlxdiff-lesson")
+        for control in asks:
+            control.observe(lambda _: self.ask(), "value")
+        for control in controls:
+            for part in (control, *getattr(control, "children", ())):
+                if part not in asks:
+                    part.observe(lambda _: self.redraw(), "value")
+
+    # --- what a lesson says
+
+    def work(self, pipe, told: Told) -> object:
+        """On the engine's thread: all that takes time. Returns what `figure` and `words` show."""
+        raise NotImplementedError
+
+    def settings(self) -> dict:
+        """The controls' values that `work` needs, read before it is queued: it must not look at widgets."""
+        return {}
+
+    def figure(self) -> Figure:
+        raise NotImplementedError
+
+    def words(self) -> str:
+        """What the figure shows, for whoever cannot see it; the numbers a text may quote."""
+        raise NotImplementedError
+
+    # --- how it runs
+
+    def ask(self) -> Job:
+        """Queue the work with the controls as they stand. The newest wish wins."""
+        if self._job is not None:
+            self._job.cancel()
+        self._turn += 1
+        self.error, self.said.value = None, ""
+        work = functools.partial(self._work, self.settings())
+        self._job = self._worker.submit(self.model, work, functools.partial(self._tell, self._turn))
+        return self._job
+
+    def _work(self, settings: dict, pipe, job: Job) -> object:
+        def told(done: int, total: int) -> None:
+            job.check()
+            self._progress(done / total)
+
+        return self.work(pipe, told, **settings)
+
+    def _tell(self, turn: int, job: Job, update: Update) -> None:
+        if turn != self._turn:
+            return
+        if update.stage == "open":
+            self.said.value = "Opening the model …"
+        if update.stage in ("done", "cancelled", "failed"):
+            self._progress(None)
+            self.said.value = ""
+        if update.stage == "failed":
+            self._fail(job.error)
+        elif update.stage == "done":
+            try:
+                self.data = job.value
+                self.redraw()
+            except Exception as e:
+                self._fail(e)
+
+    def _progress(self, part: float | None) -> None:
+        self.bar.layout.visibility = "hidden" if part is None else "visible"
+        self.bar.value = part or 0.0
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = error
+        self.said.value = f'<span style="color:{RED}">{error}</span>'
+
+    def redraw(self) -> None:
+        """Show the data as the controls want it."""
+        if self.data is None:
+            return
+        try:
+            self.image.value, size = png(self.figure)
+            self.image.width = size
+            self.caption.value = self.words()
+        except Exception as e:  # in a callback, where Jupyter would show nothing
+            self._fail(e)
+
+    def ready(self) -> "Lesson":
+        """Wait until there is something to see. Interrupting the wait cancels the work."""
+        if self.data is None:
+            bar = w.FloatProgress(max=1.0, description=self.title, style={"description_width": "initial"})
+            tie = t.dlink((self.bar, "value"), (bar, "value"))
+            display(bar)
+            try:
+                (self.ask() if self._job is None else self._job).result()
+            finally:
+                tie.unlink()
+                bar.close()
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def _repr_mimebundle_(self, **options):
+        self.ready()
+        found = super()._repr_mimebundle_(**options)
+        found["image/png"] = base64.b64encode(self.image.value).decode()
+        found["text/plain"] = self.words()
+        return found
+
+
+def png(figure: Callable[[], Figure]) -> tuple[bytes, int]:
+    """A figure as a PNG, and the width it should have on a page, in pixels."""
+    with _drawing, mpl.rc_context(_STYLE):
+        made = figure()
+        out = io.BytesIO()
+        made.savefig(out, dpi=_DPI, format="png")
+    return out.getvalue(), round(made.get_size_inches()[0] * _SHOWN)
