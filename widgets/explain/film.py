@@ -32,7 +32,7 @@ class FilmStrip(Lesson):
     )
 
     def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 20, **options):
-        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
+        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=w.Layout(width="28em"))
         self.seed = w.BoundedIntText(seed, min=0, max=2**31 - 1, description="Seed")
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
         self.at = w.IntSlider(1, min=1, max=steps, description="Step")

@@ -50,7 +50,7 @@ class Lesson(w.VBox):
         self._worker = shared() if worker is None else worker
         self._job: Job | None = None
         self._turn = 0  # which wish the newest job is for
-        self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="100%", height="6px", visibility="hidden"))
+        self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="auto", height="6px", visibility="hidden"))
         self.said = w.HTML().add_class("mlxdiff-lesson-status")
         self.image = w.Image(format="png", layout=w.Layout(max_width="100%", object_fit="contain"))
         self.caption = w.HTML().add_class("mlxdiff-lesson-caption")

@@ -1,0 +1,53 @@
+"""The lessons as a reader meets them: the committed notebooks in JupyterLab, on the built-in model, a control moved."""
+
+import re
+import shutil
+
+import pytest
+
+from tests import notebooks
+from tests.browser.conftest import HOW, SHOTS, Desk
+
+expect = pytest.importorskip("playwright.sync_api", reason=HOW).expect
+
+LESSONS = [n for n in notebooks.names() if re.match(r"0[1-9]_", n)]
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_reads_before_it_runs_and_lives_after(lab, page, name):
+    shutil.copy(notebooks.FOLDER / f"{name}.ipynb", lab.folder)
+    d = Desk(lab, page, f"{name}.ipynb")
+    try:
+        still = page.locator(".jp-RenderedImage img").first
+        expect(still).to_be_visible()  # the saved picture, though nothing has run and the notebook is not trusted
+        d.run_all()
+        lesson = page.locator(".mlxdiff-lesson").first
+        lesson.wait_for(timeout=120_000)
+        page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
+        image = lesson.locator("img").first
+        expect(image).to_be_visible()
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        lesson.screenshot(path=SHOTS / f"lesson-{name}.png")
+        for _ in range(2):  # Jupyter moves callbacks to another thread after the first time
+            before = image.get_attribute("src")
+            move(page, lesson)
+            page.wait_for_function(
+                "([img, src]) => img.src !== src", arg=[image.element_handle(), before], timeout=60_000
+            )
+        assert "error" not in lesson.locator(".mlxdiff-lesson-status").inner_text().lower()
+        assert lesson.evaluate("e => e.scrollWidth <= e.clientWidth + 8"), "wider than its cell"  # widgets' margins
+    finally:
+        page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+
+
+def move(page, lesson) -> None:
+    """Press an arrow key on the first slider there is, or choose the next option of a list."""
+    slider = lesson.locator(".noUi-handle:visible").first
+    if slider.count():
+        slider.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        return
+    choice = lesson.locator("select:visible").first
+    options = choice.locator("option").count()
+    choice.select_option(index=(choice.evaluate("e => e.selectedIndex") + 1) % options)
