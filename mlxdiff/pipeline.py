@@ -127,7 +127,10 @@ class Pipeline(ModelFolder):
 
     def stream(self, prompt: str | Request, **settings) -> Iterator[Event]:
         """The run, event by event. Leaving the loop stops it; nothing keeps running and nothing is registered."""
-        request = self.resolve(prompt, **settings)
+        yield from self._stream(self.resolve(prompt, **settings))
+
+    def _stream(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
+        """The run of a resolved request. given: standard noise (B, h, w, c) to start from instead of the seed's."""
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
         spec, schedule = samplers.SAMPLERS[request.sampler], self._schedule(request)
@@ -142,7 +145,8 @@ class Pipeline(ModelFolder):
         noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
         shape = (*self._latents(request), self.latent_channels)
         extra = {"draw": lambda: draw_nhwc(noise, *shape), "eta": request.eta} if spec.noisy else {}
-        x, done = draw_nhwc(noise, *shape) * schedule.start(sigmas[0], request.schedule), 0
+        first = draw_nhwc(noise, *shape)  # drawn even if not used: a noisy sampler goes on where this ends
+        x, done = (first if given is None else mx.array(given)) * schedule.start(sigmas[0], request.schedule), 0
         for (pipe, part), text in zip(parts, texts, strict=True):
             denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (high, low))
             yield Event("denoise", done, request.steps, 0.0, x=np.array(x), sigma=part[0])

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from . import samplers, schedules
-from .pipeline import Pipeline
+from .errors import Error
+from .pipeline import Event, Pipeline
 from .request import Request
 
 Look = Callable[[np.ndarray, float], np.ndarray]
@@ -41,6 +42,15 @@ def trace(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Step]:
             yield Step(event.step, event.steps, sigma, x, event.x0, event.seconds)
         if event.x is not None:
             x, sigma = event.x, event.sigma
+
+
+def from_noise(pipe: Pipeline, noise: np.ndarray, prompt: str | Request, **settings) -> Iterator[Event]:
+    """`pipe.stream` from standard noise (B, h, w, c) of your own, a picture each; the seed is a noisy sampler's."""
+    request = pipe.resolve(prompt, **settings, count=len(noise))
+    shape = (request.count, *pipe._latents(request), pipe.latent_channels)
+    if noise.shape != shape:
+        raise Error(f"This picture starts from noise of shape {shape}, not {noise.shape}.", "Give (B, h, w, c).")
+    yield from pipe._stream(request, noise.astype(np.float32))
 
 
 def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look]:

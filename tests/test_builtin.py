@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import mlxdiff
-from mlxdiff import weights
+from mlxdiff import probe, weights
+from mlxdiff.errors import Error
+from mlxdiff.noise import Noise, draw_nhwc
 from mlxdiff.train import judge, measure
 from mlxdiff.train import storybook as sb
 
@@ -84,6 +86,30 @@ def test_diffusers_draws_the_same(pipe, sampler, scheduler):
         g = torch.Generator().manual_seed(k)
         output = theirs(prompt, 128, 128, 6, guidance_scale=4.0, generator=g, output_type="np")
         assert psnr(np.asarray(ours), output.images[0] * 255) > 40
+
+
+def test_diffusers_draws_the_same_from_given_noise(pipe):
+    """probe.from_noise against diffusers' `latents`: a batch of two, neither of them a seed's."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(1).standard_normal((2, 16, 16, 4), np.float32)
+    events = probe.from_noise(pipe, noise, NIGHT, seed=0, steps=4, **SETTINGS)
+    ours = [np.asarray(e.image) for e in events if e.image is not None]
+    latents = torch.from_numpy(noise).permute(0, 3, 1, 2)
+    output = theirs([NIGHT] * 2, 128, 128, 4, guidance_scale=4.0, latents=latents, output_type="np")
+    assert psnr(ours, output.images * 255) > 40
+    with pytest.raises(Error, match=r"\(2, 8, 8, 4\)"):
+        next(probe.from_noise(pipe, noise, NIGHT, **SETTINGS | {"width": 64, "height": 64}))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
+def test_a_seeds_own_noise_given_is_the_seeds_picture(pipe, sampler):
+    """A noisy sampler's later draws too are the seed's."""
+    settings = {"steps": 3, "seed": 5} | SETTINGS | {"sampler": sampler, "width": 64, "height": 64}
+    noise = np.array(draw_nhwc([Noise(5)], 8, 8, 4))
+    *_, last = probe.from_noise(pipe, noise, NIGHT, **settings)
+    assert (np.asarray(last.image) == np.asarray(pipe(NIGHT, **settings).image)).all()
 
 
 def test_a_seed_is_a_picture(pipe):

@@ -69,7 +69,13 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.weights",
     },
-    "mlxdiff.probe": {"mlxdiff.pipeline", "mlxdiff.request", "mlxdiff.samplers", "mlxdiff.schedules"},
+    "mlxdiff.probe": {
+        "mlxdiff.errors",
+        "mlxdiff.pipeline",
+        "mlxdiff.request",
+        "mlxdiff.samplers",
+        "mlxdiff.schedules",
+    },
     "mlxdiff.console": {"mlxdiff.errors"},
     "mlxdiff.catalogue": {
         "mlxdiff.console",
