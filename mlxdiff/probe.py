@@ -1,15 +1,22 @@
-"""A look inside a run, in numpy: what the network saw and said at every step, by prompt and by negative prompt, and the
-latents of a picture. For lessons and for whoever asks why; `pipeline.stream` does the drawing."""
+"""A look inside a run, in numpy: what the network saw and said at every step, by prompt and by negative prompt, where
+in the picture it read each word; the tokens of a prompt, the latents of a picture. For lessons and whoever asks why;
+`pipeline.stream` does the drawing."""
 
+import json
+import math
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from . import samplers, schedules
+from . import conditioning, samplers, schedules, tokenizers
 from .errors import Error
+from .models.layers import split_heads
 from .pipeline import Event, Pipeline
 from .request import Request
 
@@ -73,6 +80,130 @@ def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look
         return look
 
     return by(negative), by(positive)
+
+
+# --- which words it attends to where
+
+
+class Attention(NamedTuple):
+    step: Step
+    maps: np.ndarray  # (N, h, w): the share of a place's attention that each token has; over the tokens they sum to 1
+
+
+def attention(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Attention]:
+    """The steps of `trace` with the cross-attention of a U-Net: the mean over layers, heads and pictures, by the prompt
+    alone, when the step last asked the network. Its N are the tokens of all chunks, see `tokens`."""
+    if pipe.flow or pipe.refiner is not None:
+        raise Error(f"{pipe.name} does not draw with one U-Net.", "Look at the attention of a U-Net without a refiner.")
+    request = pipe.resolve(prompt, **settings)
+    steps = trace(pipe, request)
+    while True:
+        with _watched(pipe._network(pipe.net), request.count) as seen:  # put back before anyone else may draw with it
+            step = next(steps, None)
+        if step is None:
+            return
+        h, w = step.x.shape[1:3]
+        yield Attention(step, np.mean([_enlarged(np.array(maps), h, w) for maps in seen.values()], axis=0))
+
+
+class _Watched:
+    """A cross-attention that does as it did, and tells its softmax."""
+
+    def __init__(self, layer: nn.Module, tell: Callable[[mx.array], None]):
+        self.layer, self.kv, self.tell = layer, layer.kv, tell
+
+    def __call__(self, x: mx.array, kv: tuple[mx.array, mx.array]) -> mx.array:
+        q = split_heads(self.layer.to_q(x), self.layer.heads).astype(mx.float32)  # (B, heads, hw, d)
+        k = kv[0][..., : q.shape[-1]].astype(mx.float32)  # without the zeros that pad it
+        self.tell(mx.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), axis=-1))
+        return self.layer(x, kv)
+
+
+@contextmanager
+def _watched(net: nn.Module, count: int) -> Iterator[dict[int, mx.array]]:
+    """While it lasts, each layer's last softmax, (hw, N): the mean over its heads and the last `count` of the batch.
+    The prompt's half comes last there, and its pass comes last where the two sides go one after the other."""
+    layers = [layer for block in net.blocks() for a in block.attentions for layer in a.transformer_blocks]
+    own, seen = [layer.attn2 for layer in layers], {}
+
+    def keep(i: int) -> Callable[[mx.array], None]:
+        return lambda softmax: seen.update({i: softmax[-count:].mean((0, 1))})
+
+    try:
+        for i, layer in enumerate(layers):
+            layer.attn2 = _Watched(own[i], keep(i))
+        yield seen
+    finally:
+        for layer, attn2 in zip(layers, own, strict=True):
+            layer.attn2 = attn2
+
+
+def _enlarged(maps: np.ndarray, h: int, w: int) -> np.ndarray:
+    """(hw, N) at one level of the network, each of which halves both edges, to (N, h, w) at the size of the latents."""
+    height, width = h, w
+    while height * width > len(maps):
+        height, width = -(-height // 2), -(-width // 2)
+    planes = np.ascontiguousarray(maps.T).reshape(-1, height, width)
+    return np.stack([Image.fromarray(plane).resize((w, h), Image.Resampling.BILINEAR) for plane in planes])
+
+
+# --- the text
+
+
+class Token(NamedTuple):
+    id: int
+    piece: str  # as the vocabulary spells it: </w> ends a word
+    weight: float
+    role: str  # begin, text, end or padding
+
+
+def tokens(pipe: Pipeline, prompt: str | Request, **settings) -> list[list[Token]]:
+    """The prompt's chunks, as many as this run has, as the first text encoder reads them."""
+    request = pipe.resolve(prompt, **settings)
+    negative = (request.negative or "") if pipe._cfg(request) > 1 else ""
+    encoder, first = pipe.plan.encoders[0]
+    own = {name: tokenizers.load(pipe.folder / name) for _, name in pipe.plan.encoders}
+    words = conditioning.tokenize(pipe.plan, own, [request.prompt, negative], t5=False)
+    return [_told(own[first], chunk) for chunk in words[encoder].chunks[0]]
+
+
+def _told(tokenizer: tokenizers.ClipTokenizer, chunk: tokenizers.Chunk) -> list[Token]:
+    end = chunk.ids.index(tokenizer.eos)
+    roles = ["begin", *["text"] * (end - 1), "end", *["padding"] * (len(chunk.ids) - end - 1)]
+    pieces = map(tokenizer.backend.id_to_token, chunk.ids)
+    return [Token(*parts) for parts in zip(chunk.ids, pieces, chunk.weights, roles, strict=True)]
+
+
+def merges(pipe: Pipeline, prompt: str) -> list[list[list[str]]]:
+    """How the letters of each word of a prompt grow into tokens of the first text encoder: the letters, then what
+    stands there after each merge. Of the pairs side by side the one learned first is merged (Sennrich et al. 2016)."""
+    backend = tokenizers.load(pipe.folder / pipe.plan.encoders[0][1]).backend
+    learned = json.loads(backend.to_str())["model"]["merges"]
+    rank = {tuple(pair): k for k, pair in enumerate(learned)}
+    text = " ".join(text for text, weight in tokenizers.parse_weights(prompt) if weight is not None)
+    grown = []
+    for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        states = [parts]
+        while known := [pair for pair in pairwise(parts) if pair in rank]:
+            parts = _joined(parts, min(known, key=rank.__getitem__))
+            states.append(parts)
+        grown.append(states)
+    return grown
+
+
+def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pair made one, wherever it stands."""
+    out: list[str] = []
+    for part in parts:
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return out
+
+
+# --- pictures
 
 
 def encode(pipe: Pipeline, image: Image.Image) -> np.ndarray:

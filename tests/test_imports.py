@@ -70,11 +70,14 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.probe": {
+        "mlxdiff.conditioning",
         "mlxdiff.errors",
+        "mlxdiff.models.layers",
         "mlxdiff.pipeline",
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.tokenizers",
     },
     "mlxdiff.console": {"mlxdiff.errors"},
     "mlxdiff.catalogue": {
