@@ -9,7 +9,7 @@ from tqdm import tqdm
 from .. import store
 from ..console import Parser, run
 from ..errors import Error
-from ..weights import BITS, DTYPES
+from ..weights import BITS, DTYPES, SMALLER, bits_of
 from . import PREDICTIONS, Checkpoint, check, convert, open
 from .checkpoint import PARTS
 from .detect import FAMILIES
@@ -28,9 +28,7 @@ def parser() -> Parser:
     p = Parser(prog="mlxdiff convert", description="Turn a public checkpoint into a model folder, or check one.")
     p.add_argument("source", metavar="SOURCE", type=Path, help=".safetensors file, or folder in diffusers layout")
     p.add_argument("-o", "--output", metavar="DIR", type=Path, help="the model folder to write")
-    p.add_argument(
-        "-q", "--quantize", metavar="BITS", type=int, choices=BITS, help="3, 4, 5, 6, 8: smaller, not faster"
-    )
+    p.add_argument("-q", "--quantize", metavar="BITS", type=bits_of, choices=BITS, help=SMALLER)
     p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, where the file does not say")
     p.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer folder for a single-file checkpoint")

@@ -25,7 +25,7 @@ from .source import Tensor
 def convert(
     source: str | Path,
     target: str | Path,
-    bits: int | None = None,
+    bits: int | str | None = None,
     dtype: str | None = None,
     prediction: str | None = None,
     tokenizer: str | Path | None = None,
@@ -34,9 +34,9 @@ def convert(
 ) -> Path:
     """Write `source` as a model folder at `target`, which appears whole or not at all. The weights pass one by one.
 
-    source, prediction, parts: see `open`. bits: 3, 4, 5, 6 or 8 to quantize. dtype: float32, float16 or bfloat16; by
-    default what suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told
-    ("convert", bytes done, bytes in all)."""
+    source, prediction, parts: see `open`. bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype:
+    float32, float16 or bfloat16; by default what suits this machine. tokenizer: a tokenizer folder, for a checkpoint
+    that brings none. progress is told ("convert", bytes done, bytes in all)."""
     target = Path(target)
     dtype = weights.default_dtype() if dtype is None else dtype
     for what, value, known in (("bits", bits, (None, *weights.BITS)), ("dtype", dtype, tuple(weights.DTYPES))):
@@ -133,7 +133,9 @@ def _words(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[Path, 
     return words
 
 
-def _write(checkpoint: Checkpoint, folder: Path, bits: int | None, dtype: str, words: dict, progress: Callable) -> None:
+def _write(
+    checkpoint: Checkpoint, folder: Path, bits: int | str | None, dtype: str, words: dict, progress: Callable
+) -> None:
     writers = []
     for name, part in checkpoint.components.items():
         kind = weights.component_dtype(checkpoint.family, name, dtype)
@@ -166,6 +168,7 @@ def _write(checkpoint: Checkpoint, folder: Path, bits: int | None, dtype: str, w
         "prediction": checkpoint.prediction,
         "source": str(checkpoint.path.resolve()),
         "recipe": {"dtype": dtype, "bits": bits},
+        "error": {writer.path.stem: writer.error for _, writer, _ in writers if writer.error is not None},
         "schedule": checkpoint.schedule,
         "zero_negative": checkpoint.zero_negative,
         "components": {name: asdict(c.config) for name, c in checkpoint.components.items()},

@@ -29,7 +29,7 @@ from .fullsize import ROWS, RandomPipeline
 from .pipeline import Pipeline, load
 from .registry import DEFAULT
 from .request import Request
-from .weights import DTYPES
+from .weights import DTYPES, label
 
 _PROMPT = "a red house under a full moon"
 _PACKAGE = Path(__file__).parent
@@ -287,10 +287,9 @@ def table(facts: dict) -> str:
     """The figures for people, aligned."""
     f, step = facts, facts["step"]
     blas = "" if f["blas"] is None else f", {f['blas']}"
-    kind = f["dtype"] if f["bits"] is None else f"{f['bits']} bits, {f['dtype']}"
     lines = [
         f"mlxdiff {f['mlxdiff']}, mlx {f['mlx']} on {f['device']} ({f['chip']}{blas})",
-        f"{f['model']}, {kind}, {f['width']}x{f['height']}, batch {f['batch']}"
+        f"{f['model']}, {label(f)}, {f['width']}x{f['height']}, batch {f['batch']}"
         + (", low memory" if f["low_memory"] else ""),
         f"runs of {f['steps']} steps: {f['repeat']}, after one to warm up",
         "",

@@ -17,7 +17,7 @@ from .errors import Error
 from .pipeline import Event, Pipeline, load
 from .registry import DEFAULT, MODELS
 from .request import Request
-from .weights import BITS, DTYPES
+from .weights import BITS, DTYPES, SMALLER, bits_of, label
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,9 +53,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder or .safetensors (default {DEFAULT})")
     g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
     g.add_argument("--refine-at", type=float, metavar="F", help="fraction of the steps before it begins (0.8)")
-    g.add_argument(
-        "-q", "--quantize", type=int, choices=BITS, metavar="BITS", help="3, 4, 5, 6, 8: smaller, not faster"
-    )
+    g.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help=SMALLER)
     g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     g.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder for a single-file checkpoint")
     for kind, what in PARTS.items():
@@ -114,7 +112,7 @@ def draw(args: argparse.Namespace) -> int:
         )
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
         if args.verbose:
-            bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.model['recipe']['dtype']}")
+            bar.write(f"model {pipe.name} in {pipe.folder}, {label(pipe.model['recipe'])}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for request in requests:
             strange = catalogue.strange(request.prompt) if pipe.name == catalogue.BUILTIN else []

@@ -54,7 +54,7 @@ class Result:
 def load(
     model: str | Path,
     *,
-    bits: int | None = None,
+    bits: int | str | None = None,
     dtype: str | None = None,
     refiner: str | Path | None = None,
     taesd: str | Path | None = None,
@@ -63,10 +63,10 @@ def load(
     **options,
 ) -> "Pipeline":
     """Open a model: a name (`mlxdiff models` lists them), a hub id, a folder, or a .safetensors file. Whatever must be
-    downloaded or converted is, once. bits: 3, 4, 5, 6 or 8 to quantize. dtype: float16, bfloat16, float32; by default
-    what suits this machine. taesd: "auto", a hub id, a folder or a file: the tiny decoder to draw previews with. Auto
-    is the one made for the model's family, where its VAE is too large for that. low_memory: slower, smaller. options:
-    see `store.resolve` (tokenizer, prediction, ...)."""
+    downloaded or converted is, once. bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: float16,
+    bfloat16, float32; by default what suits this machine. taesd: "auto", a hub id, a folder or a file: the tiny decoder
+    to draw previews with. Auto is the one made for the model's family, where its VAE is too large for that. low_memory:
+    slower, smaller. options: see `store.resolve` (tokenizer, prediction, ...)."""
     from . import store
 
     def opened(name: str | Path) -> Pipeline:

@@ -50,7 +50,7 @@ class Order:
 def resolve(
     model: str | Path,
     *,
-    bits: int | None = None,
+    bits: int | str | None = None,
     dtype: str | None = None,
     offline: bool = False,
     revision: str | None = None,
@@ -66,7 +66,7 @@ def resolve(
     prediction: "eps" or "v", where a checkpoint does not say. parts: files of "vae", "clip", "clip_g" and "t5", for
     checkpoints of SD3 and FLUX that lack them and have none beside them. progress(stage, done, total) is told bytes."""
     if bits is not None and bits not in weights.BITS:
-        raise Error(f"Weights cannot be quantized to {bits} bits.", f"Use one of {', '.join(map(str, weights.BITS))}.")
+        raise Error(f"Weights cannot be quantized to {bits!r}.", f"Use one of {', '.join(map(str, weights.BITS))}.")
     if dtype is not None and dtype not in weights.DTYPES:
         raise Error(f"{dtype!r} is not a dtype for weights.", f"Use one of {', '.join(weights.DTYPES)}.")
     asked = {"dtype": dtype, "bits": bits, "prediction": prediction}
@@ -229,8 +229,7 @@ def _target(label: str, identity: list, order: Order) -> Path:
     words = None if order.tokenizer is None else [str(order.tokenizer.resolve()), _marks(order.tokenizer)]
     parts = [[kind, str(file.resolve()), _marks(file)] for kind, file in sorted(order.parts.items())]
     key = json.dumps([weights.FORMAT, identity, order.recipe, words, *parts])
-    kind = order.recipe["dtype"] + ("" if order.recipe["bits"] is None else f"-{order.recipe['bits']}bit")
-    return root() / "models" / f"{_slug(label)}-{kind}-{_short(key)}"
+    return root() / "models" / f"{_slug(label)}-{weights.label(order.recipe)}-{_short(key)}"
 
 
 def _slug(text: str) -> str:
@@ -339,7 +338,7 @@ def _check_room(checkpoint: "Checkpoint", order: Order) -> None:
     bits, need = order.recipe["bits"], 0
     for name, component in checkpoint.components.items():
         dtype = weights.component_dtype(checkpoint.family, name, order.recipe["dtype"])
-        need += component.parameters * (weights.DTYPES[dtype].size if bits is None else bits / 8)
+        need += component.parameters * (weights.DTYPES[dtype].size if bits is None else weights.BITS[bits] / 8)
     free = shutil.disk_usage(root()).free
     if free < need:
         raise Error(

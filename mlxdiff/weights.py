@@ -17,7 +17,7 @@ from .errors import Error
 from .models import clip, flux, sd3, t5, taesd, unet, vae
 from .registry import FAMILIES
 
-FORMAT = 1
+FORMAT = 2  # goes up when `plan` changes: by it a quantized file is read again
 NETWORKS = (
     (clip.Config, clip.CLIPText),
     (t5.Config, t5.T5Encoder),
@@ -28,15 +28,23 @@ NETWORKS = (
     (taesd.Config, taesd.Decoder),
 )
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-BITS = (3, 4, 5, 6, 8)
-_TAGS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
+# What quantizes, by the bits of a number: a whole number of them scales and shifts every group of numbers, the others
+# are MLX's kinds of small floats, which only scale it.
+BITS: dict[int | str, int] = {3: 3, 4: 4, 5: 5, 6: 6, 8: 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
+SMALLER = f"{', '.join(map(str, BITS))}: smaller, not faster"
+_GROUPS = {"mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
+_TAGS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 
-# Linear layers that see every step's time or size, or whose error nothing downstream averages out, stay unquantized.
-# The modulations of a transformer are a quarter of FLUX, but are read once and dropped before the first step.
-_SD3 = ("time_text_embed", "context_embedder", "norm1", "norm_out", "proj_out")
-_FLUX = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "_mod.", "modulation", "final_layer")
-_KEEP = {"unet": ("time_embedding", "add_embedding", "time_emb_proj"), "transformer": _SD3 + _FLUX}
-_KEEP_TEXT = ("text_projection", "embeddings")
+# Of each component, by parts of their paths: Linear layers that stay as they are, small ones that every step or token
+# passes through; and those that keep 8 bits under any recipe, a transformer's modulations, a quarter of FLUX.
+_SD3 = ("time_text_embed", "context_embedder", "norm_out", "proj_out")
+_FLUX = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")
+_CAREFUL = {
+    "unet": (("time_embedding", "add_embedding", "time_emb_proj"), ()),
+    "transformer": (_SD3 + _FLUX, (".norm1", "_mod.", ".modulation.")),
+}
+_CAREFUL_TEXT = (("text_projection", "embeddings"), ())
+_ROWS = 2**22  # numbers of a tensor whose quantization error is looked at together
 
 
 def build(name: str, config: dict) -> nn.Module:
@@ -67,26 +75,35 @@ def component_dtype(family: str, name: str, dtype: str) -> str:
     return dtype
 
 
-def plan(name: str, module: nn.Module, bits: int | None) -> dict[str, int]:
-    """Which Linear layers of a component are quantized, and with which group width: {path: group}."""
+def bits_of(text: str) -> int | str:
+    """What a command line's -q says: one of BITS."""
+    return int(text) if text.isdigit() else text
+
+
+def label(recipe: dict) -> str:
+    """How weights are stored, in a word: float16, float16-4bit, float16-mxfp4."""
+    dtype, bits = recipe["dtype"], recipe["bits"]
+    return dtype if bits is None else f"{dtype}-{bits}bit" if isinstance(bits, int) else f"{dtype}-{bits}"
+
+
+def plan(name: str, module: nn.Module, bits: int | str | None) -> dict[str, dict]:
+    """Which Linear layers of a component are quantized, and how, in MLX's words: {path: {group_size, bits, mode}}."""
     if bits is None or name == "vae":
         return {}
-    groups, keep = {}, _KEEP.get(name, _KEEP_TEXT)
+    layers, (whole, eight) = {}, _CAREFUL.get(name, _CAREFUL_TEXT)
     for path, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and not any(k in path for k in keep):
-            group = next((g for g in (64, 32) if layer.weight.shape[1] % g == 0), None)
+        if isinstance(layer, nn.Linear) and not any(k in path for k in whole):
+            own = 8 if any(k in path for k in eight) else bits
+            group = next((g for g in _GROUPS.get(own, (64, 32)) if layer.weight.shape[1] % g == 0), None)
             if group is not None:
-                groups[path] = group
-    return groups
+                layers[path] = {"group_size": group, "bits": BITS[own], "mode": own if own in _GROUPS else "affine"}
+    return layers
 
 
-def quantized(module: nn.Module, groups: dict[str, int], bits: int | None) -> nn.Module:
+def quantized(module: nn.Module, layers: dict[str, dict]) -> nn.Module:
     """The module with its planned layers in quantized form, parameters still to be filled."""
-    if groups:
-        nn.quantize(
-            module,
-            class_predicate=lambda p, _: {"group_size": groups[p], "bits": bits} if p in groups else False,
-        )
+    if layers:
+        nn.quantize(module, class_predicate=lambda path, _: layers.get(path, False))
     return module
 
 
@@ -94,14 +111,14 @@ class Writer:
     """A safetensors file of one component, written tensor by tensor in any order: the header is known beforehand.
     Used as a context manager; leaving it without an error means every parameter was put exactly once."""
 
-    def __init__(self, path: Path, name: str, config: dict, dtype: str, bits: int | None):
-        self.path, self.bits, self.dtype = path, bits, DTYPES[dtype]
+    def __init__(self, path: Path, name: str, config: dict, dtype: str, bits: int | str | None):
+        self.path, self.dtype = path, DTYPES[dtype]
         module = build(name, config)
-        self.groups = plan(name, module, bits)
-        self.shapes = {k: tuple(v.shape) for k, v in tree_flatten(module.parameters())}
+        self.layers = plan(name, module, bits)
         self.entries, offset = {}, 0
-        for key, value in tree_flatten(quantized(module, self.groups, bits).parameters()):
-            kind = mx.uint32 if value.dtype == mx.uint32 else self.dtype
+        self.lost = self.whole = 0.0  # sums of squares, over what is quantized: of its errors, and of itself
+        for key, value in tree_flatten(quantized(module, self.layers).parameters()):
+            kind = value.dtype if value.dtype in (mx.uint32, mx.uint8) else self.dtype
             size = math.prod(value.shape) * kind.size
             self.entries[key] = (kind, tuple(value.shape), offset, size)
             offset += size
@@ -122,12 +139,29 @@ class Writer:
 
     def put(self, key: str, value: mx.array) -> None:
         path, _, leaf = key.rpartition(".")
-        if leaf == "weight" and path in self.groups:
-            parts = mx.quantize(value.astype(self.dtype), self.groups[path], self.bits)
-            for suffix, part in zip(("weight", "scales", "biases"), parts, strict=True):
+        value = value.astype(self.dtype)
+        if leaf == "weight" and path in self.layers:
+            parts = mx.quantize(value, **self.layers[path])
+            for suffix, part in zip(("weight", "scales", "biases"), parts, strict=False):  # small floats have no biases
                 self._write(f"{path}.{suffix}", part)
+            self._compare(value, parts, self.layers[path])
         else:
-            self._write(key, value.astype(self.dtype))
+            self._write(key, value)
+
+    def _compare(self, value: mx.array, parts: tuple[mx.array, ...], how: dict) -> None:
+        step = max(1, _ROWS // value.shape[1])
+        for i in range(0, value.shape[0], step):
+            true = value[i : i + step].astype(mx.float32)
+            back = mx.dequantize(*(p[i : i + step] for p in parts), **how, dtype=mx.float32)
+            self.lost += mx.square(back - true).sum().item()
+            self.whole += mx.square(true).sum().item()
+
+    @property
+    def error(self) -> float | None:
+        """Of the quantized weights put so far, the root mean square of what was lost, relative to their own."""
+        if not self.layers:
+            return None
+        return math.sqrt(self.lost / self.whole) if self.whole else 0.0
 
     def _write(self, key: str, value: mx.array) -> None:
         kind, shape, offset, _ = self.entries[key]
@@ -176,8 +210,8 @@ def read_model(folder: Path) -> dict:
 def load(folder: Path, name: str, model: dict) -> nn.Module:
     """One component of a model folder. Its weights are read from disk when they are first evaluated."""
     path = Path(folder) / f"{name}.safetensors"
-    module, bits = build(name, model["components"][name]), model["recipe"]["bits"]
-    quantized(module, plan(name, module, bits), bits)
+    module = build(name, model["components"][name])
+    quantized(module, plan(name, module, model["recipe"]["bits"]))
     try:
         arrays = mx.load(str(path))
     except (RuntimeError, OSError, ValueError) as e:

@@ -128,7 +128,13 @@ MAY = {
         "mlxdiff.train.*",
     },
     "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.train.*"},
-    "mlxdiff.train.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.train.*"},
+    "mlxdiff.train.__main__": {
+        "mlxdiff",
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.train.*",
+        "mlxdiff.weights",
+    },
     "mlxdiff.widgets": {"mlxdiff.errors", "mlxdiff.widgets.*"},
     "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request"},
     "mlxdiff.widgets.worker": {

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -28,7 +29,7 @@ def arrays(seed: int = 0) -> dict[str, mx.array]:
     return {k: mx.array(rng.normal(size=v.shape).astype(np.float32)) for k, v in tree_flatten(module.parameters())}
 
 
-def write(folder: Path, tensors: dict, dtype: str = "float32", bits: int | None = None) -> dict:
+def write(folder: Path, tensors: dict, dtype: str = "float32", bits: int | str | None = None) -> dict:
     model = {
         "format": weights.FORMAT,
         "components": {"text_encoder": CONFIG},
@@ -59,17 +60,93 @@ def test_the_file_is_safetensors(tmp_path):
             assert np.array_equal(f.get_tensor(key), np.array(tensors[key]))
 
 
+# What -q takes -> what mx.quantize is told, and an error no normal weights exceed. In whole bits that is the noise of
+# rounding, a step / sqrt(12), where the steps span 5.5 sigma, as far as the ends of a group of 64 may lie apart; small
+# floats lose half a unit of their last place, 1 of 2 or 4 bits, or less.
+QUANTIZED = {
+    3: ({"bits": 3}, 0.2),
+    4: ({"bits": 4}, 0.1),
+    5: ({"bits": 5}, 0.05),
+    6: ({"bits": 6}, 0.024),
+    8: ({"bits": 8}, 0.006),
+    "mxfp4": ({"mode": "mxfp4"}, 0.13),
+    "mxfp8": ({"mode": "mxfp8"}, 0.03),
+    "nvfp4": ({"mode": "nvfp4"}, 0.1),
+}
+
+
+def test_every_recipe_is_looked_at():
+    assert QUANTIZED.keys() == weights.BITS.keys()
+
+
 @pytest.mark.parametrize("bits", weights.BITS)
 def test_quantized_layers_hold_what_mx_quantize_gives(tmp_path, bits):
-    tensors = arrays()
+    tensors, (told, _) = arrays(), QUANTIZED[bits]
     module = weights.load(tmp_path, "text_encoder", write(tmp_path, tensors, "float16", bits))
-    layer = module.encoder.layers[0].mlp.fc1
-    group = 64 if CONFIG["width"] % 64 == 0 else 32
-    theirs = mx.quantize(tensors["encoder.layers.0.mlp.fc1.weight"].astype(mx.float16), group, bits)
-    for ours, part in zip((layer.weight, layer.scales, layer.biases), theirs, strict=True):
-        assert mx.array_equal(ours, part)
+    for name, group in (("fc1", 64), ("fc2", 32)):  # 64 and 96 wide
+        group = {"mode": "affine", "group_size": group} if "mode" not in told else {}
+        layer = module.encoder.layers[0].mlp[name]
+        theirs = mx.quantize(tensors[f"encoder.layers.0.mlp.{name}.weight"].astype(mx.float16), **told, **group)
+        parts = [layer[p] for p in ("weight", "scales", "biases") if layer.get(p) is not None]
+        assert all(mx.array_equal(ours, part) for ours, part in zip(parts, theirs, strict=True))
+        x = mx.random.normal((3, layer.scales.shape[1] * layer.group_size)).astype(mx.float16)
+        want = x @ mx.dequantize(*theirs, **told, **group).astype(mx.float16).T + layer.bias
+        # Sums of up to 96 products of float16, about 20 large, in two orders.
+        assert mx.abs(layer(x) - want).max() < 0.1
+        assert layer(x).dtype == mx.float16
     assert module.text_projection.weight.dtype == mx.float16  # kept whole, as the embeddings are
     assert module.embeddings.token_embedding.weight.dtype == mx.float16
+
+
+@pytest.mark.parametrize("bits", weights.BITS)
+def test_a_reloaded_model_is_written_bit_for_bit(tmp_path, bits):
+    """What is quantized once stays: what is loaded and saved as it is, is the same file again."""
+    model = write(tmp_path, arrays(), "bfloat16", bits)
+    module = weights.load(tmp_path, "text_encoder", model)
+    (tmp_path / "again").mkdir()
+    mx.save_safetensors(str(tmp_path / "again" / "text_encoder.safetensors"), dict(tree_flatten(module.parameters())))
+    again = weights.load(tmp_path / "again", "text_encoder", model)
+    for (key, a), (other, b) in zip(*(tree_flatten(m.parameters()) for m in (module, again)), strict=True):
+        assert (key, a.dtype) == (other, b.dtype)
+        assert mx.array_equal(a, b), key
+
+
+@pytest.mark.parametrize("bits", weights.BITS)
+def test_the_error_of_a_recipe(tmp_path, monkeypatch, bits):
+    """Against the definition, in float64 over what the reloaded layers hold; a row at a time, or all at once."""
+    tensors, found = arrays(), []
+    for rows in (1, weights._ROWS):
+        monkeypatch.setattr(weights, "_ROWS", rows)
+        with weights.Writer(tmp_path / "text_encoder.safetensors", "text_encoder", CONFIG, "float32", bits) as out:
+            for key, value in tensors.items():
+                out.put(key, value)
+        found.append(out.error)
+    model = {"recipe": {"bits": bits}, "components": {"text_encoder": CONFIG}}
+    lost = whole = 0.0
+    for path, layer in weights.load(tmp_path, "text_encoder", model).named_modules():
+        if isinstance(layer, nn.QuantizedLinear):
+            how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "dtype": mx.float32}
+            back = np.array(mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **how), np.float64)
+            true = np.array(tensors[f"{path}.weight"], np.float64)
+            lost, whole = lost + np.square(back - true).sum(), whole + np.square(true).sum()
+    assert found == pytest.approx([(lost / whole) ** 0.5] * 2, rel=1e-5)  # sums in float32
+    most = QUANTIZED[bits][1]
+    assert most / 2 < found[0] < most
+
+
+def test_nothing_quantized_has_no_error(tmp_path):
+    tensors = arrays()
+    with weights.Writer(tmp_path / "text_encoder.safetensors", "text_encoder", CONFIG, "float32", None) as out:
+        for key, value in tensors.items():
+            out.put(key, value)
+    assert out.error is None
+
+
+def test_layers_no_group_divides_stay_whole():
+    for width, takes in ((64, set(weights.BITS)), (96, set(weights.BITS)), (80, {"nvfp4"}), (72, set())):
+        module = weights.build("text_encoder", CONFIG | {"width": width, "heads": 1})
+        found = {b for b in weights.BITS if "encoder.layers.0.mlp.fc1" in weights.plan("text_encoder", module, b)}
+        assert found == takes
 
 
 def break_missing(tensors):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..console import Parser, run
 from ..errors import Error
+from ..weights import BITS, bits_of
 from . import storybook as sb
 from .objective import PREDICTIONS
 from .recipe import Recipe, storybook
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--guidance", type=float, nargs="+", metavar="G", default=[4.0])
     s.add_argument("--steps", type=int, nargs="+", metavar="N", default=[25])
     s.add_argument("--sampler", nargs="+", metavar="NAME", default=["ddim"])
-    s.add_argument("--quantize", type=int, metavar="BITS")
+    s.add_argument("--quantize", type=bits_of, choices=BITS, metavar="BITS")
     s.add_argument("--dtype")
     s = kinds.add_parser("scenes", help="draw some of the pictures that are learned from, with their captions")
     s.add_argument("--out", type=Path, required=True, metavar="PNG")
