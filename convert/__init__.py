@@ -1,7 +1,8 @@
-"""Public checkpoints to model folders. `open` says what a source is, from headers; `convert` writes the folder,
-`read` does without one."""
+"""Public checkpoints to model folders. `open` says what a source is, from headers; `convert` writes the folder, or
+`save` that of what is open; `read` does without a folder."""
 
 from .checkpoint import PREDICTIONS, Checkpoint, Component, check, open
-from .write import convert, read
+from .parts import PARTS, beside
+from .write import convert, read, save
 
-__all__ = ["PREDICTIONS", "Checkpoint", "Component", "check", "convert", "open", "read"]
+__all__ = ["PARTS", "PREDICTIONS", "Checkpoint", "Component", "beside", "check", "convert", "open", "read", "save"]

@@ -35,7 +35,10 @@ VARIANTS = {4: "base", 9: "inpaint", 8: "edit", 7: "upscale", 5: "depth"}  # by 
 
 # One key is enough, and the first row that finds one names the file.
 FOREIGN = [
-    (r"\.(lora_(down|up|mid|A|B)|lora|hada_w\d.*|lokr_.*|oft_.*|dora_scale)(\.|$)|\.lora_linear_layer\.", "a LoRA"),
+    (
+        r"\.(lora_(down|up|mid|A|B)|lora|\w+_lora\d?\.(down|up)|hada_w\d.*|lokr_.*|oft_.*|dora_scale)(\.|$)|\.lora_linear_layer\.",
+        "a LoRA",
+    ),
     (r"^(ip_adapter|image_proj|ip_adapter_proj_model)\.|\.ip_adapter_\w+_proj\.", "an IP-Adapter"),
     (
         r"^control_model\.|^controlnet_(cond_embedding|down_blocks|blocks|x_embedder)\.|^(input_hint_block|zero_convs)\.",
@@ -43,8 +46,6 @@ FOREIGN = [
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),
     (r"^redux_(up|down)\.", "a FLUX Redux image embedder"),
-    (r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|comfy_quant)$", "a file of scaled 8-bit numbers"),
-    (r"\.(quant_state\.bitsandbytes__\w+|absmax)$", "a file quantized by bitsandbytes"),
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma model"),
     (r"(^|\.)double_stream_modulation_", "a FLUX.2 model"),
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo model"),
@@ -56,8 +57,16 @@ FOREIGN = [
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
 ]
 
+# The same for files whose numbers were packed by other programs.
+PACKED = [
+    (r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|comfy_quant)$", "a file of scaled 8-bit numbers"),
+    (r"\.(quant_state\.bitsandbytes__\w+|absmax)$", "a file quantized by bitsandbytes"),
+    (r"\.(qweight|wscales)$", "a file quantized by Nunchaku or GPTQ"),
+    (r"\.scales$", "a file quantized with MLX"),
+]
+
 _FLUX = r"(^|\.)double_blocks\.\d|(^|\.)single_transformer_blocks\.\d"
-_SD3 = r"(^|\.)joint_blocks\.\d|^transformer_blocks\.\d+\.attn\.add_q_proj\."
+_SD3 = r"(^|\.)joint_blocks\.\d|(^|\.)transformer_blocks\.\d+\.attn\.add_q_proj\."
 _T5 = r"^encoder\.block\.\d+\.layer\.0\.SelfAttention\."
 _UNET = r"^((model\.)?diffusion_model\.)?(input_blocks\.\d|down_blocks\.\d)"
 _VAE = r"^(first_stage_model\.|vae\.)?decoder\.(up|up_blocks)\.\d"
@@ -76,7 +85,13 @@ def family(path: Path, tensors: dict[str, Tensor]) -> str:
 
     for pattern, what in FOREIGN:
         if has(pattern):
-            _refuse(path, what)
+            raise Error(f"{path} is {what}, which is not supported yet.", KNOWN)
+    for pattern, what in PACKED:
+        if has(pattern):
+            raise Error(
+                f"{path} is {what}, which is not read.",
+                "Use the same model in 16 bits or in plain 8-bit floats (fp8_e4m3fn), and -q to make it smaller.",
+            )
     if has(_FLUX):
         return "flux"
     if has(_SD3):
@@ -120,7 +135,3 @@ def prediction_sd2(weights: dict[str, Weight]) -> str:
     last = max(w for w in weights if w.endswith("transformer_blocks.0.norm1.bias"))  # up_blocks sort last
     spread = np.std(np.array(weights[last].array().astype(mx.float32)))
     return "v" if spread > 0.09 or spread == 0 else "eps"
-
-
-def _refuse(path: Path, what: str):
-    raise Error(f"{path} is {what}, which is not supported yet.", KNOWN)

@@ -48,7 +48,7 @@ FLUX = Family(
         (r"^text_encoders\.clip_l\.transformer\.", "text_encoder."),
         (r"^text_encoders\.t5xxl\.transformer\.", "text_encoder_2."),
         (r"^(vae|first_stage_model)\.", "vae."),
-        (r"^((model\.)?diffusion_model\.|(?!text_encoder|vae\.))", "transformer."),
+        (r"^((model\.)?diffusion_model\.|transformer\.|(?!text_encoder|vae\.))", "transformer."),
     ],
     components=("text_encoder", "text_encoder_2", "transformer", "vae"),
     acts={"text_encoder": "quick_gelu"},

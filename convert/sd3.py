@@ -41,7 +41,7 @@ SD3 = Family(
         (r"^text_encoders\.clip_g\.transformer\.", "text_encoder_2."),
         (r"^text_encoders\.t5xxl\.transformer\.", "text_encoder_3."),
         (r"^(vae|first_stage_model)\.", "vae."),
-        (r"^((model\.)?diffusion_model\.|(?!text_encoder|vae\.))", "transformer."),
+        (r"^((model\.)?diffusion_model\.|transformer\.|(?!text_encoder|vae\.))", "transformer."),
     ],
     components=("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
     optional=("text_encoder_3",),

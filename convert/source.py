@@ -53,6 +53,11 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * _SIZES[self.dtype]
+
     def read(self) -> mx.array:
         kind, table = FLOATS[self.dtype]
         try:

@@ -32,11 +32,23 @@ def convert(
     progress: Callable[[str, int, int], None] | None = None,
     parts: dict[str, str | Path] | None = None,
 ) -> Path:
-    """Write `source` as a model folder at `target`, which appears whole or not at all. The weights pass one by one.
+    """What `save` does with what `open` says of a source."""
+    return save(open(source, prediction, parts), target, bits, dtype, tokenizer, progress)
 
-    source, prediction, parts: see `open`. bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype:
-    float32, float16 or bfloat16; by default what suits this machine. tokenizer: a tokenizer folder, for a checkpoint
-    that brings none. progress is told ("convert", bytes done, bytes in all)."""
+
+def save(
+    checkpoint: Checkpoint,
+    target: str | Path,
+    bits: int | str | None = None,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Write a model folder at `target`, which appears whole or not at all. The weights pass one by one.
+
+    bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: float32, float16 or bfloat16; by default what
+    suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told ("convert",
+    bytes done, bytes in all)."""
     target = Path(target)
     dtype = weights.default_dtype() if dtype is None else dtype
     for what, value, known in (("bits", bits, (None, *weights.BITS)), ("dtype", dtype, tuple(weights.DTYPES))):
@@ -44,7 +56,6 @@ def convert(
             raise Error(f"{what} {value!r} is not one that can be stored.", f"Use one of {', '.join(map(str, known))}.")
     try:
         _vacant(target)
-        checkpoint = open(source, prediction, parts)
         check(checkpoint)
         _whole(checkpoint)
         words = _words(checkpoint, None if tokenizer is None else Path(tokenizer))
@@ -74,7 +85,11 @@ def _whole(checkpoint: Checkpoint) -> None:
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""
         flags = [f"--{k.replace('_', '-')} {p.beside}" for k, p in row.parts.items() if p.component in lacking]
-        fix = f"Pass {', '.join(flags)}, or put them beside it." if len(flags) == len(lacking) > 0 else FULL
+        fix = (
+            f"Pass {', '.join(flags)}, or put files of such names beside it."
+            if len(flags) == len(lacking) > 0
+            else FULL
+        )
         raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", fix)
     for name, what, takes, gives in _reads(checkpoint):
         if takes != gives:
@@ -166,7 +181,6 @@ def _write(
         "family": checkpoint.family,
         "variant": checkpoint.variant,
         "prediction": checkpoint.prediction,
-        "source": str(checkpoint.path.resolve()),
         "recipe": {"dtype": dtype, "bits": bits},
         "error": {writer.path.stem: writer.error for _, writer, _ in writers if writer.error is not None},
         "schedule": checkpoint.schedule,

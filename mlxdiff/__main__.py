@@ -7,7 +7,8 @@ from . import __version__
 
 COMMANDS = {
     "generate": ("mlxdiff.generate", "draw a picture from a prompt"),
-    "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder, or check one"),
+    "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder"),
+    "inspect": ("mlxdiff.convert.inspect", "say what a checkpoint or a model folder holds"),
     "bench": ("mlxdiff.bench", "measure time, memory and kernels"),
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),

@@ -41,7 +41,7 @@ class ModelFolder:
             )
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {self.family.title}, {self.model['recipe']['dtype']}, in {self.folder}>"
+        return f"<{self.name}: {self.family.title}, {weights.label(self.model['recipe'])}, in {self.folder}>"
 
     # --- what it is
 

@@ -107,6 +107,7 @@ def draw(args: argparse.Namespace) -> int:
             low_memory=args.low_memory,
             tokenizer=args.tokenizer,
             prediction=args.prediction,
+            t5=any(r.t5 for r in requests),
             parts={k.replace("-", "_"): f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
             progress=bar.progress,
         )

@@ -58,8 +58,9 @@ def held(repo: str, revision: str) -> tuple[str, dict[str, int]]:
     return commit, {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
 
 
-def select(repo: str, names: dict[str, int], half: bool, file: str | None) -> list[str]:
-    """The files of a repository that are needed: settings, tokenizers and one safetensors variant of each network."""
+def select(repo: str, names: dict[str, int], half: bool, file: str | None, t5: bool = True) -> list[str]:
+    """The files of a repository that are needed: settings, tokenizers and one safetensors variant of each network;
+    without `t5` none of SD3's third text encoder."""
     single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors"))
     if file is not None or "model_index.json" not in names:
         if file in names:
@@ -67,8 +68,10 @@ def select(repo: str, names: dict[str, int], half: bool, file: str | None) -> li
         choices = f"Choose one: {', '.join(f'{repo}/{n}' for n in single)}." if single else "Use another repository."
         what = "is not a model in diffusers layout (no model_index.json)" if file is None else f"has no file {file}"
         raise Error(f"{repo} {what}.", choices)
+    if not t5 and not any(n.startswith("text_encoder_3/") for n in names):
+        raise Error(f"{repo} has no T5 to leave out.", "Leave out --no-t5.")
     chosen = ["model_index.json"]
-    for folder in FOLDERS:
+    for folder in FOLDERS if t5 else [f for f in FOLDERS if not f.endswith("_3")]:
         inside = [n for n in names if n.startswith(f"{folder}/") and n.count("/") == 1]
         chosen += [n for n in inside if n.endswith((".json", ".txt", ".model")) and ".index." not in n]
         chosen += _variant(repo, folder, inside, half)

@@ -11,17 +11,23 @@ import mlxdiff.convert
 from mlxdiff import Error, store, weights
 
 
-def fake_open(source, prediction=None):
+def fake_open(source, prediction=None, parts=None, t5=True):
     source = Path(source)
     words = {"tokenizer": source / "tokenizer"} if (source / "tokenizer").is_dir() else {}
     return SimpleNamespace(
-        path=source, family="sd1", components={}, unmapped={}, missing=[], tokenizers=words, prediction="eps"
+        path=source,
+        family="sd1",
+        components={},
+        unmapped={},
+        missing=[],
+        tokenizers=words,
+        prediction="eps" if prediction is None else prediction,
     )
 
 
-def fake_convert(source, target, bits, dtype, prediction, tokenizer, progress):
+def fake_save(checkpoint, target, bits, dtype, tokenizer, progress):
     """Everything of the source in one component file, in order, so that a test can tell what was converted."""
-    source, target = Path(source), Path(target)
+    source, target = checkpoint.path, Path(target)
     files = [source] if source.is_file() else sorted(f for f in source.rglob("*") if f.is_file())
     progress("convert", 0, len(files))
     target.mkdir()
@@ -34,13 +40,14 @@ def fake_convert(source, target, bits, dtype, prediction, tokenizer, progress):
     if tokenizer is not None:
         (target / "tokenizer" / "from").write_text(str(tokenizer), encoding="utf-8")
     model = {"format": weights.FORMAT, "components": {"unet": {}}, "tokenizers": {"tokenizer": {}}, "files": names}
-    model |= {"recipe": {"dtype": dtype, "bits": bits}, "prediction": "eps" if prediction is None else prediction}
+    model["name"] = source.resolve().name
+    model |= {"recipe": {"dtype": dtype, "bits": bits}, "prediction": checkpoint.prediction}
     weights.write_json(target / "model.json", model)
     progress("convert", len(files), len(files))
 
 
 def fake() -> None:
-    mlxdiff.convert.open, mlxdiff.convert.convert = fake_open, fake_convert
+    mlxdiff.convert.open, mlxdiff.convert.save = fake_open, fake_save
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxdiff import Error, convert, weights
-from mlxdiff.convert import source, write
+from mlxdiff.convert import inspect, source, write
 from mlxdiff.convert.__main__ import main
 
 from . import clip_vocab, original
@@ -43,7 +43,7 @@ CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae
 def state(name: str, folder: Path) -> dict[str, np.ndarray]:
     """Random weights of one component, layout as diffusers saves it."""
     settings = convert.settings.Settings(folder / name / "config.json")
-    config = convert.checkpoint._CLASSES[CLASSES[name]].from_json(settings, CLASSES[name])
+    config = convert.component.CLASSES[CLASSES[name]].from_json(settings, CLASSES[name])
     rng = np.random.default_rng(0)
     out = {}
     for key, value in tree_flatten(weights.build(name, vars(config)).parameters()):
@@ -278,7 +278,7 @@ BAD = {
     "noise": (lambda p: p.bytes(np.random.default_rng(0).bytes(4096)), "claims a header"),
     "zeros": (lambda p: p.bytes(bytes(4096)), "claims a header of 0"),
     "text": (lambda p: p.bytes(b"the weights are in the other folder\n", "notes.txt"), "notes.txt"),
-    "absent": (lambda p: p.single(), "No such file"),
+    "absent": (lambda p: p.single(), "no model, file or folder"),
     "a symlink loop": (relink, "symbolic links"),
     "a symlink to nothing": (lambda p: p.file.symlink_to("gone") or p.single(), "No such file"),
     "an empty folder": (lambda p: p.file.mkdir() or p.single(), "holds no .safetensors"),
@@ -386,9 +386,7 @@ BAD = {
     "output a folder of something else": (occupied, "folder of something else"),
     "output under a file": (lambda p: output(p, "/dev/null/out"), "/dev/null/out"),
     "output the checkpoint itself": (itself, "folder of something else"),
-    "no output": (lambda p: [str(p.good / "model")], "-o DIR"),
-    "to look and to write": (lambda p: [*output(p, "out"), "--check"], "leave out -o"),
-    "json of nothing": (lambda p: [*output(p, "out"), "--json"], "--json goes with --check"),
+    "no output": (lambda p: [str(p.good / "model")], "-o"),
     "bits that are not": (lambda p: [*output(p, "out"), "-q", "7"], "7"),
     "a dtype that is not": (lambda p: [*output(p, "out"), "--dtype", "int8"], "int8"),
     "a prediction that is not": (lambda p: [*output(p, "out"), "--prediction", "flow"], "flow"),
@@ -491,7 +489,7 @@ def test_a_file_that_shrinks_meanwhile(place):
 
 @pytest.mark.parametrize("seed", range(120))
 def test_any_mix_of_names_and_shapes_is_told_or_refused(place, seed, capsys):
-    """Dropped, renamed, resized and exchanged tensors in a sound file: --check ends in 0 or in one line, never else."""
+    """Dropped, renamed, resized and exchanged tensors in a sound file: inspect ends in 0 or in one line, never else."""
     rng = np.random.default_rng(seed)
     file = place.good / ("one.safetensors" if seed % 2 else "model/unet/model.safetensors")
     shapes = {k: t.shape for k, t in source.read(file).tensors.items()}
@@ -514,17 +512,17 @@ def test_any_mix_of_names_and_shapes_is_told_or_refused(place, seed, capsys):
         if len(shapes) < 2:
             break
     sparse(place.file, shapes, dtype="F32")
-    code = main([str(place.file), "--check", "--json"])
+    code = inspect.main([str(place.file), "--json"])
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == (code != 0)
     if said.out:
         told = json.loads(said.out)
-        assert (code == 0) == (told["unmapped"] == [] and told["missing"] == [])
+        assert (code == 0) == (told["unmapped"] == {} and told["missing"] == [])
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_value_in_a_config_is_told_or_refused(place, seed, capsys):
-    """One random setting of each config.json, a random value: --check ends in 0 or in one line, never else."""
+    """One random setting of each config.json, a random value: inspect ends in 0 or in one line, never else."""
     rng = np.random.default_rng(seed)
     junk = [None, True, 0, -1, 2**31 - 1, 2**70, 0.5, float("nan"), "", "silu", [], [1], [[1]], [None], {}, {"a": 1}]
 
@@ -535,7 +533,7 @@ def test_any_value_in_a_config_is_told_or_refused(place, seed, capsys):
             values = {k: junk[rng.integers(len(junk))] for k in keys}
             path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
-    code = main([*place.folder(change)[:1], "--check", "--json"])
+    code = inspect.main([*place.folder(change)[:1], "--json"])
     assert len(capsys.readouterr().err.splitlines()) == (code != 0)
 
 

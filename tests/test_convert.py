@@ -390,8 +390,10 @@ def test_a_borrowed_tokenizer_fills_up_as_the_family_was_trained(saved, tmp_path
         assert listing(again / t) == listing(source / t)
 
 
-def test_converting_holds_one_tensor_at_a_time(tmp_path):
-    """16 layers of 1.6 million numbers and a vocabulary of 12: the peak is a few times the largest tensor."""
+@pytest.mark.parametrize("bits", [None, 4])
+def test_converting_holds_one_tensor_at_a_time(tmp_path, bits):
+    """16 layers of 1.6 million numbers and a vocabulary of 12: the peak is a few times the largest tensor, also where
+    the error of what is quantized is measured."""
     width, n = 512, 16
     config = {"hidden_size": width, "intermediate_size": 1024, "num_hidden_layers": n}
     with torch.device("meta"):
@@ -401,7 +403,7 @@ def test_converting_holds_one_tensor_at_a_time(tmp_path):
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    with weights.Writer(tmp_path / "out", "text_encoder", vars(found.config), "float32", None) as writer:
+    with weights.Writer(tmp_path / "out", "text_encoder", vars(found.config), "float32", bits) as writer:
         for key, weight in found.weights.items():
             writer.put(key, weight.array())
     peak = mx.get_peak_memory() - before

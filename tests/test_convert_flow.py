@@ -13,7 +13,7 @@ import torch
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from mlxdiff import Error, convert
-from mlxdiff.convert import rules, scheduler, write
+from mlxdiff.convert import inspect, rules, scheduler, write
 from mlxdiff.convert.__main__ import main
 from mlxdiff.convert.settings import Settings
 from mlxdiff.convert.source import Tensor
@@ -230,6 +230,59 @@ def test_t5_in_every_form(tmp_path):
         for key, weight in t5.weights.items():
             source = held.get(key, held.get(words))
             assert np.array_equal(np.array(weight.array()), source)
+
+
+def test_t5_can_be_left_out(saved, tmp_path, monkeypatch, capsys):
+    """Of a folder, though its files be missing too; of one file; and of what lies beside one."""
+    parts, source, out = saved["sd3"]
+    state = {k: x for k, x in parts.items() if k != "text_encoder_3"}
+    few = Path(shutil.copytree(source, tmp_path / "few"))
+    shutil.rmtree(few / "text_encoder_3")
+    shutil.rmtree(few / "tokenizer_3")
+    one = single(tmp_path / "one.safetensors", "sd3", parts)
+    monkeypatch.chdir(tmp_path)
+    for i, path in enumerate((source, few, one, apart(tmp_path / "apart", "sd3", parts))):
+        words = ["--tokenizer", str(few)] if path.is_file() else []
+        assert main([str(path), "-o", str(i), "--dtype", "float32", "--no-t5", *words]) == 0
+        same(out, tmp_path / str(i), state)
+        model = read(tmp_path / str(i))[0]
+        assert model["components"].keys() == state.keys()
+        assert model["tokenizers"] == ["tokenizer", "tokenizer_2"]
+    capsys.readouterr()
+    t5 = str(tmp_path / "apart" / "t5xxl_fp16.safetensors")
+    for argv, said in (([str(saved["dev"][1])], "is of flux, which has no T5"), ([str(one), "--t5", t5], "Use one of")):
+        assert main([*argv, "-o", "x", "--no-t5"]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_folder_became(saved, tmp_path, capsys):
+    """Of the checkpoint and of its quantized copy; references: the files' own sizes, and model.json."""
+    parts, source, _ = saved["dev"]
+    out = convert.convert(source, tmp_path / "out", bits="nvfp4", dtype="bfloat16")
+    facts = []
+    for path in (source, out):
+        assert inspect.main([str(path), "--json"]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+        assert inspect.main([str(path)]) == 0
+        shown = capsys.readouterr().out
+        assert "FLUX.1, base" in shown
+        assert all(name in shown for name in (*parts, "tokenizer_2", "dynamic", "predicts flow"))
+    held, made = facts
+    assert (held["layout"], made["layout"]) == ("diffusers", "converted")
+    for key in ("family", "variant", "prediction", "schedule", "tokenizers"):
+        assert held[key] == made[key], key
+    for name, part in parts.items():
+        tensors = {k: x for k, x in arrays(part).items() if "position_ids" not in k and "embed_tokens" not in k}
+        size = sum(x.size for x in tensors.values())
+        assert (held["components"][name]["parameters"], held["components"][name]["bytes"]) == (size, 4 * size)
+        assert (held["components"][name]["dtype"], made["components"][name]["parameters"]) == ("F32", size)
+        file = (out / f"{name}.safetensors").read_bytes()
+        assert made["components"][name]["bytes"] == len(file) - 8 - int.from_bytes(file[:8], "little")
+    errors = {n: c["error"] for n, c in made["components"].items() if c["error"] is not None}
+    assert errors == json.loads((out / "model.json").read_text())["error"]
+    assert made["components"]["vae"]["dtype"] == "float32"
+    assert made["components"]["transformer"]["dtype"] == "bfloat16-nvfp4"
+    assert f"nvfp4, quantized with an error of {errors['transformer']:.2%}" in shown
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -479,7 +532,7 @@ def test_bad_checkpoints(saved, tmp_path, monkeypatch, capsys, case):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(12))
 def test_any_mix_of_names_and_shapes_is_told_or_refused(saved, tmp_path, capsys, kind, seed):
-    """Dropped, renamed, resized and exchanged tensors: --check ends in 0 or in one line, never else."""
+    """Dropped, renamed, resized and exchanged tensors: inspect ends in 0 or in one line, never else."""
     parts = saved[kind][0]
     rng = np.random.default_rng(seed)
     state = arrays(parts["transformer"]) if seed % 2 else transformer_state(kind, parts["transformer"])
@@ -500,12 +553,12 @@ def test_any_mix_of_names_and_shapes_is_told_or_refused(saved, tmp_path, capsys,
             shapes[name.replace(".0.", f".{rng.integers(99)}.")] = shapes.pop(name)
         if len(shapes) < 2:
             break
-    code = main([str(sparse(tmp_path / "a.safetensors", shapes, dtype="F32")), "--check", "--json"])
+    code = inspect.main([str(sparse(tmp_path / "a.safetensors", shapes, dtype="F32")), "--json"])
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == (code != 0)
     if said.out:
         told = json.loads(said.out)
-        assert (code == 0) == (told["unmapped"] == [] and told["missing"] == [])
+        assert (code == 0) == (told["unmapped"] == {} and told["missing"] == [])
 
 
 def test_numbers_stay_what_they_are_in_eight_bits(tmp_path):

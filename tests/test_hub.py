@@ -149,6 +149,25 @@ def test_originals_may_be_deleted(hub, start):
     assert content(worker("org/deleted", dtype="float16", offline=True)) == content(first)
 
 
+def test_without_t5_none_of_it_is_fetched(hub, worker):
+    """A later run with it fetches what is missing and converts anew; one that has it serves both."""
+    t5 = {"text_encoder_3/config.json": b"{}", "text_encoder_3/model.safetensors": noise(7000, 3)}
+    t5["tokenizer_3/spiece.model"] = b"words"
+    hub.repos["org/three"] = Repo(diffusers_repo() | t5)
+    small = worker("org/three", dtype="float16", t5=False)
+    assert source_files(small) == chosen("fp16")
+    assert not any(hub.gets("org/three", f) for f in t5)
+    before = len(hub.log)
+    assert worker("org/three", dtype="float16", t5=False) == {"folder": small["folder"], "told": []}
+    assert len(hub.log) == before
+    whole = worker("org/three", dtype="float16")
+    assert source_files(whole) == chosen("fp16") | t5.keys()
+    assert whole["folder"] != small["folder"]
+    assert worker("org/three", dtype="float16", t5=False)["folder"] == whole["folder"]
+    hub.repos["org/two"] = Repo(diffusers_repo())
+    assert "org/two has no T5 to leave out" in worker("org/two", dtype="float16", t5=False)["problem"]
+
+
 def test_one_file_of_a_repository(hub, worker):
     hub.repos["org/single"] = Repo({"model.safetensors": noise(9000, 1), "other.safetensors": noise(10, 2)})
     answer = worker("org/single/model.safetensors", tokenizer=str(ROOT))
@@ -481,6 +500,39 @@ def test_fetched_converts_to_the_same_as_the_folder(hub, start, saved):
         for given in (saved / "plain" / "tokenizer").glob(name):
             assert (Path(full["folder"]) / "tokenizer" / name).read_bytes() == given.read_bytes()
     assert ("convert", 0) in {(stage, done) for stage, done, _ in full["told"]}
+
+
+def command(home: Path, module: str, *args: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"HF_HOME": str(home / "hf"), "MLXDIFF_CACHE": str(home / "cache"), "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-m", module, *args]
+    return subprocess.run(run, env=env, cwd=home, capture_output=True, text=True, check=False)
+
+
+def test_convert_and_inspect_take_names_and_reuse_the_download(hub, start, saved):
+    """`convert` of what is in the hub's cache makes what the store makes of it; `inspect` shows both, fetching none."""
+    files = {f.relative_to(saved / "plain").as_posix(): f.read_bytes() for f in (saved / "plain").rglob("*.*")}
+    hub.repos["org/shown"] = Repo(files)
+    worker = start(STORE_WORKER="real")
+    absent = command(worker.home, "mlxdiff.convert.inspect", "org/shown")
+    assert absent.returncode == 1
+    assert "org/shown is not on this machine" in absent.stderr
+    made = Path(worker("org/shown", dtype="float32", bits=4)["folder"])
+    ran = command(
+        worker.home, "mlxdiff.convert", "org/shown", "-o", "out", "-q", "4", "--dtype", "float32", "--offline"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert files_of(worker.home / "out") == files_of(made)
+    ran = command(worker.home, "mlxdiff.convert.inspect", "org/shown", "--json")
+    assert ran.returncode == 0, ran.stderr
+    first, second = (json.loads(line) for line in ran.stdout.splitlines())
+    assert (first["layout"], first["path"]) == ("diffusers", "org/shown")
+    assert (second["layout"], second["path"]) == ("converted", str(made))
+    for name, held in first["components"].items():
+        assert held["parameters"] == second["components"][name]["parameters"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def test_errors_name_the_repository_not_where_it_was_worked_on(hub, start, saved):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mlxdiff import Error, convert
-from mlxdiff.convert.__main__ import main
+from mlxdiff.convert.inspect import main
 
 from . import original
 from .checkpoints import MANIFESTS, manifest, sparse
@@ -90,12 +90,13 @@ def count(name: str) -> dict[str, int]:
 
 
 def check(path: Path, capsys) -> dict:
-    """What `--check --json` prints, its exit code being 0."""
-    code = main([str(path), "--check", "--json"])
+    """What `inspect --json` prints, its exit code being 0; of components what is counted here."""
+    code = main([str(path), "--json"])
     out = capsys.readouterr()
     assert code == 0, out.err
     said = json.loads(out.out)
-    assert (said["unmapped"], said["missing"]) == ([], [])
+    assert (said["unmapped"], said["missing"]) == ({}, [])
+    said["components"] = {n: {k: c[k] for k in ("tensors", "parameters")} for n, c in said["components"].items()}
     return said
 
 
@@ -323,6 +324,27 @@ DERIVED = {
         lambda: {k.removeprefix(LDM): s for k, s in facts("sd35_medium").items() if k.startswith(LDM)},
         "sd3", "base", {"transformer": "sd35_medium_transformer"},
     ),
+    "SD3 medium's transformer alone, in ComfyUI's prefix": (
+        lambda: {k: s for k, s in facts("sd3_medium").items() if k.startswith(LDM)},
+        "sd3", "base", {"transformer": "sd3_medium_transformer"},
+    ),
+    "SD3.5's transformer of a saved pipeline": (
+        lambda: original.under("transformer.", facts("sd35_large_transformer")),
+        "sd3", "base", {"transformer": "sd35_large_transformer"},
+    ),
+    "SD3 that lost its VAE": (
+        lambda: without(facts("sd3_medium_incl_clips"), "first_stage_model."),
+        "sd3", "base",
+        {"text_encoder": "comfy_clip_l", "text_encoder_2": "sd3_text_encoder_2",
+         "transformer": "sd3_medium_transformer"},
+    ),
+    "FLUX's transformer of a saved pipeline": (
+        lambda: original.under("transformer.", facts("flux_schnell_transformer")),
+        "flux", "schnell", {"transformer": "flux1-schnell"},
+    ),
+    "FLUX Fill, in ComfyUI's prefix": (
+        lambda: original.under(LDM, facts("flux1-fill-dev")), "flux", "fill", {"transformer": "flux1-fill-dev"},
+    ),
     "FLUX in one file, saved by ComfyUI": (
         lambda: original.under(LDM, facts("flux1-schnell")) | original.under("vae.", facts("flux_ae"))
         | original.under("text_encoders.clip_l.transformer.", facts("comfy_clip_l"))
@@ -363,6 +385,22 @@ def test_files_like_the_published(tmp_path, capsys, name, dtype):
 REFUSED = {
     "a FLUX ControlNet": (lambda: facts("flux1-dev") | {"controlnet_blocks.0.weight": (3072, 3072)}, "a ControlNet"),
     "T5 in scaled 8-bit numbers": (lambda: facts("t5xxl_encoder") | {"scaled_fp8": (0,)}, "scaled 8-bit numbers"),
+    "FLUX in scaled 8-bit numbers": (
+        lambda: facts("flux1-dev") | {"double_blocks.0.img_attn.proj.weight_scale": ()},
+        "scaled 8-bit numbers",
+    ),
+    "FLUX by Nunchaku": (
+        lambda: facts("flux_dev_transformer") | {"transformer_blocks.0.attn.to_q.qweight": (9, 9)},
+        "Nunchaku",
+    ),
+    "FLUX by another MLX program": (
+        lambda: facts("flux_dev_transformer") | {"transformer_blocks.0.attn.to_q.scales": (9, 9)},
+        "with MLX",
+    ),
+    "a FLUX LoRA of XLabs": (
+        lambda: {"double_blocks.0.processor.proj_lora1.down.weight": (16, 3072)},
+        "a LoRA",
+    ),
     "FLUX in four bits": (lambda: facts("flux1-dev") | {"img_in.weight.absmax": (3072,)}, "bitsandbytes"),
     "HunyuanVideo": (
         lambda: facts("flux1-dev") | {"txt_in.individual_token_refiner.blocks.0.norm1.bias": (3072,)},
@@ -494,16 +532,16 @@ def test_published_folders_of_transformers_agree_with_single_files_and_what_lies
 def test_people_are_told_what_it_is_and_what_is_wrong(tmp_path, capsys):
     held = without(shapes(hollow("sd15_unet")), "conv_in.bias")
     path = sparse(tmp_path / "a.safetensors", held | {"stranger": (3,), "conv_out.bias": (5,)})
-    assert main([str(path), "--check"]) == 1
+    assert main([str(path)]) == 1
     out = capsys.readouterr()
-    assert "sd1 unet, base, diffusers names" in out.out
+    assert "Stable Diffusion 1.x unet, base, diffusers names" in out.out
     assert "684 tensors" in out.out
     for line in ("no place for 'stranger'", "no place for 'conv_out.bias': shape (5,)", "missing unet.conv_in.bias"):
         assert line in out.out
     assert len(out.err.splitlines()) == 1
 
 
-def test_check_without_what_tells_the_size_says_so(tmp_path, capsys):
+def test_without_what_tells_the_size_says_so(tmp_path, capsys):
     path = sparse(tmp_path / "a.safetensors", without(shapes(hollow("sd15_vae")), "encoder.conv_in.weight"))
-    assert main([str(path), "--check", "--json"]) == 1
+    assert main([str(path), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["missing"] == ["vae.encoder.conv_in.weight"]

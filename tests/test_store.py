@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import mlxdiff.cache
 import mlxdiff.convert
 from mlxdiff import Error, store, weights
 from tests import clip_vocab, store_worker
@@ -19,8 +20,8 @@ from tests.loopback_hub import diffusers_repo
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(mlxdiff.convert, "open", store_worker.fake_open, raising=False)
-    monkeypatch.setattr(mlxdiff.convert, "convert", store_worker.fake_convert, raising=False)
+    monkeypatch.setattr(mlxdiff.convert, "open", store_worker.fake_open)
+    monkeypatch.setattr(mlxdiff.convert, "save", store_worker.fake_save)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
 
@@ -82,12 +83,12 @@ def test_damaged_entries_are_made_again(cache, tmp_path):
 
 
 def test_failure_leaves_nothing(cache, tmp_path, monkeypatch):
-    def fails(source, target, **_):
+    def fails(checkpoint, target, **_):
         Path(target).mkdir()
         (Path(target) / "unet.safetensors").write_bytes(b"half")
-        raise Error(f"{source}/unet is odd.", "Fix it.")
+        raise Error(f"{checkpoint.path}/unet is odd.", "Fix it.")
 
-    monkeypatch.setattr(mlxdiff.convert, "convert", fails)
+    monkeypatch.setattr(mlxdiff.convert, "save", fails)
     with pytest.raises(Error, match="unet is odd"):
         store.resolve(folder(tmp_path / "model"))
     assert [p.name for p in (cache / "models").iterdir()] == [".locks"]
@@ -115,13 +116,13 @@ def test_killed_conversion_leaves_nothing_usable(cache, tmp_path):
         "from tests import store_worker\n"
         "from mlxdiff import store\n"
         "import mlxdiff.convert\n"
-        "def stuck(source, target, **_):\n"
+        "def stuck(checkpoint, target, **_):\n"
         "    target.mkdir()\n"
         "    (target / 'model.json').write_text('{')\n"
         "    print('writing', flush=True)\n"
         "    sys.stdin.read()\n"
         "store_worker.fake()\n"
-        "mlxdiff.convert.convert = stuck\n"
+        "mlxdiff.convert.save = stuck\n"
         "store.resolve(sys.argv[1])\n"
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -151,8 +152,8 @@ def test_full_disk_is_told_before_the_conversion(cache, tmp_path, monkeypatch):
     class Net:
         parameters = 10**16
 
-    def huge(source, prediction=None):
-        found = store_worker.fake_open(source, prediction)
+    def huge(*asked):
+        found = store_worker.fake_open(*asked)
         found.components["unet"] = Net()
         return found
 
@@ -161,6 +162,21 @@ def test_full_disk_is_told_before_the_conversion(cache, tmp_path, monkeypatch):
         store.resolve(folder(tmp_path / "model"), dtype="float32")
     with pytest.raises(Error, match=r"model needs 5000000\.00 GB converted"):
         store.resolve(tmp_path / "model", dtype="float32", bits=4)
+
+
+def test_what_lies_beside_a_file_counts(cache, tmp_path):
+    """And only what a conversion may take from there."""
+    words, file = folder(tmp_path / "other") / "tokenizer", tmp_path / "flux.safetensors"
+    file.write_bytes(b"x")
+    seen = [store.resolve(file, tokenizer=words)]
+    for name, data in (("ae", b"a"), ("ae", b"another"), ("text_encoders/t5xxl_fp8", b"b"), ("clip_l", b"c")):
+        (tmp_path / f"{name}.safetensors").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.safetensors").write_bytes(data)
+        seen.append(store.resolve(file, tokenizer=words))
+    assert len(set(seen)) == len(seen)
+    for name in ("sdxl.safetensors", "t5xxl.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert store.resolve(file, tokenizer=words) == seen[-1]
 
 
 # What a name means.
@@ -208,7 +224,9 @@ def test_a_path_object_is_never_a_hub_id(cache):
         store.resolve(Path("org/model"), offline=True)
 
 
-@pytest.mark.parametrize(("recipe", "says"), [({"bits": 7}, "7 bits"), ({"dtype": "int8"}, "'int8' is not a dtype")])
+@pytest.mark.parametrize(
+    ("recipe", "says"), [({"bits": 7}, "quantized to 7"), ({"dtype": "int8"}, "'int8' is not a dtype")]
+)
 def test_recipes_that_cannot_be(cache, recipe, says):
     with pytest.raises(Error, match=says):
         store.resolve("sd15", offline=True, **recipe)
@@ -218,9 +236,9 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("MLXDIFF_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert store.root() == tmp_path / "Library" / "Caches" / "mlxdiff"
+    assert mlxdiff.cache.root() == tmp_path / "Library" / "Caches" / "mlxdiff"
     monkeypatch.setattr(sys, "platform", "linux")
-    assert store.root() == tmp_path / ".cache" / "mlxdiff"
+    assert mlxdiff.cache.root() == tmp_path / ".cache" / "mlxdiff"
 
 
 def test_other_vocabularies_are_not_taken_for_clip(cache, tmp_path, monkeypatch):

@@ -1,0 +1,148 @@
+"""`mlxdiff inspect MODEL`: what a checkpoint or a converted model holds, from headers alone, and whether every tensor
+of it is understood."""
+
+import json
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+
+from .. import registry, store, weights
+from ..console import Parser, run
+from ..errors import Error
+from . import Checkpoint, Component, check, open
+from .detect import FAMILIES
+
+_ALONE = {
+    "clip": "CLIP text encoder",
+    "clip-g": "CLIP text encoder with projection",
+    "t5": "T5 text encoder",
+    "vae": "VAE",
+    "taesd": "TAESD decoder, for previews",
+}
+_SHOWN = 20  # of what is unmapped or missing, in the text for people; --json has all
+
+
+def parser() -> Parser:
+    p = Parser(prog="mlxdiff inspect", description="Say what a model on this machine is, and what it holds.")
+    p.add_argument("model", metavar="MODEL", help="name, hub id, folder or .safetensors file")
+    p.add_argument(
+        "--json", action="store_true", help="for machines: a line for the checkpoint and each converted copy"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return run("mlxdiff inspect", lambda: _inspect(args.model, json.dumps if args.json else describe))
+
+
+def _inspect(model: str, shown) -> int:
+    """What is here of it: the original and its conversions, or one of them. Nothing is fetched."""
+    copies = store.conversions(model)
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(store.original(model, half=True, offline=True))
+        except Error as e:  # not here, which is as it may be where a copy is
+            if not copies:
+                raise Error(e.problem, f"`mlxdiff convert {model} -o DIR` fetches it.") from None
+        else:
+            if (path / "model.json").is_file():
+                copies = [path]
+            else:
+                checkpoint = open(path)
+                print(shown(of_checkpoint(checkpoint) | {"path": model}))
+                check(checkpoint)
+        for folder in copies:
+            print(shown(of_folder(folder)))
+    return 0
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> dict:
+    row, sound = FAMILIES[checkpoint.family], not checkpoint.unmapped and not checkpoint.missing
+    components = {name: _component(c) for name, c in checkpoint.components.items()}
+    return {
+        "family": checkpoint.family,
+        "variant": checkpoint.variant,
+        "layout": checkpoint.layout,
+        "prediction": checkpoint.prediction if sound and {"unet", "transformer"} & components.keys() else None,
+        "components": components,
+        "schedule": checkpoint.schedule,
+        "tokenizers": list(checkpoint.tokenizers),
+        "lacking": [c for c in row.components if c not in components and c not in row.optional],
+        "unmapped": checkpoint.unmapped,
+        "missing": checkpoint.missing,
+    }
+
+
+def _component(component: Component) -> dict:
+    held = Counter()
+    for weight in component.weights.values():
+        for piece in weight.pieces:
+            held[piece.tensor.dtype] += piece.tensor.size // piece.parts
+    return {
+        "tensors": len(component.weights),
+        "parameters": component.parameters,
+        "bytes": held.total(),
+        "dtype": "+".join(dtype for dtype, _ in held.most_common()),
+    }
+
+
+def of_folder(folder: Path) -> dict:
+    """The same of a converted model, read as it is for drawing."""
+    model, components = weights.read_model(folder), {}
+    for name, config in model["components"].items():
+        stored = tree_flatten(weights.load(folder, name, model).parameters())
+        error = model["error"].get(name)
+        recipe = {
+            "dtype": weights.component_dtype(model["family"], name, model["recipe"]["dtype"]),
+            "bits": None if error is None else model["recipe"]["bits"],
+        }
+        components[name] = {
+            "tensors": len(stored),
+            "parameters": sum(v.size for _, v in tree_flatten(weights.build(name, config).parameters())),
+            "bytes": sum(v.nbytes for _, v in stored),
+            "dtype": weights.label(recipe),
+            "error": error,
+        }
+    same = {key: model[key] for key in ("family", "variant", "prediction", "schedule", "tokenizers")}
+    return {"path": str(folder), "layout": "converted", "components": components} | same
+
+
+_LAYOUTS = {"single-file": "original names", "diffusers": "diffusers names", "converted": "converted"}
+
+
+def describe(facts: dict) -> str:
+    lines = [f"{facts['path']}: {_title(facts)}, {facts['variant']}, {_LAYOUTS[facts['layout']]}"]
+    for name, c in facts["components"].items():
+        error = "" if c.get("error") is None else f", quantized with an error of {c['error']:.2%}"
+        size = f"{c['bytes'] / 1e9:8.3f} GB {c['dtype']}{error}"
+        lines.append(f"  {name:16} {c['tensors']:5} tensors {c['parameters']:14,} parameters {size}")
+    if facts["prediction"] is not None:
+        settings = ", ".join(f"{k} {v}" for k, v in facts["schedule"].items() if v is not None)
+        lines.append(f"  predicts {facts['prediction']}; {settings}")
+    if facts["tokenizers"]:
+        lines.append(f"  {', '.join(facts['tokenizers'])}")
+    for title, names in (
+        ("no place for", [f"{key!r}: {why}" for key, why in facts.get("unmapped", {}).items()]),
+        ("missing", facts.get("missing", [])),
+    ):
+        lines += [f"  {title} {n}" for n in names[:_SHOWN]]
+        if len(names) > _SHOWN:
+            lines.append(f"  ... and {len(names) - _SHOWN} more ({title})")
+    if facts.get("lacking"):
+        lines.append(f"  not a whole model: no {', no '.join(facts['lacking'])}")
+    return "\n".join(lines)
+
+
+def _title(facts: dict) -> str:
+    if facts["family"] in _ALONE:
+        return _ALONE[facts["family"]]
+    title = registry.FAMILIES[facts["family"]].title
+    return title if len(facts["components"]) > 1 else f"{title} {' '.join(facts['components'])}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The cache of converted models, in $MLXDIFF_CACHE, else the user's cache folder: models/<name>-<recipe>-<key>, each
+either whole or absent, whoever is killed while making one."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from . import weights
+from .errors import Error
+
+
+def root() -> Path:
+    """$MLXDIFF_CACHE, else where the system keeps what programs can make again."""
+    named = os.environ.get("MLXDIFF_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlxdiff"
+
+
+def folder(label: str, kind: str, identity: list) -> Path:
+    """Where the conversion of a source is, or will be: `identity` is all that makes it the right one."""
+    return root() / "models" / f"{slug(label)}-{kind}-{short(json.dumps(identity))}"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:80]
+
+
+def short(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def complete(target: Path) -> bool:
+    """A conversion appears under its name only when it is whole; this finds what somebody has since taken out of it."""
+    try:
+        model = weights.read_model(target)
+    except Error:
+        return False
+    parts = [f"{name}.safetensors" for name in model["components"]] + list(model["tokenizers"])
+    return all((target / part).exists() for part in parts)
+
+
+def named(name: str) -> list[Path]:
+    """The conversions of a model, by the name it goes by."""
+    found = sorted(p.parent for p in root().glob("models/*/model.json") if not p.parent.name.endswith(".part"))
+    return [p for p in found if complete(p) and weights.read_model(p)["name"] == name]
+
+
+def make(target: Path, fill: Callable[[Path], None], busy: Callable[[], None]) -> Path:
+    """Have `fill` write the model into a scratch folder's `model`. Of two processes one works; the other is told that
+    it is `busy`, and waits."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        with _locked(target, busy):
+            if complete(target):
+                return target
+            shutil.rmtree(target, ignore_errors=True)
+            part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent))
+            try:
+                fill(part)
+                try:
+                    os.rename(part / "model", target)
+                except OSError:  # where a file system's locks do not hold, somebody else may have been first
+                    if not complete(target):
+                        raise
+            except Error as e:  # in words of what the user knows: not where it was worked on
+                problem = e.problem.replace(str(part / "model"), str(target)).replace(f"{part}{os.sep}", "")
+                raise Error(problem, e.fix) from None
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[None]:
+    """Held by whoever works on `target`; the system lets go of it when that process ends, however it ends. Where it is
+    already held, `busy` is told and we wait; without it that is a BlockingIOError."""
+    path = target.parent / ".locks" / target.name
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if busy is None:
+                raise
+            busy()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sweep(models: Path) -> None:
+    """Remove what processes that died have left behind: a part whose lock nobody holds."""
+    for part in models.glob("*.part"):
+        target = part.with_name(part.name.rsplit(".", 2)[0])
+        with suppress(BlockingIOError), _locked(target, None):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def check_room(name: str, need: float) -> None:
+    """Before the work: whether so many bytes fit."""
+    free = shutil.disk_usage(root()).free
+    if free < need:
+        raise Error(
+            f"{name} needs {need / 1e9:.2f} GB converted; {root()} has {free / 1e9:.2f} GB free.",
+            "Free some space, or let MLXDIFF_CACHE point to a larger disk.",
+        )
+
+
+def read_note(path: Path) -> dict:
+    """What was noted, or {}: a note that cannot be read is only looked up again."""
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def write_note(path: Path, note: dict) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        weights.write_json(fresh, note)
+        os.replace(fresh, path)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        elsewhere = "let MLXDIFF_CACHE point to"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = f"{root()} has {shutil.disk_usage(root()).free / 1e9:.2f} GB free"
+            raise Error(f"The disk is full: {free}.", f"Free some space, or {elsewhere} a larger disk.") from None
+        raise Error(
+            f"{target} cannot be written: {e}.", f"Check its permissions, or {elsewhere} another folder."
+        ) from None

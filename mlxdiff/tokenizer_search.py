@@ -1,0 +1,60 @@
+"""Words for checkpoints that bring no tokenizer, as single files: of any model on this machine, else from the hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import cache
+from .errors import Error
+from .registry import FAMILIES, MODELS
+
+if TYPE_CHECKING:
+    from .convert import Checkpoint
+    from .hub import Progress
+
+CLIP_WORDS = 49408  # every CLIP text encoder of these families was published with the one vocabulary
+T5_WORDS = 32128  # and every T5
+
+
+def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: "Progress") -> Path | None:
+    """The folder to take the words from. None where the checkpoint has its own, or cannot be converted anyway."""
+    from . import hub
+
+    whole = checkpoint.family in FAMILIES and not checkpoint.missing and not checkpoint.unmapped
+    if checkpoint.tokenizers or not whole:
+        return None
+    name, t5 = checkpoint.path.name, False
+    for encoder, component in checkpoint.components.items():
+        words = getattr(component.config, "vocab", CLIP_WORDS)
+        if words == T5_WORDS:
+            t5 = True
+        elif words != CLIP_WORDS:
+            raise Error(
+                f"{name} has no tokenizer, and its {encoder} knows {words} words where CLIP has {CLIP_WORDS}.",
+                "Give the tokenizer folder it was trained with (--tokenizer).",
+            )
+    # With T5 a whole model's folder is taken, which holds a tokenizer of either kind; else any tokenizer of CLIP.
+    held = [*hub.snapshots("merges.txt"), *hub.snapshots("*/merges.txt"), *cache.root().glob("models/*/*/merges.txt")]
+    for merges in held:
+        if _is_clip(merges.parent):
+            if not t5:
+                return merges.parent
+            if any((merges.parents[1] / w / "spiece.model").is_file() for w in ("tokenizer_2", "tokenizer_3")):
+                return merges.parents[1]
+    repo = next(row.repo for row in MODELS.values() if row.family == checkpoint.family and row.repo is not None)
+    if offline or hub.offline():
+        raise Error(
+            f"{name} has no tokenizer, none is on this machine, and the network may not be used.",
+            f"Fetch the tokenizer folder of {repo} and name it with --tokenizer, or run once without --offline.",
+        )
+    commit, files = hub.listing(repo, "main")
+    folder = min(n.partition("/")[0] for n in files if n.endswith("/merges.txt"))
+    wanted = "tokenizer" if t5 else f"{folder}/"
+    files = {n: size for n, size in files.items() if n.startswith(wanted)}
+    place = hub.download(repo, "main", commit, files, progress)
+    return place if t5 else place / folder
+
+
+def _is_clip(folder: Path) -> bool:
+    """Whether this is CLIP's one published vocabulary, as far as its size and its last two words tell."""
+    words = cache.read_note(folder / "vocab.json")
+    return len(words) == CLIP_WORDS and words.get("<|startoftext|>") == 49406 and words.get("<|endoftext|>") == 49407
