@@ -187,7 +187,13 @@ MAY = {
     },
     "mlxdiff.widgets.explain": {"mlxdiff.widgets.explain.*"},
     "mlxdiff.widgets.explain.lesson": {"mlxdiff.registry", "mlxdiff.widgets.worker"},
-    "mlxdiff.widgets.explain.*": {"mlxdiff.probe", "mlxdiff.schedules", "mlxdiff.widgets.explain.*"},
+    "mlxdiff.widgets.explain.*": {
+        "mlxdiff.errors",
+        "mlxdiff.probe",
+        "mlxdiff.schedules",
+        "mlxdiff.train.storybook",
+        "mlxdiff.widgets.explain.*",
+    },
     "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.studio"},
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}

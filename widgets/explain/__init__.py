@@ -1,5 +1,6 @@
 """Lessons: small widgets, one idea each, on the built-in model. `from mlxdiff.widgets.explain import FilmStrip`."""
 
 from .film import FilmStrip
+from .forward import ForwardNoise
 
-__all__ = ["FilmStrip"]
+__all__ = ["FilmStrip", "ForwardNoise"]

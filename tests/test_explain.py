@@ -1,0 +1,117 @@
+"""The lessons: their numbers against closed forms and independent computations, their controls, their words."""
+
+import io
+import math
+import re
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib", reason="the lessons need pip install -e '.[studio]'")
+pytest.importorskip("ipywidgets", reason="the lessons need pip install -e '.[studio]'")
+
+from mlxdiff.widgets.explain import ForwardNoise, forward
+
+
+def numbers(words: str) -> list[float]:
+    return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?", words)]
+
+
+# ---- lesson 1, forward noise
+
+
+@pytest.fixture
+def noise():
+    return ForwardNoise(at=3)
+
+
+def test_three_steps_of_the_chain_by_hand(noise):
+    """x = sqrt(a3) (sqrt(a2) (sqrt(a1) x0 + ..) + ..) + .., a = 1 - beta, beta even in its square root."""
+    beta = [(math.sqrt(0.00085) + s / 999 * (math.sqrt(0.012) - math.sqrt(0.00085))) ** 2 for s in range(3)]
+    a, eps = [1 - b for b in beta], [forward.normals(s) for s in (1, 2, 3)]
+    expected = math.sqrt(a[0] * a[1] * a[2]) * noise.data + math.sqrt(beta[0] * a[1] * a[2]) * eps[0]
+    expected += math.sqrt(beta[1] * a[2]) * eps[1] + math.sqrt(beta[2]) * eps[2]
+    np.testing.assert_allclose(noise.now.chain, expected, rtol=0, atol=1e-14)  # float64, a few roundings
+    assert noise.now.share == pytest.approx(a[0] * a[1] * a[2], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", forward.ENDS)
+def test_the_chains_noises_combined_are_standard_noise_and_give_its_picture(noise, kind):
+    """Mean and variance within five standard errors, the last noise in it by its weight, the picture and the closed
+    form's noise not at all. Put into sqrt(a) x0 + sqrt(1 - a) eps it gives the chain, but for 500 steps' rounding."""
+    noise.kind.value, noise.at.value = kind, 500
+    x0, eps, share, n = noise.data, noise.now.combined, noise.now.share, noise.data.size
+    assert abs(eps.mean()) < 5 / math.sqrt(n)
+    assert abs(eps.var() - 1) < 5 * math.sqrt(2 / n)
+    last = math.sqrt(forward.BETAS[kind][499] / (1 - share))  # the last noise is in it undiminished
+    for other, weight in ((x0, 0), (forward.normals(0), 0), (forward.normals(500), last)):
+        assert abs(np.corrcoef(eps.ravel(), other.ravel())[0, 1] - weight) < 5 / math.sqrt(n)
+    np.testing.assert_allclose(math.sqrt(share) * x0 + math.sqrt(1 - share) * eps, noise.now.chain, rtol=0, atol=1e-11)
+    assert np.abs(noise.now.once - noise.now.chain).max() > 0.5  # other noise: not the same picture
+
+
+def test_the_chain_is_the_same_from_wherever_it_goes_on(noise):
+    for t in (450, 120, 451):
+        noise.at.value = t
+    fresh = ForwardNoise(at=451)
+    assert (noise.now.chain == fresh.now.chain).all()
+    assert (noise.now.combined == fresh.now.combined).all()
+
+
+def test_the_noise_at_once_is_the_same_throughout(noise):
+    found = []
+    for t, kind in ((100, "linear"), (900, "cosine")):
+        noise.kind.value, noise.at.value = kind, t
+        share = noise.now.share
+        found.append((noise.now.once - math.sqrt(share) * noise.data) / math.sqrt(1 - share))
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-12)
+
+
+def test_the_words_of_forward_noise_are_its_numbers(noise):
+    """Cosine's share is cos^2 as Nichol and Dhariwal have it; what is measured may miss it by five standard errors."""
+    noise.kind.value, noise.at.value = "cosine", 700
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 700)]
+    share, error = f[1] / f[0], 5 / math.sqrt((noise.data**2).sum())
+    t, of, picture, spread, ratio, half, measured, width, equal = numbers(noise.words())
+    assert (t, of) == (700, 1000)
+    assert picture == pytest.approx(math.sqrt(share), abs=0.006)
+    assert spread == pytest.approx(math.sqrt(1 - share), abs=0.006)
+    assert ratio == pytest.approx(math.log(share / (1 - share)), abs=0.06)
+    assert measured == pytest.approx(math.sqrt(share), abs=error + 0.006)
+    assert width == pytest.approx(math.sqrt(1 - share), abs=error + 0.006)
+    assert equal < 1e-11
+    assert half == pytest.approx(497, abs=1)  # where cos^2 is a half: (497.. / 1000 + 0.008) / 1.008 = 1 / 2
+    assert noise.words() in noise.caption.value
+
+
+def upload(widget, name: str, content: bytes) -> None:
+    file = {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content)}
+    widget.value = (file | {"last_modified": datetime.now(timezone.utc)},)
+
+
+def test_a_picture_of_ones_own_takes_the_scenes_place(noise):
+    """A tall red picture with a blue square in its middle: the square is what is shown."""
+    image = Image.new("RGB", (60, 100), "red")
+    image.paste((0, 0, 255), (0, 15, 60, 85))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    before = noise.image.value
+    upload(noise.file, "mine.png", out.getvalue())
+    np.testing.assert_allclose(noise.data, np.broadcast_to([-1.0, -1.0, 1.0], (96, 96, 3)), atol=0.01)
+    assert noise.image.value != before
+    upload(noise.file, "broken.png", b"no picture")
+    assert "broken.png is not a picture" in noise.said.value
+    upload(noise.file, "mine.png", out.getvalue())
+    assert noise.said.value == ""
+    assert noise.error is None
+
+
+def test_forward_noise_redraws_at_once_without_a_worker(noise):
+    for control, value in ((noise.at, 40), (noise.kind, "sigmoid")):
+        before = noise.image.value
+        control.value = value
+        assert noise.image.value[:4] == b"\x89PNG"
+        assert noise.image.value != before
+    assert noise._job is None
