@@ -11,6 +11,7 @@ COMMANDS = {
     "inspect": ("mlxdiff.convert.inspect", "say what a checkpoint or a model folder holds"),
     "bench": ("mlxdiff.bench", "measure time, memory and kernels"),
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
+    "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),
     "train": ("mlxdiff.train.__main__", "teach the built-in model anew, or measure it"),
 }

@@ -1,4 +1,4 @@
-"""`mlxdiff studio` before it starts anything: what it says when it cannot, and which notebook it opens."""
+"""`mlxdiff studio` and `mlxdiff lessons` before they start anything: what they say when they cannot, what they open."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ pytest.importorskip("nbformat", reason="the studio needs JupyterLab: pip install
 import nbformat
 
 from mlxdiff.errors import Error
-from mlxdiff.widgets import app
+from mlxdiff.widgets import app, lessons
 from tests.test_imports import ROOT
 
 
@@ -21,7 +21,7 @@ def test_without_jupyterlab_it_says_what_to_install_and_writes_nothing(tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert (
-        done.stderr == 'mlxdiff studio: The studio needs jupyterlab. Install it with: pip install "mlxdiff[studio]"\n'
+        done.stderr == 'mlxdiff studio: jupyterlab is not installed. Install it with: pip install "mlxdiff[studio]"\n'
     )
     assert not list(tmp_path.iterdir())
 
@@ -60,3 +60,19 @@ def test_a_notebook_without_code_is_told(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# hello")]), path)
     with pytest.raises(Error, match="has no code"):
         app._notebook(path, None)
+
+
+def test_lessons_are_copied_once_and_a_readers_changes_stay(tmp_path):
+    folder = tmp_path / "mine"
+    lessons.copy(folder)
+    assert (folder / lessons.FIRST).read_bytes() == (ROOT / "notebooks" / lessons.FIRST).read_bytes()
+    assert {p.name for p in folder.iterdir()} == {p.name for p in (ROOT / "notebooks").glob("*.ipynb")}
+    (folder / lessons.FIRST).write_text("changed")
+    lessons.copy(folder)
+    assert (folder / lessons.FIRST).read_text() == "changed"
+
+
+def test_a_folder_for_lessons_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Error, match="cannot be written"):
+        lessons.copy(tmp_path / "file")

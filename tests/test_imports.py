@@ -194,7 +194,8 @@ MAY = {
         "mlxdiff.train.storybook",
         "mlxdiff.widgets.explain.*",
     },
-    "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.studio"},
+    "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors"},
+    "mlxdiff.widgets.lessons": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.app"},
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {

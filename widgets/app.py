@@ -1,6 +1,6 @@
 """`mlxdiff studio`: JupyterLab on a notebook whose studio is already drawn. Nothing but loopback is listened on."""
 
-import argparse
+import importlib.util
 import json
 import os
 import secrets
@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -40,31 +41,41 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("-m", "--model", metavar="MODEL", help="name, hub id, folder or .safetensors")
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     args = p.parse_args(argv)
-    return run("mlxdiff studio", lambda: studio(args))
+    return run("mlxdiff studio", lambda: studio(args.notebook.resolve(), args.model, not args.no_browser))
 
 
-def studio(args: argparse.Namespace) -> int:
-    try:
-        import jupyterlab  # noqa: F401 (before anything is written)
-        from nbformat.sign import NotebookNotary
+def studio(path: Path, model: str | None, browser: bool) -> int:
+    needed("jupyterlab", "ipywidgets", "anywidget")  # before anything is written
+    from nbformat.sign import NotebookNotary
 
-        from .studio import Studio  # noqa: F401
-    except ModuleNotFoundError as e:
-        raise Error(f"The studio needs {e.name}.", 'Install it with: pip install "mlxdiff[studio]"') from None
-    path = args.notebook.resolve()
-    book = _notebook(path, args.model)
+    book = _notebook(path, model)
+
+    def draw(url: str, token: str) -> None:
+        _draw(book, path, url, token)
+        NotebookNotary().sign(book)  # else Jupyter would not show what we have drawn
+        _write(book, path)
+
+    return lab(path, "studio is", browser, draw)
+
+
+def needed(*modules: str) -> None:
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise Error(f"{name} is not installed.", 'Install it with: pip install "mlxdiff[studio]"')
+
+
+def lab(path: Path, what: str, browser: bool, prepare: Callable[[str, str], None] = lambda url, token: None) -> int:
+    """JupyterLab open on a notebook, until Ctrl-C."""
     token, port = secrets.token_hex(16), _free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:
         server = _serve(path.parent, token, port, log)
         try:
             _wait(server, url, log)
-            _draw(book, path, url, token)
-            NotebookNotary().sign(book)  # else Jupyter would not show what we have drawn
-            _write(book, path)
+            prepare(url, token)
             address = f"{url}/lab/tree/{urllib.parse.quote(path.name)}?token={token}"
-            print(f"The studio is at {address}\nCtrl-C here ends it.", flush=True)
-            if not args.no_browser:
+            print(f"The {what} at {address}\nCtrl-C here ends it.", flush=True)
+            if browser:
                 webbrowser.open(address)
             return server.wait()
         except KeyboardInterrupt:
