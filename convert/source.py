@@ -5,7 +5,8 @@ Format: https://github.com/huggingface/safetensors."""
 import json
 import math
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,6 +38,7 @@ _SIZES = {tag: np.dtype(kind).itemsize for tag, (kind, _) in FLOATS.items()} | {
 }
 _SIZES["BOOL"] = 1
 
+_SCALE = re.compile(r"\.(scale_weight|weight_scale)$")
 _MAX_HEADER = 100_000_000  # bytes: the format's own limit
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _VARIANTS = ("fp16", "bf16")
@@ -52,6 +54,7 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    scale: "Tensor | None" = None  # one number that all of it is multiplied by
 
     @property
     def size(self) -> int:
@@ -70,7 +73,8 @@ class Tensor:
         if self.dtype == "F64":
             raw = raw.astype(np.float32)
         array = mx.array(np.asarray(raw if table is None else table[raw]))
-        return array.view(mx.bfloat16) if self.dtype == "BF16" else array
+        array = array.view(mx.bfloat16) if self.dtype == "BF16" else array
+        return array if self.scale is None else array.astype(mx.float32) * self.scale.read().astype(mx.float32)
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,26 @@ class Weights:
 
 def read(path: Path) -> Weights:
     """A .safetensors file, an index of shards, or the folder of one component."""
-    if not path.is_dir():
-        return _shards(path) if path.suffix == ".json" else _file(path)
-    return read(_pick(path))
+    if path.is_dir():
+        path = _pick(path)
+    found = _shards(path) if path.suffix == ".json" else _file(path)
+    return Weights(_scaled(found.tensors), found.metadata)
+
+
+def _scaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """ComfyUI's files of 8-bit floats keep beside a layer's weight one number to multiply it by, and another for its
+    inputs, which no one needs who computes in more bits. Scales of any other kind stay, and the file is refused."""
+    scales = [
+        n for n in tensors if _SCALE.search(n) and math.prod(tensors[n].shape) == 1 and tensors[n].dtype in FLOATS
+    ]
+    of = {_SCALE.sub(".weight", n): n for n in scales}
+    of = {weight: n for weight, n in of.items() if weight in tensors and tensors[weight].dtype.startswith("F8_")}
+    if not of:
+        return tensors
+    spare = {_SCALE.sub(end, n) for n in of.values() for end in (".scale_input", ".input_scale", ".comfy_quant")}
+    spare |= {n for n in tensors if n.rpartition(".")[2] == "scaled_fp8"} | set(of.values())
+    kept = {n: t for n, t in tensors.items() if n not in spare}
+    return kept | {weight: replace(tensors[weight], scale=tensors[n]) for weight, n in of.items()}
 
 
 def read_json(path: Path) -> dict:

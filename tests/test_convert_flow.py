@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from mlxdiff import Error, convert
@@ -230,6 +231,26 @@ def test_t5_in_every_form(tmp_path):
         for key, weight in t5.weights.items():
             source = held.get(key, held.get(words))
             assert np.array_equal(np.array(weight.array()), source)
+
+
+def test_a_t5_of_scaled_8_bit_floats(saved, tmp_path):
+    """As ComfyUI's t5xxl_fp8_e4m3fn_scaled has it: each matrix has its own scale. Reference: torch's product."""
+    parts, source, _ = saved["dev"]
+    held, want = {}, {}
+    for key, x in t5_state(parts["text_encoder_2"]).items():
+        x = torch.from_numpy(x)
+        if x.ndim == 2 and "SelfAttention" in key and "bias" not in key:
+            scale = x.abs().max() / 448  # the largest e4m3
+            held[key], held[key.replace("weight", "scale_weight")] = (x / scale).to(torch.float8_e4m3fn), scale
+            want[key] = held[key].float() * scale
+        else:
+            held[key] = want[key] = x
+    held["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    lone = apart(tmp_path, "dev", parts)
+    save_file({k: x.clone() for k, x in held.items()}, tmp_path / "t5xxl_fp16.safetensors")
+    got = read(convert.convert(lone, tmp_path / "out", dtype="float32", tokenizer=source))[1]["text_encoder_2"]
+    for key, x in got.items():
+        assert np.array_equal(x, want[key].numpy()), key
 
 
 def test_t5_can_be_left_out(saved, tmp_path, monkeypatch, capsys):

@@ -38,6 +38,23 @@ def test_every_float_type_reads_as_torch_wrote_it(tmp_path, tag):
     assert tensors["none"].read().shape == (0, 16)
 
 
+@pytest.mark.parametrize(("scale", "other"), [("scale_weight", "scale_input"), ("weight_scale", "input_scale")])
+def test_eight_bit_floats_are_multiplied_by_their_scale(tmp_path, scale, other):
+    """ComfyUI's older and newer files. Reference: torch's product in float32, exact. What scales something else, or
+    a weight that is no 8-bit float, or in blocks, stays for the caller to refuse."""
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    plain, one = torch.randn(8, 16), torch.tensor(0.037)
+    held = {"a.weight": x, f"a.{scale}": one, "b.weight": plain, f"b.{scale}": one, f"c.{scale}": one}
+    held |= {"d.weight": x, f"d.{scale}": torch.ones(8, 1), "e.weight": x, "scaled_fp8": x[:0]}
+    held[f"a.{other}"] = one
+    save_file({name: tensor.clone() for name, tensor in held.items()}, tmp_path / "a.safetensors")
+    tensors = source.read(tmp_path / "a.safetensors").tensors
+    assert tensors.keys() == held.keys() - {f"a.{scale}", f"a.{other}", "scaled_fp8"}
+    np.testing.assert_array_equal(np.array(tensors["a.weight"].read()), (x.float() * one).numpy())
+    np.testing.assert_array_equal(np.array(tensors["b.weight"].read()), plain.numpy())
+    np.testing.assert_array_equal(np.array(tensors["e.weight"].read().astype(mx.float32)), x.float().numpy())
+
+
 def test_reading_is_lazy(tmp_path):
     """A file of 40 GB of nothing opens, and one tensor of it reads, without the disk or memory for 40 GB."""
     path = sparse(tmp_path / "a.safetensors", {"small": (4,), "huge": (10, 2**30), "last": (3,)}, dtype="F32")

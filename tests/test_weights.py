@@ -142,6 +142,20 @@ def test_nothing_quantized_has_no_error(tmp_path):
     assert out.error is None
 
 
+@pytest.mark.parametrize("bits", [None, 4, "mxfp8"])
+def test_a_folder_loads_lazily(tmp_path, bits):
+    """Opened, it holds no memory, nor what quantized layers begin with; evaluated, what its file holds."""
+    tensors = arrays()
+    model = write(tmp_path, tensors, "float16", bits)
+    size = sum(v.nbytes for v in mx.load(str(tmp_path / "text_encoder.safetensors")).values())
+    del tensors
+    before = mx.get_active_memory()
+    module = weights.load(tmp_path, "text_encoder", model)
+    assert mx.get_active_memory() == before
+    mx.eval(module.parameters())
+    assert size <= mx.get_active_memory() - before < 1.2 * size + 2**16  # MLX rounds up what it allocates
+
+
 def test_layers_no_group_divides_stay_whole():
     for width, takes in ((64, set(weights.BITS)), (96, set(weights.BITS)), (80, {"nvfp4"}), (72, set())):
         module = weights.build("text_encoder", CONFIG | {"width": width, "heads": 1})

@@ -212,8 +212,8 @@ def wide(tmp_path_factory) -> dict:
     return made
 
 
-# How far from the picture in full precision each recipe may be, for these random weights: what was seen, less 3 dB.
-LEAST = {3: 12, 4: 12, 5: 12, 6: 12, 8: 35, "mxfp4": 12, "mxfp8": 12, "nvfp4": 12}
+# How near the picture in full precision each recipe comes, for these random weights: what was seen, less 3 dB or more.
+LEAST = {3: 14, 4: 16, 5: 22, 6: 24, 8: 35, "mxfp4": 18, "mxfp8": 27, "nvfp4": 16}
 
 
 @pytest.mark.parametrize("bits", weights.BITS)
@@ -235,7 +235,6 @@ def test_quantized_pipelines(wide, family, bits):
     assert error.keys() >= {"text_encoder", "transformer"}
     assert max(error.values()) < 0.25
     drawn = np.asarray(small(PROMPT, seed=SEED, steps=3, **SIZE).image)
-    print(family, bits, psnr(drawn, want), error)
     assert psnr(drawn, want) > LEAST[bits]
 
 
