@@ -3,36 +3,29 @@ from a family's full-size networks with random weights. Times are medians, with 
 
 import argparse
 import json
-import os
-import re
 import resource
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import mlx.core as mx
 from tqdm import trange
 
-from . import BLAS, __version__, bench_torch
+from . import BLAS, __version__, bench_start, bench_torch
 from .bench_step import Trace, spread
 from .console import Parser, run
 from .errors import Error
-from .fullsize import ROWS, RandomPipeline
+from .fullsize import RandomPipeline
 from .pipeline import Pipeline, load
+from .published import ROWS
 from .registry import DEFAULT
 from .request import Request
 from .weights import DTYPES, label
 
 _PROMPT = "a red house under a full moon"
-_PACKAGE = Path(__file__).parent
 _STAGES = ("encode", "load", "prepare", "denoise", "decode")  # prepare: what the loop has constant
 _AFTER = {"encode": "prepare", "load": "prepare", "denoise": "decode", "decode": None}
 
@@ -42,10 +35,15 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("what to measure")
     which = g.add_mutually_exclusive_group()
     which.add_argument("-m", "--model", default=DEFAULT, help=f"name, hub id, folder or .safetensors ({DEFAULT})")
-    which.add_argument("--random", choices=ROWS, metavar="FAMILY", help=f"random weights, no file: {', '.join(ROWS)}")
+    which.add_argument(
+        "--random", choices=ROWS, metavar="NAME", help="a named model's networks with random weights: no file"
+    )
+    g.add_argument(
+        "--blocks", type=int, metavar="N", help="with --random: SD3 and FLUX cut to N blocks of each kind, T5 too"
+    )
     g.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a run (4)")
-    g.add_argument("-W", "--width", type=int, metavar="PX")
-    g.add_argument("-H", "--height", type=int, metavar="PX")
+    g.add_argument("-W", "--width", type=int, metavar="PX", help="of the picture (default: the model's own size)")
+    g.add_argument("-H", "--height", type=int, metavar="PX", help="both multiples of 8, or of 16 for SD3 and FLUX")
     g.add_argument("--batch", type=int, choices=(1, 2), help="1: not guided, 2: guided (default: what the model does)")
     g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
@@ -68,6 +66,8 @@ def bench(args: argparse.Namespace) -> int:
         raise Error(f"--repeat {args.repeat} measures nothing.", "Use 1 or more.")
     if args.random is not None and args.install is not None:
         raise Error("--install ends with a picture, for which --random has no model.", "Name a model with -m.")
+    if args.blocks is not None and (args.random is None or args.blocks < 1):
+        raise Error(f"--blocks {args.blocks} cuts nothing.", "Use 1 or more, with --random.")
     facts = measure(args)
     print(json.dumps(facts) if args.json else table(facts))
     return 0
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.random is None:
         pipe = load(args.model, dtype=args.dtype, low_memory=args.low_memory)
     else:
-        pipe = RandomPipeline(args.random, args.dtype, args.low_memory)
+        pipe = RandomPipeline(args.random, args.dtype, args.low_memory, args.blocks)
     request = asked(pipe, args)
     batch = 2 if request.guidance > 1 and pipe.two_passes else 1
     facts = {
@@ -97,10 +97,12 @@ def measure(args: argparse.Namespace) -> dict:
         "steps": request.steps,
         "repeat": args.repeat,
         "low_memory": args.low_memory,
-        "import": import_time(args.repeat),
-        "cold_start": None if args.random else cold_start(args, request),  # before this process holds the model
-        "install": install_size(),
-        "install_to_picture": None if args.install is None else install_to_picture(args, request),
+        "import": bench_start.import_time(args.repeat),
+        "cold_start": None
+        if args.random
+        else bench_start.cold_start(args, request),  # before this process holds the model
+        "install": bench_start.install_size(),
+        "install_to_picture": None if args.install is None else bench_start.install_to_picture(args, request),
     }
     facts |= draw(pipe, request, args.repeat)
     facts["against"] = None if args.against is None else bench_torch.compare(pipe, request, batch, args.repeat)
@@ -173,111 +175,6 @@ def watch(pipe: Pipeline, request: Request, clock: Callable[[], float], trace: T
         if trace is not None:
             trace.on(event.stage == "denoise" and event.step == 0)
     return done
-
-
-# ---- starting and installing
-
-
-def import_time(repeat: int) -> dict:
-    """Of what `generate` needs, without the interpreter's own start."""
-    bare = median(_seconds([sys.executable, "-c", "pass"]) for _ in range(repeat))
-    return spread([_seconds([sys.executable, "-c", "import mlxdiff.generate"]) - bare for _ in range(repeat)])
-
-
-def cold_start(args: argparse.Namespace, request: Request) -> dict:
-    """From the command to the first byte of a picture of one step, the model already converted, in files the system
-    may still hold in memory."""
-    return spread([first_byte(sys.executable, args, request, _environment()) for _ in range(args.repeat)])
-
-
-def install_to_picture(args: argparse.Namespace, request: Request) -> dict:
-    """Seconds of a fresh environment, of pip (whose downloads may be cached), and of the first picture in it."""
-    source = Path(args.install).resolve()
-    if not source.exists():
-        raise Error(f"{args.install} does not exist.", "Give a wheel, or a folder with a pyproject.toml.")
-    with tempfile.TemporaryDirectory(prefix="mlxdiff-") as place:
-        python = Path(place) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        venv = _seconds([sys.executable, "-m", "venv", place])
-        pip = _seconds([str(python), "-m", "pip", "install", "-q", str(source)])
-        picture = first_byte(str(python), args, request, os.environ | {"PYTHONPATH": ""})
-    return {"venv": venv, "pip": pip, "picture": picture, "seconds": venv + pip + picture}
-
-
-def first_byte(python: str, args: argparse.Namespace, request: Request, environment: dict) -> float:
-    model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
-    call = [python, "-m", "mlxdiff.generate", _PROMPT, "-m", model, "-s", "0", "--steps", "1", "--sampler", "euler"]
-    call += ["-W", str(request.width), "-H", str(request.height), "-g", str(request.guidance), "-o", "a.png", "--json"]
-    call += [] if args.dtype is None else ["--dtype", args.dtype]
-    call += ["--low-memory"] if args.low_memory else []
-    with tempfile.TemporaryDirectory(prefix="mlxdiff-") as place:
-        begin, picture = time.perf_counter(), Path(place) / "a.png"
-        with tempfile.TemporaryFile("w+") as said:
-            process = subprocess.Popen(call, cwd=place, env=environment, stdout=said, stderr=said)
-            try:
-                while not picture.exists() and process.poll() is None:
-                    time.sleep(0.002)
-                seconds = time.perf_counter() - begin
-                process.wait()
-            finally:
-                process.kill()
-            said.seek(0)
-            if process.returncode != 0:
-                raise Error("The first picture failed.", (said.read().strip().splitlines() or ["It said nothing."])[-1])
-    return seconds
-
-
-def _seconds(call: list[str]) -> float:
-    begin = time.perf_counter()
-    done = subprocess.run(call, env=_environment(), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise Error(f"{' '.join(call[:4])} failed.", (done.stderr.strip().splitlines() or ["It said nothing."])[-1])
-    return time.perf_counter() - begin
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with this mlxdiff to be found from any folder."""
-    path = os.pathsep.join(p for p in (str(_PACKAGE.parent), os.environ.get("PYTHONPATH")) if p)
-    return os.environ | {"PYTHONPATH": path}
-
-
-def install_size() -> dict | None:
-    """Bytes on disk of mlxdiff and of all it requires, as each installed package lists its files; None where mlxdiff
-    runs from a checkout that was never installed."""
-    sizes, todo, seen = {}, [("mlxdiff", "")], set()
-    while todo:
-        name, extras = todo.pop()
-        try:
-            package = metadata.distribution(name)
-        except metadata.PackageNotFoundError:  # wanted by another system
-            continue
-        if (name, extras) not in seen:
-            seen.add((name, extras))
-            sizes[name] = _bytes(package.locate_file(f) for f in package.files or [])
-            todo += [need for line in package.requires or [] for need in _required(line, extras)]
-    if "mlxdiff" not in sizes:
-        return None
-    checkout = (_PACKAGE.parent / "pyproject.toml").is_file()  # then two of its folders lie beside it
-    folders = [_PACKAGE, *(_PACKAGE.parent / n for n in ("convert", "widgets") if checkout)]
-    sizes["mlxdiff"] = _bytes(f for d in folders for f in d.rglob("*") if f.is_file() and f.suffix != ".pyc")
-    return {"bytes": sum(sizes.values()), "packages": dict(sorted(sizes.items(), key=lambda s: -s[1]))}
-
-
-def _required(line: str, extras: str) -> list[tuple[str, str]]:
-    """(name, extras) of a line like `mlx[cpu]>=0.30; sys_platform == 'linux'`; nothing if it is for an extra not asked.
-    Other markers are not read: what they exclude is not installed."""
-    m = re.match(r"\s*([\w.-]+)\s*(?:\[([^\]]*)\])?", line)
-    wanted = re.findall(r"extra\s*==\s*['\"]([^'\"]+)", line)
-    if wanted and not set(wanted) & set(re.split(r"\s*,\s*", extras)):
-        return []
-    return [(re.sub(r"[-_.]+", "-", m[1]).lower(), m[2] or "")]
-
-
-def _bytes(files: Iterable[Path]) -> int:
-    total = 0
-    for file in files:
-        with suppress(OSError):  # listed, and gone
-            total += os.stat(file).st_size
-    return total
 
 
 # ---- the table

@@ -1,39 +1,96 @@
-"""`mlxdiff models`: the models that have a name, and what the built-in one knows."""
+"""`mlxdiff models`: the models that have a name, what they take, what fits this machine; the built-in one's words."""
 
 import re
 import sys
 
+from . import memory, weights
 from .console import Parser, run
 from .errors import Error
-from .registry import FAMILIES, MODELS
+from .registry import DEFAULT, FAMILIES, MODELS
 from .train.storybook import captions
 
 BUILTIN = "storybook"
+# Of the table's columns: bits (None: 16, not quantized) and whether --low-memory.
+COLUMNS = ((4, True), (4, False), (8, False), (None, False))
+# What may be typed to make a model fit, in the order of what it gives up.
+_WAYS = ((None, False), (None, True), (8, False), (8, True), (6, True), (4, False), (4, True), (3, True))
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="mlxdiff models", description="List the models that have a name, or show one.")
-    p.add_argument("name", nargs="?", metavar="NAME", help=f"show this one; {BUILTIN} also lists the words it knows")
+    p = Parser(prog="mlxdiff models", description="List the models that have a name, or say more of one.")
+    p.add_argument("name", nargs="?", metavar="NAME", help=f"say more of this one; {BUILTIN} also lists its words")
     args = p.parse_args(argv)
-    return run("mlxdiff models", lambda: show(args.name))
+    return run("mlxdiff models", lambda: everything() if args.name is None else one(args.name))
 
 
-def show(name: str | None) -> int:
-    if name is not None and name not in MODELS:
+def everything() -> int:
+    print(f"{'':18} {'default':>7} {'':>10}   estimated GB of memory at")
+    print(f"{'name':18} {'size':>7} {'download':>10}  {'4 low':>6} {'4':>5} {'8':>5} {'16 bits':>8}   licence")
+    for name, m in MODELS.items():
+        low, four, eight, sixteen = map(gigabytes, on_a_mac(name))
+        figures = f"{low:>6} {four:>5} {eight:>5} {sixteen:>8}"
+        print(f"{name:18} {m.defaults.size:7} {_download(name):>10}  {figures}   {m.licence}")
+    titles = ", ".join(f.title for f in FAMILIES.values())
+    print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
+    print("mlxdiff models NAME says what fits this machine.")
+    print(f"\nBeside these: any hub repository, folder or .safetensors file of\n{titles}.")
+    return 0
+
+
+def one(name: str) -> int:
+    if name not in MODELS:
         raise Error(f"There is no model named {name!r}.", f"Named models are {', '.join(MODELS)}.")
-    for key, m in MODELS.items():
-        if name in (None, key):
-            size = "in the box" if m.repo is None else f"{m.download / 1e9:.1f} GB"
-            print(f"{key:19} {size:>10}  {m.licence:26} {m.title}")
-    if name is None:
-        titles = ", ".join(f.title for f in FAMILIES.values())
-        print(f"\nBeside these: any hub repository, folder or .safetensors file of {titles}.")
-    elif MODELS[name].repo is not None:
-        print(f"from {MODELS[name].repo}{', gated: accept its licence there first' if MODELS[name].gated else ''}")
-    else:
+    m, d = MODELS[name], MODELS[name].defaults
+    print(f"{name}: {m.title}")
+    print(f"{'licence':10} {m.licence}")
+    place = "in the package" if m.repo is None else f"{_download(name)} from {m.repo}"
+    print(f"{'download':10} {place}{', gated: accept its licence there first' if m.gated else ''}")
+    print(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, guidance {d.guidance:g}")
+    if name == BUILTIN:
         for kind, words in captions.vocabulary().items():
             print(f"{kind:10} {', '.join(words)}")
+    print("\n".join(_advice(name)))
     return 0
+
+
+def on_a_mac(name: str) -> list[float]:
+    """Gigabytes at the model's own size, a figure for each of COLUMNS."""
+    return [max(memory.peaks(memory.named(name, b, "bfloat16", low), gpu=True)) / 1e9 for b, low in COLUMNS]
+
+
+def gigabytes(n: float) -> str:
+    return f"{n:.1f}" if n >= 0.1 else f"{n:.2f}"
+
+
+def _download(name: str) -> str:
+    m = MODELS[name]
+    return "none" if m.repo is None else f"{m.download / 1e9:.1f} GB"
+
+
+def on(machine: memory.Machine, name: str, dtype: str) -> list[tuple[str, float, bool]]:
+    """For each of _WAYS its flags, its gigabytes on a machine, and whether that fits."""
+    rows = []
+    for bits, low in _WAYS:
+        job = memory.named(name, bits, dtype, low)
+        flags = ([] if bits is None else [f"-q {bits}"]) + (["--low-memory"] if low else [])
+        rows.append((" ".join(flags), max(memory.peaks(job, machine.gpu)) / 1e9, memory.fits(job, machine)))
+    return rows
+
+
+def _advice(name: str) -> list[str]:
+    machine, dtype = memory.this_machine(), weights.default_dtype()
+    rows, prompt = on(machine, name, dtype), "a red house under a full moon"
+    within = f", {machine.budget / 1e9:.1f} of it for the GPU" if machine.gpu else ""
+    lines = [f"\nOn this machine ({machine.memory / 1e9:.1f} GB{within}; {dtype}):"]
+    lines += [
+        f"  {flags or 'as it is':18} {gigabytes(size):>6} GB  {'fits' if ok else 'too large'}"
+        for flags, size, ok in rows
+    ]
+    best = next((flags for flags, _, ok in rows if ok), None)
+    if best is None:
+        return [*lines, "\nNone of these fits. A smaller picture takes less: -W 512 -H 512."]
+    model = "" if name == DEFAULT else f" -m {name}"
+    return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{model}{" " if best else ""}{best}']
 
 
 def strange(prompt: str) -> list[str]:

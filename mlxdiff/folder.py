@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import conditioning, registry, samplers, schedules, weights
+from . import conditioning, memory, registry, samplers, schedules, weights
 from .errors import Error
 from .registry import FAMILIES, Defaults
 from .request import Request
@@ -97,6 +97,23 @@ class ModelFolder:
         self._check(full)
         return full
 
+    def job(self, request: Request) -> memory.Job:
+        """What memory counts of a resolved request."""
+        return memory.Job(
+            self.model["family"],
+            self.model["variant"],
+            self.model["components"],
+            self.model["recipe"]["dtype"],
+            self.model["recipe"]["bits"],
+            request.width,
+            request.height,
+            request.steps,
+            request.count,
+            2 if self._cfg(request) > 1 else 1,
+            request.t5,
+            self.low_memory,
+        )
+
     def _check(self, request: Request) -> None:
         """What is good for one family and not for another, told before the work."""
         if self.flow:
@@ -148,8 +165,11 @@ class ModelFolder:
 
     def _network(self, name: str) -> nn.Module:
         if name not in self._networks:
-            self._networks[name] = weights.load(self.folder, name, self.model)
+            self._networks[name] = self._open(name)
         return self._networks[name]
+
+    def _open(self, name: str) -> nn.Module:
+        return weights.load(self.folder, name, self.model)
 
     def _release(self, *names: str) -> None:
         for name in names:

@@ -1,7 +1,7 @@
-"""Published models at their full size with random weights, to measure with no download. A row a family: what
-`convert.open` says of the published checkpoint, which a test compares."""
+"""Published models at full size, or at full width and less depth, of random weights: to measure without any file."""
 
 import json
+import math
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -9,96 +9,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from tokenizers.pre_tokenizers import ByteLevel
+from mlx.utils import tree_map
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from . import weights
-from .models import clip, unet, vae
+from .errors import Error
 from .pipeline import Pipeline
+from .published import ROWS, Config
+from .registry import MODELS
 from .tokenizers import BOS, EOS
 
-_CLIP_L = clip.Config(
-    vocab=49408,
-    positions=77,
-    width=768,
-    layers=12,
-    heads=12,
-    hidden=3072,
-    act="quick_gelu",
-    projection=None,
-    eos=49407,
-    eps=1e-5,
-)
-_CLIP_H = replace(_CLIP_L, width=1024, layers=23, heads=16, hidden=4096, act="gelu")
-_CLIP_G = replace(_CLIP_H, width=1280, layers=32, heads=20, hidden=5120, projection=1280)
-
-_SD1 = unet.Config(
-    in_channels=4,
-    out_channels=4,
-    channels=(320, 640, 1280, 1280),
-    layers=(2, 2, 2, 2),
-    depth=((1, 1), (1, 1), (1, 1), ()),
-    up_depth=((), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
-    mid_depth=1,
-    heads=(8, 8, 8, 8),
-    context=768,
-    groups=32,
-    eps=1e-5,
-    linear_projection=False,
-    time_cond=None,
-    added_time=None,
-    added=None,
-    flip_sin_to_cos=True,
-    freq_shift=0,
-)
-_SD2 = replace(_SD1, heads=(5, 10, 20, 20), context=1024, linear_projection=True)
-_SDXL = replace(
-    _SD2,
-    channels=(320, 640, 1280),
-    layers=(2, 2, 2),
-    depth=((), (2, 2), (10, 10)),
-    up_depth=((10, 10, 10), (2, 2, 2), ()),
-    mid_depth=10,
-    heads=(5, 10, 20),
-    context=2048,
-    added_time=256,
-    added=2816,
-)
-_REFINER = replace(
-    _SDXL,
-    channels=(384, 768, 1536, 1536),
-    layers=(2, 2, 2, 2),
-    depth=((), (4, 4), (4, 4), ()),
-    up_depth=((), (4, 4, 4), (4, 4, 4), ()),
-    mid_depth=4,
-    heads=(6, 12, 24, 24),
-    context=1280,
-    added=2560,
-)
-
-_VAE = vae.Config(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    channels=(128, 256, 512, 512),
-    layers=2,
-    groups=32,
-    scale=0.18215,
-    shift=0.0,
-    quant_conv=True,
-    post_quant_conv=True,
-    mid_attention=True,
-)
-_VAE_XL = replace(_VAE, scale=0.13025)
-
-ROWS = {
-    "sd1": {"text_encoder": _CLIP_L, "unet": _SD1, "vae": _VAE},
-    "sd2": {"text_encoder": _CLIP_H, "unet": _SD2, "vae": _VAE},
-    "sdxl": {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "unet": _SDXL, "vae": _VAE_XL},
-    "sdxl-refiner": {"text_encoder_2": _CLIP_G, "unet": _REFINER, "vae": _VAE_XL},
-}
-_PREDICTION = {"sd2": "v"}
-_SCHEDULE = {
+_DISCRETE = {
     "betas": "scaled_linear",
     "start": 0.00085,
     "end": 0.012,
@@ -109,59 +30,106 @@ _SCHEDULE = {
     "final_alpha_one": False,
     "sampler": None,
 }
+_FLOW = {
+    "steps": 1000,
+    "shift": 3.0,
+    "dynamic": None,
+    "spacing": "trailing",
+    "ends": "trailing",
+    "sampler": "euler",
+}
 
 
 class RandomPipeline(Pipeline):
-    """A family at full size, its weights made when a stage asks for them. On disk: a description and an alphabet for a
-    tokenizer, in a folder that goes when this does."""
+    """A named model, its weights made when a stage asks for them. On disk: a description and alphabets for tokenizers,
+    in a folder that goes when this does. blocks: how many to keep of each kind, in the transformers and in T5."""
 
-    def __init__(self, family: str, dtype: str | None = None, low_memory: bool = False):
+    def __init__(self, name: str, dtype: str | None = None, low_memory: bool = False, blocks: int | None = None):
         self._making = 0.0
         self._place = tempfile.TemporaryDirectory(prefix="mlxdiff-")
-        folder = Path(self._place.name)
-        components = ROWS[family]
+        folder, row = Path(self._place.name), MODELS[name]
+        components = {n: asdict(c) for n, c in shallow(name, blocks).items()}
+        flow = "transformer" in components
         weights.write_json(
             folder / "model.json",
             {
                 "format": weights.FORMAT,
-                "name": f"{family} of random weights",
-                "family": family,
-                "variant": "base",
-                "prediction": _PREDICTION.get(family, "eps"),
+                "name": f"{name} of random weights",
+                "family": row.family,
+                "variant": {"lcm": "lcm", "flux-schnell": "schnell"}.get(name, "base"),
+                "prediction": "flow" if flow else {"sd2": "v"}.get(row.family, "eps"),
                 "source": "random",
                 "recipe": {"dtype": weights.default_dtype() if dtype is None else dtype, "bits": None},
-                "schedule": _SCHEDULE,
-                "zero_negative": family == "sdxl",
-                "components": {name: asdict(config) for name, config in components.items()},
+                "schedule": _FLOW if flow else _DISCRETE,
+                "zero_negative": row.family == "sdxl",
+                "components": components,
             },
         )
-        for name in components:
-            if name.startswith("text_encoder"):
-                _alphabet(folder / name.replace("text_encoder", "tokenizer"))
-        super().__init__(folder, low_memory)
+        for part, config in components.items():
+            if part.startswith("text_encoder"):
+                (_t5_alphabet if "buckets" in config else _alphabet)(folder / part.replace("text_encoder", "tokenizer"))
+        super().__init__(folder, low_memory, row.defaults)
 
     def _network(self, name: str) -> nn.Module:
-        if name not in self._networks:
-            kind = weights.component_dtype(self.model["family"], name, self.model["recipe"]["dtype"])
-            net = weights.build(name, self.model["components"][name])
-            net.set_dtype(weights.DTYPES[kind])
-            net.eval()
-            begin = time.perf_counter()
-            for _, weight in tree_flatten(net.parameters()):
-                mx.eval(weight)  # one by one: making all at once would show in the peak memory
-            self._making += time.perf_counter() - begin
-            self._networks[name] = net
-        return self._networks[name]
+        """A transformer is left to be made when it is loaded, by then without what only its preparation reads."""
+        if name in self._networks or name == "transformer":
+            return super()._network(name)
+        begin, net = time.perf_counter(), super()._network(name)
+        mx.eval(net.parameters())
+        self._making += time.perf_counter() - begin
+        return net
+
+    def _open(self, name: str) -> nn.Module:
+        kind = weights.DTYPES[weights.component_dtype(self.model["family"], name, self.model["recipe"]["dtype"])]
+        net = weights.build(name, self.model["components"][name])
+        net.update(tree_map(lambda p: _random(p.shape, kind) if p.ndim > 1 else p.astype(kind), net.parameters()))
+        return net.eval()
 
     def clock(self) -> float:
         """Seconds, less those that went into making weights."""
         return time.perf_counter() - self._making
 
 
+def shallow(name: str, blocks: int | None) -> dict[str, Config]:
+    """A model's networks, with no more than so many blocks of each kind."""
+    if blocks is None:
+        return ROWS[name]
+    if "unet" in ROWS[name]:
+        raise Error(f"{name} is a U-Net, which is not cut.", "Leave --blocks out.")
+
+    def cut(config: Config) -> Config:
+        depth = {k: min(blocks, v) for k, v in vars(config).items() if k in ("double", "single", "layers")}
+        if hasattr(config, "dual"):
+            depth["dual"] = tuple(i for i in config.dual if i < blocks)
+        return replace(config, **depth)
+
+    return {n: c if n == "vae" or hasattr(c, "act") else cut(c) for n, c in ROWS[name].items()}  # act: CLIP
+
+
+def _random(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """A matrix or kernel whose rows are windows of one random row, each begun a number later: memory to fill, but no
+    time for a generator. As large as leaves what passes through its size."""
+    inner = math.prod(shape[1:])
+    row = (mx.random.normal((shape[0] + inner,), key=mx.random.key(inner)) * inner**-0.5).astype(dtype)
+    return mx.contiguous(mx.as_strided(row, (shape[0], inner), (1, 1))).reshape(shape)
+
+
+def _letters() -> list[str]:
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
 def _alphabet(folder: Path) -> None:
     """A byte-level BPE without merges: a token a letter."""
     folder.mkdir()
-    letters = sorted(ByteLevel.alphabet())
+    letters = _letters()
     words = [*letters, *(c + "</w>" for c in letters), BOS, EOS]
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+
+
+def _t5_alphabet(folder: Path) -> None:
+    folder.mkdir()
+    words = ["<pad>", "</s>", "<unk>", *_letters()]
+    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.save(str(folder / "tokenizer.json"))

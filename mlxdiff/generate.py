@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import BLAS, catalogue, images, samplers, schedules
+from . import BLAS, catalogue, images, memory, samplers, schedules
 from .console import Parser, run
 from .errors import Error
 from .pipeline import Event, Pipeline, load
@@ -31,12 +31,12 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to keep away from")
     g.add_argument("-s", "--seed", type=int, nargs="+", metavar="N", help="one picture a seed (default: a fresh one)")
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures at once, with seeds that count up")
-    g.add_argument("-W", "--width", type=int, metavar="PX")
-    g.add_argument("-H", "--height", type=int, metavar="PX")
+    g.add_argument("-W", "--width", type=int, metavar="PX", help="of the picture (default: the model's own size)")
+    g.add_argument("-H", "--height", type=int, metavar="PX", help="both multiples of 8, or of 16 for SD3 and FLUX")
     g.add_argument("--from-image", type=Path, metavar="PNG", help="take the settings of a picture; flags win")
 
     g = p.add_argument_group("how to draw it")
-    g.add_argument("--steps", type=int, metavar="N")
+    g.add_argument("--steps", type=int, metavar="N", help="more are slower and finer (default: the model's, 1 to 40)")
     g.add_argument("-g", "--guidance", "--cfg-scale", type=float, metavar="G", help="pull to the prompt; 1 is none")
     g.add_argument("--rescale", type=float, metavar="R", help="guidance rescale, 0 to 1 (default 0)")
     g.add_argument("--interval", type=float, nargs=2, metavar=("FROM", "TO"), help="fractions of the steps to guide")
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--prediction", choices=("eps", "v"), help="what a single file predicts")
     g.add_argument("--offline", action="store_true", help="never use the network")
     g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
+    g.add_argument("--force", action="store_true", help="try it even where this machine has too little memory")
 
     g = p.add_argument_group("where it goes")
     g.add_argument("-o", "--output", type=Path, metavar="FILE", help="file or folder; never overwrites")
@@ -96,6 +97,8 @@ def draw(args: argparse.Namespace) -> int:
     _writable(args.output)
     if args.taesd is not None and args.preview_dir is None:
         raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
+    for request in requests if not args.force else []:  # before a download that would be for nothing
+        memory.check_named(model, args.quantize, args.dtype, args.low_memory, request)
     with Bar(quiet=args.json) as bar:
         pipe = load(
             model,
@@ -105,6 +108,7 @@ def draw(args: argparse.Namespace) -> int:
             taesd=args.taesd,
             offline=args.offline,
             low_memory=args.low_memory,
+            force=args.force,
             tokenizer=args.tokenizer,
             prediction=args.prediction,
             t5=any(r.t5 for r in requests),

@@ -12,7 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from . import conditioning, guidance, images, registry, samplers, schedules, tokenizers, weights
+from . import conditioning, guidance, images, memory, registry, samplers, schedules, tokenizers
 from .errors import Error
 from .folder import ModelFolder
 from .noise import Noise, draw_nhwc
@@ -20,7 +20,6 @@ from .registry import Defaults
 from .request import Request
 from .schedules import Schedule
 
-_LOW_MEMORY_TILE = 64  # latents a side: 512 pixels, the size every VAE was trained at or above
 _SMALL_VAE = 16 * 2**20  # bytes; decoding one of these takes less than a step
 _LOW_MEMORY_CACHE = 512 * 2**20  # bytes MLX may keep for reuse
 
@@ -60,19 +59,24 @@ def load(
     taesd: str | Path | None = None,
     offline: bool = False,
     low_memory: bool = False,
+    force: bool = False,
     **options,
 ) -> "Pipeline":
     """Open a model: a name (`mlxdiff models` lists them), a hub id, a folder, or a .safetensors file. Whatever must be
     downloaded or converted is, once. bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: float16,
     bfloat16, float32; by default what suits this machine. taesd: "auto", a hub id, a folder or a file: the tiny decoder
     to draw previews with. Auto is the one made for the model's family, where its VAE is too large for that. low_memory:
-    slower, smaller. options: see `store.resolve` (tokenizer, prediction, ...)."""
+    slower, smaller. force: try also what this machine has too little memory for. options: see `store.resolve`
+    (tokenizer, prediction, ...)."""
     from . import store
 
     def opened(name: str | Path) -> Pipeline:
+        if not force:  # before the download: at the least size, since the real one comes with the request
+            least = Request("", width=128, height=128, t5=options.get("t5", True))
+            memory.check_named(str(name), bits, dtype, low_memory, least)
         folder = store.resolve(name, bits=bits, dtype=dtype, offline=offline, **options)
         row = registry.find(str(name))
-        return Pipeline(folder, low_memory, None if row is None else row.defaults)
+        return Pipeline(folder, low_memory, None if row is None else row.defaults, force)
 
     pipe = opened(model)
     if refiner is not None:
@@ -91,8 +95,9 @@ def stream(prompt: str | Request, model: str | Path = registry.DEFAULT, **settin
 class Pipeline(ModelFolder):
     """A model folder that draws. The text encoders go before the denoiser comes."""
 
-    def __init__(self, folder: Path, low_memory: bool = False, defaults: Defaults | None = None):
+    def __init__(self, folder: Path, low_memory: bool = False, defaults: Defaults | None = None, force: bool = False):
         super().__init__(folder, low_memory, defaults)
+        self.force = force
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
@@ -131,6 +136,8 @@ class Pipeline(ModelFolder):
 
     def _stream(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to start from instead of the seed's."""
+        if not self.force:
+            memory.check(self.job(request), self.name)
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
         spec, schedule = samplers.SAMPLERS[request.sampler], self._schedule(request)
@@ -158,6 +165,7 @@ class Pipeline(ModelFolder):
                 done, now = done + 1, time.perf_counter()
                 yield Event("denoise", done, request.steps, now - begin, np.array(x0), x=np.array(x), sigma=sigma)
                 begin = time.perf_counter()
+            del denoise  # it holds the network
             if pipe is not self or self.low_memory:
                 pipe._release(pipe.net)
         yield from self._decode(x / schedule.spread(sigmas[-1]))
@@ -235,7 +243,7 @@ class Pipeline(ModelFolder):
     def _conditions(self, request: Request, ts: list[float], texts: list[conditioning.Text]) -> dict[str, dict]:
         """What the network takes besides x and t, by the names `guidance.denoiser` has for it."""
         # What a transformer only prepares with is read anew for each run, passes through memory and is gone.
-        net = weights.load(self.folder, self.net, self.model) if self.flow else self._network(self.net)
+        net = self._open(self.net) if self.flow else self._network(self.net)
         sides = [
             conditioning.arguments(self.plan, text, request, negative=len(texts) == 2 and i == 0)
             for i, text in enumerate(texts)
@@ -260,7 +268,7 @@ class Pipeline(ModelFolder):
     def _decode(self, z: mx.array) -> Iterator[Event]:
         """Pictures one at a time: a batch through the VAE would need its peak memory once for each."""
         yield Event("decode", 0, z.shape[0], 0.0)
-        vae, tile = self._network("vae"), _LOW_MEMORY_TILE if self.low_memory else None
+        vae, tile = self._network("vae"), memory.TILE if self.low_memory else None
         for i in range(z.shape[0]):
             begin = time.perf_counter()
             pixels = vae.decode(z[i : i + 1].astype(_dtype(vae)), tile=tile)[0].astype(mx.float32)

@@ -12,16 +12,14 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxdiff import bench, bench_step, bench_torch, convert, fullsize, weights
+from mlxdiff import bench, bench_start, bench_step, bench_torch, fullsize, published, weights
 from mlxdiff.bench_step import Call, Shape, Trace, kernels
 from mlxdiff.models.layers import affine
 from mlxdiff.pipeline import Pipeline
 
-from . import checkpoints
-
-CLIP = replace(fullsize._CLIP_L, vocab=514, width=32, layers=2, heads=2, hidden=40)
+CLIP = replace(published._CLIP_L, vocab=514, width=32, layers=2, heads=2, hidden=40)
 UNET = replace(
-    fullsize._SD1,
+    published._SD1,
     channels=(16, 24),
     layers=(1, 1),
     depth=((1,), ()),
@@ -30,13 +28,13 @@ UNET = replace(
     context=32,
     groups=8,
 )
-VAE = replace(fullsize._VAE, channels=(8, 16, 16), layers=1, groups=4)
+VAE = replace(published._VAE, channels=(8, 16, 16), layers=1, groups=4)
 TINY = {"text_encoder": CLIP, "unet": UNET, "vae": VAE}
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setitem(fullsize.ROWS, "sd1", TINY)
+    monkeypatch.setitem(published.ROWS, "sd15", TINY)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +42,8 @@ def model(tmp_path_factory) -> Path:
     """A model folder of random weights."""
     folder = tmp_path_factory.mktemp("bench") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fullsize.ROWS, "sd1", TINY)
-        pipe = fullsize.RandomPipeline("sd1")
+        patch.setitem(published.ROWS, "sd15", TINY)
+        pipe = fullsize.RandomPipeline("sd15")
     for name, config in TINY.items():
         net = weights.build(name, asdict(config))
         with weights.Writer(pipe.folder / f"{name}.safetensors", name, asdict(config), "float32", None) as out:
@@ -115,7 +113,7 @@ def test_starting_cold_is_a_process_of_its_own(model, facts):
     args = bench.parser().parse_args(quick("-m", str(model / "absent")))
     request = Pipeline(model).resolve("x", width=32, height=32)
     with pytest.raises(bench.Error, match="absent"):
-        bench.first_byte(sys.executable, args, request, bench._environment())
+        bench_start.first_byte(sys.executable, args, request, bench_start._environment())
 
 
 def test_the_table_has_every_figure(facts):
@@ -130,7 +128,7 @@ def test_the_table_has_every_figure(facts):
 
 def test_json_of_random_weights(capsys):
     """No file, so nothing is loaded and nothing can be started cold."""
-    assert bench.main(quick("--random", "sd1", "--json", "--batch", "1", "--low-memory")) == 0
+    assert bench.main(quick("--random", "sd15", "--json", "--batch", "1", "--low-memory")) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["stages"]) == ["encode", "prepare", "denoise", "decode"]
     assert (found["batch"], found["low_memory"], found["cold_start"]) == (1, True, None)
@@ -138,7 +136,7 @@ def test_json_of_random_weights(capsys):
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
 def test_random_weights_are_of_the_dtype_asked(dtype):
-    pipe = fullsize.RandomPipeline("sd1", dtype)
+    pipe = fullsize.RandomPipeline("sd15", dtype)
     for name in TINY:
         kind = weights.DTYPES[weights.component_dtype("sd1", name, dtype)]
         assert {v.dtype for _, v in tree_flatten(pipe._network(name).parameters())} == {kind}
@@ -156,8 +154,8 @@ def test_guided_is_twice_the_batch(model):
 
 
 def test_a_model_of_one_pass_has_no_batch_of_two(model, monkeypatch):
-    monkeypatch.setitem(fullsize.ROWS, "sd1", TINY | {"unet": replace(UNET, time_cond=8)})
-    pipe = fullsize.RandomPipeline("sd1")
+    monkeypatch.setitem(published.ROWS, "sd15", TINY | {"unet": replace(UNET, time_cond=8)})
+    pipe = fullsize.RandomPipeline("sd15")
     args = bench.parser().parse_args(quick("--batch", "2"))
     with pytest.raises(bench.Error, match="--batch 1"):
         bench.asked(pipe, args)
@@ -225,7 +223,7 @@ def test_ctrl_c_within_the_traced_step(model, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlxdiff.models.unet.UNet.__call__", stopped)
-    monkeypatch.setattr(bench, "cold_start", lambda *_: None)
+    monkeypatch.setattr(bench_start, "cold_start", lambda *_: None)
     assert bench.main(quick("-m", str(model))) == 130
     assert mx.conv2d is before
     assert capsys.readouterr().err == "mlxdiff bench: stopped.\n"
@@ -263,28 +261,6 @@ def test_more_work_alone_takes_longer(kind):
     assert min(small_times) < min(large_times)
 
 
-# ---- full size
-
-
-MANIFESTS = {
-    "sd1": ["sd15_v1-5-pruned-emaonly"],
-    "sd2": ["sd21_unet", "sd21_text_encoder", "sd21_vae"],
-    "sdxl": ["sdxl_base_1.0"],
-    "sdxl-refiner": ["sdxl_refiner_1.0"],
-}
-
-
-@pytest.mark.parametrize("family", MANIFESTS)
-def test_the_full_size_rows_are_the_published_models(tmp_path, monkeypatch, family):
-    """Against what the converter reads off the published tensor lists."""
-    monkeypatch.undo()
-    found = {}
-    for name in MANIFESTS[family]:
-        file = checkpoints.sparse(tmp_path / f"{name}.safetensors", checkpoints.manifest(name)["tensors"])
-        found |= {n: c.config for n, c in convert.open(file).components.items()}
-    assert found == fullsize.ROWS[family]
-
-
 # ---- beside torch
 
 
@@ -300,14 +276,14 @@ def test_torch_calls_the_same_network(model, facts):
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("family", fullsize.ROWS)
-def test_diffusers_reads_our_configs(family, monkeypatch):
+@pytest.mark.parametrize("name", ["sd15", "sd21", "lcm", "sdxl", "sdxl-refiner"])
+def test_diffusers_reads_our_configs(name, monkeypatch):
     """Every parameter of ours is one of diffusers', of as many numbers; nothing is allocated."""
     import torch
     from diffusers import UNet2DConditionModel
 
     monkeypatch.undo()
-    ours = asdict(fullsize.ROWS[family]["unet"])
+    ours = asdict(published.ROWS[name]["unet"])
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**bench_torch.config(ours))
     sizes = {k: v.size for k, v in tree_flatten(weights.build("unet", ours).parameters())}
@@ -329,7 +305,7 @@ def test_torch_absent_is_said_and_no_error(model, facts, tmp_path, monkeypatch):
 
 def test_torch_that_fails_is_one_line(model, tmp_path, monkeypatch, capsys):
     without_torch(monkeypatch, tmp_path, "RuntimeError('no such device')")
-    monkeypatch.setattr(bench, "cold_start", lambda *_: None)
+    monkeypatch.setattr(bench_start, "cold_start", lambda *_: None)
     assert bench.main(quick("-m", str(model), "--against", "torch")) == 1
     err = capsys.readouterr().err
     assert "no such device" in err
@@ -353,7 +329,7 @@ def test_install_size_is_the_bytes_of_all_that_is_required(tmp_path, monkeypatch
     package("back_end", 100, "mlxdiff")
     package("tests", 1000)
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = bench.install_size()
+    found = bench_start.install_size()
     own = found["packages"].pop("mlxdiff")  # what its folders hold, wherever it was installed from
     assert found["packages"] == {"back-end": 100, "base": 10}
     assert found["bytes"] == own + 110
@@ -365,14 +341,17 @@ def test_install_size_is_the_bytes_of_all_that_is_required(tmp_path, monkeypatch
 
 BAD = {
     "family unknown": (["--random", "sd9"], "sd9"),
-    "two sources": (["--random", "sd1", "-m", "x"], "not allowed with"),
+    "no blocks": (["--random", "flux-dev", "--blocks", "0"], "--blocks 0"),
+    "blocks of a file": (["--blocks", "2"], "--random"),
+    "blocks of a U-Net": (["--random", "sd15", "--blocks", "2"], "U-Net"),
+    "two sources": (["--random", "sd15", "-m", "x"], "not allowed with"),
     "model absent": (["-m", "./no/such/model"], "no/such/model"),
-    "no run": (["--random", "sd1", "--repeat", "0"], "--repeat 0"),
-    "no step": (["--random", "sd1", "--steps", "0"], "steps 0"),
-    "no such size": (["--random", "sd1", "-W", "30"], "width 30"),
-    "no such batch": (["--random", "sd1", "--batch", "3"], "3"),
-    "no such rival": (["--random", "sd1", "--against", "jax"], "jax"),
-    "install without a model": (["--random", "sd1", "--install", "."], "--install"),
+    "no run": (["--random", "sd15", "--repeat", "0"], "--repeat 0"),
+    "no step": (["--random", "sd15", "--steps", "0"], "steps 0"),
+    "no such size": (["--random", "sd15", "-W", "30"], "width 30"),
+    "no such batch": (["--random", "sd15", "--batch", "3"], "3"),
+    "no such rival": (["--random", "sd15", "--against", "jax"], "jax"),
+    "install without a model": (["--random", "sd15", "--install", "."], "--install"),
 }
 
 
@@ -393,7 +372,7 @@ def test_bad_usage_is_one_line(name, capsys):
 def test_install_from_nowhere(model):
     args = bench.parser().parse_args(quick("-m", str(model), "--install", "no/such/wheel.whl"))
     with pytest.raises(bench.Error, match="does not exist"):
-        bench.install_to_picture(args, None)
+        bench_start.install_to_picture(args, None)
 
 
 def test_the_program_for_torch_is_no_module():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 
-from mlxdiff import fullsize
 from mlxdiff.models import unet, vae
+from mlxdiff.published import ROWS
 
 from . import test_unet, test_vae
 from .oracle import error, nchw, nhwc
@@ -19,7 +19,7 @@ from .oracle import error, nchw, nhwc
 pytestmark = pytest.mark.slow
 
 SPREAD = 1 << 20  # windows begin at one of so many places
-EXTRA = {"sd1": {}, "sdxl": {"transformer_layers_per_block": (1, 2, 10)}}
+EXTRA = {"sd15": {}, "sdxl": {"transformer_layers_per_block": (1, 2, 10)}}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def fill_theirs(theirs: torch.nn.Module, numbers: np.ndarray) -> torch.nn.Module
 
 @pytest.mark.parametrize("family", EXTRA)
 def test_unet_equals_diffusers(family, numbers):
-    config = fullsize.ROWS[family]["unet"]
+    config = ROWS[family]["unet"]
     with torch.device("meta"):
         theirs = test_unet.build(config, EXTRA[family])
     fill_theirs(theirs, numbers)
@@ -70,7 +70,7 @@ def test_unet_equals_diffusers(family, numbers):
 
 
 def test_vae_equals_diffusers(numbers):
-    config = fullsize.ROWS["sd1"]["vae"]
+    config = ROWS["sd15"]["vae"]
     with torch.device("meta"):
         theirs = test_vae.build(config)
     fill_theirs(theirs, numbers)
@@ -78,11 +78,11 @@ def test_vae_equals_diffusers(numbers):
     assert error(nchw(ours.decode(nhwc(z))), test_vae.decoded(theirs, z)) < 1e-4
 
 
-@pytest.mark.parametrize(("family", "batch", "n"), [("sd1", 2, 64), ("sdxl", 1, 64)])
+@pytest.mark.parametrize(("family", "batch", "n"), [("sd15", 2, 64), ("sdxl", 1, 64)])
 def test_a_step_is_finite_and_fits(family, batch, n, numbers, capsys):
     """Above its weights a step of SD 1.5 (512 pixels, guided) or SDXL (512 pixels, not guided) takes under 1.2 GB: 0.9
     is seen, and 1.3 where the scores of a layer, 1.07, are made all at once."""
-    config = fullsize.ROWS[family]["unet"]
+    config = ROWS[family]["unet"]
     net = fill(unet.UNet(config), numbers)
     size = sum(p.nbytes for _, p in tree_flatten(net.parameters()))
     x, cond = test_unet.inputs(config, 3, n, n)
