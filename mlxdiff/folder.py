@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import conditioning, memory, registry, samplers, schedules, weights
+from . import conditioning, images, memory, registry, samplers, schedules, weights
 from .errors import Error
 from .registry import FAMILIES, Defaults
 from .request import Request
@@ -84,10 +84,14 @@ class ModelFolder:
 
     def resolve(self, prompt: str | Request, **settings) -> Request:
         """The request with every open setting filled from this model's defaults, and checked."""
+        if "image" in settings:  # not the one that a request to be replayed began with
+            settings = {"image_hash": None} | settings
         try:
             request = replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
         except TypeError as e:
             raise Error(f"{e}.", f"The settings are {', '.join(Request.__dataclass_fields__)}.") from None
+        if request.image is not None:
+            request = self._begun(request)
         own = self.model["schedule"]
         pair = self.family.fallback if own["sampler"] is None else (own["sampler"], own["spacing"])
         full = request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.multiple)
@@ -114,13 +118,24 @@ class ModelFolder:
             self.low_memory,
         )
 
+    def _begun(self, request: Request) -> Request:
+        """With the size that the image to begin with makes, and the mark of what it shows."""
+        image = images.read(request.image)
+        mark = images.fingerprint(image)
+        if request.image_hash not in (None, mark):
+            raise Error("The image is not the one that these settings began with.", "Give that one: -i FILE.")
+        return replace(request.sized(image.size, self.defaults.size**2, self.multiple), image_hash=mark)
+
     def _check(self, request: Request) -> None:
         """What is good for one family and not for another, told before the work."""
         if self.flow:
             samplers.of_flow(request.sampler)
         elif request.shift is not None:
             raise Error(f"{self.name} has no shift: it is no rectified flow.", "Leave shift out.")
-        schedules.sigmas(self._schedule(request), request.schedule, request.steps)
+        schedule = self._schedule(request)
+        schedules.sigmas(schedule, request.schedule, request.steps)
+        if request.image is not None and schedule.taken(request.steps, request.strength) == 0:
+            raise Error(f"{request.steps} steps at strength {request.strength:g} are none.", "Take more of either.")
         net = self.model["components"][self.net]
         if not request.t5 and (self.plan.t5 is None or self.plan.t5[0] in self.plan.needs):
             raise Error(f"Leaving T5 out is for SD3; {self.name} is {self.family.title}.", "Leave --no-t5 out.")
@@ -139,9 +154,23 @@ class ModelFolder:
                 raise Error("true_cfg has no negative prompt to pull from.", 'Give one: -n TEXT, or -n "".')
         elif request.true_cfg != 1:
             raise Error(f"true_cfg is for FLUX; {self.name} is {self.family.title}.", "Use guidance.")
+        if request.skip_layers:
+            self._check_skipped(request, net)
         side = net["positions"] * self.multiple if "positions" in net else math.inf
         if max(request.width, request.height) > side:
             raise Error(f"{self.name} knows positions up to {side} pixels a side.", "Choose a smaller size.")
+
+    def _check_skipped(self, request: Request, net: dict) -> None:
+        if self.model["family"] != "sd3":
+            raise Error(f"skip_layers is for SD3; {self.name} is {self.family.title}.", "Leave it out.")
+        if request.guidance <= 1:
+            raise Error(f"skip_layers adds to guidance, and that is {request.guidance:g}.", "Use guidance above 1.")
+        for layer in request.skip_layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < net["layers"]:
+                raise Error(
+                    f"skip_layers names {layer!r}; {self.name} has layers 0 to {net['layers'] - 1}.",
+                    "For SD3.5 medium use 7 8 9.",
+                )
 
     def _schedule(self, request: Request) -> Schedule:
         if self.flow:

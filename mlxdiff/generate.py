@@ -16,7 +16,7 @@ from .console import Parser, run
 from .errors import Error
 from .pipeline import Event, Pipeline, load
 from .registry import DEFAULT, MODELS
-from .request import Request
+from .request import STRENGTH, Request
 from .weights import BITS, DTYPES, SMALLER, bits_of, label
 
 
@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures at once, with seeds that count up")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="of the picture (default: the model's own size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="both multiples of 8, or of 16 for SD3 and FLUX")
+    g.add_argument("-i", "--image", metavar="FILE", help="begin with this picture, in its shape or cropped to -W, -H")
+    g.add_argument("--strength", type=float, metavar="F", help=f"how much of it to redraw, 1 is all ({STRENGTH})")
     g.add_argument("--from-image", type=Path, metavar="PNG", help="take the settings of a picture; flags win")
 
     g = p.add_argument_group("how to draw it")
@@ -46,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--clip-skip", type=int, metavar="N", help="text layer counted from the end")
     g.add_argument("--shift", type=float, metavar="S", help="SD3, FLUX: above 1 spends the steps on large noise")
     g.add_argument("--true-cfg", type=float, metavar="G", help="FLUX: pull from the negative prompt by a second pass")
+    g.add_argument("--skip-layers", type=int, nargs="+", metavar="N", help="SD3.5 medium: 7 8 9 draws firmer shapes")
+    g.add_argument("--skip-scale", type=float, metavar="G", help="how far from the pass without them (default 2.8)")
+    g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="when (default 0.01 0.2)")
     g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: do without T5, for less memory")
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
@@ -91,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 def draw(args: argparse.Namespace) -> int:
     base, model = (None, None) if args.from_image is None else images.read_settings(args.from_image)
     model = args.model if args.model is not None else _known(model)
+    if base is not None and args.image is not None:
+        base = replace(base, image_hash=None)
     requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
@@ -147,13 +154,9 @@ def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar")
 
 def _settings(args: argparse.Namespace) -> dict:
     """The Request fields the user typed."""
-    typed = {
-        "negative": args.negative_prompt,
-        "interval": None if args.interval is None else tuple(args.interval),
-    }
-    same = {f.name for f in fields(Request)} & vars(args).keys() - {"prompt", "seed", "interval"}
-    typed |= {n: getattr(args, n) for n in same}
-    return {k: v for k, v in typed.items() if v is not None}
+    same = {f.name for f in fields(Request)} & vars(args).keys() - {"prompt", "seed"}
+    typed = {"negative": args.negative_prompt} | {n: getattr(args, n) for n in same}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in typed.items() if v is not None}
 
 
 def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:

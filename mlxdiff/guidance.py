@@ -30,6 +30,9 @@ def denoiser(
     scale: float = 1.0,
     rescale: float = 0.0,
     interval: tuple[float, float] = (math.inf, 0.0),
+    skip: dict | None = None,
+    skip_scale: float = 0.0,
+    skip_interval: tuple[float, float] = (math.inf, 0.0),
     dtype: mx.Dtype,
 ) -> Callable[[mx.array, float], mx.array]:
     """denoise(x, sigma) -> x0, for x (B, h, w, c) as samplers have it.
@@ -38,7 +41,9 @@ def denoiser(
     one batch under guidance; or uncond: the negative alone, to run it by itself and hold half the activations.
     scale: of classifier-free guidance (Ho and Salimans 2022); up to 1 only cond runs, as in diffusers.
     rescale: how far to restore the spread of the positive output (Lin et al. 2024), 0 to 1.
-    interval: guidance is on from the first sigma down to, and without, the second (Kynkäänniemi et al. 2024)."""
+    interval: guidance is on from the first sigma down to, and without, the second (Kynkäänniemi et al. 2024).
+    skip: cond with layers to leave out, for a pass that what is guided is led away from by skip_scale, within
+    skip_interval (skip-layer guidance, Stability AI 2024)."""
     if prediction not in PREDICTIONS:
         raise Error(f"There is no prediction {prediction!r}.", fix=f"Use one of {', '.join(PREDICTIONS)}.")
 
@@ -51,7 +56,10 @@ def denoiser(
                 sides = mx.split(net(mx.concatenate([x_in, x_in]), t, **both), 2)  # (2 B, h, w, c) -> 2 x (B, h, w, c)
             else:
                 sides = net(x_in, t, **uncond), net(x_in, t, **cond)
-            out = guide(*(side.astype(mx.float32) for side in sides), scale, rescale)
+            negative, positive = (side.astype(mx.float32) for side in sides)
+            out = guide(negative, positive, scale, rescale)
+            if skip is not None and skip_interval[0] >= sigma > skip_interval[1]:
+                out = out + skip_scale * (positive - net(x_in, t, **skip).astype(mx.float32))
         return PREDICTIONS[prediction](x, sigma, out)
 
     return denoise

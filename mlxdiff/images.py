@@ -1,12 +1,13 @@
 """Arrays to pictures, and pictures to files that carry their settings: the text other tools read (A1111's
 `parameters`) and the whole Request as JSON (`mlxdiff`). A file is never overwritten and never half-written."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from . import __version__
 from .errors import Error
@@ -19,6 +20,38 @@ _CHUNK = "mlxdiff"
 def to_image(pixels: np.ndarray) -> Image.Image:
     """(H, W, 3) in [-1, 1] to an 8-bit picture, rounded as diffusers does."""
     return Image.fromarray((np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8))
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """The way back: RGB to (H, W, 3) in [-1, 1]."""
+    return np.asarray(image, np.float32) / 255 * 2 - 1
+
+
+def read(source: str | Path | Image.Image) -> Image.Image:
+    """A picture to begin with, in RGB: turned upright as its camera noted, what is transparent on white."""
+    if not isinstance(source, str | Path | Image.Image):
+        raise Error(f"The image is {type(source).__name__}, not a picture.", "Give a path or a PIL image.")
+    name = "The image" if isinstance(source, Image.Image) else str(source)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(Path(source).expanduser())
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise Error(f"{name} has more than 8 bits a channel.", "Save it with 8, as PNG or JPEG.")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    except FileNotFoundError:
+        raise Error(f"There is no picture at {name}.", "Check the path after -i.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise Error(f"{name} cannot be read as a picture: {e}.", "Give a PNG, JPEG or WebP file.") from None
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scaled until it fills the size, and cropped about its middle."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def fingerprint(image: Image.Image) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:16]
 
 
 def preview(x0: np.ndarray, factors: tuple) -> Image.Image:
@@ -122,6 +155,7 @@ def parameters(request: Request, model: str) -> str:
         "CFG scale": f"{request.guidance:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
+        "Denoising strength": request.strength,
         "Model": _quoted(model),
         "Clip skip": request.clip_skip,
         "RNG": {"torch": "CPU", "nv": "NV"}.get(request.noise),

@@ -1,5 +1,6 @@
 """From a Request to pictures: encode, denoise, decode, told as Events. The only place where MLX is made to evaluate."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,28 +143,40 @@ class Pipeline(ModelFolder):
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
         spec, schedule = samplers.SAMPLERS[request.sampler], self._schedule(request)
         fn = samplers.of_flow(request.sampler) if self.flow else spec.fn
-        sigmas = schedules.sigmas(schedule, request.schedule, request.steps)
+        whole = schedules.sigmas(schedule, request.schedule, request.steps)
+        steps = request.steps if request.image is None else schedule.taken(request.steps, request.strength)
+        sigmas = whole[-1 - steps :]
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
-        high, low = (sigmas[round(f * request.steps)] for f in request.interval)
         texts = []
         for pipe, _ in parts:
             texts.append((yield from pipe._encode(request)))
 
         noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
         shape = (*self._latents(request), self.latent_channels)
-        extra = {"draw": lambda: draw_nhwc(noise, *shape), "eta": request.eta} if spec.noisy else {}
-        first = draw_nhwc(noise, *shape)  # drawn even if not used: a noisy sampler goes on where this ends
-        x, done = (first if given is None else mx.array(given)) * schedule.start(sigmas[0], request.schedule), 0
+
+        def draw() -> mx.array:
+            return draw_nhwc(noise, *shape)
+
+        begun = None
+        if request.image is not None:  # the seed's first draw goes to the VAE, as in diffusers
+            begun = yield from self._encode_image(request, draw())
+        first = draw()  # drawn even if not used: a noisy sampler goes on where this ends
+        first = first if given is None else mx.array(given)
+        if begun is None:
+            x = first * schedule.start(sigmas[0], request.schedule)
+        else:
+            x = schedule.noised(begun, first, sigmas[0])
+        extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, (high, low))
-            yield Event("denoise", done, request.steps, 0.0, x=np.array(x), sigma=part[0])
+            denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, whole)
+            yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
                 x = state
                 mx.eval(x, x0)
                 pipe._check_finite(x)
                 done, now = done + 1, time.perf_counter()
-                yield Event("denoise", done, request.steps, now - begin, np.array(x0), x=np.array(x), sigma=sigma)
+                yield Event("denoise", done, steps, now - begin, np.array(x0), x=np.array(x), sigma=sigma)
                 begin = time.perf_counter()
             del denoise  # it holds the network
             if pipe is not self or self.low_memory:
@@ -216,8 +229,22 @@ class Pipeline(ModelFolder):
             yield Event("encode", 1, 1, time.perf_counter() - begin)
         return self._texts[1]
 
-    def _denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, span: tuple):
-        """The network under its conditions, with everything that does not depend on the latent already computed."""
+    def _encode_image(self, request: Request, noise: mx.array) -> Iterator[Event]:
+        """Latents of the image to begin with, (B, h, w, c): for each picture a sample of its own."""
+        yield Event("encode", 0, 1, 0.0)
+        begin = time.perf_counter()
+        image = images.fit(images.read(request.image), request.width, request.height)
+        x0 = self._network("vae").sample(mx.array(images.to_pixels(image))[None], noise)
+        mx.eval(x0)
+        self._check_finite(x0)
+        if self.low_memory:
+            self._release("vae")
+        yield Event("encode", 1, 1, time.perf_counter() - begin)
+        return x0
+
+    def _denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, sigmas: list[float]):
+        """The network under its conditions, with everything that does not depend on the latent already computed.
+        visits: the sigmas it will be called at; sigmas: of the whole run, of which intervals are parts."""
         if self.net not in self._networks:
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()
@@ -229,6 +256,7 @@ class Pipeline(ModelFolder):
         net = self._network(self.net)
         conds = self._conditions(request, [schedule.t(s) for s in visits], texts)
         mx.eval(conds)
+        begin, end = (f * request.steps for f in request.skip_interval)  # both left out, as diffusers counts
         return guidance.denoiser(
             net,
             schedule,
@@ -236,7 +264,10 @@ class Pipeline(ModelFolder):
             **conds,
             scale=self._cfg(request) if len(texts) == 2 else 1.0,
             rescale=request.rescale,
-            interval=span,
+            interval=tuple(sigmas[round(f * request.steps)] for f in request.interval),
+            skip=conds["cond"] | {"skip_layers": request.skip_layers} if request.skip_layers else None,
+            skip_scale=request.skip_scale,
+            skip_interval=(sigmas[min(math.floor(begin) + 1, request.steps)], sigmas[math.ceil(end)]),
             dtype=_dtype(net),
         )
 

@@ -70,7 +70,7 @@ def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look
     negative, positive = _value(pipe._encode(request))
 
     def by(text) -> Look:
-        denoise = _value(pipe._denoiser(request, schedule, visits, [text], (0.0, 0.0)))
+        denoise = _value(pipe._denoiser(request, schedule, visits, [text], sigmas))
 
         def look(x: np.ndarray, sigma: float) -> np.ndarray:
             x0 = denoise(mx.array(x), sigma)

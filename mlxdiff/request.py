@@ -5,6 +5,9 @@ import json
 import math
 import secrets
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from PIL.Image import Image
 
 from . import samplers, schedules
 from .errors import Error
@@ -12,6 +15,8 @@ from .noise import SOURCES
 from .registry import Defaults
 
 MAX_SEED = 2**63 - 1  # what a signed 64-bit file format or another tool can still hold
+MAX_EDGE = 16384
+STRENGTH = 0.6
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,13 @@ class Request:
     refine_at: float = 0.8  # the part of the steps before a refiner, if one is loaded, takes over
     shift: float | None = None  # SD3 and FLUX: more than 1 spends the steps on large noise; None: the model's own
     true_cfg: float = 1.0  # FLUX, which is told its guidance: how far a second pass pulls from the negative prompt
+    skip_layers: tuple[int, ...] = ()  # SD3: blocks left out of a third pass, to be led away from (3.5 medium: 7 8 9)
+    skip_scale: float = 2.8  # how far
+    skip_interval: tuple[float, float] = (0.01, 0.2)  # in which part of the steps
     t5: bool = True  # SD3: whether T5 reads the prompt too
+    image: str | Path | Image | None = None  # what to begin with; a PNG keeps its path as it was typed, never pixels
+    image_hash: str | None = None  # of what it showed, noted by `Pipeline.resolve`: a replay asks for the same
+    strength: float | None = None  # the part of the steps that redraws the image; 1 ignores it, as in diffusers
     noise: str = "torch"
 
     def resolve(
@@ -57,9 +68,22 @@ class Request:
             schedule=_first(self.schedule, schedule),
             clip_skip=_first(self.clip_skip, clip_skip),
             eta=_first(self.eta, samplers.SAMPLERS[sampler].eta),
+            strength=_first(self.strength, None if self.image is None else STRENGTH),
         )
         full.check(multiple)
         return full
+
+    def sized(self, image: tuple[int, int], pixels: int, multiple: int) -> "Request":
+        """With edges for an image (width, height): its own, made smaller where they make more than `pixels`; of one
+        that is given the other follows."""
+        given = {name: edge for name in ("width", "height") if (edge := getattr(self, name)) is not None}
+        for name, edge in given.items():
+            _whole(name, edge, multiple, MAX_EDGE)
+        grow = min(1.0, math.sqrt(pixels / math.prod(image)))
+        if len(given) == 1:
+            grow = given["width"] / image[0] if "width" in given else given["height"] / image[1]
+        w, h = (max(1, round(edge * grow / multiple)) * multiple for edge in image)
+        return replace(self, **{"width": w, "height": h} | given)
 
     def check(self, multiple: int) -> None:
         """Every value in its range, or one Error that names it."""
@@ -74,8 +98,13 @@ class Request:
         _number("rescale", self.rescale, 0, 1)
         _number("refine_at", self.refine_at, 0, 1)
         _number("true_cfg", self.true_cfg, 0, 100)
+        _number("skip_scale", self.skip_scale, 0, 100)
         if self.shift is not None:
             _number("shift", self.shift, 0.01, 100)
+        if self.strength is not None:
+            _number("strength", self.strength, 0, 1)
+        if self.image is None and (self.strength is not None or self.image_hash is not None):
+            raise Error("There is no image for these settings to begin with.", "Give it: -i FILE.")
         if not isinstance(self.t5, bool):
             raise Error(f"t5 {self.t5!r} is neither true nor false.", "Use t5=False to leave T5 out.")
         if self.eta is not None:
@@ -83,20 +112,23 @@ class Request:
         if self.eta is not None and not samplers.SAMPLERS[self.sampler].noisy:
             raise Error(f"eta has no meaning for {self.sampler}, which adds no noise.", "Leave eta out, or use ddim.")
         for name, value in (("width", self.width), ("height", self.height)):
-            _whole(name, value, multiple, 16384)
+            _whole(name, value, multiple, MAX_EDGE)
             if value % multiple:
                 low = value // multiple * multiple
                 raise Error(f"{name} {value} is not a multiple of {multiple}.", f"Use {low} or {low + multiple}.")
-        lo, hi = _pair("interval", self.interval)
-        if not 0 <= lo <= hi <= 1:
-            raise Error(f"interval {lo} to {hi} is not inside 0 to 1.", "Give two fractions, such as 0.1 0.8.")
+        _span("interval", self.interval)
+        _span("skip_interval", self.skip_interval)
+        if not isinstance(self.skip_layers, tuple | list):
+            raise Error(f"skip_layers {self.skip_layers!r} are not layers.", "Give their numbers, such as (7, 8, 9).")
         if self.schedule not in schedules.SPACINGS:
             raise Error(f"Schedule {self.schedule!r} is not known.", f"Use one of {', '.join(schedules.SPACINGS)}.")
         if self.noise not in SOURCES:
             raise Error(f"Noise {self.noise!r} is not known.", f"Use one of {', '.join(SOURCES)}.")
 
     def to_json(self) -> str:
-        return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, ensure_ascii=False)
+        """An image that is no file becomes null; its hash stays."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps(values, ensure_ascii=False, default=lambda v: str(v) if isinstance(v, Path) else None)
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
@@ -104,9 +136,7 @@ class Request:
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise Error(f"The settings hold {min(unknown)!r}, which this version does not know.", "Update mlxdiff.")
-        if "interval" in values:
-            values["interval"] = tuple(values["interval"])
-        return cls(**values)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _first(*values):
@@ -129,9 +159,10 @@ def _number(name: str, value, low: float, high: float) -> None:
         raise Error(f"{name} {value!r} is not a number from {low} to {high}.", f"Choose {name} in that range.")
 
 
-def _pair(name: str, value) -> tuple[float, float]:
+def _span(name: str, value) -> None:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise Error(f"{name} {value!r} is not a pair of numbers.", "Give two fractions, such as (0.1, 0.8).")
     for v in value:
         _number(name, v, 0, 1)
-    return value[0], value[1]
+    if value[0] > value[1]:
+        raise Error(f"{name} {value[0]} to {value[1]} ends before it begins.", "Give the smaller fraction first.")

@@ -105,6 +105,14 @@ class Discrete:
         """The first x is standard noise times this."""
         return sigma if self.grid.ve_start and spacing != "leading" else self.spread(sigma)
 
+    def noised(self, x0: Array, noise: Array, sigma: float) -> Array:
+        """x at sigma, of a picture to begin with."""
+        return x0 + sigma * noise
+
+    def taken(self, steps: int, strength: float) -> int:
+        """How many of the steps, counted from the clean end, redraw such a picture: as diffusers rounds."""
+        return int(steps * strength)
+
     def spread(self, sigma: float) -> float:
         """x over this is what the networks see."""
         return math.sqrt(1 + sigma**2)
@@ -139,6 +147,12 @@ class Flow:
 
     def start(self, sigma: float, spacing: str) -> float:
         return 1.0
+
+    def noised(self, x0: Array, noise: Array, sigma: float) -> Array:
+        return (1 - sigma) * x0 + sigma * noise
+
+    def taken(self, steps: int, strength: float) -> int:
+        return steps - int(steps - steps * strength)
 
     def spread(self, sigma: float) -> float:
         return 1.0

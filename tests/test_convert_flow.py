@@ -470,6 +470,22 @@ def other_vae(saved: dict, root: Path) -> Path:
     return full(root / "elsewhere" / "vae.safetensors", original.vae(arrays(vae(9, latent_channels=8))))
 
 
+def published(**parts: str):
+    """FLUX.1 dev as it was published, by its manifest, with parts by theirs."""
+
+    def prepare(saved: dict, root: Path) -> list[str]:
+        def empty(name: str) -> str:
+            m = manifest(name)
+            return str(sparse(root / f"{name}.safetensors", m["tensors"], dtype=m["dtype"], dtypes=m.get("dtypes")))
+
+        argv = [empty("flux1-dev"), "--tokenizer", str(saved["dev"][1])]
+        for flag, name in ({"vae": "flux_ae", "clip": "comfy_clip_l", "t5": "comfy_t5xxl_fp16"} | parts).items():
+            argv += [f"--{flag}", empty(name)]
+        return argv
+
+    return prepare
+
+
 def no_t5_words(saved: dict, root: Path) -> list[str]:
     parts, source, _ = saved["dev"]
     return [str(apart(root, "dev", parts)), "--tokenizer", str(source / "tokenizer")]
@@ -504,6 +520,9 @@ BAD = {
     "a VAE of another family": (
         given("dev", vae=other_vae), "takes patches 16 wide and a vae (vae.safetensors) that gives 32"),
     "a VAE of another family for SD3": (given("sd3", vae=other_vae), "takes latents 4 wide and a vae (vae.saf"),
+    "SDXL's VAE for FLUX": (published(vae="sdxl_vae"), "takes patches 64 wide and a vae (sdxl_vae.safetensors) that"),
+    "CLIP-G as FLUX's CLIP": (published(clip="comfy_clip_g"), "takes a text vector 768 wide"),
+    "SDXL's U-Net for FLUX's T5": (published(t5="sdxl_base_unet"), "holds sdxl weights, not a T5"),
     "CLIP-G given to FLUX": (
         given("dev", clip=file_of("sd3", "text_encoder_2", clip_state)), "takes a text vector 64 wide"),
     "CLIP-L given for CLIP-G": (

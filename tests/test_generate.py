@@ -60,6 +60,36 @@ def test_a_picture_carries_what_drew_it_and_replays(here, model, capsys):
     assert not np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("c.png")))
 
 
+def test_a_picture_begins_with_another_and_replays_only_with_it(here, model, capsys):
+    Image.linear_gradient("L").resize((30, 14)).save("begin.png")
+    typed = ["-m", str(model), "--steps", "4", "-i", "begin.png", "--strength", "0.5", "a red fox", "-s", "3"]
+    assert main([*typed, "-o", "a.png"]) == 0
+    request, _ = images.read_settings(here / "a.png")
+    assert (request.image, request.strength, request.width, request.height) == ("begin.png", 0.5, 32, 16)
+    assert "Denoising strength: 0.5" in Image.open("a.png").info["parameters"]
+    again = ["--from-image", "a.png", "-m", str(model)]
+    assert main([*again, "-o", "b.png"]) == 0
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
+    Image.new("RGB", (30, 14), "red").save("other.png")
+    assert main([*again, "-i", "other.png", "-o", "c.png"]) == 0  # a flag wins
+    assert not np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("c.png")))
+    Image.new("RGB", (30, 14), "red").save("begin.png")
+    capsys.readouterr()
+    assert main([*again, "-o", "d.png"]) == 1
+    assert "not the one that these settings began with" in capsys.readouterr().err
+
+
+def test_an_image_from_memory_is_drawn_from_but_not_replayed(here, model, capsys):
+    pipe = load(model)
+    begun = pipe("a red fox", seed=1, steps=2, width=16, height=16)
+    more = pipe("a red fox", seed=2, steps=4, image=begun.image)  # as large as its image
+    assert more.image.size == (16, 16)
+    images.save(more.image, here / "a.png", more.request, pipe.name)
+    assert main(["--from-image", "a.png", "-m", str(model), "-o", "b.png"]) == 1
+    assert "no image for these settings" in capsys.readouterr().err
+    assert pipe.resolve(more.request, image=Image.new("RGB", (8, 8))).image_hash != more.request.image_hash
+
+
 def test_seeds_counts_and_names(here, model, capsys):
     assert main(quick(model, "a red fox!", "-s", "3", "9", "-b", "2", "-o", "out/", "--json")) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -131,6 +161,16 @@ BAD = {
     "model path absent": (["x", "-m", "./no/such/folder"], "no/such/folder"),
     "model is no checkpoint": (["x", "-m", "binary.txt"], "binary.txt"),
     "refiner absent": (["x", "--refiner", "no-such-refiner"], "no-such-refiner"),
+    "image absent": (["x", "-i", "absent.png"], "absent.png"),
+    "image is no picture": (["x", "-i", "binary.txt"], "binary.txt"),
+    "strength without an image": (["x", "--strength", "0.5"], "no image"),
+    "strength out of range": (["x", "-i", "begin.png", "--strength", "2"], "strength 2"),
+    "strength leaves no step": (
+        ["x", "-i", "begin.png", "--strength", "0.2", "--steps", "4"],
+        "4 steps at strength 0.2",
+    ),
+    "width 0 for an image": (["x", "-i", "begin.png", "-W", "0"], "width 0"),
+    "layers skipped in Stable Diffusion 1": (["x", "--skip-layers", "1"], "skip_layers is for SD3"),
     "settings from nothing": (["--from-image", "absent.png"], "absent.png"),
     "settings from no picture": (["--from-image", "binary.txt"], "binary.txt"),
     "not a number": (["x", "--steps", "many"], "many"),
@@ -145,6 +185,7 @@ def test_a_bad_request_is_one_line_and_nothing_else(here, model, capsys, name):
     typed, says = BAD[name]
     Path("empty.txt").write_text("")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00\x80" * 50)
+    Image.new("RGB", (16, 16)).save("begin.png")
     before = files(here)
     if "-m" not in typed:
         typed = ["-m", str(model), *typed]

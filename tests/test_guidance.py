@@ -109,6 +109,21 @@ def test_interval_includes_its_first_sigma_and_not_its_last():
         assert [batch for batch, *_ in net.calls] == batches, sigma
 
 
+def test_skipped_layers_are_led_away_from_in_a_pass_of_their_own():
+    """guided + skip_scale (positive - skipped); only within its interval, and only where there is guidance."""
+    skipped = np.array([1.5, 4.0])[:, None, None, None] * np.tanh(VP)
+    expected = NEGATIVE + 7.5 * (POSITIVE - NEGATIVE) + 2.8 * (POSITIVE - skipped)
+    how = {"skip": gains(1.5, 4.0), "skip_scale": 2.8, "skip_interval": (3.0, 1.0)}
+    net = Net()
+    np.testing.assert_allclose(run(net, both=BOTH, scale=7.5, **how), expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(run(net, uncond=UNCOND, scale=7.5, **how), expected, rtol=1e-5, atol=1e-4)
+    assert [batch for batch, *_ in net.calls] == [4, 2, 2, 2, 2]
+    for sigma, scale, batches in [(3.0, 7.5, [4, 2]), (3.1, 7.5, [4]), (1.0, 7.5, [4]), (2.5, 1.0, [2])]:
+        net = Net()
+        run(net, sigma, both=BOTH, scale=scale, **how)
+        assert [batch for batch, *_ in net.calls] == batches, sigma
+
+
 @pytest.mark.parametrize("rescale", [0.3, 0.7, 1.0])
 def test_rescale_equals_diffusers(rescale):
     negative, positive = rng.standard_normal((2, 3, 8, 8, 4)).astype(np.float32)

@@ -120,3 +120,66 @@ def test_a_picture_without_settings_is_one_error(tmp_path):
     picture().save(tmp_path / "bare.png")
     with pytest.raises(Error, match="carries no settings"):
         images.read_settings(tmp_path / "bare.png")
+
+
+# ---- pictures to begin with
+
+
+def test_a_picture_is_read_upright_opaque_and_in_colour(tmp_path):
+    """EXIF orientation 6: the camera was turned, and the first row is the last column. Half of red on white is pink."""
+    turned = picture().convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(images.read(tmp_path / "a.png")), np.rot90(np.asarray(turned), -1))
+    clear = Image.new("RGBA", (4, 2), (255, 0, 0, 128))
+    clear.putpixel((0, 0), (0, 0, 0, 0))
+    out = np.asarray(images.read(clear))
+    assert (out[0, 0].tolist(), out[1, 1].tolist()) == ([255, 255, 255], [255, 127, 127])
+    for mode in ("1", "L", "LA", "P", "CMYK", "YCbCr"):
+        assert images.read(picture().convert("L").convert(mode)).mode == "RGB"
+    plain = np.asarray(images.read(str(images.save(picture(), tmp_path / "b.png", FULL, "m"))))
+    assert np.array_equal(plain, np.asarray(picture()))
+
+
+def test_a_picture_fills_the_size_and_is_cropped_about_its_middle():
+    """A white band in the middle third of black: at the band's shape only the band is left."""
+    bands = np.zeros((30, 90, 3), np.uint8)
+    bands[:, 30:60] = 255
+    assert np.asarray(images.fit(Image.fromarray(bands), 30, 30)).min() == 255
+    assert np.array_equal(np.asarray(images.fit(Image.fromarray(bands), 90, 30)), bands)  # of its size: untouched
+
+
+def test_pixels_come_back_from_a_picture():
+    assert np.array_equal(np.asarray(images.to_image(images.to_pixels(picture()))), np.asarray(picture()))
+
+
+def test_a_fingerprint_is_what_is_seen_and_not_the_file(tmp_path):
+    for name in ("a.png", "a.bmp"):
+        picture().save(tmp_path / name)
+    marks = {images.fingerprint(images.read(tmp_path / name)) for name in ("a.png", "a.bmp")}
+    assert len(marks | {images.fingerprint(picture())}) == 1
+    assert images.fingerprint(picture().resize((40, 72))) not in marks
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("absent.png", "no picture at"),
+        (".", "cannot be read"),
+        ("text.png", "cannot be read"),
+        ("cut.png", "cannot be read"),
+        ("deep.png", "more than 8 bits"),
+        (np.zeros((8, 8, 3), np.uint8), "is ndarray"),
+    ],
+)
+def test_what_cannot_be_begun_with_is_one_error(tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_bytes(b"hello")
+    whole = images.save(picture(), tmp_path / "whole.png", FULL, "m").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) * 2 // 3])
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(Error, match=says) as e:
+        images.read(given)
+    assert len(str(e.value).splitlines()) == 1
+    assert e.value.fix

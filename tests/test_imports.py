@@ -81,6 +81,7 @@ MAY = {
     "mlxdiff.folder": {
         "mlxdiff.conditioning",
         "mlxdiff.errors",
+        "mlxdiff.images",
         "mlxdiff.memory",
         "mlxdiff.registry",
         "mlxdiff.request",

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mlxdiff.errors import Error
 from mlxdiff.registry import Defaults
@@ -40,10 +42,39 @@ def test_a_fresh_seed_is_drawn_each_time():
 
 
 def test_json_round_trip():
-    request = resolve(Request("später 🏠", negative="", interval=(0.2, 0.9)))
+    request = resolve(Request("später 🏠", negative="", interval=(0.2, 0.9), skip_layers=(7, 8), image="a.png"))
     assert Request.from_json(request.to_json()) == request
+    assert Request.from_json(replace(request, image=Path("a.png")).to_json()) == request
     with pytest.raises(Error, match="'future'"):
         Request.from_json('{"prompt": "x", "future": 1}')
+
+
+@pytest.mark.parametrize(
+    ("given", "image", "drawn"),
+    [
+        ({}, (256, 160), (256, 160)),
+        ({}, (259, 165), (256, 168)),  # to the nearest multiple
+        ({}, (4000, 1000), (1024, 256)),  # no more pixels than 512 x 512, the shape kept
+        ({}, (3, 9000), (8, 9000)),
+        ({"width": 128}, (4000, 1000), (128, 32)),
+        ({"height": 1000}, (400, 100), (4000, 1000)),
+        ({"width": 64, "height": 96}, (4000, 1000), (64, 96)),
+    ],
+)
+def test_edges_for_an_image(given, image, drawn):
+    request = Request("x", image="a.png", **given).sized(image, 512**2, 8)
+    assert (request.width, request.height) == drawn
+    assert request.sized(image, 512**2, 8) == request
+
+
+def test_an_image_has_a_strength_and_a_strength_an_image():
+    assert resolve(Request("x", image="a.png")).strength == 0.6
+    assert resolve(Request("x")).strength is None
+    shown = Image.new("RGB", (8, 8))
+    replayed = Request.from_json(replace(resolve(Request("x", image=shown)), image_hash="1f").to_json())
+    assert (replayed.image, replayed.image_hash) == (None, "1f")
+    with pytest.raises(Error, match="no image"):
+        resolve(replayed)
 
 
 BAD = [
@@ -74,6 +105,12 @@ BAD = [
     ({"clip_skip": 0}, "clip_skip 0"),
     ({"refine_at": 2.0}, "refine_at"),
     ({"noise": "cuda"}, "cuda"),
+    ({"skip_interval": (0.5, 0.1)}, "ends before it begins"),
+    ({"skip_scale": math.inf}, "skip_scale inf"),
+    ({"skip_layers": 7}, "skip_layers 7"),
+    ({"strength": 0.5}, "no image"),
+    ({"strength": 1.5, "image": "a.png"}, "strength 1.5"),
+    ({"strength": math.nan, "image": "a.png"}, "strength nan"),
 ]
 
 

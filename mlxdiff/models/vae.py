@@ -143,6 +143,12 @@ class VAE(nn.Module):
         mean, logvar = mx.split(x, 2, axis=-1)
         return (mean - self.config.shift) * self.config.scale, logvar
 
+    def sample(self, image: mx.array, noise: mx.array) -> mx.array:
+        """A latent drawn from what `encode` tells, by standard noise of its shape. Bounds of the variance as diffusers
+        has them."""
+        mean, logvar = self.encode(image)
+        return mean + mx.exp(0.5 * mx.clip(logvar, -30, 20)) * self.config.scale * noise
+
     def decode(self, z: mx.array, tile: int | None = None) -> mx.array:
         """z (B, h, w, c) at the model's scale -> (B, H, W, 3) in about [-1, 1]; by overlapping tiles of `tile` latents
         a side where given, for memory that does not grow with the picture."""

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 import mlxdiff
-from mlxdiff import weights
+from mlxdiff import generate, weights
 from mlxdiff.errors import Error
 from mlxdiff.pipeline import Pipeline
 from tests import clip_vocab, t5_vocab
@@ -29,16 +29,9 @@ from tests.test_convert_flow import apart, nets, single
 from . import tiny
 from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, command, oracle, psnr
 
+pytestmark = pytest.mark.usefixtures("cache")
 NAMES = {"sd3": ("sd3", "medium"), "sd3.5": ("sd3", "3.5"), "dev": ("flux", "dev"), "schnell": ("flux", "schnell")}
 TOKENS = {"sd3": 256, "sd3.5": 256, "dev": 512, "schnell": 256}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    place = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLXDIFF_CACHE", str(place))
-        yield place
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +84,44 @@ def test_sd3(oracles, name):
     assert psnr(ours(folder, negative=NEGATIVE, steps=6, guidance=5.0, low_memory=True), want) > DB
     want = theirs(pipe, name, num_inference_steps=3, guidance_scale=1.0)
     assert psnr(ours(folder, steps=3, guidance=1.0), want) > DB
+
+
+SKIP = {"skip_layers": (0, 1), "skip_scale": 4.0, "skip_interval": (0.2, 0.7)}
+
+
+def test_skipped_layers_guide_step_for_step(oracles):
+    """Of 7 steps the third to the fifth: 1.4 < i < 4.9. Then in one half after the other, and by default the second."""
+    pipe, folder = oracles["sd3.5"]
+    names = {"skip_layer_guidance_scale": 4.0, "skip_layer_guidance_start": 0.2, "skip_layer_guidance_stop": 0.7}
+    same, latents = {"negative_prompt": NEGATIVE, "num_inference_steps": 7, "guidance_scale": 4.0}, []
+
+    def keep(pipe, i, t, values):
+        latents.append(values["latents"].numpy().transpose(0, 2, 3, 1))
+        return values
+
+    want = theirs(pipe, "sd3.5", skip_guidance_layers=[0, 1], callback_on_step_end=keep, **names, **same)
+    own = {"negative": NEGATIVE, "steps": 7, "guidance": 4.0}
+    events = opened(folder).stream(PROMPT, seed=SEED, **own, **SKIP, **SIZE)
+    steps = [e.x for e in events if e.stage == "denoise" and e.step]
+    assert len(steps) == len(latents) == 7
+    for a, b in zip(latents, steps, strict=True):
+        assert np.abs(a - b).max() < 1e-4 * np.abs(a).max()  # float32 in another order; a step guided or not: 0.1
+    assert psnr(ours(folder, **own, **SKIP), want) > DB
+    assert psnr(ours(folder, low_memory=True, **own, **SKIP), want) > DB
+    plain = theirs(pipe, "sd3.5", **same)
+    assert psnr(want, plain) < DB - 10
+    once = theirs(pipe, "sd3.5", skip_guidance_layers=[0, 1], skip_layer_guidance_scale=12.0, **same)
+    assert psnr(ours(folder, skip_layers=(0, 1), skip_scale=12.0, **own), once) > DB
+    assert psnr(once, plain) < DB - 10
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral", "unipc"])
+def test_skipped_layers_under_every_sampler(oracles, sampler):
+    """An interval that holds no step changes nothing; one that does, does."""
+    own = {"steps": 5, "guidance": 4.0, "sampler": sampler, "skip_layers": (1,), "skip_scale": 4.0}
+    plain = ours(oracles["sd3.5"][1], **own, skip_interval=(0.9, 1.0))
+    assert np.array_equal(plain, ours(oracles["sd3.5"][1], **own | {"skip_layers": ()}))
+    assert psnr(plain, ours(oracles["sd3.5"][1], **own, skip_interval=(0.0, 1.0))) < DB - 5
 
 
 def test_sd3_without_t5(oracles, tmp_path):
@@ -262,9 +293,35 @@ def test_what_these_families_refuse(oracles):
         (sd3, {"width": 80}, "up to 72 pixels"),
         (sd3, {"clip_skip": 4}, "3 layers"),
         (sd3, {"shift": 0.0}, "shift 0.0"),
+        (sd3, {"skip_layers": (3,)}, "names 3; .* has layers 0 to 2"),
+        (sd3, {"skip_layers": (1, -1)}, "names -1"),
+        (sd3, {"skip_layers": ("1",)}, "names '1'"),
+        (sd3, {"skip_layers": (1,), "guidance": 1.0}, "adds to guidance"),
+        (dev, {"skip_layers": (1,)}, "skip_layers is for SD3"),
     ):
         with pytest.raises(Error, match=said):
             pipe.resolve(PROMPT, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "said"),
+    [
+        ("schnell", ["-g", "3.5"], "takes no guidance"),
+        ("dev", ["-n", "blurry"], "no place for a negative prompt"),
+        ("dev", ["-W", "36"], "Use 32 or 40"),
+        ("dev", ["--sampler", "dpmpp_sde"], "Use one of euler, euler_ancestral, heun, dpmpp_2m, unipc"),
+        ("dev", ["--schedule", "leading"], "Use one of linspace"),
+        ("sd3", ["--skip-layers", "7", "8", "9"], "has layers 0 to 2"),
+        ("sd3", ["--prediction", "v"], "predicts flow"),
+    ],
+)
+def test_what_they_refuse_is_one_line_at_the_command_line(oracles, tmp_path, monkeypatch, capsys, name, typed, said):
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["a fox", "-m", str(oracles[name][1]), "--dtype", "float32", "-o", "a.png", *typed]) == 1
+    out, err = capsys.readouterr()
+    assert (out, len(err.strip().splitlines())) == ("", 1)
+    assert said in err
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- single files under the original authors' names; the weights and the layouts are those of test_convert_flow

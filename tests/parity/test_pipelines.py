@@ -40,11 +40,6 @@ def oracles(tmp_path_factory) -> dict:
     return made
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def command(cache: Path, out: Path, *args: str) -> tuple[np.ndarray, dict]:
     """`python -m mlxdiff.generate ... --json` as a user runs it: the picture and what was printed."""
     call = [sys.executable, "-m", "mlxdiff.generate", *args, "-o", str(out), "--json", "--dtype", "float32"]
@@ -143,8 +138,7 @@ def test_low_memory_draws_the_same_picture(oracles, cache, tmp_path):
     assert psnr(whole, small) > 50  # the same numbers in two batches instead of one
 
 
-def test_the_same_seed_draws_the_same_bytes_and_a_batch_its_members(oracles, cache, monkeypatch):
-    monkeypatch.setenv("MLXDIFF_CACHE", str(cache))
+def test_the_same_seed_draws_the_same_bytes_and_a_batch_its_members(oracles, cache):
     pipe = mlxdiff.load(oracles["sd1"][1], dtype="float32")
     request = pipe.resolve(PROMPT, seed=5, steps=3, sampler="euler_ancestral", count=3, **SIZE)
     batch = [np.asarray(i) for i in pipe(request).images]
@@ -156,8 +150,7 @@ def test_the_same_seed_draws_the_same_bytes_and_a_batch_its_members(oracles, cac
     assert psnr(batch[0], batch[1]) < 40
 
 
-def test_long_and_weighted_prompts_run_and_differ(oracles, cache, monkeypatch):
-    monkeypatch.setenv("MLXDIFF_CACHE", str(cache))
+def test_long_and_weighted_prompts_run_and_differ(oracles, cache):
     pipe = mlxdiff.load(oracles["sdxl"][1], dtype="float32")
     draw = lambda prompt: np.asarray(pipe(prompt, seed=5, steps=2, **SIZE).image)  # noqa: E731
     plain = draw("a red fox")
