@@ -7,7 +7,7 @@ from ..errors import Error
 from .source import read_json
 
 MOST_LAYERS = 1000  # of a kind, in any network: building one with more would take all memory
-_FIX = "Use a checkpoint of a supported model; `python -m mlxdiff.convert FILE --check` says what a file is."
+_FIX = "Use a checkpoint of a supported model; `mlxdiff inspect FILE` says what a file is."
 
 
 class Settings:
