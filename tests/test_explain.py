@@ -12,11 +12,28 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="the lessons need pip install -e '.[studio]'")
 pytest.importorskip("ipywidgets", reason="the lessons need pip install -e '.[studio]'")
 
-from mlxdiff.widgets.explain import ForwardNoise, forward
+import mlxdiff
+from mlxdiff import probe
+from mlxdiff.widgets.explain import ForwardNoise, Tokens, WordMaps, forward, text
 
 
 def numbers(words: str) -> list[float]:
     return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?", words)]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return mlxdiff.load("storybook")
+
+
+def moved(lesson, control, value):
+    """The picture before and after a control is moved; what works anew has ended."""
+    before, job = lesson.image.value, lesson._job
+    control.value = value
+    if lesson._job is not job:
+        lesson._job.result()
+    assert lesson.error is None
+    return before, lesson.image.value
 
 
 # ---- lesson 1, forward noise
@@ -115,3 +132,45 @@ def test_forward_noise_redraws_at_once_without_a_worker(noise):
         assert noise.image.value[:4] == b"\x89PNG"
         assert noise.image.value != before
     assert noise._job is None
+
+
+# ---- lesson 7, text. References: the probe, which test_probe.py holds to numpy and transformers; counts by hand
+
+
+def test_tokens_are_told_in_words():
+    lesson = Tokens("a (red:1.3) house, moon", word=2).ready()
+    assert (
+        lesson.words()
+        == "5 tokens in the 38 places. red counts 1.30 times. red: 2 merges make one token of its letters."
+    )
+    before, after = moved(lesson, lesson.at, 3)
+    assert before != after
+    assert "house: " in lesson.caption.value
+    before, after = moved(lesson, lesson.prompt, "elephant BREAK moon")
+    assert before != after
+    assert lesson.at.max == lesson.at.value == 2  # of two words the third cannot be chosen
+    assert lesson.words().startswith("7 tokens in the 76 places of 2 chunks.")
+    moved(lesson, lesson.prompt, "")
+    assert lesson.words() == "0 tokens in the 38 places."
+
+
+def test_word_maps_add_up_the_tokens_of_a_word(pipe):
+    prompt, settings = "an elephant under a moon", {"seed": 3, "steps": 4}
+    lesson = WordMaps(prompt, **settings).ready()
+    maps = np.stack([seen.maps for seen in probe.attention(pipe, prompt, **settings)])
+    assert (lesson.data.maps == maps).all()
+    lesson.word.value, lesson.at.value = 2, 3
+    share = maps[2, 2:8].sum(0)  # begin, an, then e le p ha n t
+    assert f"Step 3 of 4. “elephant” has {share.mean():.1%} of the attention" in lesson.words()
+    rest = 1 - maps[2, 1:11].sum(0).mean()
+    assert f"Begin, end and padding together have {rest:.1%}." in lesson.words()
+    assert lesson.caption.value == lesson.words()
+    before, after = moved(lesson, lesson.word, 5)
+    assert before != after
+    moved(lesson, lesson.steps, 5)
+    assert lesson.data.maps.shape == (5, 40, 16, 16)
+
+
+def test_contrast_by_hand():
+    """10 of 100 places at 6, the rest at 2."""
+    assert text.contrast(np.where(np.arange(100).reshape(10, 10) % 10 == 3, 6.0, 2.0)) == 3

@@ -2,5 +2,6 @@
 
 from .film import FilmStrip
 from .forward import ForwardNoise
+from .text import Tokens, WordMaps
 
-__all__ = ["FilmStrip", "ForwardNoise"]
+__all__ = ["FilmStrip", "ForwardNoise", "Tokens", "WordMaps"]
