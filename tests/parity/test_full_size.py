@@ -3,6 +3,8 @@ weight is a window of one random buffer, in both libraries, so that gigabytes of
 
 import time
 import zlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 
-from mlxdiff.models import unet, vae
+from mlxdiff import memory
+from mlxdiff.models import flux, sd3, t5, unet, vae
 from mlxdiff.published import ROWS
 
 from . import test_unet, test_vae
@@ -24,8 +27,8 @@ EXTRA = {"sd15": {}, "sdxl": {"transformer_layers_per_block": (1, 2, 10)}}
 
 @pytest.fixture(scope="module")
 def numbers() -> np.ndarray:
-    """As many as the largest convolution has, and the spread."""
-    return np.random.default_rng(0).standard_normal(9 * 2560 * 1280 + SPREAD, np.float32) * np.float32(0.02)
+    """As many as the largest layer of FLUX has, and the spread."""
+    return np.random.default_rng(0).standard_normal(7 * 3072 * 3072 + SPREAD, np.float32) * np.float32(0.02)
 
 
 def begin(name: str) -> int:
@@ -107,3 +110,76 @@ def test_a_step_is_finite_and_fits(family, batch, n, numbers, capsys):
     assert mx.isfinite(y).all()
     assert y.std() > 0
     assert extra < 1.2e9
+
+
+# ---- what the estimate of memory counts beside the weights, at the published widths
+
+
+def prepared(net, config, side: int, text: int) -> Callable[[], mx.array]:
+    """One call of a transformer on side x side latents."""
+    told = {"guidance": 3.5} if isinstance(config, flux.Config) else {}
+    x, context = mx.zeros((1, side, side, 16)), mx.ones((1, text, config.context))
+    cond = net.prepare([0.5], context, mx.ones((1, config.pooled)), (side, side), **told)
+    mx.eval(net.parameters(), x, cond)
+    return lambda: net(x, 0.5, **cond)
+
+
+def of_flux(numbers: np.ndarray) -> tuple[Callable, float]:
+    config = replace(ROWS["flux-dev"]["transformer"], double=1, single=1)
+    call = prepared(fill(flux.Flux(config), numbers), config, 32, 512)
+    return call, memory._step(asdict(config), 32 * 32, 512, gpu=False)
+
+
+def of_sd3(numbers: np.ndarray, **change) -> tuple[Callable, float]:
+    config = replace(ROWS["sd3-medium"]["transformer"], layers=2, **change)
+    call = prepared(fill(sd3.SD3(config), numbers), config, 48, 333)
+    return call, memory._step(asdict(config), 48 * 48, 333, gpu=False)
+
+
+def of_unet(numbers: np.ndarray, name: str) -> tuple[Callable, float]:
+    config = ROWS[name]["unet"]
+    net, (x, cond) = fill(unet.UNet(config), numbers), test_unet.inputs(config, 1, 32, 32)
+    x, cond = nhwc(x)[:1], net.prepare([5.0], **{k: v[:1] for k, v in test_unet.ready(cond).items()})
+    mx.eval(net.parameters(), x, cond)
+    return lambda: net(x, 5.0, **cond), memory._step(asdict(config), 32 * 32, 77, gpu=False)
+
+
+def of_vae(numbers: np.ndarray) -> tuple[Callable, float]:
+    config = ROWS["sd15"]["vae"]
+    net, z = fill(vae.VAE(config), numbers), mx.zeros((1, 16, 16, 4))
+    mx.eval(net.parameters(), z)
+    return lambda: net.decode(z), memory._VAE[False] * config.channels[0] * 128 * 128
+
+
+def of_t5(numbers: np.ndarray) -> tuple[Callable, float]:
+    config = replace(ROWS["flux-dev"]["text_encoder_2"], layers=2, vocab=9000)
+    net, ids = fill(t5.T5Encoder(config), numbers), mx.zeros((1, 256), mx.int32)
+    mx.eval(net.parameters(), ids)
+    wide, scores = memory._T5
+    return lambda: net(ids), 256 * (wide * config.hidden + scores * config.heads * 256)
+
+
+ACTIVE = {
+    "flux": of_flux,
+    "sd3": of_sd3,
+    "sd3.5": lambda numbers: of_sd3(numbers, dual=(0, 1), qk_norm=True),
+    "sd15": lambda numbers: of_unet(numbers, "sd15"),
+    "sdxl": lambda numbers: of_unet(numbers, "sdxl"),
+    "vae": of_vae,
+    "t5": of_t5,
+}
+
+
+@pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="its figures were measured on a CPU")
+@pytest.mark.parametrize("name", ACTIVE)
+def test_activations_are_what_the_estimate_counts(name, numbers, capsys):
+    """Within a quarter: where the peak falls depends on how far MLX runs ahead, which the load of the machine moves."""
+    call, estimate = ACTIVE[name](numbers)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(call())
+    seen = (mx.get_peak_memory() - before) / 4
+    with capsys.disabled():
+        print(f"\n{name}: {seen / 1e6:.1f} million numbers, estimated {estimate / 1e6:.1f}", end="")
+    assert 0.75 < estimate / seen < 1.25
