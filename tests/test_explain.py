@@ -14,7 +14,17 @@ pytest.importorskip("ipywidgets", reason="the lessons need pip install -e '.[stu
 
 import mlxdiff
 from mlxdiff import probe
-from mlxdiff.widgets.explain import ForwardNoise, Tokens, WordMaps, forward, text
+from mlxdiff.widgets.explain import (
+    ForwardNoise,
+    GuidanceSweep,
+    Negative,
+    Tokens,
+    TwoAnswers,
+    WordMaps,
+    forward,
+    guidance,
+    text,
+)
 
 
 def numbers(words: str) -> list[float]:
@@ -132,6 +142,86 @@ def test_forward_noise_redraws_at_once_without_a_worker(noise):
         assert noise.image.value[:4] == b"\x89PNG"
         assert noise.image.value != before
     assert noise._job is None
+
+
+# ---- lesson 3, guidance
+
+
+def quiet(done, total):
+    assert 0 < done <= total
+
+
+def first_answer(pipe, prompt):
+    """The first step of an unguided run: the network's answer to these words alone, for the noise of seed 5."""
+    step = next(probe.trace(pipe, prompt, seed=5, steps=4, guidance=1))
+    return step.x0.astype(np.float64)
+
+
+def test_the_two_answers_are_those_of_two_unguided_runs(pipe):
+    """Both runs start from the same noise, so their first answers are the two of the guided run's first step."""
+    lesson = TwoAnswers("a blue boat", seed=5, steps=4, at=1)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    empty, prompt = first_answer(pipe, ""), first_answer(pipe, "a blue boat")
+    apart = np.sqrt(((prompt - empty) ** 2).mean(3))[0]
+    np.testing.assert_allclose(lesson.data.difference, apart, rtol=1e-3, atol=1e-3)  # a batch of one against two
+    expected = 100 * math.sqrt(((prompt - empty) ** 2).sum() / (prompt**2).sum())
+    assert numbers(lesson.words())[3] == pytest.approx(expected, abs=0.6)  # said without decimals
+    drawn = pipe.decode((empty + 4 * (prompt - empty)).astype(np.float32))[0]
+    assert guidance.changes(lesson.data.total, drawn).max() <= 1
+
+
+def test_saturation_and_clipping_of_known_pictures():
+    """HSV's S is (max - min) / max: 1 for a pure colour, 0 for grey, 1/2 for (200, 100, 100)."""
+    picture = np.full((2, 2, 3), 128, np.uint8)
+    assert guidance.saturation(Image.fromarray(picture)) == guidance.clipped(Image.fromarray(picture)) == 0
+    picture[0, 0] = (255, 0, 0)
+    picture[0, 1] = (200, 100, 100)
+    image = Image.fromarray(picture)
+    assert guidance.saturation(image) == pytest.approx(1.5 / 4, abs=1 / 255)
+    assert guidance.clipped(image) == 3 / 12
+
+
+def test_the_sweep_draws_what_the_pipeline_draws(pipe):
+    lesson = GuidanceSweep("a blue boat", seed=5, steps=4)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    alone = pipe("a blue boat", seed=5, steps=4, guidance=16).image
+    assert guidance.changes(lesson.data[-1].image, alone).max() == 0
+    low, high, *shares = numbers(lesson.words())
+    assert (low, high) == (1, 16)
+    grey = [np.asarray(run.image, np.float64) for run in lesson.data]
+    by_hand = [((a.max(2) - a.min(2)) / np.maximum(a.max(2), 1)).mean() for a in (grey[0], grey[-1])]
+    assert shares[:2] == pytest.approx([100 * s for s in by_hand], abs=1)  # PIL rounds each S to 1 of 255
+    assert len(lesson.data[0].seconds) == 4
+
+
+def test_a_negative_prompt_takes_the_empty_ones_place(pipe):
+    lesson = Negative("a house", "", seed=5, steps=4)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    assert guidance.changes(*lesson.data).max() == 0  # "" is what stands there anyway
+    assert numbers(lesson.words())[:2] == [0, 255]
+    lesson.negative.unobserve_all()
+    lesson.negative.value = "by day"
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    alone = pipe("a house", negative="by day", seed=5, steps=4).image
+    assert guidance.changes(lesson.data[1], alone).max() == 0
+    assert numbers(lesson.words())[0] == pytest.approx(guidance.changes(*lesson.data).mean(), abs=0.51)
+
+
+def test_the_controls_of_guidance_ask_and_redraw():
+    lesson = Negative("a house", "by day", seed=5, steps=4).ready()
+    seen = [lesson.image.value]
+    for view in ("without", "with"):
+        lesson.show.value = view  # at once, from what is there
+        assert lesson.image.value not in seen
+        seen.append(lesson.image.value)
+    before = lesson.data
+    lesson.seed.value = 6
+    lesson._job.result(60)
+    assert lesson.data is not before
+    assert lesson.caption.value == lesson.words()
+    lesson.steps.value = 5
+    lesson.steps.value = 4  # two wishes in a row: the newest wins
+    assert lesson._job.result(60) is lesson.data
 
 
 # ---- lesson 7, text. References: the probe, which test_probe.py holds to numpy and transformers; counts by hand

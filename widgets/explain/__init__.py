@@ -2,6 +2,7 @@
 
 from .film import FilmStrip
 from .forward import ForwardNoise
+from .guidance import GuidanceSweep, Negative, TwoAnswers
 from .text import Tokens, WordMaps
 
-__all__ = ["FilmStrip", "ForwardNoise", "Tokens", "WordMaps"]
+__all__ = ["FilmStrip", "ForwardNoise", "GuidanceSweep", "Negative", "Tokens", "TwoAnswers", "WordMaps"]
