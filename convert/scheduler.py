@@ -35,7 +35,7 @@ _CLASSES = {
     "KDPM2DiscreteScheduler": (None, "linspace"),
     "LCMScheduler": ("lcm", "leading"),
     "LMSDiscreteScheduler": (None, "linspace"),
-    "PNDMScheduler": (None, "leading"),
+    "PNDMScheduler": ("pndm", "leading"),
     "TCDScheduler": (None, "leading"),
     "UniPCMultistepScheduler": ("unipc", "linspace"),
 }
@@ -51,6 +51,8 @@ def from_json(s: Settings) -> tuple[dict, str]:
     sampler, spacing = _CLASSES[cls]
     if cls == "DPMSolverMultistepScheduler":
         sampler = _SOLVERS.get(s.get("algorithm_type", "dpmsolver++"))
+    if cls == "PNDMScheduler" and not s.flag("skip_prk_steps", False):
+        sampler = None
     spacing = s.one("timestep_spacing", spacing, ["leading", "trailing", "linspace"])
     if cls == "LCMScheduler":
         s.one("original_inference_steps", 50, [50])

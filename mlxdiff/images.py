@@ -122,6 +122,7 @@ def _settings(kind: str, request: Request, model: str) -> dict:
 # --- the text A1111 and its relatives write and read
 
 _A1111_SAMPLERS = {
+    "pndm": "PLMS",
     "ddpm": "DDPM",
     "ddim": "DDIM",
     "euler": "Euler",

@@ -170,6 +170,25 @@ def unic(h: float, h_old: float, slope: mx.array, change: mx.array) -> mx.array:
     return a * h * slope + (b1 - a) * change
 
 
+# Of Adams and Bashforth, the newest slope first.
+ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def pndm(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
+    """PNDM without its Runge-Kutta steps, that is PLMS (Liu et al. 2022, eq. 12): four slopes weighed as on an even
+    grid. The first step is Heun's. What it yields is the x0 that the slope it takes leads to."""
+    slopes = []
+    for s, s_next in pairwise(sigmas):
+        slopes = [(x - denoise(x, s)) / s, *slopes[:3]]
+        slope = sum(w * d for w, d in zip(ADAMS[len(slopes) - 1], slopes, strict=True))
+        if len(slopes) == 1 and len(sigmas) > 2:
+            ahead = shrink(x, x - s * slope, s_next / s)
+            slope = (slope + (ahead - denoise(ahead, s_next)) / s_next) / 2
+        x0 = x - s * slope
+        x = shrink(x, x0, s_next / s)
+        yield x, x0
+
+
 def starts(sigmas: list[float]) -> list[float]:
     return sigmas[:-1]
 
@@ -221,6 +240,7 @@ SAMPLERS: dict[str, Sampler] = {
         ("uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler"),
         flow=partial(unipc, ratio=unipc_ratio),
     ),
+    "pndm": Sampler(pndm, DDIM, ("PLMS", "PNDMScheduler")),
     "ddim": Sampler(ddim, DDIM, ("DDIMScheduler",), eta=0.0),
     "ddpm": Sampler(ddim, DDPM, ("DDPMScheduler",), eta=1.0),
     "lcm": Sampler(lcm, DDPM, ("LCMScheduler",), eta=1.0),

@@ -146,8 +146,9 @@ def test_a_single_file_with_original_names_equals_its_folder(saved, tmp_path, fa
     got = convert.convert(file, tmp_path / "out", dtype="float32", tokenizer=source / "tokenizer")
     theirs, ours = read(out), read(got)
     assert ours[0]["components"] == theirs[0]["components"]
-    for key in ("family", "variant", "schedule", "zero_negative", "tokenizers"):
+    for key in ("family", "variant", "zero_negative", "tokenizers"):
         assert ours[0][key] == theirs[0][key], key
+    assert ours[0]["schedule"] == theirs[0]["schedule"] | {"sampler": None}  # no file says it
     for name, tensors in theirs[1].items():
         assert (out / f"{name}.safetensors").read_bytes() == (got / f"{name}.safetensors").read_bytes(), name
         assert tensors.keys() == ours[1][name].keys()
@@ -289,6 +290,7 @@ def test_unknown_predictions_are_refused(tmp_path):
     ("made", "want", "prediction"),
     [
         (diffusers.PNDMScheduler(**BETAS, steps_offset=1), {"sampler": None, "spacing": "leading", "offset": 1}, "eps"),
+        (diffusers.PNDMScheduler(skip_prk_steps=True), {"sampler": "pndm", "final_alpha_one": False}, "eps"),
         (diffusers.DDIMScheduler(prediction_type="v_prediction"), {"sampler": "ddim", "betas": "linear"}, "v"),
         (diffusers.EulerDiscreteScheduler(**BETAS), {"sampler": "euler", "spacing": "linspace"}, "eps"),
         (

@@ -84,6 +84,8 @@ CASES = [
     ("dpmpp_2m", "DPMSolverMultistepScheduler", {}, None),
     ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, None),
     ("unipc", "UniPCMultistepScheduler", {}, None),
+    ("pndm", "PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}, None),
+    ("pndm", "PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}, None),
     ("ddim", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, 0.0),
     ("ddim", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}, 0.5),
     ("ddim", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}, 1.0),
@@ -101,18 +103,20 @@ def compare(name, cls, kwargs, eta, spacing, prediction, steps):
     theirs = list(run_diffusers(scheduler, steps, eta))
     if name == "heun":
         theirs = [*theirs[1::2], theirs[-1]]  # two calls a step, one in the last
+    if name == "pndm" and steps > 1:
+        del theirs[0]  # two calls in the first step
     final = kwargs.get("set_alpha_to_one", True)
     sigmas, ours = run_ours(name, scheduler, spacing, steps, prediction, eta, final)
     return deviation(theirs, ours, sigmas, ve=SAMPLERS[name].grid is KDIFFUSION)
 
 
 def spacings(name, cls):
-    """The spacings that diffusers' scheduler has. LCM has one of its own; DDIM steps down by 1000 // steps, which is
-    not the distance of its linspace."""
+    """The spacings that diffusers' scheduler has. LCM has one of its own; DDIM and PNDM step down by 1000 // steps,
+    which is not the distance of their linspace."""
     if name == "lcm":
         return ["lcm"]
     karras = "use_karras_sigmas" in inspect.signature(getattr(diffusers, cls)).parameters
-    return ["leading", "trailing"] + ["linspace"] * (name != "ddim") + ["karras"] * karras
+    return ["leading", "trailing"] + ["linspace"] * (name not in ("ddim", "pndm")) + ["karras"] * karras
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -120,6 +124,8 @@ def spacings(name, cls):
     ("name", "cls", "kwargs", "eta", "spacing"), [(*case, s) for case in CASES for s in spacings(*case[:2])]
 )
 def test_step_for_step_with_diffusers(name, cls, kwargs, eta, spacing, prediction):
+    if name == "pndm" and prediction == "v":
+        pytest.skip("diffusers' PNDM weighs velocities of several times, and converts the sum at one of them")
     for steps in (1, 2, 4, 20):  # 20 divides 1000: with trailing, too, DDIM's stride and distance agree
         if steps == 1 and spacing in ("linspace", "karras") and SAMPLERS[name].grid is KDIFFUSION:
             continue  # diffusers' range is then sigma(0) alone
@@ -128,11 +134,11 @@ def test_step_for_step_with_diffusers(name, cls, kwargs, eta, spacing, predictio
 
 @pytest.mark.parametrize(
     ("name", "cls", "kwargs", "eta", "spacing"),
-    # diffusers' Heun has no zero SNR
+    # diffusers' Heun and PNDM have no zero SNR
     [
         (*case, s)
         for case in CASES
-        if case[0] != "heun"
+        if case[0] not in ("heun", "pndm")
         for s in spacings(*case[:2])
         if s in ("leading", "trailing", "lcm")
     ],
@@ -206,6 +212,17 @@ def flow_std(s):
 
 
 FAMILIES = {"ve": (ve_x0, ve_std, 14.0, 0.05), "flow": (flow_x0, flow_std, 1.0, 0.03)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_order_of_pndm_on_an_even_grid(family):
+    """Its first step, Heun's, makes it third: away from 0, where the slope bends."""
+    x0, std, high, low = *FAMILIES[family][:2], 0.9, 0.3
+    errors = []
+    for n in (160, 320, 640):
+        *_, (x, _) = SAMPLERS["pndm"].fn(x0, 1.0, np.linspace(high, low, n + 1).tolist())
+        errors.append(abs(x - std(low) / std(high)))
+    assert [math.log2(a / b) for a, b in pairwise(errors)] == pytest.approx([3, 3], abs=0.15)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -351,5 +368,5 @@ def test_names():
     assert resolve("DPMSolverMultistepScheduler") == "dpmpp_2m"
     for row in SAMPLERS.values():
         assert all(hasattr(diffusers, alias) for alias in row.aliases if alias.endswith("Scheduler"))
-    with pytest.raises(Error, match=r"'plms'.*euler.*lcm"):
-        resolve("plms")
+    with pytest.raises(Error, match=r"'lms'.*euler.*lcm"):
+        resolve("lms")

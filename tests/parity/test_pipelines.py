@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from PIL import Image
 
 import mlxdiff
@@ -76,6 +76,22 @@ def test_sd1_with_a_negative_prompt(oracles, cache, tmp_path):
         "leading",
     )  # the folder's own scheduler
     assert psnr(drawn, oracle(pipe, negative_prompt=NEGATIVE, num_inference_steps=7, guidance_scale=6.5)) > DB
+
+
+def test_sd1_under_the_scheduler_it_was_published_with(oracles, cache, tmp_path):
+    """PNDM, without its Runge-Kutta steps: nothing about it is typed."""
+    pipe, _ = oracles["sd1"]
+    own = pipe.scheduler
+    pipe.scheduler = PNDMScheduler(**tiny.BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    try:
+        pipe.save_pretrained(tmp_path / "model")
+        want = oracle(pipe, negative_prompt=NEGATIVE, num_inference_steps=7, guidance_scale=5.0)
+    finally:
+        pipe.scheduler = own
+    typed = (PROMPT, "-n", NEGATIVE, "-m", str(tmp_path / "model"), "--steps", "7", "-g", "5")
+    drawn, said = command(cache, tmp_path / "a.png", *typed)
+    assert (said["request"]["sampler"], said["request"]["schedule"]) == ("pndm", "leading")
+    assert psnr(drawn, want) > DB
 
 
 def test_sd2_predicts_v(oracles, cache, tmp_path):
