@@ -234,7 +234,8 @@ class Pipeline(ModelFolder):
         yield Event("encode", 0, 1, 0.0)
         begin = time.perf_counter()
         image = images.fit(images.read(request.image), request.width, request.height)
-        x0 = self._network("vae").sample(mx.array(images.to_pixels(image))[None], noise)
+        tile = memory.TILE if self.low_memory else None
+        x0 = self._network("vae").sample(mx.array(images.to_pixels(image))[None], noise, tile)
         mx.eval(x0)
         self._check_finite(x0)
         if self.low_memory:

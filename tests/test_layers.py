@@ -194,3 +194,14 @@ def test_tiled_decode_memory_does_not_grow_with_the_picture(decoder):
         peak(lambda: decoder.decode(large, tile=16)) < 1.5 * peak(lambda: decoder.decode(small, tile=16)) + 4 * canvas
     )
     assert peak(lambda: decoder.decode(large)) > 4 * peak(lambda: decoder.decode(large, tile=16))
+
+
+def test_tiled_encode_is_close_and_its_memory_does_not_grow_with_the_picture(decoder):
+    """Bounds as in decoding, 0.16 is seen; a picture that fits a tile is encoded whole."""
+    image = mx.array(normal((1, 80, 80, 3), 20))
+    for whole, tiled in zip(decoder.encode(image), decoder.encode(image, tile=16), strict=True):
+        assert np.abs(np.array(tiled - whole)).mean() < 0.25 * mx.std(whole).item()
+    assert mx.array_equal(decoder.encode(image, tile=40)[0], decoder.encode(image)[0])
+    large = mx.tile(image, (1, 2, 2, 1))
+    assert peak(lambda: decoder.encode(large)) > 4 * peak(lambda: decoder.encode(large, tile=16))
+    assert peak(lambda: decoder.encode(large, tile=16)) < 1.5 * peak(lambda: decoder.encode(image, tile=16))

@@ -135,18 +135,28 @@ class VAE(nn.Module):
         if config.post_quant_conv:
             self.post_quant_conv = nn.Linear(n, n)
 
-    def encode(self, image: mx.array) -> tuple[mx.array, mx.array]:
-        """(B, H, W, 3) in [-1, 1] -> mean at the model's scale and log variance as it is, (B, h, w, c) each."""
-        x = self.encoder(image.astype(self.encoder.conv_in.weight.dtype))
+    @property
+    def factor(self) -> int:
+        """Pixels a latent stands for, along one edge."""
+        return 2 ** (len(self.config.channels) - 1)
+
+    def encode(self, image: mx.array, tile: int | None = None) -> tuple[mx.array, mx.array]:
+        """(B, H, W, 3) in [-1, 1] -> mean at the model's scale and log variance as it is, (B, h, w, c) each; by tiles
+        of `tile` latents where given, as in `decode`."""
+        x = image.astype(self.encoder.conv_in.weight.dtype)
+        if tile is None or max(x.shape[1:3]) <= tile * self.factor:
+            x = self.encoder(x)
+        else:
+            x = by_tiles(self.encoder, x, tile, self.factor, 1)
         if "quant_conv" in self:
             x = self.quant_conv(x)
         mean, logvar = mx.split(x, 2, axis=-1)
         return (mean - self.config.shift) * self.config.scale, logvar
 
-    def sample(self, image: mx.array, noise: mx.array) -> mx.array:
+    def sample(self, image: mx.array, noise: mx.array, tile: int | None = None) -> mx.array:
         """A latent drawn from what `encode` tells, by standard noise of its shape. Bounds of the variance as diffusers
         has them."""
-        mean, logvar = self.encode(image)
+        mean, logvar = self.encode(image, tile)
         return mean + mx.exp(0.5 * mx.clip(logvar, -30, 20)) * self.config.scale * noise
 
     def decode(self, z: mx.array, tile: int | None = None) -> mx.array:
@@ -157,25 +167,25 @@ class VAE(nn.Module):
             z = self.post_quant_conv(z)
         if tile is None or max(z.shape[1:3]) <= tile:
             return self.decoder(z)
-        return by_tiles(self.decoder, z, tile, 2 ** (len(self.config.channels) - 1))
+        return by_tiles(self.decoder, z, tile, 1, self.factor)
 
 
-def by_tiles(decoder: Decoder, z: mx.array, tile: int, scale: int) -> mx.array:
-    """Tiles that overlap by a quarter, decoded in turn and blended. Norms see only their tile, so this comes close to
-    the whole decode but does not equal it."""
-    B, h, w, _ = z.shape
-    canvas = mx.zeros((B, h * scale, w * scale, decoder.conv_out.weight.shape[0]))
-    for y, wy in windows(h, tile, scale):
-        for x, wx in windows(w, tile, scale):
-            part = decoder(mx.depends(z[:, y : y + tile, x : x + tile], canvas))  # not all at once: see layers.in_turn
-            weight = mx.array((wy[:, None, None] * wx[:, None]).astype(np.float32))  # (H, W, 1)
-            Y, X = slice(y * scale, y * scale + len(wy)), slice(x * scale, x * scale + len(wx))
-            canvas[:, Y, X] += part * weight
-    return canvas.astype(z.dtype)
+def by_tiles(net: Encoder | Decoder, x: mx.array, tile: int, into: int, out: int) -> mx.array:
+    """Tiles that overlap by a quarter, taken through the network in turn and blended. Norms see only their tile, so
+    this comes close to the whole but does not equal it. into, out: the edge of a latent in x and in what comes out."""
+    B, h, w = x.shape[0], x.shape[1] // into, x.shape[2] // into
+    canvas = mx.zeros((B, h * out, w * out, net.conv_out.weight.shape[0]))
+    for i, wi in windows(h, tile, out):
+        for j, wj in windows(w, tile, out):
+            part = x[:, i * into : (i + tile) * into, j * into : (j + tile) * into]
+            part = net(mx.depends(part, canvas))  # not all at once: see layers.in_turn
+            weight = mx.array((wi[:, None, None] * wj[:, None]).astype(np.float32))  # (H, W, 1)
+            canvas[:, i * out : i * out + len(wi), j * out : j * out + len(wj)] += part * weight
+    return canvas.astype(x.dtype)
 
 
 def windows(n: int, tile: int, scale: int) -> list[tuple[int, np.ndarray]]:
-    """Tiles along n latents: where each begins, and its share of its pixels, `scale` a latent; shares sum to one."""
+    """Tiles along n latents: where each begins, and its share of the result, `scale` a latent; shares sum to one."""
     overlap = max(1, tile // 4)
     count = max(1, math.ceil((n - overlap) / (tile - overlap)))
     tile = min(tile, n)
