@@ -13,16 +13,18 @@ pytest.importorskip("matplotlib", reason="the lessons need pip install -e '.[stu
 pytest.importorskip("ipywidgets", reason="the lessons need pip install -e '.[studio]'")
 
 import mlxdiff
-from mlxdiff import probe
+from mlxdiff import probe, samplers
 from mlxdiff.widgets.explain import (
     ForwardNoise,
     GuidanceSweep,
     Negative,
+    SamplerRace,
     Tokens,
     TwoAnswers,
     WordMaps,
     forward,
     guidance,
+    race,
     text,
 )
 
@@ -222,6 +224,62 @@ def test_the_controls_of_guidance_ask_and_redraw():
     lesson.steps.value = 5
     lesson.steps.value = 4  # two wishes in a row: the newest wins
     assert lesson._job.result(60) is lesson.data
+
+
+# ---- lesson 5, steps and samplers
+
+
+def test_the_race_measures_what_the_pipeline_draws(pipe, monkeypatch):
+    """Distances against runs of `pipe.stream`; the noisy sampler's first run is the picture of the seed itself."""
+    monkeypatch.setattr(race, "COUNTS", (2, 3))
+    monkeypatch.setattr(race, "REFERENCE", ("unipc", 5))
+    lesson = SamplerRace("a blue boat", seed=5)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+
+    def end(sampler, steps):
+        same = {"seed": 5, "guidance": 1, "schedule": "karras"}
+        events = list(pipe.stream("a blue boat", sampler=sampler, steps=steps, **same))
+        return [e.x0 for e in events if e.x0 is not None][-1], events[-1].image
+
+    reference, drawn = end("unipc", 5)
+    assert guidance.changes(lesson.data.reference, drawn).max() <= 1
+    for name in race.RACERS:
+        far = [np.linalg.norm(end(name, n)[0] - reference) / np.linalg.norm(reference) for n in (2, 3)]
+        assert lesson.data.far[name] == pytest.approx(far, rel=1e-4)  # float32 sums
+    once, anew = lesson.data.drawn[race.NOISY]
+    assert guidance.changes(once, end(race.NOISY, 3)[1]).max() <= 1  # its noise was divided and multiplied by sigma
+    assert guidance.changes(once, anew).max() > 10
+    steps, euler, _, claimed = numbers(lesson.words())[:4]
+    assert (steps, claimed) == (3, 1)
+    assert euler == pytest.approx(100 * lesson.data.far["euler"][-1], abs=0.06)
+    away, apart = numbers(lesson.words())[-2:]
+    assert away == pytest.approx(100 * lesson.data.noisy[-1], abs=0.6)
+    assert apart == pytest.approx(100 * lesson.data.spread[-1], abs=0.6)
+
+
+def test_an_order_is_the_power_of_the_step():
+    far = {"one": [0.4, 0.2, 0.1], "two": [1.6, 0.4, 0.1]}
+    assert race.Race(far, [], [], {}, None).order == {"one": 1, "two": 2}
+
+
+@pytest.mark.parametrize("name", [*race.RACERS, race.NOISY])
+def test_network_calls_are_those_of_the_sampler(name):
+    for steps in race.COUNTS:
+        asked, row = [], samplers.SAMPLERS[name]
+        extra = {"draw": lambda: 0.0, "eta": 1.0} if row.noisy else {}
+        list(row.fn(lambda x, sigma, asked=asked: asked.append(sigma) or 0.0, 1.0, [*range(steps, -1, -1)], **extra))
+        assert race.calls(name, steps) == len(asked)
+
+
+def test_the_race_redraws_against_network_calls(monkeypatch):
+    monkeypatch.setattr(race, "COUNTS", (1, 2))
+    monkeypatch.setattr(race, "REFERENCE", ("unipc", 3))
+    lesson = SamplerRace("a blue boat", seed=5).ready()
+    before, data = lesson.image.value, lesson.data
+    lesson.axis.value = "network calls"
+    assert lesson.image.value != before
+    assert lesson.data is data
+    assert lesson.error is None
 
 
 # ---- lesson 7, text. References: the probe, which test_probe.py holds to numpy and transformers; counts by hand

@@ -3,6 +3,7 @@
 from .film import FilmStrip
 from .forward import ForwardNoise
 from .guidance import GuidanceSweep, Negative, TwoAnswers
+from .race import SamplerRace
 from .text import Tokens, WordMaps
 
-__all__ = ["FilmStrip", "ForwardNoise", "GuidanceSweep", "Negative", "Tokens", "TwoAnswers", "WordMaps"]
+__all__ = ["FilmStrip", "ForwardNoise", "GuidanceSweep", "Negative", "SamplerRace", "Tokens", "TwoAnswers", "WordMaps"]

@@ -164,10 +164,14 @@ def scene() -> Image.Image:
 
 
 def pixels(picture: Image.Image | str | Path | io.BytesIO, name: str) -> np.ndarray:
-    """(S, S, 3) in [-1, 1]: the middle square."""
+    """(S, S, 3) in [-1, 1]."""
+    return np.asarray(square(picture, name, SIDE), float) / 127.5 - 1
+
+
+def square(picture: Image.Image | str | Path | io.BytesIO, name: str, side: int) -> Image.Image:
+    """The middle square of a picture or a file, so many pixels a side."""
     try:
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (SIDE, SIDE))
+        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
         raise Error(f"{name} is not a picture that can be read.", "Choose a PNG, JPEG or WebP.") from None
-    return np.asarray(square, float) / 127.5 - 1
