@@ -256,7 +256,8 @@ class Pipeline(ModelFolder):
             yield Event("load", 1, 1, time.perf_counter() - begin)
         net = self._network(self.net)
         conds = self._conditions(request, [schedule.t(s) for s in visits], texts)
-        mx.eval(conds)
+        for _, part in tree_flatten(conds):  # one by one: else the weights of all modulations are read before the first
+            mx.eval(part)  # is used, and a quarter of FLUX is in memory once more
         begin, end = (f * request.steps for f in request.skip_interval)  # both left out, as diffusers counts
         return guidance.denoiser(
             net,

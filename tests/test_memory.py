@@ -9,11 +9,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 import mlxdiff
 import mlxdiff.__main__
 from mlxdiff import bench, catalogue, convert, memory, store, weights
 from mlxdiff.errors import Error
+from mlxdiff.fullsize import RandomPipeline
 from mlxdiff.memory import Machine, Peaks, check, check_named, mac, named, options, peaks
 from mlxdiff.published import ROWS
 from mlxdiff.registry import MODELS
@@ -22,6 +24,7 @@ from mlxdiff.request import Request
 from . import checkpoints
 
 GB = 10**9
+FLUX = ROWS["flux-dev"]
 SMALL = Request("", width=128, height=128)
 
 
@@ -227,6 +230,24 @@ def test_low_memory_lets_go_of_the_network_before_decoding():
     for event in pipe.stream("a red house", steps=1):
         if (event.stage, event.step) == ("decode", 0):
             assert mx.get_active_memory() < held / 10
+
+
+def test_modulations_pass_through_memory_one_by_one(monkeypatch):
+    """Of a narrow FLUX of 8 + 16 blocks: preparing holds 0.08 of what it uses; asked for at once, it held 0.42 of it,
+    and all where it was read from a file."""
+    net = replace(FLUX["transformer"], width=256, heads=2, hidden=512, double=8, single=16, context=64, pooled=64)
+    text = replace(FLUX["text_encoder"], vocab=514, width=64, layers=1, heads=1, hidden=64)
+    t5 = replace(FLUX["text_encoder_2"], vocab=300, width=64, layers=1, heads=1, hidden=64)
+    small = {"transformer": net, "text_encoder": text, "text_encoder_2": t5}
+    small["vae"] = replace(FLUX["vae"], channels=(8, 16, 16, 16), layers=1, groups=4)
+    monkeypatch.setitem(ROWS, "flux-dev", small)
+    pipe = RandomPipeline("flux-dev", "float32")
+    request = pipe.resolve("a red house", width=64, height=64, steps=2, seed=1)
+    mx.clear_cache()
+    seen = bench.watch(pipe, request, time.perf_counter).peaks
+    whole = sum(v.nbytes for _, v in tree_flatten(weights.build("transformer", asdict(net)).parameters()))
+    held = memory._weights(pipe.job(request), "transformer").held
+    assert seen["prepare"] - held < 0.3 * (whole - held)
 
 
 # ---- the machine

@@ -206,8 +206,8 @@ class Flux(nn.Module):
         }
 
     def release_modulation(self) -> None:
-        """Drops what only `prepare` reads, over a quarter of the weights. Called before its result is evaluated, these
-        weights pass through memory a few at a time; called after, they were all there together."""
+        """Drops what only `prepare` reads, over a quarter of the weights. Called before its result is evaluated, part
+        by part, these weights pass through memory a few at a time; called after, they were all there together."""
         for block in self.double_blocks:
             del block.img_mod, block.txt_mod
         for block in self.single_blocks:

@@ -225,8 +225,8 @@ class SD3(nn.Module):
         }
 
     def release_modulation(self) -> None:
-        """Drops what only `prepare` reads, over a third of the weights. Called before its result is evaluated, these
-        weights pass through memory a few at a time; called after, they were all there together."""
+        """Drops what only `prepare` reads, over a third of the weights. Called before its result is evaluated, part
+        by part, these weights pass through memory a few at a time; called after, they were all there together."""
         for block in self.transformer_blocks:
             del block.norm1, block.norm1_context
         del self.norm_out, self.time_text_embed, self.context_embedder, self.pos_embed.pos_embed
