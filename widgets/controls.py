@@ -110,12 +110,10 @@ class Controls(w.VBox):
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
         self.compare = Compare()
         fold = w.Accordion([self.compare], titles=["Compare settings"]).add_class("mlxdiff-fold")
-        super().__init__(
+        go = _row("mlxdiff-go", self.generate, self.cancel, self.clear)
+        ask = w.VBox([self.prompt, self.negative, self.why, go]).add_class("mlxdiff-ask")
+        settings = w.VBox(
             [
-                self.prompt,
-                self.negative,
-                self.why,
-                _row("mlxdiff-go", self.generate, self.cancel, self.clear),
                 self.model,
                 self.other,
                 _row("mlxdiff-presets", *self.presets.values()),
@@ -127,7 +125,8 @@ class Controls(w.VBox):
                 w.HBox([self.more, self.forget]),
                 fold,
             ]
-        )
+        ).add_class("mlxdiff-settings")
+        super().__init__([ask, settings])  # in a narrow window the picture comes between the two
         self.add_class("mlxdiff-controls")
         self.generate.add_class("mlxdiff-generate")
         self.compare.draw.add_class("mlxdiff-compare")
@@ -237,7 +236,7 @@ def _models(extra: str) -> list[tuple[str, str]]:
 
 
 def _or_own(names) -> list[tuple[str, str]]:
-    return [("the model's own", ""), *((n, n) for n in names)]  # "" and not None, which selects nothing
+    return [("model's own", ""), *((n, n) for n in names)]  # "" and not None, which selects nothing
 
 
 def _row(kind: str, *children: w.Widget) -> w.HBox:

@@ -22,7 +22,7 @@ from tests.test_imports import ROOT
 
 SHOTS = ROOT / "build" / "shots"  # for eyes: no test compares them
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-KERNEL = os.environ.get("MLXDIFF_TEST_KERNEL")  # another Python, whose ipykernel is to be tried
+KERNEL = os.environ.get("MLXDIFF_TEST_KERNEL")  # a folder with another ipykernel, to be tried in place of the own
 NEEDS = ("jupyterlab", "notebook", "playwright")
 HOW = "apt-get install chromium fonts-dejavu-core; pip install jupyterlab notebook playwright ipywidgets anywidget"
 
@@ -77,10 +77,12 @@ def lab(tmp_path_factory):
     env["JUPYTERLAB_WORKSPACES_DIR"] = str(base / "workspaces")
     (base / "books").mkdir()
     if KERNEL is not None:
-        spec = base / "data_dir" / "kernels" / "python3" / "kernel.json"
+        env["JUPYTER_PATH"] = str(base / "kernel")  # looked into before any other place
+        spec = base / "kernel" / "kernels" / "python3" / "kernel.json"
         spec.parent.mkdir(parents=True)
-        argv = [KERNEL, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        path = {"PYTHONPATH": os.pathsep.join([KERNEL, str(ROOT)])}
+        spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python", "env": path}))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
