@@ -17,6 +17,10 @@ SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _CHUNK = "mlxdiff"
 
 
+class NoSettings(Error):
+    """A picture carries none."""
+
+
 def to_image(pixels: np.ndarray) -> Image.Image:
     """(H, W, 3) in [-1, 1] to an 8-bit picture, rounded as diffusers does."""
     return Image.fromarray((np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8))
@@ -189,7 +193,8 @@ def read_settings(path: Path) -> tuple[Request, str | None]:
     if text is None and isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
         text = comment[8:].decode("utf-16-be", errors="replace")
     if not text:
-        raise Error(f"{path} carries no settings.", "Give a picture written by mlxdiff, A1111 or a relative of it.")
+        fix = "Give a picture written by mlxdiff, A1111 or a relative of it."
+        raise NoSettings(f"{path} carries no settings.", fix)
     return parse_parameters(text)
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
 
-from mlxdiff import images, registry, samplers, schedules
+from mlxdiff import images, memory, registry, samplers, schedules
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 from mlxdiff.widgets import Studio, controls, gallery
-from mlxdiff.widgets.view import line
+from mlxdiff.widgets.view import here, line
 from mlxdiff.widgets.worker import Cancelled, Facts, Update, Worker
 from tests import fakes
 
@@ -256,6 +256,20 @@ def test_a_bad_setting_is_an_error_of_the_run(studio):
         draw(studio, width=65)
 
 
+def test_a_refusal_for_want_of_memory_says_what_to_do_here(studio):
+    """memory.check's own words name flags."""
+    assert here("Use a smaller size, or euler-like samplers.") == "Use a smaller size, or euler-like samplers."
+    machine = memory.Machine(memory=10**6, budget=10**6, gpu=False)
+
+    def refuse(model, progress):
+        memory.check_named("sdxl", None, None, False, Request("x"), machine)
+
+    studio._worker = Worker(refuse)
+    with pytest.raises(Error, match="takes about"):
+        draw(studio)
+    assert studio.view.error["fix"].endswith('In a notebook: studio.options = {"low_memory": True, "force": True}.')
+
+
 def test_errors_in_callbacks_are_shown(studio):
     """Jupyter itself would show nothing."""
     studio.folder = __file__  # a file, where no folder can be made
@@ -324,7 +338,7 @@ def test_a_stochastic_sampler_s_eta_is_not_carried_to_another(studio):
 def test_a_dropped_picture_of_ours_restores_everything(studio, tmp_path):
     request = draw(studio, prompt="a boat", more={"clip_skip": 2}).request
     other = Studio("fake", worker=studio._worker)
-    heard(other, do="drop", part=0, parts=1, data=studio.images[0].path.read_bytes())
+    heard(other, do="drop", part=0, parts=1, begin=False, data=studio.images[0].path.read_bytes())
     assert other.generate().result(WAIT).request == request
 
 
@@ -333,10 +347,11 @@ def test_a_file_in_parts_is_put_together(studio):
     draw(studio, prompt="a boat")
     data = studio.images[0].path.read_bytes()
     other = Studio("fake", worker=studio._worker)
-    heard(other, do="drop", part=0, parts=3, data=b"something left behind")
+    heard(other, do="drop", part=0, parts=3, begin=False, data=b"something left behind")
     for part in range(3):
         assert other.prompt != "a boat"
-        heard(other, do="drop", part=part, parts=3, data=data[part * 300 : part * 300 + 300 if part < 2 else None])
+        end = part * 300 + 300 if part < 2 else None
+        heard(other, do="drop", part=part, parts=3, begin=False, data=data[part * 300 : end])
     assert other.prompt == "a boat"
 
 
@@ -356,6 +371,8 @@ def test_a_picture_without_settings_says_so(studio):
         studio.load(out.getvalue())
     with pytest.raises(Error, match=r"^The picture cannot be read"):
         studio.load(b"not a picture")
+    with pytest.raises(Error, match=r"^The file cannot be read"):
+        heard(studio, do="drop", part=0, parts=1, begin=True, data=b"not a picture")
 
 
 def test_a_file_that_is_gone_is_named(studio):
@@ -363,6 +380,69 @@ def test_a_file_that_is_gone_is_named(studio):
     studio.images[0].path.unlink()
     with pytest.raises(Error, match="cannot be read"):
         _ = studio.images[0].image
+
+
+# --- a picture to begin with
+
+
+def bare(width=96, height=48) -> bytes:
+    """A picture without settings."""
+    out = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").resize((width, height)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def test_a_picture_without_settings_is_begun_with(studio, tmp_path):
+    """It brings its shape, in at most the model's own number of pixels, and is kept as it came."""
+    draw(studio)
+    heard(studio, do="drop", part=0, parts=1, begin=False, data=bare())
+    assert studio.image.read_bytes() == bare()
+    assert (studio.width, studio.height) == (88, 48)  # 64 x 64 pixels make 90.5 x 45.3, in multiples of 8
+    assert studio.controls.begin.layout.display is None
+    studio.controls.strength.value = 0.35
+    request = draw(studio).request
+    assert (request.image, request.strength) == (studio.image, 0.35)
+    assert images.read_settings(studio.images[-1].path)[0].image == str(studio.image)
+    assert not list(tmp_path.rglob("*.part"))
+    studio.controls.begin.remove.click()
+    assert studio.controls.begin.layout.display == "none"
+    request = draw(studio).request
+    assert (request.image, request.strength) == (None, None)
+
+
+def test_a_picture_with_settings_restores_them_unless_it_is_meant_to_begin(studio):
+    draw(studio, prompt="a boat")
+    png = studio.images[0].path.read_bytes()
+    studio.prompt = "another"
+    heard(studio, do="drop", part=0, parts=1, begin=True, data=png)
+    assert (studio.prompt, studio.status) == ("another", "The next picture begins with this one")
+    assert studio.image.read_bytes() == png
+    heard(studio, do="drop", part=0, parts=1, begin=False, data=png)
+    assert (studio.prompt, studio.image, studio.status) == ("a boat", None, "Settings restored")
+    heard(studio, do="begin", key=0)
+    assert studio.image == studio.images[0].path
+
+
+def test_restoring_brings_back_what_was_begun_with(studio):
+    first = draw(studio, image=Image.new("RGB", (32, 32)), strength=0.5).request
+    assert first.image.size == (32, 32)
+    heard(studio, do="drop", part=0, parts=1, begin=True, data=bare())
+    begun = draw(studio, strength=0.3).request
+    studio.image, studio.strength = None, 0.9
+    heard(studio, do="restore", key=1)
+    assert (studio.image, studio.strength, studio.more) == (begun.image, 0.3, {})
+    assert (studio.width, studio.height) == (begun.width, begun.height)
+    begun.image.unlink()
+    studio.image = None
+    heard(studio, do="restore", key=1)
+    assert "There is no picture at" in studio.view.error["problem"]
+    assert studio.image is None
+
+
+def test_strengths_are_compared(studio):
+    studio.image = Image.new("RGB", (32, 32))
+    grid = studio.compare(strength=[0.3, 0.6]).result()
+    assert [p.request.strength for p in grid.cells.values()] == [0.3, 0.6]
 
 
 # --- comparisons

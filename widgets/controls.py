@@ -1,5 +1,6 @@
 """The settings as controls, and what is known about them: presets, which of them a model ignores, values of an axis."""
 
+import base64
 from collections.abc import Callable
 
 import ipywidgets as w
@@ -20,9 +21,11 @@ FIELDS: dict[str, Callable] = {
     "schedule": str,
     "width": int,
     "height": int,
+    "strength": float,
     "prompt": str,
     "negative": str,
 }
+MULTIPLE = 64  # pixels: what edges are multiples of until a model is open, right for all
 _ANOTHER = ""
 _QUICK, _FINE = 0.4, 2.0  # of the model's own steps
 
@@ -79,6 +82,8 @@ class Controls(w.VBox):
         self.prompt = w.Textarea(description="Prompt", rows=3, layout=wide, placeholder="What to draw")
         self.negative = w.Textarea(description="Negative prompt", rows=2, layout=wide, placeholder="What to keep away")
         self.why = w.HTML().add_class("mlxdiff-why")
+        self.begin = Begin()
+        self.strength = self.begin.strength
         self.generate = w.Button(description="Generate", tooltip="Draw this (Ctrl+Enter)", button_style="primary")
         self.cancel = w.Button(description="Cancel", tooltip="Stop the running picture (Esc)", disabled=True)
         self.clear = w.Button(description="Cancel all", tooltip="Stop the running picture and empty the queue")
@@ -98,8 +103,8 @@ class Controls(w.VBox):
         self.sampler = w.Dropdown(description="Sampler", layout=wide)
         self.schedule = w.Dropdown(description="Schedule", layout=wide)
         self.offer(flow=False)
-        self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=64, layout=wide)
-        self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=64, layout=wide)
+        self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=MULTIPLE, layout=wide)
+        self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=MULTIPLE, layout=wide)
         self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=wide)
         # Text and not a number: a browser's numbers lose the last digits of large seeds.
         self.seed = w.Text(description="Seed", continuous_update=False, layout=wide)
@@ -111,7 +116,7 @@ class Controls(w.VBox):
         self.compare = Compare()
         fold = w.Accordion([self.compare], titles=["Compare settings"]).add_class("mlxdiff-fold")
         go = _row("mlxdiff-go", self.generate, self.cancel, self.clear)
-        ask = w.VBox([self.prompt, self.negative, self.why, go]).add_class("mlxdiff-ask")
+        ask = w.VBox([self.prompt, self.negative, self.why, self.begin, go]).add_class("mlxdiff-ask")
         settings = w.VBox(
             [
                 self.model,
@@ -152,7 +157,7 @@ class Controls(w.VBox):
 
     def bind(self, studio: t.HasTraits) -> None:
         """Every setting both ways."""
-        for name in ("prompt", "steps", "guidance", "width", "height", "count", "locked"):
+        for name in ("prompt", "steps", "guidance", "width", "height", "strength", "count", "locked"):
             _tie(studio, name, getattr(self, name))
         for name in ("negative", "sampler", "schedule"):
             _tie(studio, name, getattr(self, name), lambda v: "" if v is None else v, lambda v: v or None)
@@ -169,6 +174,25 @@ class Controls(w.VBox):
         if model:
             studio.model = model
             self.model.value, self.other.value = studio.model, ""
+
+
+class Begin(w.HBox):
+    """The picture that runs begin with, and how much of it they redraw. Not on the page while there is none."""
+
+    def __init__(self):
+        self.picture = w.HTML()
+        self.strength = w.FloatSlider(description="Strength", min=0, max=1, step=0.05, readout_format=".2f")
+        self.strength.tooltip = "How much of the picture is redrawn: 1 ignores it"
+        self.remove = w.Button(icon="times", tooltip="Begin with noise alone")
+        super().__init__([self.picture, self.strength, self.remove])
+        self.add_class("mlxdiff-begin")
+        self.show(None)
+
+    def show(self, jpeg: bytes | None) -> None:
+        if jpeg is not None:
+            data = base64.b64encode(jpeg).decode()
+            self.picture.value = f'<img alt="The picture to begin with" src="data:image/jpeg;base64,{data}">'
+        self.layout.display = "none" if jpeg is None else None
 
 
 class Compare(w.VBox):

@@ -38,7 +38,8 @@ function render({ model, el }) {
 
   const canvas = h("canvas", { role: "img", "aria-label": "No picture yet" });
   const paint = painter(canvas);
-  const hint = ["Your picture forms here.", h("br"), "Drop one to restore its settings."];
+  const hint = ["Your picture forms here.", h("br"), "Drop one to restore its settings or, if it has none,", h("br"),
+    "to begin with it."];
   const empty = h("p", { class: "mlxdiff-empty" }, ...hint);
   const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas);
 
@@ -56,10 +57,15 @@ function render({ model, el }) {
   const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
+    button("Begin with it", () => send("begin", { key: current }), "Draw on from this picture"),
     download, back);
-  const chosen = () => { take(file.files[0]); file.value = ""; };
-  const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: chosen });
-  const open = h("label", { class: "mlxdiff-button mlxdiff-open" }, "Open a picture…", file);
+  function chooser(text, begin) {
+    const chosen = (event) => { take(event.target.files[0], begin); event.target.value = ""; };
+    const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: chosen });
+    return h("label", { class: "mlxdiff-button mlxdiff-open" }, text, file);
+  }
+  const open = h("div", { class: "mlxdiff-tools" },
+    chooser("Restore settings from…", false), chooser("Begin with a picture…", true));
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
 
   el.classList.add("mlxdiff-view");
@@ -151,11 +157,11 @@ function render({ model, el }) {
     update();
   }
 
-  async function take(dropped) {
+  async function take(dropped, begin = false) {
     if (!dropped) return;
     const parts = Math.ceil(dropped.size / PART) || 1;
     for (let part = 0; part < parts; part++) {
-      send("drop", { part, parts }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
+      send("drop", { part, parts, begin }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
     }
   }
 

@@ -25,8 +25,8 @@ from PIL import Image
 from .. import images, registry, samplers
 from ..errors import Error
 from ..registry import DEFAULT, MODELS, Defaults
-from ..request import Request
-from .controls import FIELDS, Controls, ignored, presets
+from ..request import STRENGTH, Request
+from .controls import FIELDS, MULTIPLE, Controls, ignored, presets
 from .gallery import Grid, Picture, thumbnail
 from .view import View, line, seconds, size
 from .worker import Facts, Job, Update, Worker, jpeg, shared
@@ -49,6 +49,8 @@ class Studio(w.VBox):
     seed = t.Int(0)
     locked = t.Bool(False, help="keep the seed; otherwise every run draws a fresh one")
     count = t.Int(1)
+    image = t.Any(None, help="what to begin with in place of noise alone: a path or a PIL image")
+    strength = t.Float(STRENGTH, help="the part of the steps that redraws it; 1 ignores it")
     more = t.Dict(help="Request's fields that have no control, such as {'clip_skip': 2}")
     folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
     options = t.Dict(help="for mlxdiff.load, such as {'bits': 8}")
@@ -84,12 +86,14 @@ class Studio(w.VBox):
         self._wire()
         self._count()
         self._judge()
+        self._begun()
 
     # --- what a cell can do
 
     def request(self) -> Request:
         """The settings as they stand. What is left to a model of unknown defaults is None."""
-        found = {n: getattr(self, n) for n in (*FIELDS, "count")}
+        found = {n: getattr(self, n) for n in (*FIELDS, "count", "image")}
+        found["strength"] = None if self.image is None else self.strength
         if self._defaults is None:
             found |= {n: None for n in _OWN if found[n] == self._before[n]}
         return Request(**found | self.more)
@@ -117,6 +121,7 @@ class Studio(w.VBox):
         """Take over all settings of a request, and the model if its name is of one that can be opened here."""
         here = self._seen | {n: n for n in MODELS} | {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
         self.model = here.get(model, self.model)
+        self.image = request.image  # before its size, which it brings
         for name in (*FIELDS, "count"):
             value = getattr(request, name)
             if value is not None or self.traits()[name].allow_none:
@@ -134,7 +139,7 @@ class Studio(w.VBox):
             try:
                 return self.restore(*images.read_settings(path))
             except Error as e:
-                raise Error(e.problem.replace(str(path), "The picture"), e.fix) from None
+                raise type(e)(e.problem.replace(str(path), "The picture"), e.fix) from None
 
     # --- to the worker
 
@@ -142,12 +147,16 @@ class Studio(w.VBox):
         """The request of a run about to begin: its seed drawn, and its folder there before the work, not after."""
         if not self.locked:
             self.seed = secrets.randbelow(2**32)
+        self._place_for_files()
+        return self.request()
+
+    def _place_for_files(self) -> Path:
         try:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as e:
             raise Error(f"{self.folder} cannot be written to: {e.strerror}.", "Set studio.folder.") from None
-        return self.request()
+        return Path(self.folder)
 
     def _submit(self, request: Request | None, tell: Callable[[Job, Update], None]) -> Job:
         self.error, self.view.error = None, {}
@@ -232,6 +241,7 @@ class Studio(w.VBox):
         """Another model: take its defaults from the registry, or ask the model itself if it is on this machine."""
         row = registry.find(self.model)
         self._facts, self._defaults = None, None if row is None else row.defaults
+        self.controls.width.step = self.controls.height.step = MULTIPLE
         self._before = {n: getattr(self, n) for n in _OWN}
         if row is not None:
             self._apply("standard")
@@ -271,6 +281,42 @@ class Studio(w.VBox):
         c.more.value = html.escape(f"Also set: {also}.") if also else ""
         c.forget.layout.display = None if also else "none"
 
+    # --- the picture to begin with
+
+    def _begun(self) -> None:
+        """Show it, and take over its shape."""
+        try:
+            image = None if self.image is None else images.read(self.image)
+        except Error:
+            self.image = None
+            raise
+        self.controls.begin.show(None if image is None else thumbnail(image))
+        if image is not None and self._defaults is not None:
+            multiple = MULTIPLE if self._facts is None else self._facts.multiple
+            size = Request("").sized(image.size, self._defaults.size**2, multiple)
+            self.width, self.height = size.width, size.height
+
+    def _take(self, data: bytes, begin: bool) -> None:
+        """A picture from the page brings its settings back. One that has none, or is meant to, is begun with."""
+        if not begin:
+            with suppress(images.NoSettings):
+                self.load(data)
+                return self._say("Settings restored")
+        self.image = self._file(data)
+        return self._say("The next picture begins with this one")
+
+    def _file(self, data: bytes) -> Path:
+        """A picture from the page, kept beside those that will be drawn from it: their settings name it."""
+        try:
+            image = Image.open(io.BytesIO(data))
+        except OSError:
+            raise Error("The file cannot be read as a picture.", "Give a PNG, JPEG or WebP file.") from None
+        mark = images.fingerprint(images.read(image))
+        path = self._place_for_files() / f"begin-{mark}.{image.format.lower()}"
+        part = path.with_suffix(".part")
+        part.write_bytes(data)
+        return part.replace(path)
+
     # --- from the page
 
     def _wire(self) -> None:
@@ -278,6 +324,7 @@ class Studio(w.VBox):
         self.observe(lambda _: self._try(self._named), "model")
         self.observe(lambda _: self._judge(), ["guidance", "more"])
         self.observe(lambda _: self._forget("eta"), "sampler")
+        self.observe(lambda _: self._try(self._begun), "image")
         self.view.on_msg(lambda _, message, buffers: self._try(self._heard, message, buffers))
         buttons = {
             c.generate: self.generate,
@@ -286,6 +333,7 @@ class Studio(w.VBox):
             c.dice: lambda: self.set_trait("seed", secrets.randbelow(2**32)),
             c.reuse: lambda: self._reuse(self.images[-1]),
             c.forget: lambda: self._forget(*self.more),
+            c.begin.remove: lambda: self.set_trait("image", None),
             c.compare.draw: self._draw_grid,
         }
         for name, button in c.presets.items():
@@ -314,14 +362,15 @@ class Studio(w.VBox):
             self.view.show(key, self._history[key])
         elif do == "seed":
             self._reuse(self._history[key])
+        elif do == "begin":
+            self.image = self._history[key].path
         elif do == "restore":
             self.restore(self._history[key].request, self._history[key].model)
             self._say("Settings restored")
         elif do == "drop":  # in parts: a large message would end the connection to the kernel
             self._dropped = [*(self._dropped if message["part"] else []), bytes(buffers[0])]
             if message["part"] + 1 == message["parts"]:
-                self.load(b"".join(self._dropped))
-                self._say("Settings restored")
+                self._take(b"".join(self._dropped), message["begin"])
 
     def _draw_grid(self) -> None:
         self.compare(**self.controls.compare.axes())
@@ -340,5 +389,6 @@ def _unusual(request: Request, facts: Facts | None) -> dict:
         own["clip_skip"] = facts.clip_skip
     if request.sampler is not None:
         own["eta"] = samplers.SAMPLERS[samplers.resolve(request.sampler)].eta
-    found = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in (*FIELDS, "count")}
+    shown = (*FIELDS, "count", "image", "image_hash")
+    found = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
     return {n: v for n, v in found.items() if v not in (getattr(plain, n), own.get(n))}

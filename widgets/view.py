@@ -1,8 +1,10 @@
 """The right half of the studio, which ipywidgets cannot draw: canvas, progress, history, file drop, shortcuts.
 
 A mirror of Python state. Traits hold what a page opened again must show; previews are messages, shown and forgotten.
-The page only sends messages, dicts with `do`: generate, compare, cancel, view, restore, seed, or drop with bytes."""
+The page only sends messages, dicts with `do`: generate, compare, cancel, view, restore, seed, begin,
+or drop with bytes."""
 
+import re
 import traceback
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from .gallery import Picture
 from .worker import Update
 
 _STRIP = 100  # thumbnails kept on the page
+_FLAGS = {r"-q (\d)": '"bits": {}', "--low-memory": '"low_memory": True', "--force": '"force": True'}
 _STAGES = {
     "open": "Opening the model",
     "download": "Downloading",
@@ -45,7 +48,9 @@ class View(anywidget.AnyWidget):
 
     def fail(self, error: BaseException) -> None:
         """What went wrong, in red, with the traceback folded. The page's alert is read out by itself."""
-        plain = (error.problem, error.fix) if isinstance(error, Error) else (f"{type(error).__name__}: {error}", "")
+        plain = (
+            (error.problem, here(error.fix)) if isinstance(error, Error) else (f"{type(error).__name__}: {error}", "")
+        )
         self.say(" ".join(plain).strip(), aloud=False)
         self.error = {"problem": plain[0], "fix": plain[1], "trace": "".join(traceback.format_exception(error))}
 
@@ -68,6 +73,13 @@ class View(anywidget.AnyWidget):
             "name": path.name,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
         }
+
+
+def here(fix: str) -> str:
+    """A fix, with what the flags in it that say how to open a model are called in a notebook."""
+    found = [(option, m) for flag, option in _FLAGS.items() if (m := re.search(rf"(?<!\S){flag}\b", fix))]
+    named = ", ".join(option.format(*m.groups()) for option, m in found)
+    return f"{fix} In a notebook: studio.options = {{{named}}}." if named else fix
 
 
 def line(update: Update) -> tuple[str, float]:
