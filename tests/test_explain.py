@@ -14,16 +14,21 @@ pytest.importorskip("ipywidgets", reason="the lessons need pip install -e '.[stu
 
 import mlxdiff
 from mlxdiff import probe, samplers
+from mlxdiff.errors import Error
 from mlxdiff.widgets.explain import (
+    Channels,
     ForwardNoise,
     GuidanceSweep,
     Negative,
+    Nudge,
+    RoundTrip,
     SamplerRace,
     Tokens,
     TwoAnswers,
     WordMaps,
     forward,
     guidance,
+    latent,
     race,
     text,
 )
@@ -280,6 +285,99 @@ def test_the_race_redraws_against_network_calls(monkeypatch):
     assert lesson.image.value != before
     assert lesson.data is data
     assert lesson.error is None
+
+
+# ---- lesson 6, latent space
+
+
+@pytest.fixture(scope="module")
+def house():
+    return latent.scene(3)
+
+
+def test_qualities_of_squares_that_are_known(house):
+    """One red square, one black above white, one black left of white; the rest grey: (1, 0, 0) has brightness 1/3."""
+    pixels = np.full((128, 128, 3), 51, np.uint8)
+    pixels[:8, :8] = (255, 0, 0)
+    pixels[:8, 8:16], pixels[4:8, 8:16] = 0, 255
+    pixels[8:16, :8], pixels[8:16, 4:8] = 0, 255
+    found = latent.qualities(Image.fromarray(pixels))
+    np.testing.assert_allclose(found[0, 0], [1 / 3, 1, 1 / 2, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(found[0, 1], [1 / 2, 0, 0, 0, 1], atol=1e-12)
+    np.testing.assert_allclose(found[1, 0], [1 / 2, 0, 0, 1, 0], atol=1e-12)
+    np.testing.assert_allclose(found[5, 5], [0.2, 0, 0, 0, 0], atol=1e-12)
+
+
+def test_correlations_equal_numpys_and_the_best_sum_finds_one():
+    rng = np.random.default_rng(0)
+    z, noise = rng.normal(size=(3, 5, 5, 4)), rng.normal(size=(3, 5, 5))
+    looks = np.stack([2 * z[..., 0] - z[..., 3], z[..., 1] + noise], axis=-1)
+    table = latent.correlations(z, looks)
+    for (i, j), r in np.ndenumerate(table[:-1]):
+        assert r == pytest.approx(np.corrcoef(z[..., i].ravel(), looks[..., j].ravel())[0, 1], abs=1e-12)
+    assert table[-1, 0] == pytest.approx(1, abs=1e-12)  # it is a weighted sum
+    assert table[1, 1] <= table[-1, 1] < 1
+
+
+def test_psnr_of_a_known_error():
+    grey = Image.new("RGB", (4, 4), (100, 100, 100))
+    assert latent.psnr(grey, grey) == math.inf
+    assert latent.psnr(grey, Image.new("RGB", (4, 4), (105, 105, 105))) == pytest.approx(20 * math.log10(51))
+
+
+def test_the_words_of_the_channels_are_the_shapes_and_the_table(pipe, house):
+    lesson = Channels(seed=3)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    assert lesson.data.image.tobytes() == house.tobytes()
+    assert lesson.data.latents.shape == (16, 16, 4)
+    said = numbers(lesson.words().replace(",", ""))
+    assert said[:3] == [128 * 128 * 3, 16 * 16 * 4, 48]
+    assert said[3:8] == [8, 16, 128 * 128 * 3, 16 * 16 * 4 * 2, 24]
+    largest = [row[np.abs(row).argmax()] for row in lesson.data.table[:4]]
+    assert said[9::2] == pytest.approx(largest, abs=0.006)
+
+
+def test_a_nudge_moves_one_channel_at_one_place(pipe, house):
+    lesson = Nudge(channel=2, amount=-3, place=(7, 5))
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    z = probe.encode(pipe, house)
+    assert guidance.changes(lesson.data.before, pipe.decode(z)[0]).max() == 0
+    z[0, 6, 4, 1] -= 3 * z[..., 1].std()
+    after = pipe.decode(z)[0]
+    assert guidance.changes(lesson.data.after, after).max() == 0
+    change = np.abs(np.asarray(after, float) - np.asarray(lesson.data.before, float)).mean(2)
+    own = change[48:56, 32:40].sum() / change.sum()
+    assert numbers(lesson.words())[2] == pytest.approx(100 * own, abs=0.6)
+
+
+def test_a_nudge_everywhere_moves_the_mean_colour(pipe, house):
+    lesson = Nudge(channel=4, amount=2)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    z = probe.encode(pipe, house)
+    z[..., 3] += 2 * z[..., 3].std()
+    before, after = (np.asarray(i, float).mean((0, 1)) for i in (lesson.data.before, pipe.decode(z)[0]))
+    said = re.findall(r"[+-]\d+", lesson.words())
+    assert [int(s) for s in said] == pytest.approx(list(after - before), abs=0.51)
+
+
+def test_there_and_back_and_a_picture_of_ones_own(house):
+    lesson = RoundTrip().ready()
+    (ours, _), (photo, back) = lesson.data
+    assert ours.tobytes() == house.tobytes()
+    scene_db, photo_db = numbers(lesson.words())[:2]
+    error = ((np.asarray(photo, float) - np.asarray(back, float)) ** 2).mean()
+    assert photo_db == pytest.approx(-10 * math.log10(error / 255**2), abs=0.06)
+    assert scene_db > photo_db + 6  # half the error at least: its own world
+    before, out = lesson.image.value, io.BytesIO()
+    house.save(out, "PNG")
+    upload(lesson.file, "house.png", out.getvalue())
+    lesson._job.result()
+    assert lesson.image.value != before
+    assert lesson.data[1][0].tobytes() == house.tobytes()
+    upload(lesson.file, "note.txt", b"no picture")
+    with pytest.raises(Error, match=r"note\.txt is not a picture"):
+        lesson._job.result()
+    assert "note.txt" in lesson.said.value
 
 
 # ---- lesson 7, text. References: the probe, which test_probe.py holds to numpy and transformers; counts by hand

@@ -3,7 +3,20 @@
 from .film import FilmStrip
 from .forward import ForwardNoise
 from .guidance import GuidanceSweep, Negative, TwoAnswers
+from .latent import Channels, Nudge, RoundTrip
 from .race import SamplerRace
 from .text import Tokens, WordMaps
 
-__all__ = ["FilmStrip", "ForwardNoise", "GuidanceSweep", "Negative", "SamplerRace", "Tokens", "TwoAnswers", "WordMaps"]
+__all__ = [
+    "Channels",
+    "FilmStrip",
+    "ForwardNoise",
+    "GuidanceSweep",
+    "Negative",
+    "Nudge",
+    "RoundTrip",
+    "SamplerRace",
+    "Tokens",
+    "TwoAnswers",
+    "WordMaps",
+]

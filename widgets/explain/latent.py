@@ -1,0 +1,284 @@
+"""Lesson 6, latent space: what the few numbers are that the diffusion works on, and what is lost on the way there."""
+
+import io
+import math
+from typing import NamedTuple
+
+import ipywidgets as w
+import matplotlib as mpl
+import numpy as np
+from matplotlib.cbook import get_sample_data
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ...probe import encode
+from ...train.storybook import render, sample
+from .forward import square
+from .guidance import changes
+from .lesson import Lesson, Told
+
+SIDE, CELL = 128, 8  # pixels of the model's pictures; pixels a latent stands for
+READ = 8  # pictures the correlations are taken over
+QUALITIES = ("brightness", "red − green", "yellow − blue", "brighter to the right", "brighter below")
+
+
+def scene(seed: int) -> Image.Image:
+    """A picture of the storybook world that no training saw."""
+    rng = np.random.default_rng([6, seed])
+    return Image.fromarray(render(sample(rng), rng, SIDE))
+
+
+def scene_slider(seed: int) -> w.IntSlider:
+    return w.IntSlider(seed, min=1, max=50, description="Scene", continuous_update=False)
+
+
+# --- the channels
+
+
+class Read(NamedTuple):
+    image: Image.Image
+    latents: np.ndarray  # (h, w, c)
+    table: np.ndarray  # (c + 1, qualities): correlations of each channel and of their best sum, over READ pictures
+
+
+class Channels(Lesson):
+    title = "The channels"
+    idea = "The diffusion works on a small map of four numbers a place, from which the VAE paints the picture."
+    trying = "Go through the scenes: which channel shows day and night, which the colour of the house?"
+
+    def __init__(self, seed: int = 3, **options):
+        self.scene = scene_slider(seed)
+        self._table: np.ndarray | None = None
+        super().__init__(self.scene, asks=(self.scene,), **options)
+
+    def settings(self) -> dict:
+        return {"seed": self.scene.value}
+
+    def work(self, pipe, told: Told, seed: int) -> Read:
+        if self._table is None:
+            images, latents = [scene(1000 + i) for i in range(READ)], []
+            for i, image in enumerate(images):
+                latents.append(encode(pipe, image)[0])
+                told(i + 1, READ + 1)
+            self._table = correlations(np.stack(latents), np.stack([qualities(image) for image in images]))
+        image = scene(seed)
+        return Read(image, encode(pipe, image)[0], self._table)
+
+    def figure(self) -> Figure:
+        d, most = self.data, np.abs(self.data.latents).max()
+        channels = d.latents.shape[-1]
+        fig = Figure(figsize=(7.8, 4.4), layout="constrained")
+        top, bottom = fig.subfigures(2, 1, height_ratios=(1, 1.2))
+        first, *axes = top.subplots(1, channels + 1)
+        first.imshow(d.image)
+        first.set_title("the picture")
+        for i, ax in enumerate(axes):
+            shown = ax.imshow(d.latents[..., i], cmap="RdBu_r", vmin=-most, vmax=most)
+            ax.set_title(f"channel {i + 1}")
+        for ax in (first, *axes):
+            ax.axis("off")
+        top.colorbar(shown, ax=axes, shrink=0.75)
+        ax = bottom.subplots()
+        ax.imshow(d.table, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        for (i, j), r in np.ndenumerate(d.table):
+            ax.text(j, i, f"{r:+.2f}", ha="center", va="center", color="white" if abs(r) > 0.6 else "black")
+        ax.set_xticks(range(len(QUALITIES)), QUALITIES)
+        ax.set_yticks(range(channels + 1), [*(f"channel {i + 1}" for i in range(channels)), "best weighted sum"])
+        ax.axhline(channels - 0.5, color="white", lw=4)
+        ax.set_title(f"correlation with what {CELL} × {CELL} pixels look like, over {READ} pictures")
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        return fig
+
+    def words(self) -> str:
+        pixels, latents = math.prod(np.asarray(self.data.image).shape), self.data.latents.size
+        said = []
+        for i, row in enumerate(self.data.table[:-1]):
+            j = int(np.abs(row).argmax())
+            said.append(f"{i + 1} most with “{QUALITIES[j]}” ({row[j]:+.2f})")
+        return (
+            f"{pixels:,} numbers in the picture, {latents:,} in its latents: {pixels / latents:g} times fewer. "
+            f"At 8 bits a pixel's colour and 16 bits a latent, {pixels:,} bytes and {2 * latents:,}: "
+            f"{pixels / latents / 2:g} times. The channels go together: {', '.join(said)}."
+        )
+
+
+# --- moving one
+
+
+class Nudged(NamedTuple):
+    before: Image.Image
+    after: Image.Image
+    spread: float  # of the channel in this picture: what the amount counts in
+
+
+class Nudge(Lesson):
+    title = "Moving a channel"
+    idea = "Change latents by hand and let the VAE paint: what changes is what they stood for."
+    trying = "Move each channel everywhere. Then one place only: how far do its pixels reach?"
+
+    def __init__(
+        self,
+        seed: int = 3,
+        channel: int = 4,
+        amount: float = 2.0,
+        place: tuple[int, int] | None = None,  # row and column, from 1; None: everywhere
+        **options,
+    ):
+        self.amount = w.FloatSlider(amount, min=-4, max=4, step=0.5, description="Amount", continuous_update=False)
+        self.channel = w.Dropdown(options=(1, 2, 3, 4), value=channel, description="Channel")
+        self.where = w.ToggleButtons(options=("everywhere", "one place"), index=0 if place is None else 1)
+        self.row, self.column = (
+            w.IntSlider(at, min=1, max=SIDE // CELL, description=name, continuous_update=False)
+            for at, name in zip(place or (9, 9), ("Row", "Column"), strict=True)
+        )
+        self.scene = scene_slider(seed)
+        asks = (self.amount, self.channel, self.where, self.row, self.column, self.scene)
+        super().__init__(*asks, asks=asks, **options)
+
+    def settings(self) -> dict:
+        place = (self.row.value - 1, self.column.value - 1)
+        return {
+            "seed": self.scene.value,
+            "channel": self.channel.value - 1,
+            "amount": self.amount.value,
+            "place": place if self.where.value == "one place" else None,
+        }
+
+    def work(self, pipe, told: Told, seed: int, channel: int, amount: float, place: tuple[int, int] | None) -> Nudged:
+        z = encode(pipe, scene(seed))
+        told(1, 3)
+        spread = float(z[..., channel].std())
+        moved = z.copy()
+        rows, columns = (slice(None), slice(None)) if place is None else place
+        moved[:, rows, columns, channel] += amount * spread
+        before = pipe.decode(z)[0]
+        told(2, 3)
+        return Nudged(before, pipe.decode(moved)[0], spread)
+
+    def figure(self) -> Figure:
+        fig = Figure(figsize=(6.6, 2.3), layout="constrained")
+        axes = fig.subplots(1, 3)
+        shown = (self.data.before, self.data.after, changes(self.data.before, self.data.after))
+        titles = ("decoded as it is", f"channel {self.channel.value} moved by {self.amount.value:g}", "change, of 255")
+        for ax, image, title in zip(axes, shown, titles, strict=True):
+            drawn = ax.imshow(image, cmap="magma", vmin=0)
+            ax.set_title(title)
+            ax.axis("off")
+        if self.where.value == "one place":
+            corner = CELL * (self.column.value - 1) - 0.5, CELL * (self.row.value - 1) - 0.5
+            axes[2].add_patch(mpl.patches.Rectangle(corner, CELL, CELL, fill=False, ec="white", lw=1))
+        fig.colorbar(drawn, ax=axes[2], shrink=0.8)
+        return fig
+
+    def words(self) -> str:
+        before, after = (np.asarray(image, np.float64) for image in (self.data.before, self.data.after))
+        moved = f"Channel {self.channel.value} moved by {self.amount.value:g} of its spread"
+        if self.where.value == "everywhere":
+            shift = ", ".join(
+                f"{name} {now - then:+.0f}"
+                for name, now, then in zip(
+                    ("red", "green", "blue"), after.mean((0, 1)), before.mean((0, 1)), strict=True
+                )
+            )
+            return f"{moved} everywhere: the mean colour changes by {shift} of 255."
+        map_ = changes(self.data.before, self.data.after)
+        y, x = CELL * (self.row.value - 1), CELL * (self.column.value - 1)
+        own = map_[y : y + CELL, x : x + CELL].sum() / max(map_.sum(), 1e-9)
+        touched = int((map_ >= 1).sum())
+        return (
+            f"{moved} at one place: {own:.0%} of the change is in that place's own {CELL} × {CELL} pixels; "
+            f"{touched:,} pixels change by 1 of 255 or more, {touched / CELL**2:.1f} times as many as it has."
+        )
+
+
+# --- there and back
+
+
+class RoundTrip(Lesson):
+    title = "There and back"
+    idea = "The VAE keeps what it was trained to keep: a picture of its world comes back whole, another one poorer."
+    trying = "Choose a picture of your own. What survives, and what does the VAE turn into its own world's shapes?"
+
+    def __init__(self, seed: int = 3, **options):
+        self.scene = scene_slider(seed)
+        self.file = w.FileUpload(accept="image/*", description="Own picture")
+        super().__init__(self.scene, self.file, asks=(self.scene, self.file), **options)
+
+    def settings(self) -> dict:
+        chosen = self.file.value[-1] if self.file.value else None
+        return {
+            "seed": self.scene.value,
+            "file": None if chosen is None else (chosen["name"], bytes(chosen["content"])),
+        }
+
+    def work(
+        self, pipe, told: Told, seed: int, file: tuple[str, bytes] | None
+    ) -> list[tuple[Image.Image, Image.Image]]:
+        own = photo() if file is None else square(io.BytesIO(file[1]), file[0], SIDE)
+        pairs = []
+        for i, image in enumerate((scene(seed), own)):
+            pairs.append((image, pipe.decode(encode(pipe, image))[0]))
+            told(i + 1, 2)
+        return pairs
+
+    def figure(self) -> Figure:
+        fig = Figure(figsize=(5.4, 3.7), layout="constrained")
+        axes = fig.subplots(2, 3)
+        lost = [changes(*pair).reshape(SIDE // 4, 4, SIDE // 4, 4).mean((1, 3)) for pair in self.data]
+        for row, pair, difference in zip(axes, self.data, lost, strict=True):
+            row[0].imshow(pair[0])
+            row[1].imshow(pair[1])
+            drawn = row[2].imshow(difference, cmap="magma", vmin=0, vmax=max(d.max() for d in lost))
+        axes[0, 0].set_title("a scene of its world")
+        axes[1, 0].set_title("another picture")
+        axes[0, 1].set_title(f"and back: {psnr(*self.data[0]):.1f} dB")
+        axes[1, 1].set_title(f"and back: {psnr(*self.data[1]):.1f} dB")
+        axes[0, 2].set_title("lost, of 255,\nby 4 × 4 pixels")
+        for ax in axes.flat:
+            ax.axis("off")
+        fig.colorbar(drawn, ax=axes[:, 2], shrink=0.7)
+        return fig
+
+    def words(self) -> str:
+        a, b = (psnr(*pair) for pair in self.data)
+        return (
+            f"The scene of its own world comes back with {a:.1f} dB, the other picture with {b:.1f} dB: "
+            f"its error is {10 ** ((a - b) / 20):.1f} times as large."
+        )
+
+
+# --- what is measured
+
+
+def photo() -> Image.Image:
+    """A photograph that comes with matplotlib: Grace Hopper, by the US Navy."""
+    with get_sample_data("grace_hopper.jpg") as file:
+        return square(Image.open(file), "grace_hopper.jpg", SIDE)
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """The peak over the error, in decibels."""
+    error = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def qualities(image: Image.Image) -> np.ndarray:
+    """(h, w, 5): what the pixels of each latent look like; QUALITIES."""
+    pixels = np.asarray(image, np.float64) / 255
+    H, W, _ = pixels.shape
+    cells = pixels.reshape(H // CELL, CELL, W // CELL, CELL, 3)
+    red, green, blue = np.moveaxis(cells.mean((1, 3)), -1, 0)
+    grey, half = cells.mean(-1), CELL // 2
+    right = grey[:, :, :, half:].mean((1, 3)) - grey[:, :, :, :half].mean((1, 3))
+    below = grey[:, half:].mean((1, 3)) - grey[:, :half].mean((1, 3))
+    return np.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue, right, below], axis=-1)
+
+
+def correlations(latents: np.ndarray, looks: np.ndarray) -> np.ndarray:
+    """(..., c) and (..., q) -> (c + 1, q): Pearson's, over all places of all pictures; last that of the best weighted
+    sum of the channels."""
+    a, b = latents.reshape(-1, latents.shape[-1]), looks.reshape(-1, looks.shape[-1])
+    a, b = ((m - m.mean(0)) / m.std(0) for m in (a.astype(np.float64), b))
+    best = a @ np.linalg.lstsq(a, b)[0]
+    return np.concatenate([a.T @ b / len(a), [(best * b).mean(0) / best.std(0)]])
