@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,47 @@ def test_a_dropped_picture_restores_its_settings(desk):
         s.label("Restore settings from…").set_input_files(chosen)
         expect(s.label("Prompt")).to_have_value("a lighthouse")
         s.says("Settings restored")
+
+
+def test_a_picture_to_begin_with(desk, lab):
+    """Dropped without settings, chosen, or taken from the history; a strength; removed again."""
+    d = desk("begin.ipynb", QUICK)
+    d.run_all()
+    s = d.studio()
+    plain = io.BytesIO()
+    fakes.picture(Request("x", seed=1, width=64, height=32)).save(plain, "PNG")
+    thumb = s.root.get_by_role("img", name="The picture to begin with")
+    remove = s.root.get_by_title("Begin with noise alone")
+    chosen = {"name": "a.png", "mimeType": "image/png", "buffer": plain.getvalue()}
+    for n in (1, 2):
+        expect(thumb).to_be_hidden()
+        if n == 1:
+            _drop(s, plain.getvalue())
+        else:
+            s.label("Begin with a picture…").set_input_files(chosen)
+        expect(thumb).to_be_visible()
+        s.says("begins with this one")
+        strength = s.root.get_by_role("slider", name="Strength", exact=True)
+        strength.focus()
+        for _ in range(2 * n):
+            d.page.keyboard.press("ArrowLeft")
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(n)
+        s.says("Done in")
+        request, _ = images.read_settings(drawn(lab)[-1])
+        assert (lab.folder / request.image).read_bytes() == plain.getvalue()
+        assert request.strength == pytest.approx({1: 0.5, 2: 0.3}[n])  # 0.6 and steps of 0.05: 2 down, then 4 more
+        s.shot("studio-begin")
+        remove.click()
+    expect(thumb).to_be_hidden()
+    for n in (3, 4):
+        s.press("Begin with it")
+        expect(thumb).to_be_visible()
+        s.press("Generate")
+        expect(s.thumbs).to_have_count(n)
+        s.says("Done in")
+        request, _ = images.read_settings(drawn(lab)[-1])
+        assert Path(request.image).name == drawn(lab)[-2].name
 
 
 def _drop(hand: Hand, data: bytes) -> None:
