@@ -17,6 +17,7 @@ from PIL import Image
 from . import conditioning, samplers, schedules, tokenizers
 from .errors import Error
 from .models.layers import split_heads
+from .noise import Noise, draw_nhwc
 from .pipeline import Event, Pipeline
 from .request import Request
 
@@ -49,6 +50,13 @@ def trace(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Step]:
             yield Step(event.step, event.steps, sigma, x, event.x0, event.seconds)
         if event.x is not None:
             x, sigma = event.x, event.sigma
+
+
+def noise_of(pipe: Pipeline, seed: int, **settings) -> np.ndarray:
+    """The standard noise (B, h, w, c) that a run of this seed starts from."""
+    request = pipe.resolve("", seed=seed, **settings)
+    noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
+    return np.array(draw_nhwc(noise, *pipe._latents(request), pipe.latent_channels))
 
 
 def from_noise(pipe: Pipeline, noise: np.ndarray, prompt: str | Request, **settings) -> Iterator[Event]:

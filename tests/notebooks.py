@@ -6,13 +6,17 @@
 Committed outputs are what a page shows that runs nothing: text and pictures, no widgets, no times of execution. A cell
 tagged "volatile" may print what differs by machine or run: it runs, and its text is not compared."""
 
+import base64
+import io
 import os
 import re
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
+from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 TIMEOUT = 300  # seconds a cell
@@ -57,6 +61,20 @@ def still(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return book
 
 
+def light(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """With pictures of 64 levels a colour, not 256: half the bytes, and on a page the same to the eye."""
+    for output in (
+        o for c in book.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
+    ):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB"), float)
+        small = io.BytesIO()
+        Image.fromarray(((pixels * 63 / 255).round() * 255 / 63).round().astype(np.uint8)).save(
+            small, "PNG", optimize=True
+        )
+        output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
+    return book
+
+
 def texts(book: nbformat.NotebookNode) -> list[str]:
     """What each code cell says in words, markdown included; and that there are pictures, if there are."""
     said = []
@@ -85,7 +103,7 @@ def main(argv: list[str]) -> None:
 
     for name in argv or names():
         with tempfile.TemporaryDirectory() as place:
-            book = run(name, Path(place))
+            book = light(run(name, Path(place)))
         path = FOLDER / f"{name}.ipynb"
         nbformat.write(book, path)
         print(f"{name}: {path.stat().st_size / 1e3:.0f} kB")

@@ -10,7 +10,6 @@ import pytest
 import mlxdiff
 from mlxdiff import probe, weights
 from mlxdiff.errors import Error
-from mlxdiff.noise import Noise, draw_nhwc
 from mlxdiff.train import judge, measure
 from mlxdiff.train import storybook as sb
 
@@ -107,7 +106,7 @@ def test_diffusers_draws_the_same_from_given_noise(pipe):
 def test_a_seeds_own_noise_given_is_the_seeds_picture(pipe, sampler):
     """A noisy sampler's later draws too are the seed's."""
     settings = {"steps": 3, "seed": 5} | SETTINGS | {"sampler": sampler, "width": 64, "height": 64}
-    noise = np.array(draw_nhwc([Noise(5)], 8, 8, 4))
+    noise = probe.noise_of(pipe, 5, width=64, height=64)
     *_, last = probe.from_noise(pipe, noise, NIGHT, **settings)
     assert (np.asarray(last.image) == np.asarray(pipe(NIGHT, **settings).image)).all()
 

@@ -16,6 +16,7 @@ import mlxdiff
 from mlxdiff import probe, samplers
 from mlxdiff.errors import Error
 from mlxdiff.widgets.explain import (
+    BetweenSeeds,
     Channels,
     ForwardNoise,
     GuidanceSweep,
@@ -23,6 +24,7 @@ from mlxdiff.widgets.explain import (
     Nudge,
     RoundTrip,
     SamplerRace,
+    SeedGrid,
     Tokens,
     TwoAnswers,
     WordMaps,
@@ -30,8 +32,10 @@ from mlxdiff.widgets.explain import (
     guidance,
     latent,
     race,
+    seeds,
     text,
 )
+from tests import notebooks
 
 
 def numbers(words: str) -> list[float]:
@@ -229,6 +233,90 @@ def test_the_controls_of_guidance_ask_and_redraw():
     lesson.steps.value = 5
     lesson.steps.value = 4  # two wishes in a row: the newest wins
     assert lesson._job.result(60) is lesson.data
+
+
+# ---- lesson 4, seeds and noise
+
+
+def test_between_two_noises_at_a_right_angle_and_between_one_and_itself():
+    """From (1, 0) to (0, 1) slerp is (cos, sin) of the part of 90 degrees, lerp half way (1/2, 1/2)."""
+    a, b = np.eye(2)
+    for t in (0, 0.25, 1):
+        turn = t * math.pi / 2
+        np.testing.assert_allclose(seeds.slerp(a, b, t), (math.cos(turn), math.sin(turn)), atol=1e-15)
+    assert np.linalg.norm(seeds.lerp(a, b, 0.5)) == pytest.approx(math.sqrt(0.5))
+    assert (seeds.slerp(a, a, 0.3) == a).all()
+
+
+def test_the_plane_of_two_noises_keeps_lengths_and_angles():
+    a, b = np.random.default_rng(0).standard_normal((2, 1024))
+    points = np.stack([a, b, 0.3 * a + 0.6 * b])
+    np.testing.assert_allclose(*(p @ p.T for p in (seeds.flat(a, b, points) * 32, points)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_seeds_noise_is_torchs(pipe):
+    """By torch itself, channels last; and what the notebook calls torch's numbers is what torch prints."""
+    torch = pytest.importorskip("torch")
+    for seed in (0, 7):
+        theirs = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(seed)).permute(0, 2, 3, 1)
+        np.testing.assert_allclose(probe.noise_of(pipe, seed), theirs, rtol=0, atol=5e-7)  # see test_noise.py
+    first = torch.randn((4, 4), generator=torch.Generator().manual_seed(0)).ravel()[:6].tolist()
+    said = next(c.source for c in notebooks.read("04_seeds_and_noise").cells if "theirs = [" in c.source)
+    assert f"theirs = [{', '.join(f'{x:.4f}' for x in first)}]" in said
+
+
+def test_the_grid_is_one_prompt_and_one_seed(pipe):
+    """Against the pipeline, a picture at a time: within 1 of 255, a batch adds up in another order."""
+    lesson = SeedGrid("a cactus", seed=5, steps=4)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    for image, prompt, seed in (
+        (lesson.data.seeds[0], "a cactus", 5),
+        (lesson.data.seeds[2], "a cactus", 7),
+        (lesson.data.prompts[0], "a cactus", 5),
+        (lesson.data.prompts[2], "a boat", 5),
+    ):
+        assert guidance.changes(image, pipe(prompt, seed=seed, steps=4).image).max() <= 1
+    x = [np.asarray(i, float) for i in lesson.data.seeds]
+    expected = np.mean([np.abs(x[0] - x[1]), np.abs(x[0] - x[2]), np.abs(x[1] - x[2])])
+    assert numbers(lesson.words())[:3] == [3, pytest.approx(expected, abs=0.51), 255]
+
+
+def test_between_two_seeds_lie_the_mixtures_of_their_noises(pipe):
+    lesson = BetweenSeeds("a blue boat", a=5, b=6, steps=4)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    a, b = (probe.noise_of(pipe, seed) for seed in (5, 6))
+    *_, half = probe.from_noise(pipe, (a + b) / 2, "a blue boat", steps=4)
+    assert guidance.changes(lesson.data.lerp[2], half.image).max() <= 1
+    for row in (lesson.data.slerp, lesson.data.lerp):
+        for image, seed in ((row[0], 5), (row[-1], 6)):
+            assert guidance.changes(image, pipe("a blue boat", seed=seed, steps=4).image).max() <= 1
+    _, _, turn, around, through, *_ = numbers(lesson.words())
+    angle = math.acos((a * b).sum() / math.sqrt((a**2).sum() * (b**2).sum()))
+    strength = np.linalg.norm(a + b) / 2 / math.sqrt(a.size)
+    assert turn == pytest.approx(math.degrees(angle), abs=0.51)
+    assert (around, through) == pytest.approx((strength / math.cos(angle / 2), strength), abs=0.0051)
+
+
+def test_sharpness_by_hand():
+    """Columns 0, 10, 0, 10: every step across is 10, every step down 0."""
+    image = Image.fromarray(np.tile(np.uint8([0, 10])[None, :, None], (4, 2, 3)))
+    assert seeds.sharpness(image) == 5
+
+
+def test_the_controls_of_seeds_ask_and_an_error_is_shown():
+    lesson = BetweenSeeds("a blue boat", a=5, b=6, steps=4).ready()
+    before, after = moved(lesson, lesson.b, 7)
+    assert before != after
+    assert lesson.caption.value == lesson.words()
+    lesson.work = broken
+    lesson.a.value = 8
+    with pytest.raises(ZeroDivisionError):
+        lesson._job.result(60)
+    assert "division" in lesson.said.value
+
+
+def broken(*args, **settings):
+    return 1 / 0
 
 
 # ---- lesson 5, steps and samplers

@@ -109,6 +109,7 @@ MAY = {
         "mlxdiff.conditioning",
         "mlxdiff.errors",
         "mlxdiff.models.layers",
+        "mlxdiff.noise",
         "mlxdiff.pipeline",
         "mlxdiff.request",
         "mlxdiff.samplers",

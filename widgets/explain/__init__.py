@@ -5,9 +5,11 @@ from .forward import ForwardNoise
 from .guidance import GuidanceSweep, Negative, TwoAnswers
 from .latent import Channels, Nudge, RoundTrip
 from .race import SamplerRace
+from .seeds import BetweenSeeds, SeedGrid
 from .text import Tokens, WordMaps
 
 __all__ = [
+    "BetweenSeeds",
     "Channels",
     "FilmStrip",
     "ForwardNoise",
@@ -16,6 +18,7 @@ __all__ = [
     "Nudge",
     "RoundTrip",
     "SamplerRace",
+    "SeedGrid",
     "Tokens",
     "TwoAnswers",
     "WordMaps",
