@@ -159,11 +159,13 @@ def _draw(book, path: Path, url: str, token: str) -> None:
         kernel = json.load(answer)["kernel"]["id"]
     client = BlockingKernelClient(connection_file=str(Path(jupyter_runtime_dir()) / f"kernel-{kernel}.json"))
     client.load_connection_file()
-    client.start_channels()
+    client.start_channels(hb=False)  # a machine that is busy misses heartbeats, and the kernel would be given up
     try:
         client.wait_for_ready(timeout=_PATIENCE)
         cell, said = _cell(book, path), []
         reply = client.execute_interactive(cell.source, output_hook=said.append, timeout=_PATIENCE)
+    except (RuntimeError, TimeoutError) as e:  # jupyter_client's words for a kernel that does not answer
+        raise Error(f"The notebook's kernel does not answer: {e}.", "Try again.") from None
     finally:
         client.stop_channels()
     shown = ("stream", "display_data", "execute_result", "error")
