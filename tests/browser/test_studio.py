@@ -146,7 +146,7 @@ def test_seed_buttons_presets_and_history(desk, lab):
         s.label("Prompt").fill("something else")
         s.press("Restore settings")
         expect(s.label("Prompt")).to_have_value("a red house under a full moon")
-    readout = s.root.locator(".widget-readout").first
+    readout = s.label("Steps, as a number")
     for name, steps in (("Quick", 8), ("Fine", 40), ("Standard", 20)) * 2:
         s.press(name)
         expect(readout).to_have_text(str(steps))
