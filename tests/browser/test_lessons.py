@@ -23,7 +23,8 @@ def test_a_lesson_reads_before_it_runs_and_lives_after(lab, page, name):
         d.run_all()
         lesson = page.locator(".mlxdiff-lesson").first
         lesson.wait_for(timeout=120_000)
-        page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
+        idle = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
+        page.wait_for_function(idle, timeout=120_000)  # until the notebook's last cell has run
         image = lesson.locator("img").first
         expect(image).to_be_visible()
         SHOTS.mkdir(parents=True, exist_ok=True)
