@@ -6,11 +6,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 import mlxdiff
 from mlxdiff import probe, weights
 from mlxdiff.errors import Error
-from mlxdiff.train import judge, measure
+from mlxdiff.train import judge, measure, recipe
 from mlxdiff.train import storybook as sb
 
 FOLDER = Path(mlxdiff.__file__).parent / "builtin" / "storybook"
@@ -137,3 +138,27 @@ def test_fewer_bits_still_draw_it(referee, drawn, bits, tmp_path, monkeypatch):
     small = measure.draw(mlxdiff.load(FOLDER, bits=bits), scenes, steps=15, **SETTINGS)
     right = [(judge.read(referee, p) == judge.labels(scenes)).sum() for p in (pictures, small)]
     assert right[1] >= right[0] - (3 if bits == 8 else 10)
+
+
+def test_the_loss_by_words_is_the_error_in_v(pipe):
+    """measure.losses against the network called by hand in training's terms: x_vp in, v out (Salimans and Ho 2022)."""
+    (scene,) = measure.scenes(1)
+    levels = recipe.ALPHA_BAR[[200, 800]]
+    (found,) = measure.losses(pipe, [scene], np.sqrt((1 - levels) / levels))
+    x0 = probe.encode(pipe, Image.fromarray(measure.renders([scene])[0]))
+    noise = np.random.default_rng([0, 0]).standard_normal((2, *x0.shape)).astype(np.float32)
+    next(probe.trace(pipe, sb.plain(scene), steps=1, guidance=1.0))
+    net, (text,) = pipe._network("unet"), pipe._texts[1]
+    for k, (t, a) in enumerate(zip((200, 800), levels, strict=True)):
+        x, v = np.sqrt(a) * x0 + np.sqrt(1 - a) * noise[k], np.sqrt(a) * noise[k] - np.sqrt(1 - a) * x0
+        out = net(mx.array(x.astype(np.float32)), float(t), **net.prepare(None, text.context))
+        assert found["right"][k] == pytest.approx(np.square(np.array(out) - v).mean(), rel=1e-3)  # float32 at sigma 5
+    assert found["time"][1] > 2 * found["right"][1]
+
+
+def test_a_wrong_word_is_one_word_of_a_scene_that_can_be():
+    for scene in measure.scenes(20):
+        for kind, other in measure.wrong(scene, np.random.default_rng(1)).items():
+            differs = [f for f in vars(scene) if getattr(scene, f) != getattr(other, f)]
+            assert differs == [kind]
+            assert sb.valid(other)

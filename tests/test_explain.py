@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import time
 from datetime import datetime, timezone
 
 import numpy as np
@@ -12,14 +13,18 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="the lessons need pip install -e '.[studio]'")
 pytest.importorskip("ipywidgets", reason="the lessons need pip install -e '.[studio]'")
 
+from matplotlib.figure import Figure
+
 import mlxdiff
 from mlxdiff import probe, samplers
 from mlxdiff.errors import Error
+from mlxdiff.train import measure, toy
 from mlxdiff.widgets.explain import (
     BetweenSeeds,
     Channels,
     ForwardNoise,
     GuidanceSweep,
+    Loss,
     Negative,
     Nudge,
     RoundTrip,
@@ -27,6 +32,7 @@ from mlxdiff.widgets.explain import (
     SeedGrid,
     Tokens,
     TwoAnswers,
+    TwoMoons,
     WordMaps,
     forward,
     guidance,
@@ -34,7 +40,9 @@ from mlxdiff.widgets.explain import (
     race,
     seeds,
     text,
+    training,
 )
+from mlxdiff.widgets.explain.lesson import Lesson
 from tests import notebooks
 
 
@@ -508,3 +516,59 @@ def test_word_maps_add_up_the_tokens_of_a_word(pipe):
 def test_contrast_by_hand():
     """10 of 100 places at 6, the rest at 2."""
     assert text.contrast(np.where(np.arange(100).reshape(10, 10) % 10 == 3, 6.0, 2.0)) == 3
+
+
+# ---- lesson 8, training. References: the measures behind it, held elsewhere (test_builtin.py, test_train.py)
+
+
+def test_the_loss_lesson_says_what_is_measured(pipe):
+    lesson = Loss(scenes=1).ready()
+    ((scene,), levels) = measure.scenes(1), training.SIGMAS
+    (found,) = measure.losses(pipe, [scene], levels)
+    assert (lesson.data.right == found["right"]).all()
+    assert lesson.words().startswith(f"Scenes measured: 1. The loss: {found['right'][0]:.2f} at t = 50, ")
+    for kind in training.WORDS:
+        added = found[kind] - found["right"]
+        assert f"{kind} {added[0]:+.2f} and {added[-1]:+.2f}" in lesson.words()
+    assert len(lesson.data.expected) == len(lesson.data.noisy) == 6
+
+
+def test_labels_keep_their_distance():
+    np.testing.assert_allclose(training.spaced([3.0, 1.0, 1.1], 0.5), [3.0, 1.0, 1.5])
+
+
+def test_two_moons_compares_three_on_one_budget():
+    """What is short of the best denoiser, from toys taught by hand with the same seed."""
+    lesson = TwoMoons(steps=100, seed=1).ready()
+    points = toy.two_moons(2000)
+    x = points[:500] + 0.3 * np.random.default_rng(2).standard_normal((500, 2))
+    for name, own in lesson.data.items():
+        learner = toy.Toy(name, seed=1)
+        assert [r.loss for r in learner.learn(points, 100, seed=1)] == own.losses.tolist()
+        short = np.square(learner.expected(x, 0.3) - toy.best(points, x, 0.3)).mean()
+        off = toy.off_moons(learner.paths(500)[-1]).mean()
+        assert f"{name} {off:.2f} and {short:.3f}" in lesson.words()
+    before, after = moved(lesson, lesson.ratio, 2.0)
+    assert before != after
+    assert "at noise 2 " in lesson.caption.value
+
+
+class Growing(Lesson):
+    def work(self, pipe, told):
+        time.sleep(1.1)  # looks begin after a second
+        told(1, 2, lambda: 1)
+        told(2, 2, lambda: 2)  # too soon after the other
+        return 3
+
+    def figure(self):
+        return Figure((1, 1))
+
+    def words(self):
+        return f"{self.data}"
+
+
+def test_work_can_be_watched():
+    lesson, seen = Growing(), []
+    lesson.observe(lambda change: seen.append(change.new), "data")
+    lesson.ready()
+    assert seen == [1, 3]

@@ -177,7 +177,7 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
     },
-    "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.train.*"},
+    "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.probe", "mlxdiff.train.*"},
     "mlxdiff.train.__main__": {
         "mlxdiff",
         "mlxdiff.console",
@@ -217,7 +217,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.probe",
         "mlxdiff.schedules",
-        "mlxdiff.train.storybook",
+        "mlxdiff.train.*",
         "mlxdiff.widgets.explain.*",
     },
     "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors"},

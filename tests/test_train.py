@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 import mlxdiff
 from mlxdiff import schedules
 from mlxdiff.models import unet, vae
-from mlxdiff.train import export, fit, judge, objective, recipe
+from mlxdiff.train import export, fit, judge, objective, recipe, toy
 from mlxdiff.train import storybook as sb
 from mlxdiff.train.__main__ import main
 
@@ -312,3 +312,54 @@ def test_from_nothing_to_a_folder_that_others_open(tmp_path, capsys, monkeypatch
     picture = theirs("a red house", 128, 128, 4, guidance_scale=3.0, generator=g, output_type="np").images[0]
     error = np.square(np.asarray(ours) / 255 - picture).mean()
     assert -10 * np.log10(error) > 40
+
+
+# --- points in the plane. References: closed forms of the best denoiser and of the distance to a half circle
+
+
+def test_the_best_denoiser_of_two_points():
+    """At -1 and 1 it expects tanh(x / ratio^2); float64."""
+    x = np.array([[-2.0, 0.0], [-0.3, 0.0], [0.0, 0.0], [0.1, 0.0]])
+    expected = toy.best(np.array([[-1.0, 0.0], [1.0, 0.0]]), x, 0.7)
+    np.testing.assert_allclose(expected[:, 0], np.tanh(x[:, 0] / 0.7**2), atol=1e-12)
+
+
+def test_the_distance_to_the_moons():
+    """By hand, in coordinates in which the upper moon is the unit half circle; then points on them."""
+    by_hand = {(0, 2): 1, (-1, -0.5): 0.5, (1, 0.5): np.hypot(1, 0.5) - 1, (1, -2.5): 2}
+    found = toy.off_moons(np.array(list(by_hand), float) - [0.5, 0.25])
+    np.testing.assert_allclose(found, list(by_hand.values()), atol=1e-12)
+    assert toy.off_moons(toy.two_moons(500, noise=0.0)).max() < 1e-6  # float32
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_a_perfect_denoiser_draws_the_points_it_knows(prediction, sampler):
+    """The samplers' last step goes to what is expected with the least noise: one of the points, to its noise's tail."""
+    points, learner = toy.two_moons(20, noise=0.0), toy.Toy(prediction)
+
+    def perfect(x, sigma):
+        signal, ratio = (1 - sigma, sigma / max(1 - sigma, 1e-6)) if prediction == "flow" else (1.0, sigma)
+        known = toy.best(points, np.array(x).reshape(-1, 2) / max(signal, 1e-6), ratio)
+        return mx.array(known.astype(np.float32).reshape(-1, 1, 1, 2))
+
+    learner.denoise = perfect
+    ends = learner.paths(50, steps=100, sampler=sampler)[-1]
+    nearest = np.hypot(*(ends[:, None] - points).transpose(2, 0, 1)).min(1)
+    assert np.median(nearest) < 0.01
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_a_toy_comes_near_the_best_denoiser(prediction):
+    """In 200 steps to a tenth of the error of one that has learned nothing but the middle; the same again from the
+    same seed, to the last bit."""
+    points = toy.two_moons(500)
+    x = points + 0.5 * normal(0, 500, 2)
+    best = toy.best(points, x, 0.5)
+    runs = []
+    for _ in range(2):
+        learner = toy.Toy(prediction, seed=3)
+        runs.append(([r.loss for r in learner.learn(points, 200, seed=3)], learner.expected(x, 0.5)))
+    assert runs[0][0] == runs[1][0]
+    assert (runs[0][1] == runs[1][1]).all()
+    assert np.square(runs[0][1] - best).mean() < 0.1 * np.square(points.mean(0) - best).mean()

@@ -1,10 +1,15 @@
 """How well a storybook model draws: plain captions of random scenes, seeds that count up from a fixed one, read by a
-judge. Renders of the same scenes give the judge's own ceiling."""
+judge. Renders of the same scenes give the judge's own ceiling. And how well it denoises: its loss by noise and word."""
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from ..pipeline import Pipeline
+from ..probe import encode, sides
 from . import judge
 from . import storybook as sb
 
@@ -35,3 +40,38 @@ def measure(pipe: Pipeline, referee: judge.Judge, chosen: list[sb.Scene], **sett
     pictures = draw(pipe, chosen, **settings)
     distance = judge.frechet(referee, pictures, renders(chosen))
     return judge.adherence(referee, pictures, chosen) | {"frechet": distance}
+
+
+def losses(
+    pipe: Pipeline, chosen: list[sb.Scene], sigmas: list[float], seed: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Scene after scene, the loss at each noise level: the error in v, which the built-in model was taught to predict.
+    With the right caption, and with each kind of word wrong; under the same noise."""
+    sigmas = np.array(sigmas)
+    for k, (scene, pixels) in enumerate(zip(chosen, renders(chosen), strict=True)):
+        x0 = encode(pipe, Image.fromarray(pixels))
+        noise = np.random.default_rng([seed, k]).standard_normal((len(sigmas), *x0.shape)).astype(np.float32)
+        told = {"right": scene, **wrong(scene, np.random.default_rng([seed, k]))}
+        captions = [sb.plain(s) for s in told.values()]
+        looks = [
+            look
+            for a, b in zip(captions[::2], captions[1::2] + captions[-1:], strict=False)
+            for look in sides(pipe, b, negative=a)
+        ]
+        found = {}
+        for name, look in zip(told, looks, strict=False):
+            off = [np.square(look(x0 + s * n, float(s)) - x0).mean() for s, n in zip(sigmas, noise, strict=True)]
+            found[name] = np.array(off) * (1 + sigmas**2) / sigmas**2
+        yield found
+
+
+def wrong(scene: sb.Scene, rng: np.random.Generator) -> dict[str, sb.Scene]:
+    """By kind of word: the same scene with another word there, of those that make a scene too."""
+    kinds = (sb.TIMES, sb.TERRAINS, sb.SKIES, sb.OBJECTS, sb.COLOURS, sb.POSITIONS)
+    found = {}
+    for field, options in zip(fields(scene), kinds, strict=True):
+        others = [replace(scene, **{field.name: word}) for word in options]
+        others = [s for s in others if s != scene and sb.valid(s)]
+        if others:  # a boat is nowhere but on the water
+            found[field.name] = others[rng.integers(len(others))]
+    return found

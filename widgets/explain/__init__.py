@@ -7,6 +7,7 @@ from .latent import Channels, Nudge, RoundTrip
 from .race import SamplerRace
 from .seeds import BetweenSeeds, SeedGrid
 from .text import Tokens, WordMaps
+from .training import Loss, TwoMoons
 
 __all__ = [
     "BetweenSeeds",
@@ -14,6 +15,7 @@ __all__ = [
     "FilmStrip",
     "ForwardNoise",
     "GuidanceSweep",
+    "Loss",
     "Negative",
     "Nudge",
     "RoundTrip",
@@ -21,5 +23,6 @@ __all__ = [
     "SeedGrid",
     "Tokens",
     "TwoAnswers",
+    "TwoMoons",
     "WordMaps",
 ]

@@ -7,6 +7,7 @@ import base64
 import functools
 import io
 import threading
+import time
 from collections.abc import Callable
 
 import ipywidgets as w
@@ -33,7 +34,7 @@ _STYLE = {
 }
 _DPI, _SHOWN = 144, 96  # pixels an inch of the file, and on the page: sharp on sharp screens
 _drawing = threading.Lock()  # matplotlib keeps its style and its fonts for the whole process
-Told = Callable[[int, int], None]  # of a work's progress: done, of how many
+Told = Callable[..., None]  # of a work's progress: done, of how many; and what gives the data so far, to be shown
 
 
 class Lesson(w.VBox):
@@ -104,9 +105,17 @@ class Lesson(w.VBox):
         return self._job
 
     def _work(self, settings: dict, pipe, job: Job) -> object:
-        def told(done: int, total: int) -> None:
+        due = time.monotonic() + 1.0
+
+        def told(done: int, total: int, so_far: Callable[[], object] | None = None) -> None:
+            nonlocal due
             job.check()
             self._progress(done / total)
+            begin = time.monotonic()
+            if so_far is not None and begin >= due:  # a look may slow the work by a fifth
+                self.data = so_far()
+                self.redraw()
+                due = time.monotonic() + 5 * (time.monotonic() - begin)
 
         return self.work(pipe, told, **settings)
 
@@ -151,11 +160,15 @@ class Lesson(w.VBox):
         if self.data is None:
             bar = w.FloatProgress(max=1.0, description=self.title, style={"description_width": "initial"})
             tie = t.dlink((self.bar, "value"), (bar, "value"))
-            display(bar)
+            seen = w.VBox([bar])
+            display(seen)
+            self.image.observe(grow := lambda _: seen.set_trait("children", [bar, self.image]), "value")
             try:
                 (self.ask() if self._job is None else self._job).result()
             finally:
                 tie.unlink()
+                self.image.unobserve(grow, "value")
+                seen.close()
                 bar.close()
         if self.error is not None:
             raise self.error

@@ -1,0 +1,125 @@
+"""Diffusion in the plane: points instead of pictures, all else as with pictures. A point is a picture of one pixel with
+two channels, so objectives, schedules, samplers and guidance.denoiser serve as they are. What the best possible
+denoiser of a finite set of points says is known in closed form."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import guidance, samplers, schedules
+from . import objective
+from .fit import Plan, Report, averaged, fit
+
+HIDDEN, WAVES, BATCH = 128, 8, 256
+TUNED = 6e-3, "adamw", 30, 0.3, 1.0, 0.99  # of fit.Plan: rate, optimizer, warmup, decay, clip, ema
+ALPHA_BAR = schedules.alpha_bar(schedules.betas("linear", 1000, 0.0001, 0.02))
+
+
+def two_moons(n: int, seed: int = 0, noise: float = 0.06) -> np.ndarray:
+    """(n, 2): two half circles of radius 1 that reach into each other, about the origin, of about unit spread."""
+    rng = np.random.default_rng(seed)
+    angle, upper = rng.uniform(0, np.pi, n), rng.random(n) < 0.5
+    x = np.where(upper, np.cos(angle), 1 - np.cos(angle)) - 0.5
+    y = np.where(upper, np.sin(angle), 0.5 - np.sin(angle)) - 0.25
+    return (np.stack([x, y], 1) + noise * rng.standard_normal((n, 2))).astype(np.float32)
+
+
+def off_moons(points: np.ndarray) -> np.ndarray:
+    """How far each point is from the two half circles, noise aside."""
+    x, y = points[:, 0] + 0.5, points[:, 1] + 0.25
+    arcs = []
+    for u, v in ((x, y), (1 - x, 0.5 - y)):
+        ends = np.minimum(np.hypot(u - 1, v), np.hypot(u + 1, v))
+        arcs.append(np.where(v >= 0, np.abs(np.hypot(u, v) - 1), ends))
+    return np.minimum(*arcs)
+
+
+class Net(nn.Module):
+    """A point and its time in [0, 1], as waves, through three hidden layers."""
+
+    def __init__(self, time: float):
+        super().__init__()
+        self.conv_in = nn.Linear(2 + 2 * WAVES, HIDDEN)
+        self.hidden = [nn.Linear(HIDDEN, HIDDEN) for _ in range(2)]
+        self.conv_out = nn.Linear(HIDDEN, 2)
+        self.time = time  # what the schedule counts to
+
+    def __call__(self, x: mx.array, t: float | mx.array) -> mx.array:
+        """x (B, 1, 1, 2) at time t, one for all or (B,)."""
+        t = mx.broadcast_to(mx.array(t).reshape(-1, 1) / self.time, (len(x), 1))
+        angles = (0.5 * mx.pi * t) * mx.arange(1, WAVES + 1)
+        y = self.conv_in(mx.concatenate([x.reshape(-1, 2), mx.sin(angles), mx.cos(angles)], -1))  # (B, hidden)
+        for layer in self.hidden:
+            y = y + layer(nn.relu(y))
+        return self.conv_out(nn.relu(y)).reshape(x.shape)
+
+
+class Toy:
+    """A net, what it learns to predict, and what samplers need."""
+
+    def __init__(self, prediction: str, seed: int = 0):
+        mx.random.seed(seed)
+        flow = prediction == "flow"
+        self.prediction = prediction
+        self.schedule = schedules.Flow() if flow else schedules.Discrete(ALPHA_BAR)
+        self.net = Net(1.0 if flow else len(ALPHA_BAR))
+        self.denoise = guidance.denoiser(self.net, self.schedule, prediction, {}, dtype=mx.float32)
+
+    def learn(self, points: np.ndarray, steps: int, seed: int = 0) -> Iterator[Report]:
+        """By the loop the built-in model's training has; at the end the net is the mean of its late weights."""
+
+        def batch(step: int) -> tuple[mx.array, ...]:
+            rng = np.random.default_rng([seed, step])
+            t, level = objective.levels(self.prediction, ALPHA_BAR, objective.stratified(rng, BATCH))
+            picks = points[rng.integers(0, len(points), BATCH)]
+            x0, noise = (
+                mx.array(a.reshape(-1, 1, 1, 2)) for a in (picks, rng.standard_normal(picks.shape, np.float32))
+            )
+            level = mx.array(level.astype(np.float32))
+            x, target = objective.mixture(self.prediction, x0, noise, level)
+            return x, level if self.prediction == "flow" else mx.array(t), target
+
+        with TemporaryDirectory() as folder:
+            yield from fit(self.net, loss, batch, Plan(steps, *TUNED, steps), Path(folder))
+            averaged(self.net, Path(folder))
+
+    def expected(self, x: np.ndarray, ratio: float) -> np.ndarray:
+        """The clean points it expects under x (B, 2) = points + ratio * noise, however it was taught to mix the two."""
+        scale, sigma = (1 / (1 + ratio), ratio / (1 + ratio)) if self.prediction == "flow" else (1.0, ratio)
+        x0 = self.denoise(mx.array((scale * x).astype(np.float32).reshape(-1, 1, 1, 2)), sigma)
+        return np.array(x0).reshape(-1, 2)
+
+    def paths(self, n: int, steps: int = 25, sampler: str = "euler", seed: int = 0) -> np.ndarray:
+        """n points on their way from noise, (steps + 1, n, 2), as the net sees them."""
+        sigmas = schedules.sigmas(self.schedule, "trailing", steps)
+        fn = samplers.of_flow(sampler) if self.prediction == "flow" else samplers.SAMPLERS[sampler].fn
+        x = mx.array(np.random.default_rng(seed).standard_normal((n, 1, 1, 2), np.float32))
+        x = x * self.schedule.start(sigmas[0], "trailing")
+        states = [x, *(x for x, _ in fn(self.denoise, x, sigmas))]
+        seen = [np.array(x) / self.schedule.spread(sigma) for x, sigma in zip(states, sigmas, strict=True)]
+        return np.stack(seen).reshape(steps + 1, n, 2)
+
+
+def loss(net: Net, x: mx.array, t: mx.array, target: mx.array) -> mx.array:
+    return mx.square(net(x, t) - target).mean()
+
+
+def best(points: np.ndarray, x: np.ndarray, ratio: float) -> np.ndarray:
+    """What a perfect denoiser of these very points expects under x (B, 2) = points + ratio * noise: their mean, each
+    counted by how probable it makes x."""
+    far = ((x[:, None] - points) ** 2).sum(-1) / (2 * ratio**2)
+    likely = np.exp(far.min(1, keepdims=True) - far)  # (B, N)
+    return (likely @ points) / likely.sum(1, keepdims=True)
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Energy distance of two clouds of points: 0 where they are spread alike (Szekely and Rizzo 2013)."""
+
+    def between(p, q):
+        return np.hypot(*(p[:, None] - q).transpose(2, 0, 1)).mean()
+
+    return float(2 * between(a, b) - between(a, a) - between(b, b))
