@@ -39,8 +39,8 @@ from mlxdiff.widgets.explain import (
     latent,
     race,
     seeds,
-    text,
     training,
+    words,
 )
 from mlxdiff.widgets.explain.lesson import Lesson
 from tests import notebooks
@@ -515,7 +515,7 @@ def test_word_maps_add_up_the_tokens_of_a_word(pipe):
 
 def test_contrast_by_hand():
     """10 of 100 places at 6, the rest at 2."""
-    assert text.contrast(np.where(np.arange(100).reshape(10, 10) % 10 == 3, 6.0, 2.0)) == 3
+    assert words.contrast(np.where(np.arange(100).reshape(10, 10) % 10 == 3, 6.0, 2.0)) == 3
 
 
 # ---- lesson 8, training. References: the measures behind it, held elsewhere (test_builtin.py, test_train.py)

@@ -6,8 +6,9 @@ from .guidance import GuidanceSweep, Negative, TwoAnswers
 from .latent import Channels, Nudge, RoundTrip
 from .race import SamplerRace
 from .seeds import BetweenSeeds, SeedGrid
-from .text import Tokens, WordMaps
+from .tokens import Tokens
 from .training import Loss, TwoMoons
+from .words import WordMaps
 
 __all__ = [
     "BetweenSeeds",
