@@ -2,6 +2,7 @@
 made by tests/notebooks.py)."""
 
 import copy
+import re
 
 import pytest
 
@@ -24,6 +25,14 @@ def test_a_notebook_is_committed_still(name):
     book = notebooks.read(name)
     assert book == notebooks.still(copy.deepcopy(book))
     assert all(len(c.source.splitlines()) <= 25 for c in book.cells if c.cell_type == "code"), "too long to read"
+
+
+@pytest.mark.parametrize("name", notebooks.names())
+def test_links_to_other_notebooks_lead_there(name):
+    """`mlxdiff lessons` copies the notebooks alone: beside them nothing can be linked to."""
+    texts = [c.source for c in notebooks.read(name).cells if c.cell_type == "markdown"]
+    links = [link for text in texts for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert {link.removesuffix(".ipynb") for link in links} <= set(notebooks.names())
 
 
 def test_the_comparison_can_fail():
