@@ -50,17 +50,14 @@ def save(
     suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told ("convert",
     bytes done, bytes in all)."""
     target = Path(target)
-    dtype = weights.default_dtype() if dtype is None else dtype
-    for what, value, known in (("bits", bits, (None, *weights.BITS)), ("dtype", dtype, tuple(weights.DTYPES))):
-        if value not in known:
-            raise Error(f"{what} {value!r} is not one that can be stored.", f"Use one of {', '.join(map(str, known))}.")
+    recipe = weights.recipe(bits, dtype)
     try:
         _vacant(target)
         check(checkpoint)
         _whole(checkpoint)
         words = _words(checkpoint, None if tokenizer is None else Path(tokenizer))
         with _appearing(target) as folder:
-            _write(checkpoint, folder, bits, dtype, words, (lambda *_: None) if progress is None else progress)
+            _write(checkpoint, folder, recipe, words, (lambda *_: None) if progress is None else progress)
     except OSError as e:
         raise Error(f"{target} cannot be written: {e.strerror}.", "Check the free space and the permissions.") from None
     return target
@@ -148,13 +145,11 @@ def _words(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[Path, 
     return words
 
 
-def _write(
-    checkpoint: Checkpoint, folder: Path, bits: int | str | None, dtype: str, words: dict, progress: Callable
-) -> None:
+def _write(checkpoint: Checkpoint, folder: Path, recipe: dict, words: dict, progress: Callable) -> None:
     writers = []
     for name, part in checkpoint.components.items():
-        kind = weights.component_dtype(checkpoint.family, name, dtype)
-        writer = weights.Writer(folder / f"{name}.safetensors", name, asdict(part.config), kind, bits)
+        kind = weights.component_dtype(checkpoint.family, name, recipe["dtype"])
+        writer = weights.Writer(folder / f"{name}.safetensors", name, asdict(part.config), kind, recipe["bits"])
         writers.append((part, writer, weights.DTYPES[kind]))
     size, free = sum(w.size for _, w, _ in writers), shutil.disk_usage(folder).free
     if free < size:
@@ -181,7 +176,7 @@ def _write(
         "family": checkpoint.family,
         "variant": checkpoint.variant,
         "prediction": checkpoint.prediction,
-        "recipe": {"dtype": dtype, "bits": bits},
+        "recipe": recipe,
         "error": {writer.path.stem: writer.error for _, writer, _ in writers if writer.error is not None},
         "schedule": checkpoint.schedule,
         "zero_negative": checkpoint.zero_negative,

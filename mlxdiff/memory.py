@@ -240,8 +240,7 @@ def check_named(
     """The same by a model's name or hub id alone; of other models nothing is known yet."""
     name = next((n for n, m in MODELS.items() if model in (n, m.repo)), None)
     if name is not None:
-        dtype = weights.default_dtype() if dtype is None else dtype
-        check(named(name, bits, dtype, low_memory, request), name, machine)
+        check(named(name, low_memory=low_memory, request=request, **weights.recipe(bits, dtype)), name, machine)
 
 
 def fits(job: Job, machine: Machine) -> bool:
@@ -254,17 +253,19 @@ def options(job: Job, machine: Machine) -> list[tuple[str, int]]:
     bits = [(f"-q {b}", {"bits": b}) for b in _BITS if job.bits is None or b < weights.BITS[job.bits]]
     t5 = [("--no-t5", {"t5": False})] if job.t5 and _plan(job).t5 is not None and _plan(job).clip_read else []
     sizes = [(f"-W {n} -H {n}", {"width": n, "height": n}) for n in _SIZES if n < max(job.width, job.height)]
+    fewer = [("-b 1", {"count": 1})] if job.count > 1 else []
 
     def first(kind: list[tuple[str, dict]]) -> list[tuple[str, int]]:
         found = ((flags, replace(job, **change)) for flags, change in kind)
         return next(([(flags, max(peaks(j, machine.gpu)))] for flags, j in found if fits(j, machine)), [])
 
-    found = [way for kind in (low, t5, bits, sizes) for way in first(kind)]
+    found = [way for kind in (low, fewer, t5, bits, sizes) for way in first(kind)]
     if low and not first(low):  # then it may spare some bits
         alone = {flags for flags, _ in found}
         found = [way for way in first(both(bits, low)) if way[0].removesuffix(" --low-memory") not in alone] + found
-    return found or first(both(t5, low)) or first(both(both(bits, low), sizes))
+    return found or first(both(t5, low)) or first(both(both(both(bits, low), fewer), sizes))
 
 
 def both(some: list[tuple[str, dict]], others: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    return [(f"{a} {b}", x | y) for a, x in some for b, y in others]
+    """Each of some with each of others; where there are none of a kind, those of the other kind alone."""
+    return [(f"{a} {b}", x | y) for a, x in some for b, y in others] or some or others

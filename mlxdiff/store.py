@@ -61,12 +61,7 @@ def resolve(
     prediction: "eps" or "v", where a checkpoint does not say. parts: files of "vae", "clip", "clip_g" and "t5", for
     checkpoints of SD3 and FLUX that lack them and have none beside them. t5: False neither fetches nor converts SD3's
     T5. progress(stage, done, total) is told bytes."""
-    if bits is not None and bits not in weights.BITS:
-        raise Error(f"Weights cannot be quantized to {bits!r}.", f"Use one of {', '.join(map(str, weights.BITS))}.")
-    if dtype is not None and dtype not in weights.DTYPES:
-        raise Error(f"{dtype!r} is not a dtype for weights.", f"Use one of {', '.join(weights.DTYPES)}.")
-    asked = {"dtype": dtype, "bits": bits, "prediction": prediction}
-    recipe = {"dtype": weights.default_dtype() if dtype is None else dtype, "bits": bits}
+    asked, recipe = {"dtype": dtype, "bits": bits, "prediction": prediction}, weights.recipe(bits, dtype)
     words = None if tokenizer is None else Path(tokenizer).expanduser()
     given = {kind: Path(file).expanduser() for kind, file in (parts or {}).items()}
     order = Order(recipe, prediction, words, given, t5, offline, _silent if progress is None else progress)

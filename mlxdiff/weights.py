@@ -80,6 +80,15 @@ def bits_of(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
+def recipe(bits: int | str | None, dtype: str | None) -> dict:
+    """How to store weights, checked. dtype None: what suits this machine."""
+    if bits is not None and bits not in BITS:
+        raise Error(f"Weights cannot be quantized to {bits!r}.", f"Use one of {', '.join(map(str, BITS))}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise Error(f"{dtype!r} is not a dtype for weights.", f"Use one of {', '.join(DTYPES)}.")
+    return {"dtype": default_dtype() if dtype is None else dtype, "bits": bits}
+
+
 def label(recipe: dict) -> str:
     """How weights are stored, in a word: float16, float16-4bit, float16-mxfp4."""
     dtype, bits = recipe["dtype"], recipe["bits"]

@@ -156,6 +156,20 @@ def test_sd3_is_told_of_doing_without_t5():
     assert not any("--no-t5" in flags for flags, _ in options(named("flux-dev", None, "bfloat16"), mac(24)))
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "flags"),
+    [
+        ("flux-dev", {"width": 2048, "height": 2048}, "-q 4 -W 768 -H 768"),
+        ("sdxl", {"count": 64}, "-b 1"),
+        ("flux-dev", {"width": 768, "height": 768, "count": 64}, "-q 4 -b 1 -W 512 -H 512"),
+    ],
+)
+def test_under_low_memory_and_of_many_at_once_the_rest_is_still_offered(name, asked, flags):
+    """On a Mac of 8 GB each way fits, and with --low-memory already typed it is not offered again."""
+    job = named(name, None, "bfloat16", True, Request("", **asked))
+    assert next(iter(dict(options(job, mac(8))))) == flags
+
+
 def test_where_nothing_fits_smaller_models_are_named():
     with pytest.raises(Error, match=r"No setting makes it fit; .*sd15.* would"):
         check(named("flux-dev", None, "bfloat16"), "flux-dev", limited(2.2, gpu=True))
@@ -195,6 +209,9 @@ def test_too_large_is_told_before_the_download(monkeypatch):
             mlxdiff.load(name)
         with pytest.raises(Error, match="hub was asked"):
             mlxdiff.load(name, force=True)
+    for wrong, says in (({"bits": 7}, "quantized to 7"), ({"dtype": "int8"}, "'int8' is not a dtype")):
+        with pytest.raises(Error, match=says):
+            mlxdiff.load("flux-dev", **wrong)
     with pytest.raises(Error, match="hub was asked"):
         mlxdiff.load("some/repo")
     check_named("some/repo", None, None, False, SMALL)
