@@ -75,22 +75,20 @@ class Lesson(w.VBox):
                 if part not in asks:
                     part.observe(lambda _: self.redraw(), "value")
 
-    # --- what a lesson says
+    # --- what a lesson says: each has its own
 
     def work(self, pipe, told: Told) -> object:
         """On the engine's thread: all that takes time. Returns what `figure` and `words` show."""
-        raise NotImplementedError
 
     def settings(self) -> dict:
         """The controls' values that `work` needs, read before it is queued: it must not look at widgets."""
         return {}
 
     def figure(self) -> Figure:
-        raise NotImplementedError
+        """What the lesson shows, of the data and the controls as they stand."""
 
     def words(self) -> str:
         """What the figure shows, for whoever cannot see it; the numbers a text may quote."""
-        raise NotImplementedError
 
     # --- how it runs
 
