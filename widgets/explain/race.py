@@ -55,10 +55,11 @@ class SamplerRace(Lesson):
     ):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
-        self.guidance = w.FloatSlider(guidance, min=1, max=8, step=0.5, description="Guidance", continuous_update=False)
-        self.axis = w.ToggleButtons(options=("steps", "network calls"), description="Against")
+        # A list, not a slider: every value on the way would be a race of ten seconds or more.
+        self.guidance = w.Dropdown(options=(1.0, 2.0, 4.0, 8.0), value=guidance, description="Guidance")
+        self.axis = w.Dropdown(options=("steps", "network calls"), description="Against")
         asks = (self.prompt, self.seed, self.guidance)
-        super().__init__(*asks, self.axis, asks=asks, **options)
+        super().__init__(self.axis, *asks, asks=asks, **options)
 
     def settings(self) -> dict:
         return {"prompt": self.prompt.value, "seed": self.seed.value, "guidance": self.guidance.value}
