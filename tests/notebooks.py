@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -61,12 +62,15 @@ def still(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def light(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """With pictures of 256 colours: a third of the bytes, and on a page nearly the same to the eye."""
+    """With pictures of 64 levels a colour, not 256: half the bytes, and on a page the same to the eye."""
     for output in (
         o for c in book.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
     ):
-        picture, small = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))), io.BytesIO()
-        picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB"), float)
+        small = io.BytesIO()
+        Image.fromarray(((pixels * 63 / 255).round() * 255 / 63).round().astype(np.uint8)).save(
+            small, "PNG", optimize=True
+        )
         output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
     return book
 
