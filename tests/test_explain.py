@@ -3,8 +3,10 @@
 import io
 import math
 import re
+import threading
 import time
 from datetime import datetime, timezone
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="the lessons need pip install -e '.[studio]'")
 pytest.importorskip("ipywidgets", reason="the lessons need pip install -e '.[studio]'")
 
+import ipywidgets as w
 from matplotlib.figure import Figure
 
 import mlxdiff
@@ -42,7 +45,7 @@ from mlxdiff.widgets.explain import (
     training,
     words,
 )
-from mlxdiff.widgets.explain.lesson import Lesson
+from mlxdiff.widgets.explain.lesson import Lesson, played
 from tests import notebooks
 
 
@@ -565,6 +568,56 @@ class Growing(Lesson):
 
     def words(self):
         return f"{self.data}"
+
+
+class Looking(Lesson):
+    """Looks at its data twice while it draws, slowly."""
+
+    def __init__(self):
+        self.at, self.began, self.seen = w.IntSlider(1, min=1, max=9), threading.Event(), []
+        super().__init__(played(self.at, 100))
+
+    def work(self, pipe, told):
+        return len(self.seen)
+
+    def figure(self):
+        first = self.data
+        self.began.set()
+        time.sleep(0.1)
+        self.seen.append((first, self.data))
+        return Figure((1, 1))
+
+    words = Growing.words
+
+
+def test_a_lesson_that_was_stopped_or_failed_works_when_it_is_shown_again():
+    lesson = Looking()
+    for state in ("cancelled", "failed"):
+        lesson.data, lesson._job = None, SimpleNamespace(state=state, cancel=lambda: None)
+        lesson.ready()
+        assert lesson._job.state == "done"
+
+
+def test_new_data_wait_for_the_figure_that_is_being_drawn():
+    lesson = Looking().ready()
+    lesson.began.clear()
+    moves = threading.Thread(target=lambda: lesson.at.set_trait("value", 2))
+    moves.start()
+    lesson.began.wait()
+    lesson.ask().result()
+    moves.join()
+    assert [a == b for a, b in lesson.seen] == [True] * 3
+    assert lesson.seen[2] != lesson.seen[1]
+
+
+def test_a_tick_of_the_player_draws_once():
+    """In the page the player moves the slider; here it stands alone."""
+    lesson = Looking().ready()
+    play, slider = lesson.children[1].children[0].children
+    play.value = 2
+    assert len(lesson.seen) == 1
+    slider.value = 2
+    assert len(lesson.seen) == 2
 
 
 def test_work_can_be_watched():

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import trace
-from .lesson import BLUE, GREEN, ORANGE, Lesson, Told
+from .lesson import BLUE, GREEN, ORANGE, Lesson, Told, played, seed_box
 
 SHAPES, DETAIL = 6, 16  # cycles across a picture: below the first is layout, above the second is detail
 
@@ -33,14 +33,11 @@ class FilmStrip(Lesson):
 
     def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 20, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=w.Layout(width="28em"))
-        self.seed = w.BoundedIntText(seed, min=0, max=2**31 - 1, description="Seed")
+        self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
         self.at = w.IntSlider(1, min=1, max=steps, description="Step")
-        play = w.Play(min=1, max=steps, interval=300)
-        w.jslink((play, "value"), (self.at, "value"))
-        w.jslink((self.at, "max"), (play, "max"))
         asks = (self.prompt, self.seed, self.steps)
-        super().__init__(*asks, w.HBox([play, self.at]), asks=asks, **options)
+        super().__init__(*asks, played(self.at, 300), asks=asks, **options)
 
     def settings(self) -> dict:
         return {"prompt": self.prompt.value, "seed": self.seed.value, "steps": self.steps.value}

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ...errors import Error
 from ...schedules import alpha_bar, betas, q_sample, q_step
 from ...train.storybook import Scene, render
-from .lesson import BLUE, GREEN, GREY, ORANGE, Lesson
+from .lesson import BLUE, GREEN, GREY, ORANGE, Lesson, played
 
 SIDE, STEPS = 96, 1000  # pixels: small, so that a thousand steps take half a second
 KEPT = 100  # every so many steps the chain is kept, to go on from there
@@ -51,9 +51,7 @@ class ForwardNoise(Lesson):
         self.kind = w.Dropdown(options=list(ENDS), value=kind, description="Schedule")
         self.at = w.IntSlider(at, min=1, max=STEPS, description="Step")
         self.file = w.FileUpload(accept="image/*", description="Own picture")
-        play = w.Play(min=1, max=STEPS, step=10, interval=150)
-        w.jslink((play, "value"), (self.at, "value"))
-        super().__init__(self.kind, w.HBox([play, self.at]), self.file, asks=(self.file,))
+        super().__init__(self.kind, played(self.at, 150, step=10), self.file, asks=(self.file,))
         self.show(scene() if picture is None else picture)
 
     def ask(self) -> None:

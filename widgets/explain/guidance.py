@@ -8,13 +8,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import sides, trace
-from .lesson import BLUE, ORANGE, RED, Lesson, Told
+from .lesson import BLUE, ORANGE, RED, Lesson, Told, seed_box
 
 SWEEP = (1.0, 4.0, 8.0, 16.0)
-
-
-def seed_box(seed: int) -> w.BoundedIntText:
-    return w.BoundedIntText(seed, min=0, max=2**31 - 1, description="Seed")
 
 
 class Answers(NamedTuple):

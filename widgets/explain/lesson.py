@@ -52,6 +52,7 @@ class Lesson(w.VBox):
         self._worker = shared() if worker is None else worker
         self._job: Job | None = None
         self._turn = 0  # which wish the newest job is for
+        self._showing = threading.RLock()  # data come on one thread while controls move on another
         self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="auto", height="6px", visibility="hidden"))
         self.said = w.HTML().add_class("mlxdiff-lesson-status")
         self.image = w.Image(format="png", layout=w.Layout(max_width="100%", object_fit="contain"))
@@ -72,8 +73,8 @@ class Lesson(w.VBox):
             control.observe(lambda _: self.ask(), "value")
         for control in controls:
             for part in (control, *getattr(control, "children", ())):
-                if part not in asks:
-                    part.observe(lambda _: self.redraw(), "value")
+                if part not in asks and not isinstance(part, w.Play):  # which moves a slider, and that redraws
+                    part.observe(lambda _: self._show(), "value")
 
     # --- what a lesson says: each has its own
 
@@ -111,8 +112,7 @@ class Lesson(w.VBox):
             self._progress(done / total)
             begin = time.monotonic()
             if so_far is not None and begin >= due:  # a look may slow the work by a fifth
-                self.data = so_far()
-                self.redraw()
+                self._show(so_far())
                 due = time.monotonic() + 5 * (time.monotonic() - begin)
 
         return self.work(pipe, told, **settings)
@@ -129,10 +129,16 @@ class Lesson(w.VBox):
             self._fail(job.error)
         elif update.stage == "done":
             try:
-                self.data = job.value
-                self.redraw()
+                self._show(job.value)
             except Exception as e:
                 self._fail(e)
+
+    def _show(self, data: object = None) -> None:
+        """Draw, and where there are new data, of these alone."""
+        with self._showing:
+            if data is not None:
+                self.data = data
+            self.redraw()
 
     def _progress(self, part: float | None) -> None:
         self.bar.layout.visibility = "hidden" if part is None else "visible"
@@ -162,7 +168,8 @@ class Lesson(w.VBox):
             display(seen)
             self.image.observe(grow := lambda _: seen.set_trait("children", [bar, self.image]), "value")
             try:
-                (self.ask() if self._job is None else self._job).result()
+                over = self._job is None or self._job.state in ("cancelled", "failed")
+                (self.ask() if over else self._job).result()
             finally:
                 tie.unlink()
                 self.image.unobserve(grow, "value")
@@ -178,6 +185,18 @@ class Lesson(w.VBox):
         found["image/png"] = base64.b64encode(self.image.value).decode()
         found["text/plain"] = self.words()
         return found
+
+
+def seed_box(seed: int, name: str = "Seed") -> w.BoundedIntText:
+    return w.BoundedIntText(seed, min=0, max=2**31 - 1, description=name)
+
+
+def played(slider: w.IntSlider, interval: int, step: int = 1) -> w.HBox:
+    """A slider with a button that moves it on every so many milliseconds."""
+    play = w.Play(min=slider.min, max=slider.max, step=step, interval=interval)
+    w.jslink((play, "value"), (slider, "value"))
+    w.jslink((slider, "max"), (play, "max"))
+    return w.HBox([play, slider])
 
 
 def png(figure: Callable[[], Figure]) -> tuple[bytes, int]:

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import from_noise, trace
-from .guidance import changes, seed_box, size
-from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Told
+from .guidance import changes, size
+from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Told, seed_box
 
 COUNTS = (4, 8, 16)
 REFERENCE = ("unipc", 50)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import from_noise, noise_of
-from .lesson import BLUE, GREEN, GREY, ORANGE, Lesson, Told
+from .lesson import BLUE, GREEN, GREY, ORANGE, Lesson, Told, seed_box
 
 PROMPTS = ("a house", "a tree", "a boat")
 PLACES = np.linspace(0, 1, 5)  # between two seeds
@@ -27,7 +27,7 @@ class SeedGrid(Lesson):
 
     def __init__(self, prompt: str = "a house", seed: int = 1, steps: int = 8, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=_PROMPT)
-        self.seed = w.BoundedIntText(seed, min=0, max=2**31 - 1, description="First seed")
+        self.seed = seed_box(seed, "First seed")
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
         asks = (self.prompt, self.seed, self.steps)
         super().__init__(*asks, asks=asks, **options)
@@ -77,8 +77,8 @@ class BetweenSeeds(Lesson):
 
     def __init__(self, prompt: str = "a tree under the stars", a: int = 1, b: int = 2, steps: int = 8, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=_PROMPT)
-        self.a = w.BoundedIntText(a, min=0, max=2**31 - 1, description="From seed")
-        self.b = w.BoundedIntText(b, min=0, max=2**31 - 1, description="To seed")
+        self.a = seed_box(a, "From seed")
+        self.b = seed_box(b, "To seed")
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
         asks = (self.prompt, self.a, self.b, self.steps)
         super().__init__(*asks, asks=asks, **options)

@@ -12,7 +12,7 @@ from ...probe import encode, sides
 from ...schedules import Discrete
 from ...train import measure, storybook, toy
 from ...train.recipe import ALPHA_BAR
-from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Told
+from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Told, seed_box
 
 TIMES = (50, 200, 400, 600, 800, 950)  # of the 1000 of training
 SIGMAS = Discrete(ALPHA_BAR).sigmas[list(TIMES)]
@@ -123,7 +123,7 @@ class TwoMoons(Lesson):
 
     def __init__(self, steps: int = 1000, seed: int = 0, **options):
         self.steps = w.IntSlider(steps, min=100, max=5000, step=100, description="Steps", continuous_update=False)
-        self.seed = w.BoundedIntText(seed, min=0, max=2**31 - 1, description="Seed")
+        self.seed = seed_box(seed)
         self.ratio = w.SelectionSlider(options=RATIOS, value=0.3, description="Noise")
         super().__init__(self.ratio, self.steps, self.seed, asks=(self.steps, self.seed), **options)
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import Token, attention, tokens
-from .lesson import ORANGE, Lesson, Told
+from .lesson import ORANGE, Lesson, Told, played, seed_box
 from .tokens import WIDTH, shown
 
 PANELS = 9  # maps in a row
@@ -35,15 +35,12 @@ class WordMaps(Lesson):
 
     def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 16, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
-        self.seed = w.BoundedIntText(seed, min=0, max=2**31 - 1, description="Seed")
+        self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
         self.word = w.IntSlider(3, min=1, max=99, description="Word")
         self.at = w.IntSlider(steps, min=1, max=steps, description="Step")
-        play = w.Play(min=1, max=steps, interval=500)
-        w.jslink((play, "value"), (self.at, "value"))
-        w.jslink((self.at, "max"), (play, "max"))
         asks = (self.prompt, self.seed, self.steps)
-        super().__init__(*asks, self.word, w.HBox([play, self.at]), asks=asks, **options)
+        super().__init__(*asks, self.word, played(self.at, 500), asks=asks, **options)
 
     def settings(self) -> dict:
         return {"prompt": self.prompt.value, "seed": self.seed.value, "steps": self.steps.value}
