@@ -44,7 +44,7 @@ def read(source: str | Path | Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     except FileNotFoundError:
-        raise Error(f"There is no picture at {name}.", "Check the path after -i.") from None
+        raise Error(f"There is no picture at {name}.", "Check the path.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise Error(f"{name} cannot be read as a picture: {e}.", "Give a PNG, JPEG or WebP file.") from None
 

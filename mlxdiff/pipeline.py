@@ -256,8 +256,10 @@ class Pipeline(ModelFolder):
             yield Event("load", 1, 1, time.perf_counter() - begin)
         net = self._network(self.net)
         conds = self._conditions(request, [schedule.t(s) for s in visits], texts)
-        for _, part in tree_flatten(conds):  # one by one: else the weights of all modulations are read before the first
-            mx.eval(part)  # is used, and a quarter of FLUX is in memory once more
+        # A transformer's one by one: else the weights of all modulations are read before the first is used, and a
+        # quarter of FLUX is in memory once more. A U-Net's weights are held anyway: one wait, not one for each layer.
+        for part in [part for _, part in tree_flatten(conds)] if self.flow else [conds]:
+            mx.eval(part)
         begin, end = (f * request.steps for f in request.skip_interval)  # both left out, as diffusers counts
         return guidance.denoiser(
             net,

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from . import conditioning, samplers, schedules, tokenizers
+from . import conditioning, images, samplers, schedules, tokenizers
 from .errors import Error
 from .models.layers import split_heads
 from .noise import Noise, draw_nhwc
@@ -216,8 +216,7 @@ def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def encode(pipe: Pipeline, image: Image.Image) -> np.ndarray:
     """A picture, whose edges the model can have, to its latents (1, h, w, c): the mean, without the VAE's noise."""
-    pixels = np.asarray(image.convert("RGB"), np.float32)[None] / 127.5 - 1  # (1, H, W, 3)
-    mean, _ = pipe._network("vae").encode(mx.array(pixels))
+    mean, _ = pipe._network("vae").encode(mx.array(images.to_pixels(image.convert("RGB")))[None])
     return np.array(mean.astype(mx.float32))
 
 

@@ -150,6 +150,10 @@ def test_a_picture_of_ones_own_takes_the_scenes_place(noise):
     upload(noise.file, "mine.png", out.getvalue())
     np.testing.assert_allclose(noise.data, np.broadcast_to([-1.0, -1.0, 1.0], (96, 96, 3)), atol=0.01)
     assert noise.image.value != before
+    clear = io.BytesIO()
+    Image.new("RGBA", (60, 60), (255, 0, 0, 0)).save(clear, "PNG")
+    upload(noise.file, "clear.png", clear.getvalue())
+    assert (noise.data == 1).all()  # what cannot be seen is white, and not the red beneath
     upload(noise.file, "broken.png", b"no picture")
     assert "broken.png is not a picture" in noise.said.value
     upload(noise.file, "mine.png", out.getvalue())

@@ -108,6 +108,7 @@ MAY = {
     "mlxdiff.probe": {
         "mlxdiff.conditioning",
         "mlxdiff.errors",
+        "mlxdiff.images",
         "mlxdiff.models.layers",
         "mlxdiff.noise",
         "mlxdiff.pipeline",
@@ -215,6 +216,7 @@ MAY = {
     "mlxdiff.widgets.explain.lesson": {"mlxdiff.registry", "mlxdiff.widgets.worker"},
     "mlxdiff.widgets.explain.*": {
         "mlxdiff.errors",
+        "mlxdiff.images",
         "mlxdiff.probe",
         "mlxdiff.schedules",
         "mlxdiff.train.*",

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import ipywidgets as w
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from ... import images
 from ...errors import Error
 from ...schedules import alpha_bar, betas, q_sample, q_step
 from ...train.storybook import Scene, render
@@ -170,6 +171,6 @@ def square(picture: Image.Image | str | Path | io.BytesIO, name: str, side: int)
     """The middle square of a picture or a file, so many pixels a side."""
     try:
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return ImageOps.fit(images.read(image), (side, side))
+    except (OSError, Image.DecompressionBombError):
         raise Error(f"{name} is not a picture that can be read.", "Choose a PNG, JPEG or WebP.") from None
