@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--batch", type=int, choices=(1, 2), help="1: not guided, 2: guided (default: what the model does)")
     g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
+    g.add_argument("--force", action="store_true", help="try it even where this machine has too little memory")
     g = p.add_argument_group("how")
     g.add_argument("--repeat", type=int, default=3, metavar="N", help="runs measured, after one to warm up (3)")
     g.add_argument("--against", choices=("torch",), help="call diffusers' network in turn with ours")
@@ -76,9 +77,9 @@ def bench(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace) -> dict:
     """All figures. Seconds come as {median, least, most, n}."""
     if args.random is None:
-        pipe = load(args.model, dtype=args.dtype, low_memory=args.low_memory)
+        pipe = load(args.model, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
     else:
-        pipe = RandomPipeline(args.random, args.dtype, args.low_memory, args.blocks)
+        pipe = RandomPipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force)
     request = asked(pipe, args)
     batch = 2 if request.guidance > 1 and pipe.two_passes else 1
     facts = {

@@ -63,7 +63,7 @@ def first_byte(python: str, args: argparse.Namespace, request: Request, environm
     ]
     call += ["-W", str(request.width), "-H", str(request.height), "-g", str(request.guidance), "-o", "a.png", "--json"]
     call += [] if args.dtype is None else ["--dtype", args.dtype]
-    call += ["--low-memory"] if args.low_memory else []
+    call += [flag for flag, on in (("--low-memory", args.low_memory), ("--force", args.force)) if on]
     with tempfile.TemporaryDirectory(prefix="mlxdiff-") as place:
         begin, picture = time.perf_counter(), Path(place) / "a.png"
         with tempfile.TemporaryFile("w+") as said:

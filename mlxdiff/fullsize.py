@@ -44,7 +44,14 @@ class RandomPipeline(Pipeline):
     """A named model, its weights made when a stage asks for them. On disk: a description and alphabets for tokenizers,
     in a folder that goes when this does. blocks: how many to keep of each kind, in the transformers and in T5."""
 
-    def __init__(self, name: str, dtype: str | None = None, low_memory: bool = False, blocks: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        dtype: str | None = None,
+        low_memory: bool = False,
+        blocks: int | None = None,
+        force: bool = False,
+    ):
         self._making = 0.0
         self._place = tempfile.TemporaryDirectory(prefix="mlxdiff-")
         folder, row = Path(self._place.name), MODELS[name]
@@ -68,7 +75,7 @@ class RandomPipeline(Pipeline):
         for part, config in components.items():
             if part.startswith("text_encoder"):
                 (_t5_alphabet if "buckets" in config else _alphabet)(folder / part.replace("text_encoder", "tokenizer"))
-        super().__init__(folder, low_memory, row.defaults)
+        super().__init__(folder, low_memory, row.defaults, force)
 
     def _network(self, name: str) -> nn.Module:
         """A transformer is left to be made when it is loaded, by then without what only its preparation reads."""

@@ -221,7 +221,8 @@ def check(job: Job, name: str, machine: Machine | None = None) -> None:
         fix = f"What fits: {', or '.join(fitting)}."
     else:
         smaller = [n for n in MODELS if fits(named(n, None, job.dtype, True), machine)]
-        fix = f"No setting makes it fit; {', '.join(smaller)} would, with --low-memory."
+        others = f"{', '.join(smaller)} would, with --low-memory" if smaller else "nor would another named model"
+        fix = f"No setting makes it fit; {others}."
     size = f"{job.width}x{job.height}" + (f", {job.count} at once" if job.count > 1 else "")
     raise Error(
         f"{name} at {size} takes about {need / 1e9:.1f} GB; this machine has {machine.memory / 1e9:.1f}.",

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxdiff import bench, bench_start, bench_step, bench_torch, fullsize, published, weights
+from mlxdiff import bench, bench_start, bench_step, bench_torch, fullsize, memory, published, weights
 from mlxdiff.bench_step import Call, Shape, Trace, kernels
 from mlxdiff.models.layers import affine
 from mlxdiff.pipeline import Pipeline
@@ -367,6 +367,17 @@ def test_bad_usage_is_one_line(name, capsys):
     assert out == ""
     assert len(err.strip().splitlines()) == 1, err
     assert says in err
+
+
+@pytest.mark.parametrize("which", ["-m", "--random"])
+def test_what_the_machine_is_too_small_for_is_measured_by_force(monkeypatch, capsys, model, which):
+    monkeypatch.setattr(memory, "this_machine", lambda: memory.Machine(10**4, 10**4, False))
+    monkeypatch.setattr(bench_start, "cold_start", lambda *_: None)
+    typed = quick(which, str(model) if which == "-m" else "sd15", "--json")
+    assert bench.main(typed) == 1
+    assert "--force tries it" in capsys.readouterr().err
+    assert bench.main([*typed, "--force"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"]["seconds"]["n"] == 2
 
 
 def test_install_from_nowhere(model):

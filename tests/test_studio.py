@@ -267,7 +267,12 @@ def test_a_refusal_for_want_of_memory_says_what_to_do_here(studio):
     studio._worker = Worker(refuse)
     with pytest.raises(Error, match="takes about"):
         draw(studio)
-    assert studio.view.error["fix"].endswith('In a notebook: studio.options = {"low_memory": True, "force": True}.')
+    assert studio.view.error["fix"] == (
+        "No setting makes it fit; nor would another named model. --force tries it as it is. "
+        'In a notebook such flags are entries of studio.options: "force": True.'
+    )
+    offered = here("What fits: --low-memory (7.2 GB), or -q 3 (7.9 GB).")
+    assert offered.endswith('entries of studio.options: "bits": 3, "low_memory": True.')
 
 
 def test_errors_in_callbacks_are_shown(studio):

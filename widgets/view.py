@@ -79,7 +79,7 @@ def here(fix: str) -> str:
     """A fix, with what the flags in it that say how to open a model are called in a notebook."""
     found = [(option, m) for flag, option in _FLAGS.items() if (m := re.search(rf"(?<!\S){flag}\b", fix))]
     named = ", ".join(option.format(*m.groups()) for option, m in found)
-    return f"{fix} In a notebook: studio.options = {{{named}}}." if named else fix
+    return f"{fix} In a notebook such flags are entries of studio.options: {named}." if named else fix
 
 
 def line(update: Update) -> tuple[str, float]:
