@@ -72,6 +72,8 @@ def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look
     """The two predictions that guidance is made of: clean latents by the negative prompt alone and by the prompt alone,
     each a function of (x, sigma). The request must be guided."""
     request = pipe.resolve(prompt, **settings)
+    if pipe._cfg(request) <= 1:
+        raise Error("Without guidance there is one prediction, not two.", "Ask for guidance above 1.")
     schedule = pipe._schedule(request)
     sigmas = schedules.sigmas(schedule, request.schedule, request.steps)
     visits = samplers.SAMPLERS[request.sampler].visits(sigmas)

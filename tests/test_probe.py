@@ -47,6 +47,11 @@ def enlarged(plane, h, w):
     return plane
 
 
+def test_two_sides_need_guidance(pipe):
+    with pytest.raises(Error, match="one prediction, not two"):
+        probe.sides(pipe, NIGHT, guidance=1.0)
+
+
 def test_maps_are_the_softmax_of_the_prompts_side(pipe, monkeypatch):
     """From the layers' inputs and weights and the prompt's text; float32 against float64, so to 1e-5."""
     calls = watch_inputs(monkeypatch)

@@ -164,6 +164,18 @@ def test_full_disk_is_told_before_the_conversion(cache, tmp_path, monkeypatch):
         store.resolve(tmp_path / "model", dtype="float32", bits=4)
 
 
+def test_the_shards_of_an_index_count(cache, tmp_path):
+    index, shard = tmp_path / "unet.safetensors.index.json", tmp_path / "unet-00001-of-00001.safetensors"
+    index.write_text("{}", encoding="utf-8")
+    shard.write_bytes(b"first")
+    words = folder(tmp_path / "other") / "tokenizer"
+    made = store.resolve(index, tokenizer=words)
+    assert store.resolve(index, tokenizer=words) == made
+    shard.write_bytes(b"other")
+    os.utime(shard, ns=(0, 0))
+    assert store.resolve(index, tokenizer=words) != made
+
+
 def test_what_lies_beside_a_file_counts(cache, tmp_path):
     """And only what a conversion may take from there."""
     words, file = folder(tmp_path / "other") / "tokenizer", tmp_path / "flux.safetensors"
