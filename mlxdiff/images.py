@@ -41,8 +41,9 @@ def read(source: str | Path | Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise Error(f"{name} has more than 8 bits a channel.", "Save it with 8, as PNG or JPEG.")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        if image.has_transparency_data:  # a photograph has none, and this would take most of the time
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check the path.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:

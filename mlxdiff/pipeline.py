@@ -126,7 +126,7 @@ class Pipeline(ModelFolder):
         start, drawn = time.perf_counter(), []
         request = self.resolve(prompt, **settings)
         mx.reset_peak_memory()
-        for event in self.stream(request):
+        for event in self._stream(request):
             if event.image is not None:
                 drawn.append(event.image)
         return Result(drawn, request, time.perf_counter() - start, mx.get_peak_memory())
