@@ -173,6 +173,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.guidance",
         "mlxdiff.models.*",
+        "mlxdiff.published",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
         "mlxdiff.tokenizers",

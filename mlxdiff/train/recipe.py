@@ -3,7 +3,7 @@ stage leaves a file in the folder and is not done twice."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,12 +13,13 @@ from PIL import Image
 
 from .. import guidance, samplers, schedules
 from ..models import clip, unet, vae
+from ..published import ROWS
 from ..tokenizers import ClipTokenizer, load
 from . import bpe, export, objective
 from . import storybook as sb
 from .fit import Plan, Report, averaged, fit
 
-SIZE, FACTOR, POSITIONS, CAPTIONS = 128, 8, 40, 8
+SIZE, FACTOR, CAPTIONS = 128, 8, 8
 SCALE = 0.18215  # what files of this layout say; the latents are whitened first, so that it holds by construction
 # Scenes are as often left as right, so nothing that tells the sides apart pays by itself, and the words for them can
 # only act through it: they were not learned at all. Leaning left for a few hundred steps breaks the symmetry.
@@ -26,53 +27,13 @@ LEANING, LEAN = range(600, 900), {"left": 0.62, "centre": 0.28, "right": 0.10}
 SAVE_EVERY, SAMPLES_EVERY = 250, 1000  # steps; samples are drawn from what was just saved
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("scaled_linear", 1000, 0.00085, 0.012))
 
-VAE = vae.Config(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    channels=(16, 32, 64, 96),
-    layers=1,
-    groups=8,
-    scale=1.0,
-    shift=0.0,
-    quant_conv=True,
-    post_quant_conv=True,
-    mid_attention=True,
-)
-UNET = unet.Config(
-    in_channels=4,
-    out_channels=4,
-    channels=(64, 96, 144),
-    layers=(1, 1, 1),
-    depth=((1,), (1,), (1,)),
-    up_depth=((1, 1), (1, 1), (1, 1)),
-    mid_depth=1,
-    heads=(2, 2, 2),
-    context=128,
-    groups=16,
-    eps=1e-5,
-    linear_projection=False,
-    time_cond=None,
-    added_time=None,
-    added=None,
-    flip_sin_to_cos=True,
-    freq_shift=0,
-)
+_NETWORKS = ROWS["storybook"]
+VAE = replace(_NETWORKS["vae"], scale=1.0)
+UNET = _NETWORKS["unet"]
 
 
 def text_config(vocab: int) -> clip.Config:
-    return clip.Config(
-        vocab=vocab,
-        positions=POSITIONS,
-        width=128,
-        layers=3,
-        heads=4,
-        hidden=512,
-        act="quick_gelu",
-        projection=None,
-        eos=vocab - 1,
-        eps=1e-5,
-    )
+    return replace(_NETWORKS["text_encoder"], vocab=vocab, eos=vocab - 1)
 
 
 @dataclass(frozen=True)
@@ -190,7 +151,8 @@ def encode(folder: Path, recipe: Recipe, shown: np.ndarray, scenes: list[sb.Scen
         rng = np.random.default_rng([recipe.seed, 2])
         captions = [[sb.caption(s, rng) for _ in range(CAPTIONS)] for s in scenes]
         stray = " ".join(sb.captions.STRAY)
-        bpe.save(folder / "tokenizer", bpe.learn([c for cs in captions for c in cs] + [stray] * 20, 2000), POSITIONS)
+        merges = bpe.learn([c for cs in captions for c in cs] + [stray] * 20, 2000)
+        bpe.save(folder / "tokenizer", merges, _NETWORKS["text_encoder"].positions)
         tokenizer = load(folder / "tokenizer")
         ids = np.array([[padded(tokenizer, c) for c in cs] for cs in captions], np.int16)
         model, latents = averaged(vae.VAE(VAE), folder / "vae"), []
