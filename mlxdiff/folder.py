@@ -123,7 +123,7 @@ class ModelFolder:
         image = images.read(request.image)
         mark = images.fingerprint(image)
         if request.image_hash not in (None, mark):
-            raise Error("The image is not the one that these settings began with.", "Give that one: -i FILE.")
+            raise Error("The image is not what these settings began with.", "Give that one: -i FILE, or image=FILE.")
         return replace(request.sized(image.size, self.defaults.size**2, self.multiple), image_hash=mark)
 
     def _check(self, request: Request) -> None:

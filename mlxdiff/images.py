@@ -41,6 +41,8 @@ def read(source: str | Path | Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise Error(f"{name} has more than 8 bits a channel.", "Save it with 8, as PNG or JPEG.")
+        if 0 in image.size:
+            raise Error(f"{name} has no pixels: it is {image.width} x {image.height}.", "Give one that has some.")
         if image.has_transparency_data:  # a photograph has none, and this would take most of the time
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")

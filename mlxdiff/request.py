@@ -104,7 +104,7 @@ class Request:
         if self.strength is not None:
             _number("strength", self.strength, 0, 1)
         if self.image is None and (self.strength is not None or self.image_hash is not None):
-            raise Error("There is no image for these settings to begin with.", "Give it: -i FILE.")
+            raise Error("There is no image for these settings to begin with.", "Give it: -i FILE, or image=FILE.")
         if not isinstance(self.t5, bool):
             raise Error(f"t5 {self.t5!r} is neither true nor false.", "Use t5=False to leave T5 out.")
         if self.eta is not None:

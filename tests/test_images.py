@@ -171,6 +171,7 @@ def test_a_fingerprint_is_what_is_seen_and_not_the_file(tmp_path):
         ("cut.png", "cannot be read"),
         ("deep.png", "more than 8 bits"),
         (np.zeros((8, 8, 3), np.uint8), "is ndarray"),
+        (Image.new("RGB", (0, 5)), "no pixels: it is 0 x 5"),
     ],
 )
 def test_what_cannot_be_begun_with_is_one_error(tmp_path, monkeypatch, given, says):
