@@ -261,9 +261,10 @@ def options(job: Job, machine: Machine) -> list[tuple[str, int]]:
         return next(([(flags, max(peaks(j, machine.gpu)))] for flags, j in found if fits(j, machine)), [])
 
     found = [way for kind in (low, fewer, t5, bits, sizes) for way in first(kind)]
-    if low and not first(low):  # then it may spare some bits
+    if low and not first(low):  # then it may spare some bits, or some pictures
         alone = {flags for flags, _ in found}
         found = [way for way in first(both(bits, low)) if way[0].removesuffix(" --low-memory") not in alone] + found
+        found = found if "-b 1" in alone else first(both(low, fewer)) + found
     return found or first(both(t5, low)) or first(both(both(both(bits, low), fewer), sizes))
 
 

@@ -170,6 +170,12 @@ def test_under_low_memory_and_of_many_at_once_the_rest_is_still_offered(name, as
     assert next(iter(dict(options(job, mac(8))))) == flags
 
 
+def test_fewer_pictures_in_low_memory_come_before_fewer_bits():
+    """On a Mac of 8 GB, where eight do not fit in low memory, and one does not without it."""
+    job = named("sdxl", None, "bfloat16", request=Request("", count=8))
+    assert list(dict(options(job, mac(8)))) == ["--low-memory -b 1", "-q 8 --low-memory"]
+
+
 def test_where_nothing_fits_smaller_models_are_named():
     with pytest.raises(Error, match=r"No setting makes it fit; .*sd15.* would"):
         check(named("flux-dev", None, "bfloat16"), "flux-dev", limited(2.2, gpu=True))
