@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 
 from . import __version__
 from .errors import Error
@@ -185,7 +185,7 @@ def read_settings(path: Path) -> tuple[Request, str | None]:
             comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")
     except FileNotFoundError:
         raise Error(f"There is no picture at {path}.", "Check the path after --from-image.") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as e:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise Error(f"{path} cannot be read as a picture: {e}.", "Give a PNG written by mlxdiff or A1111.") from None
     if _CHUNK in info:
         try:

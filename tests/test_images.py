@@ -162,6 +162,14 @@ def test_a_fingerprint_is_what_is_seen_and_not_the_file(tmp_path):
     assert images.fingerprint(picture().resize((40, 72))) not in marks
 
 
+def test_a_picture_of_more_pixels_than_pillow_opens_is_one_error(tmp_path, monkeypatch):
+    path = images.save(picture(), tmp_path / "a.png", FULL, "m")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for read in (images.read, images.read_settings):
+        with pytest.raises(Error, match="cannot be read as a picture: Image size"):
+            read(path)
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

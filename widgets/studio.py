@@ -309,7 +309,7 @@ class Studio(w.VBox):
         """A picture from the page, kept beside those that will be drawn from it: their settings name it."""
         try:
             image = Image.open(io.BytesIO(data))
-        except OSError:
+        except (OSError, Image.DecompressionBombError):
             raise Error("The file cannot be read as a picture.", "Give a PNG, JPEG or WebP file.") from None
         mark = images.fingerprint(images.read(image))
         path = self._place_for_files() / f"begin-{mark}.{image.format.lower()}"
