@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 from tests import clip_vocab
 from tests.test_convert import BETAS, nets, single
 
-from .test_pipelines import DB, NEGATIVE, PROMPT, cache, command, oracle, psnr  # noqa: F401 (cache is a fixture)
+from .test_pipelines import DB, NEGATIVE, PROMPT, command, oracle, psnr
 
 BARE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
