@@ -23,7 +23,7 @@ def ddim(**config) -> diffusers.DDIMScheduler:
     return diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **config)
 
 
-def test_lcm_in_one_file_takes_its_guidance_as_an_embedding(words, cache, tmp_path):  # noqa: F811
+def test_lcm_in_one_file_takes_its_guidance_as_an_embedding(words, cache, tmp_path):
     parts, tok = nets("sd1"), CLIPTokenizer.from_pretrained(words, model_max_length=77)
     scheduler = diffusers.LCMScheduler(**BETAS, timestep_spacing="leading")
     pipe = diffusers.LatentConsistencyModelPipeline(**parts, tokenizer=tok, scheduler=scheduler, **BARE)
@@ -34,7 +34,7 @@ def test_lcm_in_one_file_takes_its_guidance_as_an_embedding(words, cache, tmp_pa
     assert psnr(drawn, oracle(pipe, num_inference_steps=4, guidance_scale=6.0)) > DB
 
 
-def test_sd2_in_one_file_predicts_v(words, cache, tmp_path):  # noqa: F811
+def test_sd2_in_one_file_predicts_v(words, cache, tmp_path):
     parts, tok = nets("sd2"), CLIPTokenizer.from_pretrained(words, model_max_length=77, pad_token="!")
     scheduler = ddim(prediction_type="v_prediction")
     pipe = diffusers.StableDiffusionPipeline(**parts, tokenizer=tok, scheduler=scheduler, **BARE)
@@ -45,7 +45,7 @@ def test_sd2_in_one_file_predicts_v(words, cache, tmp_path):  # noqa: F811
     assert psnr(drawn, oracle(pipe, negative_prompt=NEGATIVE, num_inference_steps=6, guidance_scale=5.0)) > DB
 
 
-def test_sdxl_in_one_file(words, cache, tmp_path):  # noqa: F811
+def test_sdxl_in_one_file(words, cache, tmp_path):
     parts = nets("sdxl")
     toks = [CLIPTokenizer.from_pretrained(words, model_max_length=77, **pad) for pad in ({}, {"pad_token": "!"})]
     scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
