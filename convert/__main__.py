@@ -16,7 +16,9 @@ from .inspect import describe, of_folder
 def parser() -> Parser:
     p = Parser(prog="mlxdiff convert", description="Turn a public checkpoint into a model folder.")
     p.add_argument("source", metavar="MODEL", help="name, hub id, folder in diffusers layout or .safetensors file")
-    p.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the model folder to write")
+    p.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, required=True, help="the folder; an older model's is replaced"
+    )
     p.add_argument("-q", "--quantize", metavar="BITS", type=bits_of, choices=BITS, help=SMALLER)
     p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, where the file does not say")

@@ -86,10 +86,9 @@ class ModelFolder:
         """The request with every open setting filled from this model's defaults, and checked."""
         if "image" in settings:  # not the one that a request to be replayed began with
             settings = {"image_hash": None} | settings
-        try:
-            request = replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
-        except TypeError as e:
-            raise Error(f"{e}.", f"The settings are {', '.join(Request.__dataclass_fields__)}.") from None
+        if unknown := settings.keys() - Request.__dataclass_fields__:
+            raise Error(f"There is no setting {min(unknown)}.", f"Use {', '.join(Request.__dataclass_fields__)}.")
+        request = replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
         if request.image is not None:
             request = self._begun(request)
         own = self.model["schedule"]
@@ -135,7 +134,8 @@ class ModelFolder:
         schedule = self._schedule(request)
         schedules.sigmas(schedule, request.schedule, request.steps)
         if request.image is not None and schedule.taken(request.steps, request.strength) == 0:
-            raise Error(f"{request.steps} steps at strength {request.strength:g} are none.", "Take more of either.")
+            none = f"Strength {request.strength:g} of {request.steps} steps leaves no step to take."
+            raise Error(none, "Take more of either.")
         net = self.model["components"][self.net]
         if not request.t5 and (self.plan.t5 is None or self.plan.t5[0] in self.plan.needs):
             raise Error(f"Leaving T5 out is for SD3; {self.name} is {self.family.title}.", "Leave --no-t5 out.")

@@ -172,7 +172,7 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
         if not prompts:
             raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")
     elif given[0] == "-":
-        prompts = [sys.stdin.read().strip()]
+        prompts = [text] if (text := sys.stdin.read().strip()) else []
     else:
         prompts = [g for g in given[:2] if g is not None]
     if prompts:

@@ -55,7 +55,8 @@ class Request:
         if self.sampler is None:
             sampler, schedule = _first(defaults.sampler, scheduler[0]), _first(defaults.schedule, scheduler[1])
         else:
-            sampler, schedule = self.sampler, spacing
+            sampler, named = samplers.split(self.sampler)
+            schedule = _first(named, spacing)
         sampler = samplers.resolve(sampler)
         full = replace(
             self,

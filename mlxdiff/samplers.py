@@ -247,6 +247,12 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+def split(name: str) -> tuple[str, str | None]:
+    """A sampler as older A1111 names it, "DPM++ 2M Karras": the sampler, and the schedule if one is named."""
+    head, _, tail = name.rpartition(" ")
+    return (head, tail.casefold()) if tail.casefold() in ("karras", "exponential") else (name, None)
+
+
 def resolve(name: str) -> str:
     """A sampler's name in SAMPLERS, from that name or an alias, in any case."""
     for key, row in SAMPLERS.items():

@@ -105,7 +105,7 @@ def _path(model: str | Path) -> Path | None:
     try:
         path = Path(model).expanduser()
         exists = str(model) != "" and os.path.lexists(path)  # a link to nothing is told as that
-    except (OSError, RuntimeError, ValueError):  # too long, no home, a NUL inside: no file can be meant
+    except (OSError, RuntimeError, TypeError, ValueError):  # too long, no home, no text, a NUL inside: no file is meant
         return None
     row = MODELS.get(str(model))
     if row is not None and not any((path / f).is_file() for f in ("model.json", "model_index.json")):

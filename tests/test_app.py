@@ -47,6 +47,12 @@ def test_a_notebook_that_is_there_keeps_what_its_owner_wrote(tmp_path):
     assert named.cells[-1].source == "mine = 1"
 
 
+def test_a_notebook_is_called_one(tmp_path):
+    with pytest.raises(Error, match=r"Call it notes\.ipynb"):
+        app.studio(tmp_path / "notes.txt", None, browser=False)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("text", ["not json", "[]", '{"nbformat": 99}'])
 def test_what_is_no_notebook_is_one_line(tmp_path, text):
     path = tmp_path / "bad.ipynb"

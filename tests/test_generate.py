@@ -167,7 +167,7 @@ BAD = {
     "strength out of range": (["x", "-i", "begin.png", "--strength", "2"], "strength 2"),
     "strength leaves no step": (
         ["x", "-i", "begin.png", "--strength", "0.2", "--steps", "4"],
-        "4 steps at strength 0.2",
+        "Strength 0.2 of 4 steps",
     ),
     "width 0 for an image": (["x", "-i", "begin.png", "-W", "0"], "width 0"),
     "layers skipped in Stable Diffusion 1": (["x", "--skip-layers", "1"], "skip_layers is for SD3"),

@@ -35,6 +35,9 @@ def test_a_chosen_sampler_takes_the_checkpoints_spacing():
 
 def test_a1111_names_are_understood():
     assert resolve(Request("x", sampler="Euler a")).sampler == "euler_ancestral"
+    older = resolve(Request("x", sampler="DPM++ 2M Karras"))  # with the schedule behind the sampler
+    assert (older.sampler, older.schedule) == ("dpmpp_2m", "karras")
+    assert resolve(Request("x", sampler="DPM++ 2M Karras", schedule="beta")).schedule == "beta"
 
 
 def test_a_fresh_seed_is_drawn_each_time():

@@ -221,6 +221,7 @@ def test_a_named_model_wins_over_what_is_no_model(cache, tmp_path):
         ("/missing/a/b", "no model, file or folder", "Named models are"),
         ("~nobody/missing", "no model, file or folder", "Named models are"),
         ("a\0b", "no model, file or folder", "Named models are"),
+        (3, "no model, file or folder '3'", "Named models are"),
         ("x" * 5000, "no model, file or folder", "Named models are"),
         ("org/missing", "org/missing is not on this machine", "without --offline"),
     ],

@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="mlxdiff train", description=__doc__.partition(": ")[2])
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
     s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
-    s.add_argument("--out", type=Path, required=True, metavar="DIR", help="a run that is in it goes on")
+    s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a run that is in it goes on")
     s.add_argument("--pictures", type=int, default=60000, metavar="N", help="renders to learn from (default 60000)")
     s.add_argument("--vae-steps", type=int, default=4000, metavar="N", help="of the VAE, which comes first (4000)")
     s.add_argument("--steps", type=int, default=8000, metavar="N", help="of the U-Net and its text encoder (8000)")
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--quantize", type=bits_of, choices=BITS, metavar="BITS", help="judge it quantized so")
     s.add_argument("--dtype", help="float32, float16 or bfloat16 (default: what suits this machine)")
     s = kinds.add_parser("scenes", help="draw some of the pictures that are learned from, with their captions")
-    s.add_argument("--out", type=Path, required=True, metavar="PNG", help="where the sheet of twelve goes")
+    s.add_argument("-o", "--out", type=Path, required=True, metavar="PNG", help="where the sheet of twelve goes")
     s.add_argument("--size", type=int, default=128, metavar="PX", help="edge of each (128)")
     s.add_argument("--seed", type=int, default=0, help="of what they show (0)")
     return p
