@@ -99,11 +99,15 @@ def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _sweep(models: Path) -> None:
-    """Remove what processes that died have left behind: a part whose lock nobody holds."""
+    """Remove what processes that died have left behind, a part whose lock nobody holds; and what an older version
+    converted, which no version from here on reads."""
     for part in models.glob("*.part"):
         target = part.with_name(part.name.rsplit(".", 2)[0])
         with suppress(BlockingIOError), _locked(target, None):
             shutil.rmtree(part, ignore_errors=True)
+    for note in models.glob("*/model.json"):
+        if read_note(note).get("format", weights.FORMAT) < weights.FORMAT:
+            shutil.rmtree(note.parent, ignore_errors=True)
 
 
 def check_room(name: str, need: float) -> None:

@@ -205,9 +205,9 @@ class ModelFolder:
             self._networks.pop(name, None)
         mx.clear_cache()
 
-    def _check_finite(self, x: mx.array) -> None:
+    def _check_finite(self, finite: mx.array) -> None:
         """No black picture is ever written: what overflows stops the run and names the dtype that does not."""
-        if not mx.isfinite(x).all().item():
+        if not finite.item():
             dtype = self.model["recipe"]["dtype"]
             other = "bfloat16" if dtype == "float16" else "float32"
             raise Error(

@@ -72,7 +72,7 @@ def load(
     from . import store
 
     def opened(name: str | Path) -> Pipeline:
-        if not force:  # before the download: at the least size, since the real one comes with the request
+        if not force and store.local(name) is None:  # before a download: at the least size, the real one comes later
             least = Request("", width=128, height=128, t5=options.get("t5", True))
             memory.check_named(str(name), bits, dtype, low_memory, least)
         folder = store.resolve(name, bits=bits, dtype=dtype, offline=offline, **options)
@@ -172,9 +172,9 @@ class Pipeline(ModelFolder):
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
-                x = state
-                mx.eval(x, x0)
-                pipe._check_finite(x)
+                x, finite = state, mx.isfinite(state).all()
+                mx.eval(x, x0, finite)
+                pipe._check_finite(finite)
                 done, now = done + 1, time.perf_counter()
                 yield Event("denoise", done, steps, now - begin, np.array(x0), x=np.array(x), sigma=sigma)
                 begin = time.perf_counter()
@@ -237,7 +237,7 @@ class Pipeline(ModelFolder):
         tile = memory.TILE if self.low_memory else None
         x0 = self._network("vae").sample(mx.array(images.to_pixels(image))[None], noise, tile)
         mx.eval(x0)
-        self._check_finite(x0)
+        self._check_finite(mx.isfinite(x0).all())
         if self.low_memory:
             self._release("vae")
         yield Event("encode", 1, 1, time.perf_counter() - begin)
@@ -308,7 +308,7 @@ class Pipeline(ModelFolder):
             begin = time.perf_counter()
             pixels = vae.decode(z[i : i + 1].astype(_dtype(vae)), tile=tile)[0].astype(mx.float32)
             mx.eval(pixels)
-            self._check_finite(pixels)
+            self._check_finite(mx.isfinite(pixels).all())
             image = images.to_image(np.array(pixels))
             yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
 

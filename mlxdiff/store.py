@@ -66,7 +66,7 @@ def resolve(
     given = {kind: Path(file).expanduser() for kind, file in (parts or {}).items()}
     order = Order(recipe, prediction, words, given, t5, offline, _silent if progress is None else progress)
 
-    path = _path(model)
+    path = local(model)
     if path is not None:
         return _as_it_is(path, asked, order) if (path / "model.json").is_file() else _from_path(path, order)
     return _from_hub(*_repo(model), revision, order)
@@ -77,7 +77,7 @@ def original(
     model: str | Path, *, half: bool, t5: bool = True, offline: bool = False, progress: Progress | None = None
 ) -> Iterator[Path]:
     """The checkpoint that a model is converted from, downloaded where it must be; half: half precision will do."""
-    path = _path(model)
+    path = local(model)
     if path is not None:
         yield path
         return
@@ -93,14 +93,14 @@ def original(
 
 def conversions(model: str | Path) -> list[Path]:
     """The converted copies in the cache of a model from the hub."""
-    return [] if _path(model) is not None else cache.named(_label(*_repo(model)))
+    return [] if local(model) is not None else cache.named(_label(*_repo(model)))
 
 
 def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
-def _path(model: str | Path) -> Path | None:
+def local(model: str | Path) -> Path | None:
     """The file or folder that is meant. One that merely shares a named model's name has to look like a model."""
     try:
         path = Path(model).expanduser()
@@ -273,7 +273,7 @@ def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | N
     """The tiny decoder in a file, in a folder, or in a hub repository (`org/repo`, or `org/repo/file.safetensors`)."""
     from . import convert
 
-    path = _path(name)
+    path = local(name)
     if path is None:
         found = _HUB_ID.fullmatch(str(name))
         if found is None:

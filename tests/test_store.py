@@ -108,6 +108,16 @@ def test_what_a_dead_process_left_is_removed_and_a_living_one_keeps_its_own(cach
     assert store.resolve(source) == made != other
 
 
+def test_what_an_older_version_converted_goes(cache, tmp_path):
+    old, newer = (cache / "models" / f"{n}-float32-0123456789ab" for n in ("old", "newer"))
+    for folder_, number in ((old, weights.FORMAT - 1), (newer, weights.FORMAT + 1)):
+        folder_.mkdir(parents=True)
+        weights.write_json(folder_ / "model.json", {"format": number})
+    store.resolve(folder(tmp_path / "model"))
+    assert not old.exists()
+    assert newer.exists()  # a newer version's is its own
+
+
 def test_killed_conversion_leaves_nothing_usable(cache, tmp_path):
     """SIGKILL while the converter writes; the same call then makes the model and clears up."""
     source = folder(tmp_path / "model")
