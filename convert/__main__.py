@@ -1,4 +1,4 @@
-"""`python -m mlxdiff.convert MODEL -o DIR` writes a model folder. (`mlxdiff inspect` says what MODEL is.)"""
+"""`python -m mlxdiff.convert MODEL -o DIR` writes a model folder; `--check` only looks, as `mlxdiff inspect` does."""
 
 import sys
 from pathlib import Path
@@ -10,15 +10,13 @@ from ..console import Parser, run
 from ..tokenizer_search import tokenizer_for
 from ..weights import BITS, DTYPES, SMALLER, bits_of, default_dtype
 from . import PARTS, PREDICTIONS, open, save
-from .inspect import describe, of_folder
+from .inspect import describe, look, of_folder
 
 
 def parser() -> Parser:
     p = Parser(prog="mlxdiff convert", description="Turn a public checkpoint into a model folder.")
     p.add_argument("source", metavar="MODEL", help="name, hub id, folder in diffusers layout or .safetensors file")
-    p.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, required=True, help="the folder; an older model's is replaced"
-    )
+    p.add_argument("-o", "--output", metavar="DIR", type=Path, help="the folder; an older model's is replaced")
     p.add_argument("-q", "--quantize", metavar="BITS", type=bits_of, choices=BITS, help=SMALLER)
     p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, where the file does not say")
@@ -28,17 +26,27 @@ def parser() -> Parser:
         p.add_argument(flag, metavar="FILE", type=Path, help=f"{what} to use, where MODEL has none or another")
     p.add_argument("--no-t5", action="store_true", help="SD3: leave T5 out, for less memory")
     p.add_argument("--offline", action="store_true", help="never use the network, not even for a tokenizer")
+    p.add_argument("--check", action="store_true", help="write nothing: what `mlxdiff inspect MODEL` says")
+    p.add_argument("--json", action="store_true", help="with --check: for machines")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return run("mlxdiff convert", lambda: _convert(args))
-
-
-def _convert(args) -> int:
-    dtype = default_dtype() if args.dtype is None else args.dtype
+    if args.check and args.output is not None:
+        parser().error("--check only looks: leave out -o")
+    if args.json and not args.check:
+        parser().error("--json goes with --check")
+    if args.output is None and not args.check:
+        parser().error("there is no folder to write to: give one with -o, or only look with --check")
     parts = {kind: file for kind in PARTS if (file := getattr(args, kind)) is not None}
+    options = {"prediction": args.prediction, "parts": parts, "t5": not args.no_t5}
+    body = (lambda: look(args.source, args.json, **options)) if args.check else (lambda: _convert(args, options))
+    return run("mlxdiff convert", body)
+
+
+def _convert(args, options: dict) -> int:
+    dtype = default_dtype() if args.dtype is None else args.dtype
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
 
         def show(stage: str, done: int, total: int) -> None:
@@ -48,7 +56,7 @@ def _convert(args) -> int:
 
         fetch = {"half": dtype != "float32", "t5": not args.no_t5, "offline": args.offline, "progress": show}
         with store.original(args.source, **fetch) as path:
-            checkpoint = open(path, args.prediction, parts, not args.no_t5)
+            checkpoint = open(path, **options)
             words = args.tokenizer
             if words is None:
                 words = tokenizer_for(checkpoint, args.offline, show)

@@ -36,12 +36,12 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return run("mlxdiff inspect", lambda: _inspect(args.model, json.dumps if args.json else describe))
+    return run("mlxdiff inspect", lambda: look(args.model, args.json))
 
 
-def _inspect(model: str, shown) -> int:
-    """What is here of it: the original and its conversions, or one of them. Nothing is fetched."""
-    copies = store.conversions(model)
+def look(model: str, as_json: bool, **options) -> int:
+    """What is here of it: the original and its conversions, or one of them. Nothing is fetched. options: see `open`."""
+    copies, shown = store.conversions(model), json.dumps if as_json else describe
     with ExitStack() as stack:
         try:
             path = stack.enter_context(store.original(model, half=True, offline=True))
@@ -52,7 +52,7 @@ def _inspect(model: str, shown) -> int:
             if (path / "model.json").is_file():
                 copies = [path]
             else:
-                checkpoint = open(path)
+                checkpoint = open(path, **options)
                 print(shown(of_checkpoint(checkpoint) | {"path": model}))
                 check(checkpoint)
         for folder in copies:

@@ -410,3 +410,18 @@ def test_converting_holds_one_tensor_at_a_time(tmp_path, bits):
             writer.put(key, weight.array())
     peak = mx.get_peak_memory() - before
     assert largest <= peak < 3 * largest < total
+
+
+def test_check_is_what_inspect_says(capsys):
+    from mlxdiff.convert import inspect as looked
+    from mlxdiff.convert.__main__ import main
+
+    for flags in ([], ["--json"]):
+        assert looked.main(["storybook", *flags]) == 0
+        says = capsys.readouterr().out
+        assert main(["storybook", "--check", *flags]) == 0
+        assert capsys.readouterr().out == says
+    for wrong in (["storybook"], ["storybook", "--check", "-o", "x"], ["storybook", "-o", "x", "--json"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert len(capsys.readouterr().err.splitlines()) == 1
