@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def studio(path: Path, model: str | None, browser: bool) -> int:
-    needed("jupyterlab", "ipywidgets", "anywidget")  # before anything is written
     if path.suffix != ".ipynb":
         raise Error(f"{path.name} is no name of a notebook.", f"Call it {path.stem}.ipynb.")
+    needed("jupyterlab", "ipywidgets", "anywidget")  # before anything is written
     from nbformat.sign import NotebookNotary
 
     book = _notebook(path, model)
