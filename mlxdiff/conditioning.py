@@ -50,6 +50,11 @@ PLANS = {
 }
 
 
+def plan(family: str, variant: str) -> Plan:
+    """A variant's own row, else its family's."""
+    return PLANS.get(f"{family}-{variant}", PLANS[family])
+
+
 class Words(NamedTuple):
     """What one text encoder is to read."""
 

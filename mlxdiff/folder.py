@@ -23,7 +23,7 @@ class ModelFolder:
         self.name = self.model["name"]
         self.family = FAMILIES[self.model["family"]]
         kind = self.model["family"], self.model["variant"]
-        self.plan = conditioning.PLANS.get("-".join(kind), conditioning.PLANS[kind[0]])
+        self.plan = conditioning.plan(*kind)
         self.net = "unet" if "unet" in self.model["components"] else "transformer"
         if defaults is None:
             row = registry.find(self.name)  # a converted copy of a named model is still that model

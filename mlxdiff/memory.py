@@ -68,7 +68,7 @@ class Job:
 
 def peaks(job: Job, gpu: bool) -> Peaks:
     """Of a first picture: one text encoder after the other, then the denoiser, which stays, and the VAE."""
-    net, plan = "unet" if "unet" in job.components else "transformer", _plan(job)
+    net, plan = "unet" if "unet" in job.components else "transformer", conditioning.plan(job.family, job.variant)
     t5 = None if plan.t5 is None else plan.t5[0]
     encoders = [n for n in job.components if n.startswith("text_encoder") and (n != t5 or job.t5)]
     encode = max(_weights(job, n).held + _reading(job, n, plan.tokens if n == t5 else 77) for n in encoders)
@@ -86,10 +86,6 @@ def peaks(job: Job, gpu: bool) -> Peaks:
     decode = _VAE[gpu] * job.components["vae"]["channels"][0] * pixels * _item(job, "vae")
     decode += _weights(job, "vae").held + (0 if job.low_memory else stays)
     return Peaks(int(encode), int(stays + numbers * _item(job, net)), int(decode))
-
-
-def _plan(job: Job) -> conditioning.Plan:
-    return conditioning.PLANS.get(f"{job.family}-{job.variant}", conditioning.PLANS[job.family])
 
 
 def _reading(job: Job, name: str, tokens: int) -> int:
@@ -252,7 +248,8 @@ def options(job: Job, machine: Machine) -> list[tuple[str, int]]:
     """Flags that make it fit, and what it takes then: of each kind the first that does, which gives up least."""
     low = [] if job.low_memory else [("--low-memory", {"low_memory": True})]
     bits = [(f"-q {b}", {"bits": b}) for b in _BITS if job.bits is None or b < weights.BITS[job.bits]]
-    t5 = [("--no-t5", {"t5": False})] if job.t5 and _plan(job).t5 is not None and _plan(job).clip_read else []
+    plan = conditioning.plan(job.family, job.variant)
+    t5 = [("--no-t5", {"t5": False})] if job.t5 and plan.t5 is not None and plan.clip_read else []
     sizes = [(f"-W {n} -H {n}", {"width": n, "height": n}) for n in _SIZES if n < max(job.width, job.height)]
     fewer = [("-b 1", {"count": 1})] if job.count > 1 else []
 

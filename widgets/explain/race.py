@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ...probe import from_noise, trace
+from ...probe import from_noise, noise_of, trace
 from .guidance import changes, size
 from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Told, seed_box
 
@@ -82,8 +82,6 @@ class SamplerRace(Lesson):
 
         def twice(steps: int) -> np.ndarray:
             """Two runs of the noisy sampler from the noise that the others start from."""
-            first = next(trace(pipe, prompt, sampler=NOISY, steps=steps, **same))
-            noise = np.repeat(first.x / first.sigma, 2, axis=0)
             for event in from_noise(pipe, noise, prompt, sampler=NOISY, steps=steps, **same):
                 if event.stage == "decode":
                     break
@@ -92,6 +90,7 @@ class SamplerRace(Lesson):
                     advance()
             return pair
 
+        noise = np.repeat(noise_of(pipe, seed), 2, axis=0)
         reference = run(*REFERENCE)
         length = size(reference)
         ends = {name: [run(name, steps) for steps in COUNTS] for name in RACERS}
