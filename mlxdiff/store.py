@@ -96,6 +96,12 @@ def conversions(model: str | Path) -> list[Path]:
     return [] if local(model) is not None else cache.named(_label(*_repo(model)))
 
 
+def check_name(model: str | Path) -> None:
+    """Fail as `resolve` would on a name that can stand for nothing. No file is opened and nobody is asked."""
+    if local(model) is None:
+        _repo(model)
+
+
 def _silent(stage: str, done: int, total: int) -> None:
     pass
 

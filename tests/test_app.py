@@ -53,6 +53,27 @@ def test_a_notebook_is_called_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_nothing_can_be_is_told_before_anything_starts(tmp_path, monkeypatch, capsys):
+    """In the words of `store.resolve`, as `mlxdiff generate` tells it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("nosuch", "folder/missing.safetensors", ""):
+        assert app.main(["-m", name]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"mlxdiff studio: There is no model, file or folder {name!r}. Named models are ")
+        assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_elsewhere_finds_a_file_that_was_named_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    for name in ("mine.safetensors", "storybook", "org/repo"):
+        assert app._meant(name, tmp_path) == name
+    assert app._meant("mine.safetensors", tmp_path / "books") == str(tmp_path / "mine.safetensors")
+    assert app._meant("storybook", tmp_path / "books") == "storybook"
+
+
 @pytest.mark.parametrize("text", ["not json", "[]", '{"nbformat": 99}'])
 def test_what_is_no_notebook_is_one_line(tmp_path, text):
     path = tmp_path / "bad.ipynb"

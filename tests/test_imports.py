@@ -223,7 +223,7 @@ MAY = {
         "mlxdiff.train.*",
         "mlxdiff.widgets.explain.*",
     },
-    "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors"},
+    "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store"},
     "mlxdiff.widgets.lessons": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.app"},
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}

@@ -240,6 +240,15 @@ def test_names_that_mean_nothing(cache, name, says, fix):
     with pytest.raises(Error, match=says) as caught:
         store.resolve(name, offline=True)
     assert fix in caught.value.fix
+    if name != "org/missing":  # the hub may have that: only asking would tell
+        with pytest.raises(Error) as before:
+            store.check_name(name)
+        assert str(before.value) == str(caught.value)
+
+
+def test_names_of_what_there_is_are_no_error(cache, tmp_path):
+    for name in ("storybook", "sdxl", "org/repo", "org/repo/a.safetensors", folder(tmp_path / "here")):
+        store.check_name(name)
 
 
 def test_a_path_object_is_never_a_hub_id(cache):

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 def studio(path: Path, model: str | None, browser: bool) -> int:
     if path.suffix != ".ipynb":
         raise Error(f"{path.name} is no name of a notebook.", f"Call it {path.stem}.ipynb.")
+    if model is not None:
+        model = _meant(model, path.parent)
     needed("jupyterlab", "ipywidgets", "anywidget")  # before anything is written
     from nbformat.sign import NotebookNotary
 
@@ -58,6 +60,15 @@ def studio(path: Path, model: str | None, browser: bool) -> int:
         _write(book, path)
 
     return lab(path, "studio is", browser, draw)
+
+
+def _meant(model: str, folder: Path) -> str:
+    """What a notebook in a folder, where its kernel runs, is to call a model. A name that means nothing is an error."""
+    from .. import store
+
+    store.check_name(model)
+    file = Path(model).expanduser()
+    return str(file.absolute()) if store.local(model) == file and folder != Path.cwd() else model
 
 
 def needed(*modules: str) -> None:
