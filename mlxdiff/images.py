@@ -2,6 +2,7 @@
 `parameters`) and the whole Request as JSON (`mlxdiff`). A file is never overwritten and never half-written."""
 
 import hashlib
+import io
 import os
 import re
 from pathlib import Path
@@ -177,27 +178,28 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if re.search(r"[,:\n]", text) else text
 
 
-def read_settings(path: Path) -> tuple[Request, str | None]:
+def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
     """The Request that drew a picture and the model's name, from our JSON or from A1111's text."""
+    name = source if isinstance(source, Path) else "The picture"
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             info = dict(image.info)
             comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")
     except FileNotFoundError:
-        raise Error(f"There is no picture at {path}.", "Check the path after --from-image.") from None
+        raise Error(f"There is no picture at {name}.", "Check the path after --from-image.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise Error(f"{path} cannot be read as a picture: {e}.", "Give a PNG written by mlxdiff or A1111.") from None
+        raise Error(f"{name} cannot be read as a picture: {e}.", "Give a PNG written by mlxdiff or A1111.") from None
     if _CHUNK in info:
         try:
             return Request.from_json(info[_CHUNK]), info.get("mlxdiff-model")
         except (ValueError, TypeError, AttributeError) as e:
-            raise Error(f"{path} carries damaged settings: {e}.", "Type the settings by hand.") from None
+            raise Error(f"{name} carries damaged settings: {e}.", "Type the settings by hand.") from None
     text = info.get("parameters")
     if text is None and isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
         text = comment[8:].decode("utf-16-be", errors="replace")
     if not text:
         fix = "Give a picture written by mlxdiff, A1111 or a relative of it."
-        raise NoSettings(f"{path} carries no settings.", fix)
+        raise NoSettings(f"{name} carries no settings.", fix)
     return parse_parameters(text)
 
 

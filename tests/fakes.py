@@ -28,6 +28,8 @@ class Pipe:
         self.steps = 0  # taken in its life
 
     def resolve(self, request: Request) -> Request:
+        if request.image is not None:
+            request = request.sized(images.read(request.image).size, self.defaults.size**2, self.multiple)
         return request.resolve(self.defaults, ("euler", "leading"), "leading", 1, self.multiple)
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:

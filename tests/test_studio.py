@@ -415,6 +415,20 @@ def test_a_picture_without_settings_is_begun_with(studio, tmp_path):
     assert (request.image, request.strength) == (None, None)
 
 
+def test_a_shape_is_taken_over_once_the_model_says_its_size(studio):
+    """Of an unknown model at its opening; then presets and other models keep the shape, and not their own square."""
+    studio.image = Image.new("RGB", (96, 48))
+    assert studio.request().width is None
+    first = draw(studio).request
+    assert (first.width, first.height) == (studio.width, studio.height) == (88, 48)
+    studio.width = studio.height = 64
+    studio.controls.presets["fine"].click()
+    assert (studio.width, studio.height, studio.steps) == (88, 48, 40)
+    studio.image = Image.new("RGB", (1600, 800))
+    studio.model = "sdxl"
+    assert (studio.width, studio.height) == (1472, 704)  # 1024 x 1024 pixels make 1448.2 x 724.1; multiples of 64
+
+
 def test_a_picture_with_settings_restores_them_unless_it_is_meant_to_begin(studio):
     draw(studio, prompt="a boat")
     png = studio.images[0].path.read_bytes()

@@ -1,7 +1,8 @@
 """The settings as controls, and what is known about them: presets, which of them a model ignores, values of an axis."""
 
-import base64
+import html
 from collections.abc import Callable
+from dataclasses import fields
 
 import ipywidgets as w
 import traitlets as t
@@ -9,7 +10,8 @@ import traitlets as t
 from .. import samplers, schedules
 from ..errors import Error
 from ..registry import MODELS, Defaults
-from ..request import MAX_SEED
+from ..request import MAX_SEED, Request
+from .begin import Begin
 from .worker import Facts
 
 # Request fields that have a control, with how one value of a comparison is read from text.
@@ -58,6 +60,18 @@ def ignored(facts: Facts | None, guidance: float, true_cfg: float) -> dict[str, 
     if guidance <= 1 and not told:
         return {"negative": "Not used at guidance 1 or below: nothing is subtracted there."}
     return {}
+
+
+def unusual(request: Request, facts: Facts | None) -> dict:
+    """The fields without a control that are not as they would be had nobody set them."""
+    plain, own = Request(""), {}
+    if facts is not None:
+        own["clip_skip"] = facts.clip_skip
+    if request.sampler is not None:
+        own["eta"] = samplers.SAMPLERS[samplers.resolve(request.sampler)].eta
+    shown = (*FIELDS, "count", "image", "image_hash")
+    found = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
+    return {n: v for n, v in found.items() if v not in (getattr(plain, n), own.get(n))}
 
 
 def values(name: str, text: str) -> list:
@@ -155,6 +169,18 @@ class Controls(w.VBox):
         self.sampler.options = _or_own(fit)
         self.schedule.options = _or_own(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
+    def judge(self, facts: Facts | None, defaults: Defaults | None, guidance: float, more: dict) -> None:
+        """Disable what would change nothing now, and say why; name what is set and has no control."""
+        reasons = ignored(facts, guidance, more.get("true_cfg", 1.0))
+        self.negative.disabled = "negative" in reasons
+        self.why.value = html.escape(" ".join(reasons.values()))
+        known = {} if defaults is None else presets(defaults)
+        for name, button in self.presets.items():
+            button.disabled = name not in known
+        also = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in more.items())
+        self.more.value = html.escape(f"Also set: {also}.") if also else ""
+        self.forget.layout.display = None if also else "none"
+
     def bind(self, studio: t.HasTraits) -> None:
         """Every setting both ways."""
         for name in ("prompt", "steps", "guidance", "width", "height", "strength", "count", "locked"):
@@ -174,25 +200,6 @@ class Controls(w.VBox):
         if model:
             studio.model = model
             self.model.value, self.other.value = studio.model, ""
-
-
-class Begin(w.HBox):
-    """The picture that runs begin with, and how much of it they redraw. Not on the page while there is none."""
-
-    def __init__(self):
-        self.picture = w.HTML()
-        self.strength = w.FloatSlider(description="Strength", min=0, max=1, step=0.05, readout_format=".2f")
-        self.strength.tooltip = "How much of the picture is redrawn: 1 ignores it"
-        self.remove = w.Button(icon="times", tooltip="Begin with noise alone")
-        super().__init__([self.picture, self.strength, self.remove])
-        self.add_class("mlxdiff-begin")
-        self.show(None)
-
-    def show(self, jpeg: bytes | None) -> None:
-        if jpeg is not None:
-            data = base64.b64encode(jpeg).decode()
-            self.picture.value = f'<img alt="The picture to begin with" src="data:image/jpeg;base64,{data}">'
-        self.layout.display = "none" if jpeg is None else None
 
 
 class Compare(w.VBox):

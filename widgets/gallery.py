@@ -2,6 +2,7 @@
 
 import io
 import math
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,6 +51,16 @@ class Picture:
             return self.path.read_bytes()
         except OSError as e:
             raise Error(f"{self.path} cannot be read: {e.strerror}.", "Was it moved? Draw it again.") from None
+
+
+def writable(folder: str | Path) -> Path:
+    """The folder, there and open to files: looked at before the work and not after."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise Error(f"{folder} cannot be written to: {e.strerror}.", "Set studio.folder.") from None
+    return Path(folder)
 
 
 def thumbnail(image: Image.Image) -> bytes:

@@ -8,26 +8,25 @@
 Callbacks run on whatever thread Jupyter chose, and only queue, set flags and copy (see worker.py)."""
 
 import functools
-import html
 import io
 import itertools
 import secrets
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets as w
 import traitlets as t
 from PIL import Image
 
-from .. import images, registry, samplers
+from .. import images, registry
 from ..errors import Error
 from ..registry import DEFAULT, MODELS, Defaults
 from ..request import STRENGTH, Request
-from .controls import FIELDS, MULTIPLE, Controls, ignored, presets
-from .gallery import Grid, Picture, thumbnail
+from .begin import write_begin
+from .controls import FIELDS, MULTIPLE, Controls, presets, unusual
+from .gallery import Grid, Picture, thumbnail, writable
 from .view import View, line, seconds, size
 from .worker import Facts, Job, Update, Worker, jpeg, shared
 
@@ -69,7 +68,6 @@ class Studio(w.VBox):
         self._seen: dict[str, str] = {}  # what opened models are called in files: what they were opened by
         self._history: dict[int, Picture] = {}
         self._keys = itertools.count()
-        self._dropped: list[bytes] = []  # the parts so far of a file that is being dropped
         self.controls, self.view = Controls(str(model)), View()
         super().__init__([w.HBox([self.controls, self.view]).add_class("mlxdiff-body")])
         self.add_class("mlxdiff-studio")
@@ -127,19 +125,11 @@ class Studio(w.VBox):
             if value is not None or self.traits()[name].allow_none:
                 setattr(self, name, value)
         self.locked = self.locked or request.seed is not None
-        self.more = _unusual(request, self._facts)
+        self.more = unusual(request, self._facts)
 
     def load(self, png: str | Path | bytes) -> None:
         """Restore the settings a picture carries: one of ours, of A1111 or of a relative."""
-        if not isinstance(png, bytes):
-            return self.restore(*images.read_settings(Path(png)))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "picture"
-            path.write_bytes(png)
-            try:
-                return self.restore(*images.read_settings(path))
-            except Error as e:
-                raise type(e)(e.problem.replace(str(path), "The picture"), e.fix) from None
+        self.restore(*images.read_settings(io.BytesIO(png) if isinstance(png, bytes) else Path(png)))
 
     # --- to the worker
 
@@ -147,16 +137,8 @@ class Studio(w.VBox):
         """The request of a run about to begin: its seed drawn, and its folder there before the work, not after."""
         if not self.locked:
             self.seed = secrets.randbelow(2**32)
-        self._place_for_files()
+        writable(self.folder)
         return self.request()
-
-    def _place_for_files(self) -> Path:
-        try:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as e:
-            raise Error(f"{self.folder} cannot be written to: {e.strerror}.", "Set studio.folder.") from None
-        return Path(self.folder)
 
     def _submit(self, request: Request | None, tell: Callable[[Job, Update], None]) -> Job:
         self.error, self.view.error = None, {}
@@ -251,8 +233,9 @@ class Studio(w.VBox):
 
     def _learn(self, facts: Facts) -> None:
         """The model is open. What was not touched since it was named becomes the model's own."""
+        self._facts = facts
         if self._defaults is None:
-            for name, value in presets(facts.defaults)["standard"].items():
+            for name, value in self._preset("standard", facts.defaults).items():
                 if getattr(self, name) == self._before[name]:
                     setattr(self, name, value)
         if facts.flow != self._flow:
@@ -261,25 +244,20 @@ class Studio(w.VBox):
             self.controls.offer(facts.flow)  # which selects nothing
             for name, value in kept.items():
                 setattr(self, name, value)
-        self._facts, self._defaults = facts, facts.defaults
+        self._defaults = facts.defaults
         self.controls.width.step = self.controls.height.step = facts.multiple
         self._judge()
 
     def _apply(self, preset: str) -> None:
-        for name, value in presets(self._defaults)[preset].items():
+        for name, value in self._preset(preset, self._defaults).items():
             setattr(self, name, value)
 
+    def _preset(self, name: str, defaults: Defaults) -> dict:
+        """A picture to begin with keeps its shape."""
+        return presets(defaults)[name] | self._shape(defaults)
+
     def _judge(self) -> None:
-        """Disable what would change nothing now, and say why; name what is set and has no control."""
-        c, reasons = self.controls, ignored(self._facts, self.guidance, self.more.get("true_cfg", 1.0))
-        c.negative.disabled = "negative" in reasons
-        c.why.value = html.escape(" ".join(reasons.values()))
-        known = {} if self._defaults is None else presets(self._defaults)
-        for name, button in c.presets.items():
-            button.disabled = name not in known
-        also = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in self.more.items())
-        c.more.value = html.escape(f"Also set: {also}.") if also else ""
-        c.forget.layout.display = None if also else "none"
+        self.controls.judge(self._facts, self._defaults, self.guidance, self.more)
 
     # --- the picture to begin with
 
@@ -290,11 +268,13 @@ class Studio(w.VBox):
         except Error:
             self.image = None
             raise
-        self.controls.begin.show(None if image is None else thumbnail(image))
+        self.controls.begin.show(image)
         if image is not None and self._defaults is not None:
-            multiple = MULTIPLE if self._facts is None else self._facts.multiple
-            size = Request("").sized(image.size, self._defaults.size**2, multiple)
-            self.width, self.height = size.width, size.height
+            for name, value in self._shape(self._defaults).items():
+                setattr(self, name, value)
+
+    def _shape(self, defaults: Defaults) -> dict[str, int]:
+        return self.controls.begin.shape(defaults.size, MULTIPLE if self._facts is None else self._facts.multiple)
 
     def _take(self, data: bytes, begin: bool) -> None:
         """A picture from the page brings its settings back. One that has none, or is meant to, is begun with."""
@@ -302,20 +282,8 @@ class Studio(w.VBox):
             with suppress(images.NoSettings):
                 self.load(data)
                 return self._say("Settings restored")
-        self.image = self._file(data)
+        self.image = write_begin(data, writable(self.folder))
         return self._say("The next picture begins with this one")
-
-    def _file(self, data: bytes) -> Path:
-        """A picture from the page, kept beside those that will be drawn from it: their settings name it."""
-        try:
-            image = Image.open(io.BytesIO(data))
-        except (OSError, Image.DecompressionBombError):
-            raise Error("The file cannot be read as a picture.", "Give a PNG, JPEG or WebP file.") from None
-        mark = images.fingerprint(images.read(image))
-        path = self._place_for_files() / f"begin-{mark}.{image.format.lower()}"
-        part = path.with_suffix(".part")
-        part.write_bytes(data)
-        return part.replace(path)
 
     # --- from the page
 
@@ -367,10 +335,8 @@ class Studio(w.VBox):
         elif do == "restore":
             self.restore(self._history[key].request, self._history[key].model)
             self._say("Settings restored")
-        elif do == "drop":  # in parts: a large message would end the connection to the kernel
-            self._dropped = [*(self._dropped if message["part"] else []), bytes(buffers[0])]
-            if message["part"] + 1 == message["parts"]:
-                self._take(b"".join(self._dropped), message["begin"])
+        elif do == "drop" and (data := self.view.whole(message, buffers)) is not None:
+            self._take(data, message["begin"])
 
     def _draw_grid(self) -> None:
         self.compare(**self.controls.compare.axes())
@@ -380,15 +346,3 @@ class Studio(w.VBox):
 
     def _forget(self, *names: str) -> None:
         self.more = {k: v for k, v in self.more.items() if k not in names}
-
-
-def _unusual(request: Request, facts: Facts | None) -> dict:
-    """The fields without a control that are not as they would be had nobody set them."""
-    plain, own = Request(""), {}
-    if facts is not None:
-        own["clip_skip"] = facts.clip_skip
-    if request.sampler is not None:
-        own["eta"] = samplers.SAMPLERS[samplers.resolve(request.sampler)].eta
-    shown = (*FIELDS, "count", "image", "image_hash")
-    found = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
-    return {n: v for n, v in found.items() if v not in (getattr(plain, n), own.get(n))}
