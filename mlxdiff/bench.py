@@ -23,7 +23,7 @@ from .pipeline import Pipeline, load
 from .published import ROWS
 from .registry import DEFAULT
 from .request import Request
-from .weights import DTYPES, label
+from .weights import BITS, DTYPES, SMALLER, bits_of, label
 
 _PROMPT = "a red house under a full moon"
 _STAGES = ("encode", "load", "prepare", "denoise", "decode")  # prepare: what the loop has constant
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-W", "--width", type=int, metavar="PX", help="of the picture (default: the model's own size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="both multiples of 8, or of 16 for SD3 and FLUX")
     g.add_argument("--batch", type=int, choices=(1, 2), help="1: not guided, 2: guided (default: what the model does)")
+    g.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help=SMALLER)
     g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
     g.add_argument("--force", action="store_true", help="try it even where this machine has too little memory")
@@ -77,9 +78,9 @@ def bench(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace) -> dict:
     """All figures. Seconds come as {median, least, most, n}."""
     if args.random is None:
-        pipe = load(args.model, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
+        pipe = load(args.model, bits=args.quantize, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
     else:
-        pipe = RandomPipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force)
+        pipe = RandomPipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force, bits=args.quantize)
     request = asked(pipe, args)
     batch = 2 if request.guidance > 1 and pipe.two_passes else 1
     facts = {
@@ -128,7 +129,7 @@ def asked(pipe: Pipeline, args: argparse.Namespace) -> Request:
 def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
     """A run to warm up, whose first step is traced, then `repeat` runs. From the first come the peaks, since later ones
     find networks in memory, and what it alone does, such as loading. Random weights come from no file, so making them
-    is neither timed nor called loading."""
+    is neither timed nor called loading; but for what a transformer only prepares with, made as `prepare` reads it."""
     trace, clock = Trace(), pipe.clock if isinstance(pipe, RandomPipeline) else time.perf_counter
     try:
         first = watch(pipe, request, clock, trace)

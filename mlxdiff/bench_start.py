@@ -62,6 +62,7 @@ def first_byte(python: str, args: argparse.Namespace, request: Request, environm
         "euler",
     ]
     call += ["-W", str(request.width), "-H", str(request.height), "-g", str(request.guidance), "-o", "a.png", "--json"]
+    call += [] if args.quantize is None else ["-q", str(args.quantize)]
     call += [] if args.dtype is None else ["--dtype", args.dtype]
     call += [flag for flag, on in (("--low-memory", args.low_memory), ("--force", args.force)) if on]
     with tempfile.TemporaryDirectory(prefix="mlxdiff-") as place:

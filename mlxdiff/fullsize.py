@@ -51,6 +51,7 @@ class RandomPipeline(Pipeline):
         low_memory: bool = False,
         blocks: int | None = None,
         force: bool = False,
+        bits: int | str | None = None,
     ):
         self._making = 0.0
         self._place = tempfile.TemporaryDirectory(prefix="mlxdiff-")
@@ -66,7 +67,7 @@ class RandomPipeline(Pipeline):
                 "variant": {"lcm": "lcm", "flux-schnell": "schnell"}.get(name, "base"),
                 "prediction": "flow" if flow else {"sd2": "v"}.get(row.family, "eps"),
                 "source": "random",
-                "recipe": {"dtype": weights.default_dtype() if dtype is None else dtype, "bits": None},
+                "recipe": weights.recipe(bits, dtype),
                 "schedule": _FLOW if flow else _DISCRETE,
                 "zero_negative": row.family == "sdxl",
                 "components": components,
@@ -90,7 +91,7 @@ class RandomPipeline(Pipeline):
         kind = weights.DTYPES[weights.component_dtype(self.model["family"], name, self.model["recipe"]["dtype"])]
         net = weights.build(name, self.model["components"][name])
         net.update(tree_map(lambda p: _random(p.shape, kind) if p.ndim > 1 else p.astype(kind), net.parameters()))
-        return net.eval()
+        return weights.quantized(net, weights.plan(name, net, self.model["recipe"]["bits"])).eval()
 
     def clock(self) -> float:
         """Seconds, less those that went into making weights."""

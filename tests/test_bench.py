@@ -142,6 +142,32 @@ def test_random_weights_are_of_the_dtype_asked(dtype):
         assert {v.dtype for _, v in tree_flatten(pipe._network(name).parameters())} == {kind}
 
 
+def test_random_weights_are_quantized_as_a_conversion_s_are(tmp_path):
+    """Against a file the writer made: the same parameters, of the same shapes and types; and it is said."""
+    pipe = fullsize.RandomPipeline("sd15", "float16", bits=4)
+    for name, config in TINY.items():
+        kind = weights.component_dtype("sd1", name, "float16")
+        writer = weights.Writer(tmp_path / name, name, asdict(config), kind, 4)
+        made = dict(tree_flatten(pipe._network(name).parameters()))
+        assert {k: (v.dtype, v.shape) for k, v in made.items()} == {k: e[:2] for k, e in writer.entries.items()}
+        assert bool(writer.layers) == (name != "vae")
+
+
+def test_bits_are_in_the_report(capsys):
+    assert bench.main(quick("--random", "sd15", "--json", "--batch", "1", "-q", "4")) == 0
+    assert json.loads(capsys.readouterr().out)["bits"] == 4
+
+
+def test_bits_reach_the_model_and_its_cold_start(model, capsys):
+    """A folder that is converted already says what it is asked and is not."""
+    typed = quick("-m", str(model), "-q", "mxfp4")
+    assert bench.main(typed) == 1
+    assert "bits None, not mxfp4" in capsys.readouterr().err
+    args, request = bench.parser().parse_args(typed), Pipeline(model).resolve("x", width=32, height=32)
+    with pytest.raises(bench.Error, match="bits None, not mxfp4"):
+        bench_start.first_byte(sys.executable, args, request, bench_start._environment())
+
+
 def test_guided_is_twice_the_batch(model):
     def calls(batch: str) -> set:
         args = bench.parser().parse_args(quick("-m", str(model), "--batch", batch))
@@ -346,6 +372,7 @@ BAD = {
     "blocks of a U-Net": (["--random", "sd15", "--blocks", "2"], "U-Net"),
     "two sources": (["--random", "sd15", "-m", "x"], "not allowed with"),
     "model absent": (["-m", "./no/such/model"], "no/such/model"),
+    "no such bits": (["--random", "sd15", "-q", "7"], "7"),
     "no run": (["--random", "sd15", "--repeat", "0"], "--repeat 0"),
     "no step": (["--random", "sd15", "--steps", "0"], "steps 0"),
     "no such size": (["--random", "sd15", "-W", "30"], "width 30"),
