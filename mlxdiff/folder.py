@@ -41,9 +41,14 @@ class ModelFolder:
             )
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {self.family.title}, {weights.label(self.model['recipe'])}, in {self.folder}>"
+        return f"<{self.name}: {self.family.title}, {self.recipe}, in {self.folder}>"
 
     # --- what it is
+
+    @property
+    def recipe(self) -> str:
+        """How its weights are stored, in a word."""
+        return weights.label(self.model["recipe"])
 
     @property
     def flow(self) -> bool:

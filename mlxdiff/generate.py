@@ -17,7 +17,7 @@ from .errors import Error
 from .pipeline import Event, Pipeline, load
 from .registry import DEFAULT, MODELS
 from .request import STRENGTH, Request
-from .weights import BITS, DTYPES, SMALLER, bits_of, label
+from .weights import BITS, DTYPES, SMALLER, bits_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,7 +124,7 @@ def draw(args: argparse.Namespace) -> int:
         )
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
         if args.verbose:
-            bar.write(f"model {pipe.name} in {pipe.folder}, {label(pipe.model['recipe'])}")
+            bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for request in requests:
             strange = catalogue.strange(request.prompt) if pipe.name == catalogue.BUILTIN else []
@@ -137,18 +137,18 @@ def draw(args: argparse.Namespace) -> int:
 
 def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar") -> None:
     mx.reset_peak_memory()
-    drawn = 0
+    drawn, made = 0, (pipe.name, pipe.recipe)
     for event in pipe.stream(request):
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
             for i, rough in enumerate(pipe.preview(event.x0)):
                 name = args.preview_dir / f"{request.seed + i}-{event.step:03}.png"
-                images.save(rough, name, request, pipe.name)
+                images.save(rough, name, request, *made)
         if event.image is not None:
             own = replace(request, seed=request.seed + drawn, count=1)
-            path = images.save(event.image, _name(args.output, own), own, pipe.name)
+            path = images.save(event.image, _name(args.output, own), own, *made)
             drawn += 1
-            bar.done(path, own)
+            bar.done(path, own, {"model": pipe.name, **pipe.model["recipe"]})
     bar.began = time.perf_counter()
 
 
@@ -234,12 +234,12 @@ class Bar:
         if self.bar is not None:
             self.bar.update(event.step - self.bar.n)
 
-    def done(self, path: Path, request: Request) -> None:
+    def done(self, path: Path, request: Request, made: dict) -> None:
         self._close()
         peak, now = mx.get_peak_memory(), time.perf_counter()
         seconds = now - self.began
         if self.quiet:
-            facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak}
+            facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak, **made}
             print(json.dumps(facts | {"request": json.loads(request.to_json())}, ensure_ascii=False), flush=True)
         else:
             print(f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak", flush=True)

@@ -68,15 +68,16 @@ def preview(x0: np.ndarray, factors: tuple) -> Image.Image:
     return to_image(x0.astype(np.float32) @ table[:-1] + table[-1])
 
 
-def save(image: Image.Image, path: Path, request: Request, model: str) -> Path:
-    """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ..."""
+def save(image: Image.Image, path: Path, request: Request, model: str, recipe: str) -> Path:
+    """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ... model, recipe:
+    what drew it, and how its weights were stored, by `weights.label`."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.part")
     kind = kind_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            image.save(temp, kind, **_settings(kind, request, model))
+            image.save(temp, kind, **_settings(kind, request, model, recipe))
             return _claim(temp, path)
         finally:
             temp.unlink(missing_ok=True)
@@ -114,13 +115,14 @@ def _claim(temp: Path, path: Path) -> Path:
     raise Error(f"{path.parent} already holds 100000 pictures of this name.", "Choose another name with -o.")
 
 
-def _settings(kind: str, request: Request, model: str) -> dict:
-    text = parameters(request, model)
+def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
+    text = parameters(request, model, recipe)
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("parameters", text)
         info.add_itxt(_CHUNK, request.to_json())
         info.add_itxt("mlxdiff-model", model)
+        info.add_itxt("mlxdiff-recipe", recipe)
         return {"pnginfo": info}
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")  # UserComment, as A1111 writes it
@@ -152,7 +154,7 @@ _A1111_SCHEDULES |= {
 }
 
 
-def parameters(request: Request, model: str) -> str:
+def parameters(request: Request, model: str, recipe: str) -> str:
     """Settings of a resolved request as A1111 writes them: prompt, negative prompt, then one line of pairs."""
     lines = [request.prompt]
     if request.negative is not None:
@@ -166,6 +168,7 @@ def parameters(request: Request, model: str) -> str:
         "Size": f"{request.width}x{request.height}",
         "Denoising strength": request.strength,
         "Model": _quoted(model),
+        "Weights": recipe,
         "Clip skip": request.clip_skip,
         "RNG": {"torch": "CPU", "nv": "NV"}.get(request.noise),
         "Version": f"mlxdiff {__version__}",

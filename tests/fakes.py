@@ -24,6 +24,7 @@ class Pipe:
     multiple, two_passes, flow, family = 8, True, False, registry.FAMILIES["sd1"]
 
     def __init__(self, name: str = "fake", pace: float = 0.0, gate: threading.Event | None = None):
+        self.recipe = "float32"
         self.name, self.pace, self.gate, self.defaults = name, pace, gate, DEFAULTS
         self.steps = 0  # taken in its life
 

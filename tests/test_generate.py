@@ -14,6 +14,7 @@ from PIL import Image
 
 from mlxdiff import images, load
 from mlxdiff.generate import main
+from mlxdiff.weights import default_dtype
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +53,7 @@ def files(folder: Path) -> list[str]:
 def test_a_picture_carries_what_drew_it_and_replays(here, model, capsys):
     assert main(quick(model, "a red fox", "-s", "3", "-o", "a.png")) == 0
     assert "a.png" in capsys.readouterr().out
+    assert Image.open("a.png").info["mlxdiff-recipe"] == default_dtype()
     request, name = images.read_settings(here / "a.png")
     assert (request.prompt, request.seed, request.steps, name) == ("a red fox", 3, 2, "model")
     assert main(["--from-image", "a.png", "-m", str(model), "-o", "b.png"]) == 0
@@ -84,7 +86,7 @@ def test_an_image_from_memory_is_drawn_from_but_not_replayed(here, model, capsys
     begun = pipe("a red fox", seed=1, steps=2, width=16, height=16)
     more = pipe("a red fox", seed=2, steps=4, image=begun.image)  # as large as its image
     assert more.image.size == (16, 16)
-    images.save(more.image, here / "a.png", more.request, pipe.name)
+    images.save(more.image, here / "a.png", more.request, pipe.name, pipe.recipe)
     assert main(["--from-image", "a.png", "-m", str(model), "-o", "b.png"]) == 1
     assert "no image for these settings" in capsys.readouterr().err
     assert pipe.resolve(more.request, image=Image.new("RGB", (8, 8))).image_hash != more.request.image_hash
@@ -94,6 +96,7 @@ def test_seeds_counts_and_names(here, model, capsys):
     assert main(quick(model, "a red fox!", "-s", "3", "9", "-b", "2", "-o", "out/", "--json")) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [s["request"]["seed"] for s in said] == [3, 4, 9, 10]
+    assert {(s["model"], s["dtype"], s["bits"]) for s in said} == {("model", default_dtype(), None)}
     assert files(here) == [f"out/a-red-fox-{n}.png" for n in (10, 3, 4, 9)]
     assert all(s["request"]["count"] == 1 for s in said)  # each file replays alone
     assert main(quick(model, "a red fox!", "-s", "3", "-o", "out")) == 0

@@ -43,21 +43,24 @@ def test_preview_is_the_linear_map():
 
 
 def test_a_png_gives_back_the_whole_request(tmp_path):
-    path = images.save(picture(), tmp_path / "a.png", FULL, "model, with comma")
+    path = images.save(picture(), tmp_path / "a.png", FULL, "model, with comma", "float16-4bit")
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(picture()))
     request, model = images.read_settings(path)
     assert (request, model) == (FULL, "model, with comma")
+    with Image.open(path) as written:
+        assert written.info["mlxdiff-recipe"] == "float16-4bit"
+        assert ', Model: "model, with comma", Weights: float16-4bit, ' in written.info["parameters"]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 def test_other_formats_carry_the_a1111_text(tmp_path, suffix):
-    request, model = images.read_settings(images.save(picture(), tmp_path / f"a{suffix}", FULL, "m"))
+    request, model = images.read_settings(images.save(picture(), tmp_path / f"a{suffix}", FULL, "m", "float32"))
     assert (request.prompt, request.negative, request.seed) == (FULL.prompt, FULL.negative, 7)
     assert (request.sampler, request.schedule, request.noise, model) == ("dpmpp_2m", "karras", "nv", "m")
 
 
 def test_saving_never_overwrites(tmp_path):
-    names = [images.save(picture(), tmp_path / "a.png", FULL, "m").name for _ in range(3)]
+    names = [images.save(picture(), tmp_path / "a.png", FULL, "m", "float32").name for _ in range(3)]
     assert names == ["a.png", "a-1.png", "a-2.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)  # and leaves no temporary file
 
@@ -65,9 +68,9 @@ def test_saving_never_overwrites(tmp_path):
 def test_saving_where_one_cannot_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Error, match="cannot be written"):
-        images.save(picture(), tmp_path / "file" / "a.png", FULL, "m")
+        images.save(picture(), tmp_path / "file" / "a.png", FULL, "m", "float32")
     with pytest.raises(Error, match="not a picture name"):
-        images.save(picture(), tmp_path / "a.gif", FULL, "m")
+        images.save(picture(), tmp_path / "a.gif", FULL, "m", "float32")
 
 
 def test_text_as_a1111_writes_it():
@@ -84,7 +87,7 @@ Denoising strength: 0.7, Clip skip: 2, TI hashes: "a: 1, b: 2", Version: v1.9.3"
 
 
 def test_our_text_reads_back():
-    request, model = images.parse_parameters(images.parameters(FULL, "m"))
+    request, model = images.parse_parameters(images.parameters(FULL, "m", "float32"))
     for name in ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "sampler", "schedule", "noise"):
         assert getattr(request, name) == getattr(FULL, name), name
     assert (request.clip_skip, model) == (2, "m")
@@ -93,7 +96,9 @@ def test_our_text_reads_back():
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 @pytest.mark.parametrize("schedule", schedules.SPACINGS)
 def test_every_sampler_and_schedule_reads_back(sampler, schedule):
-    request, _ = images.parse_parameters(images.parameters(replace(FULL, sampler=sampler, schedule=schedule), "m"))
+    request, _ = images.parse_parameters(
+        images.parameters(replace(FULL, sampler=sampler, schedule=schedule), "m", "float32")
+    )
     assert (request.sampler, request.schedule) == (sampler, schedule)
 
 
@@ -138,7 +143,7 @@ def test_a_picture_is_read_upright_opaque_and_in_colour(tmp_path):
     assert (out[0, 0].tolist(), out[1, 1].tolist()) == ([255, 255, 255], [255, 127, 127])
     for mode in ("1", "L", "LA", "P", "CMYK", "YCbCr"):
         assert images.read(picture().convert("L").convert(mode)).mode == "RGB"
-    plain = np.asarray(images.read(str(images.save(picture(), tmp_path / "b.png", FULL, "m"))))
+    plain = np.asarray(images.read(str(images.save(picture(), tmp_path / "b.png", FULL, "m", "float32"))))
     assert np.array_equal(plain, np.asarray(picture()))
 
 
@@ -163,7 +168,7 @@ def test_a_fingerprint_is_what_is_seen_and_not_the_file(tmp_path):
 
 
 def test_a_picture_of_more_pixels_than_pillow_opens_is_one_error(tmp_path, monkeypatch):
-    path = images.save(picture(), tmp_path / "a.png", FULL, "m")
+    path = images.save(picture(), tmp_path / "a.png", FULL, "m", "float32")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for read in (images.read, images.read_settings):
         with pytest.raises(Error, match="cannot be read as a picture: Image size"):
@@ -185,7 +190,7 @@ def test_a_picture_of_more_pixels_than_pillow_opens_is_one_error(tmp_path, monke
 def test_what_cannot_be_begun_with_is_one_error(tmp_path, monkeypatch, given, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_bytes(b"hello")
-    whole = images.save(picture(), tmp_path / "whole.png", FULL, "m").read_bytes()
+    whole = images.save(picture(), tmp_path / "whole.png", FULL, "m", "float32").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) * 2 // 3])
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(Error, match=says) as e:

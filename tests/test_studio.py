@@ -176,14 +176,14 @@ def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
     assert "guidance 1" in studio.controls.why.value
     studio.guidance = 1.1
     assert not studio.controls.negative.disabled
-    one = Facts("LCM", fakes.DEFAULTS, 8, 1, negative=False, flow=False)
+    one = Facts("LCM", "float32", fakes.DEFAULTS, 8, 1, negative=False, flow=False)
     assert "one pass" in controls.ignored(one, 7.5, true_cfg=1.0)["negative"]
     assert controls.ignored(one, 1.0, true_cfg=2.0) == {}
 
 
 def test_rectified_flow_has_samplers_and_schedules_of_its_own(studio):
     draw(studio, sampler="heun", more={"clip_skip": 2})
-    facts = Facts("FLUX", fakes.DEFAULTS, 16, 1, negative=False, flow=True)
+    facts = Facts("FLUX", "float32", fakes.DEFAULTS, 16, 1, negative=False, flow=True)
     studio._learn(facts)
     names = [v for _, v in studio.controls.sampler.options]
     assert "euler" in names
@@ -204,6 +204,7 @@ def test_a_run_saves_its_pictures_with_their_settings(studio, tmp_path):
     assert [p.path.name for p in studio.images] == ["a-red-house-5.png", "a-red-house-6.png"]
     for i, picture in enumerate(studio.images):
         assert images.read_settings(picture.path) == (picture.request, "fake")
+        assert Image.open(picture.path).info["mlxdiff-recipe"] == "float32"
         assert picture.request.seed == 5 + i
         assert picture.image.convert("RGB").tobytes() == result.images[i].tobytes()
         assert Image.open(io.BytesIO(picture._repr_png_())).size == (64, 64)

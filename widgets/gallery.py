@@ -23,14 +23,17 @@ class Picture:
     path: Path
     request: Request  # of this one picture: its own seed, count 1
     model: str
+    recipe: str  # how its weights were stored
     seconds: float
     title: str = ""  # of what is not one picture but a comparison
 
     @classmethod
-    def write(cls, image: Image.Image, folder: Path, request: Request, model: str, seconds: float) -> "Picture":
+    def write(
+        cls, image: Image.Image, folder: Path, request: Request, model: str, recipe: str, seconds: float
+    ) -> "Picture":
         """Save a picture under its prompt's first words and its seed."""
-        path = images.save(image, Path(folder) / images.file_name(request), request, model)
-        return cls(path.resolve(), request, model, seconds)
+        path = images.save(image, Path(folder) / images.file_name(request), request, model, recipe)
+        return cls(path.resolve(), request, model, recipe, seconds)
 
     @property
     def image(self) -> Image.Image:
@@ -38,7 +41,7 @@ class Picture:
 
     def save(self, path: str | Path) -> Path:
         """Another copy, settings included; the suffix says PNG, JPEG or WebP. Never overwrites."""
-        return images.save(self.image.convert("RGB"), Path(path), self.request, self.model)
+        return images.save(self.image.convert("RGB"), Path(path), self.request, self.model, self.recipe)
 
     def caption(self) -> str:
         r = self.request
@@ -162,7 +165,7 @@ class Grid:
     def save(self, path: str | Path) -> Path:
         """The labelled grid at full size, with the settings its cells share. Never overwrites."""
         first = self.cells[min(self.cells)]
-        return images.save(self.image, Path(path), first.request, first.model)
+        return images.save(self.image, Path(path), first.request, first.model, first.recipe)
 
     def finish(self, folder: str | Path) -> Picture:
         """Write the grid under the names of its settings."""

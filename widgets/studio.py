@@ -171,7 +171,8 @@ class Studio(w.VBox):
             self.view.frame(jpeg(grid.draft(cell, Image.open(io.BytesIO(update.frame)))), "The comparison so far")
         if update.picture is not None:
             own = replace(job.request, seed=job.request.seed + update.step - 1, count=1)
-            picture = Picture.write(update.picture, self.folder, own, job.facts.name, update.seconds)
+            made = job.facts.name, job.facts.recipe
+            picture = Picture.write(update.picture, self.folder, own, *made, update.seconds)
             self.images = [*self.images, picture]
             self._keep(picture, update.picture, show=grid is None)
             if grid is not None and grid.put(cell, picture, update.picture):

@@ -38,6 +38,7 @@ class Facts(NamedTuple):
     """What the controls need to know of an opened model."""
 
     name: str
+    recipe: str  # how its weights are stored
     defaults: Defaults
     multiple: int  # both edges of a picture must be divisible by it
     clip_skip: int
@@ -244,7 +245,15 @@ class Worker:
             self._pipe = self._load(job.model, progress=progress, **job.options)
             self._key = key
         pipe = self._pipe
-        job.facts = Facts(pipe.name, pipe.defaults, pipe.multiple, pipe.family.clip_skip, pipe.two_passes, pipe.flow)
+        job.facts = Facts(
+            pipe.name,
+            pipe.recipe,
+            pipe.defaults,
+            pipe.multiple,
+            pipe.family.clip_skip,
+            pipe.two_passes,
+            pipe.flow,
+        )
         job.tell("ready")
         return pipe
 
