@@ -8,6 +8,7 @@ from .settings import MOST_LAYERS, Settings
 
 TABLE: list[Row] = [
     (r"position_ids$|^logit_scale$|^attn_mask$", None),  # buffers, and what only CLIP's own training uses
+    (r"^(vision_model|visual|visual_projection)\.", None),  # of a whole CLIP, its eyes
     (r"^text_model\.", ""),
     # OpenCLIP
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),

@@ -14,6 +14,9 @@ from .sd3 import SD3
 from .sdxl import REFINER, SDXL
 from .source import Tensor
 
+# A text encoder alone in a file has its own names, or those that it has in ComfyUI's whole checkpoints.
+_WITHIN = r"^(text_encoders\.\w+\.transformer\.)?"
+
 FAMILIES = {
     "sd1": SD1,
     "sd2": SD2,
@@ -22,9 +25,9 @@ FAMILIES = {
     "sd3": SD3,
     "flux": FLUX,
     # Networks alone in a file: which family they serve cannot be told.
-    "clip": Family([(r"^", "text_encoder.")], ("text_encoder",), acts={}, pads={}, pooled=True),
-    "clip-g": Family([(r"^", "text_encoder_2.")], ("text_encoder_2",), acts={}, pads={}),
-    "t5": Family([(r"^", "text_encoder.")], ("text_encoder",), acts={}, pads={}, t5="text_encoder"),
+    "clip": Family([*DROPPED, (_WITHIN, "text_encoder.")], ("text_encoder",), acts={}, pads={}, pooled=True),
+    "clip-g": Family([*DROPPED, (_WITHIN, "text_encoder_2.")], ("text_encoder_2",), acts={}, pads={}),
+    "t5": Family([*DROPPED, (_WITHIN, "text_encoder.")], ("text_encoder",), acts={}, pads={}, t5="text_encoder"),
     "vae": Family([*DROPPED, (r"^(first_stage_model\.|vae\.)?", "vae.")], ("vae",), acts={}, pads={}),
     "taesd": Family([(r"^", "taesd.")], ("taesd",), acts={}, pads={}),
 }
@@ -51,7 +54,6 @@ FOREIGN = [
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo model"),
     (r"(^|\.)transformer_blocks\.\d+\.img_mod\.", "a Qwen-Image model"),
     (r"^1\.conv\.0\.", "the encoder of a TAESD, whose decoder alone is used"),  # in a decoder's file, 1 is no block
-    (r"^(vision_model|visual|visual_projection)\.", "a CLIP vision model"),
     (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion"),
     (r"^edm_(mean|std)$|^edm_vpred\.", "an SDXL model with EDM noise (Playground 2.5, CosXL)"),
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
@@ -67,11 +69,11 @@ PACKED = [
 
 _FLUX = r"(^|\.)double_blocks\.\d|(^|\.)single_transformer_blocks\.\d"
 _SD3 = r"(^|\.)joint_blocks\.\d|(^|\.)transformer_blocks\.\d+\.attn\.add_q_proj\."
-_T5 = r"^encoder\.block\.\d+\.layer\.0\.SelfAttention\."
+_T5 = rf"{_WITHIN}encoder\.block\.\d+\.layer\.0\.SelfAttention\."
 _UNET = r"^((model\.)?diffusion_model\.)?(input_blocks\.\d|down_blocks\.\d)"
 _VAE = r"^(first_stage_model\.|vae\.)?decoder\.(up|up_blocks)\.\d"
 _TAESD = r"^(decoder\.layers\.)?\d+\.conv\.\d+\.weight$"
-_CLIP = r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.|^transformer\.resblocks\.\d"
+_CLIP = rf"{_WITHIN}(text_model\.)?encoder\.layers\.\d+\.self_attn\.|^transformer\.resblocks\.\d"
 
 
 def family(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -112,7 +114,9 @@ def family(path: Path, tensors: dict[str, Tensor]) -> str:
         return "taesd"
     if has(_CLIP):
         large = shape(r"(final_layer_norm|ln_final)\.weight$") != (768,)
-        return "clip-g" if large and has(r"^text_projection") else "clip"
+        return "clip-g" if large and has(rf"{_WITHIN}text_projection") else "clip"
+    if has(r"^(vision_model|visual|visual_projection)\."):
+        raise Error(f"{path} is a CLIP vision model, which is not supported yet.", KNOWN)
     raise Error(
         f"{path} is no checkpoint that is known here; its first tensor is {min(tensors, default='none')!r}.",
         KNOWN,

@@ -9,6 +9,7 @@ from .settings import MOST_LAYERS, Settings
 
 _END = r"\.(weight|bias)$"
 TABLE: list[Row] = [
+    (r"_norm\.weight$", "_norm.scale"),  # as newer versions of ComfyUI save it
     (r"^transformer_blocks\.", "double_blocks."),
     (r"\.norm1\.linear\.", ".img_mod.lin."),
     (r"\.norm1_context\.linear\.", ".txt_mod.lin."),

@@ -12,7 +12,8 @@ DROPPED: list[Row] = [
     (r"^(sqrt_recipm1_alphas_cumprod|lvlb_weights|logvar|scale_factor|global_step|epoch)$", None),  # of training
     (r"^(v_pred|ztsnr|denoiser\.sigmas)$", None),  # marks without numbers; detect reads them by name
     (r"^embedding_manager\.", None),  # textual inversion's own copy of the text encoder
-    (r"^(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.logit_scale$", None),
+    # CLIP's training alone used the scale; ComfyUI saves one for T5 too, and may put a tokenizer beside an encoder.
+    (r"^(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.(logit_scale|spiece_model)$", None),
 ]
 UNET: Row = (
     r"^((model\.)?diffusion_model\.|(?=(input|middle|output|down|mid|up)_blocks?\.|time_embed(ding)?\."
@@ -39,7 +40,7 @@ class Family:
     optional: tuple[str, ...] = ()  # of the components
     parts: dict[str, Part] = field(default_factory=dict)  # what people have in files of their own, by its short name
     t5: str | None = None  # the component that is a T5
-    pooled: bool = False  # whether text_encoder's projection is read
+    pooled: bool = False  # whether text_encoder's projection is kept
     prediction: str = "eps"
     scale: float = 0.18215  # of the VAE's latents
     shift: float = 0.0

@@ -54,7 +54,6 @@ SD3 = Family(
         "vae": Part("vae", "sd3_vae.safetensors"),
     },
     t5="text_encoder_3",
-    pooled=True,
     prediction="flow",
     scale=1.5305,
     shift=0.0609,

@@ -5,7 +5,7 @@ from .rules import Row, Shapes
 from .settings import MOST_LAYERS, Settings
 
 TABLE: list[Row] = [
-    (r"^(decoder\.|lm_head\.)", None),
+    (r"^(decoder\.|lm_head\.)|^(logit_scale|spiece_model)$", None),  # the last two: see sd.DROPPED
     (r"^encoder\.embed_tokens\.", "shared."),
 ]
 

@@ -48,6 +48,8 @@ def nets(kind: str) -> dict[str, torch.nn.Module]:
     """Small, and with the numbers no shape tells as the family has them."""
     torch.manual_seed(0)
     clip = text(1, 64, "quick_gelu", projected=kind.startswith("sd3"))
+    if kind.startswith("sd3"):
+        torch.nn.init.eye_(clip.text_projection.weight)  # as published: SD3 reads CLIP-L without its projection
     t5 = stir(T5EncoderModel(T5), 2)
     if kind in ("dev", "schnell"):
         net = diffusers.FluxTransformer2DModel(**FLUX, num_layers=2, num_single_layers=3, guidance_embeds=kind == "dev")
@@ -138,8 +140,14 @@ def saved(tmp_path_factory) -> dict:
 
 
 def same(one: Path, other: Path, parts) -> None:
+    """Of a single SD3 file, CLIP-L comes without its projection."""
     for name in parts:
-        assert (one / f"{name}.safetensors").read_bytes() == (other / f"{name}.safetensors").read_bytes(), name
+        if read(one)[0]["components"][name] == read(other)[0]["components"][name]:
+            assert (one / f"{name}.safetensors").read_bytes() == (other / f"{name}.safetensors").read_bytes(), name
+        else:
+            a, b = (read(path)[1][name] for path in (one, other))
+            assert (name, a.keys() - b.keys()) == ("text_encoder", {"text_projection.weight"})
+            assert all(np.array_equal(x, a[key]) for key, x in b.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,6 +174,8 @@ def test_one_file_and_files_apart_equal_the_folder(saved, tmp_path, kind):
     for file in (single(tmp_path / "one.safetensors", kind, parts), apart(tmp_path / "apart", kind, parts)):
         got = convert.convert(file, tmp_path / f"{file.stem}-out", dtype="float32", tokenizer=source)
         theirs, ours = read(out)[0], read(got)[0]
+        if kind.startswith("sd3"):
+            theirs["components"]["text_encoder"]["projection"] = None
         for key in ("family", "variant", "prediction", "schedule", "zero_negative", "tokenizers", "components"):
             assert ours[key] == theirs[key], key
         same(out, got, parts)
@@ -199,14 +209,17 @@ def test_sd3_needs_no_t5(saved, tmp_path):
     assert read(got)[0]["tokenizers"] == ["tokenizer", "tokenizer_2"]
 
 
-def test_a_single_sd3_file_whose_clip_has_no_projection(saved, tmp_path):
-    """The reference puts an identity there: none is written, and the vector is as wide as the encoder."""
-    parts, source, _ = saved["sd3"]
+@pytest.mark.parametrize("projection", [None, 64])
+def test_a_single_sd3_file_whose_clip_has_any_projection(saved, tmp_path, projection):
+    """Stability's code, ComfyUI and diffusers (an identity) read none there. Other copies of CLIP-L have one."""
+    parts, source, out = saved["sd3"]
     file = single(tmp_path / "one.safetensors", "sd3", parts)
-    tensors = convert.source.read(file).tensors
-    held = {k: np.array(t.read()) for k, t in tensors.items() if "clip_l.transformer.text_projection" not in k}
+    tensors, name = convert.source.read(file).tensors, "text_encoders.clip_l.transformer.text_projection.weight"
+    held = {k: np.array(t.read()) for k, t in tensors.items() if k != name}
+    held |= {} if projection is None else {name: np.ones((projection, projection), np.float32)}
     got = convert.convert(full(file, held), tmp_path / "out", dtype="float32", tokenizer=source)
     assert read(got)[0]["components"]["text_encoder"]["projection"] is None
+    same(out, got, parts)
 
 
 def test_the_inverse_table_gives_the_published_names():

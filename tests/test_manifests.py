@@ -357,6 +357,30 @@ DERIVED = {
         {"text_encoder": "comfy_clip_l", "text_encoder_2": "t5xxl_encoder", "transformer": "flux1-schnell",
          "vae": "flux_vae"},
     ),
+    "FLUX saved by a newer ComfyUI, a tokenizer beside T5": (
+        lambda: original.under(LDM, renamed(facts("flux1-dev"), "_norm.scale", "_norm.weight"))
+        | original.under("text_encoders.t5xxl.transformer.", facts("t5xxl_encoder"))
+        | {"text_encoders.t5xxl.spiece_model": (9,)},
+        "flux", "base", {"text_encoder_2": "t5xxl_encoder", "transformer": "flux1-dev"},
+    ),
+    "T5 saved by ComfyUI": (
+        lambda: facts("comfy_t5xxl_fp16") | {"logit_scale": (), "spiece_model": (9,)},
+        "t5", "base", {"text_encoder": "t5xxl_encoder"},
+    ),
+    "T5 taken out of ComfyUI's one file": (
+        lambda: original.under("text_encoders.t5xxl.transformer.", facts("comfy_t5xxl_fp16")),
+        "t5", "base", {"text_encoder": "t5xxl_encoder"},
+    ),
+    "CLIP-G taken out of ComfyUI's one file": (
+        lambda: original.under("text_encoders.clip_g.transformer.", facts("comfy_clip_g"))
+        | {"text_encoders.clip_g.logit_scale": ()},
+        "clip-g", "base", {"text_encoder_2": "sd3_text_encoder_2"},
+    ),
+    "a whole CLIP-L, its eyes too": (
+        lambda: facts("comfy_clip_l") | {"text_projection.weight": (768, 768), "logit_scale": ()}
+        | {"vision_model.post_layernorm.bias": (1024,), "visual_projection.weight": (768, 1024)},
+        "clip", "base", {"text_encoder": "sd3_text_encoder"},
+    ),
     "FLUX Canny or Depth": (
         lambda: facts("flux1-dev") | {"img_in.weight": (3072, 128)}, "flux", "control", {},
     ),
