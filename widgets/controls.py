@@ -128,7 +128,6 @@ class Controls(w.VBox):
         self.more = w.HTML().add_class("mlxdiff-why")
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
         self.compare = Compare()
-        fold = w.Accordion([self.compare], titles=["Compare settings"]).add_class("mlxdiff-fold")
         go = _row("mlxdiff-go", self.generate, self.cancel, self.clear)
         ask = w.VBox([self.prompt, self.negative, self.why, self.begin, go]).add_class("mlxdiff-ask")
         settings = w.VBox(
@@ -136,13 +135,16 @@ class Controls(w.VBox):
                 self.model,
                 self.other,
                 _row("mlxdiff-presets", *self.presets.values()),
-                self.steps,
-                self.guidance,
-                _row("mlxdiff-two", self.sampler, self.schedule),
-                _row("mlxdiff-three", self.width, self.height, self.count),
+                _fold(
+                    "More settings",
+                    self.steps,
+                    self.guidance,
+                    _row("mlxdiff-two", self.sampler, self.schedule),
+                    _row("mlxdiff-three", self.width, self.height, self.count),
+                ).add_class("mlxdiff-roomy"),
                 _row("mlxdiff-seed", self.seed, self.locked, self.dice, self.reuse),
                 w.HBox([self.more, self.forget]),
-                fold,
+                _fold("Compare settings", self.compare),
             ]
         ).add_class("mlxdiff-settings")
         super().__init__([ask, settings])  # in a narrow window the picture comes between the two
@@ -268,6 +270,12 @@ def _models(extra: str) -> list[tuple[str, str]]:
 
 def _or_own(names) -> list[tuple[str, str]]:
     return [("model's own", ""), *((n, n) for n in names)]  # "" and not None, which selects nothing
+
+
+def _fold(title: str, *children: w.Widget) -> w.VBox:
+    """A button, and what it shows. Not an Accordion, whose titles no key reaches; the page does the folding."""
+    button = w.ToggleButton(description=title, icon="caret-right").add_class("mlxdiff-unfold")
+    return w.VBox([button, w.VBox(children)]).add_class("mlxdiff-fold")
 
 
 def _row(kind: str, *children: w.Widget) -> w.HBox:

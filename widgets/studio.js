@@ -192,6 +192,11 @@ function render({ model, el }) {
     send(action, action === "cancel" ? {} : { settings: await settings() });
   }
 
+  // A list cuts off what is too long for it: under the mouse it says the whole.
+  function entitle({ target }) {
+    if (target instanceof HTMLSelectElement) target.title = target.selectedOptions[0]?.text ?? "";
+  }
+
   async function settings() {
     const found = {};
     for (const [name, id] of Object.entries(model.get("controls"))) {
@@ -220,21 +225,27 @@ function render({ model, el }) {
     // ipywidgets' text boxes keep keys to themselves: they have to be heard on their way down.
     root.addEventListener("keydown", keys, { signal: away.signal, capture: true });
     root.addEventListener("click", clicks, { signal: away.signal, capture: true });
-    for (const [name, listener] of Object.entries({ dragover: over, dragleave: leave, drop })) {
+    const listeners = { dragover: over, dragleave: leave, drop, pointerover: entitle };
+    for (const [name, listener] of Object.entries(listeners)) {
       root.addEventListener(name, listener, { signal: away.signal });
     }
-    naming.observe(root, { childList: true, subtree: true });
-    nameSliders(root);
+    naming.observe(root, { childList: true, subtree: true, attributeFilter: ["class"] });
+    name(root);
   });
   arrival.observe(el);
 
-  // ipywidgets' sliders have no accessible name: give each its label's, whenever it is drawn.
-  const naming = new MutationObserver(() => nameSliders(el.closest(".mlxdiff-studio")));
-  function nameSliders(root) {
+  // ipywidgets' sliders have no accessible name, and its toggles do not say how they stand: give each its label's, and
+  // tell, whenever one is drawn or changes its look.
+  const naming = new MutationObserver(() => name(el.closest(".mlxdiff-studio")));
+  function name(root) {
     for (const slider of root?.querySelectorAll(".widget-hslider") ?? []) {
-      const name = slider.querySelector(".widget-label")?.textContent;
-      slider.querySelector(".noUi-handle")?.setAttribute("aria-label", name);
-      slider.querySelector(".widget-readout")?.setAttribute("aria-label", `${name}, as a number`);
+      const label = slider.querySelector(".widget-label")?.textContent;
+      slider.querySelector(".noUi-handle")?.setAttribute("aria-label", label);
+      slider.querySelector(".widget-readout")?.setAttribute("aria-label", `${label}, as a number`);
+    }
+    for (const toggle of root?.querySelectorAll(".widget-toggle-button") ?? []) {
+      const state = toggle.matches(".mlxdiff-unfold") ? "aria-expanded" : "aria-pressed";
+      toggle.setAttribute(state, toggle.classList.contains("mod-active"));
     }
   }
 

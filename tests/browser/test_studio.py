@@ -308,7 +308,7 @@ def test_compare_fills_a_grid_and_writes_it(desk, lab):
     d = desk("compare.ipynb", QUICK)
     d.run_all()
     s = d.studio()
-    s.root.get_by_text("Compare settings").click()
+    s.root.get_by_role("button", name="Compare settings").press("Enter")
     s.label("Row values").fill("1, 2")
     s.label("Columns").select_option("steps")
     s.label("Column values").fill("3, 9")
@@ -360,36 +360,63 @@ def test_restart_and_run_again(desk, page):
         d.restart()
 
 
-@pytest.mark.parametrize(
-    ("theme", "width", "name"),
-    [("Dark", 1400, "dark"), ("Light", 900, "light"), ("Light", 400, "narrow"), ("Dark", 360, "narrow-dark")],
-)
-def test_dark_and_narrow(desk, lab, page, theme, width, name):
-    """Beside the controls where there is room; else between what is asked and the settings, on a phone's one screen."""
+LONG = "a-very-long-organisation-name/a-model-with-a-remarkably-long-name-v2.1-turbo-fp16"
+CUT = """r => { const pen = document.createElement('canvas').getContext('2d');
+  return [...r.querySelectorAll('input[type=text], input[type=number], select')].filter(e => {
+    const style = getComputedStyle(e), text = e.selectedOptions ? e.selectedOptions[0].text : e.value;
+    pen.font = style.font;
+    const room = e.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    return e.offsetParent && pen.measureText(text).width > room;
+  }).map(e => e.selectedOptions ? e.selectedOptions[0].text : e.value); }"""  # what boxes and lists do not show whole
+
+
+@pytest.mark.parametrize("theme", ["Light", "Dark"])
+def test_themes_and_widths(desk, lab, page, theme):
+    """Beside the controls where there is room; else between what is asked and the settings, on a phone's one screen,
+    the rarer settings folded. Nothing hangs over the edge or is cut off, but a model's long name, which shows it."""
     lab.theme(f"JupyterLab {theme}")
-    page.set_viewport_size({"width": width, "height": 1500})
-    d = desk(f"{name}.ipynb", QUICK)
+    page.set_viewport_size({"width": 1400, "height": 1500})
+    d = desk(f"{theme}.ipynb", QUICK.replace('"fake"', repr(LONG)))
     d.run_all()
     s = d.studio()
     for n in range(1, 4):
         s.press("Generate")
         expect(s.thumbs).to_have_count(n)
     s.says("Done in")
-    s.shot(f"studio-{name}")
+    s.label("Seed").fill("4294967295")  # as many digits as dice ever roll
     ground = s.root.locator(".mlxdiff-body").evaluate("e => getComputedStyle(e).backgroundColor")
     assert (max(int(v) for v in ground[4:-1].split(",")) < 80) == (theme == "Dark")
-    box, inner, ask, settings = (
-        part.bounding_box() for part in (s.root, s.canvas, s.label("Prompt"), s.label("Model"))
-    )
-    for part in (*s.root.locator(".jupyter-button:visible, .mlxdiff-tools .mlxdiff-button:visible").all(), s.canvas):
-        edge = part.bounding_box()
-        assert edge["x"] + edge["width"] <= box["x"] + box["width"]  # nothing hangs over the edge
-        assert part.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), part.inner_text()  # nor is cut off
-    if "narrow" in name:
-        assert ask["y"] + ask["height"] < inner["y"] < inner["y"] + inner["height"] < settings["y"]
-        assert inner["y"] + inner["height"] - box["y"] < 640
-    else:
-        assert inner["x"] > settings["x"] + settings["width"]
+    s.label("Model").hover()
+    expect(s.label("Model")).to_have_attribute("title", LONG)
+    more = s.root.get_by_role("button", name="More settings")
+    steps = s.root.get_by_role("slider", name="Steps", exact=True)
+    for width in (1400, 768, 480, 360):
+        page.set_viewport_size({"width": width, "height": 1500})
+        narrow = width < 900
+        expect(more).to_be_visible(visible=narrow)
+        expect(steps).to_be_visible(visible=not narrow)
+        s.shot(f"studio-{theme.lower()}-{width}")
+        box, inner, ask, settings = (
+            part.bounding_box() for part in (s.root, s.canvas, s.label("Prompt"), s.label("Model"))
+        )
+        if narrow:
+            assert ask["y"] + ask["height"] < inner["y"] < inner["y"] + inner["height"] < settings["y"]
+            assert inner["y"] + inner["height"] - box["y"] < 740
+            more.press("Enter")  # a key is enough
+            expect(steps).to_be_visible()
+            expect(more).to_have_attribute("aria-expanded", "true")
+        else:
+            assert inner["x"] > settings["x"] + settings["width"]
+        buttons = s.root.locator(".jupyter-button:visible, .mlxdiff-tools .mlxdiff-button:visible").all()
+        for part in (*buttons, s.canvas):
+            edge = part.bounding_box()
+            assert edge["x"] + edge["width"] <= box["x"] + box["width"]
+            assert part.evaluate("e => e.scrollWidth <= e.clientWidth + 1"), part.inner_text()
+        assert s.root.evaluate(CUT) == [LONG]
+        assert s.label("Model").evaluate("e => getComputedStyle(e).textOverflow") == "ellipsis"
+        if narrow:
+            more.press(" ")
+            expect(more).to_have_attribute("aria-expanded", "false")
 
 
 def test_what_a_screen_reader_finds(desk):
@@ -401,6 +428,10 @@ def test_what_a_screen_reader_finds(desk):
         expect(s.label(name)).to_have_count(1)
     for name in ("Steps", "Guidance"):
         expect(s.root.get_by_role("slider", name=name)).to_have_count(1)
+    lock = s.root.get_by_title("Keep this seed for every picture")
+    for now in ("true", "false"):
+        lock.press("Enter")
+        expect(lock).to_have_attribute("aria-pressed", now)
     s.press("Generate")
     bar, spoken = s.root.get_by_role("progressbar"), s.root.get_by_role("status")
     expect(bar).to_have_attribute("aria-valuenow", re.compile("[1-9]0|5"))
