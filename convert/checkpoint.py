@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import Error
 from . import detect, flux, rules, scheduler, sd3
 from . import source as files
-from .component import CLASSES, Component, Config, configured, measured, sized, tables
+from .component import CLASSES, Component, Config, by_itself, configured, measured, sized, tables
 from .parts import with_parts
 from .settings import Settings
 
@@ -46,6 +46,18 @@ class Checkpoint:
     @property
     def missing(self) -> list[str]:
         return [f"{name}.{key}" for name, c in self.components.items() for key in c.missing]
+
+    @property
+    def lacking(self) -> list[str]:
+        """The networks of its family without which there is no picture."""
+        row = detect.FAMILIES[self.family]
+        return [c for c in row.components if c not in self.components and c not in row.optional]
+
+    @property
+    def part_of(self) -> Path | None:
+        """The folder of a whole model that this one network lies in."""
+        around = (self.path.absolute().parent, self.path.absolute().parent.parent) if len(self.components) == 1 else ()
+        return next((p for p in around if (p / "model_index.json").is_file()), None)
 
     @property
     def variant(self) -> str:
@@ -177,11 +189,8 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
                 stray[key] = "no part of this family"
     components = {}
     for name in (c for c in row.components if c in parts):
-        if len(parts) == 1 and path.is_dir() and (path / "config.json").is_file():  # which says more than shapes do
-            settings = Settings(path / "config.json")
-            components[name] = configured(name, settings, settings.cls, parts[name])
-        else:
-            components[name] = measured(name, family, parts[name])
+        only = len(parts) == 1
+        components[name] = by_itself(name, family, path, parts[name]) if only else measured(name, family, parts[name])
     if "text_encoder_2" in components and "unet" in components:
         components["unet"] = sized(components, row.sizes)
     net = components["transformer"].config if "transformer" in components else None

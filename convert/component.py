@@ -3,12 +3,13 @@ of its parameters."""
 
 import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from mlx.utils import tree_flatten
 
 from .. import weights
 from ..errors import Error
-from . import clip, detect, flux, rules, sd3, t5, taesd, unet, vae
+from . import clip, detect, flux, rules, sd3, source, t5, taesd, unet, vae
 from .settings import Settings
 
 # Classes of diffusers and transformers that we have.
@@ -58,6 +59,15 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named) ->
     if module is clip and config.projection is None:
         table = clip.UNPROJECTED + table
     return _fill(name, config, tensors, table)
+
+
+def by_itself(name: str, family: str, path: Path, tensors: rules.Named) -> Component:
+    """A network that `path` holds and nothing else: its config.json, where it has one, says more than shapes do."""
+    beside = source.settings(path)
+    if beside is None:
+        return measured(name, family, tensors)
+    settings = Settings(beside)
+    return configured(name, settings, settings.cls, tensors)
 
 
 def measured(name: str, family: str, tensors: rules.Named) -> Component:

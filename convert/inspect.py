@@ -13,7 +13,6 @@ from .. import registry, store, weights
 from ..console import Parser, run
 from ..errors import Error
 from . import Checkpoint, Component, check, open
-from .detect import FAMILIES
 
 _ALONE = {
     "clip": "CLIP text encoder",
@@ -61,7 +60,7 @@ def look(model: str, as_json: bool, **options) -> int:
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> dict:
-    row, sound = FAMILIES[checkpoint.family], not checkpoint.unmapped and not checkpoint.missing
+    sound = not checkpoint.unmapped and not checkpoint.missing
     components = {name: _component(c) for name, c in checkpoint.components.items()}
     return {
         "family": checkpoint.family,
@@ -71,7 +70,8 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict:
         "components": components,
         "schedule": checkpoint.schedule,
         "tokenizers": list(checkpoint.tokenizers),
-        "lacking": [c for c in row.components if c not in components and c not in row.optional],
+        "lacking": checkpoint.lacking,
+        "part_of": None if checkpoint.part_of is None else str(checkpoint.part_of),
         "unmapped": checkpoint.unmapped,
         "missing": checkpoint.missing,
     }
@@ -134,6 +134,10 @@ def describe(facts: dict) -> str:
             lines.append(f"  ... and {len(names) - _SHOWN} more ({title})")
     if facts.get("lacking"):
         lines.append(f"  not a whole model: no {', no '.join(facts['lacking'])}")
+    elif facts["family"] in _ALONE.keys() - {"taesd"}:
+        lines.append("  not a whole model: one network of it")
+    if facts.get("part_of") is not None:
+        lines.append(f"  the whole is {facts['part_of']}")
     return "\n".join(lines)
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from ..errors import Error
 from . import detect, rules
 from . import source as files
-from .component import Component, configured, measured
-from .settings import Settings
+from .component import Component, by_itself
 
 # A network alone in a file, by the short name it is given under: the families it can be told for, and what it is.
 PARTS = {
@@ -62,7 +61,4 @@ def _part(family: str, kind: str, path: Path) -> Component:
         for to in rules.rename(key, detect.FAMILIES[alone].table)
     ]
     name = detect.FAMILIES[family].parts[kind].component
-    if path.is_dir() and (path / "config.json").is_file():
-        settings = Settings(path / "config.json")
-        return configured(name, settings, settings.cls, named)
-    return measured(name, family, named)
+    return by_itself(name, family, path, named)

@@ -43,6 +43,8 @@ _MAX_HEADER = 100_000_000  # bytes: the format's own limit
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _VARIANTS = ("fp16", "bf16")
 _AGAIN = "Download it again."
+_OF_COMPONENT = re.compile(r"(diffusion_pytorch_)?model\.([\w.]+\.)?safetensors(\.index[\w.]*\.json)?")
+_SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,19 @@ class Weights:
 
 def read(path: Path) -> Weights:
     """A .safetensors file, an index of shards, or the folder of one component."""
+    if _SHARD.search(path.name):
+        raise Error(f"{path} is one of several shards of a network.", f"Give their folder, {path.parent}.")
     if path.is_dir():
         path = _pick(path)
     found = _shards(path) if path.suffix == ".json" else _file(path)
     return Weights(_scaled(found.tensors), found.metadata)
+
+
+def settings(path: Path) -> Path | None:
+    """The config.json of a network that has a folder to itself, if the folder or its weights, by the name diffusers and
+    transformers give them, are what is meant."""
+    folder = path if path.is_dir() else path.parent if _OF_COMPONENT.fullmatch(path.name) else None
+    return folder / "config.json" if folder is not None and (folder / "config.json").is_file() else None
 
 
 def _scaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

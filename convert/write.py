@@ -77,16 +77,16 @@ def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
     if checkpoint.family == "taesd":
         raise Error(f"{checkpoint.path} is a TAESD, which is used as it is.", "Give it to `generate` as --taesd FILE.")
-    held, row = list(checkpoint.components), detect.FAMILIES[checkpoint.family]
-    lacking = [c for c in row.components if c not in held and c not in row.optional]
+    held, lacking, row = list(checkpoint.components), checkpoint.lacking, detect.FAMILIES[checkpoint.family]
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""
         flags = [f"--{k.replace('_', '-')} {p.beside}" for k, p in row.parts.items() if p.component in lacking]
-        fix = (
-            f"Pass {', '.join(flags)}, or put files of such names beside it."
-            if len(flags) == len(lacking) > 0
-            else FULL
-        )
+        if checkpoint.part_of is not None:
+            fix = f"Use the model that it is a part of, {checkpoint.part_of}."
+        elif len(flags) == len(lacking) > 0:
+            fix = f"Pass {', '.join(flags)}, or put files of such names beside it."
+        else:
+            fix = FULL
         raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", fix)
     for name, what, takes, gives in _reads(checkpoint):
         if takes != gives:

@@ -163,11 +163,12 @@ def _from_path(path: Path, order: Order) -> Path:
 
 
 def _marks(path: Path) -> list:
-    """Name, size and time of a file (and, of an index, of the shards beside it), or of every file of a folder that a
-    model can consist of, two levels deep."""
+    """Name, size and time of a file (and, beside it, of its settings and an index's shards), or of every file of a
+    folder that a model can consist of, two levels deep."""
     ends = (".json", ".safetensors", ".txt", ".model")
     if path.is_file():
-        files = [path, *sorted(path.parent.glob("*.safetensors"))] if path.suffix == ".json" else [path]
+        files = [path, path.with_name("config.json")]
+        files += sorted(path.parent.glob("*.safetensors")) if path.suffix == ".json" else []
     else:
         files = sorted(f for g in ("*", "*/*") for f in path.glob(g) if f.suffix in ends)
     return [[f.name, f.parent.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]

@@ -19,8 +19,8 @@ def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: "Progress")
     """The folder to take the words from. None where the checkpoint has its own, or cannot be converted anyway."""
     from . import hub
 
-    whole = checkpoint.family in FAMILIES and not checkpoint.missing and not checkpoint.unmapped
-    if checkpoint.tokenizers or not whole:
+    wrong = checkpoint.lacking or checkpoint.missing or checkpoint.unmapped
+    if checkpoint.tokenizers or wrong or checkpoint.family not in FAMILIES:
         return None
     name, t5 = checkpoint.path.name, False
     for encoder, component in checkpoint.components.items():

@@ -20,6 +20,7 @@ def fake_open(source, prediction=None, parts=None, t5=True):
         components={},
         unmapped={},
         missing=[],
+        lacking=[],
         tokenizers=words,
         prediction="eps" if prediction is None else prediction,
     )

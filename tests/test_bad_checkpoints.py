@@ -216,6 +216,16 @@ def shards(folder: Path, **index) -> Path:
     return path
 
 
+def out_of(p: Place) -> list[str]:
+    p.folder()
+    return [str(p.root / "bad" / "unet" / "model.safetensors"), "-o", "out"]
+
+
+def one_shard(p: Place) -> list[str]:
+    p.folder(shards)
+    return [str(p.root / "bad" / "unet" / "model-00001-of-00002.safetensors"), "-o", "out"]
+
+
 def no_shard(folder: Path) -> None:
     shards(folder)
     (folder / "unet" / "model-00002-of-00002.safetensors").unlink()
@@ -331,6 +341,8 @@ BAD = {
     "a U-Net alone": (lambda p: p.sparse("sdxl_base_unet"), "only unet, without text_encoder, text_encoder_2, vae"),
     "a VAE alone": (lambda p: p.sparse("sdxl_vae"), "holds only vae"),
     "a text encoder alone": (lambda p: p.sparse("comfy_clip_l"), "holds only text_encoder"),
+    "a network out of a folder": (out_of, "without text_encoder, vae. Use the model that it is a part of, /"),
+    "one of a network's shards": (one_shard, "model-00001-of-00002.safetensors is one of several shards"),
     "no VAE": (
         lambda p: p.tensors(lambda h: {k: x for k, x in h.items() if not k.startswith("first_stage")}),
         "without vae",

@@ -13,7 +13,7 @@ import torch
 from mlx.utils import tree_flatten
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mlxdiff import Error, convert, weights
+from mlxdiff import Error, convert, store, weights
 from mlxdiff.convert import rules, scheduler
 from mlxdiff.convert import source as files
 from mlxdiff.convert.settings import Settings
@@ -425,3 +425,30 @@ def test_check_is_what_inspect_says(capsys):
         with pytest.raises(SystemExit):
             main(wrong)
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
+def test_a_file_out_of_a_folder_is_the_component_its_folder_is(file, capsys):
+    """Of the built-in model, whose norms have fewer groups than its shapes let one think; and what it belongs to."""
+    from mlxdiff.convert import inspect as looked
+
+    whole = store.BUILTIN / "storybook"
+    path = whole / f"{file}.safetensors"
+    (one,), (folder,) = (list(convert.open(p).components.values()) for p in (path, path.parent))
+    assert one.config == folder.config == convert.open(whole).components[path.parent.name].config
+    assert looked.main([str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "not a whole model: " in said
+    assert f"the whole is {whole}" in said
+
+
+def test_settings_count_only_beside_a_component_s_own_name(tmp_path):
+    for name in ("model", "diffusion_pytorch_model", "model.fp16", "diffusion_pytorch_model.fp16"):
+        (tmp_path / f"{name}.safetensors").touch()
+        assert files.settings(tmp_path / f"{name}.safetensors") is None
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("model", "diffusion_pytorch_model", "model.fp16", "diffusion_pytorch_model.fp16"):
+        assert files.settings(tmp_path / f"{name}.safetensors") == tmp_path / "config.json"
+    for name in ("dreamshaper", "my_model", "models"):
+        assert files.settings(tmp_path / f"{name}.safetensors") is None
+    assert files.settings(tmp_path) == tmp_path / "config.json"

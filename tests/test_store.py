@@ -199,6 +199,8 @@ def test_what_lies_beside_a_file_counts(cache, tmp_path):
     for name in ("sdxl.safetensors", "t5xxl.txt"):
         (tmp_path / name).write_bytes(b"x")
     assert store.resolve(file, tokenizer=words) == seen[-1]
+    (tmp_path / "config.json").write_bytes(b"{}")
+    assert store.resolve(file, tokenizer=words) not in seen
 
 
 # What a name means.
