@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("matplotlib", reason="the lessons need pip install -e '.[studio]'")
-pytest.importorskip("ipywidgets", reason="the lessons need pip install -e '.[studio]'")
+pytest.importorskip("anywidget", reason="the lessons need pip install -e '.[studio]'")
 
 import ipywidgets as w
+import matplotlib as mpl
+from matplotlib import style
 from matplotlib.figure import Figure
 
 import mlxdiff
@@ -46,6 +48,7 @@ from mlxdiff.widgets.explain import (
     words,
 )
 from mlxdiff.widgets.explain.lesson import Lesson, played
+from mlxdiff.widgets.explain.lesson import png as lesson_png
 from tests import notebooks
 
 
@@ -66,6 +69,33 @@ def moved(lesson, control, value):
         lesson._job.result()
     assert lesson.error is None
     return before, lesson.image.value
+
+
+def stands(lesson):
+    """Picture and caption are of what was worked out, though the controls say something else by now, and no answer to
+    that will ever come."""
+    lesson.redraw()
+    drawn, said = lesson.image.value, lesson.caption.value
+    lesson.ask = lambda: None
+    moved = 0
+    for control in vars(lesson).values():
+        before, asked = getattr(control, "value", None), lesson.settings()
+        if isinstance(control, w.Text):
+            control.value = "a castle"
+        elif isinstance(control, w.BoundedIntText):
+            control.value += 1
+        elif isinstance(control, w.IntSlider | w.FloatSlider):
+            control.value = control.max
+        elif isinstance(control, w.Dropdown | w.ToggleButtons):
+            control.index = 0
+        else:
+            continue
+        if lesson.settings() == asked:
+            control.value = before  # it chooses what is looked at, and has a right to
+        else:
+            moved += 1
+    lesson.redraw()
+    return moved and (lesson.image.value, lesson.caption.value) == (drawn, said)
 
 
 # ---- lesson 1, forward noise
@@ -194,6 +224,7 @@ def test_the_two_answers_are_those_of_two_unguided_runs(pipe):
     assert numbers(lesson.words())[3] == pytest.approx(expected, abs=0.6)  # said without decimals
     drawn = pipe.decode((empty + 4 * (prompt - empty)).astype(np.float32))[0]
     assert guidance.changes(lesson.data.total, drawn).max() <= 1
+    assert stands(lesson)
 
 
 def test_saturation_and_clipping_of_known_pictures():
@@ -248,6 +279,7 @@ def test_the_controls_of_guidance_ask_and_redraw():
     lesson.steps.value = 5
     lesson.steps.value = 4  # two wishes in a row: the newest wins
     assert lesson._job.result(60) is lesson.data
+    assert stands(lesson)
 
 
 # ---- lesson 4, seeds and noise
@@ -294,6 +326,7 @@ def test_the_grid_is_one_prompt_and_one_seed(pipe):
     x = [np.asarray(i, float) for i in lesson.data.seeds]
     expected = np.mean([np.abs(x[0] - x[1]), np.abs(x[0] - x[2]), np.abs(x[1] - x[2])])
     assert numbers(lesson.words())[:3] == [3, pytest.approx(expected, abs=0.51), 255]
+    assert stands(lesson)
 
 
 def test_between_two_seeds_lie_the_mixtures_of_their_noises(pipe):
@@ -310,6 +343,7 @@ def test_between_two_seeds_lie_the_mixtures_of_their_noises(pipe):
     strength = np.linalg.norm(a + b) / 2 / math.sqrt(a.size)
     assert turn == pytest.approx(math.degrees(angle), abs=0.51)
     assert (around, through) == pytest.approx((strength / math.cos(angle / 2), strength), abs=0.0051)
+    assert stands(lesson)
 
 
 def test_sharpness_by_hand():
@@ -438,6 +472,7 @@ def test_the_words_of_the_channels_are_the_shapes_and_the_table(pipe, house):
     assert said[3:8] == [8, 16, 128 * 128 * 3, 16 * 16 * 4 * 2, 24]
     largest = [row[np.abs(row).argmax()] for row in lesson.data.table[:4]]
     assert said[9::2] == pytest.approx(largest, abs=0.006)
+    assert stands(lesson)
 
 
 def test_a_nudge_moves_one_channel_at_one_place(pipe, house):
@@ -451,6 +486,7 @@ def test_a_nudge_moves_one_channel_at_one_place(pipe, house):
     change = np.abs(np.asarray(after, float) - np.asarray(lesson.data.before, float)).mean(2)
     own = change[48:56, 32:40].sum() / change.sum()
     assert numbers(lesson.words())[2] == pytest.approx(100 * own, abs=0.6)
+    assert stands(lesson)
 
 
 def test_a_nudge_everywhere_moves_the_mean_colour(pipe, house):
@@ -461,6 +497,7 @@ def test_a_nudge_everywhere_moves_the_mean_colour(pipe, house):
     before, after = (np.asarray(i, float).mean((0, 1)) for i in (lesson.data.before, pipe.decode(z)[0]))
     said = re.findall(r"[+-]\d+", lesson.words())
     assert [int(s) for s in said] == pytest.approx(list(after - before), abs=0.51)
+    assert stands(lesson)
 
 
 def test_there_and_back_and_a_picture_of_ones_own(house):
@@ -538,6 +575,7 @@ def test_the_loss_lesson_says_what_is_measured(pipe):
         added = found[kind] - found["right"]
         assert f"{kind} {added[0]:+.2f} and {added[-1]:+.2f}" in lesson.words()
     assert len(lesson.data.expected) == len(lesson.data.noisy) == 6
+    assert stands(lesson)
 
 
 def test_labels_keep_their_distance():
@@ -622,6 +660,29 @@ def test_a_tick_of_the_player_draws_once():
     assert len(lesson.seen) == 1
     slider.value = 2
     assert len(lesson.seen) == 2
+
+
+def test_the_caption_is_the_pictures_name():
+    lesson = Looking().ready()
+    assert lesson.image.alt == lesson.caption.value == lesson.words()
+
+
+def test_a_reader_s_own_style_changes_no_lesson_and_no_lesson_changes_it(noise):
+    """Not even what a cell sets while a lesson draws."""
+    plain = noise.image.value
+    with mpl.rc_context():
+        style.use("dark_background")
+        own = dict(mpl.rcParams)
+        noise.redraw()
+        assert noise.image.value == plain
+        assert dict(mpl.rcParams) == own
+
+        def figure():
+            mpl.rcParams["lines.linewidth"] = 7.0
+            return Figure((1, 1))
+
+        lesson_png(figure)
+        assert mpl.rcParams["lines.linewidth"] == 7.0
 
 
 def test_work_can_be_watched():

@@ -215,7 +215,7 @@ MAY = {
         "mlxdiff.widgets.*",
     },
     "mlxdiff.widgets.explain": {"mlxdiff.widgets.explain.*"},
-    "mlxdiff.widgets.explain.lesson": {"mlxdiff.registry", "mlxdiff.widgets.worker"},
+    "mlxdiff.widgets.explain.lesson": {"mlxdiff.registry", "mlxdiff.widgets.explain.sheet", "mlxdiff.widgets.worker"},
     "mlxdiff.widgets.explain.*": {
         "mlxdiff.errors",
         "mlxdiff.images",

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def lessons(folder: Path, browser: bool) -> int:
-    needed("jupyterlab", "ipywidgets", "matplotlib")
+    needed("jupyterlab", "ipywidgets", "anywidget", "matplotlib")
     copy(folder)
     return lab(folder / FIRST, "lessons are", browser)
 

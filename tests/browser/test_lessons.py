@@ -43,6 +43,28 @@ def test_a_lesson_reads_before_it_runs_and_lives_after(lab, page, name):
         page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
 
 
+def test_a_figure_is_a_light_card_in_the_dark_and_its_caption_is_its_name(desk, lab, page):
+    lab.theme("JupyterLab Dark")
+    try:
+        d = desk("dark-lesson.ipynb", "from mlxdiff.widgets.explain import ForwardNoise\nForwardNoise()")
+        d.run_all()
+        lesson = page.locator(".mlxdiff-lesson")
+        sheet = lesson.locator(".mlxdiff-sheet")
+        sheet.locator("img").wait_for()
+        ground = "e => getComputedStyle(e).backgroundColor"
+        assert sheet.evaluate(ground) == "rgb(255, 255, 255)"
+        assert page.locator("body").evaluate(ground) != "rgb(255, 255, 255)"
+        assert sheet.evaluate("e => parseFloat(getComputedStyle(e).borderRadius)") > 0
+        caption = lesson.locator(".mlxdiff-lesson-caption")
+        for step in ("300", "301", "302"):
+            expect(caption).to_contain_text(f"Step {step} of 1000")
+            expect(lesson.get_by_role("img", name=caption.inner_text(), exact=True)).to_be_visible()
+            lesson.screenshot(path=SHOTS / "lesson-dark.png")
+            move(page, lesson)
+    finally:
+        lab.theme("JupyterLab Light")
+
+
 def move(page, lesson) -> None:
     """Press an arrow key on the first slider there is, or choose the next option of a list."""
     slider = lesson.locator(".noUi-handle:visible").first

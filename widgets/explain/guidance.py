@@ -59,14 +59,14 @@ class TwoAnswers(Lesson):
         return Answers(sigmas, apart, np.sqrt((chosen**2).mean(2)), *pipe.decode(pictures))
 
     def figure(self) -> Figure:
-        d, at = self.data, self.at.value
+        d, at = self.data, self.asked["at"]
         fig = Figure(figsize=(5.9, 3.6), layout="constrained")
         top, bottom = fig.subfigures(2, 1, height_ratios=(1.45, 1))
         panels = (
             (d.empty, "without words:\nthe empty prompt"),
             (d.prompt, "with your words"),
             (d.difference, "their difference\n(bright: large)"),
-            (d.total, f"the sum: without +\n{self.guidance.value:g} × the difference"),
+            (d.total, f"the sum: without +\n{self.asked['guidance']:g} × the difference"),
         )
         for ax, (image, title) in zip(top.subplots(1, 4), panels, strict=True):
             ax.imshow(image, cmap="magma", vmin=0)
@@ -82,7 +82,7 @@ class TwoAnswers(Lesson):
         return fig
 
     def words(self) -> str:
-        at, apart = self.at.value, self.data.apart
+        at, apart = self.asked["at"], self.data.apart
         return (
             f"Step {at} of {len(apart)}, noise {self.data.sigmas[at - 1]:.2f}: the two answers differ by "
             f"{apart[at - 1]:.0%} of the answer's size. In the first step it is {apart[0]:.0%}, "
@@ -211,7 +211,7 @@ class Negative(Lesson):
     def words(self) -> str:
         map_ = changes(*self.data)
         return (
-            f"“{self.negative.value}” as negative prompt changes the mean value by {map_.mean():.0f} of 255, "
+            f"“{self.asked['negative']}” as negative prompt changes the mean value by {map_.mean():.0f} of 255, "
             f"and {(map_ > 25.5).mean():.0%} of the pixels by more than a tenth."
         )
 

@@ -157,24 +157,26 @@ class Nudge(Lesson):
         return Nudged(before, pipe.decode(moved)[0], spread)
 
     def figure(self) -> Figure:
+        channel, amount, place = (self.asked[n] for n in ("channel", "amount", "place"))
         fig = Figure(figsize=(6.6, 2.3), layout="constrained")
         axes = fig.subplots(1, 3)
         shown = (self.data.before, self.data.after, changes(self.data.before, self.data.after))
-        titles = ("decoded as it is", f"channel {self.channel.value} moved by {self.amount.value:g}", "change, of 255")
+        titles = ("decoded as it is", f"channel {channel + 1} moved by {amount:g}", "change, of 255")
         for ax, image, title in zip(axes, shown, titles, strict=True):
             drawn = ax.imshow(image, cmap="magma", vmin=0)
             ax.set_title(title)
             ax.axis("off")
-        if self.where.value == "one place":
-            corner = CELL * (self.column.value - 1) - 0.5, CELL * (self.row.value - 1) - 0.5
+        if place is not None:
+            corner = CELL * place[1] - 0.5, CELL * place[0] - 0.5
             axes[2].add_patch(mpl.patches.Rectangle(corner, CELL, CELL, fill=False, ec="white", lw=1))
         fig.colorbar(drawn, ax=axes[2], shrink=0.8)
         return fig
 
     def words(self) -> str:
         before, after = (np.asarray(image, np.float64) for image in (self.data.before, self.data.after))
-        moved = f"Channel {self.channel.value} moved by {self.amount.value:g} of its spread"
-        if self.where.value == "everywhere":
+        channel, amount, place = (self.asked[n] for n in ("channel", "amount", "place"))
+        moved = f"Channel {channel + 1} moved by {amount:g} of its spread"
+        if place is None:
             shift = ", ".join(
                 f"{name} {now - then:+.0f}"
                 for name, now, then in zip(
@@ -183,7 +185,7 @@ class Nudge(Lesson):
             )
             return f"{moved} everywhere: the mean colour changes by {shift} of 255."
         map_ = changes(self.data.before, self.data.after)
-        y, x = CELL * (self.row.value - 1), CELL * (self.column.value - 1)
+        y, x = CELL * place[0], CELL * place[1]
         own = map_[y : y + CELL, x : x + CELL].sum() / max(map_.sum(), 1e-9)
         touched = int((map_ >= 1).sum())
         return (

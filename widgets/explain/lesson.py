@@ -8,7 +8,8 @@ import functools
 import io
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import ipywidgets as w
 import matplotlib as mpl
@@ -19,6 +20,7 @@ from PIL import Image
 
 from ...registry import DEFAULT
 from ..worker import Job, Update, Worker, shared
+from .sheet import Sheet
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb7", "#d9822b", "#3d8f5f", "#b8434e", "#8a8f98"
 _STYLE = {
@@ -29,8 +31,11 @@ _STYLE = {
     "axes.prop_cycle": mpl.cycler(color=[BLUE, ORANGE, GREEN, RED, GREY]),
     "axes.titlesize": 9,
     "image.interpolation": "nearest",
-    "figure.facecolor": "white",
     "legend.frameon": False,
+    # What a reader's own style would change: black on white, whatever the notebook's plots look like.
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "white"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "black"),
+    "axes.grid": False,
 }
 _DPI, _SHOWN = 144, 96  # pixels an inch of the file, and on the page: sharp on sharp screens
 _drawing = threading.Lock()  # matplotlib keeps its style and its fonts for the whole process
@@ -52,10 +57,11 @@ class Lesson(w.VBox):
         self._worker = shared() if worker is None else worker
         self._job: Job | None = None
         self._turn = 0  # which wish the newest job is for
+        self.asked = self.settings()  # what `data` are the answer to: the controls may have moved on
         self._showing = threading.RLock()  # data come on one thread while controls move on another
         self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="auto", height="6px", visibility="hidden"))
         self.said = w.HTML().add_class("mlxdiff-lesson-status")
-        self.image = w.Image(format="png", layout=w.Layout(max_width="100%", object_fit="contain"))
+        self.image = Sheet()
         self.caption = w.HTML().add_class("mlxdiff-lesson-caption")
         super().__init__(
             [
@@ -86,7 +92,7 @@ class Lesson(w.VBox):
         return {}
 
     def figure(self) -> Figure:
-        """What the lesson shows, of the data and the controls as they stand."""
+        """What the lesson shows: of the data, of `asked`, and of the controls that only choose what is looked at."""
 
     def words(self) -> str:
         """What the figure shows, for whoever cannot see it; the numbers a text may quote."""
@@ -99,8 +105,9 @@ class Lesson(w.VBox):
             self._job.cancel()
         self._turn += 1
         self.error, self.said.value = None, ""
-        work = functools.partial(self._work, self.settings())
-        self._job = self._worker.submit(self.model, work, functools.partial(self._tell, self._turn))
+        settings = self.settings()
+        work, tell = functools.partial(self._work, settings), functools.partial(self._tell, self._turn, settings)
+        self._job = self._worker.submit(self.model, work, tell)
         return self._job
 
     def _work(self, settings: dict, pipe, job: Job) -> object:
@@ -112,12 +119,12 @@ class Lesson(w.VBox):
             self._progress(done / total)
             begin = time.monotonic()
             if so_far is not None and begin >= due:  # a look may slow the work by a fifth
-                self._show(so_far())
+                self._show(so_far(), settings)
                 due = time.monotonic() + 5 * (time.monotonic() - begin)
 
         return self.work(pipe, told, **settings)
 
-    def _tell(self, turn: int, job: Job, update: Update) -> None:
+    def _tell(self, turn: int, settings: dict, job: Job, update: Update) -> None:
         if turn != self._turn:
             return
         if update.stage == "open":
@@ -129,15 +136,15 @@ class Lesson(w.VBox):
             self._fail(job.error)
         elif update.stage == "done":
             try:
-                self._show(job.value)
+                self._show(job.value, settings)
             except Exception as e:
                 self._fail(e)
 
-    def _show(self, data: object = None) -> None:
-        """Draw, and where there are new data, of these alone."""
+    def _show(self, data: object = None, asked: dict | None = None) -> None:
+        """Draw, and where there are new data, of these and what they answer alone."""
         with self._showing:
             if data is not None:
-                self.data = data
+                self.data, self.asked = data, asked
             self.redraw()
 
     def _progress(self, part: float | None) -> None:
@@ -146,16 +153,16 @@ class Lesson(w.VBox):
 
     def _fail(self, error: BaseException) -> None:
         self.error = error
-        self.said.value = f'<span style="color:{RED}">{error}</span>'
+        self.said.value = f'<span style="color:var(--jp-error-color1, {RED})">{error}</span>'
 
     def redraw(self) -> None:
         """Show the data as the controls want it."""
         if self.data is None:
             return
         try:
-            self.image.value, size = png(self.figure)
-            self.image.width = size
-            self.caption.value = self.words()
+            said = self.words()
+            self.image.show(*png(self.figure), said)
+            self.caption.value = said
         except Exception as e:  # in a callback, where Jupyter would show nothing
             self._fail(e)
 
@@ -193,15 +200,27 @@ def seed_box(seed: int, name: str = "Seed") -> w.BoundedIntText:
 
 def played(slider: w.IntSlider, interval: int, step: int = 1) -> w.HBox:
     """A slider with a button that moves it on every so many milliseconds."""
-    play = w.Play(min=slider.min, max=slider.max, step=step, interval=interval)
-    w.jslink((play, "value"), (slider, "value"))
+    play = w.Play(slider.value, min=slider.min, max=slider.max, step=step, interval=interval)
+    w.jslink((play, "value"), (slider, "value"))  # which a page begins by giving the slider the player's value
     w.jslink((slider, "max"), (play, "max"))
     return w.HBox([play, slider])
 
 
+@contextmanager
+def _styled() -> Iterator[None]:
+    """Our style, while a figure is made. Not `rc_context`, which would undo what a cell sets in the meantime."""
+    with _drawing:
+        kept = {name: mpl.rcParams[name] for name in _STYLE}
+        mpl.rcParams.update(_STYLE)
+        try:
+            yield
+        finally:
+            mpl.rcParams.update(kept)
+
+
 def png(figure: Callable[[], Figure]) -> tuple[bytes, int]:
     """A figure as a PNG, and the width it should have on a page, in pixels."""
-    with _drawing, mpl.rc_context(_STYLE):
+    with _styled():
         made = figure()
         out = io.BytesIO()
         made.savefig(out, dpi=_DPI, format="png")

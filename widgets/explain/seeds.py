@@ -43,7 +43,7 @@ class SeedGrid(Lesson):
         return Grids(drawn[: len(PROMPTS)], [drawn[0], *drawn[len(PROMPTS) :]])
 
     def figure(self) -> Figure:
-        prompt, seed = self.prompt.value, self.seed.value
+        prompt, seed = self.asked["prompt"], self.asked["seed"]
         fig = Figure(figsize=(5.6, 3.75))
         fig.subplots_adjust(left=0.17, right=0.995, bottom=0.005, top=0.94, wspace=0.03, hspace=0.15)
         rows = (
@@ -57,10 +57,11 @@ class SeedGrid(Lesson):
         return fig
 
     def words(self) -> str:
+        prompt, seed = self.asked["prompt"], self.asked["seed"]
         seeds, prompts = apart(self.data.seeds), apart(self.data.prompts)
         return (
-            f"“{self.prompt.value}” with {len(PROMPTS)} seeds: two pictures differ by {seeds:.0f} of 255 on average. "
-            f"Seed {self.seed.value} with {len(PROMPTS)} prompts: by {prompts:.0f}."
+            f"“{prompt}” with {len(PROMPTS)} seeds: two pictures differ by {seeds:.0f} of 255 on average. "
+            f"Seed {seed} with {len(PROMPTS)} prompts: by {prompts:.0f}."
         )
 
 
@@ -99,7 +100,7 @@ class BetweenSeeds(Lesson):
         fig = Figure(figsize=(7.2, 5.25))
         above = fig.add_gridspec(2, len(PLACES), left=0.005, right=0.995, bottom=0.385, top=0.965)
         above.update(wspace=0.04, hspace=0.13)
-        names = [f"seed {self.a.value}", "¼", "½", "¾", f"seed {self.b.value}"]
+        names = [f"seed {self.asked['a']}", "¼", "½", "¾", f"seed {self.asked['b']}"]
         for i, name in enumerate(names):
             if i in (0, len(names) - 1):
                 show(fig.add_subplot(above[:, i]), self.data.slerp[i], name)
@@ -137,7 +138,7 @@ class BetweenSeeds(Lesson):
         a, b = self.data.ends
         strengths = [np.linalg.norm(way(a, b, 0.5)) / np.sqrt(a.size) for way in (slerp, lerp)]
         details = [np.mean([sharpness(i) for i in row[1:-1]]) for row in (self.data.slerp, self.data.lerp)]
-        between, turn = f"{self.a.value} and {self.b.value}", np.degrees(angle(a, b))
+        between, turn = f"{self.asked['a']} and {self.asked['b']}", np.degrees(angle(a, b))
         return (
             f"The noises of seeds {between} stand at {turn:.0f} degrees to each other. Half way their strength is "
             f"{strengths[0]:.2f} around and {strengths[1]:.2f} through. On the way, neighbouring pixels differ by "

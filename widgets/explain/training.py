@@ -87,7 +87,7 @@ class Loss(Lesson):
         said = [f"{value:.2f} at t = {t}" for t, value in zip(TIMES, self.data.right, strict=True)]
         raised = [f"{kind} {v[0]:+.2f} and {v[-1]:+.2f}" for kind, v in self.data.raised.items()]
         return (
-            f"Scenes measured: {self.scenes.value}. The loss: {', '.join(said)}. "
+            f"Scenes measured: {self.asked['count']}. The loss: {', '.join(said)}. "
             f"A wrong word adds, at t = {TIMES[0]} and t = {TIMES[-1]}: {', '.join(raised)}."
         )
 
