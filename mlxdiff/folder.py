@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from . import conditioning, images, memory, registry, samplers, schedules, weights
 from .errors import Error
+from .models.vae import factor
 from .registry import FAMILIES, Defaults
 from .request import Request
 from .schedules import Schedule
@@ -69,7 +70,7 @@ class ModelFolder:
     @property
     def factor(self) -> int:
         """Pixels a latent stands for, along one edge."""
-        return 2 ** (len(self.model["components"]["vae"]["channels"]) - 1)
+        return factor(self.model["components"]["vae"]["channels"])
 
     @property
     def multiple(self) -> int:
@@ -119,6 +120,7 @@ class ModelFolder:
             request.count,
             2 if self._cfg(request) > 1 else 1,
             request.t5,
+            request.image is not None,
             self.low_memory,
         )
 

@@ -105,7 +105,7 @@ def draw(args: argparse.Namespace) -> int:
     if args.taesd is not None and args.preview_dir is None:
         raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
     for request in requests if not args.force else []:  # before a download that would be for nothing
-        memory.check_named(model, args.quantize, args.dtype, args.low_memory, request)
+        memory.check_named(model, args.quantize, args.dtype, args.low_memory, request, args.refiner)
     with Bar(quiet=args.json) as bar:
         pipe = load(
             model,

@@ -1,5 +1,6 @@
 """How much memory a picture takes at its peak, told before anything is downloaded or read: weights by their shapes and
-their recipe, activations by figures measured on the published networks. And what this machine has."""
+their recipe, activations by figures measured on the published networks. A preview's tiny decoder is left out. And what
+this machine has."""
 
 import json
 import math
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from . import conditioning, weights
 from .errors import Error
+from .models.vae import factor
 from .published import ROWS
 from .registry import MODELS
 from .request import Request
@@ -27,7 +29,8 @@ TILE = 64  # latents a side of a tile under --low-memory: 512 pixels, the size e
 # nothing is unfolded, and MLX waits where memory is short: counted are the input, its norm, Winograd's two maps and the
 # output of the widest convolution, and for the U-Net the maps that wait for the way up.
 _UNET = {False: 105, True: 25}  # of a latent, per channel of the first level; False: CPU, True: GPU
-_VAE = {False: 84, True: 12.5}  # of a pixel, per channel of the first level
+_DECODER = {False: 84, True: 12.5}  # of a pixel, per channel of the first level
+_ENCODER = {False: 58, True: 6.6}  # the same
 _FLUX = 37.5  # of a token, per width
 _SD3 = {False: 25.5, True: 36}  # of a token, per width, without and with dual attention
 _T5 = 10, 3  # of a token, per hidden width; and times the scores of a layer
@@ -37,7 +40,7 @@ _BITS, _SIZES = (8, 6, 5, 4, 3), (768, 512, 256)
 class Peaks(NamedTuple):
     """Bytes, stage by stage."""
 
-    encode: int
+    encode: int  # of the prompt, or of the picture to begin with
     denoise: int
     decode: int
 
@@ -63,29 +66,56 @@ class Job:
     count: int
     passes: int  # 2 where a second one is guided away from
     t5: bool
+    image: bool  # whether it begins with one, which the VAE encodes
     low_memory: bool
+    refiner: "Job | None" = None  # what finishes it
+
+    def but(self, **change) -> "Job":
+        """The same with a change to all that draws it."""
+        refiner = None if self.refiner is None else self.refiner.but(**change)
+        return replace(self, **({"refiner": refiner} | change))
 
 
 def peaks(job: Job, gpu: bool) -> Peaks:
-    """Of a first picture: one text encoder after the other, then the denoiser, which stays, and the VAE."""
-    net, plan = "unet" if "unet" in job.components else "transformer", conditioning.plan(job.family, job.variant)
+    """Of a first picture: one text encoder after the other; the denoiser, which stays, and its refiner, which does not;
+    and the VAE, which stays once it has encoded a picture."""
+    jobs, vae = [job] if job.refiner is None else [job, job.refiner], _weights(job, "vae").held
+    channels, pixels = job.components["vae"]["channels"], job.width * job.height
+    pixels = min(pixels, (TILE * factor(channels)) ** 2) if job.low_memory else pixels
+    numbers = pixels * channels[0] * _item(job, "vae")
+    encode = max(_reads(j) for j in jobs)
+    if job.image:
+        encode = max(encode, vae + _ENCODER[gpu] * numbers)
+
+    kept, denoise = vae if job.image and not job.low_memory else 0, 0
+    for j in jobs:
+        stays, passes = _draws(j, gpu)
+        denoise = max(denoise, kept + stays + passes)
+        kept += 0 if job.low_memory else stays
+    decode = vae + _DECODER[gpu] * numbers + (0 if job.low_memory else _draws(job, gpu)[0])
+    return Peaks(int(encode), int(denoise), int(decode))
+
+
+def _reads(job: Job) -> float:
+    """Bytes of the largest text encoder at work."""
+    plan = conditioning.plan(job.family, job.variant)
     t5 = None if plan.t5 is None else plan.t5[0]
     encoders = [n for n in job.components if n.startswith("text_encoder") and (n != t5 or job.t5)]
-    encode = max(_weights(job, n).held + _reading(job, n, plan.tokens if n == t5 else 77) for n in encoders)
+    return max(_weights(job, n).held + _reading(job, n, plan.tokens if n == t5 else 77) for n in encoders)
 
-    factor = 2 ** (len(job.components["vae"]["channels"]) - 1)
-    pixels, text = job.width * job.height, 77 * plan.clip_read + plan.tokens
+
+def _draws(job: Job, gpu: bool) -> tuple[float, float]:
+    """Bytes of the denoiser and what it prepares, which stay, and those that pass through it in a step."""
+    net, plan = "unet" if "unet" in job.components else "transformer", conditioning.plan(job.family, job.variant)
+    edge, text = factor(job.components["vae"]["channels"]), 77 * plan.clip_read + plan.tokens
     own, samples = _weights(job, net), job.count * job.passes
     prepared = (own.of_step * job.steps + own.of_word * text) * samples
     if job.passes == 2 and not job.low_memory:  # both halves as one batch, and the prompt alone for unguided steps
         prepared += prepared // 2
-    numbers = _step(job.components[net], pixels // factor**2, text, gpu) * (job.count if job.low_memory else samples)
-    stays = own.held + prepared * _item(job, net)
-
-    pixels = min(pixels, (TILE * factor) ** 2) if job.low_memory else pixels
-    decode = _VAE[gpu] * job.components["vae"]["channels"][0] * pixels * _item(job, "vae")
-    decode += _weights(job, "vae").held + (0 if job.low_memory else stays)
-    return Peaks(int(encode), int(stays + numbers * _item(job, net)), int(decode))
+    numbers = _step(job.components[net], job.width * job.height // edge**2, text, gpu) * (
+        job.count if job.low_memory else samples
+    )
+    return own.held + prepared * _item(job, net), numbers * _item(job, net)
 
 
 def _reading(job: Job, name: str, tokens: int) -> int:
@@ -180,6 +210,7 @@ def named(
         request.count,
         2 if guidance > 1 else 1,
         request.t5,
+        request.image is not None,
         low_memory,
     )
 
@@ -220,8 +251,9 @@ def check(job: Job, name: str, machine: Machine | None = None) -> None:
         others = f"{', '.join(smaller)} would, with --low-memory" if smaller else "nor would another named model"
         fix = f"No setting makes it fit; {others}."
     size = f"{job.width}x{job.height}" + (f", {job.count} at once" if job.count > 1 else "")
+    also = "" if job.refiner is None else " and its refiner"
     raise Error(
-        f"{name} at {size} takes about {need / 1e9:.1f} GB; this machine has {machine.memory / 1e9:.1f}.",
+        f"{name}{also} at {size} takes about {need / 1e9:.1f} GB; this machine has {machine.memory / 1e9:.1f}.",
         f"{fix} --force tries it as it is.",
     )
 
@@ -232,12 +264,18 @@ def check_named(
     dtype: str | None,
     low_memory: bool,
     request: Request,
+    refiner: str | None = None,
     machine: Machine | None = None,
 ) -> None:
-    """The same by a model's name or hub id alone; of other models nothing is known yet."""
-    name = next((n for n, m in MODELS.items() if model in (n, m.repo)), None)
-    if name is not None:
-        check(named(name, low_memory=low_memory, request=request, **weights.recipe(bits, dtype)), name, machine)
+    """The same by the names or hub ids alone; of other models nothing is known yet."""
+    names = {n: n for n in MODELS} | {m.repo: n for n, m in MODELS.items()}
+    asked = {"low_memory": low_memory, **weights.recipe(bits, dtype)}
+    if model in names:
+        job = named(names[model], request=request, **asked)
+        if refiner is not None and refiner in names:
+            same = replace(request, width=job.width, height=job.height, steps=job.steps)
+            job = replace(job, refiner=named(names[refiner], request=same, **asked))
+        check(job, names[model], machine)
 
 
 def fits(job: Job, machine: Machine) -> bool:
@@ -252,12 +290,13 @@ def options(job: Job, machine: Machine) -> list[tuple[str, int]]:
     t5 = [("--no-t5", {"t5": False})] if job.t5 and plan.t5 is not None and plan.clip_read else []
     sizes = [(f"-W {n} -H {n}", {"width": n, "height": n}) for n in _SIZES if n < max(job.width, job.height)]
     fewer = [("-b 1", {"count": 1})] if job.count > 1 else []
+    alone = [("no --refiner", {"refiner": None})] if job.refiner is not None else []
 
     def first(kind: list[tuple[str, dict]]) -> list[tuple[str, int]]:
-        found = ((flags, replace(job, **change)) for flags, change in kind)
+        found = ((flags, job.but(**change)) for flags, change in kind)
         return next(([(flags, max(peaks(j, machine.gpu)))] for flags, j in found if fits(j, machine)), [])
 
-    found = [way for kind in (low, fewer, t5, bits, sizes) for way in first(kind)]
+    found = [way for kind in (low, fewer, t5, alone, bits, sizes) for way in first(kind)]
     if low and not first(low):  # then it may spare some bits, or some pictures
         alone = {flags for flags, _ in found}
         found = [way for way in first(both(bits, low)) if way[0].removesuffix(" --low-memory") not in alone] + found

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,10 +71,12 @@ def load(
     (tokenizer, prediction, ...)."""
     from . import store
 
+    fetched = [str(name) for name in (model, refiner) if name is not None and store.local(name) is None]
+    if fetched and not force:  # before a download: at the least size, the real one comes later
+        least = Request("", width=128, height=128, t5=options.get("t5", True))
+        memory.check_named(fetched[0], bits, dtype, low_memory, least, *fetched[1:])
+
     def opened(name: str | Path) -> Pipeline:
-        if not force and store.local(name) is None:  # before a download: at the least size, the real one comes later
-            least = Request("", width=128, height=128, t5=options.get("t5", True))
-            memory.check_named(str(name), bits, dtype, low_memory, least)
         folder = store.resolve(name, bits=bits, dtype=dtype, offline=offline, **options)
         row = registry.find(str(name))
         return Pipeline(folder, low_memory, None if row is None else row.defaults, force)
@@ -120,6 +122,11 @@ class Pipeline(ModelFolder):
                 f"Use {self.family.taesd}.",
             )
         self._taesd = decoder
+
+    def job(self, request: Request) -> memory.Job:
+        """What memory counts of a resolved request, the refiner's share with it."""
+        own = super().job(request)
+        return own if self.refiner is None else replace(own, refiner=self.refiner.job(request))
 
     def __call__(self, prompt: str | Request, **settings) -> Result:
         """Draw: `pipe("a red house", seed=7).image.save("house.png")`. The settings are Request's fields."""

@@ -32,6 +32,7 @@ MAY = {
     "mlxdiff.memory": {
         "mlxdiff.conditioning",
         "mlxdiff.errors",
+        "mlxdiff.models.vae",
         "mlxdiff.published",
         "mlxdiff.registry",
         "mlxdiff.request",
@@ -83,6 +84,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.images",
         "mlxdiff.memory",
+        "mlxdiff.models.vae",
         "mlxdiff.registry",
         "mlxdiff.request",
         "mlxdiff.samplers",

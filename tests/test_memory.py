@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 import mlxdiff
 import mlxdiff.__main__
@@ -73,7 +74,10 @@ def measured(pipe: mlxdiff.Pipeline, **settings) -> tuple[Peaks, Peaks]:
     return peaks(pipe.job(request), gpu=False), Peaks(seen["encode"], denoise, seen["decode"])
 
 
-@pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activations were measured on a CPU")
+CPU = pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activations were measured on a CPU")
+
+
+@CPU
 @pytest.mark.parametrize(
     ("load", "settings"),
     [
@@ -90,6 +94,44 @@ def test_storybook_takes_what_is_estimated(load, settings):
     estimate, seen = measured(mlxdiff.load("storybook", dtype="float32", **load), **settings)
     assert 1 / memory.SURE < max(estimate) / max(seen) < memory.SURE
     assert 0.8 < estimate.denoise / seen.denoise < 1.3  # its narrow levels: 0.99 to 1.21
+
+
+@CPU
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_refiner_takes_what_is_estimated(low_memory):
+    """Storybook, as a refiner of its own: while it draws, both networks are held, unless memory is to be spared."""
+    pipe = mlxdiff.load("storybook", refiner="storybook", dtype="float32", low_memory=low_memory)
+    estimate, seen = measured(pipe, steps=4, refine_at=0.5, width=64, height=64)
+    assert 0.9 < estimate.denoise / seen.denoise < memory.SURE  # almost all of it weights: 1.00 and 1.05 were seen
+    held = memory._weights(pipe.job(pipe.resolve("x")), "unet").held
+    assert (seen.denoise > 2 * held) != low_memory
+
+
+@CPU
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_picture_to_begin_with_takes_what_is_estimated(low_memory):
+    pipe = mlxdiff.load("storybook", dtype="float32", low_memory=low_memory)
+    estimate, seen = measured(pipe, image=Image.linear_gradient("L").resize((128, 128)), strength=1.0)
+    assert 1.3 < estimate.encode / seen.encode < 1.9  # its narrow levels: 1.56 and 1.71
+    assert 0.8 < estimate.denoise / seen.denoise < 1.3  # as without: 0.97 and 1.21
+    vae = memory._weights(pipe.job(pipe.resolve("x")), "vae").held
+    assert estimate.denoise - peaks(pipe.job(pipe.resolve("x")), gpu=False).denoise == (0 if low_memory else vae)
+
+
+@CPU
+def test_the_published_encoder_takes_what_is_estimated():
+    """At its full width: 0.98 to 1.01 from 128 to 384 pixels."""
+    pipe = RandomPipeline("sd15", "float32")
+    vae = pipe._network("vae")
+    image, noise = mx.zeros((1, 128, 128, 3)), mx.zeros((1, 16, 16, 4))
+    mx.eval(vae.parameters(), image, noise)
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(vae.sample(image, noise))
+    job = named("sd15", None, "float32", request=replace(SMALL, image="a.png"))
+    activations = peaks(job, gpu=False).encode - memory._weights(job, "vae").held
+    assert activations / (mx.get_peak_memory() - held) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -171,6 +213,16 @@ def test_under_low_memory_and_of_many_at_once_the_rest_is_still_offered(name, as
     assert next(iter(dict(options(job, mac(8))))) == flags
 
 
+def test_a_refiner_shares_what_is_changed_or_is_left_out():
+    """On a Mac of 8 GB. 6.5 GB for both; 5.1 for the first alone."""
+    job = named("sdxl", 8, "float16", request=Request("", width=512, height=512))
+    both = replace(job, refiner=named("sdxl-refiner", 8, "float16", request=Request("", width=512, height=512)))
+    offered = dict(options(both, mac(8)))
+    for flags, change in (("--low-memory", {"low_memory": True}), ("no --refiner", {"refiner": None})):
+        assert offered[flags] == max(peaks(both.but(**change), True))
+    assert both.but(bits=4).refiner.bits == 4
+
+
 def test_fewer_pictures_in_low_memory_come_before_fewer_bits():
     """On a Mac of 8 GB, where eight do not fit in low memory, and one does not without it."""
     job = named("sdxl", None, "bfloat16", request=Request("", count=8))
@@ -187,6 +239,7 @@ def test_more_of_anything_takes_more():
     base = peaks(job, True)
     for change in ({"bits": 8}, {"bits": None}, {"dtype": "float32"}, {"count": 2}, {"width": 1536}, {"steps": 80}):
         assert max(peaks(replace(job, **change), True)) > max(base), change
+    assert peaks(replace(job, refiner=job), True).denoise > 1.5 * base.denoise
     for change in ({"low_memory": True}, {"t5": False}, {"passes": 1}):
         assert sum(peaks(replace(job, **change), True)) < sum(base), change
     assert peaks(job, True).denoise < peaks(job, False).denoise + peaks(job, False).decode
@@ -221,6 +274,10 @@ def test_too_large_is_told_before_the_download(monkeypatch):
             mlxdiff.load("flux-dev", **wrong)
     with pytest.raises(Error, match="hub was asked"):
         mlxdiff.load("some/repo")
+    with pytest.raises(Error, match="hub was asked"):
+        mlxdiff.load("sdxl-turbo", bits=8, dtype="float16")
+    with pytest.raises(Error, match=r"sdxl-turbo and its refiner at 128x128 takes"):
+        mlxdiff.load("sdxl-turbo", bits=8, dtype="float16", refiner="sdxl-refiner")
     check_named("some/repo", None, None, False, SMALL)
 
 

@@ -2,6 +2,7 @@
 Rombach et al. 2022; names as in diffusers' AutoencoderKL, attention in its newer ones."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -26,6 +27,11 @@ class Config:
     quant_conv: bool
     post_quant_conv: bool
     mid_attention: bool
+
+
+def factor(channels: Sequence[int]) -> int:
+    """Pixels a latent stands for, along one edge: every level but the last halves the picture."""
+    return 2 ** (len(channels) - 1)
 
 
 class AttentionBlock(Attention):
@@ -137,8 +143,7 @@ class VAE(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels a latent stands for, along one edge."""
-        return 2 ** (len(self.config.channels) - 1)
+        return factor(self.config.channels)
 
     def encode(self, image: mx.array, tile: int | None = None) -> tuple[mx.array, mx.array]:
         """(B, H, W, 3) in [-1, 1] -> mean at the model's scale and log variance as it is, (B, h, w, c) each; by tiles

@@ -108,10 +108,10 @@ def scheduler_config(prediction: str) -> dict:
 
 def write(folder: Path, autoencoder: vae.VAE, denoiser: unet.UNet, text: clip.CLIPText, prediction: str) -> None:
     """All but the tokenizer, whose folder is written where the vocabulary is learned."""
-    factor = 2 ** (len(autoencoder.config.channels) - 1)
+    size = 128 // autoencoder.factor
     parts = {
         "vae": (autoencoder, vae_config(autoencoder.config, 128), "diffusion_pytorch_model", "config.json"),
-        "unet": (denoiser, unet_config(denoiser.config, 128 // factor), "diffusion_pytorch_model", "config.json"),
+        "unet": (denoiser, unet_config(denoiser.config, size), "diffusion_pytorch_model", "config.json"),
         "text_encoder": (text, text_config(text.config), "model", "config.json"),
     }
     for name, (module, config, file, config_name) in parts.items():
