@@ -76,25 +76,28 @@ def from_json(s: Settings) -> tuple[dict, str]:
     }, _PREDICTIONS[s.one("prediction_type", "epsilon", list(_PREDICTIONS))]
 
 
+# class -> (our sampler, its spacing where that is not the pipeline's)
 _FLOW_CLASSES = {
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "FlowMatchHeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "UniPCMultistepScheduler": "unipc",
+    "FlowMatchEulerDiscreteScheduler": ("euler", None),
+    "FlowMatchHeunDiscreteScheduler": ("heun", None),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "sgm_uniform"),
+    "UniPCMultistepScheduler": ("unipc", "sgm_uniform"),
 }
 
 
 def flow_from_json(s: Settings, ends: str) -> dict:
     """The schedule of a model of rectified flow. ends: the spacing its pipeline has."""
     cls = s.one("_class_name", None, list(_FLOW_CLASSES))
+    sampler, spacing = _FLOW_CLASSES[cls]
     key = "shift"
     if not cls.startswith("FlowMatch"):
         s.one("use_flow_sigmas", False, [True])
+        s.one("algorithm_type", "dpmsolver++", ["dpmsolver++"])
         key = "flow_shift"
     only = {"invert_sigmas": False, "shift_terminal": None, "time_shift_type": "exponential"}
     for name, value in (only | {"stochastic_sampling": False}).items():
         s.one(name, value, [value])
-    spacing = ends
+    spacing = ends if spacing is None else spacing
     for name in ("karras", "exponential", "beta"):
         spacing = name if s.flag(f"use_{name}_sigmas", False) else spacing
     dynamic = None
@@ -108,5 +111,5 @@ def flow_from_json(s: Settings, ends: str) -> dict:
         "dynamic": dynamic,
         "spacing": spacing,
         "ends": ends,
-        "sampler": _FLOW_CLASSES[cls],
+        "sampler": sampler,
     }

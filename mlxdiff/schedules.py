@@ -139,11 +139,12 @@ class Flow:
     shift: float = 1.0
     own: str = "linspace"  # the model's own spacing, linspace or trailing: it has the ends of karras and its kin
     n: int = 1000  # training steps: what the smallest sigma is one of
+    dynamic: bool = False  # whether the picture's size made the shift; then training's own sigmas are not shifted
 
     last = 0.0
 
     def t(self, sigma: float) -> float:
-        return sigma
+        return sigma * self.n / 1000  # the networks count in thousandths
 
     def start(self, sigma: float, spacing: str) -> float:
         return 1.0
@@ -174,11 +175,11 @@ Spacing = Callable[[Schedule, int], np.ndarray]
 
 def flow(row: dict, tokens: int, shift: float | None = None) -> Flow:
     """The schedule of a model folder for pictures of so many patches. shift: instead of the model's own."""
-    d = row["dynamic"]
-    if shift is None and d is not None:  # FLUX dev: log shift is linear in the size of the picture
+    d = row["dynamic"] if shift is None else None
+    if d is not None:  # FLUX dev: log shift is linear in the size of the picture
         slope = (d["max_shift"] - d["base_shift"]) / (d["max_image_seq_len"] - d["base_image_seq_len"])
         shift = math.exp(d["base_shift"] + slope * (tokens - d["base_image_seq_len"]))
-    return Flow(row["shift"] if shift is None else shift, row["ends"], row["steps"])
+    return Flow(row["shift"] if shift is None else shift, row["ends"], row["steps"], d is not None)
 
 
 def discrete(row: dict, grid: Grid) -> Discrete:
@@ -260,8 +261,9 @@ def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
 
 
 def flow_linspace(schedule: Flow, n: int) -> np.ndarray:
-    """As SD3's pipeline in diffusers has it: down to the smallest sigma of training, which is shifted a second time."""
-    return schedule.shifted(np.linspace(1, schedule.shifted(1 / schedule.n), n))
+    """As SD3's pipeline in diffusers has it: down to the smallest sigma of training, where that was shifted, again."""
+    least = 1 / schedule.n
+    return schedule.shifted(np.linspace(1, least if schedule.dynamic else schedule.shifted(least), n))
 
 
 def flow_trailing(schedule: Flow, n: int) -> np.ndarray:

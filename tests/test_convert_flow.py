@@ -384,7 +384,7 @@ def test_pieces_that_do_not_fit_are_told(shape, why):
             diffusers.DPMSolverMultistepScheduler(
                 use_flow_sigmas=True, flow_shift=2.5, prediction_type="flow_prediction"
             ),
-            {"shift": 2.5, "sampler": "dpmpp_2m"},
+            {"shift": 2.5, "sampler": "dpmpp_2m", "spacing": "sgm_uniform", "ends": "trailing"},
         ),
     ],
 )
@@ -399,6 +399,8 @@ def test_flow_schedulers_in_our_terms(tmp_path, made, want):
     "values",
     [
         {"_class_name": "DDIMScheduler"}, {"time_shift_type": "linear"}, {"shift_terminal": 0.02}, {"shift": 0},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
+        {"num_train_timesteps": 0}, {"base_shift": "a", "use_dynamic_shifting": True}, {"shift": 1e31},
         {"_class_name": "UniPCMultistepScheduler"}, {"use_dynamic_shifting": True, "max_image_seq_len": 256},
     ],
 )  # fmt: skip

@@ -29,20 +29,26 @@ SEED, SHAPE = 7, (4, 6, 3)
 ROUNDED = 1e-6
 
 
-def row(shift=1.0, dynamic=None, ends="linspace") -> dict:
-    return {"shift": shift, "dynamic": dynamic, "ends": ends, "steps": 1000}
+def row(shift=1.0, dynamic=None, ends="linspace", steps=1000) -> dict:
+    return {"shift": shift, "dynamic": dynamic, "ends": ends, "steps": steps}
 
 
 # ---- schedules
 
 
+@pytest.mark.parametrize("steps", [1000, 500])
+@pytest.mark.parametrize("dynamic", [None, DEV])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.5])
-def test_sd3_equals_diffusers(shift):
-    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+def test_sd3_equals_diffusers(shift, dynamic, steps):
+    """The times that the network is told too, in training steps of 1000 whatever the scheduler counts."""
+    theirs = FlowMatchEulerDiscreteScheduler(steps, shift=shift, use_dynamic_shifting=dynamic is not None)
     for n in STEPS:
-        theirs.set_timesteps(n)
-        ours = schedules.sigmas(schedules.flow(row(shift), 4096), "linspace", n)
+        theirs.set_timesteps(n, mu=1.15)  # of 4096 patches; looked at where shifting is dynamic
+        schedule = schedules.flow(row(shift, dynamic, steps=steps), 4096)
+        ours = schedules.sigmas(schedule, "linspace", n)
         np.testing.assert_allclose(ours, theirs.sigmas.numpy(), rtol=ROUNDED, atol=1e-9)
+        told = [1000 * schedule.t(s) for s in ours[:-1]]
+        np.testing.assert_allclose(told, theirs.timesteps.numpy(), rtol=ROUNDED)
 
 
 @pytest.mark.parametrize("tokens", [6, 256, 1024, 4096, 9216])
