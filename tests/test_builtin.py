@@ -132,12 +132,12 @@ def test_the_negative_prompt_lowers_what_it_names(pipe, referee):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_fewer_bits_still_draw_it(referee, drawn, bits, tmp_path, monkeypatch):
-    """The same prompts and seeds; of 72 answers at most three may be lost to 8 bits, and ten to 4."""
+    """The same prompts and seeds; of 24 answers at most one may be lost to 8 bits, and four to 4."""
     monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path))
-    scenes, pictures = drawn
+    scenes, pictures = (found[:4] for found in drawn)
     small = measure.draw(mlxdiff.load(FOLDER, bits=bits), scenes, steps=15, **SETTINGS)
     right = [(judge.read(referee, p) == judge.labels(scenes)).sum() for p in (pictures, small)]
-    assert right[1] >= right[0] - (3 if bits == 8 else 10)
+    assert right[1] >= right[0] - (1 if bits == 8 else 4)
 
 
 def test_the_loss_by_words_is_the_error_in_v(pipe):

@@ -81,15 +81,15 @@ def test_vae_equals_diffusers(numbers):
     assert error(nchw(ours.decode(nhwc(z))), test_vae.decoded(theirs, z)) < 1e-4
 
 
-@pytest.mark.parametrize(("family", "batch", "n"), [("sd15", 2, 64), ("sdxl", 1, 64)])
-def test_a_step_is_finite_and_fits(family, batch, n, numbers, capsys):
-    """Above its weights a step of SD 1.5 (512 pixels, guided) or SDXL (512 pixels, not guided) takes under 1.2 GB: 0.9
-    is seen, and 1.3 where the scores of a layer, 1.07, are made all at once."""
+@pytest.mark.parametrize(("family", "most"), [("sd15", 0.6e9), ("sdxl", 1.2e9)])
+def test_a_step_is_finite_and_fits(family, most, numbers, capsys):
+    """What one pass at 512 pixels takes above its weights. SD 1.5: 0.48 GB is seen, and 0.72 where the scores of a layer,
+    0.54, are made all at once."""
     config = ROWS[family]["unet"]
     net = fill(unet.UNet(config), numbers)
     size = sum(p.nbytes for _, p in tree_flatten(net.parameters()))
-    x, cond = test_unet.inputs(config, 3, n, n)
-    x, cond = nhwc(x)[:batch], {k: v[:batch] for k, v in test_unet.ready(cond).items()}
+    x, cond = test_unet.inputs(config, 1, 64, 64)
+    x, cond = nhwc(x)[:1], {k: v[:1] for k, v in test_unet.ready(cond).items()}
     cond = net.prepare([481.0], **cond)
     mx.eval(net.parameters(), x, cond)
 
@@ -102,14 +102,14 @@ def test_a_step_is_finite_and_fits(family, batch, n, numbers, capsys):
     seconds, extra = time.perf_counter() - start, mx.get_peak_memory() - before
     with capsys.disabled():
         print(
-            f"\n{family}, batch {batch}, {n}x{n}: {seconds:.1f} s a step, peak {(size + extra) / 2**30:.2f} GiB,",
+            f"\n{family}, 64x64 latents: {seconds:.1f} s a step, peak {(size + extra) / 2**30:.2f} GiB,",
             end="",
         )
         print(f" of which weights {size / 2**30:.2f}, {mx.default_device()}, float32")
     assert y.shape == x.shape
     assert mx.isfinite(y).all()
     assert y.std() > 0
-    assert extra < 1.2e9
+    assert extra < most
 
 
 # ---- what the estimate of memory counts beside the weights, at the published widths
