@@ -5,6 +5,7 @@ this machine has."""
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -216,8 +217,9 @@ def named(
 
 
 def this_machine() -> Machine:
-    """On a GPU what it says of itself. Else what the system has, or lets this container have."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """On a GPU what it says of itself. Else what the system has, or lets this container have; Windows, which has no
+    sysconf, is taken to have enough."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
     if mx.default_device() == mx.Device(mx.gpu):
         info = mx.device_info()
         memory = int(info.get("memory_size", info.get("total_memory", memory)))
