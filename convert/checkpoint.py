@@ -38,6 +38,7 @@ class Checkpoint:
     zero_negative: bool
     tokenizers: dict[str, Path]
     stated: str | None  # the prediction, where the caller or the file says it
+    called: str  # what it calls itself: a folder its pipeline, a file its architecture; "" where neither does
 
     @property
     def unmapped(self) -> dict[str, str]:
@@ -61,13 +62,13 @@ class Checkpoint:
 
     @property
     def variant(self) -> str:
-        """base, schnell, inpaint or lcm; others are recognised and cannot draw yet."""
+        """base, schnell, kontext or lcm; others are recognised and cannot draw yet."""
         name = next((n for n in _NETS if n in self.components), None)
         net = None if name is None else self.components[name].config
         if net is None:
             return "base"
         if name == "transformer":
-            return tables(self.family, name).variant(net)
+            return tables(self.family, name).variant(net, self.called)
         return (
             "lcm" if net.time_cond is not None else detect.VARIANTS.get(net.in_channels, f"{net.in_channels}-channel")
         )
@@ -155,6 +156,7 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
         zero_negative=index.flag("force_zeros_for_empty_prompt", family.startswith("sdxl")),
         tokenizers={t: path / t for t in detect.FAMILIES[family].pads if (path / t).is_dir()},
         stated=stated if prediction is None else prediction,
+        called=index.cls,
     )
 
 
@@ -208,6 +210,7 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
         zero_negative=row.zero_negative,
         tokenizers={},
         stated=stated if prediction is None else prediction,
+        called=found.metadata.get("modelspec.architecture", ""),
     )
 
 

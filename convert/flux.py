@@ -114,10 +114,12 @@ def from_json(s: Settings, cls: str) -> Config:
     )
 
 
-def variant(config: Config) -> str:
+def variant(config: Config, called: str) -> str:
     """By what a patch shows the network beside itself: fill a picture and its mask, 8 x 8 pixels a latent; control
-    (Canny, Depth) another picture. Kontext and Krea have dev's very shapes."""
-    kinds = {config.out_channels: "base" if config.guidance else "schnell"}
+    (Canny, Depth) another picture. Kontext and Krea have dev's very shapes: Kontext, which was trained for other work,
+    is told where it says so (FluxKontextPipeline, or SwarmUI's Flux.1-dev/kontext)."""
+    dev = "kontext" if "kontext" in called.lower() else "base"
+    kinds = {config.out_channels: dev if config.guidance else "schnell"}
     kinds |= {2 * config.out_channels: "control", 2 * config.out_channels + 256: "fill"}
     return kinds.get(config.in_channels, f"{config.in_channels}-channel")
 

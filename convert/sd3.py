@@ -115,7 +115,7 @@ def from_json(s: Settings, cls: str) -> Config:
     )
 
 
-def variant(config: Config) -> str:
+def variant(config: Config, called: str) -> str:
     """Turbo has large's very shapes."""
     return "base" if config.in_channels == config.out_channels else f"{config.in_channels}-channel"
 

@@ -103,7 +103,7 @@ def _whole(checkpoint: Checkpoint) -> None:
 
 
 # What converts. What of it draws is the pipeline's to say.
-_VARIANTS = ("base", "schnell", "inpaint", "lcm", "fill", "control")
+_VARIANTS = ("base", "schnell", "kontext", "inpaint", "lcm", "fill", "control")
 
 
 def _reads(checkpoint: Checkpoint) -> list[tuple[str, str, int, int]]:

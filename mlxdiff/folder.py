@@ -35,7 +35,7 @@ class ModelFolder:
         for name in (self.net, "vae", *self.plan.needs):
             if name not in self.model["components"]:
                 raise Error(f"{self.folder} has no {name}.", "Use a checkpoint that holds the whole model.")
-        if self.model["variant"] not in ("base", "lcm", "schnell"):
+        if self.model["variant"] not in ("base", "kontext", "lcm", "schnell"):
             raise Error(
                 f"{self.name} is a model of the variant {self.model['variant']!r}, which needs more than a prompt.",
                 "It converts, but cannot draw yet: use a base model.",
@@ -143,6 +143,11 @@ class ModelFolder:
         if request.image is not None and schedule.taken(request.steps, request.strength) == 0:
             none = f"Strength {request.strength:g} of {request.steps} steps leaves no step to take."
             raise Error(none, "Take more of either.")
+        if request.image is not None and self.model["variant"] == "kontext":
+            raise Error(
+                f"{self.name} is a Kontext model, which takes a picture to edit and not to begin with: not supported.",
+                "Leave the image out, or use flux-dev.",
+            )
         net = self.model["components"][self.net]
         if not request.t5 and (self.plan.t5 is None or self.plan.t5[0] in self.plan.needs):
             raise Error(f"Leaving T5 out is for SD3; {self.name} is {self.family.title}.", "Leave --no-t5 out.")

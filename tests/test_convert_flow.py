@@ -320,12 +320,34 @@ def test_inspect_says_what_a_folder_became(saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_component_s_folder_says_what_it_is(saved, kind):
+def test_a_component_s_folder_says_what_it_is(saved, tmp_path, kind):
     """With config.json; and from shapes alone, which agree with it."""
-    source = saved[kind][1] / "transformer"
-    told, read = (convert.open(path) for path in (source, next(source.glob("*.safetensors"))))
+    source, bare = saved[kind][1] / "transformer", tmp_path / "net.safetensors"
+    bare.symlink_to(next(source.glob("*.safetensors")))
+    told, read = convert.open(source), convert.open(bare)
     assert (told.unmapped, told.missing, told.family) == ({}, [], read.family)
     assert told.components["transformer"].config == read.components["transformer"].config
+
+
+def test_kontext_is_told_where_something_says_so(saved, tmp_path, capsys):
+    """Its shapes are dev's. A folder's pipeline says it, and a file's architecture; and its copy knows."""
+    _, source, _ = saved["dev"]
+    shutil.copytree(source, tmp_path / "kontext")
+    index = tmp_path / "kontext" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxKontextPipeline"}))
+    made = convert.convert(index.parent, tmp_path / "out")
+    for path in (index.parent, made):
+        assert inspect.main([str(path)]) == 0
+        assert "FLUX.1, kontext" in capsys.readouterr().out
+    for name, called, variant in (
+        ("flux1-dev", "Flux.1-dev/kontext", "kontext"),
+        ("flux1-dev", "Flux.1-dev", "base"),
+        ("flux1-schnell", "Flux.1-schnell", "schnell"),
+        ("flux1-fill-dev", "Flux.1-fill-dev", "fill"),
+    ):
+        tensors = manifest(name)["tensors"]
+        file = sparse(tmp_path / f"{name}.safetensors", tensors, metadata={"modelspec.architecture": called})
+        assert convert.open(file).variant == variant
 
 
 def test_a_24_gb_file_passes_in_little_more_memory_than_its_largest_tensor(tmp_path):
