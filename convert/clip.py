@@ -24,6 +24,8 @@ TABLE: list[Row] = [
 ]
 
 
+POSITIONS = 77  # of every CLIP but Long-CLIP, which wants longer chunks
+
 # For text encoders of which only the states are read; many files carry a projection all the same.
 UNPROJECTED: list[Row] = [(r"^text_projection(\.weight)?$", None)]
 

@@ -85,6 +85,9 @@ def measured(name: str, family: str, tensors: rules.Named) -> Component:
             config = vae.config(shapes, row.scale, row.shift)
         elif module is clip:
             config = clip.config(shapes, row.acts.get(name), name == "text_encoder_2")
+            if config.positions > clip.POSITIONS:
+                long = f"{tensors[0][1].file} has a Long-CLIP of {config.positions} positions, which is not read."
+                raise Error(long, f"Use the plain one, of {clip.POSITIONS} positions.")
         else:
             config = module.config(shapes)
     except rules.Lacking as e:

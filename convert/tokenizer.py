@@ -7,6 +7,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from ..errors import Error
+from ..tokenizers import load, load_t5
 from .source import read_json
 
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json", "added_tokens.json")
@@ -31,15 +32,21 @@ def _vocab(folder: Path) -> object:
     return model.get("vocab") if isinstance(model, dict) else None
 
 
-def check(folder: Path, vocab: int, t5: bool) -> None:
-    """That there is one, and that the text encoder knows all its words."""
-    if t5:
-        count = _t5_words(folder)
-    else:
-        count = _clip_words(folder)
+def check(folder: Path, vocab: int, positions: int | None) -> None:
+    """That there is one, that it works, and that the text encoder knows all its words and, CLIP's, all positions."""
+    count = _t5_words(folder) if positions is None else _clip_words(folder)
     if count > vocab:
         raise Error(
             f"The tokenizer in {folder} has {count} words; the text encoder knows {vocab}.",
+            "Pass the tokenizer of this model with --tokenizer.",
+        )
+    if positions is None:
+        load_t5(folder)
+        return
+    length = load(folder).length
+    if not 2 < length <= positions:
+        raise Error(
+            f"The tokenizer in {folder} makes chunks of {length} tokens; the text encoder knows {positions} positions.",
             "Pass the tokenizer of this model with --tokenizer.",
         )
 

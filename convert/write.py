@@ -141,7 +141,7 @@ def _words(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[Path, 
                 f"{checkpoint.path} has no tokenizer.",
                 "Pass --tokenizer with the tokenizer folder of a model in diffusers layout.",
             )
-        copying.check(words[name][0], encoder.config.vocab, t5)
+        copying.check(words[name][0], encoder.config.vocab, None if t5 else encoder.config.positions)
     return words
 
 

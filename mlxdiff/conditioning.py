@@ -119,6 +119,7 @@ def join(plan: Plan, parts: dict[str, list[Text]], width: int) -> list[Text]:
         if plan.t5 is not None:
             t5 = own[plan.t5[0]].context if plan.t5[0] in own else mx.zeros((1, plan.tokens, width), context.dtype)
             if plan.clip_read:
+                context = context[..., :width]  # as the reference: a negative padding cuts
                 context = mx.pad(context, [(0, 0), (0, 0), (0, width - context.shape[-1])])
                 context = mx.concatenate([context, t5], axis=1)
             else:

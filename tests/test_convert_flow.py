@@ -528,10 +528,19 @@ def no_t5_words(saved: dict, root: Path) -> list[str]:
     return [str(apart(root, "dev", parts)), "--tokenizer", str(source / "tokenizer")]
 
 
-def damaged_words(saved: dict, root: Path) -> list[str]:
-    source = Path(shutil.copytree(saved["dev"][1], root / "bad"))
-    (source / "tokenizer_2" / "spiece.model").write_bytes(b"nonsense")
-    return [str(source)]
+def words(file: str, content: str):
+    def prepare(saved: dict, root: Path) -> list[str]:
+        source = Path(shutil.copytree(saved["dev"][1], root / "bad"))
+        (source / file).write_text(content)
+        return [str(source)]
+
+    return prepare
+
+
+def long_clip(saved: dict, root: Path) -> Path:
+    held = clip_state(saved["dev"][0]["text_encoder"])
+    held["text_model.embeddings.position_embedding.weight"] = np.ones((248, 64), np.float32)
+    return full(root / "elsewhere" / "long.safetensors", held)
 
 
 def put(key: str, *shape: int):
@@ -589,7 +598,14 @@ BAD = {
         in_folder("dev", "model_index.json", transformer=["diffusers", "ChromaTransformer2DModel"]),
         "whose transformer is a ChromaTransformer2DModel"),
     "no T5 tokenizer": (no_t5_words, "no tokenizer of T5"),
-    "a T5 tokenizer damaged": (damaged_words, "spiece.model is damaged"),
+    "a T5 tokenizer damaged": (words("tokenizer_2/spiece.model", "nonsense"), "spiece.model is damaged"),
+    "a T5 tokenizer.json of another kind": (words("tokenizer_2/tokenizer.json", '{"model": {}}'), "tokenizer_2 cannot"),
+    "a CLIP tokenizer of another kind": (words("tokenizer/tokenizer.json", '{"model": {}}'), "is not a byte-level BPE"),
+    "a vocabulary without its pieces": (words("tokenizer/vocab.json", '{"a": 0}'), "a merge unknown to the vocab"),
+    "special tokens of no kind": (words("tokenizer/tokenizer_config.json", '{"pad_token": 5}'), "tokenizer are malf"),
+    "chunks of 200 tokens": (words("tokenizer/tokenizer_config.json", '{"model_max_length": 200}'), "knows 77 pos"),
+    "chunks of no tokens": (words("tokenizer/tokenizer_config.json", '{"model_max_length": 0}'), "chunks of 0 tokens"),
+    "a Long-CLIP": (given("dev", clip=long_clip), "long.safetensors has a Long-CLIP of 248 positions"),
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.convert": {"mlxdiff.convert.*"},
+    "mlxdiff.convert.tokenizer": {"mlxdiff.convert.*", "mlxdiff.errors", "mlxdiff.tokenizers"},
     "mlxdiff.convert.inspect": {
         "mlxdiff.convert.*",
         "mlxdiff.console",

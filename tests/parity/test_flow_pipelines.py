@@ -1,7 +1,6 @@
 """SD3 and FLUX pipelines against diffusers: same weights, prompt, seed and settings, same picture. Bound: 40 dB, as for
 the other families; float32 on both sides, so it is far above."""
 
-import copy
 import re
 from dataclasses import replace
 
@@ -13,13 +12,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     FluxPipeline,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
 )
 from mlx.utils import tree_flatten
 from PIL import Image
-from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 import mlxdiff
 from mlxdiff import generate, weights
@@ -377,12 +375,8 @@ def test_flux_in_files_of_its_parts(words, cache, tmp_path):
 
 
 def test_sd3_in_one_file(words, tmp_path):
-    """T5 as wide as both CLIPs together, or wider, as any SD3 has it."""
+    """With a T5 narrower than both CLIPs together, which no SD3 has: the reference cuts them."""
     parts = nets("sd3.5")
-    wide, net = copy.deepcopy(parts["text_encoder_3"].config), dict(parts["transformer"].config)
-    wide.d_model = net["joint_attention_dim"] = 192
-    parts["text_encoder_3"] = tiny.stir(T5EncoderModel(wide), 8)
-    parts["transformer"] = tiny.stir(SD3Transformer2DModel.from_config(net), 9)
     toks = [CLIPTokenizer.from_pretrained(words / "sd3" / name) for name in ("tokenizer", "tokenizer_2")]
     pipe = StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
