@@ -58,7 +58,7 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named) ->
     table = module.table([n for n, _ in tensors])
     if module is clip and config.projection is None:
         table = clip.UNPROJECTED + table
-    return _fill(name, config, tensors, table)
+    return _fill(name, config, tensors, table, "Use another checkpoint.")
 
 
 def by_itself(name: str, family: str, path: Path, tensors: rules.Named) -> Component:
@@ -92,7 +92,8 @@ def measured(name: str, family: str, tensors: rules.Named) -> Component:
             config = module.config(shapes)
     except rules.Lacking as e:
         return Component(None, {}, {}, [str(e)])
-    return _fill(name, config, tensors, table)
+    fix = "No shape tells their number: if it has others, give the diffusers folder whose config.json says so."
+    return _fill(name, config, tensors, table, fix)
 
 
 def sized(components: dict[str, Component], sizes: int) -> Component:
@@ -110,12 +111,10 @@ def sized(components: dict[str, Component], sizes: int) -> Component:
     return replace(net, config=replace(net.config, added_time=width))
 
 
-def _fill(name: str, config: Config, tensors: rules.Named, table: list[rules.Row]) -> Component:
+def _fill(name: str, config: Config, tensors: rules.Named, table: list[rules.Row], fix: str) -> Component:
     for width, n, what in _divided(config):
         if width % n:
-            raise Error(
-                f"The {name} is {width} wide, which is no multiple of its {n} {what}.", "Use another checkpoint."
-            )
+            raise Error(f"The {name} is {width} wide, which is no multiple of its {n} {what}.", fix)
     parameters = tree_flatten(weights.build(name, asdict(config)).parameters())
     return Component(config, *rules.fill(tensors, table, {k: tuple(v.shape) for k, v in parameters}))
 

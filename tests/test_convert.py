@@ -442,6 +442,12 @@ def test_a_file_out_of_a_folder_is_the_component_its_folder_is(file, capsys):
     assert f"the whole is {whole}" in said
 
 
+def test_groups_that_no_shape_tells_are_not_blamed_on_the_file(tmp_path):
+    (tmp_path / "mine.safetensors").symlink_to(store.BUILTIN / "storybook/vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(Error, match=r"no multiple of its 32 norm groups\. No shape tells .* config\.json says so"):
+        convert.open(tmp_path / "mine.safetensors")
+
+
 def test_settings_count_only_beside_a_component_s_own_name(tmp_path):
     for name in ("model", "diffusion_pytorch_model", "model.fp16", "diffusion_pytorch_model.fp16"):
         (tmp_path / f"{name}.safetensors").touch()
