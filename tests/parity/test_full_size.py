@@ -83,7 +83,7 @@ def test_vae_equals_diffusers(numbers):
 
 @pytest.mark.parametrize(("family", "most"), [("sd15", 0.6e9), ("sdxl", 1.2e9)])
 def test_a_step_is_finite_and_fits(family, most, numbers, capsys):
-    """What one pass at 512 pixels takes above its weights. SD 1.5: 0.48 GB is seen, and 0.72 where the scores of a layer,
+    """What one pass at 512 pixels takes above its weights. SD 1.5: 0.48 GB is seen, and 0.72 where a layer's scores,
     0.54, are made all at once."""
     config = ROWS[family]["unet"]
     net = fill(unet.UNet(config), numbers)
