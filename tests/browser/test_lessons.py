@@ -61,6 +61,10 @@ def test_a_figure_is_a_light_card_in_the_dark_and_its_caption_is_its_name(desk, 
             expect(lesson.get_by_role("img", name=caption.inner_text(), exact=True)).to_be_visible()
             lesson.screenshot(path=SHOTS / "lesson-dark.png")
             move(page, lesson)
+        page.set_viewport_size({"width": 360, "height": 1500})  # rows of controls break, and none is scrolled sideways
+        boxes = "e => [e, ...e.querySelectorAll('.widget-box')].every(b => b.scrollWidth <= b.clientWidth + 1)"
+        assert lesson.evaluate(boxes)
+        lesson.screenshot(path=SHOTS / "lesson-narrow.png")
     finally:
         lab.theme("JupyterLab Light")
 

@@ -370,7 +370,7 @@ CUT = """r => { const pen = document.createElement('canvas').getContext('2d');
   }).map(e => e.selectedOptions ? e.selectedOptions[0].text : e.value); }"""  # what boxes and lists do not show whole
 
 
-@pytest.mark.parametrize("theme", ["Light", "Dark"])
+@pytest.mark.parametrize("theme", ["Dark", "Light"])
 def test_themes_and_widths(desk, lab, page, theme):
     """Beside the controls where there is room; else between what is asked and the settings, on a phone's one screen,
     the rarer settings folded. Nothing hangs over the edge or is cut off, but a model's long name, which shows it."""

@@ -66,7 +66,7 @@ class Lesson(w.VBox):
         super().__init__(
             [
                 w.HTML(f"<b>{self.title}.</b> {self.idea}"),
-                *([w.HBox(controls, layout=w.Layout(flex_flow="row wrap"))] if controls else []),
+                *([_row(*controls)] if controls else []),
                 self.bar,
                 self.image,
                 self.caption,
@@ -198,12 +198,16 @@ def seed_box(seed: int, name: str = "Seed") -> w.BoundedIntText:
     return w.BoundedIntText(seed, min=0, max=2**31 - 1, description=name)
 
 
+def _row(*controls: w.Widget) -> w.HBox:
+    return w.HBox(controls, layout=w.Layout(flex_flow="row wrap"))
+
+
 def played(slider: w.IntSlider, interval: int, step: int = 1) -> w.HBox:
     """A slider with a button that moves it on every so many milliseconds."""
     play = w.Play(slider.value, min=slider.min, max=slider.max, step=step, interval=interval)
     w.jslink((play, "value"), (slider, "value"))  # which a page begins by giving the slider the player's value
     w.jslink((slider, "max"), (play, "max"))
-    return w.HBox([play, slider])
+    return _row(play, slider)
 
 
 @contextmanager

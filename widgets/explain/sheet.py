@@ -39,6 +39,7 @@ class Sheet(anywidget.AnyWidget):
       border-radius: 10px;
       background: #fff;
     }
+    .mlxdiff-lesson .jupyter-widgets { max-width: calc(100% - 4px); } /* their margins */
     .mlxdiff-sheet img { display: block; max-width: 100%; height: auto; }
     """
 
