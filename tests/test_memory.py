@@ -121,7 +121,7 @@ def test_a_picture_to_begin_with_takes_what_is_estimated(low_memory):
 
 @CPU
 def test_the_published_encoder_takes_what_is_estimated():
-    """At its full width: 0.98 to 1.01 from 128 to 384 pixels."""
+    """At its full width: 1.00 to 1.01 were seen from 128 to 384 pixels."""
     pipe = RandomPipeline("sd15", "float32")
     vae = pipe._network("vae")
     image, noise = mx.zeros((1, 128, 128, 3)), mx.zeros((1, 16, 16, 4))
