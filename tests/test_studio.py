@@ -263,7 +263,7 @@ def test_a_refusal_for_want_of_memory_says_what_to_do_here(studio):
     machine = memory.Machine(memory=10**6, budget=10**6, gpu=False)
 
     def refuse(model, progress):
-        memory.check_named("sdxl", None, None, False, Request("x"), machine)
+        memory.check_named("sdxl", None, None, False, Request("x"), machine=machine)
 
     studio._worker = Worker(refuse)
     with pytest.raises(Error, match="takes about"):
