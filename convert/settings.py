@@ -29,8 +29,8 @@ class Settings:
             self.refuse(key, value)
         return value
 
-    def whole(self, key: str, default: int, most: int = 2**24) -> int:
-        return self._whole(key, self.get(key, default), 1, most)
+    def whole(self, key: str, default: int, most: int = 2**24, least: int = 1) -> int:
+        return self._whole(key, self.get(key, default), least, most)
 
     def _whole(self, key: str, value: object, least: int, most: int) -> int:
         if type(value) is not int or not least <= value <= most:

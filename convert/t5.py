@@ -38,6 +38,7 @@ def from_json(s: Settings, cls: str) -> Config:
     """From transformers' config.json."""
     s.one("feed_forward_proj", "relu", ["gated-gelu"])
     s.one("dense_act_fn", "gelu_new", ["gelu_new"])
+    buckets = s.whole("relative_attention_num_buckets", 32, least=4)
     return Config(
         vocab=s.whole("vocab_size", 32128),
         width=s.whole("d_model", 512),
@@ -45,7 +46,7 @@ def from_json(s: Settings, cls: str) -> Config:
         heads=s.whole("num_heads", 8),
         head_dim=s.whole("d_kv", 64),
         hidden=s.whole("d_ff", 2048),
-        buckets=s.whole("relative_attention_num_buckets", 32),
-        max_distance=s.whole("relative_attention_max_distance", 128),
+        buckets=buckets,
+        max_distance=s.whole("relative_attention_max_distance", 128, least=buckets // 4 + 1),
         eps=s.positive("layer_norm_epsilon", 1e-6),
     )

@@ -350,6 +350,16 @@ def test_kontext_is_told_where_something_says_so(saved, tmp_path, capsys):
         assert convert.open(file).variant == variant
 
 
+@pytest.mark.parametrize(("double", "single"), [(1, 0), (0, 1)])
+def test_flux_of_one_kind_of_block(tmp_path, double, single):
+    net = diffusers.FluxTransformer2DModel(**FLUX, num_layers=double, num_single_layers=single)
+    net.save_pretrained(tmp_path)
+    found = convert.open(tmp_path)
+    assert (found.unmapped, found.missing) == ({}, [])
+    config = found.components["transformer"].config
+    assert (config.double, config.single) == (double, single)
+
+
 def test_a_24_gb_file_passes_in_little_more_memory_than_its_largest_tensor(tmp_path):
     """A sparse file of full size, in diffusers' layout, whose pieces are put together: its first single block."""
     m = manifest("flux_dev_transformer")
@@ -591,6 +601,10 @@ BAD = {
     "heads of another width": (in_folder("sd3", "transformer/config.json", num_attention_heads=2), "caption_pro"),
     "a norm not implemented": (in_folder("sd3.5", "transformer/config.json", qk_norm="layer_norm"), "'layer_norm'"),
     "a config without guidance": (in_folder("dev", "transformer/config.json", guidance_embeds=False), "guidance_emb"),
+    "a T5 of two buckets": (
+        in_folder("dev", "text_encoder_2/config.json", relative_attention_num_buckets=2), "_buckets = 2, which"),
+    "a T5 that tells no distances apart": (
+        in_folder("dev", "text_encoder_2/config.json", relative_attention_max_distance=2), "_distance = 2, which"),
     "a T5 of the first version": (in_folder("dev", "text_encoder_2/config.json", feed_forward_proj="relu"), "'relu'"),
     "a scheduler of another kind": (in_folder("dev", "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
                                     "DDIMScheduler"),

@@ -34,6 +34,8 @@ CASES = {
     "dev": DEV,
     "schnell": replace(DEV, guidance=False, width=80, hidden=320, heads=5, axes=(8, 2, 6), double=3, single=1),
     "fill": replace(DEV, in_channels=44, out_channels=12, width=24, hidden=96, heads=1, axes=(8, 8, 8), double=1),
+    "double": replace(DEV, width=18, hidden=72, axes=(2, 2, 2), double=1, single=0),
+    "single": replace(DEV, width=70, hidden=280, heads=7, axes=(2, 6, 2), double=0, single=1),
 }
 
 
