@@ -29,7 +29,7 @@ def compare(pipe: Pipeline, request: Request, batch: int, repeat: int) -> dict:
         raise Error(f"--against torch knows U-Nets; {pipe.name} has none.", "Leave it out.")
     if pipe.model["recipe"]["bits"] is not None:
         raise Error(f"{pipe.name} is quantized, which torch cannot read.", "Leave --against out, or do not quantize.")
-    net, values = pipe._network("unet"), inputs(pipe, request, batch)
+    net, values = pipe.network("unet"), inputs(pipe, request, batch)
     arrays = {k: mx.array(v) for k, v in values.items()}
     x = arrays.pop("x").astype(net.conv_in.weight.dtype)
     mx.eval(net.parameters())

@@ -118,7 +118,7 @@ class ModelFolder:
             request.height,
             request.steps,
             request.count,
-            2 if self._cfg(request) > 1 else 1,
+            2 if self.cfg(request) > 1 else 1,
             request.t5,
             request.image is not None,
             self.low_memory,
@@ -138,7 +138,7 @@ class ModelFolder:
             samplers.of_flow(request.sampler)
         elif request.shift is not None:
             raise Error(f"{self.name} has no shift: it is no rectified flow.", "Leave shift out.")
-        schedule = self._schedule(request)
+        schedule = self.schedule(request)
         schedules.sigmas(schedule, request.schedule, request.steps)
         if request.image is not None and schedule.taken(request.steps, request.strength) == 0:
             none = f"Strength {request.strength:g} of {request.steps} steps leaves no step to take."
@@ -184,13 +184,14 @@ class ModelFolder:
                     "For SD3.5 medium use 7 8 9.",
                 )
 
-    def _schedule(self, request: Request) -> Schedule:
+    def schedule(self, request: Request) -> Schedule:
+        """The noise levels of a resolved request."""
         if self.flow:
-            h, w = self._latents(request)
+            h, w = self.latent_size(request)
             return schedules.flow(self.model["schedule"], h * w // 4, request.shift)  # patches of 2 x 2
         return schedules.discrete(self.model["schedule"], samplers.SAMPLERS[request.sampler].grid)
 
-    def _cfg(self, request: Request) -> float:
+    def cfg(self, request: Request) -> float:
         """The scale of classifier-free guidance. In FLUX, which may be told its guidance, that is another number."""
         if self.time_cond is not None:
             return 1.0
@@ -199,12 +200,14 @@ class ModelFolder:
     def _reads_t5(self, request: Request) -> bool:
         return request.t5 and self.plan.t5 is not None and self.plan.t5[0] in self.model["components"]
 
-    def _latents(self, request: Request) -> tuple[int, int]:
+    def latent_size(self, request: Request) -> tuple[int, int]:
+        """(h, w)"""
         return request.height // self.factor, request.width // self.factor
 
     # --- its networks
 
-    def _network(self, name: str) -> nn.Module:
+    def network(self, name: str) -> nn.Module:
+        """Opened when first asked for, and kept."""
         if name not in self._networks:
             self._networks[name] = self._open(name)
         return self._networks[name]

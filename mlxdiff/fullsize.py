@@ -78,11 +78,11 @@ class RandomPipeline(Pipeline):
                 (_t5_alphabet if "buckets" in config else _alphabet)(folder / part.replace("text_encoder", "tokenizer"))
         super().__init__(folder, low_memory, row.defaults, force)
 
-    def _network(self, name: str) -> nn.Module:
+    def network(self, name: str) -> nn.Module:
         """A transformer is left to be made when it is loaded, by then without what only its preparation reads."""
         if name in self._networks or name == "transformer":
-            return super()._network(name)
-        begin, net = time.perf_counter(), super()._network(name)
+            return super().network(name)
+        begin, net = time.perf_counter(), super().network(name)
         mx.eval(net.parameters())
         self._making += time.perf_counter() - begin
         return net

@@ -133,22 +133,22 @@ class Pipeline(ModelFolder):
         start, drawn = time.perf_counter(), []
         request = self.resolve(prompt, **settings)
         mx.reset_peak_memory()
-        for event in self._stream(request):
+        for event in self.run(request):
             if event.image is not None:
                 drawn.append(event.image)
         return Result(drawn, request, time.perf_counter() - start, mx.get_peak_memory())
 
     def stream(self, prompt: str | Request, **settings) -> Iterator[Event]:
         """The run, event by event. Leaving the loop stops it; nothing keeps running and nothing is registered."""
-        yield from self._stream(self.resolve(prompt, **settings))
+        yield from self.run(self.resolve(prompt, **settings))
 
-    def _stream(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
+    def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to start from instead of the seed's."""
         if not self.force:
             memory.check(self.job(request), self.name)
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
-        spec, schedule = samplers.SAMPLERS[request.sampler], self._schedule(request)
+        spec, schedule = samplers.SAMPLERS[request.sampler], self.schedule(request)
         fn = samplers.of_flow(request.sampler) if self.flow else spec.fn
         whole = schedules.sigmas(schedule, request.schedule, request.steps)
         steps = request.steps if request.image is None else schedule.taken(request.steps, request.strength)
@@ -156,10 +156,10 @@ class Pipeline(ModelFolder):
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
         texts = []
         for pipe, _ in parts:
-            texts.append((yield from pipe._encode(request)))
+            texts.append((yield from pipe.texts(request)))
 
         noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
-        shape = (*self._latents(request), self.latent_channels)
+        shape = (*self.latent_size(request), self.latent_channels)
 
         def draw() -> mx.array:
             return draw_nhwc(noise, *shape)
@@ -175,7 +175,7 @@ class Pipeline(ModelFolder):
             x = schedule.noised(begun, first, sigmas[0])
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            denoise = yield from pipe._denoiser(request, schedule, spec.visits(part), text, whole)
+            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole)
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
@@ -199,18 +199,18 @@ class Pipeline(ModelFolder):
 
     def decode(self, z: np.ndarray) -> list[Image.Image]:
         """The pictures of latents (B, h, w, c), by the VAE."""
-        return _pictures(self._network("vae"), z)
+        return _pictures(self.network("vae"), z)
 
     @property
     def previews_by_vae(self) -> bool:
         """Whether the VAE is small enough to draw previews."""
         return (self.folder / "vae.safetensors").stat().st_size <= _SMALL_VAE
 
-    # --- the stages
+    # --- the stages; `probe` looks at some of them alone
 
-    def _encode(self, request: Request) -> Iterator[Event]:
+    def texts(self, request: Request) -> Iterator[Event]:
         """Texts of the negative prompt (if this run is guided) and of the prompt; remembered for the next seed."""
-        guided, t5 = self._cfg(request) > 1, self._reads_t5(request)
+        guided, t5 = self.cfg(request) > 1, self._reads_t5(request)
         zeros = guided and request.negative is None and self.model["zero_negative"]
         prompts = [request.prompt]
         if guided and not zeros:
@@ -225,7 +225,7 @@ class Pipeline(ModelFolder):
             parts = {}
             for name, words in conditioning.tokenize(self.plan, toks, prompts, t5).items():
                 is_t5 = self.plan.t5 is not None and name == self.plan.t5[0]
-                parts[name] = conditioning.read(self.plan, self._network(name), is_t5, words, request.clip_skip)
+                parts[name] = conditioning.read(self.plan, self.network(name), is_t5, words, request.clip_skip)
                 mx.eval(parts[name])
                 self._release(name)  # one encoder at a time: T5 alone is larger than all the others
             texts = conditioning.join(self.plan, parts, self.model["components"][self.net]["context"])
@@ -242,7 +242,7 @@ class Pipeline(ModelFolder):
         begin = time.perf_counter()
         image = images.fit(images.read(request.image), request.width, request.height)
         tile = memory.TILE if self.low_memory else None
-        x0 = self._network("vae").sample(mx.array(images.to_pixels(image))[None], noise, tile)
+        x0 = self.network("vae").sample(mx.array(images.to_pixels(image))[None], noise, tile)
         mx.eval(x0)
         self._check_finite(mx.isfinite(x0).all())
         if self.low_memory:
@@ -250,18 +250,18 @@ class Pipeline(ModelFolder):
         yield Event("encode", 1, 1, time.perf_counter() - begin)
         return x0
 
-    def _denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, sigmas: list[float]):
+    def denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, sigmas: list[float]):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas it will be called at; sigmas: of the whole run, of which intervals are parts."""
         if self.net not in self._networks:
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()
-            net = self._network(self.net)
+            net = self.network(self.net)
             if self.flow:
                 net.release_modulation()
             mx.eval(net.parameters())
             yield Event("load", 1, 1, time.perf_counter() - begin)
-        net = self._network(self.net)
+        net = self.network(self.net)
         conds = self._conditions(request, [schedule.t(s) for s in visits], texts)
         # A transformer's one by one: else the weights of all modulations are read before the first is used, and a
         # quarter of FLUX is in memory once more. A U-Net's weights are held anyway: one wait, not one for each layer.
@@ -273,7 +273,7 @@ class Pipeline(ModelFolder):
             schedule,
             self.model["prediction"],
             **conds,
-            scale=self._cfg(request) if len(texts) == 2 else 1.0,
+            scale=self.cfg(request) if len(texts) == 2 else 1.0,
             rescale=request.rescale,
             interval=tuple(sigmas[round(f * request.steps)] for f in request.interval),
             skip=conds["cond"] | {"skip_layers": request.skip_layers} if request.skip_layers else None,
@@ -285,14 +285,14 @@ class Pipeline(ModelFolder):
     def _conditions(self, request: Request, ts: list[float], texts: list[conditioning.Text]) -> dict[str, dict]:
         """What the network takes besides x and t, by the names `guidance.denoiser` has for it."""
         # What a transformer only prepares with is read anew for each run, passes through memory and is gone.
-        net = self._open(self.net) if self.flow else self._network(self.net)
+        net = self._open(self.net) if self.flow else self.network(self.net)
         sides = [
             conditioning.arguments(self.plan, text, request, negative=len(texts) == 2 and i == 0)
             for i, text in enumerate(texts)
         ]
         if self.time_cond is not None:
             sides[0]["guidance_embedding"] = conditioning.guidance_embedding(request.guidance, self.time_cond)
-        fixed = {"size": self._latents(request)} if self.flow else {}
+        fixed = {"size": self.latent_size(request)} if self.flow else {}
         if self.told:
             fixed["guidance"] = request.guidance
 
@@ -310,7 +310,7 @@ class Pipeline(ModelFolder):
     def _decode(self, z: mx.array) -> Iterator[Event]:
         """Pictures one at a time: a batch through the VAE would need its peak memory once for each."""
         yield Event("decode", 0, z.shape[0], 0.0)
-        vae, tile = self._network("vae"), memory.TILE if self.low_memory else None
+        vae, tile = self.network("vae"), memory.TILE if self.low_memory else None
         for i in range(z.shape[0]):
             begin = time.perf_counter()
             pixels = vae.decode(z[i : i + 1].astype(_dtype(vae)), tile=tile)[0].astype(mx.float32)

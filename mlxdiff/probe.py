@@ -56,31 +56,31 @@ def noise_of(pipe: Pipeline, seed: int, **settings) -> np.ndarray:
     """The standard noise (B, h, w, c) that a run of this seed starts from."""
     request = pipe.resolve("", seed=seed, **settings)
     noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
-    return np.array(draw_nhwc(noise, *pipe._latents(request), pipe.latent_channels))
+    return np.array(draw_nhwc(noise, *pipe.latent_size(request), pipe.latent_channels))
 
 
 def from_noise(pipe: Pipeline, noise: np.ndarray, prompt: str | Request, **settings) -> Iterator[Event]:
     """`pipe.stream` from standard noise (B, h, w, c) of your own, a picture each; the seed is a noisy sampler's."""
     request = pipe.resolve(prompt, **settings, count=len(noise))
-    shape = (request.count, *pipe._latents(request), pipe.latent_channels)
+    shape = (request.count, *pipe.latent_size(request), pipe.latent_channels)
     if noise.shape != shape:
         raise Error(f"This picture starts from noise of shape {shape}, not {noise.shape}.", "Give (B, h, w, c).")
-    yield from pipe._stream(request, noise.astype(np.float32))
+    yield from pipe.run(request, noise.astype(np.float32))
 
 
 def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look]:
     """The two predictions that guidance is made of: clean latents by the negative prompt alone and by the prompt alone,
     each a function of (x, sigma). The request must be guided."""
     request = pipe.resolve(prompt, **settings)
-    if pipe._cfg(request) <= 1:
+    if pipe.cfg(request) <= 1:
         raise Error("Without guidance there is one prediction, not two.", "Ask for guidance above 1.")
-    schedule = pipe._schedule(request)
+    schedule = pipe.schedule(request)
     sigmas = schedules.sigmas(schedule, request.schedule, request.steps)
     visits = samplers.SAMPLERS[request.sampler].visits(sigmas)
-    negative, positive = _value(pipe._encode(request))
+    negative, positive = _value(pipe.texts(request))
 
     def by(text) -> Look:
-        denoise = _value(pipe._denoiser(request, schedule, visits, [text], sigmas))
+        denoise = _value(pipe.denoiser(request, schedule, visits, [text], sigmas))
 
         def look(x: np.ndarray, sigma: float) -> np.ndarray:
             x0 = denoise(mx.array(x), sigma)
@@ -108,7 +108,7 @@ def attention(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Att
     request = pipe.resolve(prompt, **settings)
     steps = trace(pipe, request)
     while True:
-        with _watched(pipe._network(pipe.net), request.count) as seen:  # put back before anyone else may draw with it
+        with _watched(pipe.network(pipe.net), request.count) as seen:  # put back before anyone else may draw with it
             step = next(steps, None)
         if step is None:
             return
@@ -170,7 +170,7 @@ class Token(NamedTuple):
 def tokens(pipe: Pipeline, prompt: str | Request, **settings) -> list[list[Token]]:
     """The prompt's chunks, as many as this run has, as the first text encoder reads them."""
     request = pipe.resolve(prompt, **settings)
-    negative = (request.negative or "") if pipe._cfg(request) > 1 else ""
+    negative = (request.negative or "") if pipe.cfg(request) > 1 else ""
     encoder, first = pipe.plan.encoders[0]
     own = {name: tokenizers.load(pipe.folder / name) for _, name in pipe.plan.encoders}
     words = conditioning.tokenize(pipe.plan, own, [request.prompt, negative], t5=False)
@@ -218,7 +218,7 @@ def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def encode(pipe: Pipeline, image: Image.Image) -> np.ndarray:
     """A picture, whose edges the model can have, to its latents (1, h, w, c): the mean, without the VAE's noise."""
-    mean, _ = pipe._network("vae").encode(mx.array(images.to_pixels(image.convert("RGB")))[None])
+    mean, _ = pipe.network("vae").encode(mx.array(images.to_pixels(image.convert("RGB")))[None])
     return np.array(mean.astype(mx.float32))
 
 

@@ -141,7 +141,7 @@ def test_random_weights_are_of_the_dtype_asked(dtype):
     pipe = fullsize.RandomPipeline("sd15", dtype)
     for name in TINY:
         kind = weights.DTYPES[weights.component_dtype("sd1", name, dtype)]
-        assert {v.dtype for _, v in tree_flatten(pipe._network(name).parameters())} == {kind}
+        assert {v.dtype for _, v in tree_flatten(pipe.network(name).parameters())} == {kind}
 
 
 def test_random_weights_are_quantized_as_a_conversion_s_are(tmp_path):
@@ -150,7 +150,7 @@ def test_random_weights_are_quantized_as_a_conversion_s_are(tmp_path):
     for name, config in TINY.items():
         kind = weights.component_dtype("sd1", name, "float16")
         writer = weights.Writer(tmp_path / name, name, asdict(config), kind, 4)
-        made = dict(tree_flatten(pipe._network(name).parameters()))
+        made = dict(tree_flatten(pipe.network(name).parameters()))
         assert {k: (v.dtype, v.shape) for k, v in made.items()} == {k: e[:2] for k, e in writer.entries.items()}
         assert bool(writer.layers) == (name != "vae")
 

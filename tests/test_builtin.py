@@ -148,7 +148,7 @@ def test_the_loss_by_words_is_the_error_in_v(pipe):
     x0 = probe.encode(pipe, Image.fromarray(measure.renders([scene])[0]))
     noise = np.random.default_rng([0, 0]).standard_normal((2, *x0.shape)).astype(np.float32)
     next(probe.trace(pipe, sb.plain(scene), steps=1, guidance=1.0))
-    net, (text,) = pipe._network("unet"), pipe._texts[1]
+    net, (text,) = pipe.network("unet"), pipe._texts[1]
     for k, (t, a) in enumerate(zip((200, 800), levels, strict=True)):
         x, v = np.sqrt(a) * x0 + np.sqrt(1 - a) * noise[k], np.sqrt(a) * noise[k] - np.sqrt(1 - a) * x0
         out = net(mx.array(x.astype(np.float32)), float(t), **net.prepare(None, text.context))

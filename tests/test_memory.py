@@ -123,7 +123,7 @@ def test_a_picture_to_begin_with_takes_what_is_estimated(low_memory):
 def test_the_published_encoder_takes_what_is_estimated():
     """At its full width: 1.00 to 1.01 were seen from 128 to 384 pixels."""
     pipe = RandomPipeline("sd15", "float32")
-    vae = pipe._network("vae")
+    vae = pipe.network("vae")
     image, noise = mx.zeros((1, 128, 128, 3)), mx.zeros((1, 16, 16, 4))
     mx.eval(vae.parameters(), image, noise)
     mx.clear_cache()
