@@ -114,7 +114,8 @@ def sized(components: dict[str, Component], sizes: int) -> Component:
 def _fill(name: str, config: Config, tensors: rules.Named, table: list[rules.Row], fix: str) -> Component:
     for width, n, what in _divided(config):
         if width % n:
-            raise Error(f"The {name} is {width} wide, which is no multiple of its {n} {what}.", fix)
+            where = f"{tensors[0][1].file}: the {name}" if tensors else f"The {name}"
+            raise Error(f"{where} is {width} wide, which is no multiple of its {n} {what}.", fix)
     parameters = tree_flatten(weights.build(name, asdict(config)).parameters())
     return Component(config, *rules.fill(tensors, table, {k: tuple(v.shape) for k, v in parameters}))
 

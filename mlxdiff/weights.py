@@ -17,7 +17,7 @@ from .errors import Error
 from .models import clip, flux, sd3, t5, taesd, unet, vae
 from .registry import FAMILIES
 
-FORMAT = 2  # goes up when `plan` changes, by which a quantized file is read again, or what a conversion comes out as
+FORMAT = 3  # goes up when `plan` changes, by which a quantized file is read again, or what a conversion comes out as
 NETWORKS = (
     (clip.Config, clip.CLIPText),
     (t5.Config, t5.T5Encoder),

@@ -2,6 +2,7 @@
 promise of strictness: what is missing, unknown or misshapen is an Error that names the tensor."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 
-from mlxdiff import weights
+from mlxdiff import convert, store, weights
 from mlxdiff.errors import Error
+from mlxdiff.folder import ModelFolder
 from mlxdiff.models import clip
 
 CONFIG = asdict(
@@ -202,6 +204,28 @@ def test_a_damaged_description_is_named(tmp_path, text):
     (tmp_path / "model.json").write_text(text)
     with pytest.raises(Error, match=r"model\.json"):
         weights.read_model(tmp_path)
+
+
+def test_converting_what_is_converted_is_refused_and_an_older_one_says_so(tmp_path):
+    write(tmp_path, arrays())
+    with pytest.raises(Error, match="is converted already"):
+        convert.open(tmp_path)
+    weights.write_json(tmp_path / "model.json", {"format": weights.FORMAT - 1})
+    with pytest.raises(Error, match=r"this version reads \d+\. Convert the checkpoint again"):
+        convert.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("family", "sd9"), ("family", None), ("recipe", None), ("prediction", 3), ("components", [])]
+)
+def test_a_description_says_all_that_drawing_asks(tmp_path, key, value):
+    """Reference: the built-in model's own, which opens, with one of its entries changed."""
+    model = weights.read_model(store.resolve("storybook"))
+    weights.write_json(tmp_path / "model.json", model)
+    assert ModelFolder(tmp_path).name == "storybook"
+    weights.write_json(tmp_path / "model.json", model | {key: value})
+    with pytest.raises(Error, match=rf"model\.json has {key} {re.escape(repr(value))}"):
+        ModelFolder(tmp_path)
 
 
 def test_a_writer_insists_on_every_tensor(tmp_path):
