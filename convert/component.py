@@ -23,6 +23,7 @@ CLASSES = {
     "T5EncoderModel": t5,
 }
 _ALONE = CLASSES | {"AutoencoderTiny": taesd}  # and what is no part of a model: a preview's decoder
+_WIDER = ("CLIPModel", "T5ForConditionalGeneration")  # of which the text encoder alone is read: its shapes tell it
 
 Config = clip.Config | flux.Config | sd3.Config | t5.Config | taesd.Config | unet.Config | vae.Config
 
@@ -64,9 +65,9 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named) ->
 def by_itself(name: str, family: str, path: Path, tensors: rules.Named) -> Component:
     """A network that `path` holds and nothing else: its config.json, where it has one, says more than shapes do."""
     beside = source.settings(path)
-    if beside is None:
+    settings = None if beside is None else Settings(beside)
+    if settings is None or settings.cls in _WIDER:
         return measured(name, family, tensors)
-    settings = Settings(beside)
     return configured(name, settings, settings.cls, tensors)
 
 

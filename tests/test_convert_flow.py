@@ -246,6 +246,16 @@ def test_t5_in_every_form(tmp_path):
             assert np.array_equal(np.array(weight.array()), source)
 
 
+def test_a_whole_t5_whose_settings_lie_beside_it(tmp_path):
+    """As T5's own repository has it: the same encoder as by its shapes alone."""
+    held = arrays(stir(T5ForConditionalGeneration(T5), 2))
+    settings = T5.to_dict() | {"architectures": ["T5ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    whole, alone = (convert.open(full(tmp_path / f"{n}.safetensors", held)) for n in ("model", "t5xxl"))
+    assert (whole.family, whole.unmapped, whole.missing) == ("t5", {}, [])
+    assert whole.components["text_encoder"].config == alone.components["text_encoder"].config
+
+
 def test_a_t5_of_scaled_8_bit_floats(saved, tmp_path):
     """As ComfyUI's t5xxl_fp8_e4m3fn_scaled has it: each matrix has its own scale. Reference: torch's product."""
     parts, source, _ = saved["dev"]
