@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from . import __version__
 from .errors import Error
@@ -191,7 +191,8 @@ def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check the path after --from-image.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise Error(f"{name} cannot be read as a picture: {e}.", "Give a PNG written by mlxdiff or A1111.") from None
+        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e  # else a buffer's address
+        raise Error(f"{name} cannot be read as a picture: {why}.", "Give a PNG written by mlxdiff or A1111.") from None
     if _CHUNK in info:
         try:
             return Request.from_json(info[_CHUNK]), info.get("mlxdiff-model")

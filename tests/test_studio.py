@@ -375,7 +375,7 @@ def test_a_picture_without_settings_says_so(studio):
     Image.new("RGB", (8, 8)).save(out, "PNG")
     with pytest.raises(Error, match=r"^The picture carries no settings"):
         studio.load(out.getvalue())
-    with pytest.raises(Error, match=r"^The picture cannot be read"):
+    with pytest.raises(Error, match=r"^The picture cannot be read as a picture: its format is not known\."):
         studio.load(b"not a picture")
     with pytest.raises(Error, match=r"^The file cannot be read"):
         heard(studio, do="drop", part=0, parts=1, begin=True, data=b"not a picture")
