@@ -90,8 +90,8 @@ def peaks(job: Job, gpu: bool) -> Peaks:
 
     kept, denoise = vae if job.image and not job.low_memory else 0, 0
     for j in jobs:
-        stays, passes = _draws(j, gpu)
-        denoise = max(denoise, kept + stays + passes)
+        stays, moves = _draws(j, gpu)
+        denoise = max(denoise, kept + stays + moves)
         kept += 0 if job.low_memory else stays
     decode = vae + _DECODER[gpu] * numbers + (0 if job.low_memory else _draws(job, gpu)[0])
     return Peaks(int(encode), int(denoise), int(decode))
@@ -270,14 +270,15 @@ def check_named(
     machine: Machine | None = None,
 ) -> None:
     """The same by the names or hub ids alone; of other models nothing is known yet."""
-    names = {n: n for n in MODELS} | {m.repo: n for n, m in MODELS.items()}
+    names = {n: n for n in MODELS} | {row.repo: n for n, row in MODELS.items() if row.repo is not None}
     asked = {"low_memory": low_memory, **weights.recipe(bits, dtype)}
-    if model in names:
-        job = named(names[model], request=request, **asked)
-        if refiner is not None and refiner in names:
+    known = [names[m] for m in (model, refiner) if m in names]
+    if known:
+        job = named(known[0], request=request, **asked)
+        if len(known) == 2:
             same = replace(request, width=job.width, height=job.height, steps=job.steps)
-            job = replace(job, refiner=named(names[refiner], request=same, **asked))
-        check(job, names[model], machine)
+            job = replace(job, refiner=named(known[1], request=same, **asked))
+        check(job, known[0], machine)
 
 
 def fits(job: Job, machine: Machine) -> bool:
@@ -292,13 +293,13 @@ def options(job: Job, machine: Machine) -> list[tuple[str, int]]:
     t5 = [("--no-t5", {"t5": False})] if job.t5 and plan.t5 is not None and plan.clip_read else []
     sizes = [(f"-W {n} -H {n}", {"width": n, "height": n}) for n in _SIZES if n < max(job.width, job.height)]
     fewer = [("-b 1", {"count": 1})] if job.count > 1 else []
-    alone = [("no --refiner", {"refiner": None})] if job.refiner is not None else []
+    unrefined = [("no --refiner", {"refiner": None})] if job.refiner is not None else []
 
     def first(kind: list[tuple[str, dict]]) -> list[tuple[str, int]]:
         found = ((flags, job.but(**change)) for flags, change in kind)
         return next(([(flags, max(peaks(j, machine.gpu)))] for flags, j in found if fits(j, machine)), [])
 
-    found = [way for kind in (low, fewer, t5, alone, bits, sizes) for way in first(kind)]
+    found = [way for kind in (low, fewer, t5, unrefined, bits, sizes) for way in first(kind)]
     if low and not first(low):  # then it may spare some bits, or some pictures
         alone = {flags for flags, _ in found}
         found = [way for way in first(both(bits, low)) if way[0].removesuffix(" --low-memory") not in alone] + found
