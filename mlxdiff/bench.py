@@ -82,6 +82,8 @@ def measure(args: argparse.Namespace) -> dict:
     else:
         pipe = RandomPipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force, bits=args.quantize)
     request = asked(pipe, args)
+    if args.against is not None:
+        bench_torch.check(pipe)
     batch = 2 if request.guidance > 1 and pipe.two_passes else 1
     facts = {
         "mlxdiff": __version__,

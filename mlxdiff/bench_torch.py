@@ -22,13 +22,17 @@ PROGRAM = Path(__file__).with_name("bench_torch.txt")
 T = 500.0  # any time of training
 
 
-def compare(pipe: Pipeline, request: Request, batch: int, repeat: int) -> dict:
-    """Seconds of one call of the U-Net, ours and torch's, A B A B after a call each to warm up; how far apart the
-    outputs are where the weights are the same (not so for random ones); or what is absent."""
+def check(pipe: Pipeline) -> None:
+    """Refuse, before anything is measured, what torch has no network for."""
     if "unet" not in pipe.model["components"]:
         raise Error(f"--against torch knows U-Nets; {pipe.name} has none.", "Leave it out.")
     if pipe.model["recipe"]["bits"] is not None:
         raise Error(f"{pipe.name} is quantized, which torch cannot read.", "Leave --against out, or do not quantize.")
+
+
+def compare(pipe: Pipeline, request: Request, batch: int, repeat: int) -> dict:
+    """Seconds of one call of the U-Net, ours and torch's, A B A B after a call each to warm up; how far apart the
+    outputs are where the weights are the same (not so for random ones); or what is absent."""
     net, values = pipe.network("unet"), inputs(pipe, request, batch)
     arrays = {k: mx.array(v) for k, v in values.items()}
     x = arrays.pop("x").astype(net.conv_in.weight.dtype)
