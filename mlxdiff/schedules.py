@@ -261,7 +261,7 @@ def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
 
 
 def flow_linspace(schedule: Flow, n: int) -> np.ndarray:
-    """As SD3's pipeline in diffusers has it: down to the smallest sigma of training, where that was shifted, again."""
+    """As SD3's pipeline in diffusers has it: down to training's smallest sigma, which a fixed shift moves twice."""
     least = 1 / schedule.n
     return schedule.shifted(np.linspace(1, least if schedule.dynamic else schedule.shifted(least), n))
 
@@ -272,7 +272,7 @@ def flow_trailing(schedule: Flow, n: int) -> np.ndarray:
 
 
 def flow_sgm_uniform(schedule: Flow, n: int) -> np.ndarray:
-    """With the clean end left out, as UniPC in diffusers has it."""
+    """With the clean end left out, as UniPC and DPM++ in diffusers have it."""
     return schedule.shifted(np.linspace(1, 1 / schedule.n, n + 1)[:-1])
 
 

@@ -40,11 +40,11 @@ class View(anywidget.AnyWidget):
     shown = t.Dict().tag(sync=True)  # key, png, title, caption, name, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
-    _parts: list[bytes]  # so far, of a file that is being dropped
+    _parts: tuple[bytes, ...] = ()  # so far, of a file that is being dropped
 
     def whole(self, message: dict, buffers: list) -> bytes | None:
         """A dropped file once its last part is here. In one large message it would end the connection to the kernel."""
-        self._parts = [*(self._parts if message["part"] else []), bytes(buffers[0])]
+        self._parts = (*(self._parts if message["part"] else ()), bytes(buffers[0]))
         return b"".join(self._parts) if message["part"] + 1 == message["parts"] else None
 
     def say(self, text: str, progress: float = 0.0, aloud: bool = True) -> None:

@@ -144,7 +144,7 @@ class Lesson(w.VBox):
         """Draw, and where there are new data, of these and what they answer alone."""
         with self._showing:
             if data is not None:
-                self.data, self.asked = data, asked
+                self.asked, self.data = asked, data  # in this order: whoever watches the data may look at both
             self.redraw()
 
     def _progress(self, part: float | None) -> None:
