@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 
-from mlxdiff import convert, store, weights
+from mlxdiff import convert, load, store, weights
 from mlxdiff.errors import Error
 from mlxdiff.folder import ModelFolder
 from mlxdiff.models import clip
@@ -224,8 +224,9 @@ def test_a_description_says_all_that_drawing_asks(tmp_path, key, value):
     weights.write_json(tmp_path / "model.json", model)
     assert ModelFolder(tmp_path).name == "storybook"
     weights.write_json(tmp_path / "model.json", model | {key: value})
-    with pytest.raises(Error, match=rf"model\.json has {key} {re.escape(repr(value))}"):
-        ModelFolder(tmp_path)
+    for opened in (ModelFolder, load):
+        with pytest.raises(Error, match=rf"model\.json has {key} {re.escape(repr(value))}"):
+            opened(tmp_path)
 
 
 def test_a_writer_insists_on_every_tensor(tmp_path):
