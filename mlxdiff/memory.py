@@ -304,7 +304,8 @@ def options(job: Job, machine: Machine) -> list[tuple[str, int]]:
         alone = {flags for flags, _ in found}
         found = [way for way in first(both(bits, low)) if way[0].removesuffix(" --low-memory") not in alone] + found
         found = found if "-b 1" in alone else first(both(low, fewer)) + found
-    return found or first(both(t5, low)) or first(both(both(both(bits, low), fewer), sizes))
+    found = found or first(both(t5, low)) or first(both(unrefined, low))
+    return found or first(both(both(both(bits, low), fewer), sizes))
 
 
 def both(some: list[tuple[str, dict]], others: list[tuple[str, dict]]) -> list[tuple[str, dict]]:

@@ -16,7 +16,12 @@ from .gallery import Picture
 from .worker import Update
 
 _STRIP = 100  # thumbnails kept on the page
-_FLAGS = {r"-q (\d)": '"bits": {}', "--low-memory": '"low_memory": True', "--force": '"force": True'}
+_FLAGS = {
+    r"-q (\d)": '"bits": {}',
+    "--low-memory": '"low_memory": True',
+    "no --refiner": '"refiner": None',
+    "--force": '"force": True',
+}
 _STAGES = {
     "open": "Opening the model",
     "download": "Downloading",
