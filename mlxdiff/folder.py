@@ -14,28 +14,13 @@ from .registry import FAMILIES, Defaults
 from .request import Request
 from .schedules import Schedule
 
-# What model.json must say before anything of it is used.
-_DESCRIPTION = {
-    "name": str,
-    "family": str,
-    "variant": str,
-    "prediction": str,
-    "recipe": dict,
-    "schedule": dict,
-    "components": dict,
-}
-
 
 class ModelFolder:
     """What `Pipeline` runs on. Opening one reads its description alone."""
 
     def __init__(self, folder: Path, low_memory: bool = False, defaults: Defaults | None = None):
         self.folder, self.low_memory = Path(folder), low_memory
-        self.model = weights.read_model(self.folder)
-        for key, kind in _DESCRIPTION.items():
-            if not isinstance(self.model.get(key), kind) or (key == "family" and self.model[key] not in FAMILIES):
-                found = f"{self.folder / 'model.json'} has {key} {self.model.get(key)!r:.60}."
-                raise Error(found, "Convert the checkpoint again.")
+        self.model = weights.read_description(self.folder)
         self.name = self.model["name"]
         self.family = FAMILIES[self.model["family"]]
         kind = self.model["family"], self.model["variant"]

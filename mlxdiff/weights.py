@@ -216,6 +216,28 @@ def read_model(folder: Path) -> dict:
     return model
 
 
+# What drawing asks of a description.
+_SOUND = {
+    "name": lambda v: isinstance(v, str),
+    "family": lambda v: v in [*FAMILIES],
+    "variant": lambda v: isinstance(v, str),
+    "prediction": lambda v: isinstance(v, str),
+    "recipe": lambda v: isinstance(v, dict) and v.get("dtype") in [*DTYPES] and v.get("bits") in [None, *BITS],
+    "schedule": lambda v: isinstance(v, dict),
+    "components": lambda v: isinstance(v, dict) and all(isinstance(config, dict) for config in v.values()),
+}
+
+
+def read_description(folder: Path) -> dict:
+    """The same of a model to draw with, which says more than its format."""
+    model = read_model(folder)
+    for key, sound in _SOUND.items():
+        if not sound(model.get(key)):
+            found = f"{Path(folder) / 'model.json'} has {key} {model.get(key)!r:.60}."
+            raise Error(found, "Convert the checkpoint again.")
+    return model
+
+
 def load(folder: Path, name: str, model: dict) -> nn.Module:
     """One component of a model folder. Its weights are read from disk when they are first evaluated."""
     path = Path(folder) / f"{name}.safetensors"

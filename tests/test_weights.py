@@ -216,7 +216,15 @@ def test_converting_what_is_converted_is_refused_and_an_older_one_says_so(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("family", "sd9"), ("family", None), ("recipe", None), ("prediction", 3), ("components", [])]
+    ("key", "value"),
+    [
+        ("family", "sd9"),
+        ("family", None),
+        ("prediction", 3),
+        ("recipe", None),
+        ("recipe", {"bits": None, "dtype": "float12"}),
+        ("components", {"unet": 3}),
+    ],
 )
 def test_a_description_says_all_that_drawing_asks(tmp_path, key, value):
     """Reference: the built-in model's own, which opens, with one of its entries changed."""
