@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--from-image", type=Path, metavar="PNG", help="take the settings of a picture; flags win")
 
     g = p.add_argument_group("how to draw it")
-    g.add_argument("--steps", type=int, metavar="N", help="more are slower and finer (default: the model's, 1 to 40)")
+    g.add_argument("--steps", type=int, metavar="N", help="more are slower and finer (default: the model's own)")
     g.add_argument("-g", "--guidance", "--cfg-scale", type=float, metavar="G", help="pull to the prompt; 1 is none")
     g.add_argument("--rescale", type=float, metavar="R", help="guidance rescale, 0 to 1 (default 0)")
     g.add_argument("--interval", type=float, nargs=2, metavar=("FROM", "TO"), help="fractions of the steps to guide")
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("where it goes")
     g.add_argument("-o", "--output", type=Path, metavar="FILE", help="file or folder; never overwrites")
-    g.add_argument("--preview-dir", type=Path, metavar="DIR", help="write a rough picture of every step there")
+    g.add_argument("--preview-dir", type=Path, metavar="DIR", help="write a rough picture of every step there (slower)")
     g.add_argument("--taesd", metavar="auto|FILE", help="draw these by a tiny decoder: auto fetches the model's, 10 MB")
     g.add_argument("--json", action="store_true", help="one JSON line a picture on standard output, no bar")
     g.add_argument("-v", "--verbose", action="store_true", help="say what was chosen")
@@ -123,10 +123,14 @@ def draw(args: argparse.Namespace) -> int:
             progress=bar.progress,
         )
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
+        if args.taesd == "auto" and pipe.previews_by_vae:
+            bar.write(f"{pipe.name} draws previews by its own VAE, which is small: no TAESD is needed.")
         if args.verbose:
             bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for request in requests:
+            if request.negative and pipe.cfg(request) <= 1:
+                bar.write("Without guidance above 1 a negative prompt does nothing.")
             strange = catalogue.strange(request.prompt) if pipe.name == catalogue.BUILTIN else []
             if strange:
                 known = f"`mlxdiff models {pipe.name}` lists what it knows."
@@ -167,7 +171,8 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
         try:
             lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise Error(f"{args.prompt_file} cannot be read: {e}.", "Give a text file, a prompt a line.") from None
+            why = getattr(e, "strerror", None) or "it is no UTF-8 text"
+            raise Error(f"{args.prompt_file} cannot be read: {why}.", "Give a text file, a prompt a line.") from None
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")

@@ -122,6 +122,16 @@ def test_prompts_from_a_file_and_from_standard_input(here, model, monkeypatch, c
     assert images.read_settings(here / "stdin.png")[0].prompt == "a cat\n\n  a dog"
 
 
+def test_settings_that_do_nothing_are_told(here, model, capsys):
+    said = ["--preview-dir", "steps", "--taesd", "auto", "-n", "blue", "-g", "1"]
+    assert main(quick(model, "a fox", "-o", "a.png", *said)) == 0
+    told = capsys.readouterr().err
+    assert "no TAESD is needed" in told
+    assert "Without guidance above 1 a negative prompt does nothing" in told
+    assert main(quick(model, "a fox", "-o", "b.png", "-n", "blue", "-g", "2")) == 0
+    assert "does nothing" not in capsys.readouterr().err
+
+
 def test_previews_of_every_step(here, model):
     assert main(quick(model, "a fox", "-s", "1", "-o", "a.png", "--preview-dir", "steps")) == 0
     assert files(here) == ["a.png", "steps/1-001.png", "steps/1-002.png"]

@@ -194,6 +194,7 @@ MAY = {
     "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request"},
     "mlxdiff.widgets.worker": {
         "mlxdiff.errors",
+        "mlxdiff.memory",
         "mlxdiff.pipeline",
         "mlxdiff.registry",
         "mlxdiff.request",

@@ -286,6 +286,16 @@ def test_adherence_and_distance_by_hand(monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_folder_of_something_else_and_no_judge_are_refused(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["storybook", "--out", str(tmp_path)]) == 1
+    assert "holds something else than a run" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert main(["judge", "storybook", "--judge", str(tmp_path / "notes.txt")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "notes.txt is no judge" in line
+
+
 def test_from_nothing_to_a_folder_that_others_open(tmp_path, capsys, monkeypatch):
     """A run of a few steps: both losses fall, the same command goes on without doing anything twice, other settings
     are refused, and diffusers draws from the folder what we draw (float16 file, float32 arithmetic on both sides)."""

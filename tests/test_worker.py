@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from mlxdiff import load
+from mlxdiff import load, memory
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 from mlxdiff.widgets.worker import Cancelled, Worker
@@ -137,6 +137,18 @@ def test_a_failure_in_the_middle_holds_no_arrays():
     inside = [f for f in frames if f.f_code.co_name == "stream"]
     assert [f.f_locals for f in inside] == [{}]
     assert worker.submit("fake", Request("a", steps=1), quiet).result(WAIT).images
+
+
+def test_what_is_too_large_is_refused_before_it_is_opened(heard, monkeypatch):
+    """By the request's own size, which a download would be for nothing; with force it is opened all the same."""
+    monkeypatch.setattr(memory, "this_machine", lambda: memory.mac(8))
+    worker = Worker(fakes.load)
+    large = Request("a", steps=2, width=2048, height=2048)
+    with pytest.raises(Error, match="sdxl at 2048x2048 takes about"):
+        worker.submit("sdxl", large, heard).result(WAIT)
+    assert heard.stages() == ["open", "failed"]
+    worker.submit("sdxl", replace(large, width=64, height=64), heard, force=True).result(WAIT)
+    assert heard.stages()[-1] == "done"
 
 
 def test_memory_errors_are_readable():

@@ -81,6 +81,7 @@ def lab(path: Path, what: str, browser: bool, prepare: Callable[[str, str], None
     """JupyterLab open on a notebook, until Ctrl-C."""
     token, port = secrets.token_hex(16), _free_port()
     url = f"http://127.0.0.1:{port}"
+    print("Starting JupyterLab ...", flush=True)
     with tempfile.TemporaryFile("w+") as log:
         server = _serve(path.parent, token, port, log)
         try:

@@ -21,6 +21,7 @@ _FLAGS = {
     "--low-memory": '"low_memory": True',
     "no --refiner": '"refiner": None',
     "--force": '"force": True',
+    "--offline": '"offline": True',
 }
 _STAGES = {
     "open": "Opening the model",

@@ -65,7 +65,12 @@ def train(args) -> int:
         args.seed,
     )
     _same_run(args.out, recipe)
-    print(f"Rendering {recipe.pictures} pictures first." if not (args.out / "scenes.json").exists() else "Going on.")
+    if (args.out / "scenes.json").exists():
+        print("Going on.")
+    else:
+        size = recipe.pictures * 3 * 128**2 / 1e9
+        print(f"Rendering {recipe.pictures} pictures first, {size:.2g} GB in {args.out}.")
+        print("Every stage has a bar that says how long it takes. Ctrl-C stops it, and the same command goes on.")
     totals = {"vae": recipe.vae_steps, "denoiser": recipe.steps}
     sizes = {"vae": max(1, recipe.batch // 4), "denoiser": recipe.batch}
     bars: dict[str, tqdm] = {}
@@ -92,6 +97,8 @@ def _same_run(folder: Path, recipe: Recipe) -> None:
         if changed:
             told = ", ".join(f"{k} {before.get(k)}" for k in changed)
             raise Error(f"{folder} holds a run with {told}.", "Give the same settings, or another --out.")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Error(f"{folder} holds something else than a run.", "Give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -102,7 +109,7 @@ def judge(args) -> int:
     from . import judge as judges
     from . import measure
 
-    pipe, referee = load(args.model, bits=args.quantize, dtype=args.dtype), judges.load(args.judge)
+    referee, pipe = judges.load(args.judge), load(args.model, bits=args.quantize, dtype=args.dtype)
     chosen = measure.scenes(args.scenes, args.unseen)
     _line("renders", judges.adherence(referee, measure.renders(chosen), chosen))
     for guidance, steps, sampler in product(args.guidance, args.steps, args.sampler):

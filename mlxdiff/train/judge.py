@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import Error
 from .storybook import COLOURS, OBJECTS, POSITIONS, SKIES, TERRAINS, TIMES, Scene
 
 WORDS = {
@@ -45,7 +46,11 @@ class Judge(nn.Module):
 
 def load(path: Path) -> Judge:
     judge = Judge()
-    judge.load_weights(str(path))
+    try:
+        judge.load_weights(str(path))
+    except (OSError, RuntimeError, ValueError) as e:
+        found = str(e).splitlines()[0]
+        raise Error(f"{path} is no judge: {found}.", "Give tests/data/judge.safetensors of the sources.") from None
     judge.apply(lambda w: w.astype(mx.float32))
     judge.eval()
     return judge
