@@ -25,6 +25,7 @@ def started(lab, tmp_path):  # lab: for its skip, and for a place of settings of
     begin = time.perf_counter()
     with open(tmp_path / "err", "w") as err:
         server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=err, text=True)
+    assert server.stdout.readline().startswith("Starting JupyterLab")
     line = server.stdout.readline()
     lab.timings["mlxdiff studio: address after"] = time.perf_counter() - begin
     address = re.search(r"http://\S+", line)
