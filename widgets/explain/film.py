@@ -36,11 +36,8 @@ class FilmStrip(Lesson):
         self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
         self.at = w.IntSlider(1, min=1, max=steps, description="Step")
-        asks = (self.prompt, self.seed, self.steps)
-        super().__init__(*asks, played(self.at, 300), asks=asks, **options)
-
-    def settings(self) -> dict:
-        return {"prompt": self.prompt.value, "seed": self.seed.value, "steps": self.steps.value}
+        asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
+        super().__init__(*asks.values(), played(self.at, 300), asks=asks, **options)
 
     def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> list[Frame]:
         frames = []

@@ -52,7 +52,7 @@ class ForwardNoise(Lesson):
         self.kind = w.Dropdown(options=list(ENDS), value=kind, description="Schedule")
         self.at = w.IntSlider(at, min=1, max=STEPS, description="Step")
         self.file = w.FileUpload(accept="image/*", description="Own picture")
-        super().__init__(self.kind, played(self.at, 150, step=10), self.file, asks=(self.file,))
+        super().__init__(self.kind, played(self.at, 150, step=10), self.file, asks={"file": self.file})
         self.show(scene() if picture is None else picture)
 
     def ask(self) -> None:

@@ -34,17 +34,11 @@ class TwoAnswers(Lesson):
         self.guidance = w.FloatSlider(4.0, min=1, max=16, step=0.5, description="Guidance", continuous_update=False)
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
-        asks = (self.prompt, self.seed, self.guidance, self.at)
-        super().__init__(*asks, asks=asks, **options)
+        asks = {"prompt": self.prompt, "seed": self.seed, "guidance": self.guidance, "at": self.at}
+        super().__init__(*asks.values(), asks=asks, **options)
 
     def settings(self) -> dict:
-        return {
-            "prompt": self.prompt.value,
-            "seed": self.seed.value,
-            "guidance": self.guidance.value,
-            "steps": self.at.max,
-            "at": self.at.value,
-        }
+        return super().settings() | {"steps": self.at.max}
 
     def work(self, pipe, told: Told, prompt: str, seed: int, guidance: float, steps: int, at: int) -> Answers:
         empty, positive = sides(pipe, prompt, seed=seed, steps=steps)
@@ -113,11 +107,8 @@ class GuidanceSweep(Lesson):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
-        asks = (self.prompt, self.seed, self.steps)
-        super().__init__(*asks, asks=asks, **options)
-
-    def settings(self) -> dict:
-        return {"prompt": self.prompt.value, "seed": self.seed.value, "steps": self.steps.value}
+        asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
+        super().__init__(*asks.values(), asks=asks, **options)
 
     def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> list[Run]:
         runs = []
@@ -173,16 +164,8 @@ class Negative(Lesson):
         self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
         self.show = w.ToggleButtons(options=("both", "without", "with"), style={"button_width": "5em"})
-        asks = (self.prompt, self.negative, self.seed, self.steps)
-        super().__init__(*asks, self.show, asks=asks, **options)
-
-    def settings(self) -> dict:
-        return {
-            "prompt": self.prompt.value,
-            "negative": self.negative.value,
-            "seed": self.seed.value,
-            "steps": self.steps.value,
-        }
+        asks = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed, "steps": self.steps}
+        super().__init__(*asks.values(), self.show, asks=asks, **options)
 
     def work(self, pipe, told: Told, prompt: str, negative: str, seed: int, steps: int) -> list[Image.Image]:
         drawn = []

@@ -49,10 +49,7 @@ class Channels(Lesson):
     def __init__(self, seed: int = 3, **options):
         self.scene = scene_slider(seed)
         self._table: np.ndarray | None = None
-        super().__init__(self.scene, asks=(self.scene,), **options)
-
-    def settings(self) -> dict:
-        return {"seed": self.scene.value}
+        super().__init__(self.scene, asks={"seed": self.scene}, **options)
 
     def work(self, pipe, told: Told, seed: int) -> Read:
         if self._table is None:
@@ -133,8 +130,15 @@ class Nudge(Lesson):
             for at, name in zip(place or (9, 9), ("Row", "Column"), strict=True)
         )
         self.scene = scene_slider(seed)
-        asks = (self.amount, self.channel, self.where, self.row, self.column, self.scene)
-        super().__init__(*asks, asks=asks, **options)
+        asks = {
+            "amount": self.amount,
+            "channel": self.channel,
+            "where": self.where,
+            "row": self.row,
+            "column": self.column,
+            "seed": self.scene,
+        }
+        super().__init__(*asks.values(), asks=asks, **options)
 
     def settings(self) -> dict:
         place = (self.row.value - 1, self.column.value - 1)
@@ -205,14 +209,12 @@ class RoundTrip(Lesson):
     def __init__(self, seed: int = 3, **options):
         self.scene = scene_slider(seed)
         self.file = w.FileUpload(accept="image/*", description="Own picture")
-        super().__init__(self.scene, self.file, asks=(self.scene, self.file), **options)
+        super().__init__(self.scene, self.file, asks={"seed": self.scene, "file": self.file}, **options)
 
     def settings(self) -> dict:
         chosen = self.file.value[-1] if self.file.value else None
-        return {
-            "seed": self.scene.value,
-            "file": None if chosen is None else (chosen["name"], bytes(chosen["content"])),
-        }
+        file = None if chosen is None else (chosen["name"], bytes(chosen["content"]))
+        return super().settings() | {"file": file}
 
     def work(
         self, pipe, told: Told, seed: int, file: tuple[str, bytes] | None

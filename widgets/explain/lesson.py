@@ -1,7 +1,8 @@
 """What the lessons share: one idea above a figure, its controls, what the figure shows in words, one thing to try.
 
 A lesson is a subclass with `work`, which runs on the engine's thread (see worker.py) and returns numbers and pictures,
-and `figure` and `words`, which show them and touch no MLX. Moving a control of `asks` works anew, any other redraws."""
+and `figure` and `words`, which show them and touch no MLX. Moving a control of `asks` works anew, with the values of
+these under their names; moving any other redraws."""
 
 import base64
 import functools
@@ -53,9 +54,10 @@ class Lesson(w.VBox):
     data = t.Any(None, help="what `work` returned last")
     error = t.Any(None, help="what went wrong last; `raise lesson.error` shows where")
 
-    def __init__(self, *controls: w.Widget, asks: tuple[w.Widget, ...] = (), worker: Worker | None = None):
+    def __init__(self, *controls: w.Widget, asks: dict[str, w.Widget] | None = None, worker: Worker | None = None):
         self._worker = shared() if worker is None else worker
         self._job: Job | None = None
+        self._asks = {} if asks is None else asks
         self._turn = 0  # which wish the newest job is for
         self.asked = self.settings()  # what `data` are the answer to: the controls may have moved on
         self._showing = threading.RLock()  # data come on one thread while controls move on another
@@ -75,11 +77,13 @@ class Lesson(w.VBox):
             ]
         )
         self.add_class("mlxdiff-lesson")
-        for control in asks:
+        for control in self._asks.values():
             control.observe(lambda _: self.ask(), "value")
         for control in controls:
             for part in (control, *getattr(control, "children", ())):
-                if part not in asks and not isinstance(part, w.Play):  # which moves a slider, and that redraws
+                if part not in self._asks.values() and not isinstance(
+                    part, w.Play
+                ):  # which moves a slider, and that redraws
                     part.observe(lambda _: self._show(), "value")
 
     # --- what a lesson says: each has its own
@@ -88,8 +92,8 @@ class Lesson(w.VBox):
         """On the engine's thread: all that takes time. Returns what `figure` and `words` show."""
 
     def settings(self) -> dict:
-        """The controls' values that `work` needs, read before it is queued: it must not look at widgets."""
-        return {}
+        """What `work` is called with, read before it is queued: it must not look at widgets."""
+        return {name: control.value for name, control in self._asks.items()}
 
     def figure(self) -> Figure:
         """What the lesson shows: of the data, of `asked`, and of the controls that only choose what is looked at."""

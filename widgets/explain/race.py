@@ -58,11 +58,8 @@ class SamplerRace(Lesson):
         # A list, not a slider: every value on the way would be a race of ten seconds or more.
         self.guidance = w.Dropdown(options=(1.0, 2.0, 4.0, 8.0), value=guidance, description="Guidance")
         self.axis = w.Dropdown(options=("steps", "network calls"), description="Against")
-        asks = (self.prompt, self.seed, self.guidance)
-        super().__init__(self.axis, *asks, asks=asks, **options)
-
-    def settings(self) -> dict:
-        return {"prompt": self.prompt.value, "seed": self.seed.value, "guidance": self.guidance.value}
+        asks = {"prompt": self.prompt, "seed": self.seed, "guidance": self.guidance}
+        super().__init__(self.axis, *asks.values(), asks=asks, **options)
 
     def work(self, pipe, told: Told, prompt: str, seed: int, guidance: float) -> Race:
         same = {"seed": seed, "guidance": guidance, "schedule": SCHEDULE}

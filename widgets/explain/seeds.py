@@ -29,11 +29,8 @@ class SeedGrid(Lesson):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=_PROMPT)
         self.seed = seed_box(seed, "First seed")
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
-        asks = (self.prompt, self.seed, self.steps)
-        super().__init__(*asks, asks=asks, **options)
-
-    def settings(self) -> dict:
-        return {"prompt": self.prompt.value, "seed": self.seed.value, "steps": self.steps.value}
+        asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
+        super().__init__(*asks.values(), asks=asks, **options)
 
     def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> Grids:
         runs = [{"prompt": prompt, "count": len(PROMPTS)}, *({"prompt": other} for other in PROMPTS[1:])]
@@ -81,11 +78,8 @@ class BetweenSeeds(Lesson):
         self.a = seed_box(a, "From seed")
         self.b = seed_box(b, "To seed")
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
-        asks = (self.prompt, self.a, self.b, self.steps)
-        super().__init__(*asks, asks=asks, **options)
-
-    def settings(self) -> dict:
-        return {"prompt": self.prompt.value, "a": self.a.value, "b": self.b.value, "steps": self.steps.value}
+        asks = {"prompt": self.prompt, "a": self.a, "b": self.b, "steps": self.steps}
+        super().__init__(*asks.values(), asks=asks, **options)
 
     def work(self, pipe, told: Told, prompt: str, a: int, b: int, steps: int) -> Between:
         ends = noise_of(pipe, a), noise_of(pipe, b)

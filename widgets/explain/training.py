@@ -39,10 +39,7 @@ class Loss(Lesson):
 
     def __init__(self, scenes: int = 3, **options):
         self.scenes = w.IntSlider(scenes, min=1, max=12, description="Scenes", continuous_update=False)
-        super().__init__(self.scenes, asks=(self.scenes,), **options)
-
-    def settings(self) -> dict:
-        return {"count": self.scenes.value}
+        super().__init__(self.scenes, asks={"count": self.scenes}, **options)
 
     def work(self, pipe, told: Told, count: int) -> Losses:
         scenes, found = measure.scenes(count), []
@@ -125,10 +122,8 @@ class TwoMoons(Lesson):
         self.steps = w.IntSlider(steps, min=100, max=5000, step=100, description="Steps", continuous_update=False)
         self.seed = seed_box(seed)
         self.ratio = w.SelectionSlider(options=RATIOS, value=0.3, description="Noise")
-        super().__init__(self.ratio, self.steps, self.seed, asks=(self.steps, self.seed), **options)
-
-    def settings(self) -> dict:
-        return {"steps": self.steps.value, "seed": self.seed.value}
+        asks = {"steps": self.steps, "seed": self.seed}
+        super().__init__(self.ratio, *asks.values(), asks=asks, **options)
 
     def work(self, pipe, told: Told, steps: int, seed: int) -> dict[str, Learner]:
         points = toy.two_moons(2000)

@@ -39,11 +39,8 @@ class WordMaps(Lesson):
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
         self.word = w.IntSlider(3, min=1, max=99, description="Word")
         self.at = w.IntSlider(steps, min=1, max=steps, description="Step")
-        asks = (self.prompt, self.seed, self.steps)
-        super().__init__(*asks, self.word, played(self.at, 500), asks=asks, **options)
-
-    def settings(self) -> dict:
-        return {"prompt": self.prompt.value, "seed": self.seed.value, "steps": self.steps.value}
+        asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
+        super().__init__(*asks.values(), self.word, played(self.at, 500), asks=asks, **options)
 
     def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> Read:
         maps = []
