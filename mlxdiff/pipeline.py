@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,13 +159,7 @@ class Pipeline(ModelFolder):
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
 
-        noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
-        shape = (*self.latent_size(request), self.latent_channels)
-
-        def draw() -> mx.array:
-            return draw_nhwc(noise, *shape)
-
-        begun = None
+        draw, begun = self.noise(request), None
         if request.image is not None:  # the seed's first draw goes to the VAE, as in diffusers
             begun = yield from self._encode_image(request, draw())
         first = draw()  # drawn even if not used: a noisy sampler goes on where this ends
@@ -207,6 +202,11 @@ class Pipeline(ModelFolder):
         return (self.folder / "vae.safetensors").stat().st_size <= _SMALL_VAE
 
     # --- the stages; `probe` looks at some of them alone
+
+    def noise(self, request: Request) -> Callable[[], mx.array]:
+        """What draws standard noise (B, h, w, c) by the request's seeds, another at each call."""
+        seeds = [Noise(request.seed + i, request.noise) for i in range(request.count)]
+        return partial(draw_nhwc, seeds, *self.latent_size(request), self.latent_channels)
 
     def texts(self, request: Request) -> Iterator[Event]:
         """Texts of the negative prompt (if this run is guided) and of the prompt; remembered for the next seed."""

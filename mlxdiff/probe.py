@@ -17,7 +17,6 @@ from PIL import Image
 from . import conditioning, images, samplers, schedules, tokenizers
 from .errors import Error
 from .models.layers import split_heads
-from .noise import Noise, draw_nhwc
 from .pipeline import Event, Pipeline
 from .request import Request
 
@@ -55,8 +54,7 @@ def trace(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Step]:
 def noise_of(pipe: Pipeline, seed: int, **settings) -> np.ndarray:
     """The standard noise (B, h, w, c) that a run of this seed starts from."""
     request = pipe.resolve("", seed=seed, **settings)
-    noise = [Noise(request.seed + i, request.noise) for i in range(request.count)]
-    return np.array(draw_nhwc(noise, *pipe.latent_size(request), pipe.latent_channels))
+    return np.array(pipe.noise(request)())
 
 
 def from_noise(pipe: Pipeline, noise: np.ndarray, prompt: str | Request, **settings) -> Iterator[Event]:

@@ -113,7 +113,6 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.images",
         "mlxdiff.models.layers",
-        "mlxdiff.noise",
         "mlxdiff.pipeline",
         "mlxdiff.request",
         "mlxdiff.samplers",
