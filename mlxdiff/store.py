@@ -136,11 +136,10 @@ def _as_it_is(folder: Path, asked: dict, order: Order) -> Path:
     """Our own format is used in place; it cannot be converted once more."""
     if order.parts:
         raise Error(f"{folder} is already converted; it takes no other parts.", "Convert the original checkpoint.")
-    model = weights.read_model(folder)
-    recipe = model.get("recipe")  # where it says none, or nothing that is one, opening it will tell
-    has = (recipe if isinstance(recipe, dict) else {}) | {"prediction": model.get("prediction")}
+    model = weights.read_description(folder)
+    has = model["recipe"] | {"prediction": model["prediction"]}
     for key, value in asked.items():
-        if value is not None and key in has and value != has[key]:
+        if value is not None and value != has[key]:
             raise Error(
                 f"{folder} is already converted, with {key} {has[key]}, not {value}.",
                 "Convert the original checkpoint again with what you want.",

@@ -41,7 +41,7 @@ def fake_save(checkpoint, target, bits, dtype, tokenizer, progress):
     if tokenizer is not None:
         (target / "tokenizer" / "from").write_text(str(tokenizer), encoding="utf-8")
     model = {"format": weights.FORMAT, "components": {"unet": {}}, "tokenizers": {"tokenizer": {}}, "files": names}
-    model["name"] = source.resolve().name
+    model |= {"name": source.resolve().name, "family": "sd1", "variant": "base", "schedule": {}}
     model |= {"recipe": {"dtype": dtype, "bits": bits}, "prediction": checkpoint.prediction}
     weights.write_json(target / "model.json", model)
     progress("convert", len(files), len(files))
