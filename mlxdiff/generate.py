@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import BLAS, catalogue, images, memory, samplers, schedules
+from . import BLAS, catalogue, images, samplers, schedules
 from .console import Parser, run
 from .errors import Error
 from .pipeline import Event, Pipeline, load
@@ -104,8 +104,6 @@ def draw(args: argparse.Namespace) -> int:
     _writable(args.output)
     if args.taesd is not None and args.preview_dir is None:
         raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
-    for request in requests if not args.force else []:  # before a download that would be for nothing
-        memory.check_named(model, args.quantize, args.dtype, args.low_memory, request, args.refiner)
     with Bar(quiet=args.json) as bar:
         pipe = load(
             model,
@@ -116,6 +114,7 @@ def draw(args: argparse.Namespace) -> int:
             offline=args.offline,
             low_memory=args.low_memory,
             force=args.force,
+            request=requests[0],  # the others differ in words and seeds
             tokenizer=args.tokenizer,
             prediction=args.prediction,
             t5=any(r.t5 for r in requests),
@@ -130,7 +129,8 @@ def draw(args: argparse.Namespace) -> int:
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for request in requests:
             if request.negative and pipe.cfg(request) <= 1:
-                bar.write("Without guidance above 1 a negative prompt does nothing.")
+                why = "Without guidance above 1" if pipe.two_passes else f"As {pipe.name} draws in one pass,"
+                bar.write(f"{why} a negative prompt does nothing.")
             strange = catalogue.strange(request.prompt) if pipe.name == catalogue.BUILTIN else []
             if strange:
                 known = f"`mlxdiff models {pipe.name}` lists what it knows."

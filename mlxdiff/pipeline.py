@@ -62,20 +62,22 @@ def load(
     offline: bool = False,
     low_memory: bool = False,
     force: bool = False,
+    request: Request | None = None,
     **options,
 ) -> "Pipeline":
     """Open a model: a name (`mlxdiff models` lists them), a hub id, a folder, or a .safetensors file. Whatever must be
     downloaded or converted is, once. bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: float16,
     bfloat16, float32; by default what suits this machine. taesd: "auto", a hub id, a folder or a file: the tiny decoder
     to draw previews with. Auto is the one made for the model's family, where its VAE is too large for that. low_memory:
-    slower, smaller. force: try also what this machine has too little memory for. options: see `store.resolve`
-    (tokenizer, prediction, ...)."""
+    slower, smaller. force: try also what this machine has too little memory for. request: what is going to be drawn, so
+    that what is too large is refused before a download. options: see `store.resolve` (tokenizer, prediction, ...)."""
     from . import store
 
     fetched = [str(name) for name in (model, refiner) if name is not None and store.local(name) is None]
-    if fetched and not force:  # before a download: at the least size, the real one comes later
-        least = Request("", width=128, height=128, t5=options.get("t5", True))
-        memory.check_named(fetched[0], bits, dtype, low_memory, least, *fetched[1:])
+    if fetched and not force:
+        if request is None:  # then at the least size; every run is looked at once more
+            request = Request("", width=128, height=128, t5=options.get("t5", True))
+        memory.check_named(fetched[0], bits, dtype, low_memory, request, *fetched[1:])
 
     def opened(name: str | Path) -> Pipeline:
         folder = store.resolve(name, bits=bits, dtype=dtype, offline=offline, **options)

@@ -134,7 +134,6 @@ MAY = {
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.images",
-        "mlxdiff.memory",
         "mlxdiff.noise",
         "mlxdiff.pipeline",
         "mlxdiff.registry",
@@ -193,7 +192,6 @@ MAY = {
     "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request"},
     "mlxdiff.widgets.worker": {
         "mlxdiff.errors",
-        "mlxdiff.memory",
         "mlxdiff.pipeline",
         "mlxdiff.registry",
         "mlxdiff.request",

@@ -262,7 +262,7 @@ def test_a_refusal_for_want_of_memory_says_what_to_do_here(studio):
     assert here("Use a smaller size, or euler-like samplers.") == "Use a smaller size, or euler-like samplers."
     machine = memory.Machine(memory=10**6, budget=10**6, gpu=False)
 
-    def refuse(model, progress):
+    def refuse(model, **_):
         memory.check_named("sdxl", None, None, False, Request("x"), machine=machine)
 
     studio._worker = Worker(refuse)
@@ -288,7 +288,7 @@ def test_errors_in_callbacks_are_shown(studio):
 
 def test_cancel_and_queue(studio):
     gate = threading.Event()
-    studio._worker = Worker(lambda model, progress: fakes.Pipe(gate=gate))
+    studio._worker = Worker(lambda model, **_: fakes.Pipe(gate=gate))
     started, statuses = threading.Event(), []
     studio.observe(lambda change: "First step" in change["new"] and started.set(), "status")
     studio.observe(lambda change: statuses.append(change["new"]), "status")

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import psutil
 import pytest
 from PIL import Image
 
-from mlxdiff import load, memory
+from mlxdiff import load, memory, store
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 from mlxdiff.widgets.worker import Cancelled, Worker
@@ -63,7 +64,7 @@ def test_only_pictures_bytes_and_numbers_come_out(heard):
 
 def test_previews_come_at_most_five_a_second(heard):
     """40 steps of 10 ms: a preview each would be 40. The bound is the run's own length times five, and the first."""
-    worker = Worker(lambda model, progress: fakes.Pipe(pace=0.01))
+    worker = Worker(lambda model, **_: fakes.Pipe(pace=0.01))
     seconds = worker.submit("fake", Request("a", steps=40), heard).result(WAIT).seconds
     frames = sum(u.frame is not None for _, u, _ in heard)
     assert 2 <= frames <= 5 * seconds + 1
@@ -72,7 +73,7 @@ def test_previews_come_at_most_five_a_second(heard):
 def test_cancel_stops_within_a_step():
     gate = threading.Event()
     pipe = fakes.Pipe(gate=gate)
-    worker = Worker(lambda model, progress: pipe)
+    worker = Worker(lambda model, **_: pipe)
     started = threading.Event()
     job = worker.submit("fake", Request("a", steps=20), lambda j, u: u.stage == "denoise" and started.set())
     assert started.wait(WAIT)
@@ -87,7 +88,7 @@ def test_cancel_stops_within_a_step():
 
 def test_a_cancelled_job_leaves_the_queue_at_once():
     gate = threading.Event()
-    worker = Worker(lambda model, progress: fakes.Pipe(gate=gate))
+    worker = Worker(lambda model, **_: fakes.Pipe(gate=gate))
     first, second, third = (worker.submit("fake", Request(p, steps=2), quiet) for p in "abc")
     second.cancel()
     assert second.state == "cancelled"  # while the first still waits at its gate
@@ -142,13 +143,17 @@ def test_a_failure_in_the_middle_holds_no_arrays():
 def test_what_is_too_large_is_refused_before_it_is_opened(heard, monkeypatch):
     """By the request's own size, which a download would be for nothing; with force it is opened all the same."""
     monkeypatch.setattr(memory, "this_machine", lambda: memory.mac(8))
-    worker = Worker(fakes.load)
+    opened = []
+    monkeypatch.setattr(store, "resolve", lambda model, **_: opened.append(model) or Path("nowhere"))
+    worker = Worker(load)
     large = Request("a", steps=2, width=2048, height=2048)
     with pytest.raises(Error, match="sdxl at 2048x2048 takes about"):
         worker.submit("sdxl", large, heard).result(WAIT)
     assert heard.stages() == ["open", "failed"]
-    worker.submit("sdxl", replace(large, width=64, height=64), heard, force=True).result(WAIT)
-    assert heard.stages()[-1] == "done"
+    assert opened == []
+    with pytest.raises(Error, match="nowhere"):
+        worker.submit("sdxl", large, heard, force=True).result(WAIT)
+    assert opened == ["sdxl"]
 
 
 def test_memory_errors_are_readable():
@@ -156,7 +161,7 @@ def test_memory_errors_are_readable():
         def stream(self, request):
             raise RuntimeError("[malloc] Unable to allocate 99999999999 bytes.")
 
-    job = Worker(lambda model, progress: Full()).submit("fake", Request("a"), quiet)
+    job = Worker(lambda model, **_: Full()).submit("fake", Request("a"), quiet)
     with pytest.raises(Error, match="not enough memory"):
         job.result(WAIT)
 
@@ -165,7 +170,7 @@ def test_another_model_during_a_run_takes_the_first_one_s_place():
     gate, opened = threading.Event(), []
     gone = []
 
-    def load(model, progress):
+    def load(model, progress, **_):
         gc.collect()
         gone.append(not any(isinstance(o, fakes.Pipe) and o.name in opened for o in gc.get_objects()))
         opened.append(model)
@@ -182,7 +187,7 @@ def test_another_model_during_a_run_takes_the_first_one_s_place():
 def test_a_download_can_be_cancelled():
     started = threading.Event()
 
-    def load(model, progress):
+    def load(model, progress, **_):
         for done in range(10**9):
             progress("download", done, 10**9)
             started.set()
@@ -210,7 +215,7 @@ def test_a_listener_that_fails_does_not_stop_the_thread(capsys):
 def test_interrupting_the_wait_cancels(monkeypatch):
     """What Jupyter's interrupt does: KeyboardInterrupt inside the cell that waits."""
     gate = threading.Event()
-    worker = Worker(lambda model, progress: fakes.Pipe(gate=gate))
+    worker = Worker(lambda model, **_: fakes.Pipe(gate=gate))
     job = worker.submit("fake", Request("a"), quiet)
     wait, calls = job._ended.wait, []
 
@@ -238,7 +243,7 @@ def test_200_jobs_leave_no_threads():
 
 
 def test_rest_cancels_all_and_waits():
-    worker = Worker(lambda model, progress: fakes.Pipe(pace=0.01))
+    worker = Worker(lambda model, **_: fakes.Pipe(pace=0.01))
     jobs = [worker.submit("fake", Request("a", steps=1000), quiet) for _ in range(3)]
     worker.rest(WAIT)
     assert [job.state for job in jobs] == ["cancelled"] * 3
@@ -261,7 +266,7 @@ class Busy(fakes.Pipe):
             mx.eval(double(mx.random.normal((64, 64), key=mx.random.key(event.step))))
             yield event
 
-worker = Worker(lambda model, progress: Busy(pace=0.002))
+worker = Worker(lambda model, **_: Busy(pace=0.002))
 worker.submit("a", Request("x", steps=3), lambda *_: None).result()
 worker.submit("a", Request("x", steps=1000), lambda *_: None)
 time.sleep({after})
@@ -292,7 +297,7 @@ def test_a_cancelled_run_gives_its_memory_back():
                 yield event
 
     started = threading.Event()
-    worker = Worker(lambda model, progress: Holding(pace=0.005))
+    worker = Worker(lambda model, **_: Holding(pace=0.005))
     worker.submit("a", Request("x", steps=1), quiet).result(WAIT)
     before = mx.get_active_memory()
     job = worker.submit("a", Request("x", steps=1000), lambda j, u: u.step > 2 and started.set())

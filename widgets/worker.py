@@ -18,7 +18,6 @@ from typing import NamedTuple
 import mlx.core as mx
 from PIL import Image
 
-from .. import memory
 from ..errors import Error
 from ..pipeline import Event, Pipeline, Result, load
 from ..registry import Defaults
@@ -243,11 +242,8 @@ class Worker:
                     due = time.perf_counter() + _APART
                     job.tell(stage, done, total)
 
-            option = job.options.get
-            if isinstance(job.asked, Request) and not option("force"):  # before a download that would be for nothing
-                asked = option("low_memory", False), job.asked, option("refiner")
-                memory.check_named(str(job.model), option("bits"), option("dtype"), *asked)
-            self._pipe = self._load(job.model, progress=progress, **job.options)
+            request = job.asked if isinstance(job.asked, Request) else None
+            self._pipe = self._load(job.model, request=request, progress=progress, **job.options)
             self._key = key
         pipe = self._pipe
         job.facts = Facts(
