@@ -12,8 +12,11 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxdiff import bench, bench_start, bench_step, bench_torch, fullsize, memory, published, weights
-from mlxdiff.bench_step import Call, Shape, Trace, kernels
+from mlxdiff import memory, published, weights
+from mlxdiff.bench import __main__ as bench
+from mlxdiff.bench import against_torch, random_model, start
+from mlxdiff.bench import step as steps
+from mlxdiff.bench.step import Call, Shape, Trace, kernels
 from mlxdiff.models.layers import affine
 from mlxdiff.pipeline import Pipeline
 
@@ -43,7 +46,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(published.ROWS, "sd15", TINY)
-        pipe = fullsize.RandomPipeline("sd15")
+        pipe = random_model.RandomPipeline("sd15")
     for name, config in TINY.items():
         net = weights.build(name, asdict(config))
         with weights.Writer(pipe.folder / f"{name}.safetensors", name, asdict(config), "float32", None) as out:
@@ -90,7 +93,7 @@ def test_spread_is_reported(facts):
     for seconds in (facts["step"]["seconds"], facts["cold_start"], facts["import"]):
         assert seconds["least"] <= seconds["median"] <= seconds["most"]
     assert facts["step"]["seconds"]["n"] == 2  # steps of the measured run
-    assert bench_step.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "least": 1.0, "most": 3.0, "n": 3}
+    assert steps.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "least": 1.0, "most": 3.0, "n": 3}
 
 
 def test_a_step_calls_what_its_layers_are(facts):
@@ -115,7 +118,7 @@ def test_starting_cold_is_a_process_of_its_own(model, facts):
     args = bench.parser().parse_args(quick("-m", str(model / "absent")))
     request = Pipeline(model).resolve("x", width=32, height=32)
     with pytest.raises(bench.Error, match="absent"):
-        bench_start.first_byte(sys.executable, args, request, bench_start._environment())
+        start.first_byte(sys.executable, args, request, start._environment())
 
 
 def test_the_table_has_every_figure(facts):
@@ -138,7 +141,7 @@ def test_json_of_random_weights(capsys):
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
 def test_random_weights_are_of_the_dtype_asked(dtype):
-    pipe = fullsize.RandomPipeline("sd15", dtype)
+    pipe = random_model.RandomPipeline("sd15", dtype)
     for name in TINY:
         kind = weights.DTYPES[weights.component_dtype("sd1", name, dtype)]
         assert {v.dtype for _, v in tree_flatten(pipe.network(name).parameters())} == {kind}
@@ -146,7 +149,7 @@ def test_random_weights_are_of_the_dtype_asked(dtype):
 
 def test_random_weights_are_quantized_as_a_conversion_s_are(tmp_path):
     """Against a file the writer made: the same parameters, of the same shapes and types; and it is said."""
-    pipe = fullsize.RandomPipeline("sd15", "float16", bits=4)
+    pipe = random_model.RandomPipeline("sd15", "float16", bits=4)
     for name, config in TINY.items():
         kind = weights.component_dtype("sd1", name, "float16")
         writer = weights.Writer(tmp_path / name, name, asdict(config), kind, 4)
@@ -167,7 +170,7 @@ def test_bits_reach_the_model_and_its_cold_start(model, capsys):
     assert "bits None, not mxfp4" in capsys.readouterr().err
     args, request = bench.parser().parse_args(typed), Pipeline(model).resolve("x", width=32, height=32)
     with pytest.raises(bench.Error, match="bits None, not mxfp4"):
-        bench_start.first_byte(sys.executable, args, request, bench_start._environment())
+        start.first_byte(sys.executable, args, request, start._environment())
 
 
 def test_guided_is_twice_the_batch(model):
@@ -183,7 +186,7 @@ def test_guided_is_twice_the_batch(model):
 
 def test_a_model_of_one_pass_has_no_batch_of_two(model, monkeypatch):
     monkeypatch.setitem(published.ROWS, "sd15", TINY | {"unet": replace(UNET, time_cond=8)})
-    pipe = fullsize.RandomPipeline("sd15")
+    pipe = random_model.RandomPipeline("sd15")
     args = bench.parser().parse_args(quick("--batch", "2"))
     with pytest.raises(bench.Error, match="--batch 1"):
         bench.asked(pipe, args)
@@ -229,14 +232,14 @@ def test_kernels_fall_when_a_constant_leaves_the_loop():
 
 
 def test_a_trace_leaves_mlx_as_it_was():
-    before = [getattr(owner, name) for owner, name, _ in bench_step.CAUGHT]
+    before = [getattr(owner, name) for owner, name, _ in steps.CAUGHT]
     trace = Trace()
     trace.on(True)
     assert mx.conv2d is not before[4]
     a = X @ W
     mx.eval(a)
     trace.on(False)
-    assert [getattr(owner, name) for owner, name, _ in bench_step.CAUGHT] == before
+    assert [getattr(owner, name) for owner, name, _ in steps.CAUGHT] == before
     assert mx.array_equal(a, X @ W)
     assert [(c.kind, c.args) for c in trace.calls.values()] == [
         ("matmul", (Shape((2, 8, 8, 6), mx.float32), Shape((6, 6), mx.float32)))
@@ -251,7 +254,7 @@ def test_ctrl_c_within_the_traced_step(model, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlxdiff.models.unet.UNet.__call__", stopped)
-    monkeypatch.setattr(bench_start, "cold_start", lambda *_: None)
+    monkeypatch.setattr(start, "cold_start", lambda *_: None)
     assert bench.main(quick("-m", str(model))) == 130
     assert mx.conv2d is before
     assert capsys.readouterr().err == "mlxdiff bench: stopped.\n"
@@ -283,7 +286,7 @@ def test_more_work_alone_takes_longer(kind):
 
     large = 512 * 16 if kind != "attention" else 32 * 16
     small_times, large_times = zip(
-        *((bench_step.seconds_alone(call(16), 1, 2), bench_step.seconds_alone(call(large), 1, 2)) for _ in range(5)),
+        *((steps.seconds_alone(call(16), 1, 2), steps.seconds_alone(call(large), 1, 2)) for _ in range(5)),
         strict=True,
     )
     assert min(small_times) < min(large_times)
@@ -295,7 +298,7 @@ def test_more_work_alone_takes_longer(kind):
 def test_torch_calls_the_same_network(model, facts):
     pipe = Pipeline(model)
     request = bench.asked(pipe, bench.parser().parse_args(quick("-m", str(model))))
-    found = bench_torch.compare(pipe, request, 2, 2)
+    found = against_torch.compare(pipe, request, 2, 2)
     assert found["error"] < 1e-4  # float32, the bound of the parity tests
     assert found["ratio"]["n"] == found["seconds"]["n"] == found["torch_seconds"]["n"] == 2
     assert found["torch_seconds"]["least"] > 0
@@ -313,7 +316,7 @@ def test_diffusers_reads_our_configs(name, monkeypatch):
     monkeypatch.undo()
     ours = asdict(published.ROWS[name]["unet"])
     with torch.device("meta"):
-        theirs = UNet2DConditionModel(**bench_torch.config(ours))
+        theirs = UNet2DConditionModel(**against_torch.config(ours))
     sizes = {k: v.size for k, v in tree_flatten(weights.build("unet", ours).parameters())}
     assert {k: v.numel() for k, v in theirs.state_dict().items()} == sizes
 
@@ -326,14 +329,14 @@ def without_torch(monkeypatch, folder: Path, error: str) -> None:
 def test_torch_absent_is_said_and_no_error(model, facts, tmp_path, monkeypatch):
     without_torch(monkeypatch, tmp_path, "ModuleNotFoundError('no', name='torch')")
     pipe = Pipeline(model)
-    found = bench_torch.compare(pipe, pipe.resolve("x", width=32, height=32), 2, 1)
+    found = against_torch.compare(pipe, pipe.resolve("x", width=32, height=32), 2, 1)
     assert found == {"absent": "torch"}
     assert "pip install torch diffusers" in bench.table(facts | {"against": found})
 
 
 def test_torch_that_fails_is_one_line(model, tmp_path, monkeypatch, capsys):
     without_torch(monkeypatch, tmp_path, "RuntimeError('no such device')")
-    monkeypatch.setattr(bench_start, "cold_start", lambda *_: None)
+    monkeypatch.setattr(start, "cold_start", lambda *_: None)
     assert bench.main(quick("-m", str(model), "--against", "torch")) == 1
     err = capsys.readouterr().err
     assert "no such device" in err
@@ -357,7 +360,7 @@ def test_install_size_is_the_bytes_of_all_that_is_required(tmp_path, monkeypatch
     package("back_end", 100, "mlxdiff")
     package("tests", 1000)
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = bench_start.install_size()
+    found = start.install_size()
     own = found["packages"].pop("mlxdiff")  # what its folders hold, wherever it was installed from
     assert found["packages"] == {"back-end": 100, "base": 10}
     assert found["bytes"] == own + 110
@@ -401,7 +404,7 @@ def test_bad_usage_is_one_line(name, capsys):
 @pytest.mark.parametrize("which", ["-m", "--random"])
 def test_what_the_machine_is_too_small_for_is_measured_by_force(monkeypatch, capsys, model, which):
     monkeypatch.setattr(memory, "this_machine", lambda: memory.Machine(10**4, 10**4, False))
-    monkeypatch.setattr(bench_start, "cold_start", lambda *_: None)
+    monkeypatch.setattr(start, "cold_start", lambda *_: None)
     typed = quick(which, str(model) if which == "-m" else "sd15", "--json")
     assert bench.main(typed) == 1
     assert "--force tries it" in capsys.readouterr().err
@@ -412,12 +415,12 @@ def test_what_the_machine_is_too_small_for_is_measured_by_force(monkeypatch, cap
 def test_install_from_nowhere(model):
     args = bench.parser().parse_args(quick("-m", str(model), "--install", "no/such/wheel.whl"))
     with pytest.raises(bench.Error, match="does not exist"):
-        bench_start.install_to_picture(args, None)
+        start.install_to_picture(args, None)
 
 
 def test_the_program_for_torch_is_no_module():
     """It is the one text here that says `import torch`, and it runs only in a process of its own."""
-    compile(bench_torch.PROGRAM.read_text(), "bench_torch", "exec")
-    assert bench_torch.PROGRAM.suffix == ".txt"
-    assert not {"torch", "diffusers"} & {m.split(".")[0] for m in vars(bench_torch)}
-    assert sys.modules.get("mlxdiff.bench_torch") is bench_torch
+    compile(against_torch.PROGRAM.read_text(), "against_torch", "exec")
+    assert against_torch.PROGRAM.suffix == ".txt"
+    assert not {"torch", "diffusers"} & {m.split(".")[0] for m in vars(against_torch)}
+    assert sys.modules.get("mlxdiff.bench.against_torch") is against_torch

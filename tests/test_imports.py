@@ -17,6 +17,7 @@ MAY = {
     "mlxdiff": {"mlxdiff.blas", "mlxdiff.errors", "mlxdiff.pipeline", "mlxdiff.request"},
     "mlxdiff.registry": NONE,
     "mlxdiff.models": NONE,
+    "mlxdiff.models.build": {"mlxdiff.errors", "mlxdiff.models.*"},
     "mlxdiff.models.layers": NONE,
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
     "mlxdiff.noise": {"mlxdiff.errors"},
@@ -59,25 +60,22 @@ MAY = {
         "mlxdiff.convert.*",
         "mlxdiff.console",
         "mlxdiff.store",
-        "mlxdiff.tokenizer_search",
+        "mlxdiff.store.tokenizer",
         "mlxdiff.weights",
     },
-    "mlxdiff.hub": {"mlxdiff.errors"},
-    "mlxdiff.cache": {"mlxdiff.errors", "mlxdiff.weights"},
-    "mlxdiff.tokenizer_search": {
-        "mlxdiff.cache",
+    "mlxdiff.store.hub": {"mlxdiff.errors"},
+    "mlxdiff.store.cache": {"mlxdiff.errors", "mlxdiff.weights"},
+    "mlxdiff.store.tokenizer": {
+        "mlxdiff.store.*",
         "mlxdiff.convert",
         "mlxdiff.errors",
-        "mlxdiff.hub",
         "mlxdiff.registry",
     },
     "mlxdiff.store": {
-        "mlxdiff.cache",
+        "mlxdiff.store.*",
         "mlxdiff.convert.*",
         "mlxdiff.errors",
-        "mlxdiff.hub",
         "mlxdiff.registry",
-        "mlxdiff.tokenizer_search",
         "mlxdiff.weights",
     },
     "mlxdiff.folder": {
@@ -142,7 +140,7 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.weights",
     },
-    "mlxdiff.fullsize": {
+    "mlxdiff.bench.random_model": {
         "mlxdiff.errors",
         "mlxdiff.pipeline",
         "mlxdiff.published",
@@ -150,17 +148,18 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.weights",
     },
-    "mlxdiff.bench_step": NONE,
-    "mlxdiff.bench_start": {"mlxdiff.bench_step", "mlxdiff.errors", "mlxdiff.request"},
-    "mlxdiff.bench_torch": {"mlxdiff.bench_step", "mlxdiff.errors", "mlxdiff.pipeline", "mlxdiff.request"},
-    "mlxdiff.bench": {
+    "mlxdiff.bench.step": NONE,
+    "mlxdiff.bench.start": {"mlxdiff.bench.step", "mlxdiff.errors", "mlxdiff.request"},
+    "mlxdiff.bench.against_torch": {"mlxdiff.bench.step", "mlxdiff.errors", "mlxdiff.pipeline", "mlxdiff.request"},
+    "mlxdiff.bench": NONE,
+    "mlxdiff.bench.__main__": {
         "mlxdiff",
-        "mlxdiff.bench_start",
-        "mlxdiff.bench_step",
-        "mlxdiff.bench_torch",
+        "mlxdiff.bench.start",
+        "mlxdiff.bench.step",
+        "mlxdiff.bench.against_torch",
         "mlxdiff.console",
         "mlxdiff.errors",
-        "mlxdiff.fullsize",
+        "mlxdiff.bench.random_model",
         "mlxdiff.pipeline",
         "mlxdiff.published",
         "mlxdiff.registry",
@@ -299,7 +298,7 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        if not name.startswith("mlxdiff.convert") and name not in ("mlxdiff.store", "mlxdiff.tokenizer_search"):
+        if not name.startswith("mlxdiff.convert") and name not in ("mlxdiff.store", "mlxdiff.store.tokenizer"):
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
 
 

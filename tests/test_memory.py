@@ -15,9 +15,10 @@ from PIL import Image
 
 import mlxdiff
 import mlxdiff.__main__
-from mlxdiff import bench, catalogue, convert, memory, store, weights
+from mlxdiff import catalogue, convert, memory, store, weights
+from mlxdiff.bench import __main__ as bench
+from mlxdiff.bench.random_model import RandomPipeline
 from mlxdiff.errors import Error
-from mlxdiff.fullsize import RandomPipeline
 from mlxdiff.memory import Machine, Peaks, check, check_named, mac, named, options, peaks
 from mlxdiff.published import ROWS
 from mlxdiff.registry import MODELS

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import mlxdiff.cache
 import mlxdiff.convert
+import mlxdiff.store.cache
 from mlxdiff import Error, store, weights
 from tests import clip_vocab, store_worker
 from tests.loopback_hub import diffusers_repo
@@ -270,9 +270,9 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("MLXDIFF_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert mlxdiff.cache.root() == tmp_path / "Library" / "Caches" / "mlxdiff"
+    assert mlxdiff.store.cache.root() == tmp_path / "Library" / "Caches" / "mlxdiff"
     monkeypatch.setattr(sys, "platform", "linux")
-    assert mlxdiff.cache.root() == tmp_path / ".cache" / "mlxdiff"
+    assert mlxdiff.store.cache.root() == tmp_path / ".cache" / "mlxdiff"
 
 
 def test_other_vocabularies_are_not_taken_for_clip(cache, tmp_path, monkeypatch):

@@ -12,12 +12,12 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from . import weights
-from .errors import Error
-from .pipeline import Pipeline
-from .published import ROWS, Config
-from .registry import MODELS
-from .tokenizers import BOS, EOS
+from .. import weights
+from ..errors import Error
+from ..pipeline import Pipeline
+from ..published import ROWS, Config
+from ..registry import MODELS
+from ..tokenizers import BOS, EOS
 
 _DISCRETE = {
     "betas": "scaled_linear",

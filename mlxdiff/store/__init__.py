@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from . import cache, weights
-from .errors import Error
-from .registry import MODELS
-from .tokenizer_search import tokenizer_for
+from .. import weights
+from ..errors import Error
+from ..registry import MODELS
+from . import cache
+from .tokenizer import tokenizer_for
 
 if TYPE_CHECKING:
-    from .convert import Checkpoint
+    from ..convert import Checkpoint
 
 # convert and hub are imported where a cached model no longer gets by without them: they take most of a second to load.
 
 Progress = Callable[[str, int, int], None]
-BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN = Path(__file__).parent.parent / "builtin"
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.ckpt))(?:/(.+\.safetensors))?")
 
 
@@ -155,7 +156,7 @@ def _from_path(path: Path, order: Order) -> Path:
     beside it too."""
     label, identity = path.resolve().name, ["path", str(path.resolve()), _marks(path)]
     if path.is_file():
-        from . import convert
+        from .. import convert
 
         label = path.stem
         identity += [[str(file), _marks(file)] for file in convert.beside(path)]
@@ -251,7 +252,7 @@ def _present(label: str, identity: list, order: Order) -> Path | None:
 
 def _make(label: str, identity: list, obtain: Callable[[Path], Path], order: Order) -> Path:
     """Convert what `obtain` brings."""
-    from . import convert
+    from .. import convert
 
     def fill(part: Path) -> None:
         checkpoint = convert.open(obtain(part), order.prediction, order.parts, order.t5)
@@ -278,7 +279,7 @@ def _size(checkpoint: "Checkpoint", recipe: dict) -> float:
 
 def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | None = None) -> nn.Module:
     """The tiny decoder in a file, in a folder, or in a hub repository (`org/repo`, or `org/repo/file.safetensors`)."""
-    from . import convert
+    from .. import convert
 
     path = local(name)
     if path is None:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import weights
-from .errors import Error
+from .. import weights
+from ..errors import Error
 
 
 def root() -> Path:

@@ -23,7 +23,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
 )
 
-from .errors import Error
+from ..errors import Error
 
 Progress = Callable[[str, int, int], None]
 _TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")

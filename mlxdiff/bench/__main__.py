@@ -14,16 +14,17 @@ from typing import NamedTuple
 import mlx.core as mx
 from tqdm import trange
 
-from . import BLAS, __version__, bench_start, bench_torch
-from .bench_step import Trace, spread
-from .console import Parser, run
-from .errors import Error
-from .fullsize import RandomPipeline
-from .pipeline import Pipeline, load
-from .published import ROWS
-from .registry import DEFAULT
-from .request import Request
-from .weights import BITS, DTYPES, SMALLER, bits_of, label
+from .. import BLAS, __version__
+from ..console import Parser, run
+from ..errors import Error
+from ..pipeline import Pipeline, load
+from ..published import ROWS
+from ..registry import DEFAULT
+from ..request import Request
+from ..weights import BITS, DTYPES, SMALLER, bits_of, label
+from . import against_torch, start
+from .random_model import RandomPipeline
+from .step import Trace, spread
 
 _PROMPT = "a red house under a full moon"
 _STAGES = ("encode", "load", "prepare", "denoise", "decode")  # prepare: what the loop has constant
@@ -83,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict:
         pipe = RandomPipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force, bits=args.quantize)
     request = asked(pipe, args)
     if args.against is not None:
-        bench_torch.check(pipe)
+        against_torch.check(pipe)
     batch = 2 if request.guidance > 1 and pipe.two_passes else 1
     facts = {
         "mlxdiff": __version__,
@@ -101,15 +102,13 @@ def measure(args: argparse.Namespace) -> dict:
         "steps": request.steps,
         "repeat": args.repeat,
         "low_memory": args.low_memory,
-        "import": bench_start.import_time(args.repeat),
-        "cold_start": None
-        if args.random
-        else bench_start.cold_start(args, request),  # before this process holds the model
-        "install": bench_start.install_size(),
-        "install_to_picture": None if args.install is None else bench_start.install_to_picture(args, request),
+        "import": start.import_time(args.repeat),
+        "cold_start": None if args.random else start.cold_start(args, request),  # before this process holds the model
+        "install": start.install_size(),
+        "install_to_picture": None if args.install is None else start.install_to_picture(args, request),
     }
     facts |= draw(pipe, request, args.repeat)
-    facts["against"] = None if args.against is None else bench_torch.compare(pipe, request, batch, args.repeat)
+    facts["against"] = None if args.against is None else against_torch.compare(pipe, request, batch, args.repeat)
     return facts
 
 

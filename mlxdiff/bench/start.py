@@ -13,11 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from .bench_step import spread
-from .errors import Error
-from .request import Request
+from ..errors import Error
+from ..request import Request
+from .step import spread
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 
 
 def import_time(repeat: int) -> dict:

@@ -1,5 +1,5 @@
 """The same network in torch (diffusers), called in turn with ours. torch runs in a process of its own, from the program
-text bench_torch.txt: no module here imports it, and without it a benchmark only says that it is absent."""
+text against_torch.txt: no module here imports it, and without it a benchmark only says that it is absent."""
 
 import json
 import subprocess
@@ -13,12 +13,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .bench_step import spread
-from .errors import Error
-from .pipeline import Pipeline
-from .request import Request
+from ..errors import Error
+from ..pipeline import Pipeline
+from ..request import Request
+from .step import spread
 
-PROGRAM = Path(__file__).with_name("bench_torch.txt")
+PROGRAM = Path(__file__).with_name("against_torch.txt")
 T = 500.0  # any time of training
 
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import Error
+from ..registry import FAMILIES, MODELS
 from . import cache
-from .errors import Error
-from .registry import FAMILIES, MODELS
 
 if TYPE_CHECKING:
-    from .convert import Checkpoint
+    from ..convert import Checkpoint
     from .hub import Progress
 
 CLIP_WORDS = 49408  # every CLIP text encoder of these families was published with the one vocabulary

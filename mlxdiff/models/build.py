@@ -1,0 +1,46 @@
+"""The networks by name. A component's settings, as model.json keeps them, name its network and hold its Config."""
+
+from dataclasses import asdict
+
+import mlx.nn as nn
+
+from ..errors import Error
+from . import clip, flux, sd3, t5, taesd, unet, vae
+
+NETWORKS = {
+    "clip": (clip.Config, clip.CLIPText),
+    "t5": (t5.Config, t5.T5Encoder),
+    "unet": (unet.Config, unet.UNet),
+    "sd3": (sd3.Config, sd3.SD3),
+    "flux": (flux.Config, flux.Flux),
+    "vae": (vae.Config, vae.VAE),
+    "taesd": (taesd.Config, taesd.Decoder),
+}
+Config = clip.Config | t5.Config | unet.Config | sd3.Config | flux.Config | vae.Config | taesd.Config
+_NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
+
+
+def settings(config: Config) -> dict:
+    """A network's name and Config as model.json keeps them."""
+    return {"network": _NAMES[type(config)], **asdict(config)}
+
+
+def config(settings: dict) -> Config:
+    """The Config of stored settings."""
+    values = {k: _tuples(v) for k, v in settings.items() if k != "network"}
+    kind = NETWORKS[settings["network"]][0] if settings.get("network") in [*NETWORKS] else None
+    if kind is None or kind.__dataclass_fields__.keys() != values.keys():
+        raise Error(f"{settings.get('network')!r:.60} and its settings describe no known network.", _AGAIN)
+    return kind(**values)
+
+
+def build(config: Config) -> nn.Module:
+    """The network of a Config. Its parameters are lazy: building it allocates nothing."""
+    return NETWORKS[_NAMES[type(config)]][1](config)
+
+
+_AGAIN = "Convert the checkpoint again."
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
