@@ -1,0 +1,23 @@
+"""The families of models, and the models that have a name. Each family file holds everything true of it alone."""
+
+from . import flux, sd, sd3, sdxl
+from .base import PARTS, Defaults, Family, Model
+
+_FILES = (sd, sdxl, sd3, flux)  # a new family's file goes here
+
+FAMILIES: dict[str, Family] = {family.name: family for file in _FILES for family in file.FAMILIES}
+MODELS: dict[str, Model] = {name: model for file in _FILES for name, model in file.MODELS.items()}
+DEFAULT = "storybook"
+
+__all__ = ["DEFAULT", "FAMILIES", "MODELS", "PARTS", "Defaults", "Family", "Model", "find", "name_of"]
+
+
+def name_of(model: str) -> str | None:
+    """The name of a named model, given that or its hub id."""
+    return next((n for n, m in MODELS.items() if model in (n, m.repo)), None)
+
+
+def find(model: str) -> Model | None:
+    """The row of a named model, by its name or by its hub id."""
+    name = name_of(model)
+    return None if name is None else MODELS[name]

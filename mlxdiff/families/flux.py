@@ -1,0 +1,158 @@
+"""FLUX.1 (Black Forest Labs 2024). Everything that is true of this family alone."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import Error
+from ..models.flux import Config
+from .base import INPUT, NONE, Careful, Defaults, Family, Model, TextPlan, Variant
+from .published import CLIP_L, FLOW, T5_XXL, VAE_FLOW
+
+if TYPE_CHECKING:
+    from ..description import Description
+    from ..request import Request
+
+_PREVIEW = (
+    (-0.0346, 0.0244, 0.0681),
+    (0.0034, 0.0210, 0.0687),
+    (0.0275, -0.0668, -0.0433),
+    (-0.0174, 0.0160, 0.0617),
+    (0.0859, 0.0721, 0.0329),
+    (0.0004, 0.0383, 0.0115),
+    (0.0405, 0.0861, 0.0915),
+    (-0.0236, -0.0185, -0.0259),
+    (-0.0245, 0.0250, 0.1180),
+    (0.1008, 0.0755, -0.0421),
+    (-0.0515, 0.0201, 0.0011),
+    (0.0428, -0.0012, -0.0036),
+    (0.0817, 0.0765, 0.0749),
+    (-0.1264, -0.0522, -0.1103),
+    (-0.0280, -0.0881, -0.0499),
+    (-0.1262, -0.0982, -0.0778),
+    (-0.0329, -0.0718, -0.0851),
+)
+
+
+def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
+    """Per token and width, as measured: see `memory`."""
+    return 37.5 * net.width * (latents // 4 + tokens)  # patches of 2 x 2
+
+
+def _check(model: "Description", request: "Request") -> None:
+    if model.guidance == NONE and request.guidance > 1:
+        raise Error(
+            f"{model.name} takes no guidance, and {request.guidance:g} was given.",
+            "Leave guidance out, or use flux-dev.",
+        )
+    if request.negative and request.true_cfg <= 1:
+        raise Error(
+            f"{model.name} draws in one pass, which has no place for a negative prompt.",
+            "Add --true-cfg 4 for a second pass, or leave the negative prompt out.",
+        )
+    if request.negative is None and request.true_cfg > 1:
+        raise Error("true_cfg has no negative prompt to pull from.", 'Give one: -n TEXT, or -n "".')
+
+
+_DEFAULTS = Defaults(size=1024, steps=28, guidance=3.5)
+_DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+_SCHEDULE = FLOW | {"spacing": "trailing", "ends": "trailing", "dynamic": _DYNAMIC}
+_SCHNELL = replace(_DEFAULTS, steps=4, guidance=0.0)
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    denoiser="transformer",
+    network="flux",
+    text=TextPlan(
+        clip=("text_encoder",),
+        final_norm=True,
+        pooled=("text_encoder",),
+        t5="text_encoder_2",
+        t5_tokens=512,
+        clip_read=False,
+    ),
+    defaults=_DEFAULTS,
+    fallback=("euler", "trailing"),
+    prediction="flow",
+    schedule=_SCHEDULE,
+    clip_skip=1,
+    vae_float16=False,
+    taesd="madebyollin/taef1",
+    preview=_PREVIEW,
+    careful=Careful(
+        whole=("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer"),
+        eight=("_mod.", ".modulation."),
+    ),
+    activations=_activations,
+    guidance=INPUT,
+    patch=2,
+    takes=("shift", "true_cfg"),
+    variants={
+        "base": Variant(),
+        "schnell": Variant(
+            guidance=NONE,
+            t5_tokens=256,
+            defaults=_SCHNELL,
+            schedule=_SCHEDULE | {"shift": 1.0, "dynamic": None},
+        ),
+        # Kontext has dev's very shapes; it is told where the checkpoint says so.
+        "kontext": Variant(edits=True),
+        "control": Variant(beside=64, needs=("a control picture",)),  # the other picture's patches
+        "fill": Variant(beside=320, needs=("a picture", "a mask")),  # patches of the picture; 8 x 8 of mask a latent
+    },
+    check=_check,
+)
+FAMILIES = (FLUX,)
+
+_NETWORK = Config(
+    in_channels=64,
+    out_channels=64,
+    context=4096,
+    pooled=768,
+    width=3072,
+    heads=24,
+    hidden=12288,
+    double=19,
+    single=38,
+    axes=(16, 56, 56),
+    theta=10000.0,
+    guidance=True,
+)
+_REST = {
+    "text_encoder": CLIP_L,
+    "text_encoder_2": T5_XXL,
+    "vae": replace(VAE_FLOW, scale=0.3611, shift=0.1159),
+}
+_DEV = {"transformer": _NETWORK, **_REST}
+MODELS = {
+    "flux-schnell": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-schnell",
+        title="FLUX.1 schnell: one to four steps",
+        licence="Apache 2.0",
+        download=33.72,
+        networks={"transformer": replace(_NETWORK, guidance=False), **_REST},
+        defaults=_SCHNELL,
+        variant="schnell",
+        gated=True,
+    ),
+    "flux-dev": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-dev",
+        title="FLUX.1 dev",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV,
+        defaults=_DEFAULTS,
+        gated=True,
+    ),
+    "flux-krea": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-Krea-dev",
+        title="FLUX.1 Krea dev",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV,
+        defaults=replace(_DEFAULTS, guidance=4.5),
+        gated=True,
+    ),
+}

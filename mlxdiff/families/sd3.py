@@ -1,0 +1,150 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024). Everything that is true of this family alone."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import Error
+from ..models.sd3 import Config
+from .base import Careful, Defaults, Family, Model, TextPlan
+from .published import CLIP_G, CLIP_L, FLOW, T5_XXL, VAE_FLOW
+
+if TYPE_CHECKING:
+    from ..description import Description
+    from ..request import Request
+
+_PREVIEW = (
+    (-0.0922, -0.0175, 0.0749),
+    (0.0311, 0.0633, 0.0954),
+    (0.1994, 0.0927, 0.0458),
+    (0.0856, 0.0339, 0.0902),
+    (0.0587, 0.0272, -0.0496),
+    (-0.0006, 0.1104, 0.0309),
+    (0.0978, 0.0306, 0.0427),
+    (-0.0042, 0.1038, 0.1358),
+    (-0.0194, 0.0020, 0.0669),
+    (-0.0488, 0.0130, -0.0268),
+    (0.0922, 0.0988, 0.0951),
+    (-0.0278, 0.0524, -0.0542),
+    (0.0332, 0.0456, 0.0895),
+    (-0.0069, -0.0030, -0.0810),
+    (-0.0596, -0.0465, -0.0293),
+    (-0.1448, -0.1463, -0.1189),
+    (0.2394, 0.2135, 0.1925),
+)
+
+
+def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
+    """Per token and width, as measured: see `memory`. Dual attention holds a second set of queries, keys and values."""
+    return (36 if net.dual else 25.5) * net.heads * net.head_dim * (latents // net.patch**2 + tokens)
+
+
+def _check(model: "Description", request: "Request") -> None:
+    net = model.net
+    side = net.positions * model.multiple
+    if max(request.width, request.height) > side:
+        raise Error(f"{model.name} knows positions up to {side} pixels a side.", "Choose a smaller size.")
+    if request.skip_layers and request.guidance <= 1:
+        raise Error(f"skip_layers adds to guidance, and that is {request.guidance:g}.", "Use guidance above 1.")
+    for layer in request.skip_layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < net.layers:
+            raise Error(
+                f"skip_layers names {layer!r}; {model.name} has layers 0 to {net.layers - 1}.",
+                "For SD3.5 medium use 7 8 9.",
+            )
+
+
+_DEFAULTS = Defaults(size=1024, steps=28, guidance=7.0)
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    denoiser="transformer",
+    network="sd3",
+    text=TextPlan(
+        clip=("text_encoder", "text_encoder_2"),
+        final_norm=False,
+        pooled=("text_encoder", "text_encoder_2"),
+        t5="text_encoder_3",
+        t5_tokens=256,
+    ),
+    defaults=_DEFAULTS,
+    fallback=("euler", "linspace"),
+    prediction="flow",
+    schedule=FLOW,
+    clip_skip=2,
+    vae_float16=False,
+    taesd="madebyollin/taesd3",
+    preview=_PREVIEW,
+    careful=Careful(
+        whole=("time_text_embed", "context_embedder", "norm_out", "proj_out"),
+        eight=(".norm1",),
+    ),
+    activations=_activations,
+    patch=2,
+    takes=("shift", "skip_layers", "t5"),
+    check=_check,
+)
+FAMILIES = (SD3,)
+
+_NETWORK = Config(
+    in_channels=16,
+    out_channels=16,
+    patch=2,
+    positions=192,
+    context=4096,
+    pooled=2048,
+    heads=24,
+    head_dim=64,
+    layers=24,
+    dual=(),
+    qk_norm=False,
+)
+_MEDIUM35 = replace(_NETWORK, positions=384, dual=tuple(range(13)), qk_norm=True)
+_LARGE = replace(_NETWORK, heads=38, layers=38, qk_norm=True)
+_REST = {
+    "text_encoder": replace(CLIP_L, projection=768),
+    "text_encoder_2": CLIP_G,
+    "text_encoder_3": T5_XXL,
+    "vae": replace(VAE_FLOW, scale=1.5305, shift=0.0609),
+}
+MODELS = {
+    "sd3-medium": Model(
+        SD3,
+        repo="stabilityai/stable-diffusion-3-medium-diffusers",
+        title="Stable Diffusion 3 medium",
+        licence="Stability AI Community",
+        download=15.50,
+        networks={"transformer": _NETWORK, **_REST},
+        defaults=_DEFAULTS,
+        gated=True,
+    ),
+    "sd3.5-medium": Model(
+        SD3,
+        repo="stabilityai/stable-diffusion-3.5-medium",
+        title="Stable Diffusion 3.5 medium",
+        licence="Stability AI Community",
+        download=16.27,
+        networks={"transformer": _MEDIUM35, **_REST},
+        defaults=replace(_DEFAULTS, steps=40, guidance=4.5),
+        gated=True,
+    ),
+    "sd3.5-large": Model(
+        SD3,
+        repo="stabilityai/stable-diffusion-3.5-large",
+        title="Stable Diffusion 3.5 large",
+        licence="Stability AI Community",
+        download=27.62,
+        networks={"transformer": _LARGE, **_REST},
+        defaults=replace(_DEFAULTS, guidance=3.5),
+        gated=True,
+    ),
+    "sd3.5-large-turbo": Model(
+        SD3,
+        repo="stabilityai/stable-diffusion-3.5-large-turbo",
+        title="Stable Diffusion 3.5 large turbo: four steps",
+        licence="Stability AI Community",
+        download=27.62,
+        networks={"transformer": _LARGE, **_REST},
+        defaults=replace(_DEFAULTS, steps=4, guidance=0.0),
+        gated=True,
+    ),
+}

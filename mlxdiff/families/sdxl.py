@@ -1,0 +1,102 @@
+"""Stable Diffusion XL and its refiner (Podell et al. 2023). Everything that is true of these families alone."""
+
+from dataclasses import replace
+
+from .base import Defaults, Family, Model, TextPlan
+from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
+
+_PREVIEW = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+    (0.1084, -0.0175, -0.0011),
+)
+_DEFAULTS = Defaults(size=1024, steps=30, guidance=5.0)
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    denoiser="unet",
+    network="unet",
+    text=TextPlan(
+        clip=("text_encoder", "text_encoder_2"), final_norm=False, pooled=("text_encoder_2",), sizes=True
+    ),
+    defaults=_DEFAULTS,
+    fallback=("euler", "leading"),
+    prediction="eps",
+    schedule=DISCRETE,
+    clip_skip=2,
+    vae_float16=False,  # the published VAE overflows in float16 and draws black
+    taesd="madebyollin/taesdxl",
+    preview=_PREVIEW,
+    careful=UNET_CAREFUL,
+    activations=unet_activations,
+    zero_negative=True,
+    variants=unet_variants(_DEFAULTS),
+)
+REFINER = replace(
+    SDXL,
+    name="sdxl-refiner",
+    title="Stable Diffusion XL refiner",
+    text=TextPlan(
+        clip=("text_encoder_2",), final_norm=False, pooled=("text_encoder_2",), sizes=True, scores=(6.0, 2.5)
+    ),
+    zero_negative=False,
+)
+FAMILIES = (SDXL, REFINER)
+
+_UNET = replace(
+    UNET,
+    channels=(320, 640, 1280),
+    layers=(2, 2, 2),
+    depth=((), (2, 2), (10, 10)),
+    up_depth=((10, 10, 10), (2, 2, 2), ()),
+    mid_depth=10,
+    heads=(5, 10, 20),
+    context=2048,
+    linear_projection=True,
+    added_time=256,
+    added=2816,
+)
+_UNET_REFINER = replace(
+    _UNET,
+    channels=(384, 768, 1536, 1536),
+    layers=(2, 2, 2, 2),
+    depth=((), (4, 4), (4, 4), ()),
+    up_depth=((), (4, 4, 4), (4, 4, 4), ()),
+    mid_depth=4,
+    heads=(6, 12, 24, 24),
+    context=1280,
+    added=2560,
+)
+_VAE = replace(VAE, scale=0.13025)
+_NETWORKS = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "unet": _UNET, "vae": _VAE}
+MODELS = {
+    "sdxl": Model(
+        SDXL,
+        repo="stabilityai/stable-diffusion-xl-base-1.0",
+        title="Stable Diffusion XL 1.0",
+        licence="CreativeML OpenRAIL++-M",
+        download=6.94,
+        networks=_NETWORKS,
+        defaults=_DEFAULTS,
+    ),
+    "sdxl-refiner": Model(
+        REFINER,
+        repo="stabilityai/stable-diffusion-xl-refiner-1.0",
+        title="Stable Diffusion XL 1.0 refiner (with sdxl: --refiner sdxl-refiner)",
+        licence="CreativeML OpenRAIL++-M",
+        download=6.08,
+        networks={"text_encoder_2": CLIP_G, "unet": _UNET_REFINER, "vae": _VAE},
+        defaults=_DEFAULTS,
+    ),
+    "sdxl-turbo": Model(
+        SDXL,
+        repo="stabilityai/sdxl-turbo",
+        title="SDXL-Turbo: one to four steps",
+        licence="Stability AI Community",
+        download=6.94,
+        networks=_NETWORKS,
+        defaults=Defaults(size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
+    ),
+}
