@@ -3,6 +3,18 @@
 
 from .checkpoint import PREDICTIONS, Checkpoint, Component, check, open
 from .parts import PARTS, beside
-from .write import convert, read, save
+from .write import convert, describe, read, save
 
-__all__ = ["PARTS", "PREDICTIONS", "Checkpoint", "Component", "beside", "check", "convert", "open", "read", "save"]
+__all__ = [
+    "PARTS",
+    "PREDICTIONS",
+    "Checkpoint",
+    "Component",
+    "beside",
+    "check",
+    "convert",
+    "describe",
+    "open",
+    "read",
+    "save",
+]

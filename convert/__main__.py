@@ -7,8 +7,8 @@ from tqdm import tqdm
 
 from .. import store
 from ..console import Parser, run
+from ..recipe import BITS, DTYPES, SMALLER, bits_of, default_dtype
 from ..store.tokenizer import tokenizer_for
-from ..weights import BITS, DTYPES, SMALLER, bits_of, default_dtype
 from . import PARTS, PREDICTIONS, open, save
 from .inspect import describe, look, of_folder
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .. import weights
+from .. import description
 from ..errors import Error
 from . import detect, flux, rules, scheduler, sd3
 from . import source as files
@@ -105,7 +105,7 @@ def open(
         if (path / "model_index.json").is_file():
             found = _folder(path, prediction, t5)
         elif (path / "model.json").is_file():
-            weights.read_model(path)  # one that this version does not read says so
+            description.read(path)  # one that this version does not read says so
             raise Error(f"{path} is converted already.", "Use it as it is.")
         else:
             found = _single(path, prediction)

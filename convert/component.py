@@ -2,13 +2,14 @@
 of its parameters."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from .. import weights
 from ..errors import Error
+from ..models import build
+from ..models.build import Config
 from . import clip, detect, flux, rules, sd3, source, t5, taesd, unet, vae
 from .settings import Settings
 
@@ -24,8 +25,6 @@ CLASSES = {
 }
 _ALONE = CLASSES | {"AutoencoderTiny": taesd}  # and what is no part of a model: a preview's decoder
 _WIDER = ("CLIPModel", "T5ForConditionalGeneration")  # of which the text encoder alone is read: its shapes tell it
-
-Config = clip.Config | flux.Config | sd3.Config | t5.Config | taesd.Config | unet.Config | vae.Config
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _fill(name: str, config: Config, tensors: rules.Named, table: list[rules.Row
         if width % n:
             where = f"{tensors[0][1].file}: the {name}" if tensors else f"The {name}"
             raise Error(f"{where} is {width} wide, which is no multiple of its {n} {what}.", fix)
-    parameters = tree_flatten(weights.build(name, asdict(config)).parameters())
+    parameters = tree_flatten(build.build(config).parameters())
     return Component(config, *rules.fill(tensors, table, {k: tuple(v.shape) for k, v in parameters}))
 
 

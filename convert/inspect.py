@@ -9,9 +9,12 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from .. import registry, store, weights
+from .. import description, store, weights
 from ..console import Parser, run
 from ..errors import Error
+from ..families import FAMILIES
+from ..models import build
+from ..recipe import Recipe, component_dtype
 from . import Checkpoint, Component, check, open
 
 _ALONE = {
@@ -92,22 +95,22 @@ def _component(component: Component) -> dict:
 
 def of_folder(folder: Path) -> dict:
     """The same of a converted model, read as it is for drawing."""
-    model, components = weights.read_model(folder), {}
-    for name, config in model["components"].items():
-        stored = tree_flatten(weights.load(folder, name, model).parameters())
-        error = model["error"].get(name)
-        recipe = {
-            "dtype": weights.component_dtype(model["family"], name, model["recipe"]["dtype"]),
-            "bits": None if error is None else model["recipe"]["bits"],
-        }
+    model, components = description.read(folder), {}
+    for name, config in model.components.items():
+        stored = tree_flatten(
+            weights.load(folder / f"{name}.safetensors", model.family, config, model.recipe).parameters()
+        )
+        error = model.error.get(name)
+        dtype = component_dtype(model.family, name, model.recipe.dtype)
         components[name] = {
             "tensors": len(stored),
-            "parameters": sum(v.size for _, v in tree_flatten(weights.build(name, config).parameters())),
+            "parameters": sum(v.size for _, v in tree_flatten(build.build(config).parameters())),
             "bytes": sum(v.nbytes for _, v in stored),
-            "dtype": weights.label(recipe),
+            "dtype": str(Recipe(dtype, None if error is None else model.recipe.bits)),
             "error": error,
         }
-    same = {key: model[key] for key in ("family", "variant", "prediction", "schedule", "tokenizers")}
+    same = {key: getattr(model, key) for key in ("variant", "prediction", "schedule")}
+    same |= {"family": model.family.name, "tokenizers": list(model.tokenizers)}
     return {"path": str(folder), "layout": "converted", "components": components} | same
 
 
@@ -144,7 +147,7 @@ def describe(facts: dict) -> str:
 def _title(facts: dict) -> str:
     if facts["family"] in _ALONE:
         return _ALONE[facts["family"]]
-    title = registry.FAMILIES[facts["family"]].title
+    title = FAMILIES[facts["family"]].title
     return title if len(facts["components"]) > 1 else f"{title} {' '.join(facts['components'])}"
 
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,8 +14,12 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import weights
+from ..description import Description
 from ..errors import Error
-from ..registry import FAMILIES
+from ..families import FAMILIES
+from ..models import build
+from ..recipe import DTYPES, Recipe, component_dtype
+from ..recipe import recipe as checked
 from . import detect, flux, rules, sd3
 from . import tokenizer as copying
 from .checkpoint import FULL, Checkpoint, check, open
@@ -50,14 +54,13 @@ def save(
     suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told ("convert",
     bytes done, bytes in all)."""
     target = Path(target)
-    recipe = weights.recipe(bits, dtype)
+    recipe = checked(bits, dtype)
     try:
         _vacant(target)
-        check(checkpoint)
-        _whole(checkpoint)
+        model = describe(checkpoint, recipe)
         words = _words(checkpoint, None if tokenizer is None else Path(tokenizer))
         with _appearing(target) as folder:
-            _write(checkpoint, folder, recipe, words, (lambda *_: None) if progress is None else progress)
+            _write(checkpoint, model, folder, words, (lambda *_: None) if progress is None else progress)
     except OSError as e:
         raise Error(f"{target} cannot be written: {e.strerror}.", "Check the free space and the permissions.") from None
     return target
@@ -68,7 +71,7 @@ def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
     checkpoint, networks = open(source), {}
     check(checkpoint)
     for name, part in checkpoint.components.items():
-        networks[name] = weights.build(name, asdict(part.config))
+        networks[name] = build.build(part.config)
         networks[name].load_weights([(key, _sound(weight, dtype)) for key, weight in part.weights.items()])
     return networks
 
@@ -95,15 +98,12 @@ def _whole(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} has a {net} that takes {what} {takes} wide and {_told(checkpoint, name)} {gives}.",
                 "Use a checkpoint whose networks belong together.",
             )
-    if checkpoint.variant not in _VARIANTS:
+    variant = FAMILIES[checkpoint.family].variants.get(checkpoint.variant)
+    if variant is None or not variant.converts:
         raise Error(
             f"{checkpoint.path} is of the {checkpoint.variant} variant of {checkpoint.family}, which cannot draw yet.",
             "Use a text-to-image checkpoint.",
         )
-
-
-# What converts. What of it draws is the pipeline's to say.
-_VARIANTS = ("base", "schnell", "kontext", "inpaint", "lcm", "fill", "control")
 
 
 def _reads(checkpoint: Checkpoint) -> list[tuple[str, str, int, int]]:
@@ -145,12 +145,28 @@ def _words(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[Path, 
     return words
 
 
-def _write(checkpoint: Checkpoint, folder: Path, recipe: dict, words: dict, progress: Callable) -> None:
+def describe(checkpoint: Checkpoint, recipe: Recipe) -> Description:
+    """What the conversion will be a model of. Raises unless a whole model comes out, every tensor understood."""
+    check(checkpoint)
+    _whole(checkpoint)
+    return Description(
+        name=checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.resolve().name,
+        family=FAMILIES[checkpoint.family],
+        variant=checkpoint.variant,
+        prediction=checkpoint.prediction,
+        recipe=recipe,
+        schedule=checkpoint.schedule,
+        zero_negative=checkpoint.zero_negative,
+        components={name: c.config for name, c in checkpoint.components.items()},
+    )
+
+
+def _write(checkpoint: Checkpoint, model: Description, folder: Path, words: dict, progress: Callable) -> None:
     writers = []
     for name, part in checkpoint.components.items():
-        kind = weights.component_dtype(checkpoint.family, name, recipe["dtype"])
-        writer = weights.Writer(folder / f"{name}.safetensors", name, asdict(part.config), kind, recipe["bits"])
-        writers.append((part, writer, weights.DTYPES[kind]))
+        kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
+        writer = weights.Writer(folder / f"{name}.safetensors", model.family, part.config, model.recipe)
+        writers.append((part, writer, kind))
     size, free = sum(w.size for _, w, _ in writers), shutil.disk_usage(folder).free
     if free < size:
         raise Error(
@@ -170,20 +186,8 @@ def _write(checkpoint: Checkpoint, folder: Path, recipe: dict, words: dict, prog
             copying.copy(place, folder / name)
         else:
             copying.borrow(place, folder / name, pad)
-    model = {
-        "format": weights.FORMAT,
-        "name": checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.resolve().name,
-        "family": checkpoint.family,
-        "variant": checkpoint.variant,
-        "prediction": checkpoint.prediction,
-        "recipe": recipe,
-        "error": {writer.path.stem: writer.error for _, writer, _ in writers if writer.error is not None},
-        "schedule": checkpoint.schedule,
-        "zero_negative": checkpoint.zero_negative,
-        "components": {name: asdict(c.config) for name, c in checkpoint.components.items()},
-        "tokenizers": list(words),
-    }
-    weights.write_json(folder / "model.json", model)
+    error = {writer.path.stem: writer.error for _, writer, _ in writers if writer.error is not None}
+    replace(model, tokenizers=tuple(words), error=error).write(folder)
 
 
 def _sound(weight: rules.Weight, dtype: mx.Dtype) -> mx.array:

@@ -1,15 +1,13 @@
 """`mlxdiff models`: the models that have a name, what they take, what fits this machine; the built-in one's words."""
 
-import re
 import sys
 
-from . import memory, weights
+from . import advice, builtin, memory
 from .console import Parser, run
 from .errors import Error
-from .registry import DEFAULT, FAMILIES, MODELS
-from .train.storybook import captions
+from .families import DEFAULT, FAMILIES, MODELS
+from .recipe import default_dtype, recipe
 
-BUILTIN = "storybook"
 # Of the table's columns: bits (None: 16, not quantized) and whether --low-memory.
 COLUMNS = ((4, True), (4, False), (8, False), (None, False))
 # What may be typed to make a model fit, in the order of what it gives up.
@@ -18,7 +16,7 @@ _WAYS = ((None, False), (None, True), (8, False), (8, True), (6, True), (4, Fals
 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff models", description="List the models that have a name, or say more of one.")
-    p.add_argument("name", nargs="?", metavar="NAME", help=f"say more of this one; {BUILTIN} also lists its words")
+    p.add_argument("name", nargs="?", metavar="NAME", help=f"say more of this one; {builtin.NAME} also lists its words")
     args = p.parse_args(argv)
     return run("mlxdiff models", lambda: everything() if args.name is None else one(args.name))
 
@@ -46,8 +44,8 @@ def one(name: str) -> int:
     place = "in the package" if m.repo is None else f"{_download(name)} from {m.repo}"
     print(f"{'download':10} {place}{', gated: accept its licence there first' if m.gated else ''}")
     print(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, guidance {d.guidance:g}")
-    if name == BUILTIN:
-        for kind, words in captions.vocabulary().items():
+    if name == builtin.NAME:
+        for kind, words in builtin.vocabulary().items():
             print(f"{kind:10} {', '.join(words)}")
     print("\n".join(_advice(name)))
     return 0
@@ -55,7 +53,7 @@ def one(name: str) -> int:
 
 def on_a_mac(name: str) -> list[float]:
     """Gigabytes at the model's own size, a figure for each of COLUMNS."""
-    return [max(memory.peaks(memory.named(name, b, "bfloat16", low), gpu=True)) / 1e9 for b, low in COLUMNS]
+    return [memory.peak(advice.named(name, recipe(b, "bfloat16"), low), gpu=True) / 1e9 for b, low in COLUMNS]
 
 
 def gigabytes(n: float) -> str:
@@ -64,21 +62,21 @@ def gigabytes(n: float) -> str:
 
 def _download(name: str) -> str:
     m = MODELS[name]
-    return "none" if m.repo is None else f"{m.download / 1e9:.1f} GB"
+    return "none" if m.repo is None else f"{m.download:.1f} GB"
 
 
-def on(machine: memory.Machine, name: str, dtype: str) -> list[tuple[str, float, bool]]:
+def on(machine: advice.Machine, name: str, dtype: str) -> list[tuple[str, float, bool]]:
     """For each of _WAYS its flags, its gigabytes on a machine, and whether that fits."""
     rows = []
     for bits, low in _WAYS:
-        job = memory.named(name, bits, dtype, low)
+        workload = advice.named(name, recipe(bits, dtype), low)
         flags = ([] if bits is None else [f"-q {bits}"]) + (["--low-memory"] if low else [])
-        rows.append((" ".join(flags), max(memory.peaks(job, machine.gpu)) / 1e9, memory.fits(job, machine)))
+        rows.append((" ".join(flags), memory.peak(workload, machine.gpu) / 1e9, advice.fits(workload, machine)))
     return rows
 
 
 def _advice(name: str) -> list[str]:
-    machine, dtype = memory.this_machine(), weights.default_dtype()
+    machine, dtype = advice.this_machine(), default_dtype()
     rows, prompt = on(machine, name, dtype), "a red house under a full moon"
     within = f", {machine.budget / 1e9:.1f} of it for the GPU" if machine.gpu else ""
     lines = [f"\nOn this machine ({machine.memory / 1e9:.1f} GB{within}; {dtype}):"]
@@ -91,13 +89,6 @@ def _advice(name: str) -> list[str]:
         return [*lines, "\nNone of these fits. A smaller picture takes less: -W 512 -H 512."]
     model = "" if name == DEFAULT else f" -m {name}"
     return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{model}{" " if best else ""}{best}']
-
-
-def strange(prompt: str) -> list[str]:
-    """The words of a prompt that the built-in model was never shown to mean something."""
-    phrases = [*captions.LEADING, *captions.OPENINGS, *(p for w in captions.vocabulary().values() for p in w)]
-    known = {word for phrase in phrases for word in phrase.split()}
-    return [w for w in dict.fromkeys(re.findall(r"[a-z]+", prompt.replace("BREAK", "").lower())) if w not in known]
 
 
 if __name__ == "__main__":

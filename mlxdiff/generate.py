@@ -5,19 +5,20 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import BLAS, catalogue, images, samplers, schedules
+from . import BLAS, builtin, images, samplers, schedules
 from .console import Parser, run
 from .errors import Error
+from .families import DEFAULT, MODELS, PARTS
+from .families.base import SECOND_PASS
 from .pipeline import Event, Pipeline, load
-from .registry import DEFAULT, MODELS
+from .recipe import BITS, DTYPES, SMALLER, bits_of
 from .request import STRENGTH, Request
-from .weights import BITS, DTYPES, SMALLER, bits_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     g.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder for a single-file checkpoint")
     for kind, what in PARTS.items():
-        g.add_argument(f"--{kind}", dest=f"part_{kind}", type=Path, metavar="FILE", help=f"{what}, for a single file")
+        flag = f"--{kind.replace('_', '-')}"
+        g.add_argument(flag, dest=f"part_{kind}", type=Path, metavar="FILE", help=f"{what}, for a single file")
     g.add_argument("--prediction", choices=("eps", "v"), help="what a single file predicts")
     g.add_argument("--offline", action="store_true", help="never use the network")
     g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
@@ -77,9 +79,6 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-h", "--help", action="help", help="show this and stop")
     return p
 
-
-# What single files of SD3 and FLUX may lack, if it does not lie beside them either.
-PARTS = {"vae": "a VAE", "clip": "the CLIP text encoder", "clip-g": "SD3's second CLIP", "t5": "T5"}
 
 _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
@@ -118,31 +117,35 @@ def draw(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             prediction=args.prediction,
             t5=any(r.t5 for r in requests),
-            parts={k.replace("-", "_"): f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
+            parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
             progress=bar.progress,
         )
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
         if args.taesd == "auto" and pipe.previews_by_vae:
             bar.write(f"{pipe.name} draws previews by its own VAE, which is small: no TAESD is needed.")
         if args.verbose:
-            bar.write(f"model {pipe.name} in {pipe.folder}, {pipe.recipe}")
+            bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for request in requests:
-            if request.negative and pipe.cfg(request) <= 1:
-                why = "Without guidance above 1" if pipe.two_passes else f"As {pipe.name} draws in one pass,"
+            if request.negative and pipe.description.passes(request) == 1:
+                why = (
+                    "Without guidance above 1"
+                    if pipe.description.guidance == SECOND_PASS
+                    else f"As {pipe.name} draws in one pass,"
+                )
                 bar.write(f"{why} a negative prompt does nothing.")
-            strange = catalogue.strange(request.prompt) if pipe.name == catalogue.BUILTIN else []
-            if strange:
+            unknown = builtin.unknown_words(request.prompt) if pipe.name == builtin.NAME else []
+            if unknown:
                 known = f"`mlxdiff models {pipe.name}` lists what it knows."
-                bar.write(f"{pipe.name} does not know: {', '.join(strange)}. {known}")
+                bar.write(f"{pipe.name} does not know: {', '.join(unknown)}. {known}")
             _one(args, pipe, request, bar)
     return 0
 
 
 def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar") -> None:
     mx.reset_peak_memory()
-    drawn, made = 0, (pipe.name, pipe.recipe)
-    for event in pipe.stream(request):
+    drawn, made = 0, (pipe.name, str(pipe.description.recipe))
+    for event in pipe.run(request):
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
             for i, rough in enumerate(pipe.preview(event.x0)):
@@ -152,7 +155,7 @@ def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar")
             own = replace(request, seed=request.seed + drawn, count=1)
             path = images.save(event.image, _name(args.output, own), own, *made)
             drawn += 1
-            bar.done(path, own, {"model": pipe.name, **pipe.model["recipe"]})
+            bar.done(path, own, {"model": pipe.name, **asdict(pipe.description.recipe)})
     bar.began = time.perf_counter()
 
 

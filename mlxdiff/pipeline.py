@@ -14,11 +14,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from . import conditioning, guidance, images, memory, registry, samplers, schedules, tokenizers
+from . import advice, conditioning, description, families, guidance, images, memory, samplers, schedules
+from .description import Description
 from .errors import Error
-from .folder import ModelFolder
+from .families.base import EMBEDDED, INPUT
+from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
-from .registry import Defaults
+from .recipe import recipe
 from .request import Request
 from .schedules import Schedule
 
@@ -53,83 +55,149 @@ class Result:
 
 
 def load(
-    model: str | Path,
+    model: str | Path = families.DEFAULT,
     *,
     bits: int | str | None = None,
     dtype: str | None = None,
     refiner: str | Path | None = None,
     taesd: str | Path | None = None,
-    offline: bool = False,
     low_memory: bool = False,
     force: bool = False,
     request: Request | None = None,
-    **options,
+    offline: bool = False,
+    revision: str | None = None,
+    tokenizer: str | Path | None = None,
+    prediction: str | None = None,
+    parts: dict[str, str | Path] | None = None,
+    t5: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> "Pipeline":
-    """Open a model: a name (`mlxdiff models` lists them), a hub id, a folder, or a .safetensors file. Whatever must be
-    downloaded or converted is, once. bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: float16,
-    bfloat16, float32; by default what suits this machine. taesd: "auto", a hub id, a folder or a file: the tiny decoder
-    to draw previews with. Auto is the one made for the model's family, where its VAE is too large for that. low_memory:
-    slower, smaller. force: try also what this machine has too little memory for. request: what is going to be drawn, so
-    that what is too large is refused before a download. options: see `store.resolve` (tokenizer, prediction, ...)."""
+    """Open a model. Whatever must be downloaded or converted is, once.
+
+    model: a name (`mlxdiff models` lists them), a hub id (`org/repo`), a folder, or a .safetensors file.
+    bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: "float16", "bfloat16" or "float32"; by default
+        what suits this machine.
+    refiner: a second model that finishes each picture, such as "sdxl-refiner".
+    taesd: a tiny decoder for previews: "auto" for the one made for the family, a hub id, a folder or a file.
+    low_memory: slower, in less memory. force: also where this machine has too little memory.
+    request: what is going to be drawn, so that a wrong setting is found before a download.
+    offline: never use the network. revision: a branch, tag or commit of the hub repository.
+    tokenizer: a folder, for a checkpoint that brings none. prediction: "eps" or "v", where a checkpoint does not say.
+    parts: files of "vae", "clip", "clip_g" and "t5" for a checkpoint that lacks them.
+    t5: False does without SD3's T5, which is then not fetched either.
+    progress: called with (stage, bytes done, bytes in all)."""
     from . import store
 
-    fetched = [str(name) for name in (model, refiner) if name is not None and store.local(name) is None]
-    if fetched and not force:
-        if request is None:  # then at the least size; every run is looked at once more
-            request = Request("", width=128, height=128, t5=options.get("t5", True))
-        memory.check_named(fetched[0], bits, dtype, low_memory, request, *fetched[1:])
+    how = recipe(bits, dtype)
+    if force:
+        check = Description.check_draws
+    else:
+        asked = Request("", width=128, height=128, t5=t5) if request is None else request
+        check = partial(_check, request=asked, low_memory=low_memory)
+        _check_named(store, model, refiner, how, check)
+    order = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
+    order |= {"revision": revision, "tokenizer": tokenizer, "progress": progress}
 
-    def opened(name: str | Path) -> Pipeline:
-        folder = store.resolve(name, bits=bits, dtype=dtype, offline=offline, **options)
-        row = registry.find(str(name))
-        return Pipeline(folder, low_memory, None if row is None else row.defaults, force)
+    def opened(name: str | Path, **check) -> Pipeline:
+        folder = store.resolve(name, **order, **check)
+        return Pipeline(Networks(folder, description.read(folder)), low_memory, force)
 
-    pipe = opened(model)
+    pipe = opened(model, check=check)
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
-        name, dtype = pipe.family.taesd if taesd == "auto" else taesd, pipe.model["recipe"]["dtype"]
-        pipe.attach_taesd(store.taesd(name, dtype=dtype, offline=offline, progress=options.get("progress")))
+        name = pipe.description.family.taesd if taesd == "auto" else taesd
+        pipe.attach_taesd(store.taesd(name, dtype=pipe.description.recipe.dtype, offline=offline, progress=progress))
     return pipe
 
 
-def stream(prompt: str | Request, model: str | Path = registry.DEFAULT, **settings) -> Iterator[Event]:
+def _check_named(store, model: str | Path, refiner: str | Path | None, how, check: Callable) -> None:
+    """Check a request against published models before anything is fetched; of others nothing is known yet."""
+    models = [None if name is None or store.local(name) is not None else str(name) for name in (model, refiner)]
+    known = [None if m is None or families.name_of(m) is None else families.name_of(m) for m in models]
+    first, second = (None if name is None else description.published(name, how) for name in known)
+    if first is not None:
+        check(first, refiner=second)
+        if second is not None:
+            _check_refiner(first, second)
+
+
+def _check(model: Description, request: Request, low_memory: bool, refiner: Description | None = None) -> None:
+    """Raise if this model cannot draw the request here."""
+    model.check_draws()
+    if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
+        request = replace(request, eta=None)
+    image = None if request.image is None else images.read(request.image).size
+    advice.check(memory.Workload(model, model.resolve(request, image), low_memory, refiner))
+
+
+def _check_refiner(model: Description, refiner: Description) -> None:
+    if refiner.components["vae"].scale != model.components["vae"].scale:
+        raise Error(f"{refiner.name} works on other latents than {model.name}.", "Use the refiner made for this model.")
+
+
+def stream(prompt: str | Request, model: str | Path = families.DEFAULT, **settings) -> Iterator[Event]:
     """Load a model and draw with it once, event by event. To draw twice, keep what `load` gives."""
     return load(model).stream(prompt, **settings)
 
 
-class Pipeline(ModelFolder):
-    """A model folder that draws. The text encoders go before the denoiser comes."""
+class Pipeline:
+    """A model that draws. The text encoders go before the denoiser comes."""
 
-    def __init__(self, folder: Path, low_memory: bool = False, defaults: Defaults | None = None, force: bool = False):
-        super().__init__(folder, low_memory, defaults)
-        self.force = force
+    def __init__(self, networks: Networks, low_memory: bool = False, force: bool = False):
+        self.networks, self.description = networks, networks.description
+        self.description.check_draws()
+        self.low_memory, self.force = low_memory, force
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
+        self._start: tuple[str, Image.Image] | None = None  # the last picture to begin with, by its fingerprint
+
+    def __repr__(self) -> str:
+        model = self.description
+        return f"<{self.name}: {model.family.title}, {model.recipe}, in {self.networks.folder}>"
+
+    @property
+    def name(self) -> str:
+        return self.description.name
 
     def attach_refiner(self, refiner: "Pipeline") -> None:
         """A second model that finishes what this one begins, on the same latents."""
-        if refiner.model["components"]["vae"]["scale"] != self.model["components"]["vae"]["scale"]:
-            raise Error(
-                f"{refiner.name} works on other latents than {self.name}.", "Use the refiner made for this model."
-            )
+        _check_refiner(self.description, refiner.description)
         self.refiner = refiner
 
     def attach_taesd(self, decoder: nn.Module) -> None:
         """A tiny decoder for previews."""
-        channels = decoder.config.latent_channels
-        if channels != self.latent_channels:
+        channels, model = decoder.config.latent_channels, self.description
+        if channels != model.latent_channels:
             raise Error(
-                f"This TAESD reads latents of {channels} channels; {self.name} has {self.latent_channels}.",
-                f"Use {self.family.taesd}.",
+                f"This TAESD reads latents of {channels} channels; {self.name} has {model.latent_channels}.",
+                f"Use {model.family.taesd}.",
             )
         self._taesd = decoder
 
-    def job(self, request: Request) -> memory.Job:
-        """What memory counts of a resolved request, the refiner's share with it."""
-        own = super().job(request)
-        return own if self.refiner is None else replace(own, refiner=self.refiner.job(request))
+    # --- what it can be asked
+
+    def resolve(self, prompt: str | Request, **settings) -> Request:
+        """The request with every open setting filled from this model's defaults, and checked."""
+        if "image" in settings:  # not the one that a request to be replayed began with
+            settings = {"image_hash": None} | settings
+        if unknown := settings.keys() - Request.__dataclass_fields__:
+            raise Error(f"There is no setting {min(unknown)}.", f"Use {', '.join(Request.__dataclass_fields__)}.")
+        request = replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
+        if request.image is None:
+            return self.description.resolve(request)
+        image = images.read(request.image)
+        mark = images.fingerprint(image)
+        if request.image_hash not in (None, mark):
+            raise Error("The image is not what these settings began with.", "Give that one: -i FILE, or image=FILE.")
+        self._start = mark, image
+        return self.description.resolve(replace(request, image_hash=mark), image.size)
+
+    def workload(self, request: Request) -> memory.Workload:
+        """What memory counts of a resolved request."""
+        refiner = None if self.refiner is None else self.refiner.description
+        return memory.Workload(self.description, request, self.low_memory, refiner)
 
     def __call__(self, prompt: str | Request, **settings) -> Result:
         """Draw: `pipe("a red house", seed=7).image.save("house.png")`. The settings are Request's fields."""
@@ -147,12 +215,13 @@ class Pipeline(ModelFolder):
 
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to start from instead of the seed's."""
+        model = self.description
         if not self.force:
-            memory.check(self.job(request), self.name)
+            advice.check(self.workload(request))
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
-        spec, schedule = samplers.SAMPLERS[request.sampler], self.schedule(request)
-        fn = samplers.of_flow(request.sampler) if self.flow else spec.fn
+        spec, schedule = samplers.SAMPLERS[request.sampler], model.noise_levels(request)
+        fn = samplers.of_flow(request.sampler) if model.flow else spec.fn
         whole = schedules.sigmas(schedule, request.schedule, request.steps)
         steps = request.steps if request.image is None else schedule.taken(request.steps, request.strength)
         sigmas = whole[-1 - steps :]
@@ -184,7 +253,7 @@ class Pipeline(ModelFolder):
                 begin = time.perf_counter()
             del denoise  # it holds the network
             if pipe is not self or self.low_memory:
-                pipe._release(pipe.net)
+                pipe.networks.release(pipe.description.family.denoiser)
         yield from self._decode(x / schedule.spread(sigmas[-1]))
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
@@ -192,28 +261,33 @@ class Pipeline(ModelFolder):
         else by one linear map."""
         if self._taesd is not None:
             return _pictures(self._taesd, x0)
-        return self.decode(x0) if self.previews_by_vae else [images.preview(x, self.family.preview) for x in x0]
+        return (
+            self.decode(x0)
+            if self.previews_by_vae
+            else [images.preview(x, self.description.family.preview) for x in x0]
+        )
 
     def decode(self, z: np.ndarray) -> list[Image.Image]:
         """The pictures of latents (B, h, w, c), by the VAE."""
-        return _pictures(self.network("vae"), z)
+        return _pictures(self.networks.get("vae"), z)
 
     @property
     def previews_by_vae(self) -> bool:
         """Whether the VAE is small enough to draw previews."""
-        return (self.folder / "vae.safetensors").stat().st_size <= _SMALL_VAE
+        return (self.networks.folder / "vae.safetensors").stat().st_size <= _SMALL_VAE
 
     # --- the stages; `probe` looks at some of them alone
 
     def noise(self, request: Request) -> Callable[[], mx.array]:
         """What draws standard noise (B, h, w, c) by the request's seeds, another at each call."""
         seeds = [Noise(request.seed + i, request.noise) for i in range(request.count)]
-        return partial(draw_nhwc, seeds, *self.latent_size(request), self.latent_channels)
+        return partial(draw_nhwc, seeds, *self.description.latent_size(request), self.description.latent_channels)
 
     def texts(self, request: Request) -> Iterator[Event]:
         """Texts of the negative prompt (if this run is guided) and of the prompt; remembered for the next seed."""
-        guided, t5 = self.cfg(request) > 1, self._reads_t5(request)
-        zeros = guided and request.negative is None and self.model["zero_negative"]
+        model, plan = self.description, self.description.text
+        guided, t5 = model.passes(request) == 2, model.reads_t5(request)
+        zeros = guided and request.negative is None and model.zero_negative
         prompts = [request.prompt]
         if guided and not zeros:
             prompts.insert(0, "" if request.negative is None else request.negative)
@@ -221,16 +295,13 @@ class Pipeline(ModelFolder):
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
-            toks = {t: tokenizers.load(self.folder / t) for _, t in self.plan.encoders}
-            if t5:
-                toks[self.plan.t5[1]] = tokenizers.load_t5(self.folder / self.plan.t5[1])
+            toks = conditioning.load_tokenizers(plan, self.networks.folder, t5)
             parts = {}
-            for name, words in conditioning.tokenize(self.plan, toks, prompts, t5).items():
-                is_t5 = self.plan.t5 is not None and name == self.plan.t5[0]
-                parts[name] = conditioning.read(self.plan, self.network(name), is_t5, words, request.clip_skip)
+            for name, words in conditioning.tokenize(plan, toks, prompts).items():
+                parts[name] = conditioning.read(plan, self.networks.get(name), words, request.clip_skip)
                 mx.eval(parts[name])
-                self._release(name)  # one encoder at a time: T5 alone is larger than all the others
-            texts = conditioning.join(self.plan, parts, self.model["components"][self.net]["context"])
+                self.networks.release(name)  # one encoder at a time: T5 alone is larger than all the others
+            texts = conditioning.join(plan, parts, model.net.context)
             if zeros:
                 texts.insert(0, conditioning.Text(*(None if a is None else mx.zeros_like(a) for a in texts[0])))
             mx.eval(texts)
@@ -242,60 +313,63 @@ class Pipeline(ModelFolder):
         """Latents of the image to begin with, (B, h, w, c): for each picture a sample of its own."""
         yield Event("encode", 0, 1, 0.0)
         begin = time.perf_counter()
-        image = images.fit(images.read(request.image), request.width, request.height)
+        held = self._start is not None and self._start[0] == request.image_hash
+        image = images.fit(self._start[1] if held else images.read(request.image), request.width, request.height)
         tile = memory.TILE if self.low_memory else None
-        x0 = self.network("vae").sample(mx.array(images.to_pixels(image))[None], noise, tile)
+        x0 = self.networks.get("vae").sample(mx.array(images.to_pixels(image))[None], noise, tile)
         mx.eval(x0)
         self._check_finite(mx.isfinite(x0).all())
         if self.low_memory:
-            self._release("vae")
+            self.networks.release("vae")
         yield Event("encode", 1, 1, time.perf_counter() - begin)
         return x0
 
     def denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, sigmas: list[float]):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas it will be called at; sigmas: of the whole run, of which intervals are parts."""
-        if self.net not in self._networks:
+        model, name = self.description, self.description.family.denoiser
+        if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()
-            net = self.network(self.net)
-            if self.flow:
+            net = self.networks.get(name)
+            if model.flow:
                 net.release_modulation()
             mx.eval(net.parameters())
             yield Event("load", 1, 1, time.perf_counter() - begin)
-        net = self.network(self.net)
+        net = self.networks.get(name)
         conds = self._conditions(request, [schedule.t(s) for s in visits], texts)
         # A transformer's one by one: else the weights of all modulations are read before the first is used, and a
         # quarter of FLUX is in memory once more. A U-Net's weights are held anyway: one wait, not one for each layer.
-        for part in [part for _, part in tree_flatten(conds)] if self.flow else [conds]:
+        for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
             mx.eval(part)
         begin, end = (f * request.steps for f in request.skip_interval)  # both left out, as diffusers counts
         return guidance.denoiser(
             net,
             schedule,
-            self.model["prediction"],
+            model.prediction,
             **conds,
-            scale=self.cfg(request) if len(texts) == 2 else 1.0,
+            scale=model.cfg(request) if len(texts) == 2 else 1.0,
             rescale=request.rescale,
             interval=tuple(sigmas[round(f * request.steps)] for f in request.interval),
             skip=conds["cond"] | {"skip_layers": request.skip_layers} if request.skip_layers else None,
             skip_scale=request.skip_scale,
             skip_interval=(sigmas[min(math.floor(begin) + 1, request.steps)], sigmas[math.ceil(end)]),
-            dtype=_dtype(net),
+            dtype=dtype_of(net),
         )
 
     def _conditions(self, request: Request, ts: list[float], texts: list[conditioning.Text]) -> dict[str, dict]:
         """What the network takes besides x and t, by the names `guidance.denoiser` has for it."""
-        # What a transformer only prepares with is read anew for each run, passes through memory and is gone.
-        net = self._open(self.net) if self.flow else self.network(self.net)
+        model, name = self.description, self.description.family.denoiser
+        # The weights of a transformer's modulations are needed only here: they are read anew for each run, then freed.
+        net = self.networks.open(name) if model.flow else self.networks.get(name)
         sides = [
-            conditioning.arguments(self.plan, text, request, negative=len(texts) == 2 and i == 0)
+            conditioning.arguments(model.text, text, request, negative=len(texts) == 2 and i == 0)
             for i, text in enumerate(texts)
         ]
-        if self.time_cond is not None:
-            sides[0]["guidance_embedding"] = conditioning.guidance_embedding(request.guidance, self.time_cond)
-        fixed = {"size": self.latent_size(request)} if self.flow else {}
-        if self.told:
+        if model.guidance == EMBEDDED:
+            sides[0]["guidance_embedding"] = conditioning.guidance_embedding(request.guidance, model.net.time_cond)
+        fixed = {"size": model.latent_size(request)} if model.flow else {}
+        if model.guidance == INPUT:
             fixed["guidance"] = request.guidance
 
         def prepare(*sides: dict) -> dict:
@@ -312,14 +386,24 @@ class Pipeline(ModelFolder):
     def _decode(self, z: mx.array) -> Iterator[Event]:
         """Pictures one at a time: a batch through the VAE would need its peak memory once for each."""
         yield Event("decode", 0, z.shape[0], 0.0)
-        vae, tile = self.network("vae"), memory.TILE if self.low_memory else None
+        vae, tile = self.networks.get("vae"), memory.TILE if self.low_memory else None
         for i in range(z.shape[0]):
             begin = time.perf_counter()
-            pixels = vae.decode(z[i : i + 1].astype(_dtype(vae)), tile=tile)[0].astype(mx.float32)
+            pixels = vae.decode(z[i : i + 1].astype(dtype_of(vae)), tile=tile)[0].astype(mx.float32)
             mx.eval(pixels)
             self._check_finite(mx.isfinite(pixels).all())
             image = images.to_image(np.array(pixels))
             yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
+
+    def _check_finite(self, finite: mx.array) -> None:
+        """No black picture is ever written: what overflows stops the run and names the dtype that does not."""
+        if not finite.item():
+            dtype = self.description.recipe.dtype
+            other = "bfloat16" if dtype == "float16" else "float32"
+            raise Error(
+                f"{self.name} gave values that are not finite in {dtype}.",
+                f"Run it with --dtype {other}." if dtype != "float32" else "Its weights are damaged: fetch them again.",
+            )
 
     def _hand_over(
         self, request: Request, schedule: Schedule, sigmas: list[float]
@@ -332,11 +416,6 @@ class Pipeline(ModelFolder):
 
 
 def _pictures(decoder: nn.Module, z: np.ndarray) -> list[Image.Image]:
-    pixels = decoder.decode(mx.array(z).astype(_dtype(decoder))).astype(mx.float32)
+    pixels = decoder.decode(mx.array(z).astype(dtype_of(decoder))).astype(mx.float32)
     mx.eval(pixels)
     return [images.to_image(p) for p in np.array(pixels)]
-
-
-def _dtype(net: nn.Module) -> mx.Dtype:
-    """The dtype a network computes in: that of its weights, quantized ones (uint32) aside."""
-    return next(v.dtype for _, v in tree_flatten(net.parameters()) if mx.issubdtype(v.dtype, mx.floating))

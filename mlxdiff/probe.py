@@ -16,6 +16,7 @@ from PIL import Image
 
 from . import conditioning, images, samplers, schedules, tokenizers
 from .errors import Error
+from .families.base import tokenizer_of
 from .models.layers import split_heads
 from .pipeline import Event, Pipeline
 from .request import Request
@@ -60,7 +61,7 @@ def noise_of(pipe: Pipeline, seed: int, **settings) -> np.ndarray:
 def from_noise(pipe: Pipeline, noise: np.ndarray, prompt: str | Request, **settings) -> Iterator[Event]:
     """`pipe.stream` from standard noise (B, h, w, c) of your own, a picture each; the seed is a noisy sampler's."""
     request = pipe.resolve(prompt, **settings, count=len(noise))
-    shape = (request.count, *pipe.latent_size(request), pipe.latent_channels)
+    shape = (request.count, *pipe.description.latent_size(request), pipe.description.latent_channels)
     if noise.shape != shape:
         raise Error(f"This picture starts from noise of shape {shape}, not {noise.shape}.", "Give (B, h, w, c).")
     yield from pipe.run(request, noise.astype(np.float32))
@@ -70,9 +71,9 @@ def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look
     """The two predictions that guidance is made of: clean latents by the negative prompt alone and by the prompt alone,
     each a function of (x, sigma). The request must be guided."""
     request = pipe.resolve(prompt, **settings)
-    if pipe.cfg(request) <= 1:
+    if pipe.description.passes(request) == 1:
         raise Error("Without guidance there is one prediction, not two.", "Ask for guidance above 1.")
-    schedule = pipe.schedule(request)
+    schedule = pipe.description.noise_levels(request)
     sigmas = schedules.sigmas(schedule, request.schedule, request.steps)
     visits = samplers.SAMPLERS[request.sampler].visits(sigmas)
     negative, positive = _value(pipe.texts(request))
@@ -101,12 +102,12 @@ class Attention(NamedTuple):
 def attention(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Attention]:
     """The steps of `trace` with the cross-attention of a U-Net: the mean over layers, heads and pictures, by the prompt
     alone, when the step last asked the network. Its N are the tokens of all chunks, see `tokens`."""
-    if pipe.flow or pipe.refiner is not None:
+    if pipe.description.family.denoiser != "unet" or pipe.refiner is not None:
         raise Error(f"{pipe.name} does not draw with one U-Net.", "Look at the attention of a U-Net without a refiner.")
     request = pipe.resolve(prompt, **settings)
     steps = trace(pipe, request)
     while True:
-        with _watched(pipe.network(pipe.net), request.count) as seen:  # put back before anyone else may draw with it
+        with _watched(pipe.networks.get("unet"), request.count) as seen:  # put back before anyone else may draw with it
             step = next(steps, None)
         if step is None:
             return
@@ -115,15 +116,15 @@ def attention(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Att
 
 
 class _Watched:
-    """A cross-attention that does as it did, and tells its softmax."""
+    """Wraps a cross-attention: the same output, and its softmax is reported."""
 
-    def __init__(self, layer: nn.Module, tell: Callable[[mx.array], None]):
-        self.layer, self.kv, self.tell = layer, layer.kv, tell
+    def __init__(self, layer: nn.Module, report: Callable[[mx.array], None]):
+        self.layer, self.kv, self.report = layer, layer.kv, report
 
     def __call__(self, x: mx.array, kv: tuple[mx.array, mx.array]) -> mx.array:
         q = split_heads(self.layer.to_q(x), self.layer.heads).astype(mx.float32)  # (B, heads, hw, d)
         k = kv[0][..., : q.shape[-1]].astype(mx.float32)  # without the zeros that pad it
-        self.tell(mx.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), axis=-1))
+        self.report(mx.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), axis=-1))
         return self.layer(x, kv)
 
 
@@ -168,14 +169,14 @@ class Token(NamedTuple):
 def tokens(pipe: Pipeline, prompt: str | Request, **settings) -> list[list[Token]]:
     """The prompt's chunks, as many as this run has, as the first text encoder reads them."""
     request = pipe.resolve(prompt, **settings)
-    negative = (request.negative or "") if pipe.cfg(request) > 1 else ""
-    encoder, first = pipe.plan.encoders[0]
-    own = {name: tokenizers.load(pipe.folder / name) for _, name in pipe.plan.encoders}
-    words = conditioning.tokenize(pipe.plan, own, [request.prompt, negative], t5=False)
-    return [_told(own[first], chunk) for chunk in words[encoder].chunks[0]]
+    negative = (request.negative or "") if pipe.description.passes(request) == 2 else ""
+    plan = pipe.description.text
+    toks = conditioning.load_tokenizers(plan, pipe.networks.folder, t5=False)
+    words, first = conditioning.tokenize(plan, toks, [request.prompt, negative]), plan.clip[0]
+    return [_described(toks[first], chunk) for chunk in words[first].chunks[0]]
 
 
-def _told(tokenizer: tokenizers.ClipTokenizer, chunk: tokenizers.Chunk) -> list[Token]:
+def _described(tokenizer: tokenizers.ClipTokenizer, chunk: tokenizers.Chunk) -> list[Token]:
     end = chunk.ids.index(tokenizer.eos)
     roles = ["begin", *["text"] * (end - 1), "end", *["padding"] * (len(chunk.ids) - end - 1)]
     pieces = map(tokenizer.backend.id_to_token, chunk.ids)
@@ -185,7 +186,7 @@ def _told(tokenizer: tokenizers.ClipTokenizer, chunk: tokenizers.Chunk) -> list[
 def merges(pipe: Pipeline, prompt: str) -> list[list[list[str]]]:
     """How the letters of each word of a prompt grow into tokens of the first text encoder: the letters, then what
     stands there after each merge. Of the pairs side by side the one learned first is merged (Sennrich et al. 2016)."""
-    backend = tokenizers.load(pipe.folder / pipe.plan.encoders[0][1]).backend
+    backend = tokenizers.load(pipe.networks.folder / tokenizer_of(pipe.description.text.clip[0])).backend
     learned = json.loads(backend.to_str())["model"]["merges"]
     rank = {tuple(pair): k for k, pair in enumerate(learned)}
     text = " ".join(text for text, weight in tokenizers.parse_weights(prompt) if weight is not None)
@@ -216,7 +217,7 @@ def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def encode(pipe: Pipeline, image: Image.Image) -> np.ndarray:
     """A picture, whose edges the model can have, to its latents (1, h, w, c): the mean, without the VAE's noise."""
-    mean, _ = pipe.network("vae").encode(mx.array(images.to_pixels(image.convert("RGB")))[None])
+    mean, _ = pipe.networks.get("vae").encode(mx.array(images.to_pixels(image.convert("RGB")))[None])
     return np.array(mean.astype(mx.float32))
 
 

@@ -11,8 +11,8 @@ from PIL.Image import Image
 
 from . import samplers, schedules
 from .errors import Error
+from .families import Defaults
 from .noise import SOURCES
-from .registry import Defaults
 
 MAX_SEED = 2**63 - 1  # what a signed 64-bit file format or another tool can still hold
 MAX_EDGE = 16384

@@ -8,11 +8,12 @@ import ipywidgets as w
 import traitlets as t
 
 from .. import samplers, schedules
+from ..description import Description
 from ..errors import Error
-from ..registry import MODELS, Defaults
+from ..families import MODELS, Defaults
+from ..families.base import SECOND_PASS
 from ..request import MAX_SEED, Request
 from .begin import Begin
-from .worker import Facts
 
 # Request fields that have a control, with how one value of a comparison is read from text.
 FIELDS: dict[str, Callable] = {
@@ -52,21 +53,21 @@ def presets(defaults: Defaults) -> dict[str, dict]:
     }
 
 
-def ignored(facts: Facts | None, guidance: float, true_cfg: float) -> dict[str, str]:
+def ignored(model: Description | None, guidance: float, true_cfg: float) -> dict[str, str]:
     """The controls that change nothing now, with the reason. true_cfg: Request's, a second pass for FLUX."""
-    told = facts is not None and not facts.negative
-    if told and true_cfg <= 1:
-        return {"negative": f"{facts.name} draws in one pass: it has no place for a negative prompt."}
-    if guidance <= 1 and not told:
+    one_pass = model is not None and model.guidance != SECOND_PASS
+    if one_pass and true_cfg <= 1:
+        return {"negative": f"{model.name} draws in one pass: it has no place for a negative prompt."}
+    if guidance <= 1 and not one_pass:
         return {"negative": "Not used at guidance 1 or below: nothing is subtracted there."}
     return {}
 
 
-def unusual(request: Request, facts: Facts | None) -> dict:
+def unusual(request: Request, model: Description | None) -> dict:
     """The fields without a control that are not as they would be had nobody set them."""
     plain, own = Request(""), {}
-    if facts is not None:
-        own["clip_skip"] = facts.clip_skip
+    if model is not None:
+        own["clip_skip"] = model.family.clip_skip
     if request.sampler is not None:
         own["eta"] = samplers.SAMPLERS[samplers.resolve(request.sampler)].eta
     shown = (*FIELDS, "count", "image", "image_hash")
@@ -171,9 +172,9 @@ class Controls(w.VBox):
         self.sampler.options = _or_own(fit)
         self.schedule.options = _or_own(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
-    def judge(self, facts: Facts | None, defaults: Defaults | None, guidance: float, more: dict) -> None:
+    def judge(self, model: Description | None, defaults: Defaults | None, guidance: float, more: dict) -> None:
         """Disable what would change nothing now, and say why; name what is set and has no control."""
-        reasons = ignored(facts, guidance, more.get("true_cfg", 1.0))
+        reasons = ignored(model, guidance, more.get("true_cfg", 1.0))
         self.negative.disabled = "negative" in reasons
         self.why.value = html.escape(" ".join(reasons.values()))
         known = {} if defaults is None else presets(defaults)

@@ -20,15 +20,16 @@ import ipywidgets as w
 import traitlets as t
 from PIL import Image
 
-from .. import images, registry
+from .. import families, images
+from ..description import Description
 from ..errors import Error
-from ..registry import DEFAULT, MODELS, Defaults
+from ..families import DEFAULT, MODELS, Defaults
 from ..request import STRENGTH, Request
 from .begin import write_begin
 from .controls import FIELDS, MULTIPLE, Controls, presets, unusual
 from .gallery import Grid, Picture, thumbnail, writable
 from .view import View, line, seconds, size
-from .worker import Facts, Job, Update, Worker, jpeg, shared
+from .worker import Job, Update, Worker, jpeg, shared
 
 _OWN = ("steps", "guidance", "width", "height", "sampler", "schedule")  # what every model has its own values for
 
@@ -61,7 +62,7 @@ class Studio(w.VBox):
     def __init__(self, model: str | Path = DEFAULT, *, worker: Worker | None = None, **settings):
         self._worker = shared() if worker is None else worker
         self._jobs: list[Job] = []  # queued or running, in order
-        self._facts: Facts | None = None  # of the model, once it is open
+        self._description: Description | None = None  # of the model, once it is open
         self._defaults: Defaults | None = None  # of the model, if they are known
         self._flow = False  # whether the samplers on offer are those of rectified flow
         self._before: dict = {}  # the model's own settings as they stood when it was named
@@ -125,7 +126,7 @@ class Studio(w.VBox):
             if value is not None or self.traits()[name].allow_none:
                 setattr(self, name, value)
         self.locked = self.locked or request.seed is not None
-        self.more = unusual(request, self._facts)
+        self.more = unusual(request, self._description)
 
     def load(self, png: str | Path | bytes) -> None:
         """Restore the settings a picture carries: one of ours, of A1111 or of a relative."""
@@ -162,16 +163,16 @@ class Studio(w.VBox):
 
     def _tell(self, job: Job, update: Update, grid: Grid | None = None, cell: tuple[int, int] | None = None) -> None:
         if update.stage == "ready":
-            self._seen[job.facts.name] = job.model
+            self._seen[job.description.name] = job.model
             if job.model == self.model:
-                self._learn(job.facts)
+                self._learn(job.description)
         if update.frame is not None and grid is None:
             self.view.frame(update.frame, f"Preview of {job.request.prompt}")
         elif update.frame is not None:
             self.view.frame(jpeg(grid.draft(cell, Image.open(io.BytesIO(update.frame)))), "The comparison so far")
         if update.picture is not None:
             own = replace(job.request, seed=job.request.seed + update.step - 1, count=1)
-            made = job.facts.name, job.facts.recipe
+            made = job.description.name, str(job.description.recipe)
             picture = Picture.write(update.picture, self.folder, own, *made, update.seconds)
             self.images = [*self.images, picture]
             self._keep(picture, update.picture, show=grid is None)
@@ -222,8 +223,8 @@ class Studio(w.VBox):
 
     def _named(self) -> None:
         """Another model: take its defaults from the registry, or ask the model itself if it is on this machine."""
-        row = registry.find(self.model)
-        self._facts, self._defaults = None, None if row is None else row.defaults
+        row = families.find(self.model)
+        self._description, self._defaults = None, None if row is None else row.defaults
         self.controls.width.step = self.controls.height.step = MULTIPLE
         self._before = {n: getattr(self, n) for n in _OWN}
         if row is not None:
@@ -232,21 +233,21 @@ class Studio(w.VBox):
             self._submit(None, self._tell)
         self._judge()
 
-    def _learn(self, facts: Facts) -> None:
+    def _learn(self, model: Description) -> None:
         """The model is open. What was not touched since it was named becomes the model's own."""
-        self._facts = facts
+        self._description = model
         if self._defaults is None:
-            for name, value in self._preset("standard", facts.defaults).items():
+            for name, value in self._preset("standard", model.defaults).items():
                 if getattr(self, name) == self._before[name]:
                     setattr(self, name, value)
-        if facts.flow != self._flow:
+        if model.flow != self._flow:
             kept = {n: getattr(self, n) for n in ("sampler", "schedule", "more")}
-            self._flow = facts.flow
-            self.controls.offer(facts.flow)  # which selects nothing
+            self._flow = model.flow
+            self.controls.offer(model.flow)  # which selects nothing
             for name, value in kept.items():
                 setattr(self, name, value)
-        self._defaults = facts.defaults
-        self.controls.width.step = self.controls.height.step = facts.multiple
+        self._defaults = model.defaults
+        self.controls.width.step = self.controls.height.step = model.multiple
         self._judge()
 
     def _apply(self, preset: str) -> None:
@@ -258,7 +259,7 @@ class Studio(w.VBox):
         return presets(defaults)[name] | self._shape(defaults)
 
     def _judge(self) -> None:
-        self.controls.judge(self._facts, self._defaults, self.guidance, self.more)
+        self.controls.judge(self._description, self._defaults, self.guidance, self.more)
 
     # --- the picture to begin with
 
@@ -275,7 +276,9 @@ class Studio(w.VBox):
                 setattr(self, name, value)
 
     def _shape(self, defaults: Defaults) -> dict[str, int]:
-        return self.controls.begin.shape(defaults.size, MULTIPLE if self._facts is None else self._facts.multiple)
+        return self.controls.begin.shape(
+            defaults.size, MULTIPLE if self._description is None else self._description.multiple
+        )
 
     def _take(self, data: bytes, begin: bool) -> None:
         """A picture from the page brings its settings back. One that has none, or is meant to, is begun with."""

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import mlx.core as mx
 from PIL import Image
 
+from ..description import Description
 from ..errors import Error
 from ..pipeline import Event, Pipeline, Result, load
-from ..registry import Defaults
 from ..request import Request
 from .gallery import sheet
 
@@ -34,21 +34,9 @@ class Cancelled(Exception):
     """What `result()` of a cancelled job raises. Not an Error: nothing went wrong."""
 
 
-class Facts(NamedTuple):
-    """What the controls need to know of an opened model."""
-
-    name: str
-    recipe: str  # how its weights are stored
-    defaults: Defaults
-    multiple: int  # both edges of a picture must be divisible by it
-    clip_skip: int
-    negative: bool  # whether it can be guided away from a second prompt
-    flow: bool  # whether it is rectified flow, which has samplers and schedules of its own
-
-
 class Update(NamedTuple):
     """What a job tells while it runs. Stages: those of Event, download and convert before them (in bytes), open when a
-    model is about to be read, ready when its `job.facts` are known; done, cancelled or failed ends the job."""
+    model is about to be read, ready when `job.description` is known; done, cancelled or failed ends the job."""
 
     stage: str
     step: int = 0
@@ -72,7 +60,7 @@ class Job:
         self.model, self.options, self.asked = model, options, asked
         self.state, self.error = "queued", None
         self.request: Request | None = None  # resolved, once the model is open
-        self.facts: Facts | None = None
+        self.description: Description | None = None
         self._worker, self._tell = worker, tell
         self._stop, self._ended = threading.Event(), threading.Event()
         self.value: object = None  # what came of it
@@ -207,7 +195,7 @@ class Worker:
             return None if job.asked is None else job.asked(pipe, job)
         job.request = pipe.resolve(job.asked)
         begin, drawn, paces, due = time.perf_counter(), [], [], 0.0
-        with closing(pipe.stream(job.request)) as events:
+        with closing(pipe.run(job.request)) as events:
             for event in events:
                 if event.stage == "denoise" and event.step:
                     paces.append(event.seconds)
@@ -246,15 +234,7 @@ class Worker:
             self._pipe = self._load(job.model, request=request, progress=progress, **job.options)
             self._key = key
         pipe = self._pipe
-        job.facts = Facts(
-            pipe.name,
-            pipe.recipe,
-            pipe.defaults,
-            pipe.multiple,
-            pipe.family.clip_skip,
-            pipe.two_passes,
-            pipe.flow,
-        )
+        job.description = pipe.description
         job.tell("ready")
         return pipe
 

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import NamedTuple
 
@@ -17,13 +17,13 @@ from tqdm import trange
 from .. import BLAS, __version__
 from ..console import Parser, run
 from ..errors import Error
+from ..families import DEFAULT, MODELS
+from ..families.base import SECOND_PASS
 from ..pipeline import Pipeline, load
-from ..published import ROWS
-from ..registry import DEFAULT
+from ..recipe import BITS, DTYPES, SMALLER, Recipe, bits_of
 from ..request import Request
-from ..weights import BITS, DTYPES, SMALLER, bits_of, label
 from . import against_torch, start
-from .random_model import RandomPipeline
+from .random_model import RandomNetworks, random_pipeline
 from .step import Trace, spread
 
 _PROMPT = "a red house under a full moon"
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     which = g.add_mutually_exclusive_group()
     which.add_argument("-m", "--model", default=DEFAULT, help=f"name, hub id, folder or .safetensors ({DEFAULT})")
     which.add_argument(
-        "--random", choices=ROWS, metavar="NAME", help="a named model's networks with random weights: no file"
+        "--random", choices=MODELS, metavar="NAME", help="a named model's networks with random weights: no file"
     )
     g.add_argument(
         "--blocks", type=int, metavar="N", help="with --random: SD3 and FLUX cut to N blocks of each kind, T5 too"
@@ -81,11 +81,11 @@ def measure(args: argparse.Namespace) -> dict:
     if args.random is None:
         pipe = load(args.model, bits=args.quantize, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
     else:
-        pipe = RandomPipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force, bits=args.quantize)
+        pipe = random_pipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force, bits=args.quantize)
     request = asked(pipe, args)
     if args.against is not None:
         against_torch.check(pipe)
-    batch = 2 if request.guidance > 1 and pipe.two_passes else 1
+    model, batch = pipe.description, pipe.description.passes(request)
     facts = {
         "mlxdiff": __version__,
         "mlx": metadata.version("mlx"),
@@ -93,9 +93,9 @@ def measure(args: argparse.Namespace) -> dict:
         "chip": str(mx.device_info().get("device_name", "unknown")),
         "blas": BLAS,
         "model": pipe.name,
-        "family": pipe.model["family"],
+        "family": model.family.name,
         "random": args.random is not None,
-        **pipe.model["recipe"],
+        **asdict(model.recipe),
         "width": request.width,
         "height": request.height,
         "batch": batch,
@@ -115,10 +115,11 @@ def measure(args: argparse.Namespace) -> dict:
 def asked(pipe: Pipeline, args: argparse.Namespace) -> Request:
     """The picture that is drawn: euler, which calls the network once a step."""
     guidance = None
-    if args.batch == 2 and not pipe.two_passes:
+    two = pipe.description.guidance == SECOND_PASS
+    if args.batch == 2 and not two:
         raise Error(f"{pipe.name} is guided without a second pass.", "Use --batch 1.")
-    if args.batch is not None and pipe.two_passes:
-        guidance = 1.0 if args.batch == 1 else max(pipe.defaults.guidance, 2.0)
+    if args.batch is not None and two:
+        guidance = 1.0 if args.batch == 1 else max(pipe.description.defaults.guidance, 2.0)
     return pipe.resolve(
         _PROMPT, seed=0, steps=args.steps, width=args.width, height=args.height, guidance=guidance, sampler="euler"
     )
@@ -131,7 +132,8 @@ def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
     """A run to warm up, whose first step is traced, then `repeat` runs. From the first come the peaks, since later ones
     find networks in memory, and what it alone does, such as loading. Random weights come from no file, so making them
     is neither timed nor called loading; but for what a transformer only prepares with, made as `prepare` reads it."""
-    trace, clock = Trace(), pipe.clock if isinstance(pipe, RandomPipeline) else time.perf_counter
+    random = isinstance(pipe.networks, RandomNetworks)
+    trace, clock = Trace(), pipe.networks.clock if random else time.perf_counter
     try:
         first = watch(pipe, request, clock, trace)
     finally:
@@ -142,7 +144,7 @@ def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
     for stage in (s for s in _STAGES if s in first.seconds):
         samples = [r.seconds[stage] for r in rest if stage in r.seconds] or [first.seconds[stage]]
         stages[stage] = {"seconds": spread(samples), "peak_bytes": first.peaks[stage]}
-    if isinstance(pipe, RandomPipeline):
+    if random:
         del stages["load"]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     parts, step = trace.alone(repeat), spread([s for r in rest for s in r.steps])
@@ -166,7 +168,7 @@ class Run(NamedTuple):
 def watch(pipe: Pipeline, request: Request, clock: Callable[[], float], trace: Trace | None = None) -> Run:
     """One run. It encodes if its prompt is not that of the run before."""
     done, stage, begin = Run({}, {}, []), None, 0.0
-    for event in pipe.stream(request):
+    for event in pipe.run(request):
         if event.step in (0, event.steps):
             if stage is not None:
                 done.seconds[stage] = done.seconds.get(stage, 0.0) + clock() - begin
@@ -189,7 +191,7 @@ def table(facts: dict) -> str:
     blas = "" if f["blas"] is None else f", {f['blas']}"
     lines = [
         f"mlxdiff {f['mlxdiff']}, mlx {f['mlx']} on {f['device']} ({f['chip']}{blas})",
-        f"{f['model']}, {label(f)}, {f['width']}x{f['height']}, batch {f['batch']}"
+        f"{f['model']}, {Recipe(f['dtype'], f['bits'])}, {f['width']}x{f['height']}, batch {f['batch']}"
         + (", low memory" if f["low_memory"] else ""),
         f"runs of {f['steps']} steps: {f['repeat']}, after one to warm up",
         "",

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import Error
+from ..models import unet
 from ..pipeline import Pipeline
 from ..request import Request
 from .step import spread
@@ -24,22 +25,22 @@ T = 500.0  # any time of training
 
 def check(pipe: Pipeline) -> None:
     """Refuse, before anything is measured, what torch has no network for."""
-    if "unet" not in pipe.model["components"]:
+    if pipe.description.family.denoiser != "unet":
         raise Error(f"--against torch knows U-Nets; {pipe.name} has none.", "Leave it out.")
-    if pipe.model["recipe"]["bits"] is not None:
+    if pipe.description.recipe.bits is not None:
         raise Error(f"{pipe.name} is quantized, which torch cannot read.", "Leave --against out, or do not quantize.")
 
 
 def compare(pipe: Pipeline, request: Request, batch: int, repeat: int) -> dict:
     """Seconds of one call of the U-Net, ours and torch's, A B A B after a call each to warm up; how far apart the
     outputs are where the weights are the same (not so for random ones); or what is absent."""
-    net, values = pipe.network("unet"), inputs(pipe, request, batch)
+    net, values = pipe.networks.get("unet"), inputs(pipe, request, batch)
     arrays = {k: mx.array(v) for k, v in values.items()}
     x = arrays.pop("x").astype(net.conv_in.weight.dtype)
     mx.eval(net.parameters())
     cond = net.prepare([T], **arrays)
     mx.eval(cond)
-    file = pipe.folder / "unet.safetensors"
+    file = pipe.networks.folder / "unet.safetensors"
 
     def call() -> tuple[mx.array, float]:
         begin = time.perf_counter()
@@ -50,9 +51,9 @@ def compare(pipe: Pipeline, request: Request, batch: int, repeat: int) -> dict:
     with tempfile.TemporaryDirectory(prefix="mlxdiff-") as place:
         np.savez(f"{place}/in.npz", **values)
         job = {
-            "config": config(pipe.model["components"]["unet"]),
+            "config": config(pipe.description.net),
             "weights": str(file) if file.is_file() else None,
-            "dtype": pipe.model["recipe"]["dtype"],
+            "dtype": pipe.description.recipe.dtype,
             "gpu": mx.default_device() == mx.Device(mx.gpu),
             "t": T,
             "inputs": f"{place}/in.npz",
@@ -113,45 +114,45 @@ def process(job: dict) -> Iterator[Iterator[dict]]:
 
 def inputs(pipe: Pipeline, request: Request, batch: int) -> dict[str, np.ndarray]:
     """Random inputs for one call, the same for both, in our layout."""
-    net, rng = pipe.model["components"]["unet"], np.random.default_rng(0)
-    size = (request.height // pipe.factor, request.width // pipe.factor)
-    shapes = {"x": (batch, *size, net["in_channels"]), "context": (batch, 77, net["context"])}
-    if net["time_cond"] is not None:
-        shapes["guidance_embedding"] = (batch, net["time_cond"])
-    if net["added"] is not None:
-        shapes["pooled"] = (batch, pipe.model["components"]["text_encoder_2"]["projection"])
+    model, rng = pipe.description, np.random.default_rng(0)
+    net, size = model.net, model.latent_size(request)
+    shapes = {"x": (batch, *size, net.in_channels), "context": (batch, 77, net.context)}
+    if net.time_cond is not None:
+        shapes["guidance_embedding"] = (batch, net.time_cond)
+    if net.added is not None:
+        shapes["pooled"] = (batch, model.components["text_encoder_2"].projection)
     values = {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
-    if net["added"] is not None:
-        count = (net["added"] - shapes["pooled"][1]) // net["added_time"]
+    if net.added is not None:
+        count = (net.added - shapes["pooled"][1]) // net.added_time
         values["time_ids"] = np.full((batch, count), 512, np.float32)
     return values
 
 
-def config(ours: dict) -> dict:
+def config(ours: unet.Config) -> dict:
     """The arguments of diffusers' UNet2DConditionModel for a Config of ours."""
     middle = {None: None, 0: "UNetMidBlock2D"}
-    down = [list(d) if d else 1 for d in ours["depth"]]
-    if not ours["depth"][-1] and ours["mid_depth"]:
-        down[-1] = ours["mid_depth"]  # diffusers takes the middle's from the last level
+    down = [list(d) if d else 1 for d in ours.depth]
+    if not ours.depth[-1] and ours.mid_depth:
+        down[-1] = ours.mid_depth  # diffusers takes the middle's from the last level
     return {
-        "in_channels": ours["in_channels"],
-        "out_channels": ours["out_channels"],
-        "block_out_channels": list(ours["channels"]),
-        "layers_per_block": list(ours["layers"]),
-        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in ours["depth"]],
-        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in ours["up_depth"]],
-        "mid_block_type": middle.get(ours["mid_depth"], "UNetMidBlock2DCrossAttn"),
+        "in_channels": ours.in_channels,
+        "out_channels": ours.out_channels,
+        "block_out_channels": list(ours.channels),
+        "layers_per_block": list(ours.layers),
+        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in ours.depth],
+        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in ours.up_depth],
+        "mid_block_type": middle.get(ours.mid_depth, "UNetMidBlock2DCrossAttn"),
         "transformer_layers_per_block": down,
-        "reverse_transformer_layers_per_block": [list(d) if d else 1 for d in ours["up_depth"]],
-        "attention_head_dim": list(ours["heads"]),  # counts heads in these files
-        "cross_attention_dim": ours["context"],
-        "norm_num_groups": ours["groups"],
-        "norm_eps": ours["eps"],
-        "use_linear_projection": ours["linear_projection"],
-        "time_cond_proj_dim": ours["time_cond"],
-        "addition_embed_type": None if ours["added"] is None else "text_time",
-        "addition_time_embed_dim": ours["added_time"],
-        "projection_class_embeddings_input_dim": ours["added"],
-        "flip_sin_to_cos": ours["flip_sin_to_cos"],
-        "freq_shift": ours["freq_shift"],
+        "reverse_transformer_layers_per_block": [list(d) if d else 1 for d in ours.up_depth],
+        "attention_head_dim": list(ours.heads),  # counts heads in these files
+        "cross_attention_dim": ours.context,
+        "norm_num_groups": ours.groups,
+        "norm_eps": ours.eps,
+        "use_linear_projection": ours.linear_projection,
+        "time_cond_proj_dim": ours.time_cond,
+        "addition_embed_type": None if ours.added is None else "text_time",
+        "addition_time_embed_dim": ours.added_time,
+        "projection_class_embeddings_input_dim": ours.added,
+        "flip_sin_to_cos": ours.flip_sin_to_cos,
+        "freq_shift": ours.freq_shift,
     }

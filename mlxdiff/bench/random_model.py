@@ -4,7 +4,7 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,96 +13,71 @@ from mlx.utils import tree_map
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from .. import weights
+from ..description import Description, published
 from ..errors import Error
+from ..families import MODELS
+from ..families.base import tokenizer_of
+from ..models import build
+from ..models.build import Config
+from ..networks import Networks
 from ..pipeline import Pipeline
-from ..published import ROWS, Config
-from ..registry import MODELS
+from ..recipe import DTYPES, component_dtype, plan, recipe
 from ..tokenizers import BOS, EOS
 
-_DISCRETE = {
-    "betas": "scaled_linear",
-    "start": 0.00085,
-    "end": 0.012,
-    "steps": 1000,
-    "zero_snr": False,
-    "spacing": "leading",
-    "offset": 1,
-    "final_alpha_one": False,
-    "sampler": None,
-}
-_FLOW = {
-    "steps": 1000,
-    "shift": 3.0,
-    "dynamic": None,
-    "spacing": "trailing",
-    "ends": "trailing",
-    "sampler": "euler",
-}
 
+class RandomNetworks(Networks):
+    """Networks whose weights are made when a stage asks for them. On disk there are only alphabets for tokenizers, in a
+    folder that goes when this does."""
 
-class RandomPipeline(Pipeline):
-    """A named model, its weights made when a stage asks for them. On disk: a description and alphabets for tokenizers,
-    in a folder that goes when this does. blocks: how many to keep of each kind, in the transformers and in T5."""
-
-    def __init__(
-        self,
-        name: str,
-        dtype: str | None = None,
-        low_memory: bool = False,
-        blocks: int | None = None,
-        force: bool = False,
-        bits: int | str | None = None,
-    ):
+    def __init__(self, description: Description):
         self._making = 0.0
         self._place = tempfile.TemporaryDirectory(prefix="mlxdiff-")
-        folder, row = Path(self._place.name), MODELS[name]
-        components = {n: asdict(c) for n, c in shallow(name, blocks).items()}
-        flow = "transformer" in components
-        weights.write_json(
-            folder / "model.json",
-            {
-                "format": weights.FORMAT,
-                "name": f"{name} of random weights",
-                "family": row.family,
-                "variant": {"lcm": "lcm", "flux-schnell": "schnell"}.get(name, "base"),
-                "prediction": "flow" if flow else {"sd2": "v"}.get(row.family, "eps"),
-                "source": "random",
-                "recipe": weights.recipe(bits, dtype),
-                "schedule": _FLOW if flow else _DISCRETE,
-                "zero_negative": row.family == "sdxl",
-                "components": components,
-            },
-        )
-        for part, config in components.items():
-            if part.startswith("text_encoder"):
-                (_t5_alphabet if "buckets" in config else _alphabet)(folder / part.replace("text_encoder", "tokenizer"))
-        super().__init__(folder, low_memory, row.defaults, force)
+        super().__init__(Path(self._place.name), description)
+        for name in (*description.text.clip, description.text.t5):
+            if name in description.components:
+                alphabet = _t5_alphabet if name == description.text.t5 else _alphabet
+                alphabet(self.folder / tokenizer_of(name))
 
-    def network(self, name: str) -> nn.Module:
+    def get(self, name: str) -> nn.Module:
         """A transformer is left to be made when it is loaded, by then without what only its preparation reads."""
-        if name in self._networks or name == "transformer":
-            return super().network(name)
-        begin, net = time.perf_counter(), super().network(name)
+        if name in self or name == "transformer":
+            return super().get(name)
+        begin, net = time.perf_counter(), super().get(name)
         mx.eval(net.parameters())
         self._making += time.perf_counter() - begin
         return net
 
-    def _open(self, name: str) -> nn.Module:
-        kind = weights.DTYPES[weights.component_dtype(self.model["family"], name, self.model["recipe"]["dtype"])]
-        net = weights.build(name, self.model["components"][name])
+    def open(self, name: str) -> nn.Module:
+        model = self.description
+        kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
+        net = build.build(model.components[name])
         net.update(tree_map(lambda p: _random(p.shape, kind) if p.ndim > 1 else p.astype(kind), net.parameters()))
-        return weights.quantized(net, weights.plan(name, net, self.model["recipe"]["bits"])).eval()
+        return weights.quantized(net, plan(model.family, name, net, model.recipe.bits)).eval()
 
     def clock(self) -> float:
         """Seconds, less those that went into making weights."""
         return time.perf_counter() - self._making
 
 
+def random_pipeline(
+    name: str,
+    dtype: str | None = None,
+    low_memory: bool = False,
+    blocks: int | None = None,
+    force: bool = False,
+    bits: int | str | None = None,
+) -> Pipeline:
+    """A named model of random weights. blocks: how many to keep of each kind, in the transformers and in T5."""
+    model = published(name, recipe(bits, dtype))
+    return Pipeline(RandomNetworks(replace(model, components=shallow(name, blocks))), low_memory, force)
+
+
 def shallow(name: str, blocks: int | None) -> dict[str, Config]:
     """A model's networks, with no more than so many blocks of each kind."""
+    networks = MODELS[name].networks
     if blocks is None:
-        return ROWS[name]
-    if "unet" in ROWS[name]:
+        return networks
+    if "unet" in networks:
         raise Error(f"{name} is a U-Net, which is not cut.", "Leave --blocks out.")
 
     def cut(config: Config) -> Config:
@@ -111,7 +86,7 @@ def shallow(name: str, blocks: int | None) -> dict[str, Config]:
             depth["dual"] = tuple(i for i in config.dual if i < blocks)
         return replace(config, **depth)
 
-    return {n: c if n == "vae" or hasattr(c, "act") else cut(c) for n, c in ROWS[name].items()}  # act: CLIP
+    return {n: c if build.name_of(c) in ("vae", "clip") else cut(c) for n, c in networks.items()}
 
 
 def _random(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..models import clip, t5, unet, vae
-from .base import Careful, Defaults, Variant, EMBEDDED
+from .base import EMBEDDED, Careful, Defaults, Variant
 
 CLIP_L = clip.Config(
     vocab=49408,

@@ -18,9 +18,7 @@ SDXL = Family(
     title="Stable Diffusion XL",
     denoiser="unet",
     network="unet",
-    text=TextPlan(
-        clip=("text_encoder", "text_encoder_2"), final_norm=False, pooled=("text_encoder_2",), sizes=True
-    ),
+    text=TextPlan(clip=("text_encoder", "text_encoder_2"), final_norm=False, pooled=("text_encoder_2",), sizes=True),
     defaults=_DEFAULTS,
     fallback=("euler", "leading"),
     prediction="eps",

@@ -20,9 +20,14 @@ Config = clip.Config | t5.Config | unet.Config | sd3.Config | flux.Config | vae.
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
 
 
+def name_of(config: Config) -> str:
+    """Which of NETWORKS a Config is of."""
+    return _NAMES[type(config)]
+
+
 def settings(config: Config) -> dict:
     """A network's name and Config as model.json keeps them."""
-    return {"network": _NAMES[type(config)], **asdict(config)}
+    return {"network": name_of(config), **asdict(config)}
 
 
 def config(settings: dict) -> Config:
@@ -36,7 +41,7 @@ def config(settings: dict) -> Config:
 
 def build(config: Config) -> nn.Module:
     """The network of a Config. Its parameters are lazy: building it allocates nothing."""
-    return NETWORKS[_NAMES[type(config)]][1](config)
+    return NETWORKS[name_of(config)][1](config)
 
 
 _AGAIN = "Convert the checkpoint again."

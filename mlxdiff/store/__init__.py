@@ -7,15 +7,17 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from .. import weights
+from .. import builtin, description, recipe
+from ..description import Description
 from ..errors import Error
-from ..registry import MODELS
+from ..families import FAMILIES, MODELS
+from ..recipe import Recipe
 from . import cache
 from .tokenizer import tokenizer_for
 
@@ -25,21 +27,21 @@ if TYPE_CHECKING:
 # convert and hub are imported where a cached model no longer gets by without them: they take most of a second to load.
 
 Progress = Callable[[str, int, int], None]
-BUILTIN = Path(__file__).parent.parent / "builtin"
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.ckpt))(?:/(.+\.safetensors))?")
 
 
 @dataclass(frozen=True)
-class Order:
-    """What was asked of `resolve`, checked."""
+class Options:
+    """How `resolve` was asked to find and convert a model, checked."""
 
-    recipe: dict
+    recipe: Recipe
     prediction: str | None
     tokenizer: Path | None
     parts: dict[str, Path]
     t5: bool
     offline: bool
     progress: Progress
+    check: Callable[[Description], None]
 
 
 def resolve(
@@ -54,6 +56,7 @@ def resolve(
     parts: dict[str, str | Path] | None = None,
     t5: bool = True,
     progress: Progress | None = None,
+    check: Callable[[Description], None] | None = None,
 ) -> Path:
     """The model folder of a named model, a hub id (`org/repo`, or `org/repo/file.safetensors`), a folder or a file.
 
@@ -61,16 +64,26 @@ def resolve(
     repository; without one the commit first seen stays. tokenizer: a folder, for checkpoints that bring none.
     prediction: "eps" or "v", where a checkpoint does not say. parts: files of "vae", "clip", "clip_g" and "t5", for
     checkpoints of SD3 and FLUX that lack them and have none beside them. t5: False neither fetches nor converts SD3's
-    T5. progress(stage, done, total) is told bytes."""
-    asked, recipe = {"dtype": dtype, "bits": bits, "prediction": prediction}, weights.recipe(bits, dtype)
+    T5. progress(stage, done, total) is told bytes. check: called with what the model is as soon as that is known, which
+    is before a conversion; what it raises ends all."""
+    asked, how = {"dtype": dtype, "bits": bits, "prediction": prediction}, recipe.recipe(bits, dtype)
     words = None if tokenizer is None else Path(tokenizer).expanduser()
     given = {kind: Path(file).expanduser() for kind, file in (parts or {}).items()}
-    order = Order(recipe, prediction, words, given, t5, offline, _silent if progress is None else progress)
+    options = Options(
+        recipe=how,
+        prediction=prediction,
+        tokenizer=words,
+        parts=given,
+        t5=t5,
+        offline=offline,
+        progress=_silent if progress is None else progress,
+        check=(lambda _: None) if check is None else check,
+    )
 
     path = local(model)
     if path is not None:
-        return _as_it_is(path, asked, order) if (path / "model.json").is_file() else _from_path(path, order)
-    return _from_hub(*_repo(model), revision, order)
+        return _as_it_is(path, asked, options) if (path / "model.json").is_file() else _from_path(path, options)
+    return _from_hub(*_repo(model), revision, options)
 
 
 @contextmanager
@@ -116,7 +129,7 @@ def local(model: str | Path) -> Path | None:
         return None
     row = MODELS.get(str(model))
     if row is not None and not any((path / f).is_file() for f in ("model.json", "model_index.json")):
-        return BUILTIN / str(model) if row.repo is None else None
+        return builtin.FOLDER if row.repo is None else None
     return path if exists else None
 
 
@@ -133,25 +146,26 @@ def _repo(model: str | Path) -> tuple[str, str | None]:
     raise Error(f"There is no model, file or folder {name!r}.", f"Did you mean {near[0]}? {known}" if near else known)
 
 
-def _as_it_is(folder: Path, asked: dict, order: Order) -> Path:
+def _as_it_is(folder: Path, asked: dict, options: Options) -> Path:
     """Our own format is used in place; it cannot be converted once more."""
-    if order.parts:
+    if options.parts:
         raise Error(f"{folder} is already converted; it takes no other parts.", "Convert the original checkpoint.")
-    model = weights.read_description(folder)
-    has = model["recipe"] | {"prediction": model["prediction"]}
+    model = description.read(folder)
+    has = {"dtype": model.recipe.dtype, "bits": model.recipe.bits, "prediction": model.prediction}
     for key, value in asked.items():
         if value is not None and value != has[key]:
             raise Error(
                 f"{folder} is already converted, with {key} {has[key]}, not {value}.",
                 "Convert the original checkpoint again with what you want.",
             )
+    options.check(model)
     return folder
 
 
 # A source's identity is what has to stay the same for a cached conversion of it to be the right one.
 
 
-def _from_path(path: Path, order: Order) -> Path:
+def _from_path(path: Path, options: Options) -> Path:
     """A checkpoint on disk is the same as long as its files keep their place, size and time, and what it may take from
     beside it too."""
     label, identity = path.resolve().name, ["path", str(path.resolve()), _marks(path)]
@@ -160,7 +174,7 @@ def _from_path(path: Path, order: Order) -> Path:
 
         label = path.stem
         identity += [[str(file), _marks(file)] for file in convert.beside(path)]
-    return _present(label, identity, order) or _make(label, identity, lambda _: path, order)
+    return _present(label, identity, options) or _make(label, identity, lambda _: path, options)
 
 
 def _marks(path: Path) -> list:
@@ -175,26 +189,26 @@ def _marks(path: Path) -> list:
     return [[f.name, f.parent.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
 
 
-def _from_hub(repo: str, file: str | None, revision: str | None, order: Order) -> Path:
+def _from_hub(repo: str, file: str | None, revision: str | None, options: Options) -> Path:
     """A hub repository is the same as long as its commit is; the commit of the first conversion is remembered."""
     revision = "main" if revision is None else revision
-    half = order.recipe["dtype"] != "float32"
+    half = options.recipe.dtype != "float32"
     label, note = _label(repo, file), _note(repo, revision)
     seen = cache.read_note(note).get("commit")
     if seen is not None:
-        made = _present(label, ["hub", repo, seen, file, half], order)
+        made = _present(label, ["hub", repo, seen, file, half], options)
         if made is not None:
             return made
 
     from . import hub
 
     at = revision if seen is None else seen
-    commit, obtain = _published(repo, file, at, half, order.t5, order.offline, order.progress)
+    commit, obtain = _published(repo, file, at, half, options.t5, options.offline, options.progress)
     identity = ["hub", repo, commit, file, half]
     try:
-        made = _present(label, identity, order) or _make(label, identity, obtain, order)
+        made = _present(label, identity, options) or _make(label, identity, obtain, options)
     except Error as e:
-        if order.offline or hub.offline():  # what is held may be the beginning of a download
+        if options.offline or hub.offline():  # what is held may be the beginning of a download
             raise Error(e.problem, f"{e.fix} If its download was cut off, run once without --offline.") from None
         raise
     cache.write_note(note, {"repo": repo, "revision": revision, "commit": commit})
@@ -236,41 +250,46 @@ def _published(
     return commit, obtain
 
 
-def _target(label: str, identity: list, order: Order) -> Path:
-    words = None if order.tokenizer is None else [str(order.tokenizer.resolve()), _marks(order.tokenizer)]
-    parts = [[kind, str(file.resolve()), _marks(file)] for kind, file in sorted(order.parts.items())]
-    asked = [order.recipe, order.prediction, order.t5, words, *parts]
-    return cache.folder(label, weights.label(order.recipe), [weights.FORMAT, identity, asked])
+def _target(label: str, identity: list, options: Options) -> Path:
+    words = None if options.tokenizer is None else [str(options.tokenizer.resolve()), _marks(options.tokenizer)]
+    parts = [[kind, str(file.resolve()), _marks(file)] for kind, file in sorted(options.parts.items())]
+    asked = [asdict(options.recipe), options.prediction, options.t5, words, *parts]
+    return cache.folder(label, str(options.recipe), [description.FORMAT, identity, asked])
 
 
-def _present(label: str, identity: list, order: Order) -> Path | None:
+def _present(label: str, identity: list, options: Options) -> Path | None:
     """The conversion, if there is one. One with T5 serves without it as well: what is not read is not loaded."""
-    orders = [order] if order.t5 else [replace(order, t5=True), order]
-    targets = [_target(label, identity, o) for o in orders]
-    return next((target for target in targets if cache.complete(target)), None)
+    ways = [options] if options.t5 else [replace(options, t5=True), options]
+    targets = [_target(label, identity, o) for o in ways]
+    made = next((target for target in targets if cache.complete(target)), None)
+    if made is not None:
+        options.check(description.read(made))
+    return made
 
 
-def _make(label: str, identity: list, obtain: Callable[[Path], Path], order: Order) -> Path:
+def _make(label: str, identity: list, obtain: Callable[[Path], Path], options: Options) -> Path:
     """Convert what `obtain` brings."""
     from .. import convert
 
     def fill(part: Path) -> None:
-        checkpoint = convert.open(obtain(part), order.prediction, order.parts, order.t5)
-        cache.check_room(checkpoint.path.name, _size(checkpoint, order.recipe))
-        words = order.tokenizer
+        checkpoint = convert.open(obtain(part), options.prediction, options.parts, options.t5)
+        options.check(convert.describe(checkpoint, options.recipe))
+        cache.check_room(checkpoint.path.name, _size(checkpoint, options.recipe))
+        words = options.tokenizer
         if words is None:
-            words = tokenizer_for(checkpoint, order.offline, order.progress)
-        convert.save(checkpoint, part / "model", **order.recipe, tokenizer=words, progress=order.progress)
+            words = tokenizer_for(checkpoint, options.offline, options.progress)
+        convert.save(checkpoint, part / "model", options.recipe.bits, options.recipe.dtype, words, options.progress)
 
-    return cache.make(_target(label, identity, order), fill, lambda: order.progress("wait", 0, 0))
+    return cache.make(_target(label, identity, options), fill, lambda: options.progress("wait", 0, 0))
 
 
-def _size(checkpoint: "Checkpoint", recipe: dict) -> float:
+def _size(checkpoint: "Checkpoint", how: Recipe) -> float:
     """Bytes that will be written. Quantized, the layers that are not count as if they were."""
-    need, bits = 0.0, recipe["bits"]
+    need = 0.0
     for name, component in checkpoint.components.items():
-        dtype = weights.component_dtype(checkpoint.family, name, recipe["dtype"])
-        need += component.parameters * (weights.DTYPES[dtype].size if bits is None else weights.BITS[bits] / 8)
+        dtype = recipe.component_dtype(FAMILIES.get(checkpoint.family), name, how.dtype)
+        size = recipe.DTYPES[dtype].size if how.bits is None else recipe.BITS[how.bits] / 8
+        need += component.parameters * size
     return need
 
 
@@ -288,7 +307,7 @@ def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | N
             raise Error(f"There is no TAESD, file or folder {str(name)!r}.", "Use auto for the model's own.")
         file = "diffusion_pytorch_model.safetensors" if found[2] is None else found[2]
         path = _one_file(found[1], file, offline, _silent if progress is None else progress)
-    networks = convert.read(path, weights.DTYPES[dtype])
+    networks = convert.read(path, recipe.DTYPES[dtype])
     if "taesd" not in networks:
         raise Error(f"{path} is no TAESD but {', '.join(networks)}.", "Use auto for the model's own.")
     return networks["taesd"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .. import weights
+from .. import description
 from ..errors import Error
 
 
@@ -42,17 +42,17 @@ def short(key: str) -> str:
 def complete(target: Path) -> bool:
     """A conversion appears under its name only when it is whole; this finds what somebody has since taken out of it."""
     try:
-        model = weights.read_model(target)
+        model = description.read(target)
     except Error:
         return False
-    parts = [f"{name}.safetensors" for name in model["components"]] + list(model["tokenizers"])
+    parts = [*(f"{name}.safetensors" for name in model.components), *model.tokenizers]
     return all((target / part).exists() for part in parts)
 
 
 def named(name: str) -> list[Path]:
     """The conversions of a model, by the name it goes by."""
     found = sorted(p.parent for p in root().glob("models/*/model.json") if not p.parent.name.endswith(".part"))
-    return [p for p in found if complete(p) and weights.read_model(p)["name"] == name]
+    return [p for p in found if complete(p) and description.read(p).name == name]
 
 
 def make(target: Path, fill: Callable[[Path], None], busy: Callable[[], None]) -> Path:
@@ -106,7 +106,8 @@ def _sweep(models: Path) -> None:
         with suppress(BlockingIOError), _locked(target, None):
             shutil.rmtree(part, ignore_errors=True)
     for note in models.glob("*/model.json"):
-        if read_note(note).get("format", weights.FORMAT) < weights.FORMAT:
+        format = read_note(note).get("format")
+        if isinstance(format, int) and format < description.FORMAT:
             shutil.rmtree(note.parent, ignore_errors=True)
 
 
@@ -133,7 +134,7 @@ def write_note(path: Path, note: dict) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
-        weights.write_json(fresh, note)
+        fresh.write_text(json.dumps(note, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(fresh, path)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import Error
-from ..registry import FAMILIES, MODELS
+from ..families import FAMILIES, MODELS
 from . import cache
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: "Progress")
                 return merges.parent
             if any((merges.parents[1] / w / "spiece.model").is_file() for w in ("tokenizer_2", "tokenizer_3")):
                 return merges.parents[1]
-    repo = next(row.repo for row in MODELS.values() if row.family == checkpoint.family and row.repo is not None)
+    repo = next(row.repo for row in MODELS.values() if row.family.name == checkpoint.family and row.repo is not None)
     if offline or hub.offline():
         raise Error(
             f"{name} has no tokenizer, none is on this machine, and the network may not be used.",

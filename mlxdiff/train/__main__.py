@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..console import Parser, run
 from ..errors import Error
-from ..weights import BITS, bits_of
+from ..recipe import BITS, bits_of
 from . import storybook as sb
 from .objective import PREDICTIONS
 from .recipe import Recipe, storybook

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from .. import guidance, samplers, schedules
+from ..families import MODELS
 from ..models import clip, unet, vae
-from ..published import ROWS
 from ..tokenizers import ClipTokenizer, load
 from . import bpe, export, objective
 from . import storybook as sb
@@ -27,7 +27,7 @@ LEANING, LEAN = range(600, 900), {"left": 0.62, "centre": 0.28, "right": 0.10}
 SAVE_EVERY, SAMPLES_EVERY = 250, 1000  # steps; samples are drawn from what was just saved
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("scaled_linear", 1000, 0.00085, 0.012))
 
-_NETWORKS = ROWS["storybook"]
+_NETWORKS = MODELS["storybook"].networks
 VAE = replace(_NETWORKS["vae"], scale=1.0)
 UNET = _NETWORKS["unet"]
 

@@ -19,7 +19,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ...registry import DEFAULT
+from ...families import DEFAULT
 from ..worker import Job, Update, Worker, shared
 from .sheet import Sheet
 

@@ -1,0 +1,113 @@
+"""What this machine has, whether a picture fits it, and which settings would make it fit."""
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .description import published
+from .errors import Error
+from .families import MODELS
+from .memory import SURE, Workload, peak
+from .recipe import BITS, Recipe
+from .request import Request
+
+_BITS, _SIZES = (8, 6, 5, 4, 3), (768, 512, 256)
+
+
+class Machine(NamedTuple):
+    memory: int  # bytes, all of it
+    budget: int  # of these, what programs are told to stay within
+    gpu: bool
+
+
+def this_machine() -> Machine:
+    """On a GPU what it says of itself. Else what the system has, or lets this container have; Windows, which has no
+    sysconf, is taken to have enough."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    if mx.default_device() == mx.Device(mx.gpu):
+        info = mx.device_info()
+        memory = int(info.get("memory_size", info.get("total_memory", memory)))
+        return Machine(memory, int(info.get("max_recommended_working_set_size", memory)), True)
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
+        try:
+            memory = min(memory, int(Path("/sys/fs/cgroup", limit).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return Machine(memory, memory, False)
+
+
+def mac(gigabytes: int) -> Machine:
+    """A Mac of so much memory. Its GPU is told to stay within two thirds of up to 32 GB, and three quarters of more:
+    the least that Metal was seen to recommend; newer systems say up to 78 %."""
+    memory = gigabytes * 2**30
+    return Machine(memory, memory * 2 // 3 if gigabytes <= 32 else memory * 3 // 4, True)
+
+
+def named(name: str, recipe: Recipe, low_memory: bool = False) -> Workload:
+    """A published model drawing a picture of its own size in its own steps."""
+    model = published(name, recipe)
+    return Workload(model, model.resolve(Request("")), low_memory)
+
+
+def fits(workload: Workload, machine: Machine) -> bool:
+    return peak(workload, machine.gpu) <= machine.budget
+
+
+def check(workload: Workload, machine: Machine | None = None) -> None:
+    """Refuse what clearly exceeds the machine, and name what would fit."""
+    machine = this_machine() if machine is None else machine
+    need, request = peak(workload, machine.gpu), workload.request
+    if need <= SURE * machine.memory:
+        return
+    fitting = [f"{spell(settings)} ({n / 1e9:.1f} GB)" for settings, n in options(workload, machine)]
+    if fitting:
+        fix = f"What fits: {', or '.join(fitting)}."
+    else:
+        plain = Recipe(workload.model.recipe.dtype, None)
+        smaller = [n for n in MODELS if fits(named(n, plain, low_memory=True), machine)]
+        others = f"{', '.join(smaller)} would, with `low_memory=True`" if smaller else "nor does any other named model"
+        fix = f"It fits at no setting; {others}."
+    size = f"{request.width}x{request.height}" + (f", {request.count} at once" if request.count > 1 else "")
+    also = "" if workload.refiner is None else " and its refiner"
+    raise Error(
+        f"{workload.model.name}{also} at {size} takes about {need / 1e9:.1f} GB; this machine has "
+        f"{machine.memory / 1e9:.1f}.",
+        f"{fix} `force=True` tries it as it is.",
+    )
+
+
+def spell(settings: dict) -> str:
+    """Settings as Python spells them."""
+    return " ".join(f"`{name}={value!r}`" for name, value in settings.items())
+
+
+def options(workload: Workload, machine: Machine) -> list[tuple[dict, int]]:
+    """Settings that make it fit, and what it takes then: of each kind the first that does, which gives up least."""
+    request, recipe = workload.request, workload.model.recipe
+    low = [] if workload.low_memory else [{"low_memory": True}]
+    bits = [{"bits": b} for b in _BITS if recipe.bits is None or b < BITS[recipe.bits]]
+    t5 = [{"t5": False}] if request.t5 and "t5" in workload.model.family.takes else []
+    sizes = [{"width": n, "height": n} for n in _SIZES if n < max(request.width, request.height)]
+    fewer = [{"count": 1}] if request.count > 1 else []
+    unrefined = [{"refiner": None}] if workload.refiner is not None else []
+
+    def first(kind: list[dict]) -> list[tuple[dict, int]]:
+        found = ((settings, workload.but(**settings)) for settings in kind)
+        return next(([(settings, peak(w, machine.gpu))] for settings, w in found if fits(w, machine)), [])
+
+    found = [way for kind in (low, fewer, t5, unrefined, bits, sizes) for way in first(kind)]
+    if low and not first(low):  # then it may spare some bits, or some pictures
+        alone = [settings for settings, _ in found]
+        spared = first(_pairs(bits, low))
+        found = [way for way in spared if {"bits": way[0]["bits"]} not in alone] + found
+        found = found if {"count": 1} in alone else first(_pairs(low, fewer)) + found
+    found = found or first(_pairs(t5, low)) or first(_pairs(unrefined, low))
+    return found or first(_pairs(_pairs(_pairs(bits, low), fewer), sizes))
+
+
+def _pairs(some: list[dict], others: list[dict]) -> list[dict]:
+    """All pairs; if one list is empty, the other."""
+    return [a | b for a in some for b in others] or some or others

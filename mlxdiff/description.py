@@ -1,0 +1,269 @@
+"""What a model is: `model.json` as a frozen, checked value. It answers what a request comes out as, how many passes it
+takes, and what its noise levels are, for a model folder as for a published model that is not here yet."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from . import samplers, schedules
+from .errors import Error
+from .families import FAMILIES, MODELS, Defaults, Family, find
+from .families.base import EMBEDDED, SECOND_PASS, TextPlan, Variant
+from .models import build
+from .models.vae import factor
+from .recipe import BITS, DTYPES, Recipe
+from .request import Request
+from .schedules import Schedule
+
+FORMAT = 4  # goes up when a quantization plan or the output of a conversion changes: older folders are converted anew
+PREDICTIONS = ("eps", "v", "x0", "flow")
+_AGAIN = "Convert the checkpoint again."
+
+# Settings that not every family has: how to tell that a request uses one.
+SPECIAL: dict[str, Callable[[Request], bool]] = {
+    "shift": lambda r: r.shift is not None,
+    "true_cfg": lambda r: r.true_cfg != 1,
+    "skip_layers": lambda r: bool(r.skip_layers),
+    "t5": lambda r: not r.t5,
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    name: str
+    family: Family
+    variant: str  # of the family's variants
+    prediction: str
+    recipe: Recipe
+    schedule: dict
+    zero_negative: bool
+    components: dict[str, build.Config]
+    tokenizers: tuple[str, ...] = ()
+    error: dict[str, float] = field(default_factory=dict)  # of quantized components: what was lost, relative
+
+    @property
+    def row(self) -> Variant:
+        return self.family.variants[self.variant]
+
+    @property
+    def defaults(self) -> Defaults:
+        """Of the named model, if this is one by name and by what it holds; else of the variant or the family."""
+        named = find(self.name)
+        if named is not None and (named.family, named.variant) == (self.family, self.variant):
+            return named.defaults
+        return self.family.defaults if self.row.defaults is None else self.row.defaults
+
+    @property
+    def net(self) -> build.Config:
+        """The denoiser's settings."""
+        return self.components[self.family.denoiser]
+
+    @property
+    def text(self) -> TextPlan:
+        tokens = self.row.t5_tokens
+        return self.family.text if tokens is None else replace(self.family.text, t5_tokens=tokens)
+
+    @property
+    def guidance(self) -> str:
+        """SECOND_PASS, INPUT, NONE or EMBEDDED."""
+        return self.family.guidance if self.row.guidance is None else self.row.guidance
+
+    @property
+    def flow(self) -> bool:
+        """Whether this is rectified flow."""
+        return self.prediction == "flow"
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent stands for, along one edge."""
+        return factor(self.components["vae"].channels)
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's edges are multiples of: a latent, or a transformer's patch."""
+        return self.factor * self.family.patch
+
+    @property
+    def latent_channels(self) -> int:
+        return self.components["vae"].latent_channels
+
+    def latent_size(self, request: Request) -> tuple[int, int]:
+        """(h, w)"""
+        return request.height // self.factor, request.width // self.factor
+
+    def cfg(self, request: Request) -> float:
+        """The scale of classifier-free guidance, which a second pass is for; 1 is none."""
+        if self.guidance == EMBEDDED:
+            return 1.0
+        return request.guidance if self.guidance == SECOND_PASS else request.true_cfg
+
+    def passes(self, request: Request) -> int:
+        """2 where a second pass, by the negative prompt, is guided away from."""
+        return 2 if self.cfg(request) > 1 else 1
+
+    def reads_t5(self, request: Request) -> bool:
+        return request.t5 and self.text.t5 in self.components
+
+    def noise_levels(self, request: Request) -> Schedule:
+        """The schedule of a resolved request."""
+        if self.flow:
+            h, w = self.latent_size(request)
+            return schedules.flow(self.schedule, h * w // self.family.patch**2, request.shift)
+        return schedules.discrete(self.schedule, samplers.SAMPLERS[request.sampler].grid)
+
+    def resolve(self, request: Request, image: tuple[int, int] | None = None) -> Request:
+        """The request with every open setting filled from this model's defaults, and checked. image: width and height
+        of the picture to begin with."""
+        if image is not None:
+            request = request.sized(image, self.defaults.size**2, self.multiple)
+        own = self.schedule
+        pair = self.family.fallback if own["sampler"] is None else (own["sampler"], own["spacing"])
+        full = request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.multiple)
+        self._check(full)
+        return full
+
+    def _check(self, request: Request) -> None:
+        """What this model cannot do, told before the work."""
+        for setting, used in SPECIAL.items():
+            if used(request) and setting not in self.family.takes:
+                whose = " and ".join(f.title for f in FAMILIES.values() if setting in f.takes)
+                raise Error(f"{setting} is for {whose}; {self.name} is {self.family.title}.", f"Leave {setting} out.")
+        layers = min((self.components[e].layers for e in self.text.clip), default=math.inf)
+        if request.clip_skip > layers:
+            raise Error(f"clip_skip {request.clip_skip} goes below the text encoder's {layers} layers.", "Choose less.")
+        if self.flow:
+            samplers.of_flow(request.sampler)
+        schedule = self.noise_levels(request)
+        schedules.sigmas(schedule, request.schedule, request.steps)
+        if request.image is not None and self.row.edits:
+            raise Error(
+                f"{self.name} takes a picture to edit and not to begin with, which is not supported yet.",
+                "Leave the image out, or use another model.",
+            )
+        if request.image is not None and schedule.taken(request.steps, request.strength) == 0:
+            none = f"Strength {request.strength:g} of {request.steps} steps leaves no step to take."
+            raise Error(none, "Take more of either.")
+        if self.family.check is not None:
+            self.family.check(self, request)
+
+    def check_draws(self) -> None:
+        """Raise unless this has all that a picture takes."""
+        for name in (self.family.denoiser, "vae", *self.text.needs):
+            if name not in self.components:
+                raise Error(f"{self.name} has no {name}.", "Use a checkpoint that holds the whole model.")
+        if self.row.needs:
+            raise Error(
+                f"{self.name} is a {self.variant} model, which draws from {' and '.join(self.row.needs)} too.",
+                "It converts, but cannot draw yet: use a base model.",
+            )
+
+    def write(self, folder: Path) -> None:
+        """model.json in a folder."""
+        values = {name: getattr(self, name) for name in ("name", "variant", "prediction", "schedule", "zero_negative")}
+        values |= {"format": FORMAT, "family": self.family.name, "recipe": asdict(self.recipe), "error": self.error}
+        values |= {"tokenizers": self.tokenizers}
+        values["components"] = {name: build.settings(config) for name, config in self.components.items()}
+        text = json.dumps(values, indent=1, sort_keys=True)
+        (folder / "model.json").write_text(text + "\n", encoding="utf-8")
+
+
+def published(name: str, recipe: Recipe) -> Description:
+    """A named model as it would be converted: what is known of it before it is fetched."""
+    model = MODELS[name]
+    own = model.family.variants[model.variant].schedule
+    return Description(
+        name=name,
+        family=model.family,
+        variant=model.variant,
+        prediction=model.family.prediction if model.prediction is None else model.prediction,
+        recipe=recipe,
+        schedule=model.family.schedule if own is None else own,
+        zero_negative=model.family.zero_negative,
+        components=model.networks,
+    )
+
+
+def read(folder: str | Path) -> Description:
+    """The description in a model folder, every value of it checked."""
+    path = Path(folder) / "model.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise Error(f"{path} cannot be read as a model description: {e}.", _AGAIN) from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise Error(f"{path} has format {found!r:.60}; this version reads {FORMAT}.", _AGAIN)
+    for key, sound in _SOUND.items():
+        if not sound(values.get(key)):
+            raise Error(f"{path} has {key} {values.get(key)!r:.60}.", _AGAIN)
+    family = FAMILIES[values["family"]]
+    if values["variant"] not in [*family.variants]:
+        raise Error(f"{path} has variant {values['variant']!r:.60} of {family.name}.", _AGAIN)
+    try:
+        components = {name: build.config(settings) for name, settings in values["components"].items()}
+    except Error as e:
+        raise Error(f"{path}: {e.problem}", e.fix) from None
+    wrong = _misplaced(family, components)
+    if wrong is not None:
+        raise Error(f"{path} has a {wrong} that {family.title} does not have.", _AGAIN)
+    return Description(
+        name=values["name"],
+        family=family,
+        variant=values["variant"],
+        prediction=values["prediction"],
+        recipe=Recipe(**values["recipe"]),
+        schedule=values["schedule"],
+        zero_negative=values["zero_negative"],
+        components=components,
+        tokenizers=tuple(values["tokenizers"]),
+        error=values["error"],
+    )
+
+
+def _misplaced(family: Family, components: dict[str, build.Config]) -> str | None:
+    """A component whose network is not the one that has its place in the family."""
+    kinds = {family.denoiser: family.network, "vae": "vae", **dict.fromkeys(family.text.clip, "clip")}
+    if family.text.t5 is not None:
+        kinds[family.text.t5] = "t5"
+    return next((name for name, c in components.items() if kinds.get(name) != build.name_of(c)), None)
+
+
+def _schedule_is_sound(value) -> bool:
+    """One that a conversion writes: its fields, each of the kind that the family's own has."""
+    if not isinstance(value, dict):
+        return False
+    model = next((f.schedule for f in FAMILIES.values() if f.schedule.keys() == value.keys()), None)
+    return model is not None and all(_alike(value[key], model[key], key) for key in model)
+
+
+def _alike(value, model, key: str) -> bool:
+    if key == "dynamic":
+        numbers = value.values() if isinstance(value, dict) else ()
+        return value is None or (len(numbers) == 4 and all(_is_number(n) for n in numbers))
+    if key == "sampler":
+        return value is None or value in [*samplers.SAMPLERS]
+    if isinstance(model, bool | str):
+        return type(value) is type(model)
+    return _is_number(value)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_SOUND = {
+    "name": lambda v: isinstance(v, str),
+    "family": lambda v: v in [*FAMILIES],
+    "variant": lambda v: isinstance(v, str),
+    "prediction": lambda v: v in [*PREDICTIONS],
+    "recipe": lambda v: (
+        isinstance(v, dict) and v.keys() == {"dtype", "bits"} and v["dtype"] in [*DTYPES] and v["bits"] in [None, *BITS]
+    ),
+    "schedule": _schedule_is_sound,
+    "zero_negative": lambda v: isinstance(v, bool),
+    "components": lambda v: isinstance(v, dict) and all(isinstance(c, dict) for c in v.values()),
+    "tokenizers": lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v),
+    "error": lambda v: isinstance(v, dict) and all(_is_number(n) for n in v.values()),
+}

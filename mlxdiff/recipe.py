@@ -1,0 +1,74 @@
+"""How weights are stored: their dtype, and which layers get how many bits."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import Error
+from .families import Family
+from .families.base import Careful
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+# What quantizes, by the bits of a number: a whole number of them scales and shifts every group of numbers, the others
+# are MLX's kinds of small floats, which only scale it.
+BITS: dict[int | str, int] = {3: 3, 4: 4, 5: 5, 6: 6, 8: 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
+SMALLER = f"{', '.join(map(str, BITS))}: smaller, not faster"
+_GROUPS = {"mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
+_TEXT = Careful(whole=("text_projection", "embeddings"))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    dtype: str
+    bits: int | str | None
+
+    def __str__(self) -> str:
+        """In a word: float16, float16-4bit, float16-mxfp4."""
+        if self.bits is None:
+            return self.dtype
+        return f"{self.dtype}-{self.bits}bit" if isinstance(self.bits, int) else f"{self.dtype}-{self.bits}"
+
+
+def recipe(bits: int | str | None = None, dtype: str | None = None) -> Recipe:
+    """A checked recipe. dtype None: what suits this machine."""
+    if bits is not None and bits not in [*BITS]:
+        raise Error(f"Weights cannot be quantized to {bits!r}.", f"Use one of {', '.join(map(str, BITS))}.")
+    if dtype is not None and dtype not in [*DTYPES]:
+        raise Error(f"{dtype!r} is not a dtype for weights.", f"Use one of {', '.join(DTYPES)}.")
+    return Recipe(default_dtype() if dtype is None else dtype, bits)
+
+
+def default_dtype() -> str:
+    """float32 on a CPU, where half precision is emulated; float16 on M1 and M2, whose GPUs emulate bfloat16."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "float32"
+    chip = str(mx.device_info().get("architecture", ""))  # "applegpu_g13s": 13 is M1, 14 is M2, 15 is M3
+    digits = "".join(c for c in chip.removeprefix("applegpu_g") if c.isdigit())
+    return "float16" if chip.startswith("applegpu") and digits and int(digits) < 15 else "bfloat16"
+
+
+def component_dtype(family: Family | None, name: str, dtype: str) -> str:
+    """The model's dtype, but float32 for a VAE that overflows in float16; bfloat16's 8 bits would show as banding."""
+    if name == "vae" and not (dtype == "float16" and family is not None and family.vae_float16):
+        return "float32"
+    return dtype
+
+
+def bits_of(text: str) -> int | str:
+    """What a command line's -q says: one of BITS."""
+    return int(text) if text.isdigit() else text
+
+
+def plan(family: Family, name: str, module: nn.Module, bits: int | str | None) -> dict[str, dict]:
+    """Which Linear layers of a component are quantized, and how, in MLX's words: {path: {group_size, bits, mode}}."""
+    if bits is None or name == "vae":
+        return {}
+    layers, careful = {}, family.careful if name == family.denoiser else _TEXT
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and not any(k in path for k in careful.whole):
+            own = 8 if any(k in path for k in careful.eight) else bits
+            group = next((g for g in _GROUPS.get(own, (64, 32)) if layer.weight.shape[1] % g == 0), None)
+            if group is not None:
+                layers[path] = {"group_size": group, "bits": BITS[own], "mode": own if own in _GROUPS else "affine"}
+    return layers
