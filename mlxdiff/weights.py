@@ -30,7 +30,8 @@ def quantized(module: nn.Module, layers: dict[str, dict]) -> nn.Module:
 
 class Writer:
     """A safetensors file of one component, written tensor by tensor in any order: the header is known beforehand.
-    The file is called by its component. Used as a context manager; leaving it without an error means every parameter was put exactly once."""
+    The file is called by its component. Used as a context manager; leaving it without an error means every parameter
+    was put exactly once."""
 
     def __init__(self, path: Path, family: Family, config: build.Config, recipe: Recipe):
         self.path, name = path, path.stem
