@@ -101,9 +101,7 @@ class Family:
     clip_skip: int  # which text layer is read, counted from the end: 1 is the last
     vae_float16: bool  # whether the VAE is known not to overflow in float16
     taesd: str  # hub id of the tiny decoder for its latents
-    preview: tuple[
-        tuple[float, float, float], ...
-    ]  # latents to RGB: a row a channel, then the bias (ComfyUI's figures)
+    preview: tuple[tuple[float, ...], ...]  # latents to RGB: a row a channel, then the bias (ComfyUI's figures)
     careful: Careful
     activations: Callable[[Config, int, int, bool], float]  # (network, latents, tokens, gpu) -> numbers a sample holds
     guidance: str = SECOND_PASS
