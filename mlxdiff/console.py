@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from .errors import Error
+from .spelling import as_flags
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -25,7 +26,7 @@ def run(prog: str, body: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except Error as e:
-        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"{prog}: {' '.join(as_flags(str(e)).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{prog}: stopped.", file=sys.stderr)

@@ -129,7 +129,7 @@ class Description:
         for setting, used in SPECIAL.items():
             if used(request) and setting not in self.family.takes:
                 whose = " and ".join(f.title for f in FAMILIES.values() if setting in f.takes)
-                raise Error(f"{setting} is for {whose}; {self.name} is {self.family.title}.", f"Leave {setting} out.")
+                raise Error(f"{setting} is for {whose}; {self.name} is {self.family.title}.", f"Leave `{setting}` out.")
         layers = min((self.components[e].layers for e in self.text.clip), default=math.inf)
         if request.clip_skip > layers:
             raise Error(f"clip_skip {request.clip_skip} goes below the text encoder's {layers} layers.", "Choose less.")

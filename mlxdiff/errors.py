@@ -2,7 +2,8 @@
 
 
 class Error(Exception):
-    """`problem` is one sentence with the offending value in it; `fix` is one sentence that says what to do."""
+    """`problem` is one sentence with the offending value in it; `fix` is one sentence that says what to do. Both name
+    settings in backticks, as Python has them; see `spelling`."""
 
     def __init__(self, problem: str, fix: str = ""):
         super().__init__(f"{problem} {fix}".strip())

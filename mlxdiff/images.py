@@ -82,7 +82,7 @@ def save(image: Image.Image, path: Path, request: Request, model: str, recipe: s
         finally:
             temp.unlink(missing_ok=True)
     except OSError as e:
-        raise Error(f"{path} cannot be written: {e.strerror or e}.", "Choose another place with -o.") from None
+        raise Error(f"{path} cannot be written: {e.strerror or e}.", "Choose another place with `output`.") from None
 
 
 def file_name(request: Request) -> str:
@@ -112,7 +112,7 @@ def _claim(temp: Path, path: Path) -> Path:
             if not target.exists():
                 os.replace(temp, target)
                 return target
-    raise Error(f"{path.parent} already holds 100000 pictures of this name.", "Choose another name with -o.")
+    raise Error(f"{path.parent} already holds 100000 pictures of this name.", "Choose another name with `output`.")
 
 
 def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
@@ -189,7 +189,7 @@ def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
             info = dict(image.info)
             comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")
     except FileNotFoundError:
-        raise Error(f"There is no picture at {name}.", "Check the path after --from-image.") from None
+        raise Error(f"There is no picture at {name}.", "Check its path.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e  # else a buffer's address
         raise Error(f"{name} cannot be read as a picture: {why}.", "Give a PNG written by mlxdiff or A1111.") from None

@@ -1,10 +1,10 @@
 """How much memory a picture takes at its peak, known before anything is downloaded or read: weights by their shapes and
 their recipe, activations by figures measured on the published networks. A preview's tiny decoder is left out.
 
-Figures are numbers held at once beside the weights. On a CPU, where they were measured, a convolution unfolds its map to
-nine times its size, and MLX begins about ten operations before the first of them ends. On Metal, which was not at hand,
-nothing is unfolded, and MLX waits where memory is short: counted are the input, its norm, Winograd's two maps and the
-output of the widest convolution, and for the U-Net the maps that wait for the way up."""
+Figures are numbers held at once beside the weights. On a CPU, where they were measured, a convolution unfolds its map
+to nine times its size, and MLX begins about ten operations before the first of them ends. On Metal, which was not at
+hand, nothing is unfolded, and MLX waits where memory is short: counted are the input, its norm, Winograd's two maps and
+the output of the widest convolution, and for the U-Net the maps that wait for the way up."""
 
 import math
 from dataclasses import dataclass, replace

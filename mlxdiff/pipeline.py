@@ -190,7 +190,7 @@ class Pipeline:
         image = images.read(request.image)
         mark = images.fingerprint(image)
         if request.image_hash not in (None, mark):
-            raise Error("The image is not what these settings began with.", "Give that one: -i FILE, or image=FILE.")
+            raise Error("The image is not what these settings began with.", "Give that one as `image=FILE`.")
         self._start = mark, image
         return self.description.resolve(replace(request, image_hash=mark), image.size)
 
@@ -402,7 +402,9 @@ class Pipeline:
             other = "bfloat16" if dtype == "float16" else "float32"
             raise Error(
                 f"{self.name} gave values that are not finite in {dtype}.",
-                f"Run it with --dtype {other}." if dtype != "float32" else "Its weights are damaged: fetch them again.",
+                f"Run it with `dtype={other!r}`."
+                if dtype != "float32"
+                else "Its weights are damaged: fetch them again.",
             )
 
     def _hand_over(

@@ -105,13 +105,13 @@ class Request:
         if self.strength is not None:
             _number("strength", self.strength, 0, 1)
         if self.image is None and (self.strength is not None or self.image_hash is not None):
-            raise Error("There is no image for these settings to begin with.", "Give it: -i FILE, or image=FILE.")
+            raise Error("There is no image for these settings to begin with.", "Give it as `image=FILE`.")
         if not isinstance(self.t5, bool):
-            raise Error(f"t5 {self.t5!r} is neither true nor false.", "Use t5=False to leave T5 out.")
+            raise Error(f"t5 {self.t5!r} is neither true nor false.", "Use `t5=False` to leave T5 out.")
         if self.eta is not None:
             _number("eta", self.eta, 0, 10)
         if self.eta is not None and not samplers.SAMPLERS[self.sampler].noisy:
-            raise Error(f"eta has no meaning for {self.sampler}, which adds no noise.", "Leave eta out, or use ddim.")
+            raise Error(f"eta has no meaning for {self.sampler}, which adds no noise.", "Leave `eta` out, or use ddim.")
         for name, value in (("width", self.width), ("height", self.height)):
             _whole(name, value, multiple, MAX_EDGE)
             if value % multiple:

@@ -3,40 +3,51 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mlxdiff import images, registry
+from mlxdiff import images
+from mlxdiff.description import Description, published
 from mlxdiff.errors import Error
+from mlxdiff.families import Defaults
 from mlxdiff.images import to_image
 from mlxdiff.pipeline import Event
-from mlxdiff.registry import Defaults
+from mlxdiff.recipe import recipe
 from mlxdiff.request import Request
 
 DEFAULTS = Defaults(size=64, steps=20, guidance=5.0, sampler=None, schedule=None)
 
 
+def describe(name: str, model: str = "sd15") -> Description:
+    """What a named model is, under another name and with the defaults of these tests."""
+    like = published(model, recipe(dtype="float32"))
+    return replace(like, name=name, family=replace(like.family, defaults=DEFAULTS, variants=_variants(like)))
+
+
+def _variants(model: Description) -> dict:
+    return {k: replace(v, defaults=None) for k, v in model.family.variants.items()}
+
+
 class Pipe:
     """Stands where a Pipeline would. pace: seconds a step. gate: steps wait for it, so that a test sees them run."""
 
-    multiple, two_passes, flow, family = 8, True, False, registry.FAMILIES["sd1"]
-
     def __init__(self, name: str = "fake", pace: float = 0.0, gate: threading.Event | None = None):
-        self.recipe = "float32"
-        self.name, self.pace, self.gate, self.defaults = name, pace, gate, DEFAULTS
+        self.description = describe(name)
+        self.name, self.pace, self.gate = name, pace, gate
         self.steps = 0  # taken in its life
 
     def resolve(self, request: Request) -> Request:
         if request.image is not None:
-            request = request.sized(images.read(request.image).size, self.defaults.size**2, self.multiple)
-        return request.resolve(self.defaults, ("euler", "leading"), "leading", 1, self.multiple)
+            request = request.sized(images.read(request.image).size, DEFAULTS.size**2, self.description.multiple)
+        return request.resolve(DEFAULTS, ("euler", "leading"), "leading", 1, self.description.multiple)
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
-        return [images.preview(x, self.family.preview) for x in x0]
+        return [images.preview(x, self.description.family.preview) for x in x0]
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def run(self, request: Request) -> Iterator[Event]:
         yield Event("encode", 0, 1, 0.0)
         yield Event("denoise", 0, request.steps, 0.0)
         for step in range(1, request.steps + 1):

@@ -4,11 +4,17 @@ copies. Environment (hub address, caches, offline) is read when a process starts
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlxdiff.convert
-from mlxdiff import Error, store, weights
+from mlxdiff import Error, store
+from mlxdiff.description import published
+from mlxdiff.families import MODELS
+from mlxdiff.recipe import Recipe
+
+UNET = {"unet": MODELS["sd15"].networks["unet"]}
 
 
 def fake_open(source, prediction=None, parts=None, t5=True):
@@ -26,6 +32,10 @@ def fake_open(source, prediction=None, parts=None, t5=True):
     )
 
 
+def fake_describe(checkpoint, recipe):
+    return replace(published("sd15", recipe), name=checkpoint.path.resolve().name, components=UNET)
+
+
 def fake_save(checkpoint, target, bits, dtype, tokenizer, progress):
     """Everything of the source in one component file, in order, so that a test can tell what was converted."""
     source, target = checkpoint.path, Path(target)
@@ -40,15 +50,15 @@ def fake_save(checkpoint, target, bits, dtype, tokenizer, progress):
                 out.write(file.read_bytes())
     if tokenizer is not None:
         (target / "tokenizer" / "from").write_text(str(tokenizer), encoding="utf-8")
-    model = {"format": weights.FORMAT, "components": {"unet": {}}, "tokenizers": {"tokenizer": {}}, "files": names}
-    model |= {"name": source.resolve().name, "family": "sd1", "variant": "base", "schedule": {}}
-    model |= {"recipe": {"dtype": dtype, "bits": bits}, "prediction": checkpoint.prediction}
-    weights.write_json(target / "model.json", model)
+    (target / "files.json").write_text(json.dumps(names), encoding="utf-8")
+    model = fake_describe(checkpoint, Recipe(dtype, bits))
+    replace(model, tokenizers=("tokenizer",), prediction=checkpoint.prediction).write(target)
     progress("convert", len(files), len(files))
 
 
 def fake() -> None:
     mlxdiff.convert.open, mlxdiff.convert.save = fake_open, fake_save
+    mlxdiff.convert.describe = fake_describe
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ kernels, published tensor lists for the full-size rows, diffusers for the networ
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,17 +12,19 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxdiff import memory, published, weights
+from mlxdiff import advice, load, weights
 from mlxdiff.bench import __main__ as bench
 from mlxdiff.bench import against_torch, random_model, start
 from mlxdiff.bench import step as steps
 from mlxdiff.bench.step import Call, Shape, Trace, kernels
+from mlxdiff.families import FAMILIES, MODELS, published
+from mlxdiff.models import build
 from mlxdiff.models.layers import affine
-from mlxdiff.pipeline import Pipeline
+from mlxdiff.recipe import DTYPES, Recipe, component_dtype
 
-CLIP = replace(published._CLIP_L, vocab=514, width=32, layers=2, heads=2, hidden=40)
+CLIP = replace(published.CLIP_L, vocab=514, width=32, layers=2, heads=2, hidden=40)
 UNET = replace(
-    published._SD1,
+    published.UNET,
     channels=(16, 24),
     layers=(1, 1),
     depth=((1,), ()),
@@ -31,13 +33,14 @@ UNET = replace(
     context=32,
     groups=8,
 )
-VAE = replace(published._VAE, channels=(8, 16, 16), layers=1, groups=4)
+VAE = replace(published.VAE, channels=(8, 16, 16), layers=1, groups=4)
 TINY = {"text_encoder": CLIP, "unet": UNET, "vae": VAE}
+SD15 = replace(MODELS["sd15"], networks=TINY)
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setitem(published.ROWS, "sd15", TINY)
+    monkeypatch.setitem(MODELS, "sd15", SD15)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +48,16 @@ def model(tmp_path_factory) -> Path:
     """A model folder of random weights."""
     folder = tmp_path_factory.mktemp("bench") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(published.ROWS, "sd15", TINY)
-        pipe = random_model.RandomPipeline("sd15")
+        patch.setitem(MODELS, "sd15", SD15)
+        pipe = random_model.random_pipeline("sd15")
+    made = pipe.networks.folder
     for name, config in TINY.items():
-        net = weights.build(name, asdict(config))
-        with weights.Writer(pipe.folder / f"{name}.safetensors", name, asdict(config), "float32", None) as out:
+        net = build.build(config)
+        with weights.Writer(made / f"{name}.safetensors", FAMILIES["sd1"], config, Recipe("float32", None)) as out:
             for key, value in tree_flatten(net.parameters()):
                 out.put(key, value)
-    pipe.folder.rename(folder)
+    pipe.description.write(made)
+    made.rename(folder)
     return folder
 
 
@@ -61,7 +66,7 @@ def quick(*args: str) -> list[str]:
 
 
 def net() -> nn.Module:
-    return weights.build("unet", asdict(UNET))
+    return build.build(UNET)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,7 @@ def test_a_step_calls_what_its_layers_are(facts):
 def test_starting_cold_is_a_process_of_its_own(model, facts):
     assert 0.02 < facts["cold_start"]["median"] < facts["wall"]  # no interpreter starts faster, with or without MLX
     args = bench.parser().parse_args(quick("-m", str(model / "absent")))
-    request = Pipeline(model).resolve("x", width=32, height=32)
+    request = load(model).resolve("x", width=32, height=32)
     with pytest.raises(bench.Error, match="absent"):
         start.first_byte(sys.executable, args, request, start._environment())
 
@@ -139,21 +144,21 @@ def test_json_of_random_weights(capsys):
     assert (found["batch"], found["low_memory"], found["cold_start"]) == (1, True, None)
 
 
-@pytest.mark.parametrize("dtype", weights.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_random_weights_are_of_the_dtype_asked(dtype):
-    pipe = random_model.RandomPipeline("sd15", dtype)
+    pipe = random_model.random_pipeline("sd15", dtype)
     for name in TINY:
-        kind = weights.DTYPES[weights.component_dtype("sd1", name, dtype)]
-        assert {v.dtype for _, v in tree_flatten(pipe.network(name).parameters())} == {kind}
+        kind = DTYPES[component_dtype(FAMILIES["sd1"], name, dtype)]
+        assert {v.dtype for _, v in tree_flatten(pipe.networks.get(name).parameters())} == {kind}
 
 
 def test_random_weights_are_quantized_as_a_conversion_s_are(tmp_path):
     """Against a file the writer made: the same parameters, of the same shapes and types; and it is said."""
-    pipe = random_model.RandomPipeline("sd15", "float16", bits=4)
+    pipe = random_model.random_pipeline("sd15", "float16", bits=4)
     for name, config in TINY.items():
-        kind = weights.component_dtype("sd1", name, "float16")
-        writer = weights.Writer(tmp_path / name, name, asdict(config), kind, 4)
-        made = dict(tree_flatten(pipe.network(name).parameters()))
+        file = tmp_path / f"{name}.safetensors"
+        writer = weights.Writer(file, FAMILIES["sd1"], config, Recipe("float16", 4))
+        made = dict(tree_flatten(pipe.networks.get(name).parameters()))
         assert {k: (v.dtype, v.shape) for k, v in made.items()} == {k: e[:2] for k, e in writer.entries.items()}
         assert bool(writer.layers) == (name != "vae")
 
@@ -168,7 +173,7 @@ def test_bits_reach_the_model_and_its_cold_start(model, capsys):
     typed = quick("-m", str(model), "-q", "mxfp4")
     assert bench.main(typed) == 1
     assert "bits None, not mxfp4" in capsys.readouterr().err
-    args, request = bench.parser().parse_args(typed), Pipeline(model).resolve("x", width=32, height=32)
+    args, request = bench.parser().parse_args(typed), load(model).resolve("x", width=32, height=32)
     with pytest.raises(bench.Error, match="bits None, not mxfp4"):
         start.first_byte(sys.executable, args, request, start._environment())
 
@@ -176,7 +181,7 @@ def test_bits_reach_the_model_and_its_cold_start(model, capsys):
 def test_guided_is_twice_the_batch(model):
     def calls(batch: str) -> set:
         args = bench.parser().parse_args(quick("-m", str(model), "--batch", batch))
-        pipe, trace = Pipeline(model), Trace()
+        pipe, trace = load(model), Trace()
         bench.watch(pipe, bench.asked(pipe, args), time.perf_counter, trace)
         return {call.args[0].shape[0] for call in trace.calls.values() if call.kind == "convolution"}
 
@@ -185,13 +190,16 @@ def test_guided_is_twice_the_batch(model):
 
 
 def test_a_model_of_one_pass_has_no_batch_of_two(model, monkeypatch):
-    monkeypatch.setitem(published.ROWS, "sd15", TINY | {"unet": replace(UNET, time_cond=8)})
-    pipe = random_model.RandomPipeline("sd15")
+    lcm = replace(SD15, networks=TINY | {"unet": replace(UNET, time_cond=8)}, variant="lcm")
+    monkeypatch.setitem(MODELS, "sd15", lcm)
+    pipe = random_model.random_pipeline("sd15")
     args = bench.parser().parse_args(quick("--batch", "2"))
     with pytest.raises(bench.Error, match="--batch 1"):
         bench.asked(pipe, args)
     args.batch = 1
-    assert bench.asked(pipe, args).guidance == pipe.defaults.guidance  # an input of the network, not a second pass
+    assert (
+        bench.asked(pipe, args).guidance == pipe.description.defaults.guidance
+    )  # an input of the network, not a second pass
 
 
 # ---- kernels
@@ -296,7 +304,7 @@ def test_more_work_alone_takes_longer(kind):
 
 
 def test_torch_calls_the_same_network(model, facts):
-    pipe = Pipeline(model)
+    pipe = load(model)
     request = bench.asked(pipe, bench.parser().parse_args(quick("-m", str(model))))
     found = against_torch.compare(pipe, request, 2, 2)
     assert found["error"] < 1e-4  # float32, the bound of the parity tests
@@ -314,10 +322,10 @@ def test_diffusers_reads_our_configs(name, monkeypatch):
     from diffusers import UNet2DConditionModel
 
     monkeypatch.undo()
-    ours = asdict(published.ROWS[name]["unet"])
+    ours = MODELS[name].networks["unet"]
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**against_torch.config(ours))
-    sizes = {k: v.size for k, v in tree_flatten(weights.build("unet", ours).parameters())}
+    sizes = {k: v.size for k, v in tree_flatten(build.build(ours).parameters())}
     assert {k: v.numel() for k, v in theirs.state_dict().items()} == sizes
 
 
@@ -328,7 +336,7 @@ def without_torch(monkeypatch, folder: Path, error: str) -> None:
 
 def test_torch_absent_is_said_and_no_error(model, facts, tmp_path, monkeypatch):
     without_torch(monkeypatch, tmp_path, "ModuleNotFoundError('no', name='torch')")
-    pipe = Pipeline(model)
+    pipe = load(model)
     found = against_torch.compare(pipe, pipe.resolve("x", width=32, height=32), 2, 1)
     assert found == {"absent": "torch"}
     assert "pip install torch diffusers" in bench.table(facts | {"against": found})
@@ -403,7 +411,7 @@ def test_bad_usage_is_one_line(name, capsys):
 
 @pytest.mark.parametrize("which", ["-m", "--random"])
 def test_what_the_machine_is_too_small_for_is_measured_by_force(monkeypatch, capsys, model, which):
-    monkeypatch.setattr(memory, "this_machine", lambda: memory.Machine(10**4, 10**4, False))
+    monkeypatch.setattr(advice, "this_machine", lambda: advice.Machine(10**4, 10**4, False))
     monkeypatch.setattr(start, "cold_start", lambda *_: None)
     typed = quick(which, str(model) if which == "-m" else "sd15", "--json")
     assert bench.main(typed) == 1

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import mlxdiff
-from mlxdiff import probe, weights
+from mlxdiff import probe
 from mlxdiff.errors import Error
 from mlxdiff.train import judge, measure, recipe
 from mlxdiff.train import storybook as sb
@@ -58,7 +58,7 @@ def test_the_judge_reads_renders(referee):
 
 def test_the_vae_keeps_renders(pipe):
     """New renders, there and back: 30 dB in the mean, which is what later stages (image to image) count on."""
-    vae = weights.load(pipe.folder, "vae", pipe.model)
+    vae = pipe.networks.open("vae")
     pictures = measure.renders(measure.scenes(12))
     mean, _ = vae.encode(mx.array(pictures.astype(np.float32) / 127.5 - 1))
     back = np.clip(np.array(vae.decode(mean)) * 127.5 + 127.5, 0, 255)
@@ -148,7 +148,7 @@ def test_the_loss_by_words_is_the_error_in_v(pipe):
     x0 = probe.encode(pipe, Image.fromarray(measure.renders([scene])[0]))
     noise = np.random.default_rng([0, 0]).standard_normal((2, *x0.shape)).astype(np.float32)
     next(probe.trace(pipe, sb.plain(scene), steps=1, guidance=1.0))
-    net, (text,) = pipe.network("unet"), pipe._texts[1]
+    net, (text,) = pipe.networks.get("unet"), pipe._texts[1]
     for k, (t, a) in enumerate(zip((200, 800), levels, strict=True)):
         x, v = np.sqrt(a) * x0 + np.sqrt(1 - a) * noise[k], np.sqrt(a) * noise[k] - np.sqrt(1 - a) * x0
         out = net(mx.array(x.astype(np.float32)), float(t), **net.prepare(None, text.context))

@@ -3,8 +3,8 @@
 import pytest
 
 from mlxdiff.__main__ import COMMANDS, main
-from mlxdiff.catalogue import strange
-from mlxdiff.registry import MODELS
+from mlxdiff.builtin import unknown_words, vocabulary
+from mlxdiff.families import MODELS
 from mlxdiff.train.storybook import captions
 
 
@@ -37,5 +37,6 @@ def test_the_list_has_every_model_and_storybook_its_words(capsys):
 
 
 def test_words_the_built_in_model_does_not_know():
-    assert strange("a (red:1.3) house BREAK [under a full moon]") == []
-    assert strange("A Dragon, and a red dragon by the sea") == ["dragon", "and"]
+    assert {kind: list(words) for kind, words in captions.vocabulary().items()} == vocabulary()
+    assert unknown_words("a (red:1.3) house BREAK [under a full moon]") == []
+    assert unknown_words("A Dragon, and a red dragon by the sea") == ["dragon", "and"]

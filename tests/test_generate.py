@@ -14,7 +14,7 @@ from PIL import Image
 
 from mlxdiff import images, load
 from mlxdiff.generate import main
-from mlxdiff.weights import default_dtype
+from mlxdiff.recipe import default_dtype
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +86,7 @@ def test_an_image_from_memory_is_drawn_from_but_not_replayed(here, model, capsys
     begun = pipe("a red fox", seed=1, steps=2, width=16, height=16)
     more = pipe("a red fox", seed=2, steps=4, image=begun.image)  # as large as its image
     assert more.image.size == (16, 16)
-    images.save(more.image, here / "a.png", more.request, pipe.name, pipe.recipe)
+    images.save(more.image, here / "a.png", more.request, pipe.name, str(pipe.description.recipe))
     assert main(["--from-image", "a.png", "-m", str(model), "-o", "b.png"]) == 1
     assert "no image for these settings" in capsys.readouterr().err
     assert pipe.resolve(more.request, image=Image.new("RGB", (8, 8))).image_hash != more.request.image_hash
@@ -104,10 +104,10 @@ def test_seeds_counts_and_names(here, model, capsys):
 
 
 def test_a_converted_copy_of_a_named_model_keeps_its_defaults(here, monkeypatch):
+    from mlxdiff.builtin import FOLDER
     from mlxdiff.convert.__main__ import main as convert
-    from mlxdiff.store import BUILTIN
 
-    assert convert([str(BUILTIN / "storybook"), "-o", "copy", "--dtype", "float32"]) == 0
+    assert convert([str(FOLDER), "-o", "copy", "--dtype", "float32"]) == 0
     request = load("copy").resolve("a house")
     assert (request.width, request.guidance) == (128, 4.0)
 

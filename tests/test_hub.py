@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxdiff import weights
-from mlxdiff.registry import MODELS
+from mlxdiff import description
+from mlxdiff.families import MODELS
 from tests import clip_vocab
 from tests.loopback_hub import COMMIT, Hub, Repo, diffusers_repo, noise
 
@@ -84,7 +84,7 @@ def worker(start):
 
 
 def source_files(answer: dict) -> set[str]:
-    return set(weights.read_model(Path(answer["folder"]))["files"])
+    return set(json.loads((Path(answer["folder"]) / "files.json").read_text()))
 
 
 def content(answer: dict) -> bytes:
@@ -490,12 +490,12 @@ def test_fetched_converts_to_the_same_as_the_folder(hub, start, saved):
     hub.repos["org/real"] = Repo(files)
     full, half = worker("org/real", dtype="float32"), worker("org/real", dtype="float16")
     assert any("fp16-00001-of-" in path for _, path, _ in hub.log)
-    model = weights.read_model(Path(plain["folder"]))
-    for name in model["components"]:
+    model = description.read(Path(plain["folder"]))
+    for name in model.components:
         one, two, three = (Path(a["folder"]) / f"{name}.safetensors" for a in (plain, full, half))
         assert one.read_bytes() == two.read_bytes()
         assert three.stat().st_size < two.stat().st_size
-    assert weights.read_model(Path(full["folder"]))["components"] == model["components"]
+    assert description.read(Path(full["folder"])).components == model.components
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         for given in (saved / "plain" / "tokenizer").glob(name):
             assert (Path(full["folder"]) / "tokenizer" / name).read_bytes() == given.read_bytes()

@@ -1,11 +1,10 @@
 """The estimate of peak memory. References: MLX's own count of what runs took, the converter for the published networks,
 weight files for what weights take."""
 
-import json
 import os
 import re
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,24 +14,32 @@ from PIL import Image
 
 import mlxdiff
 import mlxdiff.__main__
-from mlxdiff import catalogue, convert, memory, store, weights
+from mlxdiff import advice, builtin, catalogue, convert, description, memory, store, weights
+from mlxdiff.advice import Machine, check, fits, mac, options
 from mlxdiff.bench import __main__ as bench
-from mlxdiff.bench.random_model import RandomPipeline
+from mlxdiff.bench.random_model import random_pipeline
 from mlxdiff.errors import Error
-from mlxdiff.memory import Machine, Peaks, check, check_named, mac, named, options, peaks
-from mlxdiff.published import ROWS
-from mlxdiff.registry import MODELS
+from mlxdiff.families import MODELS
+from mlxdiff.memory import Peaks, Workload, peak, peaks
+from mlxdiff.models import build
+from mlxdiff.recipe import recipe
 from mlxdiff.request import Request
 
 from . import checkpoints
 
 GB = 10**9
-FLUX = ROWS["flux-dev"]
+FLUX = MODELS["flux-dev"].networks
 SMALL = Request("", width=128, height=128)
 
 
 def limited(gigabytes: float, gpu: bool = False) -> Machine:
     return Machine(int(gigabytes * GB), int(gigabytes * GB), gpu)
+
+
+def asked(name, bits=None, dtype="bfloat16", request=None, low_memory=False) -> Workload:
+    """A named model, by default at its own size and steps."""
+    model = description.published(name, recipe(bits, dtype))
+    return Workload(model, model.resolve(Request("") if request is None else request), low_memory)
 
 
 # ---- the published networks (SD3 and FLUX, which are folders: tests/test_manifests.py)
@@ -53,14 +60,13 @@ def test_the_rows_are_the_published_models(tmp_path, name):
     for part in MANIFESTS[name]:
         file = checkpoints.sparse(tmp_path / f"{part}.safetensors", checkpoints.manifest(part)["tensors"])
         found |= {n: c.config for n, c in convert.open(file).components.items()}
-    assert found == {n: ROWS[name][n] for n in found}
-    assert set(found) in (set(ROWS[name]), {"unet"})
+    assert found == {n: MODELS[name].networks[n] for n in found}
+    assert set(found) in (set(MODELS[name].networks), {"unet"})
 
 
 def test_every_named_model_has_its_networks():
-    assert ROWS.keys() == MODELS.keys()
-    found = convert.open(store.BUILTIN / "storybook").components
-    assert {n: c.config for n, c in found.items()} == ROWS["storybook"]
+    found = convert.open(builtin.FOLDER).components
+    assert {n: c.config for n, c in found.items()} == MODELS["storybook"].networks
 
 
 # ---- what runs really take
@@ -73,7 +79,7 @@ def measured(pipe: mlxdiff.Pipeline, **settings) -> tuple[Peaks, Peaks]:
     held = mx.get_active_memory()
     seen = {stage: peak - held for stage, peak in bench.watch(pipe, request, time.perf_counter).peaks.items()}
     denoise = max(seen[s] for s in ("load", "prepare", "denoise"))
-    return peaks(pipe.job(request), gpu=False), Peaks(seen["encode"], denoise, seen["decode"])
+    return peaks(pipe.workload(request), gpu=False), Peaks(seen["encode"], denoise, seen["decode"])
 
 
 CPU = pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activations were measured on a CPU")
@@ -105,7 +111,7 @@ def test_a_refiner_takes_what_is_estimated(low_memory):
     pipe = mlxdiff.load("storybook", refiner="storybook", dtype="float32", low_memory=low_memory)
     estimate, seen = measured(pipe, steps=4, refine_at=0.5, width=64, height=64)
     assert 0.9 < estimate.denoise / seen.denoise < memory.SURE  # almost all of it weights: 1.00 and 1.05 were seen
-    held = memory._weights(pipe.job(pipe.resolve("x")), "unet").held
+    held = memory._weights(pipe.description, "unet").held
     assert (seen.denoise > 2 * held) != low_memory
 
 
@@ -116,23 +122,23 @@ def test_a_picture_to_begin_with_takes_what_is_estimated(low_memory):
     estimate, seen = measured(pipe, image=Image.linear_gradient("L").resize((128, 128)), strength=1.0)
     assert 1.3 < estimate.encode / seen.encode < 1.9  # its narrow levels: 1.56 and 1.71
     assert 0.8 < estimate.denoise / seen.denoise < 1.3  # as without: 0.97 and 1.21
-    vae = memory._weights(pipe.job(pipe.resolve("x")), "vae").held
-    assert estimate.denoise - peaks(pipe.job(pipe.resolve("x")), gpu=False).denoise == (0 if low_memory else vae)
+    vae = memory._weights(pipe.description, "vae").held
+    assert estimate.denoise - peaks(pipe.workload(pipe.resolve("x")), gpu=False).denoise == (0 if low_memory else vae)
 
 
 @CPU
 def test_the_published_encoder_takes_what_is_estimated():
     """At its full width: 1.00 to 1.01 were seen from 128 to 384 pixels."""
-    pipe = RandomPipeline("sd15", "float32")
-    vae = pipe.network("vae")
+    pipe = random_pipeline("sd15", "float32")
+    vae = pipe.networks.get("vae")
     image, noise = mx.zeros((1, 128, 128, 3)), mx.zeros((1, 16, 16, 4))
     mx.eval(vae.parameters(), image, noise)
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(vae.sample(image, noise))
-    job = named("sd15", None, "float32", request=replace(SMALL, image="a.png"))
-    activations = peaks(job, gpu=False).encode - memory._weights(job, "vae").held
+    load = asked("sd15", None, "float32", replace(SMALL, image="a.png"))
+    activations = peaks(load, gpu=False).encode - memory._weights(load.model, "vae").held
     assert activations / (mx.get_peak_memory() - held) == pytest.approx(1, abs=0.05)
 
 
@@ -140,13 +146,12 @@ def test_the_published_encoder_takes_what_is_estimated():
 def test_weights_take_what_their_files_do(bits):
     """Every component of storybook, against the bytes of its file, headers aside."""
     folder = store.resolve("storybook", bits=bits, dtype="float32")
-    model = weights.read_model(folder)
-    job = named("storybook", bits, "float32")
-    for name in model["components"]:
+    model = description.read(folder)
+    for name in model.components:
         file = folder / f"{name}.safetensors"
         with open(file, "rb") as f:
             header = 8 + int.from_bytes(f.read(8), "little")
-        assert memory._weights(job, name).held == file.stat().st_size - header
+        assert memory._weights(model, name).held == file.stat().st_size - header
 
 
 # ---- what is asked before a run, and what is said
@@ -164,15 +169,15 @@ ORDINARY = [
 
 @pytest.mark.parametrize(("gigabytes", "name", "bits", "low"), ORDINARY)
 def test_ordinary_cases_pass(gigabytes, name, bits, low):
-    check(named(name, bits, "bfloat16", low), name, mac(gigabytes))
+    check(asked(name, bits, "bfloat16", low_memory=low), mac(gigabytes))
 
 
 def test_what_exceeds_the_machine_is_refused_in_two_sentences_with_what_fits():
     with pytest.raises(Error) as e:
-        check(named("flux-dev", None, "bfloat16"), "flux-dev", mac(16))
+        check(asked("flux-dev"), mac(16))
     assert re.fullmatch(
         r"flux-dev at 1024x1024 takes about 2\d\.\d GB; this machine has 17\.2\. What fits: "
-        r"-q 8 --low-memory \(\d+\.\d GB\), or -q 3 \(\d+\.\d GB\)\. --force tries it as it is\.",
+        r"`bits=8` `low_memory=True` \(\d+\.\d GB\), or `bits=3` \(\d+\.\d GB\)\. `force=True` tries it as it is\.",
         str(e.value),
     )
 
@@ -181,81 +186,79 @@ def test_what_exceeds_the_machine_is_refused_in_two_sentences_with_what_fits():
 @pytest.mark.parametrize("gigabytes", SIZES)
 def test_options_fit_and_are_needed(gigabytes, name):
     """Each is within what the GPU is told to use; nothing larger of the same kind is."""
-    machine, job = mac(gigabytes), named(name, None, "bfloat16")
-    for flags, size in options(job, machine):
-        words, changed = flags.split(), job
-        if "-q" in words:
-            changed = replace(changed, bits=int(words[words.index("-q") + 1]))
-        if "-W" in words:
-            side = int(words[words.index("-W") + 1])
-            changed = replace(changed, width=side, height=side)
-        changed = replace(changed, low_memory="--low-memory" in words, t5="--no-t5" not in words)
-        assert max(peaks(changed, True)) == size <= machine.budget
-        if words[0] == "-q" and int(words[1]) < 8 and len(words) == 2:
-            assert not memory.fits(replace(changed, bits={3: 4, 4: 5, 5: 6, 6: 8}[changed.bits]), machine)
+    machine, load = mac(gigabytes), asked(name)
+    for settings, size in options(load, machine):
+        how = {k: v for k, v in settings.items() if k in ("bits", "low_memory")}
+        again = asked(name, request=Request("", **{k: v for k, v in settings.items() if k not in how}), **how)
+        assert peak(again, True) == size <= machine.budget
+        if settings.keys() == {"bits"} and settings["bits"] < 8:
+            assert not fits(asked(name, {3: 4, 4: 5, 5: 6, 6: 8}[settings["bits"]]), machine)
 
 
 def test_sd3_is_told_of_doing_without_t5():
-    job = named("sd3-medium", None, "bfloat16", low_memory=True)
-    assert "--no-t5" in dict(options(job, limited(8, gpu=True)))
-    assert not any("--no-t5" in flags for flags, _ in options(named("flux-dev", None, "bfloat16"), mac(24)))
+    load = asked("sd3-medium", low_memory=True)
+    assert {"t5": False} in [settings for settings, _ in options(load, limited(8, gpu=True))]
+    assert not any("t5" in settings for settings, _ in options(asked("flux-dev"), mac(24)))
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "flags"),
+    ("name", "typed", "offered"),
     [
-        ("flux-dev", {"width": 2048, "height": 2048}, "-q 4 -W 768 -H 768"),
-        ("sdxl", {"count": 64}, "-b 1"),
-        ("flux-dev", {"width": 768, "height": 768, "count": 64}, "-q 4 -b 1 -W 512 -H 512"),
+        ("flux-dev", {"width": 2048, "height": 2048}, {"bits": 4, "width": 768, "height": 768}),
+        ("sdxl", {"count": 64}, {"count": 1}),
+        ("flux-dev", {"width": 768, "height": 768, "count": 64}, {"bits": 4, "count": 1, "width": 512, "height": 512}),
     ],
 )
-def test_under_low_memory_and_of_many_at_once_the_rest_is_still_offered(name, asked, flags):
-    """On a Mac of 8 GB each way fits, and with --low-memory already typed it is not offered again."""
-    job = named(name, None, "bfloat16", True, Request("", **asked))
-    assert next(iter(dict(options(job, mac(8))))) == flags
+def test_under_low_memory_and_of_many_at_once_the_rest_is_still_offered(name, typed, offered):
+    """On a Mac of 8 GB each way fits, and where low memory is asked for it is not offered again."""
+    assert options(asked(name, request=Request("", **typed), low_memory=True), mac(8))[0][0] == offered
 
 
 def test_a_refiner_shares_what_is_changed_or_is_left_out():
     """On a Mac of 8 GB. 6.5 GB for both; 5.1 for the first alone."""
-    job = named("sdxl", 8, "float16", request=Request("", width=512, height=512))
-    both = replace(job, refiner=named("sdxl-refiner", 8, "float16", request=Request("", width=512, height=512)))
-    offered = dict(options(both, mac(8)))
-    for flags, change in (("--low-memory", {"low_memory": True}), ("no --refiner", {"refiner": None})):
-        assert offered[flags] == max(peaks(both.but(**change), True))
-    assert both.but(bits=4).refiner.bits == 4
+    load = asked("sdxl", 8, "float16", Request("", width=512, height=512))
+    both = replace(load, refiner=description.published("sdxl-refiner", recipe(8, "float16")))
+    offered = options(both, mac(8))
+    for change in ({"low_memory": True}, {"refiner": None}):
+        assert (change, peak(both.but(**change), True)) in offered
+    assert both.but(bits=4).refiner.recipe.bits == both.but(bits=4).model.recipe.bits == 4
 
 
 def test_fewer_pictures_in_low_memory_come_before_fewer_bits():
     """On a Mac of 8 GB, where eight do not fit in low memory, and one does not without it."""
-    job = named("sdxl", None, "bfloat16", request=Request("", count=8))
-    assert list(dict(options(job, mac(8)))) == ["--low-memory -b 1", "-q 8 --low-memory"]
+    found = [settings for settings, _ in options(asked("sdxl", request=Request("", count=8)), mac(8))]
+    assert found == [{"low_memory": True, "count": 1}, {"bits": 8, "low_memory": True}]
 
 
 def test_where_nothing_fits_smaller_models_are_named():
-    with pytest.raises(Error, match=r"No setting makes it fit; .*sd15.* would"):
-        check(named("flux-dev", None, "bfloat16"), "flux-dev", limited(2.2, gpu=True))
+    with pytest.raises(Error, match=r"It fits at no setting; .*sd15.* would"):
+        check(asked("flux-dev"), limited(2.2, gpu=True))
 
 
 def test_more_of_anything_takes_more():
-    job = named("sd3.5-medium", 4, "bfloat16")
-    base = peaks(job, True)
-    for change in ({"bits": 8}, {"bits": None}, {"dtype": "float32"}, {"count": 2}, {"width": 1536}, {"steps": 80}):
-        assert max(peaks(replace(job, **change), True)) > max(base), change
-    assert peaks(replace(job, refiner=job), True).denoise > 1.5 * base.denoise
-    for change in ({"low_memory": True}, {"t5": False}, {"passes": 1}):
-        assert sum(peaks(replace(job, **change), True)) < sum(base), change
-    assert peaks(job, True).denoise < peaks(job, False).denoise + peaks(job, False).decode
+    name = "sd3.5-medium"
+    load = asked(name, 4)
+    base = peaks(load, True)
+    for more in (asked(name, 8), asked(name), asked(name, 4, "float32")):
+        assert peak(more, True) > max(base), more.model.recipe
+    for change in ({"count": 2}, {"width": 1536}, {"steps": 80}):
+        assert peak(load.but(**change), True) > max(base), change
+    assert peaks(replace(load, refiner=load.model), True).denoise > 1.5 * base.denoise
+    for change in ({"low_memory": True}, {"t5": False}, {"guidance": 1.0}):
+        assert sum(peaks(load.but(**change), True)) < sum(base), change
+    assert peaks(load, True).denoise < peaks(load, False).denoise + peaks(load, False).decode
 
 
 def test_a_request_to_a_named_model_counts_as_its_pipeline_counts_it():
     pipe = mlxdiff.load("storybook", dtype="float32", low_memory=True)
     for settings in ({}, {"guidance": 1.0, "count": 2}, {"width": 64, "steps": 3}):
-        job = named("storybook", None, "float32", True, Request("a red house", **settings))
-        own = pipe.job(pipe.resolve("a red house", **settings))
-        assert json.dumps(asdict(job)) == json.dumps(asdict(own) | {"components": asdict(job)["components"]})
-        assert peaks(job, True) == peaks(own, True)
-    assert named("flux-dev", 4, "bfloat16", request=Request("", true_cfg=4.0)).passes == 2
-    assert named("flux-dev", 4, "bfloat16").passes == named("lcm", 4, "bfloat16").passes == 1
+        load = asked("storybook", None, "float32", Request("a red house", **settings), low_memory=True)
+        assert peaks(load, True) == peaks(pipe.workload(pipe.resolve("a red house", **settings)), True)
+    twice = asked("flux-dev", 4, request=Request("", negative="", true_cfg=4.0))
+    assert twice.model.passes(twice.request) == 2
+    for name in ("flux-dev", "lcm"):
+        once = asked(name, 4)
+        assert once.model.passes(once.request) == 1
 
 
 def test_too_large_is_told_before_the_download(monkeypatch):
@@ -265,7 +268,7 @@ def test_too_large_is_told_before_the_download(monkeypatch):
         raise Error("The hub was asked.", "-")
 
     monkeypatch.setattr(store, "resolve", reached)
-    monkeypatch.setattr(memory, "this_machine", lambda: limited(4))
+    monkeypatch.setattr(advice, "this_machine", lambda: limited(4))
     for name in ("flux-dev", MODELS["flux-dev"].repo):
         with pytest.raises(Error, match=r"flux-dev at 128x128 takes"):
             mlxdiff.load(name)
@@ -280,11 +283,10 @@ def test_too_large_is_told_before_the_download(monkeypatch):
         mlxdiff.load("sdxl-turbo", bits=8, dtype="float16")
     with pytest.raises(Error, match=r"sdxl-turbo and its refiner at 128x128 takes"):
         mlxdiff.load("sdxl-turbo", bits=8, dtype="float16", refiner="sdxl-refiner")
-    check_named("some/repo", None, None, False, SMALL)
 
 
 def test_the_command_asks_for_its_own_size_and_force_overrides(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(memory, "this_machine", lambda: limited(0.3))
+    monkeypatch.setattr(advice, "this_machine", lambda: limited(0.3))
     typed = ["a red house", "-W", "768", "-H", "768", "--steps", "1", "-o", str(tmp_path / "a.png")]
     assert mlxdiff.__main__.main(["generate", *typed]) == 1
     said = capsys.readouterr().err
@@ -293,7 +295,7 @@ def test_the_command_asks_for_its_own_size_and_force_overrides(monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
     typed[2] = typed[4] = "128"
     assert mlxdiff.__main__.main(["generate", *typed]) == 0
-    monkeypatch.setattr(memory, "this_machine", lambda: limited(0.01))
+    monkeypatch.setattr(advice, "this_machine", lambda: limited(0.01))
     typed[-1] = str(tmp_path / "b.png")
     assert mlxdiff.__main__.main(["generate", *typed, "--force"]) == 0
     assert len(list(tmp_path.iterdir())) == 2
@@ -301,7 +303,7 @@ def test_the_command_asks_for_its_own_size_and_force_overrides(monkeypatch, tmp_
 
 def test_a_model_without_a_name_is_asked_before_its_weights_are_read(monkeypatch):
     pipe = mlxdiff.load("storybook")
-    monkeypatch.setattr(memory, "this_machine", lambda: limited(0.01))
+    monkeypatch.setattr(advice, "this_machine", lambda: limited(0.01))
     monkeypatch.setattr(weights, "load", None)
     with pytest.raises(Error, match="storybook at 128x128 takes"):
         next(pipe.stream("a red house"))
@@ -309,7 +311,7 @@ def test_a_model_without_a_name_is_asked_before_its_weights_are_read(monkeypatch
 
 def test_low_memory_lets_go_of_the_network_before_decoding():
     pipe = mlxdiff.load("storybook", dtype="float32", low_memory=True)
-    held, before = memory._weights(pipe.job(pipe.resolve("x")), "unet").held, mx.get_active_memory()
+    held, before = memory._weights(pipe.description, "unet").held, mx.get_active_memory()
     for event in pipe.stream("a red house", steps=1):
         if (event.stage, event.step) == ("decode", 0):
             assert mx.get_active_memory() - before < held / 10
@@ -323,14 +325,14 @@ def test_modulations_pass_through_memory_one_by_one(monkeypatch):
     t5 = replace(FLUX["text_encoder_2"], vocab=300, width=64, layers=1, heads=1, hidden=64)
     small = {"transformer": net, "text_encoder": text, "text_encoder_2": t5}
     small["vae"] = replace(FLUX["vae"], channels=(8, 16, 16, 16), layers=1, groups=4)
-    monkeypatch.setitem(ROWS, "flux-dev", small)
-    pipe = RandomPipeline("flux-dev", "float32")
+    monkeypatch.setitem(MODELS, "flux-dev", replace(MODELS["flux-dev"], networks=small))
+    pipe = random_pipeline("flux-dev", "float32")
     request = pipe.resolve("a red house", width=64, height=64, steps=2, seed=1)
     mx.clear_cache()
     before = mx.get_active_memory()  # of other tests
     seen = bench.watch(pipe, request, time.perf_counter).peaks
-    whole = sum(v.nbytes for _, v in tree_flatten(weights.build("transformer", asdict(net)).parameters()))
-    held = memory._weights(pipe.job(request), "transformer").held
+    whole = sum(v.nbytes for _, v in tree_flatten(build.build(net).parameters()))
+    held = memory._weights(pipe.description, "transformer").held
     assert seen["prepare"] - before - held < 0.3 * (whole - held)
 
 
@@ -347,20 +349,20 @@ def test_a_container_s_limit_counts(monkeypatch):
 
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     monkeypatch.setattr(Path, "read_text", read)
-    assert memory.this_machine() == Machine(5000, 5000, False)
+    assert advice.this_machine() == Machine(5000, 5000, False)
     limits["/sys/fs/cgroup/memory.max"] = "4000"
-    assert memory.this_machine().memory == 4000
+    assert advice.this_machine().memory == 4000
     limits.clear()
-    assert memory.this_machine().memory > GB
+    assert advice.this_machine().memory > GB
     monkeypatch.delattr(os, "sysconf")  # as on Windows
-    check(named("flux-dev", None, "float32"), "flux-dev")
+    check(asked("flux-dev", None, "float32"))
 
 
 def test_a_mac_is_what_metal_says(monkeypatch):
     info = {"memory_size": 16 * 2**30, "max_recommended_working_set_size": 11453246122}
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx, "device_info", lambda: info)
-    assert memory.this_machine() == Machine(16 * 2**30, 11453246122, True)
+    assert advice.this_machine() == Machine(16 * 2**30, 11453246122, True)
     assert mac(16).budget == pytest.approx(11453246122, rel=1e-6)  # two thirds: an M-series Mac of 16 GB says this
     assert mac(64).budget == 48 * 2**30
 

@@ -23,7 +23,7 @@ def pipe():
 
 
 def attentions(pipe):
-    net = pipe.network("unet")
+    net = pipe.networks.get("unet")
     return [t.attn2 for block in net.blocks() for a in block.attentions for t in a.transformer_blocks]
 
 

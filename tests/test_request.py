@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mlxdiff.errors import Error
-from mlxdiff.registry import Defaults
+from mlxdiff.families import Defaults
 from mlxdiff.request import Request
 
 DEFAULTS = Defaults(size=512, steps=25, guidance=7.5, sampler=None, schedule=None)

@@ -2,6 +2,7 @@
 Reference: the promises in the docstring of store. tests/test_hub.py has what touches the network."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 import mlxdiff.convert
 import mlxdiff.store.cache
-from mlxdiff import Error, store, weights
+from mlxdiff import Error, description, store
 from tests import clip_vocab, store_worker
 from tests.loopback_hub import diffusers_repo
 
@@ -79,7 +80,7 @@ def test_damaged_entries_are_made_again(cache, tmp_path):
         assert store.resolve(source) == made
         assert (made / name).read_bytes() == whole
     (made / "model.json").write_text("{", encoding="utf-8")
-    assert weights.read_model(store.resolve(source))["format"] == weights.FORMAT
+    assert json.loads((store.resolve(source) / "model.json").read_text())["format"] == description.FORMAT
 
 
 def test_failure_leaves_nothing(cache, tmp_path, monkeypatch):
@@ -110,9 +111,9 @@ def test_what_a_dead_process_left_is_removed_and_a_living_one_keeps_its_own(cach
 
 def test_what_an_older_version_converted_goes(cache, tmp_path):
     old, newer = (cache / "models" / f"{n}-float32-0123456789ab" for n in ("old", "newer"))
-    for folder_, number in ((old, weights.FORMAT - 1), (newer, weights.FORMAT + 1)):
+    for folder_, number in ((old, description.FORMAT - 1), (newer, description.FORMAT + 1)):
         folder_.mkdir(parents=True)
-        weights.write_json(folder_ / "model.json", {"format": number})
+        (folder_ / "model.json").write_text(json.dumps({"format": number}))
     store.resolve(folder(tmp_path / "model"))
     assert not old.exists()
     assert newer.exists()  # a newer version's is its own

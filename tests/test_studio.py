@@ -11,12 +11,13 @@ from PIL import Image
 
 pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
 
-from mlxdiff import images, memory, registry, samplers, schedules
+from mlxdiff import advice, families, images, samplers, schedules
 from mlxdiff.errors import Error
+from mlxdiff.recipe import recipe
 from mlxdiff.request import Request
 from mlxdiff.widgets import Studio, controls, gallery
-from mlxdiff.widgets.view import here, line
-from mlxdiff.widgets.worker import Cancelled, Facts, Update, Worker
+from mlxdiff.widgets.view import line
+from mlxdiff.widgets.worker import Cancelled, Update, Worker
 from tests import fakes
 
 WAIT = 30
@@ -143,9 +144,9 @@ def test_an_unknown_setting_is_named(tmp_path):
         Studio("fake", worker=Worker(fakes.load), colour="red")
 
 
-@pytest.mark.parametrize("name", registry.MODELS)
+@pytest.mark.parametrize("name", families.MODELS)
 def test_presets_of_named_models_are_valid_requests(name):
-    row = registry.MODELS[name]
+    row = families.MODELS[name]
     for values in controls.presets(row.defaults).values():
         Request("x", **values).resolve(row.defaults, ("euler", "leading"), "leading", 1, 8)
     assert ("quick" in controls.presets(row.defaults)) == (row.defaults.steps >= 10)
@@ -176,23 +177,23 @@ def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
     assert "guidance 1" in studio.controls.why.value
     studio.guidance = 1.1
     assert not studio.controls.negative.disabled
-    one = Facts("LCM", "float32", fakes.DEFAULTS, 8, 1, negative=False, flow=False)
+    one = fakes.describe("LCM", "lcm")
     assert "one pass" in controls.ignored(one, 7.5, true_cfg=1.0)["negative"]
     assert controls.ignored(one, 1.0, true_cfg=2.0) == {}
 
 
 def test_rectified_flow_has_samplers_and_schedules_of_its_own(studio):
     draw(studio, sampler="heun", more={"clip_skip": 2})
-    facts = Facts("FLUX", "float32", fakes.DEFAULTS, 16, 1, negative=False, flow=True)
-    studio._learn(facts)
+    model = fakes.describe("FLUX", "flux-dev")
+    studio._learn(model)
     names = [v for _, v in studio.controls.sampler.options]
     assert "euler" in names
     assert "dpmpp_sde" not in names
     assert [v for _, v in studio.controls.schedule.options] == ["", *schedules.FLOW_SPACINGS]
     assert (studio.sampler, studio.controls.sampler.value, studio.more) == ("heun", "heun", {"clip_skip": 2})
-    studio._learn(facts._replace(flow=False))
+    studio._learn(fakes.describe("SD"))
     assert "dpmpp_sde" in [v for _, v in studio.controls.sampler.options]
-    for preset in controls.presets(registry.FAMILIES["flux"].defaults).values():
+    for preset in controls.presets(families.FAMILIES["flux"].defaults).values():
         assert preset["sampler"] is None or samplers.SAMPLERS[preset["sampler"]].flow is not None
 
 
@@ -258,22 +259,17 @@ def test_a_bad_setting_is_an_error_of_the_run(studio):
 
 
 def test_a_refusal_for_want_of_memory_says_what_to_do_here(studio):
-    """memory.check's own words name flags."""
-    assert here("Use a smaller size, or euler-like samplers.") == "Use a smaller size, or euler-like samplers."
-    machine = memory.Machine(memory=10**6, budget=10**6, gpu=False)
+    machine = advice.Machine(memory=10**6, budget=10**6, gpu=False)
 
     def refuse(model, **_):
-        memory.check_named("sdxl", None, None, False, Request("x"), machine=machine)
+        advice.check(advice.named("sdxl", recipe(dtype="float16")), machine)
 
     studio._worker = Worker(refuse)
     with pytest.raises(Error, match="takes about"):
         draw(studio)
     assert studio.view.error["fix"] == (
-        "No setting makes it fit; nor would another named model. --force tries it as it is. "
-        'In a notebook such flags are entries of studio.options: "force": True.'
+        "It fits at no setting; nor does any other named model. options={'force': True} tries it as it is."
     )
-    offered = here("What fits: --low-memory (7.2 GB), or -q 3 (7.9 GB).")
-    assert offered.endswith('entries of studio.options: "bits": 3, "low_memory": True.')
 
 
 def test_errors_in_callbacks_are_shown(studio):

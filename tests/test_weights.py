@@ -3,7 +3,7 @@ promise of strictness: what is missing, unknown or misshapen is an Error that na
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,43 +13,42 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 
-from mlxdiff import convert, load, store, weights
+from mlxdiff import convert, description, load, store, weights
 from mlxdiff.errors import Error
-from mlxdiff.folder import ModelFolder
-from mlxdiff.models import clip
+from mlxdiff.families import FAMILIES
+from mlxdiff.models import build, clip
+from mlxdiff.recipe import BITS, DTYPES, Recipe, component_dtype, default_dtype, plan
 
-CONFIG = asdict(
-    clip.Config(
-        vocab=50, positions=7, width=64, layers=2, heads=2, hidden=96, act="gelu", projection=32, eos=49, eps=1e-5
-    )
+CONFIG = clip.Config(
+    vocab=50, positions=7, width=64, layers=2, heads=2, hidden=96, act="gelu", projection=32, eos=49, eps=1e-5
 )
+SD1, FILE = FAMILIES["sd1"], "text_encoder.safetensors"
 
 
 def arrays(seed: int = 0) -> dict[str, mx.array]:
-    module = weights.build("text_encoder", CONFIG)
+    module = build.build(CONFIG)
     rng = np.random.default_rng(seed)
     return {k: mx.array(rng.normal(size=v.shape).astype(np.float32)) for k, v in tree_flatten(module.parameters())}
 
 
-def write(folder: Path, tensors: dict, dtype: str = "float32", bits: int | str | None = None) -> dict:
-    model = {
-        "format": weights.FORMAT,
-        "components": {"text_encoder": CONFIG},
-        "recipe": {"dtype": dtype, "bits": bits},
-    }
-    with weights.Writer(folder / "text_encoder.safetensors", "text_encoder", CONFIG, dtype, bits) as out:
+def write(folder: Path, tensors: dict, dtype: str = "float32", bits: int | str | None = None) -> Recipe:
+    recipe = Recipe(dtype, bits)
+    with weights.Writer(folder / FILE, SD1, CONFIG, recipe) as out:
         for key, value in reversed(tensors.items()):  # any order
             out.put(key, value)
-    weights.write_json(folder / "model.json", model)
-    return weights.read_model(folder)
+    return recipe
+
+
+def read(folder: Path, recipe: Recipe) -> nn.Module:
+    return weights.load(folder / FILE, SD1, CONFIG, recipe)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_written_is_read(tmp_path, dtype):
     tensors = arrays()
-    module = weights.load(tmp_path, "text_encoder", write(tmp_path, tensors, dtype))
+    module = read(tmp_path, write(tmp_path, tensors, dtype))
     for key, value in tree_flatten(module.parameters()):
-        assert value.dtype == weights.DTYPES[dtype]
+        assert value.dtype == DTYPES[dtype]
         assert mx.array_equal(value, tensors[key].astype(value.dtype)), key
 
 
@@ -78,13 +77,13 @@ QUANTIZED = {
 
 
 def test_every_recipe_is_looked_at():
-    assert QUANTIZED.keys() == weights.BITS.keys()
+    assert QUANTIZED.keys() == BITS.keys()
 
 
-@pytest.mark.parametrize("bits", weights.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_quantized_layers_hold_what_mx_quantize_gives(tmp_path, bits):
     tensors, (told, _) = arrays(), QUANTIZED[bits]
-    module = weights.load(tmp_path, "text_encoder", write(tmp_path, tensors, "float16", bits))
+    module = read(tmp_path, write(tmp_path, tensors, "float16", bits))
     for name, group in (("fc1", 64), ("fc2", 32)):  # 64 and 96 wide
         group = {"mode": "affine", "group_size": group} if "mode" not in told else {}
         layer = module.encoder.layers[0].mlp[name]
@@ -100,32 +99,31 @@ def test_quantized_layers_hold_what_mx_quantize_gives(tmp_path, bits):
     assert module.embeddings.token_embedding.weight.dtype == mx.float16
 
 
-@pytest.mark.parametrize("bits", weights.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_a_reloaded_model_is_written_bit_for_bit(tmp_path, bits):
     """What is quantized once stays: what is loaded and saved as it is, is the same file again."""
-    model = write(tmp_path, arrays(), "bfloat16", bits)
-    module = weights.load(tmp_path, "text_encoder", model)
+    recipe = write(tmp_path, arrays(), "bfloat16", bits)
+    module = read(tmp_path, recipe)
     (tmp_path / "again").mkdir()
     mx.save_safetensors(str(tmp_path / "again" / "text_encoder.safetensors"), dict(tree_flatten(module.parameters())))
-    again = weights.load(tmp_path / "again", "text_encoder", model)
+    again = read(tmp_path / "again", recipe)
     for (key, a), (other, b) in zip(*(tree_flatten(m.parameters()) for m in (module, again)), strict=True):
         assert (key, a.dtype) == (other, b.dtype)
         assert mx.array_equal(a, b), key
 
 
-@pytest.mark.parametrize("bits", weights.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_the_error_of_a_recipe(tmp_path, monkeypatch, bits):
     """Against the definition, in float64 over what the reloaded layers hold; a row at a time, or all at once."""
     tensors, found = arrays(), []
     for rows in (1, weights._ROWS):
         monkeypatch.setattr(weights, "_ROWS", rows)
-        with weights.Writer(tmp_path / "text_encoder.safetensors", "text_encoder", CONFIG, "float32", bits) as out:
+        with weights.Writer(tmp_path / FILE, SD1, CONFIG, Recipe("float32", bits)) as out:
             for key, value in tensors.items():
                 out.put(key, value)
         found.append(out.error)
-    model = {"recipe": {"bits": bits}, "components": {"text_encoder": CONFIG}}
     lost = whole = 0.0
-    for path, layer in weights.load(tmp_path, "text_encoder", model).named_modules():
+    for path, layer in read(tmp_path, Recipe("float32", bits)).named_modules():
         if isinstance(layer, nn.QuantizedLinear):
             how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "dtype": mx.float32}
             back = np.array(mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **how), np.float64)
@@ -138,7 +136,7 @@ def test_the_error_of_a_recipe(tmp_path, monkeypatch, bits):
 
 def test_nothing_quantized_has_no_error(tmp_path):
     tensors = arrays()
-    with weights.Writer(tmp_path / "text_encoder.safetensors", "text_encoder", CONFIG, "float32", None) as out:
+    with weights.Writer(tmp_path / FILE, SD1, CONFIG, Recipe("float32", None)) as out:
         for key, value in tensors.items():
             out.put(key, value)
     assert out.error is None
@@ -148,20 +146,20 @@ def test_nothing_quantized_has_no_error(tmp_path):
 def test_a_folder_loads_lazily(tmp_path, bits):
     """Opened, it holds no memory, nor what quantized layers begin with; evaluated, what its file holds."""
     tensors = arrays()
-    model = write(tmp_path, tensors, "float16", bits)
+    recipe = write(tmp_path, tensors, "float16", bits)
     size = sum(v.nbytes for v in mx.load(str(tmp_path / "text_encoder.safetensors")).values())
     del tensors
     before = mx.get_active_memory()
-    module = weights.load(tmp_path, "text_encoder", model)
+    module = read(tmp_path, recipe)
     assert mx.get_active_memory() == before
     mx.eval(module.parameters())
     assert size <= mx.get_active_memory() - before < 1.2 * size + 2**16  # MLX rounds up what it allocates
 
 
 def test_layers_no_group_divides_stay_whole():
-    for width, takes in ((64, set(weights.BITS)), (96, set(weights.BITS)), (80, {"nvfp4"}), (72, set())):
-        module = weights.build("text_encoder", CONFIG | {"width": width, "heads": 1})
-        found = {b for b in weights.BITS if "encoder.layers.0.mlp.fc1" in weights.plan("text_encoder", module, b)}
+    for width, takes in ((64, set(BITS)), (96, set(BITS)), (80, {"nvfp4"}), (72, set())):
+        module = build.build(replace(CONFIG, width=width, heads=1))
+        found = {b for b in BITS if "encoder.layers.0.mlp.fc1" in plan(SD1, "text_encoder", module, b)}
         assert found == takes
 
 
@@ -183,34 +181,33 @@ def break_shape(tensors):
 )
 def test_a_damaged_folder_is_named(tmp_path, damage, says):
     tensors = arrays()
-    model = write(tmp_path, tensors)
+    recipe = write(tmp_path, tensors)
     damage(tensors)
     mx.save_safetensors(str(tmp_path / "text_encoder.safetensors"), tensors)
     with pytest.raises(Error) as e:
-        weights.load(tmp_path, "text_encoder", model)
+        read(tmp_path, recipe)
     assert says in str(e.value)
 
 
 def test_a_truncated_component_is_named(tmp_path):
-    model = write(tmp_path, arrays())
+    recipe = write(tmp_path, arrays())
     path = tmp_path / "text_encoder.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Error, match=r"text_encoder\.safetensors"):
-        weights.load(tmp_path, "text_encoder", model)
+        read(tmp_path, recipe)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", json.dumps({"format": 99})])
 def test_a_damaged_description_is_named(tmp_path, text):
     (tmp_path / "model.json").write_text(text)
     with pytest.raises(Error, match=r"model\.json"):
-        weights.read_model(tmp_path)
+        description.read(tmp_path)
 
 
 def test_converting_what_is_converted_is_refused_and_an_older_one_says_so(tmp_path):
-    write(tmp_path, arrays())
     with pytest.raises(Error, match="is converted already"):
-        convert.open(tmp_path)
-    weights.write_json(tmp_path / "model.json", {"format": weights.FORMAT - 1})
+        convert.open(store.resolve("storybook"))
+    (tmp_path / "model.json").write_text(json.dumps({"format": description.FORMAT - 1}))
     with pytest.raises(Error, match=r"this version reads \d+\. Convert the checkpoint again"):
         convert.open(tmp_path)
 
@@ -228,11 +225,12 @@ def test_converting_what_is_converted_is_refused_and_an_older_one_says_so(tmp_pa
 )
 def test_a_description_says_all_that_drawing_asks(tmp_path, key, value):
     """Reference: the built-in model's own, which opens, with one of its entries changed."""
-    model = weights.read_model(store.resolve("storybook"))
-    weights.write_json(tmp_path / "model.json", model)
-    assert ModelFolder(tmp_path).name == "storybook"
-    weights.write_json(tmp_path / "model.json", model | {key: value})
-    for opened in (ModelFolder, load):
+    file = tmp_path / "model.json"
+    model = json.loads((store.resolve("storybook") / "model.json").read_text())
+    file.write_text(json.dumps(model))
+    assert description.read(tmp_path).name == "storybook"
+    file.write_text(json.dumps(model | {key: value}))
+    for opened in (description.read, load):
         with pytest.raises(Error, match=rf"model\.json has {key} {re.escape(repr(value))}"):
             opened(tmp_path)
 
@@ -245,8 +243,8 @@ def test_a_writer_insists_on_every_tensor(tmp_path):
 
 
 def test_dtype_policy():
-    assert weights.default_dtype() == "float32" or mx.default_device() == mx.Device(mx.gpu)
-    assert weights.component_dtype("sd1", "vae", "float16") == "float16"
-    assert weights.component_dtype("sdxl", "vae", "float16") == "float32"  # the published VAE overflows
-    assert weights.component_dtype("sd1", "vae", "bfloat16") == "float32"
-    assert weights.component_dtype("sdxl", "unet", "float16") == "float16"
+    assert default_dtype() == "float32" or mx.default_device() == mx.Device(mx.gpu)
+    assert component_dtype(FAMILIES["sd1"], "vae", "float16") == "float16"
+    assert component_dtype(FAMILIES["sdxl"], "vae", "float16") == "float32"  # the published VAE overflows
+    assert component_dtype(FAMILIES["sd1"], "vae", "bfloat16") == "float32"
+    assert component_dtype(FAMILIES["sdxl"], "unet", "float16") == "float16"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from mlxdiff import load, memory, store
+from mlxdiff import advice, load, store
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 from mlxdiff.widgets.worker import Cancelled, Worker
@@ -50,7 +50,7 @@ def test_a_job_gives_what_the_pipe_draws(heard):
     assert job.state == "done"
     assert heard.stages() == ["open", "ready", "encode", *["denoise"] * 5, *["decode"] * 3, "done"]
     assert {t.name for *_, t in heard} == {"mlxdiff"}
-    assert job.facts.multiple == 8
+    assert job.description.multiple == 8
 
 
 def test_only_pictures_bytes_and_numbers_come_out(heard):
@@ -142,7 +142,7 @@ def test_a_failure_in_the_middle_holds_no_arrays():
 
 def test_what_is_too_large_is_refused_before_it_is_opened(heard, monkeypatch):
     """By the request's own size, which a download would be for nothing; with force it is opened all the same."""
-    monkeypatch.setattr(memory, "this_machine", lambda: memory.mac(8))
+    monkeypatch.setattr(advice, "this_machine", lambda: advice.mac(8))
     opened = []
     monkeypatch.setattr(store, "resolve", lambda model, **_: opened.append(model) or Path("nowhere"))
     worker = Worker(load)

@@ -4,7 +4,6 @@ A mirror of Python state. Traits hold what a page opened again must show; previe
 The page only sends messages, dicts with `do`: generate, compare, cancel, view, restore, seed, begin,
 or drop with bytes."""
 
-import re
 import traceback
 from pathlib import Path
 
@@ -12,17 +11,11 @@ import anywidget
 import traitlets as t
 
 from ..errors import Error
+from ..spelling import as_controls
 from .gallery import Picture
 from .worker import Update
 
 _STRIP = 100  # thumbnails kept on the page
-_FLAGS = {
-    r"-q (\d)": '"bits": {}',
-    "--low-memory": '"low_memory": True',
-    "no --refiner": '"refiner": None',
-    "--force": '"force": True',
-    "--offline": '"offline": True',
-}
 _STAGES = {
     "open": "Opening the model",
     "download": "Downloading",
@@ -61,9 +54,9 @@ class View(anywidget.AnyWidget):
 
     def fail(self, error: BaseException) -> None:
         """What went wrong, in red, with the traceback folded. The page's alert is read out by itself."""
-        plain = (
-            (error.problem, here(error.fix)) if isinstance(error, Error) else (f"{type(error).__name__}: {error}", "")
-        )
+        known = isinstance(error, Error)
+        plain = (error.problem, error.fix) if known else (f"{type(error).__name__}: {error}", "")
+        plain = [as_controls(text) for text in plain]
         self.say(" ".join(plain).strip(), aloud=False)
         self.error = {"problem": plain[0], "fix": plain[1], "trace": "".join(traceback.format_exception(error))}
 
@@ -86,13 +79,6 @@ class View(anywidget.AnyWidget):
             "name": path.name,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
         }
-
-
-def here(fix: str) -> str:
-    """A fix, with what the flags in it that say how to open a model are called in a notebook."""
-    found = [(option, m) for flag, option in _FLAGS.items() if (m := re.search(rf"(?<!\S){flag}\b", fix))]
-    named = ", ".join(option.format(*m.groups()) for option, m in found)
-    return f"{fix} In a notebook such flags are entries of studio.options: {named}." if named else fix
 
 
 def line(update: Update) -> tuple[str, float]:

@@ -265,7 +265,7 @@ def _readable(error: BaseException) -> BaseException:
         traceback.clear_frames(chain.__traceback__)
         chain = chain.__context__
     if isinstance(error, MemoryError) or "malloc" in str(error):
-        fix = "Choose a smaller picture, a count of 1, or options={'low_memory': True}."
+        fix = "Choose a smaller picture, `count=1`, or `low_memory=True`."
         return Error("There is not enough memory for this run.", fix).with_traceback(error.__traceback__)
     return error
 

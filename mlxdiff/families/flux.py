@@ -42,15 +42,15 @@ def _check(model: "Description", request: "Request") -> None:
     if model.guidance == NONE and request.guidance > 1:
         raise Error(
             f"{model.name} takes no guidance, and {request.guidance:g} was given.",
-            "Leave guidance out, or use flux-dev.",
+            "Leave `guidance` out, or use flux-dev.",
         )
     if request.negative and request.true_cfg <= 1:
         raise Error(
             f"{model.name} draws in one pass, which has no place for a negative prompt.",
-            "Add --true-cfg 4 for a second pass, or leave the negative prompt out.",
+            "Add `true_cfg=4` for a second pass, or leave the negative prompt out.",
         )
     if request.negative is None and request.true_cfg > 1:
-        raise Error("true_cfg has no negative prompt to pull from.", 'Give one: -n TEXT, or -n "".')
+        raise Error("true_cfg has no negative prompt to pull from.", 'Give one, or an empty one: `negative=""`.')
 
 
 _DEFAULTS = Defaults(size=1024, steps=28, guidance=3.5)

@@ -44,12 +44,12 @@ def _check(model: "Description", request: "Request") -> None:
     if max(request.width, request.height) > side:
         raise Error(f"{model.name} knows positions up to {side} pixels a side.", "Choose a smaller size.")
     if request.skip_layers and request.guidance <= 1:
-        raise Error(f"skip_layers adds to guidance, and that is {request.guidance:g}.", "Use guidance above 1.")
+        raise Error(f"skip_layers adds to guidance, and that is {request.guidance:g}.", "Use `guidance` above 1.")
     for layer in request.skip_layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < net.layers:
             raise Error(
                 f"skip_layers names {layer!r}; {model.name} has layers 0 to {net.layers - 1}.",
-                "For SD3.5 medium use 7 8 9.",
+                "For SD3.5 medium use `skip_layers=(7, 8, 9)`.",
             )
 
 

@@ -209,7 +209,7 @@ def _from_hub(repo: str, file: str | None, revision: str | None, options: Option
         made = _present(label, identity, options) or _make(label, identity, obtain, options)
     except Error as e:
         if options.offline or hub.offline():  # what is held may be the beginning of a download
-            raise Error(e.problem, f"{e.fix} If its download was cut off, run once without --offline.") from None
+            raise Error(e.problem, f"{e.fix} If its download was cut off, run once without `offline`.") from None
         raise
     cache.write_note(note, {"repo": repo, "revision": revision, "commit": commit})
     return made

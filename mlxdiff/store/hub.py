@@ -69,7 +69,7 @@ def select(repo: str, names: dict[str, int], half: bool, file: str | None, t5: b
         what = "is not a model in diffusers layout (no model_index.json)" if file is None else f"has no file {file}"
         raise Error(f"{repo} {what}.", choices)
     if not t5 and not any(n.startswith("text_encoder_3/") for n in names):
-        raise Error(f"{repo} has no T5 to leave out.", "Leave out --no-t5.")
+        raise Error(f"{repo} has no T5 to leave out.", "Leave out `t5=False`.")
     chosen = ["model_index.json"]
     for folder in FOLDERS if t5 else [f for f in FOLDERS if not f.endswith("_3")]:
         inside = [n for n in names if n.startswith(f"{folder}/") and n.count("/") == 1]
@@ -241,12 +241,12 @@ def _full(repo: str, wants: str = "") -> Error:
 def _no_connection(site: str, e: Exception) -> Error:
     return Error(
         f"The connection to {site} failed ({type(e).__name__}).",
-        "Check the connection and run again: it goes on where it stopped. --offline uses what is already here.",
+        "Check the connection and run again: it goes on where it stopped. `offline=True` uses what is already here.",
     )
 
 
 def _absent(repo: str) -> Error:
     return Error(
         f"{repo} is not on this machine, and the network may not be used.",
-        "Run once without --offline, and without HF_HUB_OFFLINE.",
+        "Run once without `offline`, and without HF_HUB_OFFLINE.",
     )

@@ -30,7 +30,7 @@ def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: "Progress")
         elif words != CLIP_WORDS:
             raise Error(
                 f"{name} has no tokenizer, and its {encoder} knows {words} words where CLIP has {CLIP_WORDS}.",
-                "Give the tokenizer folder it was trained with (--tokenizer).",
+                "Give the tokenizer folder it was trained with: `tokenizer=DIR`.",
             )
     # With T5 a whole model's folder is taken, which holds a tokenizer of either kind; else any tokenizer of CLIP.
     held = [*hub.snapshots("merges.txt"), *hub.snapshots("*/merges.txt"), *cache.root().glob("models/*/*/merges.txt")]
@@ -44,7 +44,7 @@ def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: "Progress")
     if offline or hub.offline():
         raise Error(
             f"{name} has no tokenizer, none is on this machine, and the network may not be used.",
-            f"Fetch the tokenizer folder of {repo} and name it with --tokenizer, or run once without --offline.",
+            f"Fetch the tokenizer folder of {repo} and give it as `tokenizer=DIR`, or run once without `offline`.",
         )
     commit, files = hub.listing(repo, "main")
     folder = min(n.partition("/")[0] for n in files if n.endswith("/merges.txt"))

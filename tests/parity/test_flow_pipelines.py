@@ -20,9 +20,10 @@ from PIL import Image
 from transformers import CLIPTokenizer, T5Tokenizer
 
 import mlxdiff
-from mlxdiff import generate, weights
+from mlxdiff import generate
 from mlxdiff.errors import Error
 from mlxdiff.pipeline import Pipeline
+from mlxdiff.recipe import BITS
 from tests import clip_vocab, t5_vocab
 from tests.test_convert_flow import apart, nets, single
 
@@ -201,10 +202,10 @@ def test_through_the_command_line(oracles, cache, tmp_path):
 def test_modulation_is_released_and_the_next_run_takes_other_steps(oracles):
     pipe = opened(oracles["dev"][1])
     first = pipe(PROMPT, seed=SEED, steps=3, **SIZE).image
-    kept = {k for k, _ in tree_flatten(pipe._networks["transformer"].parameters())}
+    kept = {k for k, _ in tree_flatten(pipe.networks.get("transformer").parameters())}
     assert kept
     assert not any("mod" in k or "_in." in k.replace("img_in.", "") for k in kept)
-    assert not any(name.startswith("text_encoder") for name in pipe._networks)
+    assert not any(name.startswith("text_encoder") for name in pipe.networks._held)
     other = pipe("a blue boat", seed=SEED, steps=4, width=24, height=32).image
     fresh = opened(oracles["dev"][1])("a blue boat", seed=SEED, steps=4, width=24, height=32).image
     assert np.array_equal(np.asarray(other), np.asarray(fresh))
@@ -259,13 +260,13 @@ def wide(tmp_path_factory) -> dict:
 LEAST = {3: 14, 4: 16, 5: 22, 6: 24, 8: 35, "mxfp4": 18, "mxfp8": 27, "nvfp4": 16}
 
 
-@pytest.mark.parametrize("bits", weights.BITS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_quantized_pipelines(wide, family, bits):
     """Of the transformer all but what every step or token passes through is quantized, its modulations to 8 bits."""
     folder, want = wide[family]
     small = opened(folder, bits=bits)
-    net = weights.load(small.folder, "transformer", small.model)
+    net = small.networks.open("transformer")
 
     def those(test) -> set[str]:
         return {re.sub(r"\d+", "N", p) for p, m in net.named_modules() if test(m)}
@@ -274,7 +275,7 @@ def test_quantized_pipelines(wide, family, bits):
     eight = those(lambda m: isinstance(m, nn.QuantizedLinear) and (m.bits, m.mode) == (8, "affine"))
     assert eight >= MODULATION[family]
     assert (eight == MODULATION[family]) == (bits != 8)
-    error = small.model["error"]
+    error = small.description.error
     assert error.keys() >= {"text_encoder", "transformer"}
     assert max(error.values()) < 0.25
     drawn = np.asarray(small(PROMPT, seed=SEED, steps=3, **SIZE).image)

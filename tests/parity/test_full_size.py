@@ -4,7 +4,7 @@ weight is a window of one random buffer, in both libraries, so that gigabytes of
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -13,8 +13,8 @@ import torch
 from mlx.utils import tree_flatten
 
 from mlxdiff import memory
+from mlxdiff.families import FAMILIES, MODELS
 from mlxdiff.models import flux, sd3, t5, unet, vae
-from mlxdiff.published import ROWS
 
 from . import test_unet, test_vae
 from .oracle import error, nchw, nhwc
@@ -62,7 +62,7 @@ def fill_theirs(theirs: torch.nn.Module, numbers: np.ndarray) -> torch.nn.Module
 
 @pytest.mark.parametrize("family", EXTRA)
 def test_unet_equals_diffusers(family, numbers):
-    config = ROWS[family]["unet"]
+    config = MODELS[family].networks["unet"]
     with torch.device("meta"):
         theirs = test_unet.build(config, EXTRA[family])
     fill_theirs(theirs, numbers)
@@ -73,7 +73,7 @@ def test_unet_equals_diffusers(family, numbers):
 
 
 def test_vae_equals_diffusers(numbers):
-    config = ROWS["sd15"]["vae"]
+    config = MODELS["sd15"].networks["vae"]
     with torch.device("meta"):
         theirs = test_vae.build(config)
     fill_theirs(theirs, numbers)
@@ -85,7 +85,7 @@ def test_vae_equals_diffusers(numbers):
 def test_a_step_is_finite_and_fits(family, most, numbers, capsys):
     """What one pass at 512 pixels takes above its weights. SD 1.5: 0.48 GB is seen, and 0.72 where a layer's scores,
     0.54, are made all at once. SDXL's bound is one on convolutions: its scores are small."""
-    config = ROWS[family]["unet"]
+    config = MODELS[family].networks["unet"]
     net = fill(unet.UNet(config), numbers)
     size = sum(p.nbytes for _, p in tree_flatten(net.parameters()))
     x, cond = test_unet.inputs(config, 1, 64, 64)
@@ -125,34 +125,34 @@ def prepared(net, config, side: int, text: int) -> Callable[[], mx.array]:
 
 
 def of_flux(numbers: np.ndarray) -> tuple[Callable, float]:
-    config = replace(ROWS["flux-dev"]["transformer"], double=1, single=1)
+    config = replace(MODELS["flux-dev"].networks["transformer"], double=1, single=1)
     call = prepared(fill(flux.Flux(config), numbers), config, 32, 512)
-    return call, memory._step(asdict(config), 32 * 32, 512, gpu=False)
+    return call, FAMILIES["flux"].activations(config, 32 * 32, 512, False)
 
 
 def of_sd3(numbers: np.ndarray, **change) -> tuple[Callable, float]:
-    config = replace(ROWS["sd3-medium"]["transformer"], layers=2, **change)
+    config = replace(MODELS["sd3-medium"].networks["transformer"], layers=2, **change)
     call = prepared(fill(sd3.SD3(config), numbers), config, 48, 333)
-    return call, memory._step(asdict(config), 48 * 48, 333, gpu=False)
+    return call, FAMILIES["sd3"].activations(config, 48 * 48, 333, False)
 
 
 def of_unet(numbers: np.ndarray, name: str) -> tuple[Callable, float]:
-    config = ROWS[name]["unet"]
+    config = MODELS[name].networks["unet"]
     net, (x, cond) = fill(unet.UNet(config), numbers), test_unet.inputs(config, 1, 32, 32)
     x, cond = nhwc(x)[:1], net.prepare([5.0], **{k: v[:1] for k, v in test_unet.ready(cond).items()})
     mx.eval(net.parameters(), x, cond)
-    return lambda: net(x, 5.0, **cond), memory._step(asdict(config), 32 * 32, 77, gpu=False)
+    return lambda: net(x, 5.0, **cond), MODELS[name].family.activations(config, 32 * 32, 77, False)
 
 
 def of_vae(numbers: np.ndarray) -> tuple[Callable, float]:
-    config = ROWS["sd15"]["vae"]
+    config = MODELS["sd15"].networks["vae"]
     net, z = fill(vae.VAE(config), numbers), mx.zeros((1, 16, 16, 4))
     mx.eval(net.parameters(), z)
     return lambda: net.decode(z), memory._DECODER[False] * config.channels[0] * 128 * 128
 
 
 def of_t5(numbers: np.ndarray) -> tuple[Callable, float]:
-    config = replace(ROWS["flux-dev"]["text_encoder_2"], layers=2, vocab=9000)
+    config = replace(MODELS["flux-dev"].networks["text_encoder_2"], layers=2, vocab=9000)
     net, ids = fill(t5.T5Encoder(config), numbers), mx.zeros((1, 256), mx.int32)
     mx.eval(net.parameters(), ids)
     wide, scores = memory._T5

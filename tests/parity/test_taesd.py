@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from mlxdiff import load, pipeline, registry, store
+from mlxdiff import builtin, families, load, pipeline, store
 from mlxdiff.errors import Error
 from mlxdiff.images import to_image
 from mlxdiff.models import taesd
@@ -63,7 +63,7 @@ def test_what_is_no_taesd_is_named(tmp_path):
     with pytest.raises(Error, match="act_fn = 'gelu'"):
         store.taesd(tmp_path, dtype="float32", offline=True)
     with pytest.raises(Error, match="no TAESD but text_encoder"):
-        store.taesd(store.BUILTIN / "storybook", dtype="float32", offline=True)
+        store.taesd(builtin.FOLDER, dtype="float32", offline=True)
 
 
 def test_a_model_s_previews_are_drawn_with_it(tmp_path):
@@ -86,7 +86,7 @@ def test_auto_is_the_family_s_where_the_vae_is_too_large(monkeypatch):
     monkeypatch.setattr(pipeline, "_SMALL_VAE", 0)
     load("storybook", taesd="auto")
     assert asked == ["madebyollin/taesd"]
-    assert {f.taesd.partition("/")[2] for f in registry.FAMILIES.values()} == {"taesd", "taesdxl", "taesd3", "taef1"}
+    assert {f.taesd.partition("/")[2] for f in families.FAMILIES.values()} == {"taesd", "taesdxl", "taesd3", "taef1"}
 
 
 def test_a_taesd_of_another_family_is_refused(tmp_path):
