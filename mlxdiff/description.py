@@ -9,12 +9,12 @@ from pathlib import Path
 
 from . import samplers, schedules
 from .errors import Error
-from .families import FAMILIES, MODELS, Defaults, Family, find
-from .families.base import EMBEDDED, SECOND_PASS, TextPlan, Variant
+from .families import FAMILIES, MODELS, Family, find
+from .families.base import EMBEDDED, INPUT, NONE, SECOND_PASS, TextPlan, Variant
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
-from .request import Request
+from .request import Defaults, Request
 from .schedules import Schedule
 
 FORMAT = 4  # goes up when a quantization plan or the output of a conversion changes: older folders are converted anew
@@ -130,6 +130,7 @@ class Description:
             if used(request) and setting not in self.family.takes:
                 whose = " and ".join(f.title for f in FAMILIES.values() if setting in f.takes)
                 raise Error(f"{setting} is for {whose}; {self.name} is {self.family.title}.", f"Leave `{setting}` out.")
+        self._check_guidance(request)
         layers = min((self.components[e].layers for e in self.text.clip), default=math.inf)
         if request.clip_skip > layers:
             raise Error(f"clip_skip {request.clip_skip} goes below the text encoder's {layers} layers.", "Choose less.")
@@ -146,7 +147,23 @@ class Description:
             none = f"Strength {request.strength:g} of {request.steps} steps leaves no step to take."
             raise Error(none, "Take more of either.")
         if self.family.check is not None:
-            self.family.check(self, request)
+            self.family.check(self.name, self.net, self.multiple, request)
+
+    def _check_guidance(self, request: Request) -> None:
+        """What a model that draws in one pass cannot do with guidance and a negative prompt."""
+        if self.guidance == NONE and request.guidance > 1:
+            raise Error(
+                f"{self.name} takes no guidance, and {request.guidance:g} was given.",
+                "Leave `guidance` out, or use another model.",
+            )
+        if self.guidance in (INPUT, NONE) and request.negative and request.true_cfg <= 1:
+            raise Error(
+                f"{self.name} draws in one pass, which has no place for a negative prompt.",
+                "Add `true_cfg=4` for a second pass, or leave the negative prompt out.",
+            )
+        if request.negative is None and request.true_cfg > 1:
+            fix = 'Give a negative prompt, or an empty one: `negative=""`.'
+            raise Error("true_cfg has no negative prompt to pull from.", fix)
 
     def check_draws(self) -> None:
         """Raise unless this has all that a picture takes."""

@@ -11,12 +11,22 @@ from PIL.Image import Image
 
 from . import samplers, schedules
 from .errors import Error
-from .families import Defaults
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # what a signed 64-bit file format or another tool can still hold
 MAX_EDGE = 16384
 STRENGTH = 0.6
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request leaves open. Sampler and schedule None: what the checkpoint's own scheduler file says."""
+
+    size: int  # pixels, both edges
+    steps: int
+    guidance: float
+    sampler: str | None = None
+    schedule: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ..models.build import Config
-
-if TYPE_CHECKING:  # both stand above the families
-    from ..description import Description
-    from ..request import Request
+from ..request import Defaults, Request
 
 # How a denoiser is guided.
 SECOND_PASS = "second pass"  # away from the negative prompt, which takes a pass of its own
@@ -18,17 +14,6 @@ EMBEDDED = "embedded"  # a consistency model is told the guidance through its ti
 
 # Networks that people keep in files of their own: setting -> what it is.
 PARTS = {"vae": "a VAE", "clip": "the CLIP text encoder", "clip_g": "SD3's second CLIP", "t5": "T5"}
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a request leaves open. Sampler and schedule None: what the checkpoint's own scheduler file says."""
-
-    size: int  # pixels, both edges
-    steps: int
-    guidance: float
-    sampler: str | None = None
-    schedule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +94,8 @@ class Family:
     zero_negative: bool = False  # no negative prompt is zeros, not an empty text
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
-    check: "Callable[[Description, Request], None] | None" = None  # what a resolved request may not ask for
+    # (name of the model, denoiser, what edges are multiples of, resolved request): refuses what it cannot draw.
+    check: Callable[[str, Config, int, Request], None] | None = None
 
     @property
     def flow(self) -> bool:

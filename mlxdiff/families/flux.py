@@ -1,16 +1,10 @@
 """FLUX.1 (Black Forest Labs 2024). Everything that is true of this family alone."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from ..errors import Error
 from ..models.flux import Config
 from .base import INPUT, NONE, Careful, Defaults, Family, Model, TextPlan, Variant
 from .published import CLIP_L, FLOW, T5_XXL, VAE_FLOW
-
-if TYPE_CHECKING:
-    from ..description import Description
-    from ..request import Request
 
 _PREVIEW = (
     (-0.0346, 0.0244, 0.0681),
@@ -36,21 +30,6 @@ _PREVIEW = (
 def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
     """Per token and width, as measured: see `memory`."""
     return 37.5 * net.width * (latents // 4 + tokens)  # patches of 2 x 2
-
-
-def _check(model: "Description", request: "Request") -> None:
-    if model.guidance == NONE and request.guidance > 1:
-        raise Error(
-            f"{model.name} takes no guidance, and {request.guidance:g} was given.",
-            "Leave `guidance` out, or use flux-dev.",
-        )
-    if request.negative and request.true_cfg <= 1:
-        raise Error(
-            f"{model.name} draws in one pass, which has no place for a negative prompt.",
-            "Add `true_cfg=4` for a second pass, or leave the negative prompt out.",
-        )
-    if request.negative is None and request.true_cfg > 1:
-        raise Error("true_cfg has no negative prompt to pull from.", 'Give one, or an empty one: `negative=""`.')
 
 
 _DEFAULTS = Defaults(size=1024, steps=28, guidance=3.5)
@@ -99,7 +78,6 @@ FLUX = Family(
         "control": Variant(beside=64, needs=("a control picture",)),  # the other picture's patches
         "fill": Variant(beside=320, needs=("a picture", "a mask")),  # patches of the picture; 8 x 8 of mask a latent
     },
-    check=_check,
 )
 FAMILIES = (FLUX,)
 

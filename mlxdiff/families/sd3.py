@@ -1,16 +1,12 @@
 """Stable Diffusion 3 and 3.5 (Esser et al. 2024). Everything that is true of this family alone."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..errors import Error
 from ..models.sd3 import Config
+from ..request import Request
 from .base import Careful, Defaults, Family, Model, TextPlan
 from .published import CLIP_G, CLIP_L, FLOW, T5_XXL, VAE_FLOW
-
-if TYPE_CHECKING:
-    from ..description import Description
-    from ..request import Request
 
 _PREVIEW = (
     (-0.0922, -0.0175, 0.0749),
@@ -38,17 +34,16 @@ def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
     return (36 if net.dual else 25.5) * net.heads * net.head_dim * (latents // net.patch**2 + tokens)
 
 
-def _check(model: "Description", request: "Request") -> None:
-    net = model.net
-    side = net.positions * model.multiple
+def _check(name: str, net: Config, multiple: int, request: Request) -> None:
+    side = net.positions * multiple
     if max(request.width, request.height) > side:
-        raise Error(f"{model.name} knows positions up to {side} pixels a side.", "Choose a smaller size.")
+        raise Error(f"{name} knows positions up to {side} pixels a side.", "Choose a smaller size.")
     if request.skip_layers and request.guidance <= 1:
         raise Error(f"skip_layers adds to guidance, and that is {request.guidance:g}.", "Use `guidance` above 1.")
     for layer in request.skip_layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < net.layers:
             raise Error(
-                f"skip_layers names {layer!r}; {model.name} has layers 0 to {net.layers - 1}.",
+                f"skip_layers names {layer!r}; {name} has layers 0 to {net.layers - 1}.",
                 "For SD3.5 medium use `skip_layers=(7, 8, 9)`.",
             )
 
