@@ -46,10 +46,10 @@ def mac(gigabytes: int) -> Machine:
     return Machine(memory, memory * 2 // 3 if gigabytes <= 32 else memory * 3 // 4, True)
 
 
-def named(name: str, recipe: Recipe, low_memory: bool = False) -> Workload:
-    """A published model drawing a picture of its own size in its own steps."""
+def named(name: str, recipe: Recipe, low_memory: bool = False, request: Request | None = None) -> Workload:
+    """A published model drawing a picture, by default of its own size in its own steps."""
     model = published(name, recipe)
-    return Workload(model, model.resolve(Request("")), low_memory)
+    return Workload(model, model.resolve(Request("") if request is None else request), low_memory)
 
 
 def fits(workload: Workload, machine: Machine) -> bool:
