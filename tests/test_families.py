@@ -1,5 +1,5 @@
-"""The families. References: the README's list of what a new family touches, held to the code by reading it; a family made
-up here, which draws without any other file knowing of it."""
+"""The families. References: the README's list of what a new family touches, held to the code by reading it; a family
+made up here, which draws without any other file knowing of it."""
 
 import ast
 import shutil
