@@ -22,6 +22,7 @@ from tests.loopback_hub import diffusers_repo
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mlxdiff.convert, "open", store_worker.fake_open)
+    monkeypatch.setattr(mlxdiff.convert, "describe", store_worker.fake_describe)
     monkeypatch.setattr(mlxdiff.convert, "save", store_worker.fake_save)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
@@ -236,7 +237,7 @@ def test_a_named_model_wins_over_what_is_no_model(cache, tmp_path):
         ("a\0b", "no model, file or folder", "Named models are"),
         (3, "no model, file or folder '3'", "Named models are"),
         ("x" * 5000, "no model, file or folder", "Named models are"),
-        ("org/missing", "org/missing is not on this machine", "without --offline"),
+        ("org/missing", "org/missing is not on this machine", "without `offline`"),
     ],
 )
 def test_names_that_mean_nothing(cache, name, says, fix):

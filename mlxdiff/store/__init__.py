@@ -278,7 +278,7 @@ def _make(label: str, identity: list, obtain: Callable[[Path], Path], options: O
         words = options.tokenizer
         if words is None:
             words = tokenizer_for(checkpoint, options.offline, options.progress)
-        convert.save(checkpoint, part / "model", options.recipe.bits, options.recipe.dtype, words, options.progress)
+        convert.save(checkpoint, part / "model", **asdict(options.recipe), tokenizer=words, progress=options.progress)
 
     return cache.make(_target(label, identity, options), fill, lambda: options.progress("wait", 0, 0))
 
