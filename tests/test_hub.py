@@ -341,7 +341,7 @@ def test_no_network(start):
         address = gone.url
     answer = start(HF_ENDPOINT=address)("org/model")
     assert f"The connection to {address} failed" in answer["problem"]
-    assert "--offline" in answer["fix"]
+    assert "`offline" in answer["fix"]
 
 
 def test_full_disk_is_told_before_the_download(hub, worker):
@@ -369,7 +369,7 @@ def test_offline_makes_no_request(hub, start, how):
     before = len(hub.log)
     answer = worker("org/offline", **({"offline": True} if how == "option" else {}))
     assert "org/offline is not on this machine" in answer["problem"]
-    assert "--offline" in answer["fix"]
+    assert "`offline" in answer["fix"]
     assert len(hub.log) == before
 
 
@@ -395,7 +395,7 @@ def test_offline_with_half_a_download(hub, start, saved):
     answer = start(first.home, STORE_WORKER="real", HF_HUB_OFFLINE="1")("org/part", dtype="float32")
     assert "org-part" in answer["problem"]
     assert "unet" in answer["problem"]
-    assert "once without --offline" in answer["fix"]
+    assert "once without `offline`" in answer["fix"]
 
 
 # Two processes, and ends that nobody planned.
