@@ -1,20 +1,73 @@
-"""Linux only: put OpenBLAS under MLX. The `mlx[cpu]` wheel is linked against reference BLAS (7 GFLOP/s on two cores);
-an OpenBLAS loaded globally before `mlx.core` takes its sgemm's place (230 GFLOP/s). Does nothing elsewhere."""
+"""Linux only: put OpenBLAS under MLX. The `mlx[cpu]` wheel is linked against reference BLAS (4.5 GFLOP/s a core);
+an OpenBLAS loaded globally before `mlx.core` takes its sgemm's place (81 GFLOP/s). Does nothing elsewhere.
+
+The wheel `ngsolve-openblas` brings one for x86_64 that chooses its kernels by the processor it finds. `cmeel-openblas`,
+which has wheels for ARM too, is built for one processor: without AVX-512 it dies of an illegal instruction."""
 
 import ctypes
-import ctypes.util
+import importlib.util
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+_SYSTEM = "libopenblas.so.0"  # found as the system finds it; ctypes.util.find_library would run ldconfig first
+_THREADS = "OPENBLAS_NUM_THREADS"
+_loaded: list[ctypes.CDLL] = []
 
 
 def preload() -> str | None:
-    """The OpenBLAS library now under MLX, or None. Must run before the first import of mlx.core."""
+    """The OpenBLAS library now under MLX, or None. Must run before the first import of mlx.core.
+
+    It works in one thread until `use_all_cores`, unless OPENBLAS_NUM_THREADS says otherwise."""
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return None
-    name = ctypes.util.find_library("openblas")
-    if name is None:
-        return None
+    chosen = _THREADS in os.environ
+    os.environ.setdefault(_THREADS, "1")
     try:
-        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        for library in _files("ngsolve_openblas", "libopenblas*.so*"):
+            if _load(library) or (_load_fortran() and _load(library)):
+                return library.name
+        return _SYSTEM if _load(_SYSTEM) else None
+    finally:
+        if not chosen:
+            del os.environ[_THREADS]  # numpy's OpenBLAS reads it too
+
+
+def use_all_cores() -> None:
+    """For large networks. Small ones gain little by threads, and since 0.3.27 OpenBLAS's threads wait for each other
+    without yielding: where other programs kept the cores busy, the built-in model took six times as long with two."""
+    if _loaded and _THREADS not in os.environ:
+        _loaded[0].openblas_set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def _files(package: str, pattern: str) -> Iterator[Path]:
+    """Files in the folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    for folder in [] if spec is None else spec.submodule_search_locations:
+        yield from Path(folder).glob(pattern)
+
+
+def _load(library: Path | str) -> bool:
+    try:
+        _loaded.append(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL))
     except OSError:  # found but not loadable: MLX still runs, only slower
-        return None
-    return name
+        return False
+    return True
+
+
+def _load_fortran() -> bool:
+    """The wheel's library needs libgfortran.so.5, which a bare system lacks. MLX's wheel brings one, but under a name
+    of its own (libgfortran-f7379c93.so.5.0.0): this loads a copy, kept in memory, under the name that is asked for."""
+    for original in _files("mlx", "../mlx_cpu.libs/libgfortran-*.so.5*"):
+        name, wanted = original.name.encode() + b"\0", b"libgfortran.so.5"
+        try:
+            ctypes.CDLL(str(original))  # with it comes what the copy needs and would not find
+            with open(os.memfd_create(wanted.decode()), "wb") as file:
+                file.write(original.read_bytes().replace(name, wanted.ljust(len(name), b"\0")))
+                file.flush()
+                ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
+        except OSError:
+            return False
+        return True
+    return False

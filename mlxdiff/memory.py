@@ -139,12 +139,13 @@ def _counted(family_name: str, name: str, config: build.Config, how: recipe.Reci
 
 @cache
 def _built(config: build.Config) -> tuple[nn.Module, dict[str, tuple], list[str]]:
-    """The network, its parameters' shapes, and which of these are held while it computes. Nothing is allocated."""
-    module, computes = build.build(config), build.build(config)
-    if hasattr(computes, "release_modulation"):
-        computes.release_modulation()
-    before, after = (tree_flatten(m.parameters()) for m in (module, computes))
-    return module, {k: tuple(v.shape) for k, v in before}, [k for k, _ in after]
+    """The network as it computes, its parameters' shapes before, and which of these it then holds. Nothing is
+    allocated."""
+    module = build.build(config)
+    before = {k: tuple(v.shape) for k, v in tree_flatten(module.parameters())}
+    if hasattr(module, "release_modulation"):
+        module.release_modulation()
+    return module, before, [k for k, _ in tree_flatten(module.parameters())]
 
 
 @cache

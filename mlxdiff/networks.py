@@ -6,8 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import weights
+from . import blas, weights
 from .description import Description
+
+_LARGE = 64 * 2**20  # bytes; a network of more is worth all cores, and kernels compiled for it
 
 
 class Networks:
@@ -19,10 +21,17 @@ class Networks:
         """Whether it is held now."""
         return name in self._held
 
+    @property
+    def small(self) -> bool:
+        """Whether the denoiser is."""
+        return (self.folder / f"{self.description.family.denoiser}.safetensors").stat().st_size <= _LARGE
+
     def get(self, name: str) -> nn.Module:
         """Opened when first asked for, and kept."""
         if name not in self._held:
-            self._held[name] = self.open(name)
+            self._held[name] = network = self.open(name)
+            if sum(v.nbytes for _, v in tree_flatten(network.parameters())) > _LARGE:
+                blas.use_all_cores()
         return self._held[name]
 
     def open(self, name: str) -> nn.Module:

@@ -59,7 +59,7 @@ MAY = {
         "mlxdiff.samplers",
         "mlxdiff.schedules",
     },
-    "mlxdiff.networks": {"mlxdiff.description", "mlxdiff.weights"},
+    "mlxdiff.networks": {"mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
     "mlxdiff.memory": {
         "mlxdiff.description",
         "mlxdiff.families",
@@ -227,6 +227,7 @@ MAY = {
     "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.probe", "mlxdiff.train.*"},
     "mlxdiff.train.__main__": {
         "mlxdiff",
+        "mlxdiff.blas",
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.recipe",

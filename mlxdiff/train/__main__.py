@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from .. import blas
 from ..console import Parser, run
 from ..errors import Error
 from ..recipe import BITS, bits_of
@@ -65,6 +66,7 @@ def train(args) -> int:
         args.seed,
     )
     _same_run(args.out, recipe)
+    blas.use_all_cores()  # the networks are small, but a batch is not
     if (args.out / "scenes.json").exists():
         print("Going on.")
     else:
