@@ -12,7 +12,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -169,6 +168,8 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
             eos, pad = (backend.token_to_id(token) for token in ("</s>", "<pad>"))
             pieces = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
         else:
+            from sentencepiece import SentencePieceProcessor  # a twentieth of a second, and most models have no T5
+
             spm = SentencePieceProcessor(model_proto=model.read_bytes())
             eos, pad = spm.eos_id(), spm.pad_id()
             special = {spm.id_to_piece(i): i for i in (pad, eos, spm.unk_id()) if i >= 0}
