@@ -89,7 +89,10 @@ _EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return run("mlxdiff generate", lambda: draw(args))
+    try:
+        return run("mlxdiff generate", lambda: draw(args))
+    finally:
+        mx.enable_compile()  # which `draw` may have turned off
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -120,6 +123,8 @@ def draw(args: argparse.Namespace) -> int:
             parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
             progress=bar.progress,
         )
+        if pipe.networks.small and mx.default_device() == mx.Device(mx.cpu):
+            mx.disable_compile()  # g++ would take longer than the picture, and what it makes is no faster
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
         if args.taesd == "auto" and pipe.previews_by_vae:
             bar.write(f"{pipe.name} draws previews by its own VAE, which is small: no TAESD is needed.")

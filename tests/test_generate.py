@@ -50,6 +50,17 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
+@pytest.mark.skipif(default_dtype() != "float32", reason="a GPU's kernels are made by Metal")
+def test_nothing_is_compiled_for_a_small_model_on_a_cpu(here, model):
+    """MLX leaves in TMPDIR what its compiler makes, 13 CPU seconds of it for the built-in model."""
+    command = [sys.executable, "-m", "mlxdiff.generate", *quick(model, "a red fox", "-o", "a.png")]
+    (here / "temp").mkdir()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(here / "temp")}
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert (here / "a.png").exists()
+    assert not list((here / "temp").rglob("*.so"))
+
+
 def test_a_picture_carries_what_drew_it_and_replays(here, model, capsys):
     assert main(quick(model, "a red fox", "-s", "3", "-o", "a.png")) == 0
     assert "a.png" in capsys.readouterr().out
