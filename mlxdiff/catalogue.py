@@ -5,7 +5,7 @@ import sys
 
 from . import memory, weights
 from .console import Parser, run
-from .errors import Error
+from .errors import Error, did_you_mean
 from .registry import DEFAULT, FAMILIES, MODELS
 from .train.storybook import captions
 
@@ -39,7 +39,8 @@ def everything() -> int:
 
 def one(name: str) -> int:
     if name not in MODELS:
-        raise Error(f"There is no model named {name!r}.", f"Named models are {', '.join(MODELS)}.")
+        fix = f"{did_you_mean(name, MODELS)}Named models are {', '.join(MODELS)}."
+        raise Error(f"There is no model named {name!r}.", fix)
     m, d = MODELS[name], MODELS[name].defaults
     print(f"{name}: {m.title}")
     print(f"{'licence':10} {m.licence}")

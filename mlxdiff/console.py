@@ -5,16 +5,32 @@ import os
 import sys
 from collections.abc import Callable
 
-from .errors import Error
+from .errors import Error, did_you_mean
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with wrong usage told in one line."""
+    """argparse, with wrong usage told in one line. Flags are typed whole: of a shortened or misspelt one the nearest is
+    named."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Every parser complains of its own: a parser above it would suggest flags that do not belong here."""
+        parsed, strange = super().parse_known_args(args, namespace)
+        if strange:
+            flag = next((word.partition("=")[0] for word in strange if word.startswith("-")), None)
+            if flag is None:
+                self.error(f"{strange[0]!r} is not expected here")
+            meant = did_you_mean(flag, (f for f in self._option_string_actions if f.startswith("--")))
+            self.error(f"There is no flag {flag}. {meant}".rstrip(" ."))
+        return parsed, strange
 
     def error(self, message: str):
-        sys.stderr.write(f"{self.prog}: {message}. See {self.prog} --help.\n")
+        stop = "" if message.endswith("?") else "."
+        sys.stderr.write(f"{self.prog}: {message}{stop} See {self.prog} --help.\n")
         sys.exit(2)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from . import samplers, schedules
-from .errors import Error
+from .errors import Error, did_you_mean
 from .noise import SOURCES
 from .registry import Defaults
 
@@ -122,7 +122,8 @@ class Request:
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} are not layers.", "Give their numbers, such as (7, 8, 9).")
         if self.schedule not in schedules.SPACINGS:
-            raise Error(f"Schedule {self.schedule!r} is not known.", f"Use one of {', '.join(schedules.SPACINGS)}.")
+            fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
+            raise Error(f"Schedule {self.schedule!r} is not known.", fix)
         if self.noise not in SOURCES:
             raise Error(f"Noise {self.noise!r} is not known.", f"Use one of {', '.join(SOURCES)}.")
 

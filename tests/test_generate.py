@@ -159,7 +159,7 @@ BAD = {
     "seed 2^64": (["x", "-s", str(2**64)], str(2**64)),
     "seed negative": (["x", "-s", "-1"], "seed -1"),
     "count 0": (["x", "-b", "0"], "count 0"),
-    "sampler unknown": (["x", "--sampler", "eulr"], "eulr"),
+    "sampler unknown": (["x", "--sampler", "eulr"], "Did you mean euler?"),
     "schedule unknown": (["x", "--schedule", "karas"], "karas"),
     "noise unknown": (["x", "--noise", "gpu"], "gpu"),
     "eta without use": (["x", "--sampler", "euler", "--eta", "1"], "eta"),
@@ -187,7 +187,7 @@ BAD = {
     "settings from nothing": (["--from-image", "absent.png"], "absent.png"),
     "settings from no picture": (["--from-image", "binary.txt"], "binary.txt"),
     "not a number": (["x", "--steps", "many"], "many"),
-    "unknown flag": (["x", "--stepz", "3"], "stepz"),
+    "unknown flag": (["x", "--stepz", "3"], "no flag --stepz. Did you mean --steps?"),
     "bits unknown": (["x", "-q", "7"], "7"),
     "dtype unknown": (["x", "--dtype", "float8"], "float8"),
 }

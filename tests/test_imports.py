@@ -166,7 +166,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.weights",
     },
-    "mlxdiff.__main__": {"mlxdiff"},
+    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.errors"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {

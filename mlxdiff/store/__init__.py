@@ -1,7 +1,6 @@
 """Name, hub id, folder or file -> a model folder ready to read. What needs converting is converted once, into the
 cache. A converted model never touches the network again, and its original may be deleted. Only this calls convert."""
 
-import difflib
 import os
 import re
 import tempfile
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import mlx.nn as nn
 
 from .. import weights
-from ..errors import Error
+from ..errors import Error, did_you_mean
 from ..registry import MODELS
 from . import cache
 from .tokenizer import tokenizer_for
@@ -129,8 +128,7 @@ def _repo(model: str | Path) -> tuple[str, str | None]:
     if found is not None:
         return found[1], found[2]
     known = f"Named models are {', '.join(MODELS)}; or give a hub id (org/repo), a folder or a .safetensors file."
-    near = difflib.get_close_matches(name, MODELS, 1)
-    raise Error(f"There is no model, file or folder {name!r}.", f"Did you mean {near[0]}? {known}" if near else known)
+    raise Error(f"There is no model, file or folder {name!r}.", did_you_mean(name, MODELS) + known)
 
 
 def _as_it_is(folder: Path, asked: dict, order: Order) -> Path:
