@@ -152,13 +152,18 @@ def _text(name: str, value) -> None:
 
 def _whole(name: str, value, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Error(f"{name} {value!r} is not a whole number from {low} to {high}.", f"Choose {name} in that range.")
+        raise Error(f"{_title(name)} must be a whole number from {low} to {high}; {value!r} was given.")
 
 
 def _number(name: str, value, low: float, high: float) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not low <= value <= high:
-        raise Error(f"{name} {value!r} is not a number from {low} to {high}.", f"Choose {name} in that range.")
+        raise Error(f"{_title(name)} must be a number from {low} to {high}; {value!r} was given.")
+
+
+def _title(name: str) -> str:
+    """A setting's name at the beginning of a sentence; one of two words stays as it is typed in Python."""
+    return name if "_" in name else name.capitalize()
 
 
 def _span(name: str, value) -> None:
