@@ -197,6 +197,7 @@ BAD = {
     "settings from no picture": (["--from-image", "binary.txt"], "binary.txt"),
     "not a number": (["x", "--steps", "many"], "many"),
     "unknown flag": (["x", "--stepz", "3"], "no flag --stepz. Did you mean --steps?"),
+    "a VAE for the built-in model": (["x", "-m", "storybook", "--vae", "binary.txt"], "no --vae. Leave --vae out."),
     "bits unknown": (["x", "-q", "7"], "7"),
     "dtype unknown": (["x", "--dtype", "float8"], "float8"),
 }

@@ -134,7 +134,9 @@ def _repo(model: str | Path) -> tuple[str, str | None]:
 def _as_it_is(folder: Path, asked: dict, order: Order) -> Path:
     """Our own format is used in place; it cannot be converted once more."""
     if order.parts:
-        raise Error(f"{folder} is already converted; it takes no other parts.", "Convert the original checkpoint.")
+        names = ", ".join(order.parts)
+        fix = f"Leave {names} out. SD3 and FLUX take it when the original checkpoint is converted."
+        raise Error(f"{folder} is already converted; it takes no other {names}.", fix)
     model = weights.read_description(folder)
     has = model["recipe"] | {"prediction": model["prediction"]}
     for key, value in asked.items():
