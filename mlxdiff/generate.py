@@ -104,6 +104,8 @@ def draw(args: argparse.Namespace) -> int:
     _writable(args.output)
     if args.taesd is not None and args.preview_dir is None:
         raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
+    if args.refine_at is not None and args.refiner is None:
+        raise Error("--refine-at says when a refiner begins, and there is none.", "Add --refiner MODEL.")
     with Bar(quiet=args.json) as bar:
         pipe = load(
             model,

@@ -177,6 +177,7 @@ BAD = {
     "model path absent": (["x", "-m", "./no/such/folder"], "no/such/folder"),
     "model is no checkpoint": (["x", "-m", "binary.txt"], "binary.txt"),
     "refiner absent": (["x", "--refiner", "no-such-refiner"], "no-such-refiner"),
+    "a time for no refiner": (["x", "--refine-at", "0.5"], "Add --refiner"),
     "image absent": (["x", "-i", "absent.png"], "absent.png"),
     "image is no picture": (["x", "-i", "binary.txt"], "binary.txt"),
     "strength without an image": (["x", "--strength", "0.5"], "no image"),
