@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("what to draw")
     g.add_argument("words", nargs="*", metavar="PROMPT", help="the prompt; '-' reads it from standard input")
     g.add_argument("-p", "--prompt", help="the prompt, as a flag")
-    g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line, one picture each")
+    g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; # begins a line of comment")
     g.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to keep away from")
     g.add_argument("-s", "--seed", type=int, nargs="+", metavar="N", help="one picture a seed (default: a fresh one)")
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures at once, with seeds that count up")
@@ -175,7 +175,7 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
         except (OSError, UnicodeDecodeError) as e:
             why = getattr(e, "strerror", None) or "it is no UTF-8 text"
             raise Error(f"{args.prompt_file} cannot be read: {why}.", "Give a text file, a prompt a line.") from None
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
         if not prompts:
             raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")
     elif given[0] == "-":

@@ -113,10 +113,11 @@ def test_a_converted_copy_of_a_named_model_keeps_its_defaults(here, monkeypatch)
 
 
 def test_prompts_from_a_file_and_from_standard_input(here, model, monkeypatch, capsys):
-    Path("prompts.txt").write_text("a cat\n\n  a dog  \n")
+    Path("prompts.txt").write_text("# animals\na cat\n\n  # and:\n  a dog # 2  \n")
     assert main(quick(model, "--prompt-file", "prompts.txt", "-s", "1", "--json")) == 0
     said = [json.loads(line)["request"]["prompt"] for line in capsys.readouterr().out.splitlines()]
-    assert said == ["a cat", "a dog"]
+    assert said == ["a cat", "a dog # 2"]
+    Path("prompts.txt").write_text("a cat\n\n  a dog  \n")
     monkeypatch.setattr("sys.stdin", open("prompts.txt"))  # noqa: SIM115
     assert main(quick(model, "-", "-s", "1", "-o", "stdin.png")) == 0
     assert images.read_settings(here / "stdin.png")[0].prompt == "a cat\n\n  a dog"
@@ -144,6 +145,7 @@ BAD = {
     "two prompts": (["a", "-p", "b"], "More than one prompt"),
     "prompt file missing": (["--prompt-file", "absent.txt"], "absent.txt"),
     "prompt file empty": (["--prompt-file", "empty.txt"], "empty.txt"),
+    "prompt file of comments": (["--prompt-file", "comment.txt"], "comment.txt holds no prompt"),
     "prompt file binary": (["--prompt-file", "binary.txt"], "binary.txt"),
     "a decoder for no previews": (["x", "--taesd", "auto"], "Add --preview-dir"),
     "width 0": (["x", "-W", "0"], "Width must be a whole number from 4 to 16384; 0 was given"),
@@ -208,6 +210,7 @@ BAD = {
 def test_a_bad_request_is_one_line_and_nothing_else(here, model, capsys, name):
     typed, says = BAD[name]
     Path("empty.txt").write_text("")
+    Path("comment.txt").write_text("# a cat\n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00\x80" * 50)
     Image.new("RGB", (16, 16)).save("begin.png")
     before = files(here)
