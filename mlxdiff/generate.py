@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; # begins a line of comment")
     g.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to keep away from")
     g.add_argument("-s", "--seed", type=int, nargs="+", metavar="N", help="one picture a seed (default: a fresh one)")
-    g.add_argument("-b", "--count", type=int, metavar="N", help="pictures at once, with seeds that count up")
+    g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed, counting up from it")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="of the picture (default: the model's own size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="both multiples of 8, or of 16 for SD3 and FLUX")
     g.add_argument("-i", "--image", metavar="FILE", help="begin with this picture, in its shape or cropped to -W, -H")
@@ -124,6 +124,7 @@ def draw(args: argparse.Namespace) -> int:
             progress=bar.progress,
         )
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
+        requests = _once(requests, bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
             bar.write(f"{pipe.name} draws previews by its own VAE, which is small: no TAESD is needed.")
         if args.verbose:
@@ -139,6 +140,21 @@ def draw(args: argparse.Namespace) -> int:
                 bar.write(f"{pipe.name} does not know: {', '.join(strange)}. {known}")
             _one(args, pipe, request, bar)
     return 0
+
+
+def _once(requests: list[Request], bar: "Bar") -> list[Request]:
+    """Every picture once: seeds that count up from one that was given may reach another."""
+    seen, kept, again = set(), [], {}
+    for r in requests:
+        seeds = range(r.seed, r.seed + r.count)
+        new = [seed for seed in seeds if (r.prompt, seed) not in seen]
+        again |= dict.fromkeys(seed for seed in seeds if (r.prompt, seed) in seen)
+        seen |= {(r.prompt, seed) for seed in seeds}
+        if new:  # without a gap, as all requests have the same count: seen is what begins or ends one
+            kept.append(replace(r, seed=new[0], count=len(new)))
+    if again:
+        bar.write(f"Drawn once, though asked for more often: seed {', '.join(map(str, again))}.")
+    return kept
 
 
 def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar") -> None:

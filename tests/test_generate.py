@@ -103,6 +103,27 @@ def test_seeds_counts_and_names(here, model, capsys):
     assert "out/a-red-fox-3-1.png" in files(here)
 
 
+def test_a_seed_that_is_reached_twice_is_drawn_once(here, model, capsys):
+    def seeds(*args: str) -> tuple[list, str]:
+        assert main(quick(model, *args, "--json", "-o", "out/")) == 0
+        out, err = capsys.readouterr()
+        said = [json.loads(line)["request"] for line in out.splitlines()]
+        return [(s["prompt"], s["seed"]) for s in said], err
+
+    assert seeds("a", "-s", "1", "2", "-b", "2") == (
+        [("a", 1), ("a", 2), ("a", 3)],
+        "Drawn once, though asked for more often: seed 2.\n",
+    )
+    drawn, said = seeds("a", "-s", "5", "1", "3", "5", "-b", "3")  # from both sides: 5 6 7, 1 2 3, then 4
+    assert drawn == [("a", n) for n in (5, 6, 7, 1, 2, 3, 4)]
+    assert "seed 3, 5, 6, 7." in said
+    Path("prompts.txt").write_text("a\nb\na\n")
+    assert seeds("--prompt-file", "prompts.txt", "-s", "1")[0] == [("a", 1), ("b", 1)]
+    drawn, said = seeds("--prompt-file", "prompts.txt")  # fresh seeds are other pictures
+    assert (len(set(drawn)), said) == (3, "")
+    assert main(quick(model, "a", "-s", "1", "-b", "0")) == 1
+
+
 def test_a_converted_copy_of_a_named_model_keeps_its_defaults(here, monkeypatch):
     from mlxdiff.convert.__main__ import main as convert
     from mlxdiff.store import BUILTIN
