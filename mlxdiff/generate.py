@@ -5,7 +5,9 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -69,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--force", action="store_true", help="try it even where this machine has too little memory")
 
     g = p.add_argument_group("where it goes")
-    g.add_argument("-o", "--output", type=Path, metavar="FILE", help="file or folder; never overwrites")
+    where = "file or folder; never overwrites; each of several pictures adds its seed to FILE"
+    g.add_argument("-o", "--output", type=Path, metavar="FILE", help=where)
     g.add_argument("--preview-dir", type=Path, metavar="DIR", help="write a rough picture of every step there (slower)")
     g.add_argument("--taesd", metavar="auto|FILE", help="draw these by a tiny decoder: auto fetches the model's, 10 MB")
     g.add_argument("--json", action="store_true", help="one JSON line a picture on standard output, no bar")
@@ -138,7 +141,7 @@ def draw(args: argparse.Namespace) -> int:
             if strange:
                 known = f"`mlxdiff models {pipe.name}` lists what it knows."
                 bar.write(f"{pipe.name} does not know: {', '.join(strange)}. {known}")
-            _one(args, pipe, request, bar)
+            _one(args, pipe, request, partial(_name, args.output, requests), bar)
     return 0
 
 
@@ -157,18 +160,20 @@ def _once(requests: list[Request], bar: "Bar") -> list[Request]:
     return kept
 
 
-def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar") -> None:
+def _one(
+    args: argparse.Namespace, pipe: Pipeline, request: Request, name: Callable[[Request], Path], bar: "Bar"
+) -> None:
     mx.reset_peak_memory()
     drawn, made = 0, (pipe.name, pipe.recipe)
     for event in pipe.stream(request):
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
             for i, rough in enumerate(pipe.preview(event.x0)):
-                name = args.preview_dir / f"{request.seed + i}-{event.step:03}.png"
-                images.save(rough, name, request, *made)
+                file = args.preview_dir / f"{request.seed + i}-{event.step:03}.png"
+                images.save(rough, file, request, *made)
         if event.image is not None:
             own = replace(request, seed=request.seed + drawn, count=1)
-            path = images.save(event.image, _name(args.output, own), own, *made)
+            path = images.save(event.image, name(own), own, *made)
             drawn += 1
             bar.done(path, own, {"model": pipe.name, **pipe.model["recipe"]})
     bar.began = time.perf_counter()
@@ -226,11 +231,16 @@ def _is_folder(output: Path) -> bool:
     return output.is_dir() or str(output).endswith(("/", "\\")) or not output.suffix
 
 
-def _name(output: Path | None, request: Request) -> Path:
-    """house.png as asked, or a name in a folder."""
-    if output is not None and not _is_folder(output):
+def _name(output: Path | None, requests: list[Request], own: Request) -> Path:
+    """Where one picture of a run goes: in a folder under its words and seed, else to house.png as asked; of several to
+    house-7.png, which says the seed, and of several prompts to house-a-red-fox-7.png."""
+    if output is None or _is_folder(output):
+        return (Path() if output is None else output) / images.file_name(own)
+    if sum(r.count for r in requests) == 1:
         return output
-    return (Path() if output is None else output) / images.file_name(request)
+    one_prompt = all(r.prompt == own.prompt for r in requests)
+    which = own.seed if one_prompt else Path(images.file_name(own)).stem
+    return output.with_name(f"{output.stem}-{which}{output.suffix}")
 
 
 class Bar:

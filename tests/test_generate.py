@@ -103,6 +103,18 @@ def test_seeds_counts_and_names(here, model, capsys):
     assert "out/a-red-fox-3-1.png" in files(here)
 
 
+def test_several_pictures_of_one_name_say_which_is_which(here, model):
+    assert main(quick(model, "a fox", "-s", "7", "-o", "one.png")) == 0
+    assert main(quick(model, "a fox", "-s", "1", "5", "-o", "one.png")) == 0
+    assert main(quick(model, "a fox", "-s", "8", "-b", "2", "-o", "two.jpg")) == 0
+    Path("prompts.txt").write_text("a red fox\na cat\n")
+    assert main(quick(model, "--prompt-file", "prompts.txt", "-s", "3", "-o", "three.png")) == 0
+    named = {"one.png": 7, "one-1.png": 1, "one-5.png": 5, "three-a-red-fox-3.png": 3, "three-a-cat-3.png": 3}
+    jpegs = {"two-8.jpg": 8, "two-9.jpg": 9}
+    assert files(here) == sorted([*named, *jpegs, "prompts.txt"])
+    assert {name: images.read_settings(here / name)[0].seed for name in named | jpegs} == named | jpegs
+
+
 def test_a_seed_that_is_reached_twice_is_drawn_once(here, model, capsys):
     def seeds(*args: str) -> tuple[list, str]:
         assert main(quick(model, *args, "--json", "-o", "out/")) == 0
