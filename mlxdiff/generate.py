@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--force", action="store_true", help="try it even where this machine has too little memory")
 
     g = p.add_argument_group("where it goes")
-    where = "file or folder; never overwrites; each of several pictures adds its seed to FILE"
+    where = "file or folder; never overwrites; each of several pictures adds its seed to FILE; - is standard output"
     g.add_argument("-o", "--output", type=Path, metavar="FILE", help=where)
     g.add_argument("--preview-dir", type=Path, metavar="DIR", help="write a rough picture of every step there (slower)")
     g.add_argument("--taesd", metavar="auto|FILE", help="draw these by a tiny decoder: auto fetches the model's, 10 MB")
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
 # What single files of SD3 and FLUX may lack, if it does not lie beside them either.
 PARTS = {"vae": "a VAE", "clip": "the CLIP text encoder", "clip-g": "SD3's second CLIP", "t5": "T5"}
 
+STDOUT = Path("-")
 _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
@@ -104,12 +106,15 @@ def draw(args: argparse.Namespace) -> int:
     requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
-    _writable(args.output)
+    if args.output == STDOUT:
+        _one_to_stdout(requests, args.json)
+    else:
+        _writable(args.output)
     if args.taesd is not None and args.preview_dir is None:
         raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
         raise Error("--refine-at says when a refiner begins, and there is none.", "Add --refiner MODEL.")
-    with Bar(quiet=args.json) as bar:
+    with Bar(args.json, sys.stderr if args.output == STDOUT else sys.stdout) as bar:
         pipe = load(
             model,
             bits=args.quantize,
@@ -173,7 +178,11 @@ def _one(
                 images.save(rough, file, request, *made)
         if event.image is not None:
             own = replace(request, seed=request.seed + drawn, count=1)
-            path = images.save(event.image, name(own), own, *made)
+            if args.output == STDOUT:
+                path = "standard output"
+                _write_stdout(images.png(event.image, own, *made))
+            else:
+                path = images.save(event.image, name(own), own, *made)
             drawn += 1
             bar.done(path, own, {"model": pipe.name, **pipe.model["recipe"]})
     bar.began = time.perf_counter()
@@ -215,6 +224,29 @@ def _known(model: str | None) -> str:
     return model if model is not None and (model in MODELS or Path(model).exists()) else DEFAULT
 
 
+def _one_to_stdout(requests: list[Request], as_json: bool) -> None:
+    """Fail before the work, not after it."""
+    if as_json:
+        raise Error("--json and -o - both write to standard output.", "Use one of them.")
+    if len(requests) > 1 or requests[0].count != 1:
+        raise Error("Standard output takes one picture, and several are asked for.", "Give a folder: -o DIR/.")
+    if sys.stdout.isatty():
+        raise Error("Standard output is a terminal, which shows no picture.", "Send it on: -o - > house.png.")
+
+
+def _write_stdout(data: bytes) -> None:
+    """Without Python's buffer, which would be written once more at exit if it cannot be written now."""
+    rest = memoryview(data)
+    try:
+        with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as out:
+            while rest:
+                rest = rest[out.write(rest) :]
+    except BrokenPipeError:  # whoever reads has seen enough
+        raise
+    except OSError as e:
+        raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
+
+
 def _writable(output: Path | None) -> None:
     """Fail before the work, not after it."""
     if output is not None and not _is_folder(output):
@@ -244,10 +276,10 @@ def _name(output: Path | None, requests: list[Request], own: Request) -> Path:
 
 
 class Bar:
-    """One tqdm line a stage, and one printed line a picture. Quiet means JSON lines instead."""
+    """One tqdm line a stage, and one printed line a picture, to `out`. Quiet means JSON lines instead."""
 
-    def __init__(self, quiet: bool):
-        self.quiet, self.bar, self.stage = quiet, None, None
+    def __init__(self, quiet: bool, out: TextIO):
+        self.quiet, self.out, self.bar, self.stage = quiet, out, None, None
         self.began = time.perf_counter()
 
     def __enter__(self) -> "Bar":
@@ -267,7 +299,7 @@ class Bar:
         if self.bar is not None:
             self.bar.update(event.step - self.bar.n)
 
-    def done(self, path: Path, request: Request, made: dict) -> None:
+    def done(self, path: Path | str, request: Request, made: dict) -> None:
         self._close()
         peak, now = mx.get_peak_memory(), time.perf_counter()
         seconds = now - self.began
@@ -275,7 +307,8 @@ class Bar:
             facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak, **made}
             print(json.dumps(facts | {"request": json.loads(request.to_json())}, ensure_ascii=False), flush=True)
         else:
-            print(f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak", flush=True)
+            said = f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak"
+            print(said, file=self.out, flush=True)
 
     def write(self, text: str) -> None:
         print(text, file=sys.stderr)

@@ -85,6 +85,13 @@ def save(image: Image.Image, path: Path, request: Request, model: str, recipe: s
         raise Error(f"{path} cannot be written: {e.strerror or e}.", "Choose another place with -o.") from None
 
 
+def png(image: Image.Image, request: Request, model: str, recipe: str) -> bytes:
+    """The PNG that `save` writes."""
+    out = io.BytesIO()
+    image.save(out, "PNG", **_settings("PNG", request, model, recipe))
+    return out.getvalue()
+
+
 def file_name(request: Request) -> str:
     """A file name made of the prompt's first words and the seed."""
     words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"

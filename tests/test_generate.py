@@ -206,6 +206,9 @@ BAD = {
     "interval backwards": (["x", "--interval", "0.9", "0.1"], "interval"),
     "clip skip 0": (["x", "--clip-skip", "0"], "clip_skip must be a whole number from 1 to 12; 0 was given"),
     "clip skip too deep": (["x", "--clip-skip", "9"], "clip_skip 9"),
+    "several to standard output": (["x", "-s", "1", "2", "-o", "-"], "takes one picture"),
+    "a batch to standard output": (["x", "-b", "2", "-o", "-"], "takes one picture"),
+    "JSON and a picture to standard output": (["x", "--json", "-o", "-"], "--json and -o -"),
     "output is no picture": (["x", "-o", "a.txt"], "a.txt"),
     "output folder is a file": (["x", "-o", "empty.txt/a.png"], "empty.txt"),
     "model absent": (["x", "-m", "no-such-model"], "no-such-model"),
@@ -276,6 +279,40 @@ def test_ctrl_c_stops_within_a_step_and_leaves_nothing(here, model, cache):
     assert err.strip().splitlines()[-1].endswith("stopped.")
     assert "Traceback" not in err
     assert not [f for f in files(here) if not f.startswith("steps/") or f.endswith(".part")]
+
+
+def to_stdout(here: Path, model: Path, cache: Path, stdout) -> subprocess.Popen:
+    call = [sys.executable, "-m", "mlxdiff.generate", "a fox", *quick(model, "-s", "7", "-o", "-")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MLXDIFF_CACHE": str(cache)}
+    return subprocess.Popen(call, cwd=here, env=env, stdout=stdout, stderr=subprocess.PIPE)
+
+
+def test_a_picture_to_standard_output_is_the_picture_and_nothing_else(here, model, cache):
+    out, err = to_stdout(here, model, cache, subprocess.PIPE).communicate(timeout=120)
+    assert main(quick(model, "a fox", "-s", "7", "-o", "a.png")) == 0
+    assert out == Path("a.png").read_bytes()
+    assert err.startswith(b"standard output  seed 7, ")
+    assert files(here) == ["a.png"]
+
+
+def test_standard_output_that_is_closed_or_full(here, model, cache):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = to_stdout(here, model, cache, writer)
+    os.close(writer)
+    assert (process.communicate(timeout=120)[1], process.returncode) == (b"", 1)
+    if Path("/dev/full").exists():
+        with open("/dev/full", "wb") as full:
+            process = to_stdout(here, model, cache, full)
+        says = b"mlxdiff generate: Standard output cannot be written: No space left on device. Choose a file with -o.\n"
+        assert (process.communicate(timeout=120)[1], process.returncode) == (says, 1)
+    main_end, terminal = os.openpty()
+    process = to_stdout(here, model, cache, terminal)
+    err = process.communicate(timeout=120)[1]
+    assert b"is a terminal" in err
+    assert process.returncode == 1
+    os.close(main_end)
+    os.close(terminal)
 
 
 def test_weights_that_are_not_finite_draw_no_black_picture(here, model, cache, capsys, monkeypatch):
