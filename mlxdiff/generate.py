@@ -74,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("where it goes")
     where = "file or folder; never overwrites; each of several pictures adds its seed to FILE; - is standard output"
     g.add_argument("-o", "--output", type=Path, metavar="FILE", help=where)
-    g.add_argument("--preview-dir", type=Path, metavar="DIR", help="write a rough picture of every step there (slower)")
+    where = "write a rough picture of every step there, in a new folder for each picture (slower)"
+    g.add_argument("--preview-dir", type=Path, metavar="DIR", help=where)
     g.add_argument("--taesd", metavar="auto|FILE", help="draw these by a tiny decoder: auto fetches the model's, 10 MB")
     g.add_argument("--json", action="store_true", help="one JSON line a picture on standard output, no bar")
     g.add_argument("-v", "--verbose", action="store_true", help="say what was chosen")
@@ -109,8 +110,12 @@ def draw(args: argparse.Namespace) -> int:
     if args.output == STDOUT:
         _one_to_stdout(requests, args.json)
     else:
-        _writable(args.output)
-    if args.taesd is not None and args.preview_dir is None:
+        if args.output is not None and not _is_folder(args.output):
+            images.kind_of(args.output)
+        _writable(_folder(args.output), "-o")
+    if args.preview_dir is not None:
+        _writable(args.preview_dir, "--preview-dir")
+    elif args.taesd is not None:
         raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
         raise Error("--refine-at says when a refiner begins, and there is none.", "Add --refiner MODEL.")
@@ -170,14 +175,16 @@ def _one(
 ) -> None:
     mx.reset_peak_memory()
     drawn, made = 0, (pipe.name, pipe.recipe)
+    alone = [replace(request, seed=request.seed + i, count=1) for i in range(request.count)]
+    previews: list[Path] = []  # a folder for each, once there is something to put there
     for event in pipe.stream(request):
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
-            for i, rough in enumerate(pipe.preview(event.x0)):
-                file = args.preview_dir / f"{request.seed + i}-{event.step:03}.png"
-                images.save(rough, file, request, *made)
+            previews = previews or [images.new_folder(args.preview_dir / images.stem(own)) for own in alone]
+            for rough, folder, own in zip(pipe.preview(event.x0), previews, alone, strict=True):
+                images.save(rough, folder / f"{event.step:03}.png", own, *made)
         if event.image is not None:
-            own = replace(request, seed=request.seed + drawn, count=1)
+            own = alone[drawn]
             if args.output == STDOUT:
                 path = "standard output"
                 _write_stdout(images.png(event.image, own, *made))
@@ -247,16 +254,17 @@ def _write_stdout(data: bytes) -> None:
         raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
 
 
-def _writable(output: Path | None) -> None:
+def _writable(place: Path, flag: str) -> None:
     """Fail before the work, not after it."""
-    if output is not None and not _is_folder(output):
-        images.kind_of(output)
-    place = Path() if output is None else output if _is_folder(output) else output.parent
     there = next(p for p in (place, *place.absolute().parents) if p.exists())  # the rest is made when a picture is
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as e:
-        raise Error(f"{place} cannot be written to: {e.strerror}.", "Choose another place with -o.") from None
+        raise Error(f"{place} cannot be written to: {e.strerror}.", f"Choose another place with {flag}.") from None
+
+
+def _folder(output: Path | None) -> Path:
+    return Path() if output is None else output if _is_folder(output) else output.parent
 
 
 def _is_folder(output: Path) -> bool:
@@ -267,11 +275,11 @@ def _name(output: Path | None, requests: list[Request], own: Request) -> Path:
     """Where one picture of a run goes: in a folder under its words and seed, else to house.png as asked; of several to
     house-7.png, which says the seed, and of several prompts to house-a-red-fox-7.png."""
     if output is None or _is_folder(output):
-        return (Path() if output is None else output) / images.file_name(own)
+        return _folder(output) / images.file_name(own)
     if sum(r.count for r in requests) == 1:
         return output
     one_prompt = all(r.prompt == own.prompt for r in requests)
-    which = own.seed if one_prompt else Path(images.file_name(own)).stem
+    which = own.seed if one_prompt else images.stem(own)
     return output.with_name(f"{output.stem}-{which}{output.suffix}")
 
 

@@ -16,6 +16,7 @@ from .request import Request
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _CHUNK = "mlxdiff"
+_MOST = 100_000  # pictures of one name in a folder
 
 
 class NoSettings(Error):
@@ -94,8 +95,26 @@ def png(image: Image.Image, request: Request, model: str, recipe: str) -> bytes:
 
 def file_name(request: Request) -> str:
     """A file name made of the prompt's first words and the seed."""
+    return f"{stem(request)}.png"
+
+
+def stem(request: Request) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
-    return f"{words}-{request.seed}.png"
+    return f"{words}-{request.seed}"
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder under the first free name: house, house-1, ..."""
+    for i in range(_MOST):
+        folder = path if i == 0 else path.with_name(f"{path.name}-{i}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise Error(f"{folder} cannot be made: {e.strerror}.", "Choose another place.") from None
+    raise Error(f"{path.parent} already holds {_MOST} folders of this name.", "Choose another place.")
 
 
 def kind_of(path: Path) -> str:
@@ -108,7 +127,7 @@ def kind_of(path: Path) -> str:
 
 def _claim(temp: Path, path: Path) -> Path:
     """Give the finished file its name; a hard link fails if the name is taken, so two processes never collide."""
-    for i in range(100_000):
+    for i in range(_MOST):
         target = path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}")
         try:
             os.link(temp, target)
@@ -119,7 +138,7 @@ def _claim(temp: Path, path: Path) -> Path:
             if not target.exists():
                 os.replace(temp, target)
                 return target
-    raise Error(f"{path.parent} already holds 100000 pictures of this name.", "Choose another name with -o.")
+    raise Error(f"{path.parent} already holds {_MOST} pictures of this name.", "Choose another name with -o.")
 
 
 def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:

@@ -167,9 +167,15 @@ def test_settings_that_do_nothing_are_told(here, model, capsys):
 
 
 def test_previews_of_every_step(here, model):
-    assert main(quick(model, "a fox", "-s", "1", "-o", "a.png", "--preview-dir", "steps")) == 0
-    assert files(here) == ["a.png", "steps/1-001.png", "steps/1-002.png"]
-    assert Image.open("steps/1-001.png").size == (16, 16)  # a VAE this small decodes
+    """In a folder for each picture, so that two runs do not mix."""
+    for steps in ("2", "1"):
+        typed = ["a fox", "-s", "1", "-b", "2", "-o", "out/", "--preview-dir", "steps", "--steps", steps]
+        assert main([*quick(model), *typed]) == 0
+    first = [f"steps/a-fox-{seed}/00{step}.png" for seed in (1, 2) for step in (1, 2)]
+    again = [f"steps/a-fox-{seed}-1/001.png" for seed in (1, 2)]
+    assert [f for f in files(here) if f.startswith("steps")] == sorted([*first, *again])
+    assert Image.open(first[0]).size == (16, 16)  # a VAE this small decodes
+    assert images.read_settings(here / first[2])[0].seed == 2
 
 
 # what was typed -> what the error names
@@ -211,6 +217,7 @@ BAD = {
     "JSON and a picture to standard output": (["x", "--json", "-o", "-"], "--json and -o -"),
     "output is no picture": (["x", "-o", "a.txt"], "a.txt"),
     "output folder is a file": (["x", "-o", "empty.txt/a.png"], "empty.txt"),
+    "previews in a file": (["x", "--preview-dir", "empty.txt"], "another place with --preview-dir"),
     "model absent": (["x", "-m", "no-such-model"], "no-such-model"),
     "model path absent": (["x", "-m", "./no/such/folder"], "no/such/folder"),
     "model is no checkpoint": (["x", "-m", "binary.txt"], "binary.txt"),
