@@ -72,13 +72,18 @@ def preview(x0: np.ndarray, factors: tuple) -> Image.Image:
 def save(image: Image.Image, path: Path, request: Request, model: str, recipe: str) -> Path:
     """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ... model, recipe:
     what drew it, and how its weights were stored, by `weights.label`."""
+    return write(image, path, **_settings(kind_of(Path(path)), request, model, recipe))
+
+
+def write(image: Image.Image, path: Path, **options) -> Path:
+    """Write a picture under the first free name. options: of PIL's writer."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.part")
     kind = kind_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            image.save(temp, kind, **_settings(kind, request, model, recipe))
+            image.save(temp, kind, **options)
             return _claim(temp, path)
         finally:
             temp.unlink(missing_ok=True)

@@ -184,6 +184,7 @@ MAY = {
         "mlxdiff",
         "mlxdiff.console",
         "mlxdiff.errors",
+        "mlxdiff.images",
         "mlxdiff.train.*",
         "mlxdiff.weights",
     },
