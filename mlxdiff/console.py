@@ -1,9 +1,12 @@
 """What every command line shares: one-line errors, exit codes, and a parser that complains in one line."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from .errors import Error, did_you_mean
 
@@ -49,3 +52,24 @@ def run(prog: str, body: Callable[[], int]) -> int:
     except BrokenPipeError:  # `mlxdiff models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def install(extra: str) -> str:
+    """The command that adds what an extra of pyproject.toml names, from where mlxdiff itself came: a checkout, a wheel,
+    a repository, else the package index."""
+    from importlib import metadata  # slow to load, and needed by nothing else
+
+    place = Path(__file__).parent.parent
+    if (place / "pyproject.toml").is_file():
+        return f'pip install -e "{place}[{extra}]"'
+    try:
+        origin = json.loads(metadata.distribution("mlxdiff").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        origin = {}
+    url = origin.get("url", "")
+    file = Path(unquote(urlsplit(url).path))
+    if url.startswith("file:") and file.exists():
+        return f'pip install "{file}[{extra}]"'
+    if "vcs_info" in origin:
+        return f'pip install "mlxdiff[{extra}] @ {origin["vcs_info"]["vcs"]}+{url}"'
+    return f'pip install "mlxdiff[{extra}]"'

@@ -9,6 +9,7 @@ pytest.importorskip("nbformat", reason="the studio needs JupyterLab: pip install
 
 import nbformat
 
+from mlxdiff.console import install
 from mlxdiff.errors import Error
 from mlxdiff.widgets import app, lessons
 from tests.test_imports import ROOT
@@ -20,9 +21,7 @@ def test_without_jupyterlab_it_says_what_to_install_and_writes_nothing(tmp_path)
     env = {"PYTHONPATH": str(ROOT), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert (
-        done.stderr == 'mlxdiff studio: jupyterlab is not installed. Install it with: pip install "mlxdiff[studio]"\n'
-    )
+    assert done.stderr == f"mlxdiff studio: jupyterlab is not installed. Install it with: {install('studio')}\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -1,11 +1,16 @@
 """What every command line shares. References: the words that are known; argparse's exit code of wrong usage, 2."""
 
+import importlib.metadata
+import json
+from types import SimpleNamespace
+
 import pytest
 
-from mlxdiff import samplers, store
-from mlxdiff.console import Parser
+from mlxdiff import console, samplers, store
+from mlxdiff.console import Parser, install
 from mlxdiff.errors import Error, did_you_mean, near
 from mlxdiff.request import Request
+from tests.test_imports import ROOT
 
 
 @pytest.mark.parametrize(
@@ -66,3 +71,33 @@ def test_misspelt_names_of_settings_are_met_with_the_nearest():
     full = Request("x", seed=1, steps=1, guidance=1.0, width=8, height=8, sampler="euler", clip_skip=1)
     with pytest.raises(Error, match=r"'Karas' is not known\. Did you mean karras\? Use one of leading, "):
         Request(**vars(full) | {"schedule": "Karas"}).check(8)
+
+
+def test_in_a_checkout_the_checkout_is_installed_once_more():
+    assert install("studio") == f'pip install -e "{ROOT}[studio]"'
+
+
+def test_elsewhere_what_was_installed_is_named(tmp_path, monkeypatch):
+    """Reference: the file in which pip notes where a package came from (PEP 610)."""
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "site-packages" / "mlxdiff" / "console.py"))
+    folder, wheel = tmp_path / "my code", tmp_path / "mlxdiff-0.1.0-py3-none-any.whl"
+    folder.mkdir()
+    wheel.touch()
+    noted = {}
+
+    def distribution(name: str) -> SimpleNamespace:
+        if noted is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return SimpleNamespace(read_text=lambda file: json.dumps(noted) if noted else None)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    assert install("studio") == 'pip install "mlxdiff[studio]"'
+    for file in (folder, wheel):
+        noted = {"url": file.as_uri(), "dir_info": {}}
+        assert install("studio") == f'pip install "{file}[studio]"'
+    noted = {"url": (tmp_path / "gone").as_uri(), "dir_info": {}}
+    assert install("studio") == 'pip install "mlxdiff[studio]"'
+    noted = {"url": "https://example.org/mlxdiff", "vcs_info": {"vcs": "git", "commit_id": "0"}}
+    assert install("studio") == 'pip install "mlxdiff[studio] @ git+https://example.org/mlxdiff"'
+    noted = None
+    assert install("studio") == 'pip install "mlxdiff[studio]"'

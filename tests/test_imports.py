@@ -188,7 +188,7 @@ MAY = {
         "mlxdiff.train.*",
         "mlxdiff.weights",
     },
-    "mlxdiff.widgets": {"mlxdiff.errors", "mlxdiff.widgets.*"},
+    "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
     "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request"},
     "mlxdiff.widgets.worker": {
         "mlxdiff.errors",

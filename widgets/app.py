@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from ..console import Parser, run
+from ..console import Parser, install, run
 from ..errors import Error
 
 INTRO = """# Studio
@@ -74,7 +74,7 @@ def _meant(model: str, folder: Path) -> str:
 def needed(*modules: str) -> None:
     for name in modules:
         if importlib.util.find_spec(name) is None:
-            raise Error(f"{name} is not installed.", 'Install it with: pip install "mlxdiff[studio]"')
+            raise Error(f"{name} is not installed.", f"Install it with: {install('studio')}")
 
 
 def lab(path: Path, what: str, browser: bool, prepare: Callable[[str, str], None] = lambda url, token: None) -> int:
