@@ -15,6 +15,7 @@ COMMANDS = {
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),
+    "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
     "train": ("mlxdiff.train.__main__", "teach the built-in model anew, or measure it"),
 }
 

@@ -78,6 +78,7 @@ MAY = {
         "mlxdiff.registry",
         "mlxdiff.weights",
     },
+    "mlxdiff.store.__main__": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store", "mlxdiff.store.cache"},
     "mlxdiff.folder": {
         "mlxdiff.conditioning",
         "mlxdiff.errors",

@@ -152,15 +152,19 @@ def _as_it_is(folder: Path, asked: dict, order: Order) -> Path:
 
 
 def _from_path(path: Path, order: Order) -> Path:
+    label, identity = path.stem if path.is_file() else path.resolve().name, _identity(path)
+    return _present(label, identity, order) or _make(label, identity, lambda _: path, order)
+
+
+def _identity(path: Path) -> list:
     """A checkpoint on disk is the same as long as its files keep their place, size and time, and what it may take from
     beside it too."""
-    label, identity = path.resolve().name, ["path", str(path.resolve()), _marks(path)]
+    identity = ["path", str(path.resolve()), _marks(path)]
     if path.is_file():
         from .. import convert
 
-        label = path.stem
         identity += [[str(file), _marks(file)] for file in convert.beside(path)]
-    return _present(label, identity, order) or _make(label, identity, lambda _: path, order)
+    return identity
 
 
 def _marks(path: Path) -> list:
@@ -236,11 +240,14 @@ def _published(
     return commit, obtain
 
 
-def _target(label: str, identity: list, order: Order) -> Path:
+def _asked(order: Order) -> list:
     words = None if order.tokenizer is None else [str(order.tokenizer.resolve()), _marks(order.tokenizer)]
     parts = [[kind, str(file.resolve()), _marks(file)] for kind, file in sorted(order.parts.items())]
-    asked = [order.recipe, order.prediction, order.t5, words, *parts]
-    return cache.folder(label, weights.label(order.recipe), [weights.FORMAT, identity, asked])
+    return [order.recipe, order.prediction, order.t5, words, *parts]
+
+
+def _target(label: str, identity: list, order: Order) -> Path:
+    return cache.folder(label, weights.label(order.recipe), [weights.FORMAT, identity, _asked(order)])
 
 
 def _present(label: str, identity: list, order: Order) -> Path | None:
@@ -254,6 +261,8 @@ def _make(label: str, identity: list, obtain: Callable[[Path], Path], order: Ord
     """Convert what `obtain` brings."""
     from .. import convert
 
+    asked = _asked(order)
+
     def fill(part: Path) -> None:
         checkpoint = convert.open(obtain(part), order.prediction, order.parts, order.t5)
         cache.check_room(checkpoint.path.name, _size(checkpoint, order.recipe))
@@ -261,8 +270,21 @@ def _make(label: str, identity: list, obtain: Callable[[Path], Path], order: Ord
         if words is None:
             words = tokenizer_for(checkpoint, order.offline, order.progress)
         convert.save(checkpoint, part / "model", **order.recipe, tokenizer=words, progress=order.progress)
+        weights.write_json(part / "model" / "source.json", {"identity": identity, "asked": asked})
 
     return cache.make(_target(label, identity, order), fill, lambda: order.progress("wait", 0, 0))
+
+
+def reachable(note: dict) -> bool:
+    """Whether `resolve` can still arrive at the conversion that has this `source.json`."""
+    (kind, place, seen, *_), (_, _, _, words, *parts) = note["identity"], note["asked"]
+    files = [entry[-2:] for entry in ([] if words is None else [words]) + parts]
+    if any(_marks(Path(file)) != marks for file, marks in files):
+        return False
+    if kind == "path":
+        return Path(place).exists() and _identity(Path(place)) == note["identity"]
+    notes = map(cache.read_note, cache.root().glob("hub/*.json"))
+    return any((n.get("repo"), n.get("commit")) == (place, seen) for n in notes)
 
 
 def _size(checkpoint: "Checkpoint", recipe: dict) -> float:
