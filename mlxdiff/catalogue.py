@@ -5,7 +5,7 @@ import sys
 
 from . import memory, weights
 from .console import Parser, run
-from .errors import Error, did_you_mean
+from .errors import Error, did_you_mean, near
 from .registry import DEFAULT, FAMILIES, MODELS
 from .train.storybook import captions
 
@@ -95,10 +95,16 @@ def _advice(name: str) -> list[str]:
 
 
 def strange(prompt: str) -> list[str]:
-    """The words of a prompt that the built-in model was never shown to mean something."""
+    """The words of a prompt that the built-in model was never shown the meaning of: "dragon", or "hause (house?)"."""
+    known = known_words()
+    words = [w for w in dict.fromkeys(re.findall(r"[a-z]+", prompt.replace("BREAK", "").lower())) if w not in known]
+    meant = [near(w, known, 0.75) if len(w) > 3 else "" for w in words]  # a short word is close to many
+    return [f"{word} ({close}?)" if close else word for word, close in zip(words, meant, strict=True)]
+
+
+def known_words() -> set[str]:
     phrases = [*captions.LEADING, *captions.OPENINGS, *(p for w in captions.vocabulary().values() for p in w)]
-    known = {word for phrase in phrases for word in phrase.split()}
-    return [w for w in dict.fromkeys(re.findall(r"[a-z]+", prompt.replace("BREAK", "").lower())) if w not in known]
+    return {word for phrase in phrases for word in phrase.split()}
 
 
 if __name__ == "__main__":

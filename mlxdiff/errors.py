@@ -12,10 +12,11 @@ class Error(Exception):
         self.problem, self.fix = problem, fix
 
 
-def near(word: str, known: Iterable[str]) -> str:
-    """The known word that a misspelt one is closest to, whatever its case; "" if none is close."""
+def near(word: str, known: Iterable[str], least: float = 0.6) -> str:
+    """The known word that a misspelt one is closest to, whatever its case; "" if none is close. least: how alike, 1 is
+    the same."""
     names = {name.casefold(): name for name in known}
-    return next((names[n] for n in difflib.get_close_matches(word.casefold(), names, 1)), "")
+    return next((names[n] for n in difflib.get_close_matches(word.casefold(), names, 1, least)), "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

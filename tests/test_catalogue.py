@@ -71,3 +71,4 @@ def test_the_list_has_every_model_and_storybook_its_words(capsys):
 def test_words_the_built_in_model_does_not_know():
     assert strange("a (red:1.3) house BREAK [under a full moon]") == []
     assert strange("A Dragon, and a red dragon by the sea") == ["dragon", "and"]
+    assert strange("a rde hause in the foxes Castel") == ["rde", "hause (house?)", "foxes", "castel (castle?)"]
