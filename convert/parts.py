@@ -25,8 +25,9 @@ def with_parts(
     for kind in given:
         flag = f"--{kind.replace('_', '-')}"
         if kind not in row.parts:
-            takes = ", ".join(f"--{k.replace('_', '-')}" for k in row.parts) or "none"
-            raise Error(f"{path} is of {family}, which takes no {flag}.", f"It takes {takes}.")
+            takes = ", ".join(f"--{k.replace('_', '-')}" for k in row.parts)
+            fix = f"It takes {takes}." if takes else f"Leave {flag} out."
+            raise Error(f"{path} is of {family}, which takes no {flag}.", fix)
         if row.parts[kind].component in left:
             raise Error(f"{flag} gives what --no-t5 leaves out.", "Use one of them.")
     parts = {kind: Path(file) for kind, file in given.items()}

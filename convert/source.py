@@ -214,7 +214,8 @@ def _file(path: Path) -> Weights:
 def _refuse_pickle(path: Path):
     raise Error(
         f"{path} is a pickle, which can run any code when it is opened.",
-        "Use the .safetensors file of the same model, or convert this one where you trust it.",
+        "Use the .safetensors file of the same model, or write one with PyTorch: torch.load(FILE, weights_only=True), "
+        "which runs no code, then safetensors.torch.save_file of its tensors.",
     )
 
 

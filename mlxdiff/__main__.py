@@ -1,9 +1,11 @@
-"""`mlxdiff`: one word, then what to do. Each word is a module that also runs as `python -m mlxdiff.<word>`."""
+"""`mlxdiff`: one word, then what to do; or a prompt, which is drawn. Most words are a module that also runs as
+`python -m mlxdiff.<word>`."""
 
 import importlib
 import sys
 
 from . import __version__
+from .errors import did_you_mean
 
 COMMANDS = {
     "generate": ("mlxdiff.generate", "draw a picture from a prompt"),
@@ -13,6 +15,7 @@ COMMANDS = {
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),
+    "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
     "train": ("mlxdiff.train.__main__", "teach the built-in model anew, or measure it"),
 }
 
@@ -22,16 +25,23 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--version"]:
         print(f"mlxdiff {__version__}")
         return 0
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: mlxdiff COMMAND ...\n")
+    helps = argv[:1] == ["help"]
+    word, rest = (argv[1], ["--help"]) if helps and len(argv) > 1 else ("".join(argv[:1]), argv[1:])
+    if word in ("", "help", "-h", "--help"):
+        print("usage: mlxdiff COMMAND ...\n       mlxdiff PROMPT ...\n")
         for name, (_, text) in COMMANDS.items():
             print(f"  {name:10} {text}")
-        print("\nmlxdiff COMMAND --help says more.")
+        print("\nA prompt is drawn: it is what mlxdiff generate PROMPT ... does. mlxdiff COMMAND --help says more.")
         return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        print(f"mlxdiff: {argv[0]!r} is not a command. Use one of {', '.join(COMMANDS)}.", file=sys.stderr)
+    if word in COMMANDS:
+        return importlib.import_module(COMMANDS[word][0]).main(rest)
+    meant = did_you_mean(word, COMMANDS)
+    if helps or word.startswith("-") or (meant and " " not in word):  # else it is a prompt
+        names = f"Use one of {', '.join(COMMANDS)}."
+        fix = names if helps or not meant else f"To draw it: mlxdiff generate {word}"
+        print(f"mlxdiff: {word!r} is not a command. {meant}{fix}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    return importlib.import_module(COMMANDS["generate"][0]).main(argv)
 
 
 if __name__ == "__main__":

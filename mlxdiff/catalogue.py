@@ -4,7 +4,7 @@ import sys
 
 from . import advice, builtin, memory
 from .console import Parser, run
-from .errors import Error
+from .errors import Error, did_you_mean
 from .families import DEFAULT, FAMILIES, MODELS
 from .recipe import default_dtype, recipe
 
@@ -37,7 +37,8 @@ def everything() -> int:
 
 def one(name: str) -> int:
     if name not in MODELS:
-        raise Error(f"There is no model named {name!r}.", f"Named models are {', '.join(MODELS)}.")
+        fix = f"{did_you_mean(name, MODELS)}Named models are {', '.join(MODELS)}."
+        raise Error(f"There is no model named {name!r}.", fix)
     m, d = MODELS[name], MODELS[name].defaults
     print(f"{name}: {m.title}")
     print(f"{'licence':10} {m.licence}")

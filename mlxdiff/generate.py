@@ -5,8 +5,11 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -28,10 +31,10 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("what to draw")
     g.add_argument("words", nargs="*", metavar="PROMPT", help="the prompt; '-' reads it from standard input")
     g.add_argument("-p", "--prompt", help="the prompt, as a flag")
-    g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line, one picture each")
+    g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; # begins a line of comment")
     g.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to keep away from")
     g.add_argument("-s", "--seed", type=int, nargs="+", metavar="N", help="one picture a seed (default: a fresh one)")
-    g.add_argument("-b", "--count", type=int, metavar="N", help="pictures at once, with seeds that count up")
+    g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed, counting up from it")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="of the picture (default: the model's own size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="both multiples of 8, or of 16 for SD3 and FLUX")
     g.add_argument("-i", "--image", metavar="FILE", help="begin with this picture, in its shape or cropped to -W, -H")
@@ -71,8 +74,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--force", action="store_true", help="try it even where this machine has too little memory")
 
     g = p.add_argument_group("where it goes")
-    g.add_argument("-o", "--output", type=Path, metavar="FILE", help="file or folder; never overwrites")
-    g.add_argument("--preview-dir", type=Path, metavar="DIR", help="write a rough picture of every step there (slower)")
+    where = "file or folder; never overwrites; each of several pictures adds its seed to FILE; - is standard output"
+    g.add_argument("-o", "--output", type=Path, metavar="FILE", help=where)
+    where = "write a rough picture of every step there, in a new folder for each picture (slower)"
+    g.add_argument("--preview-dir", type=Path, metavar="DIR", help=where)
     g.add_argument("--taesd", metavar="auto|FILE", help="draw these by a tiny decoder: auto fetches the model's, 10 MB")
     g.add_argument("--json", action="store_true", help="one JSON line a picture on standard output, no bar")
     g.add_argument("-v", "--verbose", action="store_true", help="say what was chosen")
@@ -80,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+STDOUT = Path("-")
 _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
@@ -103,10 +109,19 @@ def draw(args: argparse.Namespace) -> int:
     requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
-    _writable(args.output)
-    if args.taesd is not None and args.preview_dir is None:
+    if args.output == STDOUT:
+        _one_to_stdout(requests, args.json)
+    else:
+        if args.output is not None and not _is_folder(args.output):
+            images.kind_of(args.output)
+        _writable(_folder(args.output), "-o")
+    if args.preview_dir is not None:
+        _writable(args.preview_dir, "--preview-dir")
+    elif args.taesd is not None:
         raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
-    with Bar(quiet=args.json) as bar:
+    if args.refine_at is not None and args.refiner is None:
+        raise Error("--refine-at says when a refiner begins, and there is none.", "Add --refiner MODEL.")
+    with Bar(args.json, sys.stderr if args.output == STDOUT else sys.stdout) as bar:
         pipe = load(
             model,
             bits=args.quantize,
@@ -126,6 +141,7 @@ def draw(args: argparse.Namespace) -> int:
         if pipe.networks.small and mx.default_device() == mx.Device(mx.cpu):
             mx.disable_compile()  # g++ would take longer than the picture, and what it makes is no faster
         requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
+        requests = _once(requests, bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
             bar.write(f"{pipe.name} draws previews by its own VAE, which is small: no TAESD is needed.")
         if args.verbose:
@@ -143,22 +159,45 @@ def draw(args: argparse.Namespace) -> int:
             if unknown:
                 known = f"`mlxdiff models {pipe.name}` lists what it knows."
                 bar.write(f"{pipe.name} does not know: {', '.join(unknown)}. {known}")
-            _one(args, pipe, request, bar)
+            _one(args, pipe, request, partial(_name, args.output, requests), bar)
     return 0
 
 
-def _one(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: "Bar") -> None:
+def _once(requests: list[Request], bar: "Bar") -> list[Request]:
+    """Every picture once: seeds that count up from one that was given may reach another."""
+    seen, kept, again = set(), [], {}
+    for r in requests:
+        seeds = range(r.seed, r.seed + r.count)
+        new = [seed for seed in seeds if (r.prompt, seed) not in seen]
+        again |= dict.fromkeys(seed for seed in seeds if (r.prompt, seed) in seen)
+        seen |= {(r.prompt, seed) for seed in seeds}
+        if new:  # without a gap, as all requests have the same count: seen is what begins or ends one
+            kept.append(replace(r, seed=new[0], count=len(new)))
+    if again:
+        bar.write(f"Drawn once, though asked for more often: seed {', '.join(map(str, again))}.")
+    return kept
+
+
+def _one(
+    args: argparse.Namespace, pipe: Pipeline, request: Request, name: Callable[[Request], Path], bar: "Bar"
+) -> None:
     mx.reset_peak_memory()
     drawn, made = 0, (pipe.name, str(pipe.description.recipe))
+    alone = [replace(request, seed=request.seed + i, count=1) for i in range(request.count)]
+    previews: list[Path] = []  # a folder for each, once there is something to put there
     for event in pipe.run(request):
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
-            for i, rough in enumerate(pipe.preview(event.x0)):
-                name = args.preview_dir / f"{request.seed + i}-{event.step:03}.png"
-                images.save(rough, name, request, *made)
+            previews = previews or [images.new_folder(args.preview_dir / images.stem(own)) for own in alone]
+            for rough, folder, own in zip(pipe.preview(event.x0), previews, alone, strict=True):
+                images.save(rough, folder / f"{event.step:03}.png", own, *made)
         if event.image is not None:
-            own = replace(request, seed=request.seed + drawn, count=1)
-            path = images.save(event.image, _name(args.output, own), own, *made)
+            own = alone[drawn]
+            if args.output == STDOUT:
+                path = "standard output"
+                _write_stdout(images.png(event.image, own, *made))
+            else:
+                path = images.save(event.image, name(own), own, *made)
             drawn += 1
             bar.done(path, own, {"model": pipe.name, **asdict(pipe.description.recipe)})
     bar.began = time.perf_counter()
@@ -181,7 +220,7 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
         except (OSError, UnicodeDecodeError) as e:
             why = getattr(e, "strerror", None) or "it is no UTF-8 text"
             raise Error(f"{args.prompt_file} cannot be read: {why}.", "Give a text file, a prompt a line.") from None
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
         if not prompts:
             raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")
     elif given[0] == "-":
@@ -200,34 +239,63 @@ def _known(model: str | None) -> str:
     return model if model is not None and (model in MODELS or Path(model).exists()) else DEFAULT
 
 
-def _writable(output: Path | None) -> None:
+def _one_to_stdout(requests: list[Request], as_json: bool) -> None:
     """Fail before the work, not after it."""
-    if output is not None and not _is_folder(output):
-        images.kind_of(output)
-    place = Path() if output is None else output if _is_folder(output) else output.parent
+    if as_json:
+        raise Error("--json and -o - both write to standard output.", "Use one of them.")
+    if len(requests) > 1 or requests[0].count != 1:
+        raise Error("Standard output takes one picture, and several are asked for.", "Give a folder: -o DIR/.")
+    if sys.stdout.isatty():
+        raise Error("Standard output is a terminal, which shows no picture.", "Send it on: -o - > house.png.")
+
+
+def _write_stdout(data: bytes) -> None:
+    """Without Python's buffer, which would be written once more at exit if it cannot be written now."""
+    rest = memoryview(data)
+    try:
+        with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as out:
+            while rest:
+                rest = rest[out.write(rest) :]
+    except BrokenPipeError:  # whoever reads has seen enough
+        raise
+    except OSError as e:
+        raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
+
+
+def _writable(place: Path, flag: str) -> None:
+    """Fail before the work, not after it."""
     there = next(p for p in (place, *place.absolute().parents) if p.exists())  # the rest is made when a picture is
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as e:
-        raise Error(f"{place} cannot be written to: {e.strerror}.", "Choose another place with -o.") from None
+        raise Error(f"{place} cannot be written to: {e.strerror}.", f"Choose another place with {flag}.") from None
+
+
+def _folder(output: Path | None) -> Path:
+    return Path() if output is None else output if _is_folder(output) else output.parent
 
 
 def _is_folder(output: Path) -> bool:
     return output.is_dir() or str(output).endswith(("/", "\\")) or not output.suffix
 
 
-def _name(output: Path | None, request: Request) -> Path:
-    """house.png as asked, or a name in a folder."""
-    if output is not None and not _is_folder(output):
+def _name(output: Path | None, requests: list[Request], own: Request) -> Path:
+    """Where one picture of a run goes: in a folder under its words and seed, else to house.png as asked; of several to
+    house-7.png, which says the seed, and of several prompts to house-a-red-fox-7.png."""
+    if output is None or _is_folder(output):
+        return _folder(output) / images.file_name(own)
+    if sum(r.count for r in requests) == 1:
         return output
-    return (Path() if output is None else output) / images.file_name(request)
+    one_prompt = all(r.prompt == own.prompt for r in requests)
+    which = own.seed if one_prompt else images.stem(own)
+    return output.with_name(f"{output.stem}-{which}{output.suffix}")
 
 
 class Bar:
-    """One tqdm line a stage, and one printed line a picture. Quiet means JSON lines instead."""
+    """One tqdm line a stage, and one printed line a picture, to `out`. Quiet means JSON lines instead."""
 
-    def __init__(self, quiet: bool):
-        self.quiet, self.bar, self.stage = quiet, None, None
+    def __init__(self, quiet: bool, out: TextIO):
+        self.quiet, self.out, self.bar, self.stage = quiet, out, None, None
         self.began = time.perf_counter()
 
     def __enter__(self) -> "Bar":
@@ -247,7 +315,7 @@ class Bar:
         if self.bar is not None:
             self.bar.update(event.step - self.bar.n)
 
-    def done(self, path: Path, request: Request, made: dict) -> None:
+    def done(self, path: Path | str, request: Request, made: dict) -> None:
         self._close()
         peak, now = mx.get_peak_memory(), time.perf_counter()
         seconds = now - self.began
@@ -255,7 +323,8 @@ class Bar:
             facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak, **made}
             print(json.dumps(facts | {"request": json.loads(request.to_json())}, ensure_ascii=False), flush=True)
         else:
-            print(f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak", flush=True)
+            said = f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak"
+            print(said, file=self.out, flush=True)
 
     def write(self, text: str) -> None:
         print(text, file=sys.stderr)

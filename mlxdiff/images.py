@@ -16,6 +16,7 @@ from .request import Request
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _CHUNK = "mlxdiff"
+_MOST = 100_000  # pictures of one name in a folder
 
 
 class NoSettings(Error):
@@ -71,13 +72,18 @@ def preview(x0: np.ndarray, factors: tuple) -> Image.Image:
 def save(image: Image.Image, path: Path, request: Request, model: str, recipe: str) -> Path:
     """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ... model, recipe:
     what drew it, and how its weights were stored, by `weights.label`."""
+    return write(image, path, **_settings(kind_of(Path(path)), request, model, recipe))
+
+
+def write(image: Image.Image, path: Path, **options) -> Path:
+    """Write a picture under the first free name. options: of PIL's writer."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.part")
     kind = kind_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            image.save(temp, kind, **_settings(kind, request, model, recipe))
+            image.save(temp, kind, **options)
             return _claim(temp, path)
         finally:
             temp.unlink(missing_ok=True)
@@ -85,10 +91,35 @@ def save(image: Image.Image, path: Path, request: Request, model: str, recipe: s
         raise Error(f"{path} cannot be written: {e.strerror or e}.", "Choose another place with `output`.") from None
 
 
+def png(image: Image.Image, request: Request, model: str, recipe: str) -> bytes:
+    """The PNG that `save` writes."""
+    out = io.BytesIO()
+    image.save(out, "PNG", **_settings("PNG", request, model, recipe))
+    return out.getvalue()
+
+
 def file_name(request: Request) -> str:
     """A file name made of the prompt's first words and the seed."""
+    return f"{stem(request)}.png"
+
+
+def stem(request: Request) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
-    return f"{words}-{request.seed}.png"
+    return f"{words}-{request.seed}"
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder under the first free name: house, house-1, ..."""
+    for i in range(_MOST):
+        folder = path if i == 0 else path.with_name(f"{path.name}-{i}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise Error(f"{folder} cannot be made: {e.strerror}.", "Choose another place.") from None
+    raise Error(f"{path.parent} already holds {_MOST} folders of this name.", "Choose another place.")
 
 
 def kind_of(path: Path) -> str:
@@ -101,7 +132,7 @@ def kind_of(path: Path) -> str:
 
 def _claim(temp: Path, path: Path) -> Path:
     """Give the finished file its name; a hard link fails if the name is taken, so two processes never collide."""
-    for i in range(100_000):
+    for i in range(_MOST):
         target = path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}")
         try:
             os.link(temp, target)
@@ -112,7 +143,7 @@ def _claim(temp: Path, path: Path) -> Path:
             if not target.exists():
                 os.replace(temp, target)
                 return target
-    raise Error(f"{path.parent} already holds 100000 pictures of this name.", "Choose another name with `output`.")
+    raise Error(f"{path.parent} already holds {_MOST} pictures of this name.", "Choose another name with `output`.")
 
 
 def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from . import samplers, schedules
-from .errors import Error
+from .errors import Error, did_you_mean
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # what a signed 64-bit file format or another tool can still hold
@@ -132,7 +132,8 @@ class Request:
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} are not layers.", "Give their numbers, such as (7, 8, 9).")
         if self.schedule not in schedules.SPACINGS:
-            raise Error(f"Schedule {self.schedule!r} is not known.", f"Use one of {', '.join(schedules.SPACINGS)}.")
+            fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
+            raise Error(f"Schedule {self.schedule!r} is not known.", fix)
         if self.noise not in SOURCES:
             raise Error(f"Noise {self.noise!r} is not known.", f"Use one of {', '.join(SOURCES)}.")
 
@@ -161,13 +162,18 @@ def _text(name: str, value) -> None:
 
 def _whole(name: str, value, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Error(f"{name} {value!r} is not a whole number from {low} to {high}.", f"Choose {name} in that range.")
+        raise Error(f"{_title(name)} must be a whole number from {low} to {high}; {value!r} was given.")
 
 
 def _number(name: str, value, low: float, high: float) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not low <= value <= high:
-        raise Error(f"{name} {value!r} is not a number from {low} to {high}.", f"Choose {name} in that range.")
+        raise Error(f"{_title(name)} must be a number from {low} to {high}; {value!r} was given.")
+
+
+def _title(name: str) -> str:
+    """A setting's name at the beginning of a sentence; one of two words stays as it is typed in Python."""
+    return name if "_" in name else name.capitalize()
 
 
 def _span(name: str, value) -> None:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from .errors import Error
+from .errors import Error, did_you_mean
 from .schedules import DDIM, DDPM, KDIFFUSION, LOGSNR, Grid
 
 Denoise = Callable[[mx.array, float], mx.array]
@@ -258,7 +258,8 @@ def resolve(name: str) -> str:
     for key, row in SAMPLERS.items():
         if name.casefold() in (key, *(alias.casefold() for alias in row.aliases)):
             return key
-    raise Error(f"There is no sampler {name!r}.", fix=f"Use one of {', '.join(SAMPLERS)}.")
+    names = [*SAMPLERS, *(alias for row in SAMPLERS.values() for alias in row.aliases)]
+    raise Error(f"There is no sampler {name!r}.", f"{did_you_mean(name, names)}Use one of {', '.join(SAMPLERS)}.")
 
 
 def of_flow(name: str) -> Callable[..., Steps]:

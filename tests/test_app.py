@@ -1,14 +1,24 @@
 """`mlxdiff studio` and `mlxdiff lessons` before they start anything: what they say when they cannot, what they open."""
 
+import os
+import re
+import signal
+import stat
 import subprocess
 import sys
+import time
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nbformat", reason="the studio needs JupyterLab: pip install .[studio]")
 
 import nbformat
+import psutil
 
+from mlxdiff.console import install
 from mlxdiff.errors import Error
 from mlxdiff.widgets import app, lessons
 from tests.test_imports import ROOT
@@ -20,9 +30,7 @@ def test_without_jupyterlab_it_says_what_to_install_and_writes_nothing(tmp_path)
     env = {"PYTHONPATH": str(ROOT), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert (
-        done.stderr == 'mlxdiff studio: jupyterlab is not installed. Install it with: pip install "mlxdiff[studio]"\n'
-    )
+    assert done.stderr == f"mlxdiff studio: jupyterlab is not installed. Install it with: {install('studio')}\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -103,3 +111,79 @@ def test_a_folder_for_lessons_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Error, match="cannot be written"):
         lessons.copy(tmp_path / "file")
+
+
+# What runs, with a real Jupyter.
+
+
+def until(holds: Callable[[], object], seconds: float = 60.0):
+    end = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs, one that has ended and was not waited for aside."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def started(tmp_path):
+    """`mlxdiff studio` in a Jupyter of its own, with a browser that notes how it was started: the process, its
+    children's ids, that note."""
+    pytest.importorskip("jupyterlab")
+    browser, note = tmp_path / "browser", tmp_path / "note"
+    browser.write_text(f'#!/bin/sh\nprintf "%s" "$*" > "{note}.part" && mv "{note}.part" "{note}"\n')
+    browser.chmod(0o755)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "BROWSER": str(browser), "IPYTHONDIR": str(tmp_path / "ipython")}
+    env |= {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    code = "import sys; from mlxdiff.widgets import app; from pathlib import Path\n"
+    code += "sys.exit(app.studio(Path('studio.ipynb').resolve(), None, True))"
+    (tmp_path / "books").mkdir()
+    book = app._notebook(tmp_path / "books" / "studio.ipynb", None)
+    app._cell(book, tmp_path).source = "print('hello')"
+    app._write(book, tmp_path / "books" / "studio.ipynb")
+    out = open(tmp_path / "out", "w+")  # noqa: SIM115
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path / "books", env=env, stdout=out, stderr=out, start_new_session=True
+    )
+    children: list[int] = []
+    try:
+        until(lambda: note.exists() or process.poll() is not None)
+        assert process.poll() is None, (tmp_path / "out").read_text()
+        children += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        yield process, children, note.read_text()
+    finally:
+        out.close()
+        for pid in [process.pid, *children]:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_jupyter_and_its_kernels_end_with_the_terminal(started):
+    process, children, _ = started
+    assert len(children) >= 2  # Jupyter and a kernel
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    until(lambda: not any(map(alive, children)), 20)
+
+
+def test_the_browser_is_not_started_with_the_token(started, tmp_path):
+    """What it is started with, every user of the machine can read."""
+    process, children, said = started
+    page = Path(urllib.parse.unquote(said.removeprefix("file://")))
+    address = re.search(r"http://\S+", (tmp_path / "out").read_text())[0]
+    token = address.partition("token=")[2]
+    assert len(token) == 32
+    assert token not in said
+    assert address in page.read_text()
+    assert stat.S_IMODE(page.stat().st_mode) == 0o600
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not page.exists()
+    until(lambda: not any(map(alive, children)), 20)

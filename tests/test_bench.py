@@ -387,7 +387,7 @@ BAD = {
     "model absent": (["-m", "./no/such/model"], "no/such/model"),
     "no such bits": (["--random", "sd15", "-q", "7"], "7"),
     "no run": (["--random", "sd15", "--repeat", "0"], "--repeat 0"),
-    "no step": (["--random", "sd15", "--steps", "0"], "steps 0"),
+    "no step": (["--random", "sd15", "--steps", "0"], "Steps must be a whole number from 1 to 1000; 0 was given"),
     "no such size": (["--random", "sd15", "-W", "30"], "width 30"),
     "no such batch": (["--random", "sd15", "--batch", "3"], "3"),
     "no such rival": (["--random", "sd15", "--against", "jax"], "jax"),

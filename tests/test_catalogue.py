@@ -13,8 +13,35 @@ def test_every_command_says_what_it_is(capsys):
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in COMMANDS)
     assert main([]) == 2
-    assert main(["generat"]) == 2
-    assert "generat" in capsys.readouterr().err
+    assert capsys.readouterr().out == out
+    assert main(["help"]) == 0
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generat"], "'generat' is not a command. Did you mean generate? To draw it: mlxdiff generate generat\n"),
+        (["Models", "sdxl"], "'Models' is not a command. Did you mean models? To draw it: mlxdiff generate Models\n"),
+        (["help", "generat"], "'generat' is not a command. Did you mean generate? Use one of generate, convert, "),
+        (["help", "a red house"], "'a red house' is not a command. Use one of generate, convert, "),
+        (["-m", "sdxl"], "'-m' is not a command. Use one of generate, convert, "),
+    ],
+)
+def test_a_word_close_to_a_command_is_not_drawn(capsys, words, says):
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"mlxdiff: {says}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["a red house"], ["lighthouse", "-s", "1"], ["train at night"]])
+def test_what_is_no_command_is_a_prompt(words, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("mlxdiff.generate.main", lambda argv: drawn.append(argv) or 0)
+    assert main(words) == 0
+    assert drawn == [words]
 
 
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n != "studio"])
@@ -22,7 +49,12 @@ def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as e:
         main([name, "--help"])
     assert e.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: mlxdiff {name}")
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: mlxdiff {name}")
+    with pytest.raises(SystemExit) as e:
+        main(["help", name])
+    assert e.value.code == 0
+    assert capsys.readouterr().out == out
 
 
 def test_the_list_has_every_model_and_storybook_its_words(capsys):

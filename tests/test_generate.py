@@ -114,6 +114,39 @@ def test_seeds_counts_and_names(here, model, capsys):
     assert "out/a-red-fox-3-1.png" in files(here)
 
 
+def test_several_pictures_of_one_name_say_which_is_which(here, model):
+    assert main(quick(model, "a fox", "-s", "7", "-o", "one.png")) == 0
+    assert main(quick(model, "a fox", "-s", "1", "5", "-o", "one.png")) == 0
+    assert main(quick(model, "a fox", "-s", "8", "-b", "2", "-o", "two.jpg")) == 0
+    Path("prompts.txt").write_text("a red fox\na cat\n")
+    assert main(quick(model, "--prompt-file", "prompts.txt", "-s", "3", "-o", "three.png")) == 0
+    named = {"one.png": 7, "one-1.png": 1, "one-5.png": 5, "three-a-red-fox-3.png": 3, "three-a-cat-3.png": 3}
+    jpegs = {"two-8.jpg": 8, "two-9.jpg": 9}
+    assert files(here) == sorted([*named, *jpegs, "prompts.txt"])
+    assert {name: images.read_settings(here / name)[0].seed for name in named | jpegs} == named | jpegs
+
+
+def test_a_seed_that_is_reached_twice_is_drawn_once(here, model, capsys):
+    def seeds(*args: str) -> tuple[list, str]:
+        assert main(quick(model, *args, "--json", "-o", "out/")) == 0
+        out, err = capsys.readouterr()
+        said = [json.loads(line)["request"] for line in out.splitlines()]
+        return [(s["prompt"], s["seed"]) for s in said], err
+
+    assert seeds("a", "-s", "1", "2", "-b", "2") == (
+        [("a", 1), ("a", 2), ("a", 3)],
+        "Drawn once, though asked for more often: seed 2.\n",
+    )
+    drawn, said = seeds("a", "-s", "5", "1", "3", "5", "-b", "3")  # from both sides: 5 6 7, 1 2 3, then 4
+    assert drawn == [("a", n) for n in (5, 6, 7, 1, 2, 3, 4)]
+    assert "seed 3, 5, 6, 7." in said
+    Path("prompts.txt").write_text("a\nb\na\n")
+    assert seeds("--prompt-file", "prompts.txt", "-s", "1")[0] == [("a", 1), ("b", 1)]
+    drawn, said = seeds("--prompt-file", "prompts.txt")  # fresh seeds are other pictures
+    assert (len(set(drawn)), said) == (3, "")
+    assert main(quick(model, "a", "-s", "1", "-b", "0")) == 1
+
+
 def test_a_converted_copy_of_a_named_model_keeps_its_defaults(here, monkeypatch):
     from mlxdiff.builtin import FOLDER
     from mlxdiff.convert.__main__ import main as convert
@@ -124,10 +157,11 @@ def test_a_converted_copy_of_a_named_model_keeps_its_defaults(here, monkeypatch)
 
 
 def test_prompts_from_a_file_and_from_standard_input(here, model, monkeypatch, capsys):
-    Path("prompts.txt").write_text("a cat\n\n  a dog  \n")
+    Path("prompts.txt").write_text("# animals\na cat\n\n  # and:\n  a dog # 2  \n")
     assert main(quick(model, "--prompt-file", "prompts.txt", "-s", "1", "--json")) == 0
     said = [json.loads(line)["request"]["prompt"] for line in capsys.readouterr().out.splitlines()]
-    assert said == ["a cat", "a dog"]
+    assert said == ["a cat", "a dog # 2"]
+    Path("prompts.txt").write_text("a cat\n\n  a dog  \n")
     monkeypatch.setattr("sys.stdin", open("prompts.txt"))  # noqa: SIM115
     assert main(quick(model, "-", "-s", "1", "-o", "stdin.png")) == 0
     assert images.read_settings(here / "stdin.png")[0].prompt == "a cat\n\n  a dog"
@@ -144,9 +178,15 @@ def test_settings_that_do_nothing_are_told(here, model, capsys):
 
 
 def test_previews_of_every_step(here, model):
-    assert main(quick(model, "a fox", "-s", "1", "-o", "a.png", "--preview-dir", "steps")) == 0
-    assert files(here) == ["a.png", "steps/1-001.png", "steps/1-002.png"]
-    assert Image.open("steps/1-001.png").size == (16, 16)  # a VAE this small decodes
+    """In a folder for each picture, so that two runs do not mix."""
+    for steps in ("2", "1"):
+        typed = ["a fox", "-s", "1", "-b", "2", "-o", "out/", "--preview-dir", "steps", "--steps", steps]
+        assert main([*quick(model), *typed]) == 0
+    first = [f"steps/a-fox-{seed}/00{step}.png" for seed in (1, 2) for step in (1, 2)]
+    again = [f"steps/a-fox-{seed}-1/001.png" for seed in (1, 2)]
+    assert [f for f in files(here) if f.startswith("steps")] == sorted([*first, *again])
+    assert Image.open(first[0]).size == (16, 16)  # a VAE this small decodes
+    assert images.read_settings(here / first[2])[0].seed == 2
 
 
 # what was typed -> what the error names
@@ -155,50 +195,66 @@ BAD = {
     "two prompts": (["a", "-p", "b"], "More than one prompt"),
     "prompt file missing": (["--prompt-file", "absent.txt"], "absent.txt"),
     "prompt file empty": (["--prompt-file", "empty.txt"], "empty.txt"),
+    "prompt file of comments": (["--prompt-file", "comment.txt"], "comment.txt holds no prompt"),
     "prompt file binary": (["--prompt-file", "binary.txt"], "binary.txt"),
     "a decoder for no previews": (["x", "--taesd", "auto"], "Add --preview-dir"),
-    "width 0": (["x", "-W", "0"], "width 0"),
-    "width negative": (["x", "-W", "-8"], "width -8"),
+    "width 0": (["x", "-W", "0"], "Width must be a whole number from 4 to 16384; 0 was given"),
+    "width negative": (["x", "-W", "-8"], "Width must be a whole number from 4 to 16384; -8 was given"),
     "height not a multiple": (["x", "-H", "30"], "Use 28 or 32"),
-    "height too large": (["x", "-H", "99999"], "height 99999"),
-    "steps 0": (["x", "--steps", "0"], "steps 0"),
-    "steps negative": (["x", "--steps", "-2"], "steps -2"),
-    "steps more than training": (["x", "--steps", "1001"], "steps 1001"),
-    "guidance nan": (["x", "-g", "nan"], "guidance nan"),
-    "guidance infinite": (["x", "-g", "inf"], "guidance inf"),
-    "guidance negative": (["x", "-g", "-1"], "guidance -1"),
+    "height too large": (["x", "-H", "99999"], "Height must be a whole number from 4 to 16384; 99999 was given"),
+    "steps 0": (["x", "--steps", "0"], "Steps must be a whole number from 1 to 1000; 0 was given"),
+    "steps negative": (["x", "--steps", "-2"], "Steps must be a whole number from 1 to 1000; -2 was given"),
+    "steps more than training": (
+        ["x", "--steps", "1001"],
+        "Steps must be a whole number from 1 to 1000; 1001 was given",
+    ),
+    "guidance nan": (["x", "-g", "nan"], "Guidance must be a number from 0 to 100; nan was given"),
+    "guidance infinite": (["x", "-g", "inf"], "Guidance must be a number from 0 to 100; inf was given"),
+    "guidance negative": (["x", "-g", "-1"], "Guidance must be a number from 0 to 100; -1.0 was given"),
     "seed 2^64": (["x", "-s", str(2**64)], str(2**64)),
-    "seed negative": (["x", "-s", "-1"], "seed -1"),
-    "count 0": (["x", "-b", "0"], "count 0"),
-    "sampler unknown": (["x", "--sampler", "eulr"], "eulr"),
+    "seed negative": (["x", "-s", "-1"], "Seed must be a whole number from 0 to 9223372036854775807; -1 was given"),
+    "count 0": (["x", "-b", "0"], "Count must be a whole number from 1 to 1000; 0 was given"),
+    "sampler unknown": (["x", "--sampler", "eulr"], "Did you mean euler?"),
     "schedule unknown": (["x", "--schedule", "karas"], "karas"),
     "noise unknown": (["x", "--noise", "gpu"], "gpu"),
     "eta without use": (["x", "--sampler", "euler", "--eta", "1"], "eta"),
-    "eta nan": (["x", "--sampler", "ddim", "--eta", "nan"], "eta nan"),
-    "rescale out of range": (["x", "--rescale", "2"], "rescale 2"),
+    "eta nan": (["x", "--sampler", "ddim", "--eta", "nan"], "Eta must be a number from 0 to 10; nan was given"),
+    "rescale out of range": (["x", "--rescale", "2"], "Rescale must be a number from 0 to 1; 2.0 was given"),
     "interval backwards": (["x", "--interval", "0.9", "0.1"], "interval"),
-    "clip skip 0": (["x", "--clip-skip", "0"], "clip_skip 0"),
+    "clip skip 0": (["x", "--clip-skip", "0"], "clip_skip must be a whole number from 1 to 12; 0 was given"),
     "clip skip too deep": (["x", "--clip-skip", "9"], "clip_skip 9"),
+    "several to standard output": (["x", "-s", "1", "2", "-o", "-"], "takes one picture"),
+    "a batch to standard output": (["x", "-b", "2", "-o", "-"], "takes one picture"),
+    "JSON and a picture to standard output": (["x", "--json", "-o", "-"], "--json and -o -"),
     "output is no picture": (["x", "-o", "a.txt"], "a.txt"),
     "output folder is a file": (["x", "-o", "empty.txt/a.png"], "empty.txt"),
+    "previews in a file": (["x", "--preview-dir", "empty.txt"], "another place with --preview-dir"),
     "model absent": (["x", "-m", "no-such-model"], "no-such-model"),
     "model path absent": (["x", "-m", "./no/such/folder"], "no/such/folder"),
     "model is no checkpoint": (["x", "-m", "binary.txt"], "binary.txt"),
     "refiner absent": (["x", "--refiner", "no-such-refiner"], "no-such-refiner"),
+    "a time for no refiner": (["x", "--refine-at", "0.5"], "Add --refiner"),
     "image absent": (["x", "-i", "absent.png"], "absent.png"),
     "image is no picture": (["x", "-i", "binary.txt"], "binary.txt"),
     "strength without an image": (["x", "--strength", "0.5"], "no image"),
-    "strength out of range": (["x", "-i", "begin.png", "--strength", "2"], "strength 2"),
+    "strength out of range": (
+        ["x", "-i", "begin.png", "--strength", "2"],
+        "Strength must be a number from 0 to 1; 2.0 was given",
+    ),
     "strength leaves no step": (
         ["x", "-i", "begin.png", "--strength", "0.2", "--steps", "4"],
         "Strength 0.2 of 4 steps",
     ),
-    "width 0 for an image": (["x", "-i", "begin.png", "-W", "0"], "width 0"),
+    "width 0 for an image": (
+        ["x", "-i", "begin.png", "-W", "0"],
+        "Width must be a whole number from 4 to 16384; 0 was given",
+    ),
     "layers skipped in Stable Diffusion 1": (["x", "--skip-layers", "1"], "skip_layers is for SD3"),
     "settings from nothing": (["--from-image", "absent.png"], "absent.png"),
     "settings from no picture": (["--from-image", "binary.txt"], "binary.txt"),
     "not a number": (["x", "--steps", "many"], "many"),
-    "unknown flag": (["x", "--stepz", "3"], "stepz"),
+    "unknown flag": (["x", "--stepz", "3"], "no flag --stepz. Did you mean --steps?"),
+    "a VAE for the built-in model": (["x", "-m", "storybook", "--vae", "binary.txt"], "no --vae. Leave --vae out."),
     "bits unknown": (["x", "-q", "7"], "7"),
     "dtype unknown": (["x", "--dtype", "float8"], "float8"),
 }
@@ -208,6 +264,7 @@ BAD = {
 def test_a_bad_request_is_one_line_and_nothing_else(here, model, capsys, name):
     typed, says = BAD[name]
     Path("empty.txt").write_text("")
+    Path("comment.txt").write_text("# a cat\n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00\x80" * 50)
     Image.new("RGB", (16, 16)).save("begin.png")
     before = files(here)
@@ -240,6 +297,40 @@ def test_ctrl_c_stops_within_a_step_and_leaves_nothing(here, model, cache):
     assert err.strip().splitlines()[-1].endswith("stopped.")
     assert "Traceback" not in err
     assert not [f for f in files(here) if not f.startswith("steps/") or f.endswith(".part")]
+
+
+def to_stdout(here: Path, model: Path, cache: Path, stdout) -> subprocess.Popen:
+    call = [sys.executable, "-m", "mlxdiff.generate", "a fox", *quick(model, "-s", "7", "-o", "-")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MLXDIFF_CACHE": str(cache)}
+    return subprocess.Popen(call, cwd=here, env=env, stdout=stdout, stderr=subprocess.PIPE)
+
+
+def test_a_picture_to_standard_output_is_the_picture_and_nothing_else(here, model, cache):
+    out, err = to_stdout(here, model, cache, subprocess.PIPE).communicate(timeout=120)
+    assert main(quick(model, "a fox", "-s", "7", "-o", "a.png")) == 0
+    assert out == Path("a.png").read_bytes()
+    assert err.startswith(b"standard output  seed 7, ")
+    assert files(here) == ["a.png"]
+
+
+def test_standard_output_that_is_closed_or_full(here, model, cache):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = to_stdout(here, model, cache, writer)
+    os.close(writer)
+    assert (process.communicate(timeout=120)[1], process.returncode) == (b"", 1)
+    if Path("/dev/full").exists():
+        with open("/dev/full", "wb") as full:
+            process = to_stdout(here, model, cache, full)
+        says = b"mlxdiff generate: Standard output cannot be written: No space left on device. Choose a file with -o.\n"
+        assert (process.communicate(timeout=120)[1], process.returncode) == (says, 1)
+    main_end, terminal = os.openpty()
+    process = to_stdout(here, model, cache, terminal)
+    err = process.communicate(timeout=120)[1]
+    assert b"is a terminal" in err
+    assert process.returncode == 1
+    os.close(main_end)
+    os.close(terminal)
 
 
 def test_weights_that_are_not_finite_draw_no_black_picture(here, model, cache, capsys, monkeypatch):

@@ -521,7 +521,12 @@ def test_convert_and_inspect_take_names_and_reuse_the_download(hub, start, saved
         worker.home, "mlxdiff.convert", "org/shown", "-o", "out", "-q", "4", "--dtype", "float32", "--offline"
     )
     assert ran.returncode == 0, ran.stderr
-    assert files_of(worker.home / "out") == files_of(made)
+    kept = files_of(made)
+    assert kept.pop("source.json")  # for `mlxdiff cache`, which finds that the hub's commit still leads there
+    assert files_of(worker.home / "out") == kept
+    listed = command(worker.home, "mlxdiff.store").stdout.splitlines()
+    assert listed[1].split()[:2] == ["org-shown", "float32-4bit"]
+    assert listed[1].endswith("  org/shown")
     ran = command(worker.home, "mlxdiff.convert.inspect", "org/shown", "--json")
     assert ran.returncode == 0, ran.stderr
     first, second = (json.loads(line) for line in ran.stdout.splitlines())

@@ -107,7 +107,7 @@ MAY = {
         "mlxdiff.store.tokenizer",
     },
     "mlxdiff.store.hub": {"mlxdiff.errors"},
-    "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors"},
+    "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors", "mlxdiff.recipe"},
     "mlxdiff.store.tokenizer": {
         "mlxdiff.convert",
         "mlxdiff.errors",
@@ -123,6 +123,12 @@ MAY = {
         "mlxdiff.families",
         "mlxdiff.recipe",
         "mlxdiff.store.*",
+    },
+    "mlxdiff.store.__main__": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.store",
+        "mlxdiff.store.cache",
     },
     "mlxdiff.pipeline": {
         "mlxdiff.advice",
@@ -211,7 +217,7 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.request",
     },
-    "mlxdiff.__main__": {"mlxdiff"},
+    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.errors"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
@@ -230,10 +236,11 @@ MAY = {
         "mlxdiff.blas",
         "mlxdiff.console",
         "mlxdiff.errors",
+        "mlxdiff.images",
         "mlxdiff.recipe",
         "mlxdiff.train.*",
     },
-    "mlxdiff.widgets": {"mlxdiff.errors", "mlxdiff.widgets.*"},
+    "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
     "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request"},
     "mlxdiff.widgets.worker": {
         "mlxdiff.description",

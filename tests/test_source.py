@@ -1,7 +1,12 @@
 """The reader of safetensors against the format's own rules and, where it accepts, the reference reader."""
 
 import json
+import os
+import re
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -61,6 +66,22 @@ def test_reading_is_lazy(tmp_path):
     tensors = source.read(path).tensors
     assert tensors["huge"].shape == (10, 2**30)
     assert tensors["last"].read().tolist() == [0, 0, 0]
+
+
+def test_a_pickle_becomes_safetensors_as_the_readme_says(tmp_path):
+    """Reference: the tensors that torch wrote. A checkpoint holds more than them, and two of them may share memory."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"<!-- pickle -->\n```bash\n(.*?)```", text, re.DOTALL)[1]
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    torch.save({"state_dict": {"a": weight, "tied": weight, "turned": weight.T}, "epoch": 3}, tmp_path / "model.ckpt")
+    with pytest.raises(Error, match=r"torch\.load\(FILE, weights_only=True\)"):
+        source.read(tmp_path / "model.ckpt")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", command], cwd=tmp_path, env=env, check=True)
+    tensors = source.read(tmp_path / "model.safetensors").tensors
+    assert tensors.keys() == {"a", "tied", "turned"}
+    assert all(np.array_equal(tensors[name].read(), weight) for name in ("a", "tied"))
+    np.testing.assert_array_equal(np.array(tensors["turned"].read()), weight.T)
 
 
 def test_large_metadata_is_fine(tmp_path):

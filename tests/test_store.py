@@ -4,6 +4,7 @@ Reference: the promises in the docstring of store. tests/test_hub.py has what to
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import mlxdiff.convert
 import mlxdiff.store.cache
 from mlxdiff import Error, description, store
+from mlxdiff.__main__ import main
 from tests import clip_vocab, store_worker
 from tests.loopback_hub import diffusers_repo
 
@@ -70,6 +72,8 @@ def test_our_own_folder_is_used_in_place(cache, tmp_path):
     for wrong in ({"bits": 8}, {"dtype": "float32"}, {"prediction": "v"}):
         with pytest.raises(Error, match="is already converted, with"):
             store.resolve(ours, **wrong)
+    with pytest.raises(Error, match=r"it takes no other vae\. Leave vae out\."):
+        store.resolve(ours, parts={"vae": "vae.safetensors"})
 
 
 def test_damaged_entries_are_made_again(cache, tmp_path):
@@ -203,6 +207,104 @@ def test_what_lies_beside_a_file_counts(cache, tmp_path):
     assert store.resolve(file, tokenizer=words) == seen[-1]
     (tmp_path / "config.json").write_bytes(b"{}")
     assert store.resolve(file, tokenizer=words) not in seen
+
+
+# `mlxdiff cache`.
+
+
+def listed(capsys) -> dict[str, str]:
+    """The line of each conversion, by its source's name."""
+    assert main(["cache"]) == 0
+    head, *lines, total = [line for line in capsys.readouterr().out.splitlines() if "--clean" not in line]
+    assert head.split() == ["name", "weights", "size", "made", "source"]
+    return {line.split()[0]: line for line in lines} | {"total": total}
+
+
+def test_the_cache_is_listed(cache, tmp_path, capsys):
+    assert main(["cache"]) == 0
+    assert capsys.readouterr().out == f"0.0 MB in {cache}.\n"
+    assert not cache.exists()
+    made = store.resolve(folder(tmp_path / "model"), bits=4, dtype="float16")
+    (made / "unet.safetensors").write_bytes(bytes(3_000_000))
+    lines = listed(capsys)
+    assert lines.keys() == {"model", "total"}
+    assert lines["model"].split()[1:4] == ["float16-4bit", "3.0", "MB"]
+    assert lines["model"].endswith(f"  {tmp_path / 'model'}")
+    assert lines["total"] == f"3.0 MB in {cache}."
+
+
+def test_cleaning_removes_what_is_useless_and_nothing_else(cache, tmp_path, capsys):
+    sources = {name: folder(tmp_path / name) for name in ("kept", "changed", "gone", "worded", "hurt")}
+    words = folder(tmp_path / "other") / "tokenizer"
+    made = {name: store.resolve(s, tokenizer=words if name == "worded" else None) for name, s in sources.items()}
+    os.utime(sources["changed"] / "unet" / "config.json", ns=(0, 0))
+    sources["gone"].rename(tmp_path / "moved")
+    (words / "merges.txt").write_text("", encoding="utf-8")
+    (made["hurt"] / "unet.safetensors").unlink()
+    models, outside = cache / "models", tmp_path / "outside-float32-0123456789ab"
+    shutil.copytree(made["kept"], outside)
+    mlxdiff.store.cache.write_json(outside / "model.json", {"format": description.FORMAT - 1})
+    (models / "linked-float32-0123456789ab").symlink_to(outside)
+    for name, number in (("old", description.FORMAT - 1), ("newer", description.FORMAT + 1)):
+        (models / f"{name}-float32-0123456789ab").mkdir()
+        mlxdiff.store.cache.write_json(models / f"{name}-float32-0123456789ab" / "model.json", {"format": number})
+    for name in ("mine", "mine.part", "mine-float32-0123456789ab"):  # of somebody else, even if its name is like ours
+        (models / name).mkdir()
+    mlxdiff.store.cache.write_json(models / "mine" / "model.json", {"format": description.FORMAT - 1})
+    for name in ("dead", "living"):
+        (models / f"{name}-float32-0123456789ab.x1y2z3_a.part").mkdir()
+    (models / "dead-float32-0123456789ab.x1y2z3_a.part" / "snapshot").symlink_to(outside)
+    with open(models / ".locks" / "living-float32-0123456789ab", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before, lines = {p.name for p in models.iterdir()}, listed(capsys)
+        assert "being made" in lines["living-float32-0123456789ab.x1y2z3_a.part"]
+        assert {p.name for p in models.iterdir()} == before
+        assert main(["cache", "--clean"]) == 0
+        said = capsys.readouterr().out
+        assert main(["cache", "--clean", "living-float32-0123456789ab.x1y2z3_a.part"]) == 0
+        assert "it is being made" in capsys.readouterr().out
+    removed = {made[name].name for name in ("changed", "gone", "worded", "hurt")}
+    removed |= {"old-float32-0123456789ab", "dead-float32-0123456789ab.x1y2z3_a.part"}
+    assert before - {p.name for p in models.iterdir()} == removed
+    assert [line.rpartition(": ")[2] for line in said.splitlines()[:-1]] == [
+        "its source has changed or gone.",
+        "unfinished.",
+        "its source has changed or gone.",
+        "damaged.",
+        "of an older version.",
+        "its source has changed or gone.",
+    ]
+    assert sorted(p.name for p in outside.iterdir()) == sorted(p.name for p in made["kept"].iterdir())
+    assert store.resolve(sources["kept"]) == made["kept"]
+    assert (models / "mine" / "model.json").exists()  # making another did not remove it either
+    assert store.resolve(sources["changed"]).exists()
+    assert (models / "mine" / "model.json").exists()
+
+
+def test_cleaning_by_name_and_all(cache, tmp_path, capsys):
+    one, four, other = (
+        store.resolve(folder(tmp_path / name), bits=bits) for name, bits in (("a", None), ("a", 4), ("other", None))
+    )
+    assert main(["cache", "--clean", "A"]) == 1
+    assert "no conversion of 'A'. Did you mean a? mlxdiff cache lists" in capsys.readouterr().err
+    assert main(["cache", "--clean", one.name]) == 0
+    assert [p.exists() for p in (one, four, other)] == [False, True, True]
+    assert main(["cache", "--clean", "a"]) == 0
+    assert [p.exists() for p in (one, four, other)] == [False, False, True]
+    assert main(["cache", "--clean", "all"]) == 0
+    assert not other.exists()
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2].startswith("Removed other float32, ")
+    assert out[-1] == f"0.0 MB freed in {cache}."
+
+
+def test_a_conversion_from_the_hub_is_reached_while_its_commit_is_noted(cache):
+    note = {"identity": ["hub", "org/model", "c0", None, True], "asked": [{}, None, True, None]}
+    for revision, commit in (("main", "c1"), ("v1", "c0")):
+        assert not store.reachable(note)
+        noted = {"repo": "org/model", "revision": revision, "commit": commit}
+        mlxdiff.store.cache.write_note(cache / "hub" / f"{revision}.json", noted)
+    assert store.reachable(note)
 
 
 # What a name means.

@@ -559,4 +559,4 @@ def test_importing_the_widgets_needs_no_jupyter():
     from tests.test_imports import ROOT
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert 'pip install "mlxdiff[studio]"' in done.stderr
+    assert "Install it with: pip install" in done.stderr

@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 import mlxdiff
 from mlxdiff import schedules
@@ -283,6 +284,36 @@ def test_adherence_and_distance_by_hand(monkeypatch):
 
 
 # --- the whole
+
+
+def test_a_sheet_of_scenes_goes_where_it_can_and_nowhere_else(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    draw = ["scenes", "--size", "16", "--out"]
+    bad = {
+        "sc": "is not a picture name mlxdiff writes",
+        "sc.gif": "End it in one of",
+        "file/a.png": "cannot be written",
+    }
+    for name, says in bad.items():
+        assert main([*draw, str(tmp_path / name)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("mlxdiff train: ")
+        assert says in line
+    for _ in range(2):
+        assert main([*draw, str(tmp_path / "new" / "a.png")]) == 0
+    assert capsys.readouterr().err.splitlines() == [str(tmp_path / "new" / f"{n}.png") for n in ("a", "a-1")]
+    assert Image.open(tmp_path / "new" / "a.png").size == (64, 48)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "new"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("run/recipe.json", "{"), ("run", "a file"), ("above", "a file")])
+def test_a_run_where_none_can_be_is_one_line(tmp_path, capsys, name, text):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    folder = tmp_path / ("above/run" if name == "above" else "run")
+    assert main(["storybook", "--out", str(folder)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mlxdiff train: ")
 
 
 @pytest.mark.slow

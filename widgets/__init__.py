@@ -1,5 +1,6 @@
-"""The Jupyter layer: `Studio()` draws with any model from a notebook. It needs `pip install "mlxdiff[studio]"`."""
+"""The Jupyter layer: `Studio()` draws with any model from a notebook. It needs the extra `studio`."""
 
+from ..console import install
 from ..errors import Error
 
 __all__ = ["Studio"]
@@ -12,5 +13,5 @@ def __getattr__(name: str):
     try:
         from .studio import Studio
     except ModuleNotFoundError as e:
-        raise Error(f"The studio needs {e.name}.", 'Install it with: pip install "mlxdiff[studio]"') from None
+        raise Error(f"The studio needs {e.name}.", f"Install it with: {install('studio')}") from None
     return Studio

@@ -1,9 +1,11 @@
 """`mlxdiff studio`: JupyterLab on a notebook whose studio is already drawn. Nothing but loopback is listened on."""
 
+import html
 import importlib.util
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -13,11 +15,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..console import Parser, run
+from ..console import Parser, install, run
 from ..errors import Error
 
 INTRO = """# Studio
@@ -33,6 +36,7 @@ MORE = """# Everything is also here, in Python:
 # studio.prompt, studio.steps = "a red house", 30
 # studio.compare(seed=[1, 2, 3], guidance=[1, 3, 7])"""
 _PATIENCE = 60.0  # seconds for Jupyter to start: a cold disk and an old machine
+_FAREWELL = 30.0  # seconds for Jupyter to end: it gives every kernel five
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,29 +78,65 @@ def _meant(model: str, folder: Path) -> str:
 def needed(*modules: str) -> None:
     for name in modules:
         if importlib.util.find_spec(name) is None:
-            raise Error(f"{name} is not installed.", 'Install it with: pip install "mlxdiff[studio]"')
+            raise Error(f"{name} is not installed.", f"Install it with: {install('studio')}")
 
 
 def lab(path: Path, what: str, browser: bool, prepare: Callable[[str, str], None] = lambda url, token: None) -> int:
-    """JupyterLab open on a notebook, until Ctrl-C."""
+    """JupyterLab open on a notebook, until Ctrl-C, or until this process is told to end or loses its terminal."""
     token, port = secrets.token_hex(16), _free_port()
     url = f"http://127.0.0.1:{port}"
     print("Starting JupyterLab ...", flush=True)
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, ExitStack() as stack:
+        _exit_on(signal.SIGTERM, signal.SIGHUP)
         server = _serve(path.parent, token, port, log)
+        stack.callback(_end, server)
         try:
             _wait(server, url, log)
             prepare(url, token)
             address = f"{url}/lab/tree/{urllib.parse.quote(path.name)}?token={token}"
             print(f"The {what} at {address}\nCtrl-C here ends it.", flush=True)
             if browser:
-                webbrowser.open(address)
+                webbrowser.open(stack.enter_context(_door(address)))
             return server.wait()
         except KeyboardInterrupt:
             return 0
-        finally:
-            server.terminate()
-            server.wait()
+
+
+def _exit_on(*signals: int) -> None:
+    """Leave by an exception, which ends on its way out what was started; what was ignored, by nohup, stays so."""
+    for each in signals:
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
+
+
+def _end(server: subprocess.Popen) -> None:
+    """End Jupyter, which ends its kernels before itself. Nothing cuts this short: it is killed where it takes too long,
+    and its kernels end when they see that it is gone."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    server.terminate()
+    try:
+        server.wait(_FAREWELL)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
+def _door(address: str) -> Iterator[str]:
+    """A page for this user alone that leads to the address and its token: everybody on the machine can read what a
+    browser was started with."""
+    from jupyter_core.paths import jupyter_runtime_dir  # where Jupyter has such pages of its own
+
+    handle, name = tempfile.mkstemp(".html", "mlxdiff-", jupyter_runtime_dir())
+    with open(handle, "w", encoding="utf-8") as page:
+        there = html.escape(address)
+        page.write(f'<meta charset="utf-8"><meta http-equiv="refresh" content="0;url={there}">')
+        page.write(f'<a href="{there}">To the studio</a>')
+    try:
+        yield Path(name).as_uri()
+    finally:
+        os.unlink(name)
 
 
 def _notebook(path: Path, model: str | None):

@@ -1,7 +1,6 @@
 """Name, hub id, folder or file -> a model folder ready to read. What needs converting is converted once, into the
 cache. A converted model never touches the network again, and its original may be deleted. Only this calls convert."""
 
-import difflib
 import os
 import re
 import tempfile
@@ -15,7 +14,7 @@ import mlx.nn as nn
 
 from .. import builtin, description, recipe
 from ..description import Description
-from ..errors import Error
+from ..errors import Error, did_you_mean
 from ..families import FAMILIES, MODELS
 from ..recipe import Recipe
 from . import cache
@@ -142,14 +141,15 @@ def _repo(model: str | Path) -> tuple[str, str | None]:
     if found is not None:
         return found[1], found[2]
     known = f"Named models are {', '.join(MODELS)}; or give a hub id (org/repo), a folder or a .safetensors file."
-    near = difflib.get_close_matches(name, MODELS, 1)
-    raise Error(f"There is no model, file or folder {name!r}.", f"Did you mean {near[0]}? {known}" if near else known)
+    raise Error(f"There is no model, file or folder {name!r}.", did_you_mean(name, MODELS) + known)
 
 
 def _as_it_is(folder: Path, asked: dict, options: Options) -> Path:
     """Our own format is used in place; it cannot be converted once more."""
     if options.parts:
-        raise Error(f"{folder} is already converted; it takes no other parts.", "Convert the original checkpoint.")
+        names = ", ".join(options.parts)
+        fix = f"Leave {names} out. SD3 and FLUX take it when the original checkpoint is converted."
+        raise Error(f"{folder} is already converted; it takes no other {names}.", fix)
     model = description.read(folder)
     has = {"dtype": model.recipe.dtype, "bits": model.recipe.bits, "prediction": model.prediction}
     for key, value in asked.items():
@@ -166,15 +166,19 @@ def _as_it_is(folder: Path, asked: dict, options: Options) -> Path:
 
 
 def _from_path(path: Path, options: Options) -> Path:
+    label, identity = path.stem if path.is_file() else path.resolve().name, _identity(path)
+    return _present(label, identity, options) or _make(label, identity, lambda _: path, options)
+
+
+def _identity(path: Path) -> list:
     """A checkpoint on disk is the same as long as its files keep their place, size and time, and what it may take from
     beside it too."""
-    label, identity = path.resolve().name, ["path", str(path.resolve()), _marks(path)]
+    identity = ["path", str(path.resolve()), _marks(path)]
     if path.is_file():
         from .. import convert
 
-        label = path.stem
         identity += [[str(file), _marks(file)] for file in convert.beside(path)]
-    return _present(label, identity, options) or _make(label, identity, lambda _: path, options)
+    return identity
 
 
 def _marks(path: Path) -> list:
@@ -250,11 +254,14 @@ def _published(
     return commit, obtain
 
 
-def _target(label: str, identity: list, options: Options) -> Path:
+def _asked(options: Options) -> list:
     words = None if options.tokenizer is None else [str(options.tokenizer.resolve()), _marks(options.tokenizer)]
     parts = [[kind, str(file.resolve()), _marks(file)] for kind, file in sorted(options.parts.items())]
-    asked = [asdict(options.recipe), options.prediction, options.t5, words, *parts]
-    return cache.folder(label, str(options.recipe), [description.FORMAT, identity, asked])
+    return [asdict(options.recipe), options.prediction, options.t5, words, *parts]
+
+
+def _target(label: str, identity: list, options: Options) -> Path:
+    return cache.folder(label, str(options.recipe), [description.FORMAT, identity, _asked(options)])
 
 
 def _present(label: str, identity: list, options: Options) -> Path | None:
@@ -271,6 +278,8 @@ def _make(label: str, identity: list, obtain: Callable[[Path], Path], options: O
     """Convert what `obtain` brings."""
     from .. import convert
 
+    asked = _asked(options)
+
     def fill(part: Path) -> None:
         checkpoint = convert.open(obtain(part), options.prediction, options.parts, options.t5)
         options.check(convert.describe(checkpoint, options.recipe))
@@ -279,8 +288,21 @@ def _make(label: str, identity: list, obtain: Callable[[Path], Path], options: O
         if words is None:
             words = tokenizer_for(checkpoint, options.offline, options.progress)
         convert.save(checkpoint, part / "model", **asdict(options.recipe), tokenizer=words, progress=options.progress)
+        cache.write_json(part / "model" / "source.json", {"identity": identity, "asked": asked})
 
     return cache.make(_target(label, identity, options), fill, lambda: options.progress("wait", 0, 0))
+
+
+def reachable(note: dict) -> bool:
+    """Whether `resolve` can still arrive at the conversion that has this `source.json`."""
+    (kind, place, seen, *_), (_, _, _, words, *parts) = note["identity"], note["asked"]
+    files = [entry[-2:] for entry in ([] if words is None else [words]) + parts]
+    if any(_marks(Path(file)) != marks for file, marks in files):
+        return False
+    if kind == "path":
+        return Path(place).exists() and _identity(Path(place)) == note["identity"]
+    notes = map(cache.read_note, cache.root().glob("hub/*.json"))
+    return any((n.get("repo"), n.get("commit")) == (place, seen) for n in notes)
 
 
 def _size(checkpoint: "Checkpoint", how: Recipe) -> float:

@@ -12,10 +12,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import description
 from ..errors import Error
+from ..recipe import Recipe
+
+# The names of a conversion's folder, and of the scratch folder of one that is being made.
+_OURS = re.compile(r"(.+-[0-9a-f]{12})(\.\w+\.part)?")
 
 
 def root() -> Path:
@@ -55,12 +60,93 @@ def named(name: str) -> list[Path]:
     return [p for p in found if complete(p) and description.read(p).name == name]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A conversion in the cache, or the scratch folder of one."""
+
+    folder: Path
+    name: str
+    recipe: str  # "" of a scratch folder
+    source: str  # a hub id or a path; "" where it was not noted
+    size: int  # bytes
+    made: float  # seconds since 1970
+    useless: str  # why no call of `resolve` will return it; "" if one may
+    busy: bool  # somebody is making it
+
+
+def entries(reachable: Callable[[dict], bool]) -> list[Entry]:
+    """What the cache holds. reachable: whether a source, as noted beside a conversion, is still what it was."""
+    found = []
+    for folder in _folders():
+        with suppress(FileNotFoundError):  # another process has just removed it
+            found.append(_entry(folder, reachable))
+    return found
+
+
+def _entry(folder: Path, reachable: Callable[[dict], bool]) -> Entry:
+    model, note, busy = read_note(folder / "model.json"), read_note(folder / "source.json"), _is_busy(folder)
+    source, recipe = note.get("identity"), model.get("recipe")
+    if folder.name.endswith(".part"):
+        useless = "" if busy else "unfinished"
+    elif model["format"] != description.FORMAT:
+        useless = "of an older version" if model["format"] < description.FORMAT else ""  # a newer version's is its own
+    elif not complete(folder):
+        useless = "damaged"
+    else:
+        useless = "its source has changed or gone" if source and not reachable(note) else ""
+    return Entry(
+        folder,
+        str(model.get("name", folder.name)),
+        str(Recipe(**recipe)) if isinstance(recipe, dict) and recipe.keys() == {"dtype", "bits"} else "",
+        str(source[1]) if source else "",
+        sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()),
+        folder.stat().st_mtime,
+        useless,
+        busy,
+    )
+
+
+def remove(entry: Entry) -> bool:
+    """Delete a conversion, unless somebody is making it: links inside are removed, what they lead to is not."""
+    try:
+        with _locked(_target(entry.folder), None), suppress(FileNotFoundError):
+            shutil.rmtree(entry.folder)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        raise Error(f"{entry.folder} cannot be removed: {e.strerror}.", "Check its permissions.") from None
+    return True
+
+
+def _folders() -> list[Path]:
+    """The folders that this module made: known by their names, and conversions by their description too."""
+    return [
+        path
+        for path in sorted(root().glob("models/*"))
+        if (named := _OURS.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+        if named[2] or isinstance(read_note(path / "model.json").get("format"), int)
+    ]
+
+
+def _target(folder: Path) -> Path:
+    """The conversion that a folder is, or is a scratch folder of."""
+    return folder.with_name(_OURS.fullmatch(folder.name)[1])
+
+
+def _is_busy(folder: Path) -> bool:
+    try:
+        with _locked(_target(folder), None):
+            return False
+    except OSError as e:  # a cache that cannot be written has nobody at work either
+        return isinstance(e, BlockingIOError)
+
+
 def make(target: Path, fill: Callable[[Path], None], busy: Callable[[], None]) -> Path:
     """Have `fill` write the model into a scratch folder's `model`. Of two processes one works; the other is told that
     it is `busy`, and waits."""
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
+        _sweep()
         with _locked(target, busy):
             if complete(target):
                 return target
@@ -98,17 +184,14 @@ def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[None]:
         yield
 
 
-def _sweep(models: Path) -> None:
+def _sweep() -> None:
     """Remove what processes that died have left behind, a part whose lock nobody holds; and what an older version
     converted, which no version from here on reads."""
-    for part in models.glob("*.part"):
-        target = part.with_name(part.name.rsplit(".", 2)[0])
-        with suppress(BlockingIOError), _locked(target, None):
-            shutil.rmtree(part, ignore_errors=True)
-    for note in models.glob("*/model.json"):
-        format = read_note(note).get("format")
-        if isinstance(format, int) and format < description.FORMAT:
-            shutil.rmtree(note.parent, ignore_errors=True)
+    for folder in _folders():
+        part = folder.name.endswith(".part")
+        if part or read_note(folder / "model.json")["format"] < description.FORMAT:
+            with suppress(BlockingIOError), _locked(_target(folder), None):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_room(name: str, need: float) -> None:
@@ -134,8 +217,12 @@ def write_note(path: Path, note: dict) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(note, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(fresh, note)
         os.replace(fresh, path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager

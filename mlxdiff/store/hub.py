@@ -92,7 +92,7 @@ def _variant(repo: str, folder: str, inside: list[str], half: bool) -> list[str]
     if any(n.endswith((".bin", ".ckpt", ".pt")) for n in inside):
         raise Error(
             f"{repo} has {folder} only as a pickle, which can run any code when it is opened; it is not read.",
-            "Use a repository that has .safetensors files, or convert this one where you trust it.",
+            "Use a repository that has .safetensors files.",
         )
     return []
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .. import blas
+from .. import blas, images
 from ..console import Parser, run
 from ..errors import Error
 from ..recipe import BITS, bits_of
@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--quantize", type=bits_of, choices=BITS, metavar="BITS", help="judge it quantized so")
     s.add_argument("--dtype", help="float32, float16 or bfloat16 (default: what suits this machine)")
     s = kinds.add_parser("scenes", help="draw some of the pictures that are learned from, with their captions")
-    s.add_argument("-o", "--out", type=Path, required=True, metavar="PNG", help="where the sheet of twelve goes")
+    s.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="PNG", help="of the sheet of twelve; never overwrites"
+    )
     s.add_argument("--size", type=int, default=128, metavar="PX", help="edge of each (128)")
     s.add_argument("--seed", type=int, default=0, help="of what they show (0)")
     return p
@@ -94,15 +96,21 @@ def _same_run(folder: Path, recipe: Recipe) -> None:
     """A folder holds one run: going on with other settings would be neither the one nor the other."""
     file, settings = folder / "recipe.json", vars(recipe)
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise Error(f"{file} cannot be read: {e}.", "Give a new folder.") from None
         changed = [k for k in settings if settings[k] != before.get(k)]
         if changed:
             told = ", ".join(f"{k} {before.get(k)}" for k in changed)
             raise Error(f"{folder} holds a run with {told}.", "Give the same settings, or another --out.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Error(f"{folder} holds something else than a run.", "Give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise Error(f"{folder} cannot be written: {e.strerror}.", "Give another --out.") from None
 
 
 def judge(args) -> int:
@@ -126,6 +134,7 @@ def _line(what: str, figures: dict[str, float]) -> None:
 
 
 def scenes(args) -> int:
+    images.kind_of(args.out)  # before the work
     rng, rows = np.random.default_rng(args.seed), []
     for _ in range(3):
         row = []
@@ -134,7 +143,7 @@ def scenes(args) -> int:
             row.append(sb.render(scene, rng, args.size))
             print(sb.caption(scene, rng))
         rows.append(np.concatenate(row, 1))
-    Image.fromarray(np.concatenate(rows)).save(args.out)
+    print(images.write(Image.fromarray(np.concatenate(rows)), args.out), file=sys.stderr)
     return 0
 
 

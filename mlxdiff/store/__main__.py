@@ -1,0 +1,64 @@
+"""`mlxdiff cache`: the converted models that are kept, and a way to be rid of them."""
+
+import sys
+import time
+
+from .. import store
+from ..console import Parser, run
+from ..errors import Error, did_you_mean
+from . import cache
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = Parser(prog="mlxdiff cache", description="List the converted models that are kept, or remove some.")
+    what = "remove what is of no more use; of the model NAME all that is kept; of all everything"
+    p.add_argument("--clean", nargs="?", const="", metavar="NAME", help=what)
+    args = p.parse_args(argv)
+    return run("mlxdiff cache", lambda: show() if args.clean is None else clean(args.clean))
+
+
+def show() -> int:
+    held = cache.entries(store.reachable)
+    if held:
+        wide = max(len(e.name) for e in held)
+        print(f"{'name':{wide}}  {'weights':13} {'size':>9}  {'made':10}  source")
+    for e in held:
+        made = time.strftime("%Y-%m-%d", time.localtime(e.made))
+        state = "being made" if e.busy else e.useless
+        source = f"{e.source or '-'} ({state})" if state else e.source or "-"
+        print(f"{e.name:{wide}}  {e.recipe or '-':13} {_size(e.size):>9}  {made}  {source}")
+    print(f"{_size(sum(e.size for e in held))} in {cache.root()}.")
+    useless = sum(e.size for e in held if e.useless)
+    if useless:
+        print(f"{_size(useless)} of it is of no more use: mlxdiff cache --clean removes that.")
+    return 0
+
+
+def clean(name: str) -> int:
+    """Remove the useless entries, those of a name (a model's or a folder's), or all of them."""
+    held = cache.entries(store.reachable)
+    if name in ("", "all"):
+        chosen = [e for e in held if name == "all" or e.useless]
+    else:
+        chosen = [e for e in held if name in (e.name, e.folder.name)]
+        if not chosen:
+            fix = f"{did_you_mean(name, (e.name for e in held))}mlxdiff cache lists what is kept."
+            raise Error(f"The cache holds no conversion of {name!r}.", fix)
+    freed = 0
+    for e in chosen:
+        what = f"{e.name} {e.recipe}".strip()
+        if cache.remove(e):
+            freed += e.size
+            print(f"Removed {what}, {_size(e.size)}" + (f": {e.useless}." if e.useless else "."))
+        else:
+            print(f"Left {what}: it is being made.")
+    print(f"{_size(freed)} freed in {cache.root()}.")
+    return 0
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

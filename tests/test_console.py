@@ -1,0 +1,103 @@
+"""What every command line shares. References: the words that are known; argparse's exit code of wrong usage, 2."""
+
+import importlib.metadata
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from mlxdiff import console, samplers, store
+from mlxdiff.console import Parser, install
+from mlxdiff.errors import Error, did_you_mean, near
+from mlxdiff.request import Request
+from tests.test_imports import ROOT
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "meant"),
+    [
+        ("eulr", ["ddim", "euler"], "euler"),
+        ("SDXL", ["sd15", "sdxl"], "sdxl"),
+        ("dpm++ 2m", ["DPM++ 2M", "euler"], "DPM++ 2M"),
+        ("lighthouse", ["convert", "generate"], ""),
+        ("", ["euler"], ""),
+    ],
+)
+def test_the_nearest_word_whatever_its_case(word, known, meant):
+    assert near(word, known) == meant
+    assert did_you_mean(word, known) == (f"Did you mean {meant}? " if meant else "")
+
+
+def typed(*words: str) -> Parser:
+    p = Parser(prog="prog")
+    p.add_argument("--steps", type=int)
+    p.add_argument("-q", "--quantize", type=int)
+    below = p.add_subparsers().add_parser("draw")
+    below.add_argument("--seed", type=int)
+    return p.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--stpes"], "prog: There is no flag --stpes. Did you mean --steps? See prog --help."),
+        (["--stpes=3"], "prog: There is no flag --stpes. Did you mean --steps? See prog --help."),
+        (["--STEPS"], "prog: There is no flag --STEPS. Did you mean --steps? See prog --help."),
+        (["--step=3"], "prog: There is no flag --step. Did you mean --steps? See prog --help."),  # not taken for it
+        (["--colour"], "prog: There is no flag --colour. See prog --help."),
+        (["draw", "--sede", "3"], "prog draw: There is no flag --sede. Did you mean --seed? See prog draw --help."),
+        (["draw", "more"], "prog draw: 'more' is not expected here. See prog draw --help."),
+    ],
+)
+def test_a_misspelt_flag_is_one_line_that_names_the_nearest(capsys, words, says):
+    with pytest.raises(SystemExit) as e:
+        typed(*words)
+    assert e.value.code == 2
+    assert capsys.readouterr().err == says + "\n"
+
+
+def test_flags_that_are_known_are_taken():
+    assert vars(typed("--steps", "3", "-q4")) == {"steps": 3, "quantize": 4}
+    assert typed("draw", "--seed", "5").seed == 5
+
+
+def test_misspelt_names_of_settings_are_met_with_the_nearest():
+    with pytest.raises(Error, match=r"no sampler 'eulr'\. Did you mean euler\? Use one of euler, "):
+        samplers.resolve("eulr")
+    with pytest.raises(Error, match=r"Did you mean DPM\+\+ 2M SDE\? Use one of euler, "):
+        samplers.resolve("dpm++ 2m sd")
+    with pytest.raises(Error, match=r"'SDXL'\. Did you mean sdxl\? Named models are "):
+        store.check_name("SDXL")
+    full = Request("x", seed=1, steps=1, guidance=1.0, width=8, height=8, sampler="euler", clip_skip=1)
+    with pytest.raises(Error, match=r"'Karas' is not known\. Did you mean karras\? Use one of leading, "):
+        Request(**vars(full) | {"schedule": "Karas"}).check(8)
+
+
+def test_in_a_checkout_the_checkout_is_installed_once_more():
+    assert install("studio") == f'pip install -e "{ROOT}[studio]"'
+
+
+def test_elsewhere_what_was_installed_is_named(tmp_path, monkeypatch):
+    """Reference: the file in which pip notes where a package came from (PEP 610)."""
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "site-packages" / "mlxdiff" / "console.py"))
+    folder, wheel = tmp_path / "my code", tmp_path / "mlxdiff-0.1.0-py3-none-any.whl"
+    folder.mkdir()
+    wheel.touch()
+    noted = {}
+
+    def distribution(name: str) -> SimpleNamespace:
+        if noted is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return SimpleNamespace(read_text=lambda file: json.dumps(noted) if noted else None)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    assert install("studio") == 'pip install "mlxdiff[studio]"'
+    for file in (folder, wheel):
+        noted = {"url": file.as_uri(), "dir_info": {}}
+        assert install("studio") == f'pip install "{file}[studio]"'
+    noted = {"url": (tmp_path / "gone").as_uri(), "dir_info": {}}
+    assert install("studio") == 'pip install "mlxdiff[studio]"'
+    noted = {"url": "https://example.org/mlxdiff", "vcs_info": {"vcs": "git", "commit_id": "0"}}
+    assert install("studio") == 'pip install "mlxdiff[studio] @ git+https://example.org/mlxdiff"'
+    noted = None
+    assert install("studio") == 'pip install "mlxdiff[studio]"'
