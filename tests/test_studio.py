@@ -182,6 +182,20 @@ def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
     assert controls.ignored(one, 1.0, true_cfg=2.0) == {}
 
 
+def test_words_that_the_built_in_model_does_not_know_are_told(studio):
+    studio.prompt = "a red hause"
+    assert studio.controls.why.value == ""  # another model may know it
+    studio._learn(fakes.describe("storybook"))
+    assert studio.controls.why.value == "storybook does not know: hause (house?)."
+    studio.prompt = "a red house"
+    assert (studio.controls.why.value, studio.controls.negative.disabled) == ("", False)
+
+
+def test_an_empty_prompt_is_drawn(studio):
+    assert draw(studio, prompt="").request.prompt == ""
+    assert studio.view.history[-1]["title"] == f"no prompt, seed {studio.seed}"
+
+
 def test_rectified_flow_has_samplers_and_schedules_of_its_own(studio):
     draw(studio, sampler="heun", more={"clip_skip": 2})
     model = fakes.describe("FLUX", "flux-dev")
