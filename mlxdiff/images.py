@@ -3,6 +3,7 @@
 
 import hashlib
 import io
+import math
 import os
 import re
 from pathlib import Path
@@ -68,6 +69,18 @@ def preview(x0: np.ndarray, factors: tuple) -> Image.Image:
     return to_image(x0.astype(np.float32) @ table[:-1] + table[-1])
 
 
+def sheet(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, in as square a block as they make."""
+    if len(pictures) == 1:
+        return pictures[0]
+    across = math.ceil(math.sqrt(len(pictures)))
+    w, h = pictures[0].size
+    out = Image.new("RGB", (across * w, math.ceil(len(pictures) / across) * h))
+    for i, picture in enumerate(pictures):
+        out.paste(picture, (i % across * w, i // across * h))
+    return out
+
+
 def save(image: Image.Image, path: Path, request: Request, model: str, recipe: str) -> Path:
     """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ... model, recipe:
     what drew it, and how its weights were stored, by `weights.label`."""
@@ -89,6 +102,11 @@ def file_name(request: Request) -> str:
     """A file name made of the prompt's first words and the seed."""
     words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
     return f"{words}-{request.seed}.png"
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether pictures go into a path, which need not be there yet, or become it."""
+    return Path(path).expanduser().is_dir() or str(path).endswith(("/", "\\")) or not Path(path).suffix
 
 
 def kind_of(path: Path) -> str:

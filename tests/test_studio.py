@@ -520,7 +520,7 @@ def test_the_values_of_an_axis_are_read_as_their_setting_is(studio):
 
 def test_a_sheet_is_as_square_as_it_can_be():
     tiles = [Image.new("RGB", (10, 20), (i, 0, 0)) for i in range(5)]
-    sheet = gallery.sheet(tiles)
+    sheet = images.sheet(tiles)
     assert sheet.size == (30, 40)
     assert [sheet.getpixel((x, y))[0] for y in (0, 20) for x in (0, 10, 20)] == [0, 1, 2, 3, 4, 0]
 
