@@ -2,14 +2,17 @@
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .description import published
+from . import images
+from .description import Description, published
 from .errors import Error
-from .families import MODELS
+from .families import MODELS, name_of
 from .memory import SURE, Workload, peak
 from .recipe import BITS, Recipe
 from .request import Request
@@ -77,6 +80,26 @@ def check(workload: Workload, machine: Machine | None = None) -> None:
         f"{machine.memory / 1e9:.1f}.",
         f"{fix} `force=True` tries it as it is.",
     )
+
+
+def check_request(model: Description, request: Request, low_memory: bool, refiner: Description | None = None) -> None:
+    """Refuse a request, not yet resolved, that this model cannot draw here."""
+    model.check_draws()
+    if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
+        request = replace(request, eta=None)
+    image = None if request.image is None else images.read(request.image).size
+    check(Workload(model, model.resolve(request, image), low_memory, refiner))
+
+
+def check_named(models: list[str | None], recipe: Recipe, check: Callable) -> None:
+    """Check a model and its refiner, as far as they are published ones, before anything is fetched; of others nothing
+    is known yet. None: none, or one that is here."""
+    names = [None if m is None else name_of(m) for m in models]
+    first, second = (None if name is None else published(name, recipe) for name in names)
+    if first is not None:
+        check(first, refiner=second)
+        if second is not None:
+            first.check_refiner(second)
 
 
 def spell(settings: dict) -> str:

@@ -8,7 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import tokenizers
-from .families.base import TextPlan, tokenizer_of
+from .description import Description
+from .families.base import EMBEDDED, INPUT, TextPlan, tokenizer_of
 from .models.layers import sinusoids
 from .models.t5 import T5Encoder
 from .request import Request
@@ -118,3 +119,27 @@ def arguments(plan: TextPlan, text: Text, request: Request, negative: bool) -> d
 def guidance_embedding(guidance: float, width: int) -> mx.array:
     """What a consistency model takes in place of a second pass (Luo et al. 2023): a sinusoid of w = guidance - 1."""
     return sinusoids(mx.array([1000.0 * (guidance - 1.0)]), width, flip_sin_to_cos=False, freq_shift=1)
+
+
+def prepare(
+    model: Description, net: nn.Module, request: Request, ts: list[float], texts: list[Text], both: bool
+) -> dict[str, dict]:
+    """What a denoiser takes besides x and t, by the names `guidance.denoiser` has for it. both: whether the two passes
+    of a guided run share a batch."""
+    sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
+    if model.guidance == EMBEDDED:
+        sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)
+    fixed = {"size": model.latent_size(request)} if model.flow else {}
+    if model.guidance == INPUT:
+        fixed["guidance"] = request.guidance
+
+    def prepared(*sides: dict) -> dict:
+        def batch(name: str) -> mx.array:
+            return mx.concatenate([mx.repeat(side[name], request.count, axis=0) for side in sides])
+
+        return net.prepare(ts, **{name: batch(name) for name in sides[0]}, **fixed)
+
+    conds = {"cond": prepared(sides[-1])}
+    if len(sides) == 2:
+        conds |= {"both": prepared(*sides)} if both else {"uncond": prepared(sides[0])}
+    return conds

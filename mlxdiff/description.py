@@ -176,6 +176,28 @@ class Description:
                 "It converts, but cannot draw yet: use a base model.",
             )
 
+    def check_refiner(self, refiner: "Description") -> None:
+        """Raise unless a refiner works on the same latents."""
+        if refiner.components["vae"].scale != self.components["vae"].scale:
+            raise Error(
+                f"{refiner.name} works on other latents than {self.name}.", "Use the refiner made for this model."
+            )
+
+    def check_taesd(self, channels: int) -> None:
+        """Raise unless a tiny decoder reads latents of as many channels."""
+        if channels != self.latent_channels:
+            raise Error(
+                f"This TAESD reads latents of {channels} channels; {self.name} has {self.latent_channels}.",
+                f"Use {self.family.taesd}.",
+            )
+
+    def not_finite(self) -> Error:
+        """What to raise where numbers overflowed: it names the dtype in which they do not."""
+        dtype = self.recipe.dtype
+        other = "bfloat16" if dtype == "float16" else "float32"
+        fix = f"Run it with `dtype={other!r}`." if dtype != other else "Its weights are damaged: fetch them again."
+        return Error(f"{self.name} gave values that are not finite in {dtype}.", fix)
+
     def write(self, folder: Path) -> None:
         """model.json in a folder."""
         values = {name: getattr(self, name) for name in ("name", "variant", "prediction", "schedule", "zero_negative")}

@@ -155,10 +155,9 @@ def draw(args: argparse.Namespace) -> int:
                     else f"As {pipe.name} draws in one pass,"
                 )
                 bar.write(f"{why} a negative prompt does nothing.")
-            unknown = builtin.unknown_words(request.prompt) if pipe.name == builtin.NAME else []
+            unknown = builtin.notice(request.prompt) if pipe.name == builtin.NAME else ""
             if unknown:
-                known = f"`mlxdiff models {pipe.name}` lists what it knows."
-                bar.write(f"{pipe.name} does not know: {', '.join(unknown)}. {known}")
+                bar.write(f"{unknown} `mlxdiff models {pipe.name}` lists what it knows.")
             _one(args, pipe, request, partial(_name, args.output, requests), bar)
     return 0
 
@@ -211,7 +210,7 @@ def _settings(args: argparse.Namespace) -> dict:
 
 
 def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
-    given = [(" ".join(args.words) or None), args.prompt, args.prompt_file]
+    given = [" ".join(args.words) if args.words else None, args.prompt, args.prompt_file]
     if sum(g is not None for g in given) > 1:
         raise Error("More than one prompt was given.", "Use PROMPT, --prompt or --prompt-file, and only one of them.")
     if args.prompt_file is not None:
@@ -224,7 +223,7 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
         if not prompts:
             raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")
     elif given[0] == "-":
-        prompts = [text] if (text := sys.stdin.read().strip()) else []
+        prompts = [sys.stdin.read().strip()]
     else:
         prompts = [g for g in given[:2] if g is not None]
     if prompts:

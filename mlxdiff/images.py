@@ -3,6 +3,7 @@
 
 import hashlib
 import io
+import math
 import os
 import re
 from pathlib import Path
@@ -69,6 +70,18 @@ def preview(x0: np.ndarray, factors: tuple) -> Image.Image:
     return to_image(x0.astype(np.float32) @ table[:-1] + table[-1])
 
 
+def sheet(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, in as square a block as they make."""
+    if len(pictures) == 1:
+        return pictures[0]
+    across = math.ceil(math.sqrt(len(pictures)))
+    w, h = pictures[0].size
+    out = Image.new("RGB", (across * w, math.ceil(len(pictures) / across) * h))
+    for i, picture in enumerate(pictures):
+        out.paste(picture, (i % across * w, i // across * h))
+    return out
+
+
 def save(image: Image.Image, path: Path, request: Request, model: str, recipe: str) -> Path:
     """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ... model, recipe:
     what drew it, and how its weights were stored, by `weights.label`."""
@@ -120,6 +133,11 @@ def new_folder(path: Path) -> Path:
         except OSError as e:
             raise Error(f"{folder} cannot be made: {e.strerror}.", "Choose another place.") from None
     raise Error(f"{path.parent} already holds {_MOST} folders of this name.", "Choose another place.")
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether pictures go into a path, which need not be there yet, or become it."""
+    return Path(path).expanduser().is_dir() or str(path).endswith(("/", "\\")) or not Path(path).suffix
 
 
 def kind_of(path: Path) -> str:

@@ -3,10 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,44 +14,22 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from . import advice, conditioning, description, families, guidance, images, memory, samplers, schedules
+from . import advice, builtin, conditioning, description, families, guidance, images, memory, samplers, schedules
+from .arguments import check_options
 from .description import Description
 from .errors import Error
-from .families.base import EMBEDDED, INPUT
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
-from .request import Request
+from .request import SETTINGS, Request, Settings, asked, takes_settings
+from .result import Event, Result
 from .schedules import Schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SMALL_VAE = 16 * 2**20  # bytes; decoding one of these takes less than a step
 _LOW_MEMORY_CACHE = 512 * 2**20  # bytes MLX may keep for reuse
-
-
-class Event(NamedTuple):
-    """One thing that happened. Stages in order: encode, load, denoise (once a step), decode (once a picture).
-    Each opens with an event of step 0, so that whoever watches knows what is being waited for."""
-
-    stage: str
-    step: int  # 1-based, of `steps` in this stage
-    steps: int
-    seconds: float  # what this step took
-    x0: np.ndarray | None = None  # denoise: the predicted clean latents so far, (B, h, w, c)
-    image: Image.Image | None = None  # decode: the finished picture
-    x: np.ndarray | None = None  # denoise: the noisy latents after this step, and their noise level
-    sigma: float | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    images: list[Image.Image]
-    request: Request  # resolved: the seed that was drawn, the steps that were taken
-    seconds: float
-    peak_bytes: int
-
-    @property
-    def image(self) -> Image.Image:
-        return self.images[0]
 
 
 def load(
@@ -71,8 +49,9 @@ def load(
     parts: dict[str, str | Path] | None = None,
     t5: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
+    **unknown: NoReturn,
 ) -> "Pipeline":
-    """Open a model. Whatever must be downloaded or converted is, once.
+    """Open a model: load("sdxl", bits=8). Whatever must be downloaded or converted is, once.
 
     model: a name (`mlxdiff models` lists them), a hub id (`org/repo`), a folder, or a .safetensors file.
     bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: "float16", "bfloat16" or "float32"; by default
@@ -86,15 +65,17 @@ def load(
     parts: files of "vae", "clip", "clip_g" and "t5" for a checkpoint that lacks them.
     t5: False does without SD3's T5, which is then not fetched either.
     progress: called with (stage, bytes done, bytes in all)."""
+    check_options(load, locals(), SETTINGS)
     from . import store
 
     how = recipe(bits, dtype)
     if force:
         check = Description.check_draws
     else:
-        asked = Request("", width=128, height=128, t5=t5) if request is None else request
-        check = partial(_check, request=asked, low_memory=low_memory)
-        _check_named(store, model, refiner, how, check)
+        smallest = Request("", width=128, height=128, t5=t5) if request is None else request
+        check = partial(advice.check_request, request=smallest, low_memory=low_memory)
+        away = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
+        advice.check_named(away, how, check)
     order = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
     order |= {"revision": revision, "tokenizer": tokenizer, "progress": progress}
 
@@ -111,34 +92,13 @@ def load(
     return pipe
 
 
-def _check_named(store, model: str | Path, refiner: str | Path | None, how, check: Callable) -> None:
-    """Check a request against published models before anything is fetched; of others nothing is known yet."""
-    models = [None if name is None or store.local(name) is not None else str(name) for name in (model, refiner)]
-    known = [None if m is None or families.name_of(m) is None else families.name_of(m) for m in models]
-    first, second = (None if name is None else description.published(name, how) for name in known)
-    if first is not None:
-        check(first, refiner=second)
-        if second is not None:
-            _check_refiner(first, second)
-
-
-def _check(model: Description, request: Request, low_memory: bool, refiner: Description | None = None) -> None:
-    """Raise if this model cannot draw the request here."""
-    model.check_draws()
-    if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
-        request = replace(request, eta=None)
-    image = None if request.image is None else images.read(request.image).size
-    advice.check(memory.Workload(model, model.resolve(request, image), low_memory, refiner))
-
-
-def _check_refiner(model: Description, refiner: Description) -> None:
-    if refiner.components["vae"].scale != model.components["vae"].scale:
-        raise Error(f"{refiner.name} works on other latents than {model.name}.", "Use the refiner made for this model.")
-
-
-def stream(prompt: str | Request, model: str | Path = families.DEFAULT, **settings) -> Iterator[Event]:
+@takes_settings
+def stream(
+    prompt: str | Request, model: str | Path = families.DEFAULT, **settings: "Unpack[Settings]"
+) -> Iterator[Event]:
     """Load a model and draw with it once, event by event. To draw twice, keep what `load` gives."""
-    return load(model).stream(prompt, **settings)
+    request = asked(prompt, settings)
+    return load(model, request=request).stream(request)
 
 
 class Pipeline:
@@ -163,28 +123,21 @@ class Pipeline:
 
     def attach_refiner(self, refiner: "Pipeline") -> None:
         """A second model that finishes what this one begins, on the same latents."""
-        _check_refiner(self.description, refiner.description)
+        self.description.check_refiner(refiner.description)
         self.refiner = refiner
 
     def attach_taesd(self, decoder: nn.Module) -> None:
         """A tiny decoder for previews."""
-        channels, model = decoder.config.latent_channels, self.description
-        if channels != model.latent_channels:
-            raise Error(
-                f"This TAESD reads latents of {channels} channels; {self.name} has {model.latent_channels}.",
-                f"Use {model.family.taesd}.",
-            )
+        self.description.check_taesd(decoder.config.latent_channels)
         self._taesd = decoder
 
     # --- what it can be asked
 
-    def resolve(self, prompt: str | Request, **settings) -> Request:
-        """The request with every open setting filled from this model's defaults, and checked."""
-        if "image" in settings:  # not the one that a request to be replayed began with
-            settings = {"image_hash": None} | settings
-        if unknown := settings.keys() - Request.__dataclass_fields__:
-            raise Error(f"There is no setting {min(unknown)}.", f"Use {', '.join(Request.__dataclass_fields__)}.")
-        request = replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
+    @takes_settings
+    def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
+        """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
+        an earlier request, whose settings hold where no others are given."""
+        request = asked(prompt, settings)
         if request.image is None:
             return self.description.resolve(request)
         image = images.read(request.image)
@@ -199,19 +152,26 @@ class Pipeline:
         refiner = None if self.refiner is None else self.refiner.description
         return memory.Workload(self.description, request, self.low_memory, refiner)
 
-    def __call__(self, prompt: str | Request, **settings) -> Result:
-        """Draw: `pipe("a red house", seed=7).image.save("house.png")`. The settings are Request's fields."""
+    @takes_settings
+    def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
+        """Draw: pipe("a red house", seed=7).save("house.png"). prompt: what to draw, or an earlier request, whose
+        settings hold where no others are given."""
         start, drawn = time.perf_counter(), []
         request = self.resolve(prompt, **settings)
+        builtin.warn(self.name, request.prompt)
         mx.reset_peak_memory()
         for event in self.run(request):
             if event.image is not None:
                 drawn.append(event.image)
-        return Result(drawn, request, time.perf_counter() - start, mx.get_peak_memory())
+        seconds = time.perf_counter() - start
+        return Result(drawn, request, seconds, mx.get_peak_memory(), self.name, str(self.description.recipe))
 
-    def stream(self, prompt: str | Request, **settings) -> Iterator[Event]:
+    @takes_settings
+    def stream(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Iterator[Event]:
         """The run, event by event. Leaving the loop stops it; nothing keeps running and nothing is registered."""
-        yield from self.run(self.resolve(prompt, **settings))
+        request = self.resolve(prompt, **settings)
+        builtin.warn(self.name, request.prompt)
+        return self.run(request)
 
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to start from instead of the seed's."""
@@ -261,11 +221,9 @@ class Pipeline:
         else by one linear map."""
         if self._taesd is not None:
             return _pictures(self._taesd, x0)
-        return (
-            self.decode(x0)
-            if self.previews_by_vae
-            else [images.preview(x, self.description.family.preview) for x in x0]
-        )
+        if self.previews_by_vae:
+            return self.decode(x0)
+        return [images.preview(x, self.description.family.preview) for x in x0]
 
     def decode(self, z: np.ndarray) -> list[Image.Image]:
         """The pictures of latents (B, h, w, c), by the VAE."""
@@ -337,7 +295,9 @@ class Pipeline:
             mx.eval(net.parameters())
             yield Event("load", 1, 1, time.perf_counter() - begin)
         net = self.networks.get(name)
-        conds = self._conditions(request, [schedule.t(s) for s in visits], texts)
+        ts, both = [schedule.t(s) for s in visits], not self.low_memory
+        # The weights of a transformer's modulations are needed only here: they are read anew for each run, then freed.
+        conds = conditioning.prepare(model, self.networks.open(name) if model.flow else net, request, ts, texts, both)
         # A transformer's one by one: else the weights of all modulations are read before the first is used, and a
         # quarter of FLUX is in memory once more. A U-Net's weights are held anyway: one wait, not one for each layer.
         for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
@@ -357,32 +317,6 @@ class Pipeline:
             dtype=dtype_of(net),
         )
 
-    def _conditions(self, request: Request, ts: list[float], texts: list[conditioning.Text]) -> dict[str, dict]:
-        """What the network takes besides x and t, by the names `guidance.denoiser` has for it."""
-        model, name = self.description, self.description.family.denoiser
-        # The weights of a transformer's modulations are needed only here: they are read anew for each run, then freed.
-        net = self.networks.open(name) if model.flow else self.networks.get(name)
-        sides = [
-            conditioning.arguments(model.text, text, request, negative=len(texts) == 2 and i == 0)
-            for i, text in enumerate(texts)
-        ]
-        if model.guidance == EMBEDDED:
-            sides[0]["guidance_embedding"] = conditioning.guidance_embedding(request.guidance, model.net.time_cond)
-        fixed = {"size": model.latent_size(request)} if model.flow else {}
-        if model.guidance == INPUT:
-            fixed["guidance"] = request.guidance
-
-        def prepare(*sides: dict) -> dict:
-            def batch(name: str) -> mx.array:
-                return mx.concatenate([mx.repeat(side[name], request.count, axis=0) for side in sides])
-
-            return net.prepare(ts, **{name: batch(name) for name in sides[0]}, **fixed)
-
-        conds = {"cond": prepare(sides[-1])}
-        if len(sides) == 2:
-            conds |= {"uncond": prepare(sides[0])} if self.low_memory else {"both": prepare(*sides)}
-        return conds
-
     def _decode(self, z: mx.array) -> Iterator[Event]:
         """Pictures one at a time: a batch through the VAE would need its peak memory once for each."""
         yield Event("decode", 0, z.shape[0], 0.0)
@@ -398,14 +332,7 @@ class Pipeline:
     def _check_finite(self, finite: mx.array) -> None:
         """No black picture is ever written: what overflows stops the run and names the dtype that does not."""
         if not finite.item():
-            dtype = self.description.recipe.dtype
-            other = "bfloat16" if dtype == "float16" else "float32"
-            raise Error(
-                f"{self.name} gave values that are not finite in {dtype}.",
-                f"Run it with `dtype={other!r}`."
-                if dtype != "float32"
-                else "Its weights are damaged: fetch them again.",
-            )
+            raise self.description.not_finite()
 
     def _hand_over(
         self, request: Request, schedule: Schedule, sigmas: list[float]

@@ -1,21 +1,26 @@
-"""Request: every setting of one picture (or of `count` pictures that differ by seed). None means the model's own
-default; `resolve` fills those in once, checks everything, and from then on nothing is None that a run needs."""
+"""Request: every setting of a picture. What is left open is the model's own default; `resolve` fills that in once,
+checks everything, and from then on nothing is None that a run needs."""
 
+import inspect
 import json
 import math
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypedDict, TypeVar
 
 from PIL.Image import Image
 
-from . import samplers, schedules
+from . import arguments, samplers, schedules
 from .errors import Error, did_you_mean
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # what a signed 64-bit file format or another tool can still hold
 MAX_EDGE = 16384
 STRENGTH = 0.6
+
+Call = TypeVar("Call", bound=Callable)
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,36 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Request:
+    """Every setting of one picture, or of `count` pictures that differ by seed. None is the model's own default.
+
+    prompt: what to draw; an empty one leaves the model to itself.
+    negative: what to keep away from. None is not "": SDXL was trained with zeros for no negative prompt.
+    seed: of the first picture; picture i of `count` has seed + i. None draws a fresh one.
+    steps: more are slower and finer.
+    guidance: how far to pull to the prompt; 1 is not at all.
+    width, height: pixels, in multiples of 8 for most models and of 16 for SD3 and FLUX.
+    sampler: a name of `mlxdiff.samplers.SAMPLERS`, or diffusers' or A1111's name for it.
+    schedule: how the steps divide the noise, a name of `mlxdiff.schedules.SPACINGS`.
+    count: pictures drawn at once.
+    eta: how much noise a stochastic sampler puts back. None is the sampler's own.
+    rescale: guidance rescale (Lin et al. 2023), 0 to 1.
+    interval: the part of the steps that is guided: (0.1, 0.8) leaves out the first tenth and the last fifth.
+    clip_skip: which layer of the text encoder is read, counted from the end; 1 is the last.
+    refine_at: the part of the steps before a refiner, if one is loaded, takes over.
+    shift: SD3 and FLUX: more than 1 spends the steps on large noise.
+    true_cfg: FLUX, which is told its guidance: how far a second pass pulls from the negative prompt.
+    skip_layers: SD3: blocks left out of a third pass, which is led away from; (7, 8, 9) for SD3.5 medium.
+    skip_scale: how far to lead away from that pass.
+    skip_interval: in which part of the steps.
+    t5: SD3: whether T5 reads the prompt too.
+    image: what to begin with: a path or a PIL image. A PNG keeps the path as it was typed, never the pixels.
+    image_hash: a mark of what the image showed, noted by `Pipeline.resolve`: a replay asks for the same image.
+    strength: the part of the steps that redraws the image; 1 ignores the image, as in diffusers.
+    noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
+
     prompt: str
-    negative: str | None = None  # None is not "": SDXL was trained with zeros for "no negative prompt"
-    seed: int | None = None  # the first picture's; picture i of `count` has seed + i
+    negative: str | None = None
+    seed: int | None = None
     steps: int | None = None
     guidance: float | None = None
     width: int | None = None
@@ -41,20 +73,20 @@ class Request:
     sampler: str | None = None
     schedule: str | None = None
     count: int = 1
-    eta: float | None = None  # how much noise a stochastic sampler puts back; None: the sampler's own
-    rescale: float = 0.0  # guidance rescale (Lin et al. 2023), 0 to 1
-    interval: tuple[float, float] = (0.0, 1.0)  # the part of the steps that is guided
-    clip_skip: int | None = None  # text layer counted from the end, 1 is the last
-    refine_at: float = 0.8  # the part of the steps before a refiner, if one is loaded, takes over
-    shift: float | None = None  # SD3 and FLUX: more than 1 spends the steps on large noise; None: the model's own
-    true_cfg: float = 1.0  # FLUX, which is told its guidance: how far a second pass pulls from the negative prompt
-    skip_layers: tuple[int, ...] = ()  # SD3: blocks left out of a third pass, to be led away from (3.5 medium: 7 8 9)
-    skip_scale: float = 2.8  # how far
-    skip_interval: tuple[float, float] = (0.01, 0.2)  # in which part of the steps
-    t5: bool = True  # SD3: whether T5 reads the prompt too
-    image: str | Path | Image | None = None  # what to begin with; a PNG keeps its path as it was typed, never pixels
-    image_hash: str | None = None  # of what it showed, noted by `Pipeline.resolve`: a replay asks for the same
-    strength: float | None = None  # the part of the steps that redraws the image; 1 ignores it, as in diffusers
+    eta: float | None = None
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    clip_skip: int | None = None
+    refine_at: float = 0.8
+    shift: float | None = None
+    true_cfg: float = 1.0
+    skip_layers: tuple[int, ...] = ()
+    skip_scale: float = 2.8
+    skip_interval: tuple[float, float] = (0.01, 0.2)
+    t5: bool = True
+    image: str | Path | Image | None = None
+    image_hash: str | None = None
+    strength: float | None = None
     noise: str = "torch"
 
     def resolve(
@@ -62,6 +94,9 @@ class Request:
     ) -> "Request":
         """All settings as numbers. `scheduler`: sampler and schedule that go together when no sampler is named;
         `spacing`: the schedule under a sampler the user chose; `multiple`: what both edges must be divisible by."""
+        for name in ("sampler", "schedule", "noise"):  # names, which are looked up before `check`
+            if (value := getattr(self, name)) is not None:
+                _text(name, value)
         if self.sampler is None:
             sampler, schedule = _first(defaults.sampler, scheduler[0]), _first(defaults.schedule, scheduler[1])
         else:
@@ -149,6 +184,61 @@ class Request:
         if unknown:
             raise Error(f"The settings hold {min(unknown)!r}, which this version does not know.", "Update mlxdiff.")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class Settings(TypedDict, total=False):
+    """Request's fields after the prompt, as keyword arguments; for type checkers, which cannot work them out."""
+
+    negative: str | None
+    seed: int | None
+    steps: int | None
+    guidance: float | None
+    width: int | None
+    height: int | None
+    sampler: str | None
+    schedule: str | None
+    count: int
+    eta: float | None
+    rescale: float
+    interval: tuple[float, float]
+    clip_skip: int | None
+    refine_at: float
+    shift: float | None
+    true_cfg: float
+    skip_layers: tuple[int, ...]
+    skip_scale: float
+    skip_interval: tuple[float, float]
+    t5: bool
+    image: str | Path | Image | None
+    image_hash: str | None
+    strength: float | None
+    noise: str
+
+
+SETTINGS = tuple(f.name for f in fields(Request) if f.name != "prompt")
+
+
+def asked(prompt: str | Request, settings: dict) -> Request:
+    """The request of a call: a prompt or an earlier request, with settings that go before those of the request."""
+    arguments.check_settings(settings, SETTINGS)
+    if "image" in settings:  # not the one that a request to be replayed began with
+        settings = {"image_hash": None} | settings
+    return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
+
+
+def takes_settings(call: Call) -> Call:
+    """Spell `**settings` out, for help and completion: Request's fields in the signature and below the docstring."""
+    own = inspect.signature(call)
+    kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    typed = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Request)
+        if f.name in SETTINGS
+    ]
+    call.__signature__ = own.replace(parameters=[*kept, *typed])
+    meanings = inspect.getdoc(Request).partition("\n\n")[2].partition("\n")[2]  # without the prompt's
+    call.__doc__ = f"{inspect.getdoc(call)}\n\n{meanings}"
+    return call
 
 
 def _first(*values):

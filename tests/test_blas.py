@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 import mlxdiff
-from mlxdiff import blas, folder
+from mlxdiff import blas, networks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX brings its own")
 WHEEL = next((file.name for file in blas._files("ngsolve_openblas", "libopenblas*.so*")), None)
@@ -112,7 +112,7 @@ def test_a_large_network_asks_for_all_cores(monkeypatch):
     pipe = mlxdiff.load("storybook")
     pipe.network("unet")
     assert not asked
-    monkeypatch.setattr(folder, "_LARGE", 10 * 2**20)
+    monkeypatch.setattr(networks, "_LARGE", 10 * 2**20)
     pipe.network("vae")
     assert not asked
     pipe._release("unet")

@@ -13,9 +13,10 @@ NONE: set[str] = set()
 # module -> what of mlxdiff it may import
 MAY = {
     "mlxdiff.errors": NONE,
+    "mlxdiff.arguments": {"mlxdiff.errors"},
     "mlxdiff.spelling": NONE,
     "mlxdiff.blas": NONE,
-    "mlxdiff.builtin": NONE,
+    "mlxdiff.builtin": {"mlxdiff.errors"},
     "mlxdiff": {"mlxdiff.blas", "mlxdiff.errors", "mlxdiff.pipeline", "mlxdiff.request"},
     "mlxdiff.models": NONE,
     "mlxdiff.models.layers": NONE,
@@ -26,8 +27,15 @@ MAY = {
     "mlxdiff.samplers": {"mlxdiff.errors", "mlxdiff.schedules"},
     "mlxdiff.guidance": {"mlxdiff.errors", "mlxdiff.schedules"},
     "mlxdiff.tokenizers": {"mlxdiff.errors"},
-    "mlxdiff.request": {"mlxdiff.errors", "mlxdiff.noise", "mlxdiff.samplers", "mlxdiff.schedules"},
+    "mlxdiff.request": {
+        "mlxdiff.arguments",
+        "mlxdiff.errors",
+        "mlxdiff.noise",
+        "mlxdiff.samplers",
+        "mlxdiff.schedules",
+    },
     "mlxdiff.images": {"mlxdiff", "mlxdiff.errors", "mlxdiff.request"},
+    "mlxdiff.result": {"mlxdiff.images", "mlxdiff.request"},
     "mlxdiff.families.base": {"mlxdiff.models.build", "mlxdiff.request"},
     "mlxdiff.families.published": {"mlxdiff.families.base", "mlxdiff.models.*"},
     # A family's file: its own network, and what several families share.
@@ -39,13 +47,6 @@ MAY = {
         "mlxdiff.request",
     },
     "mlxdiff.families": {"mlxdiff.families.*"},
-    "mlxdiff.conditioning": {
-        "mlxdiff.families.base",
-        "mlxdiff.models.layers",
-        "mlxdiff.models.t5",
-        "mlxdiff.request",
-        "mlxdiff.tokenizers",
-    },
     "mlxdiff.recipe": {"mlxdiff.errors", "mlxdiff.families", "mlxdiff.families.base"},
     "mlxdiff.weights": {"mlxdiff.errors", "mlxdiff.families", "mlxdiff.models.build", "mlxdiff.recipe"},
     "mlxdiff.description": {
@@ -58,6 +59,14 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+    },
+    "mlxdiff.conditioning": {
+        "mlxdiff.description",
+        "mlxdiff.families.base",
+        "mlxdiff.models.layers",
+        "mlxdiff.models.t5",
+        "mlxdiff.request",
+        "mlxdiff.tokenizers",
     },
     "mlxdiff.networks": {"mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
     "mlxdiff.memory": {
@@ -72,6 +81,7 @@ MAY = {
         "mlxdiff.description",
         "mlxdiff.errors",
         "mlxdiff.families",
+        "mlxdiff.images",
         "mlxdiff.memory",
         "mlxdiff.recipe",
         "mlxdiff.request",
@@ -132,11 +142,12 @@ MAY = {
     },
     "mlxdiff.pipeline": {
         "mlxdiff.advice",
+        "mlxdiff.arguments",
+        "mlxdiff.builtin",
         "mlxdiff.conditioning",
         "mlxdiff.description",
         "mlxdiff.errors",
         "mlxdiff.families",
-        "mlxdiff.families.base",
         "mlxdiff.guidance",
         "mlxdiff.images",
         "mlxdiff.memory",
@@ -144,6 +155,7 @@ MAY = {
         "mlxdiff.noise",
         "mlxdiff.recipe",
         "mlxdiff.request",
+        "mlxdiff.result",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
         "mlxdiff.store",
@@ -245,12 +257,14 @@ MAY = {
     "mlxdiff.widgets.worker": {
         "mlxdiff.description",
         "mlxdiff.errors",
+        "mlxdiff.images",
         "mlxdiff.pipeline",
         "mlxdiff.request",
         "mlxdiff.widgets.gallery",
     },
     "mlxdiff.widgets.begin": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request", "mlxdiff.widgets.gallery"},
     "mlxdiff.widgets.controls": {
+        "mlxdiff.builtin",
         "mlxdiff.description",
         "mlxdiff.errors",
         "mlxdiff.families",
@@ -306,6 +320,7 @@ THIRD_PARTY = {
     "jupyter_core",
     "nbformat",
     "sentencepiece",
+    "typing_extensions",  # for type checkers alone, which bring it
 }
 
 

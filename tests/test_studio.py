@@ -182,6 +182,20 @@ def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
     assert controls.ignored(one, 1.0, true_cfg=2.0) == {}
 
 
+def test_words_that_the_built_in_model_does_not_know_are_told(studio):
+    studio.prompt = "a red hause"
+    assert studio.controls.why.value == ""  # another model may know it
+    studio._learn(fakes.describe("storybook"))
+    assert studio.controls.why.value == "storybook does not know: hause (house?)."
+    studio.prompt = "a red house"
+    assert (studio.controls.why.value, studio.controls.negative.disabled) == ("", False)
+
+
+def test_an_empty_prompt_is_drawn(studio):
+    assert draw(studio, prompt="").request.prompt == ""
+    assert studio.view.history[-1]["title"] == f"no prompt, seed {studio.seed}"
+
+
 def test_rectified_flow_has_samplers_and_schedules_of_its_own(studio):
     draw(studio, sampler="heun", more={"clip_skip": 2})
     model = fakes.describe("FLUX", "flux-dev")
@@ -506,7 +520,7 @@ def test_the_values_of_an_axis_are_read_as_their_setting_is(studio):
 
 def test_a_sheet_is_as_square_as_it_can_be():
     tiles = [Image.new("RGB", (10, 20), (i, 0, 0)) for i in range(5)]
-    sheet = gallery.sheet(tiles)
+    sheet = images.sheet(tiles)
     assert sheet.size == (30, 40)
     assert [sheet.getpixel((x, y))[0] for y in (0, 20) for x in (0, 10, 20)] == [0, 1, 2, 3, 4, 0]
 

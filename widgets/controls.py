@@ -7,7 +7,7 @@ from dataclasses import fields
 import ipywidgets as w
 import traitlets as t
 
-from .. import samplers, schedules
+from .. import builtin, samplers, schedules
 from ..description import Description
 from ..errors import Error
 from ..families import MODELS, Defaults
@@ -172,9 +172,13 @@ class Controls(w.VBox):
         self.sampler.options = _or_own(fit)
         self.schedule.options = _or_own(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
-    def judge(self, model: Description | None, defaults: Defaults | None, guidance: float, more: dict) -> None:
+    def judge(
+        self, model: Description | None, defaults: Defaults | None, prompt: str, guidance: float, more: dict
+    ) -> None:
         """Disable what would change nothing now, and say why; name what is set and has no control."""
         reasons = ignored(model, guidance, more.get("true_cfg", 1.0))
+        if model is not None and model.name == builtin.NAME and (unknown := builtin.notice(prompt)):
+            reasons["prompt"] = unknown
         self.negative.disabled = "negative" in reasons
         self.why.value = html.escape(" ".join(reasons.values()))
         known = {} if defaults is None else presets(defaults)

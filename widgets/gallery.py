@@ -1,4 +1,4 @@
-"""Pictures with their settings, and pictures made of pictures: sheets and labelled comparisons. No widgets here."""
+"""Pictures with their settings, and labelled comparisons made of pictures. No widgets here."""
 
 import io
 import math
@@ -72,18 +72,6 @@ def thumbnail(image: Image.Image) -> bytes:
     out = io.BytesIO()
     small.save(out, "JPEG", quality=85)
     return out.getvalue()
-
-
-def sheet(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side, in as square a block as they make."""
-    if len(pictures) == 1:
-        return pictures[0]
-    across = math.ceil(math.sqrt(len(pictures)))
-    w, h = pictures[0].size
-    out = Image.new("RGB", (across * w, math.ceil(len(pictures) / across) * h))
-    for i, picture in enumerate(pictures):
-        out.paste(picture, (i % across * w, i // across * h))
-    return out
 
 
 class Grid:

@@ -259,7 +259,7 @@ class Studio(w.VBox):
         return presets(defaults)[name] | self._shape(defaults)
 
     def _judge(self) -> None:
-        self.controls.judge(self._description, self._defaults, self.guidance, self.more)
+        self.controls.judge(self._description, self._defaults, self.prompt, self.guidance, self.more)
 
     # --- the picture to begin with
 
@@ -294,7 +294,7 @@ class Studio(w.VBox):
     def _wire(self) -> None:
         c = self.controls
         self.observe(lambda _: self._try(self._named), "model")
-        self.observe(lambda _: self._judge(), ["guidance", "more"])
+        self.observe(lambda _: self._judge(), ["prompt", "guidance", "more"])
         self.observe(lambda _: self._forget("eta"), "sampler")
         self.observe(lambda _: self._try(self._begun), "image")
         self.view.on_msg(lambda _, message, buffers: self._try(self._heard, message, buffers))

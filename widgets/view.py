@@ -66,7 +66,7 @@ class View(anywidget.AnyWidget):
 
     def keep(self, key: int, picture: Picture, thumb: bytes) -> None:
         """Add to the history."""
-        title = picture.title or f"{picture.request.prompt}, seed {picture.request.seed}"
+        title = picture.title or f"{picture.request.prompt or 'no prompt'}, seed {picture.request.seed}"
         self.history = [*self.history, {"key": key, "title": title, "thumb": thumb}][-_STRIP:]
 
     def show(self, key: int, picture: Picture) -> None:
@@ -74,7 +74,7 @@ class View(anywidget.AnyWidget):
         self.shown = {
             "key": key,
             "png": picture._repr_png_(),
-            "title": picture.title or picture.request.prompt,
+            "title": picture.title or picture.request.prompt or "no prompt",
             "caption": picture.caption(),
             "name": path.name,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),

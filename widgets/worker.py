@@ -20,9 +20,9 @@ from PIL import Image
 
 from ..description import Description
 from ..errors import Error
+from ..images import sheet
 from ..pipeline import Event, Pipeline, Result, load
 from ..request import Request
-from .gallery import sheet
 
 _APART = 0.2  # seconds between two previews, and between two reports of a download
 _SHARE = 10  # a preview that took s seconds is followed by none for 10 s: it slows a run by a tenth at most
@@ -213,7 +213,8 @@ class Worker:
                 )
                 if len(drawn) < job.request.count:  # all drawn: too late to cancel
                     job.check()
-        return Result(drawn, job.request, time.perf_counter() - begin, mx.get_peak_memory())
+        made = pipe.name, str(pipe.description.recipe)
+        return Result(drawn, job.request, time.perf_counter() - begin, mx.get_peak_memory(), *made)
 
     def _open(self, job: Job) -> Pipeline:
         key = (str(job.model), tuple(sorted(job.options.items())))

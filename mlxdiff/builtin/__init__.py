@@ -2,11 +2,15 @@
 
 import json
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
+from ..errors import near
+
 NAME = "storybook"
 FOLDER = Path(__file__).parent / NAME
+_LONG = 4  # letters: a shorter word is near too many others
 
 
 @cache
@@ -19,9 +23,33 @@ def vocabulary() -> dict[str, list[str]]:
     return _words()["vocabulary"]
 
 
+@cache
+def known_words() -> frozenset[str]:
+    phrases = [*_words()["filling"], *(phrase for kind in vocabulary().values() for phrase in kind)]
+    return frozenset(word for phrase in phrases for word in phrase.split())
+
+
 def unknown_words(prompt: str) -> list[str]:
     """The words of a prompt that the model does not know."""
-    phrases = [*_words()["filling"], *(phrase for kind in vocabulary().values() for phrase in kind)]
-    known = {word for phrase in phrases for word in phrase.split()}
     said = re.findall(r"[a-z]+", prompt.replace("BREAK", "").lower())
-    return [word for word in dict.fromkeys(said) if word not in known]
+    return [word for word in dict.fromkeys(said) if word not in known_words()]
+
+
+def notice(prompt: str) -> str:
+    """For people: the words that the model does not know, each with the nearest one it does; "" if it knows all."""
+    words = []
+    for word in unknown_words(prompt):
+        close = near(word, [w for w in sorted(known_words()) if len(w) >= _LONG], 0.75) if len(word) >= _LONG else ""
+        words.append(f"{word} ({close}?)" if close else word)
+    return f"{NAME} does not know: {', '.join(words)}." if words else ""
+
+
+_warned: set[str] = set()
+
+
+def warn(model: str, prompt: str) -> None:
+    """If this is the model: a warning to whoever called the caller, once in a process for the same words."""
+    text = notice(prompt) if model == NAME else ""
+    if text and text not in _warned:
+        _warned.add(text)
+        warnings.warn(f"{text} mlxdiff.builtin.vocabulary() lists what it knows.", stacklevel=3)

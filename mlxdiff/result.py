@@ -1,0 +1,76 @@
+"""What a run tells while it goes on, and what comes of it."""
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from . import images
+from .request import Request
+
+_SHOWN = 40  # characters of the prompt in a repr
+
+
+class Event(NamedTuple):
+    """One thing that happened. Stages in order: encode, load, denoise (once a step), decode (once a picture).
+    Each opens with an event of step 0, so that whoever watches knows what is being waited for."""
+
+    stage: str
+    step: int  # 1-based, of `steps` in this stage
+    steps: int
+    seconds: float  # what this step took
+    x0: np.ndarray | None = None  # denoise: the predicted clean latents so far, (B, h, w, c)
+    image: Image.Image | None = None  # decode: the finished picture
+    x: np.ndarray | None = None  # denoise: the noisy latents after this step, and their noise level
+    sigma: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """The pictures of one call. `result.image` is the first, `result.save()` writes them all with their settings. In a
+    notebook a result shows its pictures."""
+
+    images: list[Image.Image]
+    request: Request  # resolved: the seed that was drawn, the steps that were taken
+    seconds: float
+    peak_bytes: int
+    model: str  # its name
+    recipe: str  # how its weights were stored: float16, float16-4bit
+
+    @property
+    def image(self) -> Image.Image:
+        return self.images[0]
+
+    def save(self, path: str | Path | None = None) -> list[Path]:
+        """Write every picture with its settings, and return the paths. path: a folder, where each is named after its
+        prompt and seed, or a file name (PNG, JPEG or WebP), to which each of several pictures adds its seed; by default
+        the current folder. No file is ever overwritten: if house.png is there, it becomes house-1.png."""
+        return [
+            images.save(image, self._name(path, own), own, self.model, self.recipe)
+            for image, own in zip(self.images, self._requests(), strict=True)
+        ]
+
+    def _requests(self) -> list[Request]:
+        """Of each picture: its own seed."""
+        return [replace(self.request, seed=self.request.seed + i, count=1) for i in range(len(self.images))]
+
+    def _name(self, path: str | Path | None, own: Request) -> Path:
+        if path is None or images.is_folder(path):
+            return Path("" if path is None else path).expanduser() / images.file_name(own)
+        file = Path(path).expanduser()
+        return file if len(self.images) == 1 else file.with_name(f"{file.stem}-{own.seed}{file.suffix}")
+
+    def __repr__(self) -> str:
+        prompt, n = self.request.prompt, len(self.images)
+        shown = prompt if len(prompt) <= _SHOWN else f"{prompt[: _SHOWN - 1]}…"
+        seeds = f"seed {self.request.seed}" if n == 1 else f"seeds {self.request.seed} to {self.request.seed + n - 1}"
+        return f"<Result: {n} of {shown!r} by {self.model}, {seeds}, {self.seconds:.1f} s>"
+
+    def _repr_png_(self) -> bytes:
+        """The pictures side by side, for a notebook."""
+        out = io.BytesIO()
+        images.sheet(self.images).save(out, "PNG")
+        return out.getvalue()
