@@ -1,6 +1,7 @@
 """The noise schedule a model was trained with, in our terms: from diffusers' scheduler_config.json, or the one all the
 single files of these families share. sampler None: diffusers' own is not among ours."""
 
+from ..dialects import DIFFUSERS
 from .settings import Settings
 
 # Of the Stable Diffusion authors (v1-inference.yaml) and, for spacing and offset, of the published diffusers folders.
@@ -20,24 +21,24 @@ SINGLE = {
 FLOW = {"steps": 1000, "shift": 3.0, "dynamic": None, "spacing": "linspace", "ends": "linspace", "sampler": "euler"}
 DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
-# class -> (our sampler, spacing where the file names none)
+# class -> spacing where the file names none; which sampler of ours it is, `dialects` says
 _CLASSES = {
-    "DDIMScheduler": ("ddim", "leading"),
-    "DDPMScheduler": ("ddpm", "leading"),
-    "DEISMultistepScheduler": (None, "linspace"),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace"),
-    "DPMSolverSDEScheduler": ("dpmpp_sde", "linspace"),
-    "DPMSolverSinglestepScheduler": (None, "linspace"),
-    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
-    "EulerDiscreteScheduler": ("euler", "linspace"),
-    "HeunDiscreteScheduler": ("heun", "linspace"),
-    "KDPM2AncestralDiscreteScheduler": (None, "linspace"),
-    "KDPM2DiscreteScheduler": (None, "linspace"),
-    "LCMScheduler": ("lcm", "leading"),
-    "LMSDiscreteScheduler": (None, "linspace"),
-    "PNDMScheduler": ("pndm", "leading"),
-    "TCDScheduler": (None, "leading"),
-    "UniPCMultistepScheduler": ("unipc", "linspace"),
+    "DDIMScheduler": "leading",
+    "DDPMScheduler": "leading",
+    "DEISMultistepScheduler": "linspace",
+    "DPMSolverMultistepScheduler": "linspace",
+    "DPMSolverSDEScheduler": "linspace",
+    "DPMSolverSinglestepScheduler": "linspace",
+    "EulerAncestralDiscreteScheduler": "linspace",
+    "EulerDiscreteScheduler": "linspace",
+    "HeunDiscreteScheduler": "linspace",
+    "KDPM2AncestralDiscreteScheduler": "linspace",
+    "KDPM2DiscreteScheduler": "linspace",
+    "LCMScheduler": "leading",
+    "LMSDiscreteScheduler": "linspace",
+    "PNDMScheduler": "leading",
+    "TCDScheduler": "leading",
+    "UniPCMultistepScheduler": "linspace",
 }
 _SOLVERS = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}  # of DPMSolverMultistepScheduler
 _BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
@@ -48,7 +49,7 @@ _OLD = ("HeunDiscreteScheduler", "KDPM2", "DPMSolverSDE", "LCMScheduler", "TCDSc
 def from_json(s: Settings) -> tuple[dict, str]:
     """The schedule, and what the network predicts. What the file leaves out is the class's default."""
     cls = s.one("_class_name", None, list(_CLASSES))
-    sampler, spacing = _CLASSES[cls]
+    sampler, spacing = DIFFUSERS.get(cls), _CLASSES[cls]
     if cls == "DPMSolverMultistepScheduler":
         sampler = _SOLVERS.get(s.get("algorithm_type", "dpmsolver++"))
     if cls == "PNDMScheduler" and not s.flag("skip_prk_steps", False):
@@ -76,19 +77,19 @@ def from_json(s: Settings) -> tuple[dict, str]:
     }, _PREDICTIONS[s.one("prediction_type", "epsilon", list(_PREDICTIONS))]
 
 
-# class -> (our sampler, its spacing where that is not the pipeline's)
+# class -> its spacing where that is not the pipeline's
 _FLOW_CLASSES = {
-    "FlowMatchEulerDiscreteScheduler": ("euler", None),
-    "FlowMatchHeunDiscreteScheduler": ("heun", None),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", "sgm_uniform"),
-    "UniPCMultistepScheduler": ("unipc", "sgm_uniform"),
+    "FlowMatchEulerDiscreteScheduler": None,
+    "FlowMatchHeunDiscreteScheduler": None,
+    "DPMSolverMultistepScheduler": "sgm_uniform",
+    "UniPCMultistepScheduler": "sgm_uniform",
 }
 
 
 def flow_from_json(s: Settings, ends: str) -> dict:
     """The schedule of a model of rectified flow. ends: the spacing its pipeline has."""
     cls = s.one("_class_name", None, list(_FLOW_CLASSES))
-    sampler, spacing = _FLOW_CLASSES[cls]
+    spacing = _FLOW_CLASSES[cls]
     key = "shift"
     if not cls.startswith("FlowMatch"):
         s.one("use_flow_sigmas", False, [True])
@@ -111,5 +112,5 @@ def flow_from_json(s: Settings, ends: str) -> dict:
         "dynamic": dynamic,
         "spacing": spacing,
         "ends": ends,
-        "sampler": sampler,
+        "sampler": DIFFUSERS[cls],
     }

@@ -1,5 +1,5 @@
-"""Arrays to pictures, and pictures to files that carry their settings: the text other tools read (A1111's
-`parameters`) and the whole Request as JSON (`mlxdiff`). A file is never overwritten and never half-written."""
+"""Arrays to pictures, and pictures to files that carry their settings: the text other programs read (`parameters`,
+see `dialects`) and the whole Request as JSON (`mlxdiff`). A file is never overwritten and never half-written."""
 
 import hashlib
 import io
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from . import __version__
+from . import dialects
 from .errors import Error
 from .request import Request
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MAX_TEXT = 2**20  # characters of settings; real ones have hundreds
 _CHUNK = "mlxdiff"
 _MOST = 100_000  # pictures of one name in a folder
 
@@ -165,7 +166,7 @@ def _claim(temp: Path, path: Path) -> Path:
 
 
 def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
-    text = parameters(request, model, recipe)
+    text = dialects.parameters(vars(request), model, recipe)
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("parameters", text)
@@ -176,58 +177,6 @@ def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")  # UserComment, as A1111 writes it
     return {"exif": exif.tobytes(), "quality": 95}
-
-
-# --- the text A1111 and its relatives write and read
-
-_A1111_SAMPLERS = {
-    "pndm": "PLMS",
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_sde": "DPM++ SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-_A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform", "beta": "Beta"}
-_A1111_SCHEDULES |= {
-    "simple": "Simple",
-    "leading": "Leading",
-    "trailing": "Trailing",
-    "linspace": "Uniform",
-    "lcm": "LCM",
-}
-
-
-def parameters(request: Request, model: str, recipe: str) -> str:
-    """Settings of a resolved request as A1111 writes them: prompt, negative prompt, then one line of pairs."""
-    lines = [request.prompt]
-    if request.negative is not None:
-        lines.append(f"Negative prompt: {request.negative}")
-    pairs = {
-        "Steps": request.steps,
-        "Sampler": _A1111_SAMPLERS[request.sampler],
-        "Schedule type": _A1111_SCHEDULES[request.schedule],
-        "CFG scale": f"{request.guidance:g}",
-        "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
-        "Denoising strength": request.strength,
-        "Model": _quoted(model),
-        "Weights": recipe,
-        "Clip skip": request.clip_skip,
-        "RNG": {"torch": "CPU", "nv": "NV"}.get(request.noise),
-        "Version": f"mlxdiff {__version__}",
-    }
-    lines.append(", ".join(f"{k}: {v}" for k, v in pairs.items() if v is not None))
-    return "\n".join(lines)
-
-
-def _quoted(text: str) -> str:
-    return f'"{text}"' if re.search(r"[,:\n]", text) else text
 
 
 def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
@@ -242,53 +191,19 @@ def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e  # else a buffer's address
         raise Error(f"{name} cannot be read as a picture: {why}.", "Give a PNG written by mlxdiff or A1111.") from None
-    if _CHUNK in info:
-        try:
-            return Request.from_json(info[_CHUNK]), info.get("mlxdiff-model")
-        except (ValueError, TypeError, AttributeError) as e:
-            raise Error(f"{name} carries damaged settings: {e}.", "Type the settings by hand.") from None
-    text = info.get("parameters")
+    text = info.get(_CHUNK, info.get("parameters"))
     if text is None and isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
         text = comment[8:].decode("utf-16-be", errors="replace")
     if not text:
         fix = "Give a picture written by mlxdiff, A1111 or a relative of it."
         raise NoSettings(f"{name} carries no settings.", fix)
-    return parse_parameters(text)
-
-
-def parse_parameters(text: str) -> tuple[Request, str | None]:
-    """A1111's text back to a Request. What mlxdiff has no name for is left at the model's default."""
-    lines = text.strip().splitlines()
-    pairs = _pairs(lines[-1]) if lines and "Steps:" in lines[-1] else {}
-    body = "\n".join(lines[:-1] if pairs else lines)
-    prompt, found, negative = body.partition("Negative prompt:")
-    values: dict = {"prompt": prompt.strip(), "negative": negative.strip() if found else None}
+    by_hand = "Type the settings by hand."
+    if len(text) > MAX_TEXT:
+        raise Error(f"{name} carries {len(text)} characters of settings, more than {MAX_TEXT}.", by_hand)
     try:
-        for key, name, kind in (("Steps", "steps", int), ("CFG scale", "guidance", float), ("Seed", "seed", int)):
-            if key in pairs:
-                values[name] = kind(pairs[key])
-        if "Clip skip" in pairs:
-            values["clip_skip"] = int(pairs["Clip skip"])
-        if "Size" in pairs:
-            values["width"], values["height"] = (int(v) for v in pairs["Size"].split("x"))
+        if _CHUNK in info:
+            return Request.from_json(text), info.get("mlxdiff-model")
+        settings, model = dialects.parse_parameters(text)
+        return Request(**settings), model
     except ValueError as e:
-        raise Error(f"The picture's settings are damaged: {e}.", "Type the settings by hand.") from None
-    sampler, schedule = _names(pairs.get("Sampler"), pairs.get("Schedule type"))
-    values |= {"sampler": sampler, "schedule": schedule, "noise": "torch" if pairs.get("RNG") == "CPU" else "nv"}
-    return Request(**values), pairs.get("Model")
-
-
-def _pairs(line: str) -> dict[str, str]:
-    found = re.findall(r'\s*([\w ]+):\s*("(?:\\.|[^"])*"|[^,]*)(?:,|$)', line)
-    return {k.strip(): v.strip().strip('"') for k, v in found}
-
-
-def _names(sampler: str | None, schedule: str | None) -> tuple[str | None, str | None]:
-    """Older A1111 wrote the schedule as a suffix of the sampler: "DPM++ 2M Karras"."""
-    if sampler is not None:
-        for theirs in _A1111_SCHEDULES.values():
-            if schedule is None and sampler.endswith(f" {theirs}"):
-                sampler, schedule = sampler.removesuffix(f" {theirs}"), theirs
-    samplers = {v: k for k, v in _A1111_SAMPLERS.items()}
-    schedules = {v: k for k, v in _A1111_SCHEDULES.items()}
-    return samplers.get(sampler), schedules.get(schedule)
+        raise Error(f"{name} carries damaged settings: {e}.", by_hand) from None

@@ -4,15 +4,17 @@ checks everything, and from then on nothing is None that a run needs."""
 import inspect
 import json
 import math
+import reprlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from types import UnionType
+from typing import TypedDict, TypeVar, get_args, get_origin
 
 from PIL.Image import Image
 
-from . import arguments, samplers, schedules
+from . import arguments, dialects, samplers, schedules
 from .errors import Error, did_you_mean
 from .noise import SOURCES
 
@@ -100,9 +102,8 @@ class Request:
         if self.sampler is None:
             sampler, schedule = _first(defaults.sampler, scheduler[0]), _first(defaults.schedule, scheduler[1])
         else:
-            sampler, named = samplers.split(self.sampler)
+            sampler, named = dialects.sampler(self.sampler)
             schedule = _first(named, spacing)
-        sampler = samplers.resolve(sampler)
         full = replace(
             self,
             seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
@@ -179,10 +180,20 @@ class Request:
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
-        values = json.loads(text)
-        unknown = values.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise Error(f"The settings hold {min(unknown)!r}, which this version does not know.", "Update mlxdiff.")
+        """Raises ValueError for what is no JSON or has values of other types than the fields; ranges: see `check`."""
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError("they are nested too deeply") from None
+        if not isinstance(values, dict) or "prompt" not in values:
+            raise ValueError("they have no prompt")
+        types = {f.name: f.type for f in fields(cls)}
+        for name, value in values.items():
+            if name not in types:
+                problem = f"The settings hold {reprlib.repr(name)}, which this version does not know."
+                raise Error(problem, "Update mlxdiff.")
+            if not _is(value, types[name]):
+                raise ValueError(f"{name} is {reprlib.repr(value)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -245,6 +256,15 @@ def _first(*values):
     return next((v for v in values if v is not None), None)
 
 
+def _is(value, kind) -> bool:
+    """Whether a value from JSON suits the type of a field, where lists stand for tuples."""
+    if isinstance(kind, UnionType):
+        return any(_is(value, k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_is(v, get_args(kind)[0]) for v in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
 def _text(name: str, value) -> None:
     if not isinstance(value, str):
         raise Error(f"The {name} is {type(value).__name__}, not text.", f"Give the {name} as a string.")
@@ -256,9 +276,8 @@ def _whole(name: str, value, low: int, high: int) -> None:
 
 
 def _number(name: str, value, low: float, high: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:
-        raise Error(f"{_title(name)} must be a number from {low} to {high}; {value!r} was given.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise Error(f"{_title(name)} must be a number from {low} to {high}; {reprlib.repr(value)} was given.")
 
 
 def _title(name: str) -> str:

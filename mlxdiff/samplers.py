@@ -1,4 +1,5 @@
-"""Samplers: generator functions that yield (x, x0) after each step. To add one, write it here and give it a row below.
+"""Samplers: generator functions that yield (x, x0) after each step. To add one, write it here, give it a row
+below, and say in `dialects` what other programs call it.
 
 x: (B, h, w, c) float32 in VE form, x = x0 + sigma * noise. sigmas: descending floats, one more than steps, mostly to 0.
 denoise(x, sigma) -> x0. draw() -> standard normals like x. eta: the share of fresh noise, 0 none, 1 the paper's.
@@ -14,7 +15,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from .errors import Error, did_you_mean
+from .errors import Error
 from .schedules import DDIM, DDPM, KDIFFUSION, LOGSNR, Grid
 
 Denoise = Callable[[mx.array, float], mx.array]
@@ -205,7 +206,6 @@ def starts_and_halfways(sigmas: list[float]) -> list[float]:
 class Sampler:
     fn: Callable[..., Steps]  # (denoise, x, sigmas), and draw and eta where eta is not None
     grid: Grid  # how its authors read the training schedule
-    aliases: tuple[str, ...]  # A1111's, ComfyUI's and diffusers' names, in any case
     eta: float | None = None  # the default; None: adds no noise
     visits: Callable[[list[float]], list[float]] = starts  # the sigmas at which denoise will be called, in any order
     flow: Callable[..., Steps] | None = None  # fn for rectified flow; None: not for it
@@ -216,50 +216,18 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(euler, KDIFFUSION, ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"), flow=euler),
-    "euler_ancestral": Sampler(
-        ddim, KDIFFUSION, ("Euler a", "EulerAncestralDiscreteScheduler"), eta=1.0, flow=euler_ancestral_flow
-    ),
-    "heun": Sampler(
-        heun,
-        KDIFFUSION,
-        ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-        visits=starts_and_ends,
-        flow=heun,
-    ),
-    "dpmpp_2m": Sampler(
-        dpmpp_2m, LOGSNR, ("DPM++ 2M", "DPMSolverMultistepScheduler"), flow=partial(dpmpp_2m, ratio=flow_ratio)
-    ),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, LOGSNR, ("DPM++ 2M SDE",), eta=1.0),
-    "dpmpp_sde": Sampler(
-        dpmpp_sde, KDIFFUSION, ("DPM++ SDE", "DPMSolverSDEScheduler"), eta=1.0, visits=starts_and_halfways
-    ),
-    "unipc": Sampler(
-        unipc,
-        LOGSNR,
-        ("uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler"),
-        flow=partial(unipc, ratio=unipc_ratio),
-    ),
-    "pndm": Sampler(pndm, DDIM, ("PLMS", "PNDMScheduler")),
-    "ddim": Sampler(ddim, DDIM, ("DDIMScheduler",), eta=0.0),
-    "ddpm": Sampler(ddim, DDPM, ("DDPMScheduler",), eta=1.0),
-    "lcm": Sampler(lcm, DDPM, ("LCMScheduler",), eta=1.0),
+    "euler": Sampler(euler, KDIFFUSION, flow=euler),
+    "euler_ancestral": Sampler(ddim, KDIFFUSION, eta=1.0, flow=euler_ancestral_flow),
+    "heun": Sampler(heun, KDIFFUSION, visits=starts_and_ends, flow=heun),
+    "dpmpp_2m": Sampler(dpmpp_2m, LOGSNR, flow=partial(dpmpp_2m, ratio=flow_ratio)),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, LOGSNR, eta=1.0),
+    "dpmpp_sde": Sampler(dpmpp_sde, KDIFFUSION, eta=1.0, visits=starts_and_halfways),
+    "unipc": Sampler(unipc, LOGSNR, flow=partial(unipc, ratio=unipc_ratio)),
+    "pndm": Sampler(pndm, DDIM),
+    "ddim": Sampler(ddim, DDIM, eta=0.0),
+    "ddpm": Sampler(ddim, DDPM, eta=1.0),
+    "lcm": Sampler(lcm, DDPM, eta=1.0),
 }
-
-
-def split(name: str) -> tuple[str, str | None]:
-    """A sampler as older A1111 names it, "DPM++ 2M Karras": the sampler, and the schedule if one is named."""
-    head, _, tail = name.rpartition(" ")
-    return (head, tail.casefold()) if tail.casefold() in ("karras", "exponential") else (name, None)
-
-
-def resolve(name: str) -> str:
-    """A sampler's name in SAMPLERS, from that name or an alias, in any case."""
-    for key, row in SAMPLERS.items():
-        if name.casefold() in (key, *(alias.casefold() for alias in row.aliases)):
-            return key
-    names = [*SAMPLERS, *(alias for row in SAMPLERS.values() for alias in row.aliases)]
-    raise Error(f"There is no sampler {name!r}.", f"{did_you_mean(name, names)}Use one of {', '.join(SAMPLERS)}.")
 
 
 def of_flow(name: str) -> Callable[..., Steps]:

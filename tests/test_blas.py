@@ -110,13 +110,13 @@ def test_a_large_network_asks_for_all_cores(monkeypatch):
     asked = []
     monkeypatch.setattr(blas, "use_all_cores", lambda: asked.append(True))
     pipe = mlxdiff.load("storybook")
-    pipe.network("unet")
+    pipe.networks.get("unet")
     assert not asked
     monkeypatch.setattr(networks, "_LARGE", 10 * 2**20)
     pipe.network("vae")
     assert not asked
     pipe._release("unet")
-    pipe.network("unet")
+    pipe.networks.get("unet")
     assert asked
 
 

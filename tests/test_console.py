@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlxdiff import console, samplers, store
+from mlxdiff import console, dialects, store
 from mlxdiff.console import Parser, install
 from mlxdiff.errors import Error, did_you_mean, near
 from mlxdiff.request import Request
@@ -63,9 +63,9 @@ def test_flags_that_are_known_are_taken():
 
 def test_misspelt_names_of_settings_are_met_with_the_nearest():
     with pytest.raises(Error, match=r"no sampler 'eulr'\. Did you mean euler\? Use one of euler, "):
-        samplers.resolve("eulr")
+        dialects.sampler("eulr")
     with pytest.raises(Error, match=r"Did you mean DPM\+\+ 2M SDE\? Use one of euler, "):
-        samplers.resolve("dpm++ 2m sd")
+        dialects.sampler("dpm++ 2m sd")
     with pytest.raises(Error, match=r"'SDXL'\. Did you mean sdxl\? Named models are "):
         store.check_name("SDXL")
     full = Request("x", seed=1, steps=1, guidance=1.0, width=8, height=8, sampler="euler", clip_skip=1)

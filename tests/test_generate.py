@@ -249,7 +249,7 @@ BAD = {
         ["x", "-i", "begin.png", "-W", "0"],
         "Width must be a whole number from 4 to 16384; 0 was given",
     ),
-    "layers skipped in Stable Diffusion 1": (["x", "--skip-layers", "1"], "skip_layers is for SD3"),
+    "layers skipped in Stable Diffusion 1": (["x", "--skip-layers", "1"], "skip_layers is for Stable Diffusion 3"),
     "settings from nothing": (["--from-image", "absent.png"], "absent.png"),
     "settings from no picture": (["--from-image", "binary.txt"], "binary.txt"),
     "not a number": (["x", "--steps", "many"], "many"),

@@ -1,12 +1,13 @@
-"""Pictures and their settings. References: PIL reads back what was written; A1111's published text format."""
+"""Pictures and their settings. References: PIL reads back what was written."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from mlxdiff import images, samplers, schedules
+from mlxdiff import images
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 
@@ -73,39 +74,6 @@ def test_saving_where_one_cannot_is_one_error(tmp_path):
         images.save(picture(), tmp_path / "a.gif", FULL, "m", "float32")
 
 
-def test_text_as_a1111_writes_it():
-    text = """a lighthouse, (stormy:1.2)
-Negative prompt: people
-Steps: 30, Sampler: DPM++ 2M SDE Karras, CFG scale: 7, Seed: 123, Size: 512x768, Model hash: 6ce0161689, Model: v1-5, \
-Denoising strength: 0.7, Clip skip: 2, TI hashes: "a: 1, b: 2", Version: v1.9.3"""
-    request, model = images.parse_parameters(text)
-    assert (request.prompt, request.negative) == ("a lighthouse, (stormy:1.2)", "people")
-    assert (request.steps, request.guidance, request.seed) == (30, 7.0, 123)
-    assert (request.width, request.height, request.clip_skip) == (512, 768, 2)
-    assert (request.sampler, request.schedule, model) == ("dpmpp_2m_sde", "karras", "v1-5")
-    assert request.noise == "nv"  # A1111 draws on the GPU unless it says RNG: CPU
-
-
-def test_our_text_reads_back():
-    request, model = images.parse_parameters(images.parameters(FULL, "m", "float32"))
-    for name in ("prompt", "negative", "seed", "steps", "guidance", "width", "height", "sampler", "schedule", "noise"):
-        assert getattr(request, name) == getattr(FULL, name), name
-    assert (request.clip_skip, model) == (2, "m")
-
-
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-@pytest.mark.parametrize("schedule", schedules.SPACINGS)
-def test_every_sampler_and_schedule_reads_back(sampler, schedule):
-    request, _ = images.parse_parameters(
-        images.parameters(replace(FULL, sampler=sampler, schedule=schedule), "m", "float32")
-    )
-    assert (request.sampler, request.schedule) == (sampler, schedule)
-
-
-def test_a_prompt_alone_is_settings_too():
-    assert images.parse_parameters("just a prompt") == (Request("just a prompt", noise="nv"), None)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -125,6 +93,81 @@ def test_a_picture_without_settings_is_one_error(tmp_path):
     picture().save(tmp_path / "bare.png")
     with pytest.raises(Error, match="carries no settings"):
         images.read_settings(tmp_path / "bare.png")
+
+
+def with_text(path: Path, key: str, text: str) -> Path:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(key, text)
+    picture().save(path, pnginfo=info)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "damaged settings: Expecting"),
+        ("5", "no prompt"),
+        ('["prompt"]', "no prompt"),
+        ('{"seed": 1}', "no prompt"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"prompt": ' + '{"a":' * 100_000, "nested too deeply"),
+        ('{"prompt": "x", "sampler": 5}', "sampler is 5"),
+        ('{"prompt": "x", "sampler": ' + "[" * 200 + "]" * 200 + "}", r"sampler is \[\["),
+        ('{"prompt": "x", "sampler": {"a": "b"}}', "sampler is {"),
+        ('{"prompt": ["x"]}', "prompt is \\['x'\\]"),
+        ('{"prompt": null}', "prompt is None"),
+        ('{"prompt": "x", "schedule": []}', r"schedule is \[\]"),
+        ('{"prompt": "x", "noise": []}', r"noise is \[\]"),
+        ('{"prompt": "x", "steps": true}', "steps is True"),
+        ('{"prompt": "x", "seed": "7"}', "seed is '7'"),
+        ('{"prompt": "x", "seed": ' + "7" * 5000 + "}", "damaged settings"),
+        ('{"prompt": "x", "guidance": "7"}', "guidance is '7'"),
+        ('{"prompt": "x", "interval": 5}', "interval is 5"),
+        ('{"prompt": "x", "interval": ["a", []]}', "interval is"),
+        ('{"prompt": "x", "image": ["' + "a" * 10_000 + '"]}', "image is"),
+        ('{"prompt": "x", "' + "a" * 10_000 + '": 1}', "does not know"),
+        ('{"prompt": "' + "x" * 2**20 + '"}', "more than 1048576"),
+    ],
+    ids=lambda v: v[:40],
+)
+def test_damaged_json_is_one_short_line(tmp_path, text, says):
+    with pytest.raises(Error, match=says) as e:
+        images.read_settings(with_text(tmp_path / "a.png", "mlxdiff", text))
+    assert len(str(e.value).splitlines()) == 1
+    assert len(str(e.value)) < 300 + len(str(tmp_path))
+    assert e.value.fix
+
+
+def test_every_field_reads_back_from_json():
+    """With none of them at its default."""
+    full = Request("x", "n", 1, 2, 3, 64, 72, "ddim", "karras", 2, 1, 0.5, (0, 0.5), 2, 1, 2, 3, (7,), 1, (0.1, 1))
+    full = replace(full, t5=False, image="a.png", image_hash="1f", strength=1, noise="nv")
+    plain = Request("")
+    assert all(getattr(full, f.name) != getattr(plain, f.name) for f in fields(Request))
+    assert Request.from_json(full.to_json()) == full
+    assert Request.from_json(Request("x").to_json()) == Request("x")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("Steps: many", "Steps is 'many'"),
+        ("Steps: 3, CFG scale: 7;5", "CFG scale is '7;5'"),
+        ("Steps: 3, Seed: " + "7" * 5000, "Seed is '777"),
+        ("Steps: 3, CFG scale: " + "x" * 10_000, "CFG scale is 'xxx"),
+        ("Steps: 3, Size: 64", "Size is '64'"),
+        ("Steps: 3, Size: 1x2x3", "Size is '1x2x3'"),
+        ("Steps: 3, Clip skip: []", r"Clip skip is '\[\]'"),
+        ("Steps: 3" + " " * 2**20, "more than 1048576"),
+    ],
+    ids=lambda v: v[:24],
+)
+def test_damaged_a1111_text_is_one_short_line(tmp_path, line, says):
+    with pytest.raises(Error, match=says) as e:
+        images.read_settings(with_text(tmp_path / "a.png", "parameters", "a house\n" + line))
+    assert len(str(e.value).splitlines()) == 1
+    assert len(str(e.value)) < 300 + len(str(tmp_path))
+    assert e.value.fix
 
 
 # ---- pictures to begin with

@@ -18,6 +18,7 @@ MAY = {
     "mlxdiff.blas": NONE,
     "mlxdiff.builtin": {"mlxdiff.errors"},
     "mlxdiff": {"mlxdiff.blas", "mlxdiff.errors", "mlxdiff.pipeline", "mlxdiff.request"},
+    "mlxdiff.dialects": {"mlxdiff", "mlxdiff.errors"},
     "mlxdiff.models": NONE,
     "mlxdiff.models.layers": NONE,
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
@@ -29,12 +30,13 @@ MAY = {
     "mlxdiff.tokenizers": {"mlxdiff.errors"},
     "mlxdiff.request": {
         "mlxdiff.arguments",
+        "mlxdiff.dialects",
         "mlxdiff.errors",
         "mlxdiff.noise",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
     },
-    "mlxdiff.images": {"mlxdiff", "mlxdiff.errors", "mlxdiff.request"},
+    "mlxdiff.images": {"mlxdiff.dialects", "mlxdiff.errors", "mlxdiff.request"},
     "mlxdiff.result": {"mlxdiff.images", "mlxdiff.request"},
     "mlxdiff.families.base": {"mlxdiff.models.build", "mlxdiff.request"},
     "mlxdiff.families.published": {"mlxdiff.families.base", "mlxdiff.models.*"},
@@ -89,6 +91,7 @@ MAY = {
     "mlxdiff.convert.*": {
         "mlxdiff.convert.*",
         "mlxdiff.description",
+        "mlxdiff.dialects",
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.families.base",
@@ -266,6 +269,7 @@ MAY = {
     "mlxdiff.widgets.controls": {
         "mlxdiff.builtin",
         "mlxdiff.description",
+        "mlxdiff.dialects",
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.families.base",

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from mlxdiff import guidance, schedules
-from mlxdiff.errors import Error
 from mlxdiff.noise import Noise, draw_nhwc
-from mlxdiff.samplers import SAMPLERS, resolve, unic
+from mlxdiff.samplers import SAMPLERS, unic
 from mlxdiff.schedules import KDIFFUSION, Discrete
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
@@ -356,17 +355,3 @@ def test_nothing_is_upcast_and_a_batch_is_its_rows(name):
 
     x = mx.array(np.random.default_rng(2).standard_normal((2, 2, 3, 4)).astype(np.float32)) * RUN[0]
     np.testing.assert_array_equal(run(x)[1:], run(x[1:]))
-
-
-def test_names():
-    """Ours, ComfyUI's, A1111's and diffusers', in any case."""
-    for name in ("Euler", "Euler a", "Heun", "DPM++ 2M", "DPM++ 2M SDE", "DPM++ SDE", "UniPC", "DDIM", "LCM"):
-        assert resolve(name) in SAMPLERS
-    for name in ("euler_ancestral", "dpmpp_2m", "uni_pc", "ddpm"):
-        assert resolve(name) in SAMPLERS
-    assert resolve("euler a") == "euler_ancestral"
-    assert resolve("DPMSolverMultistepScheduler") == "dpmpp_2m"
-    for row in SAMPLERS.values():
-        assert all(hasattr(diffusers, alias) for alias in row.aliases if alias.endswith("Scheduler"))
-    with pytest.raises(Error, match=r"'lms'.*euler.*lcm"):
-        resolve("lms")

@@ -7,7 +7,7 @@ from dataclasses import fields
 import ipywidgets as w
 import traitlets as t
 
-from .. import builtin, samplers, schedules
+from .. import builtin, dialects, samplers, schedules
 from ..description import Description
 from ..errors import Error
 from ..families import MODELS, Defaults
@@ -69,7 +69,7 @@ def unusual(request: Request, model: Description | None) -> dict:
     if model is not None:
         own["clip_skip"] = model.family.clip_skip
     if request.sampler is not None:
-        own["eta"] = samplers.SAMPLERS[samplers.resolve(request.sampler)].eta
+        own["eta"] = samplers.SAMPLERS[dialects.sampler(request.sampler)[0]].eta
     shown = (*FIELDS, "count", "image", "image_hash")
     found = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
     return {n: v for n, v in found.items() if v not in (getattr(plain, n), own.get(n))}

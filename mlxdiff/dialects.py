@@ -1,0 +1,153 @@
+"""What other programs call our settings: their names of samplers and schedules, and the text `parameters` that A1111
+writes into its pictures. Settings are dicts by the field names of `Request`, which itself looks up names here."""
+
+import re
+import reprlib
+from dataclasses import dataclass
+
+from . import __version__
+from .errors import Error, did_you_mean
+
+# ---- names of samplers and schedules
+
+
+@dataclass(frozen=True)
+class Names:
+    a1111: str
+    diffusers: tuple[str, ...] = ()  # scheduler classes
+    comfyui: tuple[str, ...] = ()  # where its names are not ours
+
+
+# Our name of a sampler -> theirs. A user may type any of them, in any case.
+SAMPLERS = {
+    "euler": Names("Euler", ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")),
+    "euler_ancestral": Names("Euler a", ("EulerAncestralDiscreteScheduler",)),
+    "heun": Names("Heun", ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")),
+    "dpmpp_2m": Names("DPM++ 2M", ("DPMSolverMultistepScheduler",)),
+    "dpmpp_2m_sde": Names("DPM++ 2M SDE"),
+    "dpmpp_sde": Names("DPM++ SDE", ("DPMSolverSDEScheduler",)),
+    "unipc": Names("UniPC", ("UniPCMultistepScheduler",), ("uni_pc", "uni_pc_bh2")),
+    "pndm": Names("PLMS", ("PNDMScheduler",)),
+    "ddim": Names("DDIM", ("DDIMScheduler",)),
+    "ddpm": Names("DDPM", ("DDPMScheduler",)),
+    "lcm": Names("LCM", ("LCMScheduler",)),
+}
+# A1111's names. A name that ends in another one stands before it.
+SCHEDULES = {
+    "leading": "Leading",
+    "trailing": "Trailing",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "sgm_uniform": "SGM Uniform",
+    "linspace": "Uniform",
+    "beta": "Beta",
+    "simple": "Simple",
+    "lcm": "LCM",
+}
+DIFFUSERS = {cls: sampler for sampler, names in SAMPLERS.items() for cls in names.diffusers}
+_SAMPLER_OF = {
+    name.casefold(): sampler
+    for sampler, names in SAMPLERS.items()
+    for name in (sampler, names.a1111, *names.diffusers, *names.comfyui)
+}
+_SCHEDULE_OF = {name.casefold(): schedule for schedule, name in SCHEDULES.items()}
+
+
+def sampler(name: str) -> tuple[str, str | None]:
+    """Our sampler for a name that any program gives it, in any case, and the schedule if the name ends in one."""
+    if isinstance(name, str):
+        head, schedule = _split(name)
+        if head.casefold() in _SAMPLER_OF:
+            return _SAMPLER_OF[head.casefold()], schedule
+    near = did_you_mean(name, _SAMPLER_OF) if isinstance(name, str) else ""
+    raise Error(f"There is no sampler {reprlib.repr(name)}.", f"{near}Use one of {', '.join(SAMPLERS)}.")
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """Older A1111 writes the schedule behind the sampler: "DPM++ 2M Karras"."""
+    for theirs, ours in _SCHEDULE_OF.items():
+        if name.casefold().endswith(f" {theirs}"):
+            return name[: -len(theirs) - 1], ours
+    return name, None
+
+
+# ---- the text that A1111 and its relatives write and read
+
+
+def parameters(settings: dict, model: str, recipe: str) -> str:
+    """The settings of a resolved request as A1111 writes them: prompt, negative prompt, then one line of pairs."""
+    lines = [settings["prompt"]]
+    if settings["negative"] is not None:
+        lines.append(f"Negative prompt: {settings['negative']}")
+    pairs = {
+        "Steps": settings["steps"],
+        "Sampler": SAMPLERS[settings["sampler"]].a1111,
+        "Schedule type": SCHEDULES[settings["schedule"]],
+        "CFG scale": f"{settings['guidance']:g}",
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Denoising strength": settings["strength"],
+        "Model": _quoted(model),
+        "Weights": recipe,
+        "Clip skip": settings["clip_skip"],
+        "RNG": {"torch": "CPU", "nv": "NV"}.get(settings["noise"]),
+        "Version": f"mlxdiff {__version__}",
+    }
+    lines.append(", ".join(f"{k}: {v}" for k, v in pairs.items() if v is not None))
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if re.search(r"[,:\n]", text) else text
+
+
+def parse_parameters(text: str) -> tuple[dict, str | None]:
+    """Settings and the model's name from A1111's text. A sampler or schedule that is not ours becomes None. Raises
+    ValueError for a number that is none."""
+    lines = text.strip().splitlines()
+    pairs = _pairs(lines[-1]) if lines and "Steps:" in lines[-1] else {}
+    body = "\n".join(lines[:-1] if pairs else lines)
+    prompt, found, negative = body.partition("Negative prompt:")
+    settings: dict = {"prompt": prompt.strip(), "negative": negative.strip() if found else None}
+    for key, read in _READ.items():
+        if key in pairs:
+            try:
+                settings |= read(pairs[key])
+            except ValueError:
+                raise ValueError(f"{key} is {reprlib.repr(pairs[key])}") from None
+    head, schedule = _split(pairs.get("Sampler", ""))
+    if "Schedule type" in pairs:
+        schedule = _SCHEDULE_OF.get(pairs["Schedule type"].casefold())
+    settings |= {"sampler": _SAMPLER_OF.get(head.casefold()), "schedule": schedule}
+    settings["noise"] = "torch" if pairs.get("RNG") == "CPU" else "nv"
+    return settings, pairs.get("Model")
+
+
+def _edges(size: str) -> dict:
+    width, height = size.split("x")
+    return {"width": int(width), "height": int(height)}
+
+
+_READ = {
+    "Steps": lambda v: {"steps": int(v)},
+    "CFG scale": lambda v: {"guidance": float(v)},
+    "Seed": lambda v: {"seed": int(v)},
+    "Clip skip": lambda v: {"clip_skip": int(v)},
+    "Size": _edges,
+}
+# In quotes with \" for a quote, in quotes with a plain backslash at the end, or up to the next comma.
+_VALUE = re.compile(r'\s*("[^"\\]*(?:\\.[^"\\]*)*"(?=,|$)|"[^"]*"(?=,|$)|[^,]*)')
+
+
+def _pairs(line: str) -> dict[str, str]:
+    """`key: value, key: "value, with commas"`. The line is read once from left to right, so time grows with its length
+    alone: a colon whose key is empty is passed over, and a value never reaches back."""
+    pairs, start = {}, 0
+    while (colon := line.find(":", start)) >= 0:
+        key = re.split(r"[^\w ]", line[start:colon])[-1]
+        start = colon + 1
+        if key:
+            value = _VALUE.match(line, start)
+            pairs[key.strip()] = value[1].strip().strip('"')
+            start = value.end() + 1  # behind the comma
+    return pairs
