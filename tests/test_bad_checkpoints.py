@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlxdiff import Error, convert, weights
 from mlxdiff.convert import inspect, source, write
 from mlxdiff.convert.__main__ import main
+from mlxdiff.models import build
 
 from . import clip_vocab, original
 from .checkpoints import full, header, manifest, raw, sparse
@@ -46,7 +47,7 @@ def state(name: str, folder: Path) -> dict[str, np.ndarray]:
     config = convert.component.CLASSES[CLASSES[name]].from_json(settings, CLASSES[name])
     rng = np.random.default_rng(0)
     out = {}
-    for key, value in tree_flatten(weights.build(name, vars(config)).parameters()):
+    for key, value in tree_flatten(build.build(config).parameters()):
         x = rng.normal(size=value.shape).astype(np.float32)
         point = key.endswith(("proj_in.weight", "proj_out.weight", "conv_shortcut.weight", "quant_conv.weight"))
         x = x[:, None, None, :] if point and x.ndim == 2 and "attn" not in key else x

@@ -18,6 +18,7 @@ from mlxdiff.convert import inspect, rules, scheduler, write
 from mlxdiff.convert.__main__ import main
 from mlxdiff.convert.settings import Settings
 from mlxdiff.convert.source import Tensor
+from mlxdiff.families import FAMILIES
 
 from . import clip_vocab, original, t5_vocab
 from .checkpoints import full, manifest, sparse
@@ -418,7 +419,7 @@ def test_pieces_that_do_not_fit_are_told(shape, why):
         (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), {"shift": 3.0, "dynamic": None, "sampler": "euler"}),
         (
             diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.2),
-            {"dynamic": scheduler.DYNAMIC | {"max_shift": 1.2}, "spacing": "trailing", "ends": "trailing"},
+            {"dynamic": FAMILIES["flux"].schedule["dynamic"] | {"max_shift": 1.2}, "spacing": "trailing", "ends": "trailing"},
         ),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), {"spacing": "karras", "ends": "trailing"}),
         (diffusers.FlowMatchHeunDiscreteScheduler(shift=2.0), {"shift": 2.0, "sampler": "heun"}),
@@ -434,7 +435,7 @@ def test_flow_schedulers_in_our_terms(tmp_path, made, want):
     made.save_pretrained(tmp_path)
     schedule = scheduler.flow_from_json(Settings(tmp_path / "scheduler_config.json"), "trailing")
     assert schedule.items() >= want.items()
-    assert schedule.keys() == scheduler.FLOW.keys()
+    assert schedule.keys() == FAMILIES["flux"].schedule.keys()
 
 
 @pytest.mark.parametrize(
