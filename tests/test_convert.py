@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from mlxdiff import Error, builtin, convert, description, weights
-from mlxdiff.convert import rules, scheduler
+from mlxdiff.convert import registry, rules, scheduler
 from mlxdiff.convert import source as files
 from mlxdiff.convert.settings import Settings
-from mlxdiff.families import FAMILIES
+from mlxdiff.families import FAMILIES, MODELS
 from mlxdiff.models import build
 from mlxdiff.recipe import DTYPES, recipe
 
@@ -222,6 +222,30 @@ def test_every_parameter_is_filled_exactly_once(saved):
                 == len(set(filled))
                 == len(tree_flatten(build.build(checkpoint.components[name].config).parameters()))
             )
+
+
+# ---- the networks
+
+PROTOCOL = {
+    "recognise": ["keys"],
+    "table": ["names", "like"],
+    "config": ["shapes", "like"],
+    "from_json": ["s", "cls"],
+    "divided": ["config"],
+}
+OF_DENOISERS = {"layout": ["config", "components"], "variant": ["config", "called"], "reads": ["config", "others"]}
+
+
+def test_every_network_has_a_module_with_the_protocol():
+    """And every family a layout, whose components are those of its published models."""
+    assert registry.MODULES.keys() == build.NETWORKS.keys()
+    for name, module in registry.MODULES.items():
+        denoises = name in {family.network for family in FAMILIES.values()}
+        for function, parameters in (PROTOCOL | OF_DENOISERS if denoises else PROTOCOL).items():
+            assert list(inspect.signature(getattr(module, function)).parameters) == parameters, (name, function)
+    for model in MODELS.values():
+        networks = {name: build.name_of(config) for name, config in model.networks.items()}
+        assert registry.LAYOUTS[model.family.name].networks == networks
 
 
 # ---- rules
@@ -453,7 +477,7 @@ def test_a_file_out_of_a_folder_is_the_component_its_folder_is(file, capsys):
 
 def test_groups_that_no_shape_tells_are_not_blamed_on_the_file(tmp_path):
     (tmp_path / "mine.safetensors").symlink_to(builtin.FOLDER / "vae/diffusion_pytorch_model.safetensors")
-    with pytest.raises(Error, match=r"no multiple of its 32 norm groups\. No shape tells .* config\.json says so"):
+    with pytest.raises(Error, match=r"no multiple of its 32 norm groups\. No shape shows .* config\.json says so"):
         convert.open(tmp_path / "mine.safetensors")
 
 
