@@ -1,4 +1,4 @@
-"""`python -m mlxdiff.convert MODEL -o DIR` writes a model folder; `--check` only looks, as `mlxdiff inspect` does."""
+"""`python -m mlxdiff.convert MODEL -o DIR` writes a model folder; `--check` is `mlxdiff inspect`."""
 
 import sys
 from pathlib import Path
@@ -7,9 +7,11 @@ from tqdm import tqdm
 
 from .. import store
 from ..console import Parser, run
+from ..families import PARTS
 from ..recipe import BITS, DTYPES, SMALLER, bits_of, default_dtype
+from ..spelling import flag
 from ..store.tokenizer import tokenizer_for
-from . import PARTS, PREDICTIONS, open, save
+from . import PREDICTIONS, open, save
 from .inspect import describe, look, of_folder
 
 
@@ -19,14 +21,13 @@ def parser() -> Parser:
     p.add_argument("-o", "--output", metavar="DIR", type=Path, help="the folder; an older model's is replaced")
     p.add_argument("-q", "--quantize", metavar="BITS", type=bits_of, choices=BITS, help=SMALLER)
     p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
-    p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, where the file does not say")
+    p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, if the file does not say it")
     p.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer folder for a single-file checkpoint")
-    for kind, (_, what) in PARTS.items():
-        flag = f"--{kind.replace('_', '-')}"
-        p.add_argument(flag, metavar="FILE", type=Path, help=f"{what} to use, where MODEL has none or another")
+    for part, what in PARTS.items():
+        p.add_argument(flag(part), metavar="FILE", type=Path, help=f"{what} to use, if MODEL has none or another")
     p.add_argument("--no-t5", action="store_true", help="SD3: leave T5 out, for less memory")
     p.add_argument("--offline", action="store_true", help="never use the network, not even for a tokenizer")
-    p.add_argument("--check", action="store_true", help="write nothing: what `mlxdiff inspect MODEL` says")
+    p.add_argument("--check", action="store_true", help="write nothing: say what `mlxdiff inspect MODEL` says")
     p.add_argument("--json", action="store_true", help="with --check: for machines")
     return p
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         parser().error("--json goes with --check")
     if args.output is None and not args.check:
         parser().error("there is no folder to write to: give one with -o, or only look with --check")
-    parts = {kind: file for kind in PARTS if (file := getattr(args, kind)) is not None}
+    parts = {part: file for part in PARTS if (file := getattr(args, part)) is not None}
     options = {"prediction": args.prediction, "parts": parts, "t5": not args.no_t5}
     body = (lambda: look(args.source, args.json, **options)) if args.check else (lambda: _convert(args, options))
     return run("mlxdiff convert", body)

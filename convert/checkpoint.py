@@ -1,5 +1,5 @@
-"""What a source holds: `open` reads headers and config files, says what it is, and finds for every parameter of our
-networks the tensor that fills it."""
+"""What a source holds: `open` reads headers and config files, says what it is, and maps each parameter of our networks
+to the tensor that fills it."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -7,39 +7,46 @@ from pathlib import Path
 
 from .. import description
 from ..errors import Error
-from . import detect, flux, rules, scheduler, sd3
+from ..families import FAMILIES, Family
+from ..families.base import tokenizer_of
+from . import detect, rules, scheduler
 from . import source as files
-from .component import CLASSES, Component, Config, by_itself, configured, measured, sized, tables
+from .component import KNOWN, Component, by_itself, configured, measured
+from .layout import Layout
 from .parts import with_parts
+from .registry import CLASSES, LAYOUTS, MODULES
 from .settings import Settings
+from .unet import sized, sizes
 
 # What is in folders of diffusers beside networks.
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _BESIDE = ("scheduler", *_TOKENIZERS, "feature_extractor", "safety_checker", "image_encoder")
 
-_NETS = ("unet", "transformer")  # what a whole model has one of
-
-PREDICTIONS = ("eps", "v", "x0")
-_STATED = {"epsilon": "eps", "v": "v"}  # modelspec's words for what a file predicts
-_OPTIONAL = {c for family in detect.FAMILIES.values() for c in family.optional}
-_COMPONENTS = {c for family in detect.FAMILIES.values() for c in family.components}
+PREDICTIONS = tuple(p for p in description.PREDICTIONS if p != "flow")  # those that a caller may say
+_STATED = {"epsilon": "eps", "v": "v"}  # modelspec's words for what a network predicts
+_OPTIONAL = {family.text.t5 for family in FAMILIES.values() if family.text.t5_optional}
+_NETWORKS = {pair for layout in LAYOUTS.values() if layout.family is not None for pair in layout.networks.items()}
 FULL = "Use the full checkpoint, or the diffusers folder that holds every part."
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a source holds, from headers and config files. Only one with nothing unmapped or missing is converted."""
+    """What a source holds, from headers and config files. It converts only if nothing is unmapped or missing."""
 
     path: Path
-    family: str  # of detect.FAMILIES
-    layout: str  # "diffusers" or "single-file"
+    family: str  # a key of LAYOUTS; of a network alone in a file, that is no family
+    names: str  # whose names its tensors have: "diffusers", or "single-file" for the original authors'
     components: dict[str, Component]
     stray: dict[str, str]  # like a component's unmapped: keys that belong to none
     schedule: dict
     zero_negative: bool
     tokenizers: dict[str, Path]
-    stated: str | None  # the prediction, where the caller or the file says it
-    called: str  # what it calls itself: a folder its pipeline, a file its architecture; "" where neither does
+    stated: str | None  # the prediction, if the caller or the file says it
+    called: str  # what it calls itself: a folder its pipeline, a file its architecture; "" if neither does
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.family]
 
     @property
     def unmapped(self) -> dict[str, str]:
@@ -51,9 +58,8 @@ class Checkpoint:
 
     @property
     def lacking(self) -> list[str]:
-        """The networks of its family without which there is no picture."""
-        row = detect.FAMILIES[self.family]
-        return [c for c in row.components if c not in self.components and c not in row.optional]
+        """The absent networks without which there is no picture."""
+        return [c for c in self.layout.required if c not in self.components]
 
     @property
     def part_of(self) -> Path | None:
@@ -63,25 +69,36 @@ class Checkpoint:
 
     @property
     def variant(self) -> str:
-        """base, schnell, kontext or lcm; others are recognised and cannot draw yet."""
-        name = next((n for n in _NETS if n in self.components), None)
-        net = None if name is None else self.components[name].config
-        if net is None:
-            return "base"
-        if name == "transformer":
-            return tables(self.family, name).variant(net, self.called)
-        return (
-            "lcm" if net.time_cond is not None else detect.VARIANTS.get(net.in_channels, f"{net.in_channels}-channel")
-        )
+        """One of the family's variants, or, if it has none of so many input channels, their number."""
+        return _variant(self.layout.family, self.components, self.called)
 
     @cached_property
-    def prediction(self) -> str:
-        """eps, v, x0 or flow. An SD 2.x file that does not say is told by one of its weights, which is read here."""
-        if self.stated is not None:
+    def prediction(self) -> str | None:
+        """eps, v, x0 or flow. If an SD 2.x file does not say, one of its weights does, which is read here."""
+        if self.stated is not None or self.layout.family is None:
             return self.stated
-        guess = self.family == "sd2" and self.variant == "base"
-        own = detect.FAMILIES[self.family].prediction
-        return detect.prediction_sd2(self.components["unet"].weights) if guess else own
+        if self.family == "sd2" and self.variant == "base":
+            return detect.prediction_sd2(self.components["unet"].weights)
+        return self.layout.family.prediction
+
+
+def _variant(family: Family | None, components: dict[str, Component], called: str) -> str:
+    denoiser = None if family is None else components.get(family.denoiser)
+    if denoiser is None or denoiser.config is None:
+        return "base"
+    config = denoiser.config
+    extra = config.in_channels - config.out_channels
+    if extra == 0:
+        return MODULES[family.network].variant(config, called)
+    return next((n for n, v in family.variants.items() if v.beside == extra), f"{config.in_channels}-channel")
+
+
+def _schedule(family: Family | None, variant: str) -> dict:
+    """The schedule of a checkpoint that brings none."""
+    if family is None:
+        return {}
+    row = family.variants.get(variant)
+    return family.schedule if row is None or row.schedule is None else row.schedule
 
 
 def open(
@@ -93,9 +110,9 @@ def open(
     """Say what a checkpoint is and where each of its tensors goes, from headers and config files alone.
 
     source: a .safetensors file, an index of shards, a folder in diffusers layout, or the folder of one component.
-    prediction: "eps", "v" or "x0" where the checkpoint does not say, or to overrule it. parts: files (or folders) of
-    "vae", "clip", "clip_g" or "t5", to use these in place of the checkpoint's own. What a single file of SD3 or FLUX
-    lacks and nobody gives is looked for beside it, and in text_encoders/ there, under the names people know:
+    prediction: "eps", "v" or "x0", if the checkpoint does not say it or is wrong. parts: files (or folders) of "vae",
+    "clip", "clip_g" or "t5", which are used instead of the checkpoint's. Parts that a single file of SD3 or FLUX lacks
+    and nobody gives are looked for beside it, and in text_encoders/ there, under their usual names:
     clip_l*.safetensors, clip_g*.safetensors, t5xxl*.safetensors, FLUX's ae.safetensors and sd3_vae.safetensors.
     t5: False leaves SD3's T5 out, whether the checkpoint has it or not."""
     path, parts = Path(source), {} if parts is None else parts
@@ -103,20 +120,20 @@ def open(
         raise Error(f"{prediction!r} is not what a network predicts.", f"Use one of {', '.join(PREDICTIONS)}.")
     try:
         if (path / "model_index.json").is_file():
-            found = _folder(path, prediction, t5)
+            checkpoint = _folder(path, prediction, t5)
         elif (path / "model.json").is_file():
-            description.read(path)  # one that this version does not read says so
+            description.read(path)  # raises if this version does not read it
             raise Error(f"{path} is converted already.", "Use it as it is.")
         else:
-            found = _single(path, prediction)
-        row = detect.FAMILIES[found.family]
-        if found.stated is not None and row.prediction == "flow":
-            raise Error(f"{path} is of {found.family}, which predicts flow.", "Leave out --prediction.")
-        if not t5 and row.t5 not in row.optional:
-            raise Error(f"{path} is of {found.family}, which has no T5 to leave out.", "Leave out --no-t5.")
-        left = set() if t5 else {row.t5}
-        held = {name: c for name, c in found.components.items() if name not in left}
-        return replace(found, components=with_parts(path, found.family, held, parts, left))
+            checkpoint = _single(path, prediction)
+        family = checkpoint.layout.family
+        if checkpoint.stated is not None and family is not None and family.flow:
+            raise Error(f"{path} is of {checkpoint.family}, which predicts flow.", "Leave out `prediction`.")
+        if not t5 and (family is None or not family.text.t5_optional):
+            raise Error(f"{path} is of {checkpoint.family}, which has no T5 to leave out.", "Leave out `t5=False`.")
+        left_out = set() if t5 else {family.text.t5}
+        held = {name: c for name, c in checkpoint.components.items() if name not in left_out}
+        return replace(checkpoint, components=with_parts(path, checkpoint.layout, held, parts, left_out))
     except OSError as e:  # a folder that may not be looked into, a link that leads nowhere
         raise Error(f"{path} cannot be read: {e.strerror}.", "Check the path, its links and its permissions.") from None
 
@@ -129,104 +146,90 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
         if isinstance(entry, list) and entry[-1:] not in ([], [None]) and name not in skipped
     }
     for name, cls in networks.items():
-        if cls not in CLASSES or name not in _COMPONENTS:
-            raise Error(f"{path} is a {index.cls} whose {name} is a {cls}, which is not supported yet.", detect.KNOWN)
+        if (name, CLASSES.get(cls)) not in _NETWORKS:
+            raise Error(f"{path} is a {index.cls} whose {name} is a {cls}, which is not supported yet.", KNOWN)
     for name, cls in networks.items():
         if not (path / name).is_dir():
             raise Error(f"{path} lacks the folder {name}.", "Download the missing folder.")
         tensors = files.read(path / name).tensors
         components[name] = configured(name, Settings(path / name / "config.json"), cls, list(tensors.items()))
-    name = next((n for n in _NETS if n in components), None)
+    name = next((n for n in ("unet", "transformer") if n in components), None)
     if name is None:
         raise Error(f"{path} has no unet and no transformer.", FULL)
-    net = components[name].config
-    family = _family(net, "text_encoder" in components)
-    schedule, stated = _schedule(family, net), None
+    key = MODULES[CLASSES[networks[name]]].layout(components[name].config, components)
+    layout, stated = LAYOUTS[key], None
+    family = layout.family
+    schedule = _schedule(family, _variant(family, components, index.cls))
     if index.get("scheduler", None) is not None:
         settings = Settings(path / "scheduler" / "scheduler_config.json")
-        if name == "transformer":
+        if family.flow:
             schedule = scheduler.flow_from_json(settings, schedule["ends"])
         else:
             schedule, stated = scheduler.from_json(settings)
+    tokenizers = {t: path / t for t in map(tokenizer_of, layout.encoders) if (path / t).is_dir()}
     return Checkpoint(
         path=path,
-        family=family,
-        layout="diffusers",
+        family=key,
+        names="diffusers",
         components=components,
         stray={},
         schedule=schedule,
-        zero_negative=index.flag("force_zeros_for_empty_prompt", family.startswith("sdxl")),
-        tokenizers={t: path / t for t in detect.FAMILIES[family].pads if (path / t).is_dir()},
+        zero_negative=index.flag("force_zeros_for_empty_prompt", family.text.sizes),  # by default in SDXL's pipelines
+        tokenizers=tokenizers,
         stated=stated if prediction is None else prediction,
         called=index.cls,
     )
 
 
-def _family(net: Config, first: bool) -> str:
-    """By the network of a folder, and by whether there is a first text encoder."""
-    if isinstance(net, flux.Config):
-        return "flux"
-    if isinstance(net, sd3.Config):
-        return "sd3"
-    if net.added is not None:
-        return "sdxl" if first else "sdxl-refiner"
-    return "sd2" if net.linear_projection else "sd1"
-
-
-def _schedule(family: str, net: Config | None) -> dict:
-    """Of a checkpoint that brings none."""
-    if detect.FAMILIES[family].prediction != "flow":
-        return scheduler.SINGLE
-    return scheduler.FLOW if net is None else tables(family, "transformer").schedule(net)
-
-
 def _single(path: Path, prediction: str | None) -> Checkpoint:
-    found = files.read(path)
-    family = detect.family(path, found.tensors)
-    row, parts, stray = detect.FAMILIES[family], {}, {}
-    for key, tensor in found.tensors.items():
-        for target in rules.rename(key, row.table):
-            name, _, rest = target.partition(".")
-            if name in row.components:
-                parts.setdefault(name, []).append((rest, tensor))
+    file = files.read(path)
+    key, original = detect.layout(path, file.tensors)
+    layout, networks, stray = LAYOUTS[key], {}, {}
+    for name, tensor in file.tensors.items():
+        for target in rules.rename(name, layout.table):
+            component, _, rest = target.partition(".")
+            if component in layout.networks:
+                networks.setdefault(component, []).append((rest, tensor))
             else:
-                stray[key] = "no part of this family"
-    components = {}
-    for name in (c for c in row.components if c in parts):
-        only = len(parts) == 1
-        components[name] = by_itself(name, family, path, parts[name]) if only else measured(name, family, parts[name])
-    if "text_encoder_2" in components and "unet" in components:
-        components["unet"] = sized(components, row.sizes)
-    net = components["transformer"].config if "transformer" in components else None
-    zero_snr = "ztsnr" in found.tensors
-    own = {"zero_snr": True, "spacing": "trailing"} if zero_snr else {}  # Lin et al. 2024: start at the very last step
-    words = found.metadata.get("modelspec.prediction_type", found.metadata.get("modelspec.predict_key"))
-    stated = "v" if "v_pred" in found.tensors else _STATED.get(words)
+                stray[name] = "no part of this family"
+    if len(networks) == 1:
+        components = {name: by_itself(name, layout, path, tensors) for name, tensors in networks.items()}
+    else:
+        components = {name: measured(name, layout, networks[name]) for name in layout.networks if name in networks}
+    configs = {name: c.config for name, c in components.items() if c.config is not None}
+    if "unet" in configs and configs["unet"].added is not None and "text_encoder_2" in configs:
+        config = sized(configs["unet"], configs["text_encoder_2"], sizes(layout.family))
+        components["unet"] = replace(components["unet"], config=config)
+    called = file.metadata.get("modelspec.architecture", "")
+    schedule = _schedule(layout.family, _variant(layout.family, components, called))
+    if "ztsnr" in file.tensors:  # Lin et al. 2024: start at the very last step
+        schedule = schedule | {"zero_snr": True, "spacing": "trailing"}
+    words = file.metadata.get("modelspec.prediction_type", file.metadata.get("modelspec.predict_key"))
+    stated = "v" if "v_pred" in file.tensors else _STATED.get(words)
     return Checkpoint(
         path=path,
-        family=family,
-        layout="single-file" if detect.original(found.tensors) else "diffusers",
+        family=key,
+        names="single-file" if original else "diffusers",
         components=components,
         stray=stray,
-        schedule=_schedule(family, net) | own,
-        zero_negative=row.zero_negative,
+        schedule=schedule,
+        zero_negative=layout.family is not None and layout.family.zero_negative,
         tokenizers={},
         stated=stated if prediction is None else prediction,
-        called=found.metadata.get("modelspec.architecture", ""),
+        called=called,
     )
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Raise unless every tensor has its place and every parameter its tensor."""
-    unmapped, missing = checkpoint.unmapped, checkpoint.missing
-    said = []
+    """Raise unless every tensor has a place and every parameter a tensor."""
+    unmapped, missing, wrong = checkpoint.unmapped, checkpoint.missing, []
     if unmapped:
         key, why = next(iter(unmapped.items()))
-        said.append(f"{len(unmapped)} of its tensors have no place (such as {key!r}: {why})")
+        wrong.append(f"{len(unmapped)} of its tensors have no place (such as {key!r}: {why})")
     if missing:
-        said.append(f"{len(missing)} parameters are missing (such as {missing[0]})")
-    if said:
+        wrong.append(f"{len(missing)} parameters are missing (such as {missing[0]})")
+    if wrong:
         raise Error(
-            f"{checkpoint.path} is not a complete {checkpoint.family} checkpoint: {'; '.join(said)}.",
-            "Use an unmodified checkpoint; `mlxdiff inspect FILE` lists all that is wrong.",
+            f"{checkpoint.path} is not a complete {checkpoint.family} checkpoint: {'; '.join(wrong)}.",
+            "Use an unmodified checkpoint; `mlxdiff inspect FILE` lists everything that is wrong.",
         )

@@ -1,10 +1,9 @@
 """FLUX.1: Black Forest Labs' names are ours; diffusers takes the fused layers apart and has the last layer's scale
-before its shift. And the single files of the family."""
+before its shift."""
 
 from ..models.flux import Config
+from .layout import of_transformer
 from .rules import Row, Shapes
-from .scheduler import DYNAMIC, FLOW
-from .sd import DROPPED, Family, Part
 from .settings import MOST_LAYERS, Settings
 
 _END = r"\.(weight|bias)$"
@@ -43,35 +42,23 @@ TABLE: list[Row] = [
     (rf"^norm_out\.linear{_END}", tuple(rf"final_layer.adaLN_modulation.1.\1+{i}" for i in (1, 0))),
 ]
 
-FLUX = Family(
-    table=[
-        *DROPPED,
-        (r"^text_encoders\.clip_l\.transformer\.", "text_encoder."),
-        (r"^text_encoders\.t5xxl\.transformer\.", "text_encoder_2."),
-        (r"^(vae|first_stage_model)\.", "vae."),
-        (r"^((model\.)?diffusion_model\.|transformer\.|(?!text_encoder|vae\.))", "transformer."),
-    ],
-    components=("text_encoder", "text_encoder_2", "transformer", "vae"),
-    acts={"text_encoder": "quick_gelu"},
-    pads={"tokenizer": "<|endoftext|>", "tokenizer_2": None},
-    parts={
-        "clip": Part("text_encoder", "clip_l*.safetensors"),
-        "t5": Part("text_encoder_2", "t5xxl*.safetensors"),
-        "vae": Part("vae", "ae.safetensors"),
-    },
-    t5="text_encoder_2",
-    prediction="flow",
-    scale=0.3611,
-    shift=0.1159,
-)
+LAYOUTS = {
+    "flux": of_transformer("flux-dev", {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"}, vae="ae.safetensors")
+}
+CLASSES = ("FluxTransformer2DModel",)
+ORIGINAL = r"(^|\.)double_blocks\.\d"
 
 
-def table(names: list[str]) -> list[Row]:
+def recognise(keys: Shapes) -> str | None:
+    return "flux" if keys.has(rf"{ORIGINAL}|(^|\.)single_transformer_blocks\.\d") else None
+
+
+def table(names: list[str], like: Config | None) -> list[Row]:
     return TABLE
 
 
-def config(shapes: Shapes) -> Config:
-    """Read off the shapes. Not in them: how a head's 128 numbers are shared among the axes, and theta."""
+def config(shapes: Shapes, like: Config) -> Config:
+    """No shape shows theta, nor how a head's 128 numbers are shared among the axes."""
     width = shapes.size("img_in.weight", 0)
     head = shapes.size("double_blocks.0.img_attn.norm.query_norm.scale", 0)
     side = 2 * ((head - head // 8) // 4)  # 16, 56, 56
@@ -86,7 +73,7 @@ def config(shapes: Shapes) -> Config:
         double=shapes.count("double_blocks"),
         single=shapes.count("single_blocks"),
         axes=(head - 2 * side, side, side),
-        theta=10000.0,
+        theta=like.theta,
         guidance="guidance_in.in_layer.weight" in shapes,
     )
 
@@ -114,24 +101,23 @@ def from_json(s: Settings, cls: str) -> Config:
     )
 
 
+def divided(config: Config) -> list[tuple[int, int, str]]:
+    return [(config.width, config.heads, "heads")]
+
+
+def layout(config: Config, components: dict) -> str:
+    return "flux"
+
+
 def variant(config: Config, called: str) -> str:
-    """By what a patch shows the network beside itself: fill a picture and its mask, 8 x 8 pixels a latent; control
-    (Canny, Depth) another picture. Kontext and Krea have dev's very shapes: Kontext, which was trained for other work,
-    is told where it says so (FluxKontextPipeline, or SwarmUI's Flux.1-dev/kontext)."""
-    dev = "kontext" if "kontext" in called.lower() else "base"
-    kinds = {config.out_channels: dev if config.guidance else "schnell"}
-    kinds |= {2 * config.out_channels: "control", 2 * config.out_channels + 256: "fill"}
-    return kinds.get(config.in_channels, f"{config.in_channels}-channel")
-
-
-def schedule(config: Config) -> dict:
-    """Of files that bring none."""
-    dev = {"shift": 3.0, "dynamic": DYNAMIC}
-    return FLOW | {"spacing": "trailing", "ends": "trailing"} | (dev if config.guidance else {"shift": 1.0})
+    """Kontext and Krea have the same shapes as dev. Kontext, which was trained to edit, is recognised where the
+    checkpoint says so (FluxKontextPipeline, or SwarmUI's Flux.1-dev/kontext)."""
+    if not config.guidance:
+        return "schnell"
+    return "kontext" if "kontext" in called.lower() else "base"
 
 
 def reads(config: Config, others: dict) -> list[tuple[str, str, int, int]]:
-    """What the transformer takes from the other networks: (which, what of it, how wide it takes it, how wide it is)."""
     return [
         ("text_encoder", "a text vector", config.pooled, others["text_encoder"].width),
         ("text_encoder_2", "text", config.context, others["text_encoder_2"].width),

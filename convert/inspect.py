@@ -1,5 +1,5 @@
-"""`mlxdiff inspect MODEL`: what a checkpoint or a converted model holds, from headers alone, and whether every tensor
-of it is understood."""
+"""`mlxdiff inspect MODEL`: what a checkpoint or a converted model holds, and whether every tensor of it is understood.
+It reads headers only."""
 
 import json
 import sys
@@ -16,15 +16,9 @@ from ..families import FAMILIES
 from ..models import build
 from ..recipe import Recipe, component_dtype
 from . import Checkpoint, Component, check, open
+from .registry import LAYOUTS
 
-_ALONE = {
-    "clip": "CLIP text encoder",
-    "clip-g": "CLIP text encoder with projection",
-    "t5": "T5 text encoder",
-    "vae": "VAE",
-    "taesd": "TAESD decoder, for previews",
-}
-_SHOWN = 20  # of what is unmapped or missing, in the text for people; --json has all
+_SHOWN = 20  # how many unmapped or missing tensors the text for people names; --json has all
 
 
 def parser() -> Parser:
@@ -42,12 +36,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def look(model: str, as_json: bool, **options) -> int:
-    """What is here of it: the original and its conversions, or one of them. Nothing is fetched. options: see `open`."""
+    """Print what is on this machine: the original and its conversions, or one of them. options: see `open`."""
     copies, shown = store.conversions(model), json.dumps if as_json else describe
     with ExitStack() as stack:
         try:
             path = stack.enter_context(store.original(model, half=True, offline=True))
-        except Error as e:  # not here, which is as it may be where a copy is
+        except Error as e:  # the original is not here, which is no error if a copy is
             if not copies:
                 raise Error(e.problem, f"`mlxdiff convert {model} -o DIR` fetches it.") from None
         else:
@@ -65,11 +59,12 @@ def look(model: str, as_json: bool, **options) -> int:
 def of_checkpoint(checkpoint: Checkpoint) -> dict:
     sound = not checkpoint.unmapped and not checkpoint.missing
     components = {name: _component(c) for name, c in checkpoint.components.items()}
+    denoises = checkpoint.family in FAMILIES and FAMILIES[checkpoint.family].denoiser in components
     return {
         "family": checkpoint.family,
         "variant": checkpoint.variant,
-        "layout": checkpoint.layout,
-        "prediction": checkpoint.prediction if sound and {"unet", "transformer"} & components.keys() else None,
+        "layout": checkpoint.names,
+        "prediction": checkpoint.prediction if sound and denoises else None,
         "components": components,
         "schedule": checkpoint.schedule,
         "tokenizers": list(checkpoint.tokenizers),
@@ -94,7 +89,7 @@ def _component(component: Component) -> dict:
 
 
 def of_folder(folder: Path) -> dict:
-    """The same of a converted model, read as it is for drawing."""
+    """The same for a converted model, which is read as it is for drawing."""
     model, components = description.read(folder), {}
     for name, config in model.components.items():
         stored = tree_flatten(
@@ -114,11 +109,11 @@ def of_folder(folder: Path) -> dict:
     return {"path": str(folder), "layout": "converted", "components": components} | same
 
 
-_LAYOUTS = {"single-file": "original names", "diffusers": "diffusers names", "converted": "converted"}
+_NAMES = {"single-file": "original names", "diffusers": "diffusers names", "converted": "converted"}
 
 
 def describe(facts: dict) -> str:
-    lines = [f"{facts['path']}: {_title(facts)}, {facts['variant']}, {_LAYOUTS[facts['layout']]}"]
+    lines = [f"{facts['path']}: {_title(facts)}, {facts['variant']}, {_NAMES[facts['layout']]}"]
     for name, c in facts["components"].items():
         error = "" if c.get("error") is None else f", quantized with an error of {c['error']:.2%}"
         size = f"{c['bytes'] / 1e9:8.3f} GB {c['dtype']}{error}"
@@ -137,7 +132,7 @@ def describe(facts: dict) -> str:
             lines.append(f"  ... and {len(names) - _SHOWN} more ({title})")
     if facts.get("lacking"):
         lines.append(f"  not a whole model: no {', no '.join(facts['lacking'])}")
-    elif facts["family"] in _ALONE.keys() - {"taesd"}:
+    elif facts["family"] not in (*FAMILIES, "taesd"):
         lines.append("  not a whole model: one network of it")
     if facts.get("part_of") is not None:
         lines.append(f"  the whole is {facts['part_of']}")
@@ -145,10 +140,8 @@ def describe(facts: dict) -> str:
 
 
 def _title(facts: dict) -> str:
-    if facts["family"] in _ALONE:
-        return _ALONE[facts["family"]]
-    title = FAMILIES[facts["family"]].title
-    return title if len(facts["components"]) > 1 else f"{title} {' '.join(facts['components'])}"
+    title, whole = LAYOUTS[facts["family"]].title, len(facts["components"]) > 1
+    return title if whole or facts["family"] not in FAMILIES else f"{title} {' '.join(facts['components'])}"
 
 
 if __name__ == "__main__":

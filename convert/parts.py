@@ -1,41 +1,37 @@
-"""What people have in files of their own: the text encoders and the VAE of a transformer, given, or found beside it."""
+"""Networks that people keep in files of their own: those that the caller gives, or that lie beside a transformer."""
 
 from pathlib import Path
 
 from ..errors import Error
+from ..families import PARTS
 from . import detect, rules
 from . import source as files
 from .component import Component, by_itself
+from .layout import Layout
+from .registry import LAYOUTS
 
-# A network alone in a file, by the short name it is given under: the families it can be told for, and what it is.
-PARTS = {
-    "vae": (("vae",), "a VAE"),
-    "clip": (("clip", "clip-g"), "a CLIP text encoder"),
-    "clip_g": (("clip-g",), "a CLIP text encoder with projection"),
-    "t5": (("t5",), "a T5 text encoder"),
-}
+# part -> the layouts that its file may have
+_LAYOUTS = {"vae": ("vae",), "clip": ("clip", "clip-g"), "clip_g": ("clip-g",), "t5": ("t5",)}
 
 
 def with_parts(
-    path: Path, family: str, held: dict[str, Component], given: dict[str, str | Path], left: set[str]
+    path: Path, layout: Layout, held: dict[str, Component], given: dict[str, str | Path], left_out: set[str]
 ) -> dict[str, Component]:
-    """The networks of a checkpoint, with those that are given, and those that lie beside it, where it has none of its
-    own. `left` are not looked for."""
-    row = detect.FAMILIES[family]
-    for kind in given:
-        flag = f"--{kind.replace('_', '-')}"
-        if kind not in row.parts:
-            takes = ", ".join(f"--{k.replace('_', '-')}" for k in row.parts)
-            fix = f"It takes {takes}." if takes else f"Leave {flag} out."
-            raise Error(f"{path} is of {family}, which takes no {flag}.", fix)
-        if row.parts[kind].component in left:
-            raise Error(f"{flag} gives what --no-t5 leaves out.", "Use one of them.")
-    parts = {kind: Path(file) for kind, file in given.items()}
+    """The networks of a checkpoint, the parts that are given, and, if it lacks others, those that lie beside it.
+    Nothing is looked for that is left out."""
+    for part in given:
+        if part not in layout.parts:
+            takes = ", ".join(f"`{p}`" for p in layout.parts)
+            raise Error(f"{path} takes no `{part}`.", f"It takes {takes}." if takes else f"Leave `{part}` out.")
+        if layout.parts[part].component in left_out:
+            raise Error(f"`{part}` gives what `t5=False` leaves out.", "Use one of them.")
+    taken = {part: Path(file) for part, file in given.items()}
     if path.is_file() and "transformer" in held:
-        lacking = {k: p for k, p in row.parts.items() if k not in parts and p.component not in held.keys() | left}
-        parts |= {kind: file for kind, part in lacking.items() if (file := _beside(path, part.beside)) is not None}
-    held = held | {row.parts[kind].component: _part(family, kind, file) for kind, file in parts.items()}
-    return {c: held[c] for c in (*row.components, *held) if c in held}
+        lacking = layout.networks.keys() - held.keys() - left_out
+        near = {n: _beside(path, p.beside) for n, p in layout.parts.items() if p.component in lacking}
+        taken = {n: file for n, file in near.items() if file is not None} | taken
+    held = held | {layout.parts[part].component: _part(layout, part, file) for part, file in taken.items()}
+    return {c: held[c] for c in (*layout.networks, *held) if c in held}
 
 
 def _beside(path: Path, name: str) -> Path | None:
@@ -44,22 +40,18 @@ def _beside(path: Path, name: str) -> Path | None:
 
 
 def beside(path: Path) -> list[Path]:
-    """Whatever the conversion of a file may take from beside it, be it of any family."""
-    names = {part.beside for row in detect.FAMILIES.values() for part in row.parts.values()}
+    """The files beside a file that its conversion may use, whatever its family is."""
+    names = {part.beside for layout in LAYOUTS.values() for part in layout.parts.values()}
     return [file for name in sorted(names) if (file := _beside(path, name)) is not None] if path.is_file() else []
 
 
-def _part(family: str, kind: str, path: Path) -> Component:
-    """A network in a file, or a folder, of its own."""
+def _part(layout: Layout, part: str, path: Path) -> Component:
+    """The network in a file or a folder that holds nothing else."""
     tensors = files.read(path).tensors
-    alone, (kinds, what) = detect.family(path, tensors), PARTS[kind]
-    if alone not in kinds:
-        holds = next((w for k, w in PARTS.values() if alone in k), f"{alone} weights")
-        raise Error(f"{path} holds {holds}, not {what}.", f"Give --{kind.replace('_', '-')} the file of {what}.")
-    named = [
-        (to.partition(".")[2], x)
-        for key, x in tensors.items()
-        for to in rules.rename(key, detect.FAMILIES[alone].table)
-    ]
-    name = detect.FAMILIES[family].parts[kind].component
-    return by_itself(name, family, path, named)
+    key, _ = detect.layout(path, tensors)
+    if key not in _LAYOUTS[part]:
+        holds = LAYOUTS[key].title if LAYOUTS[key].family is None else f"{key} weights"
+        raise Error(f"{path} holds {holds}, not {PARTS[part]}.", f"Give `{part}` the file of {PARTS[part]}.")
+    targets = [(to, x) for name, x in tensors.items() for to in rules.rename(name, LAYOUTS[key].table)]
+    named = [(to.partition(".")[2], x) for to, x in targets]
+    return by_itself(layout.parts[part].component, layout, path, named)

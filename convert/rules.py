@@ -1,9 +1,10 @@
-"""Foreign names to ours, foreign layout to ours. A table row is (pattern, target), applied in order, each to what the
-last one made of the name; a tuple of targets splits axis 0; None drops a key on purpose. At a target's end, `.T`
-transposes, and `+0`, `+1`, ... are pieces of one parameter, laid end to end along axis 0."""
+"""Foreign names and axes to ours. A row of a table is (pattern, target). Rows apply in order, each to the name that the
+last one made. A tuple of targets splits axis 0; None drops a key on purpose. At the end of a target, `.T` transposes,
+and `+0`, `+1`, ... are pieces of one parameter, which are laid end to end along axis 0."""
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +31,7 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """None where it cannot be cut into so many."""
+        """None if the tensor cannot be cut into so many parts."""
         shape = self.tensor.shape
         if self.parts > 1:
             if not shape or shape[0] % self.parts:
@@ -50,13 +51,13 @@ class Weight:
         return self.fitted([p.tensor.read() for p in self.pieces])
 
     def fitted(self, arrays: list[mx.array]) -> mx.array:
-        """Their tensors in our layout."""
+        """The parameter from its stored tensors."""
         parts = [p.cut(x) for p, x in zip(self.pieces, arrays, strict=True)]
         return fit(parts[0] if len(parts) == 1 else mx.concatenate(parts), self.shape)
 
     @property
     def fits(self) -> bool:
-        """Judged by shapes alone."""
+        """By shapes alone."""
         shapes = [p.shape for p in self.pieces]
         if None in shapes:
             return False
@@ -69,11 +70,20 @@ class Weight:
 
 
 class Lacking(Exception):
-    """A tensor is absent, or of the wrong rank, without which a network's size cannot be told."""
+    """A tensor that shows a network's size is absent or has the wrong rank."""
 
 
 class Shapes(dict[str, tuple[int, ...]]):
-    """Shapes of a network's tensors, names already ours, to read its Config off."""
+    """Shapes by name. A Config is read off those of one network, whose names are ours already."""
+
+    file = Path()  # that they are from
+
+    def has(self, pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in self)
+
+    def first(self, pattern: str) -> tuple[int, ...]:
+        """The shape of the first name that the pattern is in."""
+        return next((shape for name, shape in self.items() if re.search(pattern, name)), ())
 
     def size(self, name: str, axis: int) -> int:
         shape = self.get(name, ())
@@ -82,12 +92,12 @@ class Shapes(dict[str, tuple[int, ...]]):
         return shape[axis]
 
     def count(self, block: str) -> int:
-        """How many `block.<number>` there are. They are numbered from 0; where that has a gap, the last go unmapped."""
+        """How many `block.<number>` there are. They are numbered from 0; after a gap, the last ones stay unmapped."""
         return len({n.removeprefix(f"{block}.").partition(".")[0] for n in self if n.startswith(f"{block}.")})
 
 
 def rename(name: str, table: list[Row]) -> tuple[str, ...]:
-    """Our names for a foreign one: none if it is dropped, several if it is split."""
+    """Our names for a foreign one: none if the key is dropped, several if its tensor is split."""
     for pattern, target in table:
         if target is None:
             if re.search(pattern, name):
@@ -101,7 +111,8 @@ def rename(name: str, table: list[Row]) -> tuple[str, ...]:
 
 
 def fit(array: mx.array | np.ndarray, shape: tuple[int, ...]) -> mx.array | np.ndarray | None:
-    """The array in the destination's layout, or None: OIHW to OHWI, a 1x1 convolution to a linear layer and back."""
+    """The array with the axes of the destination (OIHW becomes OHWI; a 1x1 convolution a linear layer, or the reverse),
+    or None if that does not give its shape."""
     if array.ndim == 4:
         array = array.transpose(0, 2, 3, 1)
     if array.ndim == 4 and len(shape) == 2 and array.shape[1:3] == (1, 1):
@@ -112,32 +123,33 @@ def fit(array: mx.array | np.ndarray, shape: tuple[int, ...]) -> mx.array | np.n
 
 
 def target(name: str) -> tuple[str, int, bool]:
-    """A target without its marks, which piece it is, and whether it is transposed."""
+    """A target's parameter, which piece of it this is, and whether it is transposed."""
     name, _, piece = name.partition("+")
     return name.removesuffix(".T"), int(piece or 0), name.endswith(".T")
 
 
 def shapes(tensors: Named, table: list[Row]) -> Shapes:
-    """By our names; only whole tensors, for no network's size is told by one that is split or put together."""
-    found = Shapes()
+    """By our names. Of tensors that are split or put together the shapes are wrong, but no Config needs them."""
+    shapes = Shapes()
     for name, tensor in tensors:
+        shapes.file = tensor.file
         for to in rename(name, table):
             ours, _, transposed = target(to)
-            found[ours] = tensor.shape[::-1] if transposed else tensor.shape
-    return found
+            shapes[ours] = tensor.shape[::-1] if transposed else tensor.shape
+    return shapes
 
 
 def fill(
     tensors: Named, table: list[Row], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Weight], dict[str, str], list[str]]:
-    """Give every parameter in `shapes` exactly one tensor, or one for each of its pieces, judged by headers alone:
-    (what fills each parameter, why each leftover key has no place, what nothing fills)."""
-    found, weights, unmapped = {}, {}, {}
+    """Give every parameter in `shapes` one tensor, or one for each of its pieces. This needs headers only. Returns what
+    fills each parameter, why each key that is left has no place, and the parameters that nothing fills."""
+    filling, weights, unmapped = {}, {}, {}
     for name, tensor in tensors:
         targets = rename(name, table)
         for i, to in enumerate(targets):
             ours, n, transposed = target(to)
-            pieces = found.setdefault(ours, {})
+            pieces = filling.setdefault(ours, {})
             if ours not in shapes:
                 unmapped[tensor.name] = "no such parameter"
             elif n in pieces:
@@ -146,7 +158,7 @@ def fill(
                 unmapped[tensor.name] = f"{tensor.dtype} where a floating-point type is needed"
             else:
                 pieces[n] = Piece(tensor, i, len(targets), transposed)
-    for ours, pieces in found.items():
+    for ours, pieces in filling.items():
         if pieces:
             weight = Weight(tuple(pieces[n] for n in sorted(pieces)), shapes[ours])
             if weight.fits:

@@ -1,27 +1,10 @@
-"""The noise schedule a model was trained with, in our terms: from diffusers' scheduler_config.json, or the one all the
-single files of these families share. sampler None: diffusers' own is not among ours."""
+"""diffusers' scheduler_config.json to a noise schedule in our terms. sampler None: we do not have the one it names."""
 
 from ..dialects import DIFFUSERS
+from ..families.published import DYNAMIC
 from .settings import Settings
 
-# Of the Stable Diffusion authors (v1-inference.yaml) and, for spacing and offset, of the published diffusers folders.
-SINGLE = {
-    "betas": "scaled_linear",
-    "start": 0.00085,
-    "end": 0.012,
-    "steps": 1000,
-    "zero_snr": False,
-    "spacing": "leading",
-    "offset": 1,
-    "final_alpha_one": False,
-    "sampler": None,
-}
-
-# Of rectified flow, as SD3 has it. spacing, ends: of diffusers' pipeline for the family, for no file says it.
-FLOW = {"steps": 1000, "shift": 3.0, "dynamic": None, "spacing": "linspace", "ends": "linspace", "sampler": "euler"}
-DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-
-# class -> spacing where the file names none; which sampler of ours it is, `dialects` says
+# class -> spacing if the file names none; which sampler of ours it is, `dialects` says
 _CLASSES = {
     "DDIMScheduler": "leading",
     "DDPMScheduler": "leading",
@@ -47,7 +30,7 @@ _OLD = ("HeunDiscreteScheduler", "KDPM2", "DPMSolverSDE", "LCMScheduler", "TCDSc
 
 
 def from_json(s: Settings) -> tuple[dict, str]:
-    """The schedule, and what the network predicts. What the file leaves out is the class's default."""
+    """The schedule, and what the network predicts. A setting that the file lacks has the class's default."""
     cls = s.one("_class_name", None, list(_CLASSES))
     sampler, spacing = DIFFUSERS.get(cls), _CLASSES[cls]
     if cls == "DPMSolverMultistepScheduler":
@@ -87,7 +70,7 @@ _FLOW_CLASSES = {
 
 
 def flow_from_json(s: Settings, ends: str) -> dict:
-    """The schedule of a model of rectified flow. ends: the spacing its pipeline has."""
+    """The schedule of a rectified flow model. ends: the spacing of its pipeline."""
     cls = s.one("_class_name", None, list(_FLOW_CLASSES))
     spacing = _FLOW_CLASSES[cls]
     key = "shift"
@@ -103,7 +86,8 @@ def flow_from_json(s: Settings, ends: str) -> dict:
         spacing = name if s.flag(f"use_{name}_sigmas", False) else spacing
     dynamic = None
     if s.flag("use_dynamic_shifting", False):
-        dynamic = {k: (s.whole if k.endswith("len") else s.number)(k, default) for k, default in DYNAMIC.items()}
+        defaults = DYNAMIC  # which are the class's too
+        dynamic = {k: (s.whole if k.endswith("len") else s.number)(k, default) for k, default in defaults.items()}
         if dynamic["max_image_seq_len"] <= dynamic["base_image_seq_len"]:
             s.refuse("max_image_seq_len", dynamic["max_image_seq_len"])
     return {

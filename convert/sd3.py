@@ -1,13 +1,13 @@
-"""Stable Diffusion 3 and 3.5: diffusers' names, and the original ones, whose layers that only scale and shift have the
-shift first. And the single files of the family."""
+"""Stable Diffusion 3 and 3.5: diffusers' names, and the original ones, where a layer that only scales and shifts has
+the shift first."""
 
 import math
 import re
 
+from ..families.published import CLIP_L
 from ..models.sd3 import Config
+from .layout import of_transformer
 from .rules import Row, Shapes
-from .scheduler import FLOW
-from .sd import DROPPED, Family, Part
 from .settings import MOST_LAYERS, Settings
 
 _END = r"\.(weight|bias)$"
@@ -34,34 +34,24 @@ TABLE: list[Row] = [
     (rf"^final_layer\.adaLN_modulation\.1{_END}", tuple(rf"norm_out.linear.\1+{i}" for i in (1, 0))),
 ]
 
-SD3 = Family(
-    table=[
-        *DROPPED,
-        (r"^text_encoders\.clip_l\.transformer\.", "text_encoder."),
-        (r"^text_encoders\.clip_g\.transformer\.", "text_encoder_2."),
-        (r"^text_encoders\.t5xxl\.transformer\.", "text_encoder_3."),
-        (r"^(vae|first_stage_model)\.", "vae."),
-        (r"^((model\.)?diffusion_model\.|transformer\.|(?!text_encoder|vae\.))", "transformer."),
-    ],
-    components=("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
-    optional=("text_encoder_3",),
-    acts={"text_encoder": "quick_gelu", "text_encoder_2": "gelu"},
-    pads={"tokenizer": "<|endoftext|>", "tokenizer_2": "!", "tokenizer_3": None},
-    parts={
-        "clip": Part("text_encoder", "clip_l*.safetensors"),
-        "clip_g": Part("text_encoder_2", "clip_g*.safetensors"),
-        "t5": Part("text_encoder_3", "t5xxl*.safetensors"),
-        "vae": Part("vae", "sd3_vae.safetensors"),
-    },
-    t5="text_encoder_3",
-    prediction="flow",
-    scale=1.5305,
-    shift=0.0609,
-)
+LAYOUTS = {
+    "sd3": of_transformer(
+        "sd3-medium",
+        {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"},
+        vae="sd3_vae.safetensors",
+        text_encoder=CLIP_L,  # without the projection of the folder in diffusers layout, which is an identity
+    )
+}
+CLASSES = ("SD3Transformer2DModel",)
+ORIGINAL = r"(^|\.)joint_blocks\.\d"
 
 
-def table(names: list[str]) -> list[Row]:
-    """TABLE and, since the last block's text is only scaled and shifted, that block's number."""
+def recognise(keys: Shapes) -> str | None:
+    return "sd3" if keys.has(rf"{ORIGINAL}|(^|\.)transformer_blocks\.\d+\.attn\.add_q_proj\.") else None
+
+
+def table(names: list[str], like: Config | None) -> list[Row]:
+    """TABLE and rows for the last block, whose text is only scaled and shifted."""
     last = max((int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d+)\.", n))), default=0)
     swap = tuple(rf"transformer_blocks.{last}.norm1_context.linear.\1+{i}" for i in (1, 0))
     return [
@@ -71,11 +61,11 @@ def table(names: list[str]) -> list[Row]:
     ]
 
 
-def config(shapes: Shapes) -> Config:
-    """Read off the shapes. Not in them, where queries and keys have no norm: heads, which are 64 wide."""
+def config(shapes: Shapes, like: Config) -> Config:
+    """Where queries and keys have no norm, no shape shows the heads."""
     norm = "transformer_blocks.0.attn.norm_q.weight"
     width, patch = (shapes.size("pos_embed.proj.weight", axis) for axis in (0, 2))
-    head = shapes.size(norm, 0) if norm in shapes else 64
+    head = shapes.size(norm, 0) if norm in shapes else like.head_dim
     layers = shapes.count("transformer_blocks")
     return Config(
         in_channels=shapes.size("pos_embed.proj.weight", 1),
@@ -115,18 +105,20 @@ def from_json(s: Settings, cls: str) -> Config:
     )
 
 
+def divided(config: Config) -> list[tuple[int, int, str]]:
+    return []
+
+
+def layout(config: Config, components: dict) -> str:
+    return "sd3"
+
+
 def variant(config: Config, called: str) -> str:
-    """Turbo has large's very shapes."""
-    return "base" if config.in_channels == config.out_channels else f"{config.in_channels}-channel"
-
-
-def schedule(config: Config) -> dict:
-    """Of files that bring none."""
-    return FLOW
+    """Turbo has the same shapes as large."""
+    return "base"
 
 
 def reads(config: Config, others: dict) -> list[tuple[str, str, int, int]]:
-    """What the transformer takes from the other networks: (which, what of it, how wide it takes it, how wide it is)."""
     clips = [others[c] for c in ("text_encoder", "text_encoder_2")]
     pooled = sum(c.width if c.projection is None else c.projection for c in clips)
     rows = [

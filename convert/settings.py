@@ -1,12 +1,12 @@
-"""A foreign config.json, read strictly: a value of the wrong kind, or one not implemented, is an Error that names it.
-Keys nobody asks for are left alone, as the reference leaves them."""
+"""A foreign config.json, read strictly: a value of the wrong kind, or one that is not implemented, is an Error that
+names it. Other keys are ignored, as in diffusers and transformers."""
 
 from pathlib import Path
 
 from ..errors import Error
 from .source import read_json
 
-MOST_LAYERS = 1000  # of a kind, in any network: building one with more would take all memory
+MOST_LAYERS = 1000  # of one kind in a network: building one with more would take all memory
 _FIX = "Use a checkpoint of a supported model; `mlxdiff inspect FILE` says what a file is."
 
 
@@ -53,7 +53,7 @@ class Settings:
         return bool(self.one(key, default, [False, True]))
 
     def wholes(self, key: str, default: list[int] | int, n: int | None = None, most: int = 2**24) -> tuple[int, ...]:
-        """A list of positive integers; a single one stands for `n` of them."""
+        """A list of positive integers; a single one means `n` equal ones."""
         value = self.get(key, default)
         value = [value] * n if n is not None and type(value) is int else value
         if not isinstance(value, list) or not value or (n is not None and len(value) != n):
@@ -61,7 +61,8 @@ class Settings:
         return tuple(self._whole(key, v, 1, most) for v in value)
 
     def layers(self, key: str, value: object, counts: list[int]) -> list[tuple[int, ...]]:
-        """Transformer layers of each attention, per block: one number for all, one a block, or a list a block."""
+        """Transformer layers of each attention, per block. Given as one number, as one per block, or as a list per
+        block."""
         value = [value] * len(counts) if type(value) is int else value
         if not isinstance(value, list) or len(value) != len(counts):
             self.refuse(key, value)

@@ -1,5 +1,5 @@
-"""Safe reading of safetensors: single files, sharded indexes and the folder of one component. Every header is checked
-whole (length, JSON, dtypes, sizes, offsets) before a byte of weights is used, and nothing is ever unpickled.
+"""Safe reading of safetensors: single files, indexes of shards and the folder of one component. Each header is checked
+completely (length, JSON, dtypes, sizes, offsets) before any weight is read, and nothing is ever unpickled.
 Format: https://github.com/huggingface/safetensors."""
 
 import json
@@ -39,7 +39,7 @@ _SIZES = {tag: np.dtype(kind).itemsize for tag, (kind, _) in FLOATS.items()} | {
 _SIZES["BOOL"] = 1
 
 _SCALE = re.compile(r"\.(scale_weight|weight_scale)$")
-_MAX_HEADER = 100_000_000  # bytes: the format's own limit
+_MAX_HEADER = 100_000_000  # bytes: the format's limit
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _VARIANTS = ("fp16", "bf16")
 _AGAIN = "Download it again."
@@ -49,14 +49,14 @@ _SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies. `read` maps the file and copies this one tensor."""
+    """The place of a tensor in a file. `read` maps the file and copies this tensor only."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    scale: "Tensor | None" = None  # one number that all of it is multiplied by
+    scale: "Tensor | None" = None  # one number that the tensor is multiplied by
 
     @property
     def size(self) -> int:
@@ -93,20 +93,20 @@ def read(path: Path) -> Weights:
         raise Error(f"{path} is one of several shards of a network.", f"Give their folder, {path.parent}.")
     if path.is_dir():
         path = _pick(path)
-    found = _shards(path) if path.suffix == ".json" else _file(path)
-    return Weights(_scaled(found.tensors), found.metadata)
+    weights = _shards(path) if path.suffix == ".json" else _file(path)
+    return replace(weights, tensors=_scaled(weights.tensors))
 
 
 def settings(path: Path) -> Path | None:
-    """The config.json of a network that has a folder to itself, if the folder or its weights, by the name diffusers and
-    transformers give them, are what is meant."""
+    """The config.json of a network in a folder that holds nothing else: if the path is that folder, or its weights
+    under the name that diffusers or transformers give them."""
     folder = path if path.is_dir() else path.parent if _OF_COMPONENT.fullmatch(path.name) else None
     return folder / "config.json" if folder is not None and (folder / "config.json").is_file() else None
 
 
 def _scaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI's files of 8-bit floats keep beside a layer's weight one number to multiply it by, and another for its
-    inputs, which no one needs who computes in more bits. Scales of any other kind stay, and the file is refused."""
+    """In ComfyUI's files of 8-bit floats a layer has one number to multiply its weight by, and another for its inputs,
+    which is not needed here. Scales of any other kind stay, and the file is refused."""
     scales = [
         n for n in tensors if _SCALE.search(n) and math.prod(tensors[n].shape) == 1 and tensors[n].dtype in FLOATS
     ]
@@ -135,7 +135,7 @@ def read_json(path: Path) -> dict:
 
 
 def _pick(folder: Path) -> Path:
-    """One rule: the file without a suffix, which is the most precise; else its fp16, else its bf16 copy."""
+    """The file without a suffix, which is the most precise; else its fp16, else its bf16 copy."""
     try:
         names = set(os.listdir(folder))
     except OSError as e:
@@ -153,7 +153,7 @@ def _pick(folder: Path) -> Path:
         raise Error(f"{folder} holds several weight files: {', '.join(others)}.", "Give the path of one of them.")
     for name in sorted(names):
         if name.endswith(_PICKLES):
-            return folder / name  # refused by name, with the reason
+            return folder / name  # `_file` refuses it and says why
     if any("-of-" in n for n in names):
         raise Error(
             f"{folder} holds shards of weights but no index of them.", "Download its .safetensors.index.json too."
@@ -173,24 +173,24 @@ def _shards(path: Path) -> Weights:
         shard = path.parent / name
         if not shard.exists():
             raise Error(f"{path.parent} lacks the shard {name}.", "Download the missing file.")
-        found = _file(shard).tensors
-        for key in sorted(found.keys() ^ {k for k, f in placed.items() if f == name}):
-            where = "not in it" if key not in found else f"in it, and listed under {placed.get(key)}"
+        held = _file(shard).tensors
+        for key in sorted(held.keys() ^ {k for k, f in placed.items() if f == name}):
+            where = "not in it" if key not in held else f"in it, and listed under {placed.get(key)}"
             raise Error(f"{path.name} disagrees with {shard} about {key!r}: it is {where}.", "Download both again.")
-        tensors |= found
+        tensors |= held
     return Weights(tensors, {})
 
 
 def _stat(path: Path) -> os.stat_result:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as e:
         raise Error(f"{path} cannot be read: {e.strerror}.", "Check the path, its links and its permissions.") from None
     except ValueError:  # a NUL in the name
         raise Error(f"{str(path)!r} is not a file name.", "Check the path.") from None
     if not path.is_file():
         raise Error(f"{path} is not a file.", "Give a .safetensors file or a folder in diffusers layout.")
-    return found
+    return status
 
 
 def _file(path: Path) -> Weights:
@@ -220,7 +220,7 @@ def _refuse_pickle(path: Path):
 
 
 def _recognise(path: Path, size: int, start: bytes) -> None:
-    """Name what is often found where weights should be."""
+    """Refuse, by name, what people often have in place of weights."""
     if start[8:9] == b"{":  # looks right; the first eight bytes are a number and may spell anything
         return
     if size == 0:
@@ -240,11 +240,11 @@ def _recognise(path: Path, size: int, start: bytes) -> None:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         names = [k for k, _ in pairs]
         raise KeyError(next(k for i, k in enumerate(names) if k in names[:i]))
-    return found
+    return entries
 
 
 def _parse(path: Path, text: bytes, begin: int, size: int) -> Weights:

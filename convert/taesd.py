@@ -1,10 +1,10 @@
-"""TAESD: the original decoder alone, and diffusers' AutoencoderTiny, of which the encoder is left: nothing here encodes
-with it."""
+"""TAESD: the original decoder alone, and diffusers' AutoencoderTiny, whose encoder is dropped: it is used nowhere."""
 
 import itertools
 import re
 
 from ..models.taesd import Config
+from .layout import Layout
 from .rules import Row, Shapes
 from .settings import Settings
 
@@ -12,16 +12,23 @@ TABLE: list[Row] = [
     (r"^encoder\.", None),
     (r"^decoder\.", ""),
 ]
+LAYOUTS = {"taesd": Layout("a TAESD decoder, for previews", [(r"^", "taesd.")], {"taesd": "taesd"})}
+CLASSES = ("AutoencoderTiny",)
+ORIGINAL = r"^\d+\.conv\.\d+\.weight$"
 
 
-def table(names: list[str]) -> list[Row]:
-    """The original counts what holds the latents in range as its layer 0, so all others come one later."""
+def recognise(keys: Shapes) -> str | None:
+    return "taesd" if keys.has(r"^(decoder\.layers\.)?\d+\.conv\.\d+\.weight$") else None
+
+
+def table(names: list[str], like: Config | None) -> list[Row]:
+    """The original's layer 0 keeps the latents in range, so all others are numbered one higher."""
     numbers = sorted({int(m[1]) for n in names if (m := re.match(r"(\d+)\.", n))})
     return [*TABLE, *((rf"^{i}\.", f"layers.{i - 1}.") for i in numbers)]
 
 
-def config(shapes: Shapes) -> Config:
-    """Read off the shapes: a level is its blocks, then, but for the last, an enlargement and a convolution."""
+def config(shapes: Shapes, like: Config | None) -> Config:
+    """A level is its blocks and, in all but the last, an enlargement and a convolution."""
     layers = sorted({int(m[1]) for n in shapes if (m := re.match(r"layers\.(\d+)\.", n))})
     kinds = ["block" if f"layers.{i}.conv.0.weight" in shapes else "conv" for i in layers[1:]]
     return Config(
@@ -33,7 +40,7 @@ def config(shapes: Shapes) -> Config:
 
 
 def from_json(s: Settings, cls: str) -> Config:
-    """From diffusers' config.json. Widths differ from level to level in none that its own network could run."""
+    """From diffusers' config.json. diffusers runs only those whose levels are all of one width."""
     blocks = s.wholes("num_decoder_blocks", [3, 3, 3, 1], most=100)
     widths = s.wholes("decoder_block_out_channels", [64, 64, 64, 64], len(blocks))
     s.one("decoder_block_out_channels", list(widths), [[widths[0]] * len(widths)])
@@ -48,3 +55,7 @@ def from_json(s: Settings, cls: str) -> Config:
         width=widths[0],
         blocks=blocks,
     )
+
+
+def divided(config: Config) -> list[tuple[int, int, str]]:
+    return []

@@ -1,4 +1,4 @@
-"""Tokenizers are copied as they are; a single-file checkpoint has none and borrows one of the same vocabulary."""
+"""Tokenizers are copied as they are. A single-file checkpoint has none and borrows one with the same vocabulary."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ _MAP = "special_tokens_map.json"
 
 
 def find(given: Path, name: str, t5: bool) -> Path:
-    """Of a folder the user named: the tokenizer's own folder inside it, else one of its kind, else it itself."""
+    """In the folder that a user gives: the folder of this name, else one of the same kind, else the given one."""
     folders = [given / name, *(given / t for t in ("tokenizer", "tokenizer_2", "tokenizer_3"))]
     return next((f for f in folders if f.is_dir() and _is_t5(f) == t5), given)
 
@@ -27,18 +27,19 @@ def _is_t5(folder: Path) -> bool:
 
 
 def _vocab(folder: Path) -> object:
-    """Of tokenizer.json: CLIP's is {word: id}, T5's [[word, score], ...]."""
+    """The vocabulary in tokenizer.json: CLIP's is {word: id}, T5's [[word, score], ...]."""
     model = read_json(folder / "tokenizer.json").get("model") if (folder / "tokenizer.json").is_file() else None
     return model.get("vocab") if isinstance(model, dict) else None
 
 
 def check(folder: Path, vocab: int, positions: int | None) -> None:
-    """That there is one, that it works, and that the text encoder knows all its words and, CLIP's, all positions."""
+    """Raise unless the folder holds a tokenizer that works, and the text encoder knows all its words and, if it is
+    CLIP's, all its positions. positions: None for T5."""
     count = _t5_words(folder) if positions is None else _clip_words(folder)
     if count > vocab:
         raise Error(
             f"The tokenizer in {folder} has {count} words; the text encoder knows {vocab}.",
-            "Pass the tokenizer of this model with --tokenizer.",
+            "Give the tokenizer of this model: `tokenizer=DIR`.",
         )
     if positions is None:
         load_t5(folder)
@@ -47,7 +48,7 @@ def check(folder: Path, vocab: int, positions: int | None) -> None:
     if not 2 < length <= positions:
         raise Error(
             f"The tokenizer in {folder} makes chunks of {length} tokens; the text encoder knows {positions} positions.",
-            "Pass the tokenizer of this model with --tokenizer.",
+            "Give the tokenizer of this model: `tokenizer=DIR`.",
         )
 
 
@@ -59,7 +60,7 @@ def _clip_words(folder: Path) -> int:
     else:
         raise Error(
             f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt.",
-            "Pass --tokenizer with the tokenizer folder of a model in diffusers layout.",
+            "Give `tokenizer=DIR`, the tokenizer folder of a model in diffusers layout.",
         )
     if not isinstance(words, dict) or not all(type(i) is int for i in words.values()):
         raise Error(f"The vocabulary in {folder} is malformed.", "Fetch the tokenizer again.")
@@ -73,7 +74,7 @@ def _t5_words(folder: Path) -> int:
     if not (folder / "spiece.model").is_file():
         raise Error(
             f"{folder} holds no tokenizer of T5: neither spiece.model nor a tokenizer.json of its kind.",
-            "Pass --tokenizer with the folder of a whole model in diffusers layout, which holds one for each encoder.",
+            "Give `tokenizer=DIR`, the folder of a whole model in diffusers layout, which holds one for each encoder.",
         )
     try:
         return SentencePieceProcessor(model_file=str(folder / "spiece.model")).get_piece_size()
@@ -89,7 +90,7 @@ def copy(folder: Path, target: Path) -> None:
 
 
 def borrow(folder: Path, target: Path, pad: str) -> None:
-    """A copy that fills up with `pad`, as this family was trained, whatever model the tokenizer is from."""
+    """A copy that fills texts up with `pad`, as in this family's training, whatever model the tokenizer is from."""
     copy(folder, target)
     settings = {}
     for name in ("tokenizer_config.json", _MAP):

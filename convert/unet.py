@@ -1,8 +1,14 @@
-"""The U-Net: diffusers' names, and the original ones, where blocks are numbered in one line through all levels."""
+"""The U-Net of Stable Diffusion 1.x, 2.x and XL: diffusers' names, and the original ones, which number the blocks of
+all levels in one row."""
 
 import re
+from dataclasses import replace
 
+from ..errors import Error
+from ..families import Family
+from ..models import clip
 from ..models.unet import Config
+from .layout import of_family
 from .rules import Lacking, Row, Shapes
 from .settings import MOST_LAYERS, Settings
 
@@ -25,10 +31,53 @@ TABLE: list[Row] = [
     (r"\.out_layers\.3\.", ".conv2."),
     (r"\.skip_connection\.", ".conv_shortcut."),
 ]
+_WHOLE: list[Row] = [  # of a checkpoint, all but its text encoders
+    (
+        r"^((model\.)?diffusion_model\.|(?=(input|middle|output|down|mid|up)_blocks?\.|time_embed(ding)?\."
+        r"|label_emb\.|add_embedding\.|out\.\d\.|conv_(in|out|norm_out)\.))",
+        "unet.",
+    ),
+    (r"^first_stage_model\.", "vae."),
+]
+LAYOUTS = {
+    # ComfyUI once wrote `clip_l.` in between, and trainers before transformers 4 no `text_model.` (see clip).
+    "sd1": of_family("sd15", [*_WHOLE, (r"^cond_stage_model\.(clip_l\.)?transformer\.", "text_encoder.")]),
+    "sd2": of_family("sd21", [*_WHOLE, (r"^(cond_stage_model|conditioner\.embedders\.0)\.model\.", "text_encoder.")]),
+    "sdxl": of_family(
+        "sdxl",
+        [
+            *_WHOLE,
+            (r"^conditioner\.embedders\.0\.transformer\.", "text_encoder."),
+            (r"^conditioner\.embedders\.1\.model\.(transformer\.(?=text_model\.))?", "text_encoder_2."),
+        ],
+    ),
+    "sdxl-refiner": of_family("sdxl-refiner", [*_WHOLE, (r"^conditioner\.embedders\.0\.model\.", "text_encoder_2.")]),
+}
+CLASSES = ("UNet2DConditionModel",)
+ORIGINAL = r"^((model\.)?diffusion_model\.)?input_blocks\.\d"
 
 
-def table(names: list[str]) -> list[Row]:
-    """TABLE and, counted from the names, where each numbered block lies. A level ends in a resampling."""
+def recognise(keys: Shapes) -> str | None:
+    if not keys.has(rf"{ORIGINAL}|^((model\.)?diffusion_model\.)?down_blocks\.\d"):
+        return None
+    two = keys.has(r"^conditioner\.embedders\.1\.")
+    if not two and not keys.has(r"(label_emb|add_embedding)\."):
+        return "sd1" if len(keys.first(r"\.proj_in\.weight$")) == 4 else "sd2"
+    # Where there is only a U-Net: the refiner's takes one text vector, pooled and in whole, SDXL's reads two encoders.
+    added = keys.first(r"(label_emb\.0\.0|add_embedding\.linear_1)\.weight")
+    context, refiner = keys.first(r"attn2\.to_k\.weight"), LAYOUTS["sdxl-refiner"]
+    alone = len(added) == len(context) == 2 and added[1] - context[1] == 256 * sizes(refiner.family)
+    return "sdxl-refiner" if not two and (alone or keys.has(r"^conditioner\.embedders\.0\.model\.")) else "sdxl"
+
+
+def sizes(family: Family) -> int:
+    """How many numbers SDXL's U-Nets take beside the pooled text: height, width, crop top and left; then target height
+    and width, or the refiner's aesthetic score."""
+    return 6 if family.text.scores is None else 5
+
+
+def table(names: list[str], like: Config | None) -> list[Row]:
+    """TABLE and rows for the numbered blocks, whose levels each end in a resampling."""
     rows = list(TABLE)
     parts = {}  # "input_blocks.4" -> {"0.in_layers", "1.norm", ...}
     for n in names:
@@ -60,9 +109,9 @@ def table(names: list[str]) -> list[Row]:
     return rows
 
 
-def config(shapes: Shapes) -> Config:
-    """Read off the shapes, names already ours. Not in them: attention heads, which are 8 where the file keeps proj_in
-    as a convolution (SD 1.x) and 64 wide elsewhere; 32 groups; sinusoids of SDXL's sizes, 256 wide."""
+def config(shapes: Shapes, like: Config) -> Config:
+    """No shape shows the attention heads, which are 8 where the file keeps proj_in as a convolution (SD 1.x) and 64
+    wide elsewhere; nor the groups, nor how wide the sinusoids of SDXL's sizes are (but see `sized`)."""
     levels = range(max(1, shapes.count("down_blocks"), shapes.count("up_blocks")))
     channels = tuple(shapes.size(f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in levels)
     layers = tuple(shapes.count(f"down_blocks.{i}.resnets") for i in levels)
@@ -79,26 +128,26 @@ def config(shapes: Shapes) -> Config:
         mid_depth=sum(_depth(shapes, "mid_block", 1)) if shapes.count("mid_block") else None,
         heads=tuple(max(1, c // 64) if linear else 8 for c in channels),
         context=shapes.size(reads, 1),
-        groups=32,
-        eps=1e-5,
+        groups=like.groups,
+        eps=like.eps,
         linear_projection=linear,
         time_cond=shapes.size(cond, 1) if cond in shapes else None,
-        added_time=256 if added in shapes else None,
+        added_time=like.added_time if added in shapes else None,
         added=shapes.size(added, 1) if added in shapes else None,
-        flip_sin_to_cos=True,
-        freq_shift=0,
+        flip_sin_to_cos=like.flip_sin_to_cos,
+        freq_shift=like.freq_shift,
     )
 
 
 def _depth(shapes: Shapes, block: str, resnets: int) -> tuple[int, ...]:
-    """Of each attention: a block has none, or one for each residual block."""
+    """Transformer layers of each attention. A block has no attention, or one for each residual block."""
     n = shapes.count(f"{block}.attentions")
     if n not in (0, resnets):
         raise Lacking(f"{block}.attentions.{min(n, resnets)}")
     return tuple(shapes.count(f"{block}.attentions.{j}.transformer_blocks") for j in range(n))
 
 
-# What diffusers can be told and we do not implement: the only value of each that this network has.
+# Settings of diffusers that are not implemented here: the only value of each that this network has.
 _FIXED = {
     "act_fn": "silu",
     "attention_type": "default",
@@ -177,3 +226,39 @@ def _attends(s: Settings, key: str, default: list[str], n: int) -> list[bool]:
     if not isinstance(kinds, list) or len(kinds) != n or not all(k in known for k in kinds):
         s.refuse(key, kinds)
     return [k.startswith("CrossAttn") for k in kinds]
+
+
+def divided(config: Config) -> list[tuple[int, int, str]]:
+    attends = [bool(a or b) for a, b in zip(config.depth, reversed(config.up_depth), strict=True)]
+    attends[-1] |= bool(config.mid_depth)
+    heads = [(c, h, "heads") for c, h, a in zip(config.channels, config.heads, attends, strict=True) if a]
+    return [(c, config.groups, "norm groups") for c in config.channels] + heads
+
+
+def layout(config: Config, components: dict) -> str:
+    if config.added is not None:
+        return "sdxl" if "text_encoder" in components else "sdxl-refiner"
+    return "sd2" if config.linear_projection else "sd1"
+
+
+def variant(config: Config, called: str) -> str:
+    return "base" if config.time_cond is None else "lcm"
+
+
+def reads(config: Config, others: dict) -> list[tuple[str, str, int, int]]:
+    encoders = [c.width for name, c in others.items() if name.startswith("text_encoder")]
+    return [
+        ("text encoders", "text", config.context, sum(encoders)),
+        ("vae", "latents", config.out_channels, others["vae"].latent_channels),
+    ]
+
+
+def sized(config: Config, text: clip.Config, sizes: int) -> Config:
+    """The Config with the width of the sinusoids, which follows from the share that the pooled text has."""
+    width, rest = divmod(config.added - text.projection, sizes)
+    if rest or width < 1:
+        raise Error(
+            f"The unet takes {config.added} numbers, which are no text vector of {text.projection} and {sizes} sizes.",
+            "Use a checkpoint whose networks belong together.",
+        )
+    return replace(config, added_time=width)

@@ -2,12 +2,14 @@
 
 import re
 
+from ..families.published import VAE
 from ..models.vae import Config
+from .layout import DROPPED, Layout
 from .rules import Row, Shapes
 from .settings import MOST_LAYERS, Settings
 
 TABLE: list[Row] = [
-    (r"^(loss|model_ema)\.", None),  # the discriminator, and counters of an average whose weights are the file's own
+    (r"^(loss|model_ema)\.", None),  # the discriminator, and counters of an average, whose weights are the file's
     (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
     (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -21,9 +23,16 @@ TABLE: list[Row] = [
     (r"\.attentions\.0\.(v|value)\.", ".attentions.0.to_v."),
     (r"\.attentions\.0\.(proj_out|proj_attn)\.", ".attentions.0.to_out.0."),
 ]
+LAYOUTS = {"vae": Layout("a VAE", [*DROPPED, (r"^(first_stage_model\.|vae\.)?", "vae.")], {"vae": "vae"}, {"vae": VAE})}
+CLASSES = ("AutoencoderKL",)
+ORIGINAL = r"^(first_stage_model\.|vae\.)?decoder\.up\.\d"
 
 
-def table(names: list[str]) -> list[Row]:
+def recognise(keys: Shapes) -> str | None:
+    return "vae" if keys.has(rf"{ORIGINAL}|^(first_stage_model\.|vae\.)?decoder\.up_blocks\.\d") else None
+
+
+def table(names: list[str], like: Config | None) -> list[Row]:
     """The original counts the decoder's levels from the finest, diffusers from the coarsest."""
     levels = len({m[1] for n in names if (m := re.match(r"decoder\.up\.(\d+)\.", n))})
     rows = list(TABLE)
@@ -33,8 +42,8 @@ def table(names: list[str]) -> list[Row]:
     return rows
 
 
-def config(shapes: Shapes, scale: float, shift: float) -> Config:
-    """Read off the shapes, names already ours. Not in them: groups (32 in every published VAE), scale and shift."""
+def config(shapes: Shapes, like: Config) -> Config:
+    """No shape shows the groups, the scale and the shift."""
     levels = max(1, shapes.count("encoder.down_blocks"))
     return Config(
         in_channels=shapes.size("encoder.conv_in.weight", 1),
@@ -42,9 +51,9 @@ def config(shapes: Shapes, scale: float, shift: float) -> Config:
         latent_channels=shapes.size("decoder.conv_in.weight", 1),
         channels=tuple(shapes.size(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(levels)),
         layers=shapes.count("encoder.down_blocks.0.resnets"),
-        groups=32,
-        scale=scale,
-        shift=shift,
+        groups=like.groups,
+        scale=like.scale,
+        shift=like.shift,
         quant_conv="quant_conv.weight" in shapes,
         post_quant_conv="post_quant_conv.weight" in shapes,
         mid_attention="decoder.mid_block.attentions.0.to_q.weight" in shapes,
@@ -72,3 +81,7 @@ def from_json(s: Settings, cls: str) -> Config:
         post_quant_conv=s.flag("use_post_quant_conv", True),
         mid_attention=s.flag("mid_block_add_attention", True),
     )
+
+
+def divided(config: Config) -> list[tuple[int, int, str]]:
+    return [(width, config.groups, "norm groups") for width in config.channels]

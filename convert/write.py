@@ -1,4 +1,4 @@
-"""A checkpoint to a model folder that appears whole or not at all, its weights streamed tensor by tensor."""
+"""A checkpoint to a model folder, which appears whole or not at all. Weights are read and written tensor by tensor."""
 
 import contextlib
 import math
@@ -17,12 +17,15 @@ from .. import weights
 from ..description import Description
 from ..errors import Error
 from ..families import FAMILIES
+from ..families.base import tokenizer_of
 from ..models import build
 from ..recipe import DTYPES, Recipe, component_dtype
 from ..recipe import recipe as checked
-from . import detect, flux, rules, sd3
+from . import rules
 from . import tokenizer as copying
 from .checkpoint import FULL, Checkpoint, check, open
+from .clip import PADS
+from .registry import MODULES
 from .source import Tensor
 
 
@@ -36,7 +39,7 @@ def convert(
     progress: Callable[[str, int, int], None] | None = None,
     parts: dict[str, str | Path] | None = None,
 ) -> Path:
-    """What `save` does with what `open` says of a source."""
+    """`open` a source and `save` it."""
     return save(open(source, prediction, parts), target, bits, dtype, tokenizer, progress)
 
 
@@ -48,26 +51,26 @@ def save(
     tokenizer: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
-    """Write a model folder at `target`, which appears whole or not at all. The weights pass one by one.
+    """Write a model folder at `target`, which appears whole or not at all.
 
     bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: float32, float16 or bfloat16; by default what
-    suits this machine. tokenizer: a tokenizer folder, for a checkpoint that brings none. progress is told ("convert",
-    bytes done, bytes in all)."""
+    suits this machine. tokenizer: a tokenizer folder, for a checkpoint that has none. progress is called with
+    ("convert", bytes done, bytes in all)."""
     target = Path(target)
     recipe = checked(bits, dtype)
     try:
         _vacant(target)
         model = describe(checkpoint, recipe)
-        words = _words(checkpoint, None if tokenizer is None else Path(tokenizer))
+        tokenizers = _tokenizers(checkpoint, None if tokenizer is None else Path(tokenizer))
         with _appearing(target) as folder:
-            _write(checkpoint, model, folder, words, (lambda *_: None) if progress is None else progress)
+            _write(checkpoint, model, folder, tokenizers, (lambda *_: None) if progress is None else progress)
     except OSError as e:
         raise Error(f"{target} cannot be written: {e.strerror}.", "Check the free space and the permissions.") from None
     return target
 
 
 def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
-    """The networks of `source` themselves, without a converted copy: for a decoder of a few megabytes."""
+    """The networks of `source`, without a converted copy: for a decoder of a few megabytes."""
     checkpoint, networks = open(source), {}
     check(checkpoint)
     for name, part in checkpoint.components.items():
@@ -79,26 +82,27 @@ def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
 def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
     if checkpoint.family == "taesd":
-        raise Error(f"{checkpoint.path} is a TAESD, which is used as it is.", "Give it to `generate` as --taesd FILE.")
-    held, lacking, row = list(checkpoint.components), checkpoint.lacking, detect.FAMILIES[checkpoint.family]
+        raise Error(f"{checkpoint.path} is a TAESD, which is used as it is.", "Draw previews by it: `taesd=FILE`.")
+    held, lacking = list(checkpoint.components), checkpoint.lacking
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""
-        flags = [f"--{k.replace('_', '-')} {p.beside}" for k, p in row.parts.items() if p.component in lacking]
+        parts = [f"`{n}={p.beside}`" for n, p in checkpoint.layout.parts.items() if p.component in lacking]
         if checkpoint.part_of is not None:
             fix = f"Use the model that it is a part of, {checkpoint.part_of}."
-        elif len(flags) == len(lacking) > 0:
-            fix = f"Pass {', '.join(flags)}, or put files of such names beside it."
+        elif len(parts) == len(lacking) > 0:
+            fix = f"Give {', '.join(parts)}, or put files of such names beside it."
         else:
             fix = FULL
         raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", fix)
-    for name, what, takes, gives in _reads(checkpoint):
+    family, configs = FAMILIES[checkpoint.family], {name: c.config for name, c in checkpoint.components.items()}
+    for name, what, takes, gives in MODULES[family.network].reads(configs[family.denoiser], configs):
         if takes != gives:
-            net = next(n for n in ("unet", "transformer") if n in held)
             raise Error(
-                f"{checkpoint.path} has a {net} that takes {what} {takes} wide and {_told(checkpoint, name)} {gives}.",
+                f"{checkpoint.path} has a {family.denoiser} that takes {what} {takes} wide and "
+                f"{_giver(checkpoint, name)} {gives}.",
                 "Use a checkpoint whose networks belong together.",
             )
-    variant = FAMILIES[checkpoint.family].variants.get(checkpoint.variant)
+    variant = family.variants.get(checkpoint.variant)
     if variant is None or not variant.converts:
         raise Error(
             f"{checkpoint.path} is of the {checkpoint.variant} variant of {checkpoint.family}, which cannot draw yet.",
@@ -106,47 +110,36 @@ def _whole(checkpoint: Checkpoint) -> None:
         )
 
 
-def _reads(checkpoint: Checkpoint) -> list[tuple[str, str, int, int]]:
-    """What the denoiser takes from the other networks: (which, what, how wide it takes it, how wide that gives it)."""
-    configs = {name: c.config for name, c in checkpoint.components.items()}
-    if "transformer" in configs:
-        module = {"flux": flux, "sd3": sd3}[checkpoint.family]
-        return module.reads(configs["transformer"], configs)
-    encoders = [c.width for name, c in configs.items() if name.startswith("text_encoder")]
-    return [("text encoders", "text", configs["unet"].context, sum(encoders))]
-
-
-def _told(checkpoint: Checkpoint, name: str) -> str:
+def _giver(checkpoint: Checkpoint, name: str) -> str:
+    """A network and the file it is from, for a sentence that goes on with the width that it gives."""
     if name not in checkpoint.components:
         return f"{name} that give"
     weight = next(iter(checkpoint.components[name].weights.values()))
     return f"a {name} ({weight.pieces[0].tensor.file.name}) that gives"
 
 
-def _words(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[Path, str | None]]:
-    """Where each tokenizer is taken from and, if it is another model's, what it has to fill up with."""
-    words = {}
-    for name, pad in detect.FAMILIES[checkpoint.family].pads.items():
-        encoder = checkpoint.components.get(name.replace("tokenizer", "text_encoder"))
-        if encoder is None:
-            continue
-        t5 = pad is None
+def _tokenizers(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[Path, str | None]]:
+    """The folder that each tokenizer is copied from and, if it is another model's, the token that fills a text up."""
+    tokenizers, layout = {}, checkpoint.layout
+    for encoder in (e for e in layout.encoders if e in checkpoint.components):
+        name, t5 = tokenizer_of(encoder), layout.networks[encoder] == "t5"
         if name in checkpoint.tokenizers:
-            words[name] = checkpoint.tokenizers[name], None
+            tokenizers[name] = checkpoint.tokenizers[name], None
         elif given is not None:
             folder = copying.find(given, name, t5)
-            words[name] = folder, None if folder == given / name else pad
+            tokenizers[name] = folder, None if t5 or folder == given / name else PADS[layout.published[encoder].act]
         else:
             raise Error(
                 f"{checkpoint.path} has no tokenizer.",
-                "Pass --tokenizer with the tokenizer folder of a model in diffusers layout.",
+                "Give `tokenizer=DIR`, the tokenizer folder of a model in diffusers layout.",
             )
-        copying.check(words[name][0], encoder.config.vocab, None if t5 else encoder.config.positions)
-    return words
+        config = checkpoint.components[encoder].config
+        copying.check(tokenizers[name][0], config.vocab, None if t5 else config.positions)
+    return tokenizers
 
 
 def describe(checkpoint: Checkpoint, recipe: Recipe) -> Description:
-    """What the conversion will be a model of. Raises unless a whole model comes out, every tensor understood."""
+    """The model that a conversion gives. Raises unless that is a whole model and every tensor is understood."""
     check(checkpoint)
     _whole(checkpoint)
     return Description(
@@ -161,7 +154,7 @@ def describe(checkpoint: Checkpoint, recipe: Recipe) -> Description:
     )
 
 
-def _write(checkpoint: Checkpoint, model: Description, folder: Path, words: dict, progress: Callable) -> None:
+def _write(checkpoint: Checkpoint, model: Description, folder: Path, tokenizers: dict, progress: Callable) -> None:
     writers = []
     for name, part in checkpoint.components.items():
         kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
@@ -171,7 +164,7 @@ def _write(checkpoint: Checkpoint, model: Description, folder: Path, words: dict
     if free < size:
         raise Error(
             f"{folder.parent} has {free / 1e9:.2f} GB free; the model needs {size / 1e9:.2f} GB.",
-            "Free some space, write elsewhere, or make it smaller with -q.",
+            "Free some space, write elsewhere, or make it smaller: `bits=4`.",
         )
     done, total = 0, sum(p.parameters * kind.size for p, _, kind in writers)
     for part, writer, kind in writers:
@@ -181,17 +174,17 @@ def _write(checkpoint: Checkpoint, model: Description, folder: Path, words: dict
                 writer.put(key, _sound(weight, kind))
                 done += math.prod(weight.shape) * kind.size
     progress("convert", total, total)
-    for name, (place, pad) in words.items():
+    for name, (place, pad) in tokenizers.items():
         if pad is None:
             copying.copy(place, folder / name)
         else:
             copying.borrow(place, folder / name, pad)
     error = {writer.path.stem: writer.error for _, writer, _ in writers if writer.error is not None}
-    replace(model, tokenizers=tuple(words), error=error).write(folder)
+    replace(model, tokenizers=tuple(tokenizers), error=error).write(folder)
 
 
 def _sound(weight: rules.Weight, dtype: mx.Dtype) -> mx.array:
-    """The weight in its place's layout and type, all of it finite."""
+    """A parameter in the given type. Raises if a number of it is not finite."""
     return weight.fitted([_sound_tensor(p.tensor, dtype) for p in weight.pieces])
 
 
@@ -203,7 +196,7 @@ def _sound_tensor(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
     if _finite(stored):
         raise Error(
             f"{tensor.name!r} in {tensor.file} has numbers too large for {str(dtype)[9:]}.",
-            "Pass --dtype bfloat16 or float32.",
+            'Use `dtype="bfloat16"` or float32.',
         )
     raise Error(
         f"{tensor.name!r} in {tensor.file} has numbers that are NaN or infinite.",
@@ -211,7 +204,7 @@ def _sound_tensor(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
     )
 
 
-# type -> its bits as integers, and the least of them, sign aside, that is no number. Ten times faster than isfinite.
+# type -> its bits as integers, and the lowest, without the sign, that is not finite. Ten times faster than isfinite.
 _INFINITE = {
     mx.float32: (mx.uint32, 0x7F800000),
     mx.float16: (mx.uint16, 0x7C00),
@@ -226,7 +219,7 @@ def _finite(x: mx.array) -> bool:
 
 
 def _vacant(target: Path) -> None:
-    """What is overwritten: nothing, an empty folder, or a model folder."""
+    """Raise unless the target is absent, an empty folder or a model folder: only these are overwritten."""
     if target.is_dir():
         if any(target.iterdir()) and not (target / "model.json").is_file():
             raise Error(f"{target} is a folder of something else.", "Give a new folder, or an older model folder.")
@@ -236,8 +229,8 @@ def _vacant(target: Path) -> None:
 
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A folder that gets the target's name once all is in it, on disk too; an older model folder of that name goes.
-    Left early, for whatever reason, it leaves nothing."""
+    """A folder that takes the target's name, and the place of an older model folder, once all of it is on disk. After
+    an error or an interrupt, nothing of it stays."""
     made = target.absolute().parent / f".{target.name}-{secrets.token_hex(4)}.part"
     old, fresh = made.with_suffix(".old"), [p for p in made.parents if not p.exists()]
     try:

@@ -104,7 +104,7 @@ def test_wrong_names_are_told_with_ours(pipe, settings, says):
 def test_wrong_names_come_before_the_model():
     with pytest.raises(Error, match="use `steps`"):
         mlxdiff.stream("x", "no-such-model", stpes=4)
-    with pytest.raises(Error, match="Width must be .* 3 was given"):  # else this would ask the network for it
+    with pytest.raises(Error, match=r"Width must be .* 3 was given"):  # else this would ask the network for it
         mlxdiff.stream("x", "sdxl", width=3)
 
 

@@ -16,8 +16,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxdiff import Error, convert, weights
-from mlxdiff.convert import inspect, source, write
+from mlxdiff.convert import inspect, registry, source, write
 from mlxdiff.convert.__main__ import main
+from mlxdiff.models import build
 
 from . import clip_vocab, original
 from .checkpoints import full, header, manifest, raw, sparse
@@ -43,10 +44,10 @@ CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae
 def state(name: str, folder: Path) -> dict[str, np.ndarray]:
     """Random weights of one component, layout as diffusers saves it."""
     settings = convert.settings.Settings(folder / name / "config.json")
-    config = convert.component.CLASSES[CLASSES[name]].from_json(settings, CLASSES[name])
+    config = registry.MODULES[registry.CLASSES[CLASSES[name]]].from_json(settings, CLASSES[name])
     rng = np.random.default_rng(0)
     out = {}
-    for key, value in tree_flatten(weights.build(name, vars(config)).parameters()):
+    for key, value in tree_flatten(build.build(config).parameters()):
         x = rng.normal(size=value.shape).astype(np.float32)
         point = key.endswith(("proj_in.weight", "proj_out.weight", "conv_shortcut.weight", "quant_conv.weight"))
         x = x[:, None, None, :] if point and x.ndim == 2 and "attn" not in key else x
@@ -196,6 +197,12 @@ def other_text(folder: Path) -> None:
     full(path.with_name("model.safetensors"), state("text_encoder", folder))
 
 
+def other_vae(folder: Path) -> None:
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(CONFIGS["vae"] | {"latent_channels": 8}))
+    full(path.with_name("model.safetensors"), state("vae", folder))
+
+
 def relink(place: Place) -> list[str]:
     (place.root / "a.safetensors").symlink_to(place.file)
     place.file.symlink_to(place.root / "a.safetensors")
@@ -326,17 +333,17 @@ BAD = {
     ),
     "NaN": (lambda p: p.tensors(put(NORM, lambda x: poke(x, np.nan))), "'model.diffusion_model.out.0.bias'"),
     "infinity": (lambda p: p.tensors(put("decoder.conv_in.bias", lambda x: poke(x, np.inf))), "conv_in.bias"),
-    "too large for float16": (too_large, "too large for float16. Pass --dtype bfloat16"),
+    "too large for float16": (too_large, "too large for float16. Use --dtype bfloat16"),
     # whole files of something else, and half models
     "a LoRA": (lambda p: p.sparse("lora_kohya_sd15"), "a LoRA"),
     "a ControlNet": (lambda p: p.sparse("sd15_controlnet_canny"), "a ControlNet"),
     "a FLUX transformer alone": (
         lambda p: p.sparse("flux1-schnell"),
-        "without text_encoder, text_encoder_2, vae. Pass --clip clip_l*.safetensors, --t5 t5xxl*.safetensors, --vae ae",
+        "without text_encoder, text_encoder_2, vae. Give --clip clip_l*.safetensors, --t5 t5xxl*.safetensors, --vae ae",
     ),
-    "SD3 without its CLIPs": (lambda p: p.sparse("sd3_medium"), "without text_encoder, text_encoder_2. Pass --clip "),
+    "SD3 without its CLIPs": (lambda p: p.sparse("sd3_medium"), "without text_encoder, text_encoder_2. Give --clip "),
     "an IP-Adapter": (lambda p: p.sparse("ip_adapter_sd15"), "an IP-Adapter"),
-    "a tiny VAE": (lambda p: p.sparse("taesd"), "a TAESD, which is used as it is. Give it to `generate` as --taesd"),
+    "a tiny VAE": (lambda p: p.sparse("taesd"), "a TAESD, which is used as it is. Draw previews by it: --taesd"),
     "half of a tiny VAE": (lambda p: p.sparse("taesd_encoder_single"), "encoder of a TAESD"),
     "a U-Net alone": (lambda p: p.sparse("sdxl_base_unet"), "only unet, without text_encoder, text_encoder_2, vae"),
     "a VAE alone": (lambda p: p.sparse("sdxl_vae"), "holds only vae"),
@@ -354,6 +361,10 @@ BAD = {
     "networks of different models": (
         lambda p: p.folder(other_text),
         "takes text 64 wide and text encoders that give 128",
+    ),
+    "a VAE of other latents": (
+        lambda p: p.folder(other_vae),
+        "takes latents 4 wide and a vae (model.safetensors) that gives 8",
     ),
     "no tokenizer": (lambda p: [str(p.good / "one.safetensors"), "-o", "out"], "--tokenizer"),
     "a tokenizer folder without one": (

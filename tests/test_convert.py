@@ -13,10 +13,13 @@ import torch
 from mlx.utils import tree_flatten
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mlxdiff import Error, convert, store, weights
-from mlxdiff.convert import rules, scheduler
+from mlxdiff import Error, builtin, convert, description, weights
+from mlxdiff.convert import registry, rules, scheduler
 from mlxdiff.convert import source as files
 from mlxdiff.convert.settings import Settings
+from mlxdiff.families import FAMILIES, MODELS
+from mlxdiff.models import build
+from mlxdiff.recipe import DTYPES, recipe
 
 from . import clip_vocab, original
 from .checkpoints import full, manifest, sparse
@@ -106,11 +109,16 @@ def single(path: Path, family: str, parts: dict[str, torch.nn.Module]) -> Path:
 
 
 def read(folder: Path) -> tuple[dict, dict[str, dict[str, np.ndarray]]]:
-    model = weights.read_model(folder)
-    return model, {
-        name: {k: np.array(v) for k, v in tree_flatten(weights.load(folder, name, model).parameters())}
-        for name in model["components"]
+    """What model.json says, and the weights as they are read for drawing."""
+    model = description.read(folder)
+    return json.loads((folder / "model.json").read_text()), {
+        name: held(folder, model, name) for name in model.components
     }
+
+
+def held(folder: Path, model: description.Description, name: str) -> dict[str, np.ndarray]:
+    module = weights.load(folder / f"{name}.safetensors", model.family, model.components[name], model.recipe)
+    return {k: np.array(v) for k, v in tree_flatten(module.parameters())}
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +189,10 @@ def test_older_attention_names_inside_a_folder(saved, tmp_path):
 def test_dtype_and_bits_reach_the_writer(saved, tmp_path, dtype):
     _, source, _ = saved["sdxl"]
     out = convert.convert(source, tmp_path / "out", bits=8, dtype=dtype)
-    model = weights.read_model(out)
-    assert model["recipe"] == {"dtype": dtype, "bits": 8}
-    net = dict(tree_flatten(weights.load(out, "unet", model).parameters()))
-    assert net["conv_in.weight"].dtype == weights.DTYPES[dtype]
+    model = description.read(out)
+    assert model.recipe == recipe(8, dtype)
+    net = mx.load(str(out / "unet.safetensors"))
+    assert net["conv_in.weight"].dtype == DTYPES[dtype]
     assert any(k.endswith(".scales") for k in net)
 
 
@@ -212,8 +220,32 @@ def test_every_parameter_is_filled_exactly_once(saved):
             assert (
                 len(filled)
                 == len(set(filled))
-                == len(tree_flatten(weights.build(name, vars(checkpoint.components[name].config)).parameters()))
+                == len(tree_flatten(build.build(checkpoint.components[name].config).parameters()))
             )
+
+
+# ---- the networks
+
+PROTOCOL = {
+    "recognise": ["keys"],
+    "table": ["names", "like"],
+    "config": ["shapes", "like"],
+    "from_json": ["s", "cls"],
+    "divided": ["config"],
+}
+OF_DENOISERS = {"layout": ["config", "components"], "variant": ["config", "called"], "reads": ["config", "others"]}
+
+
+def test_every_network_has_a_module_with_the_protocol():
+    """And every family a layout, whose components are those of its published models."""
+    assert registry.MODULES.keys() == build.NETWORKS.keys()
+    for name, module in registry.MODULES.items():
+        denoises = name in {family.network for family in FAMILIES.values()}
+        for function, parameters in (PROTOCOL | OF_DENOISERS if denoises else PROTOCOL).items():
+            assert list(inspect.signature(getattr(module, function)).parameters) == parameters, (name, function)
+    for model in MODELS.values():
+        networks = {name: build.name_of(config) for name, config in model.networks.items()}
+        assert registry.LAYOUTS[model.family.name].networks == networks
 
 
 # ---- rules
@@ -322,7 +354,7 @@ def test_schedulers_in_our_terms(tmp_path, made, want, prediction):
     schedule, said = scheduler.from_json(Settings(tmp_path / "scheduler_config.json"))
     assert said == prediction
     assert schedule.items() >= want.items()
-    assert schedule.keys() == scheduler.SINGLE.keys()
+    assert schedule.keys() == FAMILIES["sd1"].schedule.keys()
 
 
 @pytest.mark.parametrize("cls", scheduler._CLASSES)
@@ -354,7 +386,7 @@ def test_an_older_model_folder_is_replaced_whole(saved, tmp_path):
     convert.convert(source, out, dtype="float32")
     (out / "leftover.txt").write_text("of the older one")
     convert.convert(source, out, dtype="float16")
-    assert weights.read_model(out)["recipe"]["dtype"] == "float16"
+    assert description.read(out).recipe.dtype == "float16"
     assert listing(out) == [
         "model.json",
         "text_encoder.safetensors",
@@ -405,7 +437,8 @@ def test_converting_holds_one_tensor_at_a_time(tmp_path, bits):
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    with weights.Writer(tmp_path / "out", "text_encoder", vars(found.config), "float32", bits) as writer:
+    path, how = tmp_path / "text_encoder.safetensors", recipe(bits, "float32")
+    with weights.Writer(path, FAMILIES["sd1"], found.config, how) as writer:
         for key, weight in found.weights.items():
             writer.put(key, weight.array())
     peak = mx.get_peak_memory() - before
@@ -432,7 +465,7 @@ def test_a_file_out_of_a_folder_is_the_component_its_folder_is(file, capsys):
     """Of the built-in model, whose norms have fewer groups than its shapes let one think; and what it belongs to."""
     from mlxdiff.convert import inspect as looked
 
-    whole = store.BUILTIN / "storybook"
+    whole = builtin.FOLDER
     path = whole / f"{file}.safetensors"
     (one,), (folder,) = (list(convert.open(p).components.values()) for p in (path, path.parent))
     assert one.config == folder.config == convert.open(whole).components[path.parent.name].config
@@ -443,8 +476,8 @@ def test_a_file_out_of_a_folder_is_the_component_its_folder_is(file, capsys):
 
 
 def test_groups_that_no_shape_tells_are_not_blamed_on_the_file(tmp_path):
-    (tmp_path / "mine.safetensors").symlink_to(store.BUILTIN / "storybook/vae/diffusion_pytorch_model.safetensors")
-    with pytest.raises(Error, match=r"no multiple of its 32 norm groups\. No shape tells .* config\.json says so"):
+    (tmp_path / "mine.safetensors").symlink_to(builtin.FOLDER / "vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(Error, match=r"no multiple of its 32 norm groups\. No shape shows .* config\.json says so"):
         convert.open(tmp_path / "mine.safetensors")
 
 

@@ -18,6 +18,7 @@ from mlxdiff.convert import inspect, rules, scheduler, write
 from mlxdiff.convert.__main__ import main
 from mlxdiff.convert.settings import Settings
 from mlxdiff.convert.source import Tensor
+from mlxdiff.families import FAMILIES
 
 from . import clip_vocab, original, t5_vocab
 from .checkpoints import full, manifest, sparse
@@ -34,6 +35,7 @@ FLUX = {"attention_head_dim": 16, "num_attention_heads": 3, "axes_dims_rope": (4
 SD3 = {"joint_attention_dim": 24, "pooled_projection_dim": 64 + 128, "in_channels": 4, "out_channels": 4,
        "pos_embed_max_size": 6, "sample_size": 4}  # fmt: skip
 KINDS = ("dev", "schnell", "sd3", "sd3.5")
+DYNAMIC = FAMILIES["flux"].schedule["dynamic"]
 
 
 def vae(seed: int, **kinds) -> diffusers.AutoencoderKL:
@@ -418,7 +420,11 @@ def test_pieces_that_do_not_fit_are_told(shape, why):
         (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), {"shift": 3.0, "dynamic": None, "sampler": "euler"}),
         (
             diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.2),
-            {"dynamic": scheduler.DYNAMIC | {"max_shift": 1.2}, "spacing": "trailing", "ends": "trailing"},
+            {
+                "dynamic": FAMILIES["flux"].schedule["dynamic"] | {"max_shift": 1.2},
+                "spacing": "trailing",
+                "ends": "trailing",
+            },
         ),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), {"spacing": "karras", "ends": "trailing"}),
         (diffusers.FlowMatchHeunDiscreteScheduler(shift=2.0), {"shift": 2.0, "sampler": "heun"}),
@@ -434,7 +440,7 @@ def test_flow_schedulers_in_our_terms(tmp_path, made, want):
     made.save_pretrained(tmp_path)
     schedule = scheduler.flow_from_json(Settings(tmp_path / "scheduler_config.json"), "trailing")
     assert schedule.items() >= want.items()
-    assert schedule.keys() == scheduler.FLOW.keys()
+    assert schedule.keys() == FAMILIES["flux"].schedule.keys()
 
 
 @pytest.mark.parametrize(
@@ -575,9 +581,9 @@ MOD = "joint_blocks.1.context_block.adaLN_modulation.1.bias"
 
 # name -> (what to type, what the error must name)
 BAD = {
-    "FLUX without a T5": (without("dev", "t5xxl*"), "without text_encoder_2. Pass --t5 t5xxl*.safetensors"),
-    "FLUX without any": (without("dev", "t5*", "ae*", "clip*"), "without text_encoder, text_encoder_2, vae. Pass --cl"),
-    "SD3 without CLIP-G": (without("sd3", "clip_g*"), "without text_encoder_2. Pass --clip-g clip_g*.safetensors"),
+    "FLUX without a T5": (without("dev", "t5xxl*"), "without text_encoder_2. Give --t5 t5xxl*.safetensors"),
+    "FLUX without any": (without("dev", "t5*", "ae*", "clip*"), "without text_encoder, text_encoder_2, vae. Give --cl"),
+    "SD3 without CLIP-G": (without("sd3", "clip_g*"), "without text_encoder_2. Give --clip-g clip_g*.safetensors"),
     "a T5 of another size": (
         given("dev", t5=small_t5), "takes text 24 wide and a text_encoder_2 (t5.safetensors) that gives 32"),
     "a T5 of another size for SD3": (
@@ -588,12 +594,12 @@ BAD = {
     "a VAE of another family for SD3": (given("sd3", vae=other_vae), "takes latents 4 wide and a vae (vae.saf"),
     "SDXL's VAE for FLUX": (published(vae="sdxl_vae"), "takes patches 64 wide and a vae (sdxl_vae.safetensors) that"),
     "CLIP-G as FLUX's CLIP": (published(clip="comfy_clip_g"), "takes a text vector 768 wide"),
-    "SDXL's U-Net for FLUX's T5": (published(t5="sdxl_base_unet"), "holds sdxl weights, not a T5"),
+    "SDXL's U-Net for FLUX's T5": (published(t5="sdxl_base_unet"), "holds sdxl weights, not T5"),
     "CLIP-G given to FLUX": (
         given("dev", clip=file_of("sd3", "text_encoder_2", clip_state)), "takes a text vector 64 wide"),
     "CLIP-L given for CLIP-G": (
-        given("sd3", clip_g=file_of("dev", "text_encoder", clip_state)), "not a CLIP text encoder with projection"),
-    "a VAE given for a T5": (given("dev", t5=file_of("dev", "vae")), "part.safetensors holds a VAE, not a T5"),
+        given("sd3", clip_g=file_of("dev", "text_encoder", clip_state)), "a CLIP text encoder, not SD3's second CLIP"),
+    "a VAE given for a T5": (given("dev", t5=file_of("dev", "vae")), "part.safetensors holds a VAE, not T5"),
     "a transformer given for a VAE": (given("dev", vae=file_of("sd3", "transformer")), "holds sd3 weights, not a VAE"),
     "a part of no use": (given("dev", clip_g=file_of("sd3", "text_encoder_2")), "takes no --clip-g. It takes --clip, "),
     "a part that is absent": (given("dev", vae=lambda s, r: r / "gone.safetensors"), "gone.safetensors cannot be read"),

@@ -24,7 +24,7 @@ FLOAT32 = Recipe("float32", None)
 
 # What adding a transformer family touches, as the README lists it; {} is the family's name.
 TOUCHED = ("mlxdiff/models/{}.py", "convert/{}.py", "mlxdiff/families/{}.py")
-REGISTRIES = ("mlxdiff/models/build.py", "mlxdiff/families/__init__.py", "convert/layout.py")
+REGISTRIES = ("mlxdiff/models/build.py", "mlxdiff/families/__init__.py", "convert/registry.py")
 
 
 def mentions(path: Path, name: str) -> list[int]:

@@ -95,6 +95,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.families.base",
+        "mlxdiff.families.published",
         "mlxdiff.models.*",
         "mlxdiff.recipe",
         "mlxdiff.weights",
@@ -115,7 +116,9 @@ MAY = {
     "mlxdiff.convert.__main__": {
         "mlxdiff.convert.*",
         "mlxdiff.console",
+        "mlxdiff.families",
         "mlxdiff.recipe",
+        "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.store.tokenizer",
     },

@@ -13,7 +13,7 @@ import torch
 
 from mlxdiff import Error, convert
 from mlxdiff.convert.inspect import main
-from mlxdiff.published import ROWS
+from mlxdiff.families import MODELS
 
 from . import original
 from .checkpoints import MANIFESTS, manifest, sparse
@@ -547,7 +547,7 @@ def test_published_folders_of_transformers_agree_with_single_files_and_what_lies
     assert (told.family, told.variant, told.schedule) == (read.family, read.variant, read.schedule)
     assert (told.prediction, read.prediction) == ("flow", "flow")
     assert told.components.keys() == read.components.keys() == set(index) - {"scheduler"}
-    row = ROWS[name.replace("_", "-").replace("sd35-", "sd3.5-")]  # what memory is estimated from
+    row = MODELS[name.replace("_", "-").replace("sd35-", "sd3.5-")].networks  # what memory is estimated from
     assert {part: c.config for part, c in told.components.items()} == row
     for part, component in told.components.items():
         want = component.config

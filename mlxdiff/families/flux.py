@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ..models.flux import Config
 from .base import INPUT, NONE, Careful, Defaults, Family, Model, TextPlan, Variant
-from .published import CLIP_L, FLOW, T5_XXL, VAE_FLOW
+from .published import CLIP_L, DYNAMIC, FLOW, T5_XXL, VAE_FLOW
 
 _PREVIEW = (
     (-0.0346, 0.0244, 0.0681),
@@ -33,8 +33,7 @@ def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
 
 
 _DEFAULTS = Defaults(size=1024, steps=28, guidance=3.5)
-_DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-_SCHEDULE = FLOW | {"spacing": "trailing", "ends": "trailing", "dynamic": _DYNAMIC}
+_SCHEDULE = FLOW | {"spacing": "trailing", "ends": "trailing", "dynamic": DYNAMIC}
 _SCHNELL = replace(_DEFAULTS, steps=4, guidance=0.0)
 FLUX = Family(
     name="flux",

@@ -100,3 +100,5 @@ DISCRETE = {
 }
 # Of rectified flow, as SD3 has it. spacing, ends: of diffusers' pipeline for the family, for no file says it.
 FLOW = {"steps": 1000, "shift": 3.0, "dynamic": None, "spacing": "linspace", "ends": "linspace", "sampler": "euler"}
+# A shift that grows with the picture, as diffusers has it by default: log shift by number of tokens, on a line.
+DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}

@@ -1,0 +1,28 @@
+"""The networks that can be converted, one module each, and the layouts of the single files that hold them. A new
+network is its module and one row in MODULES. Each module has
+
+    LAYOUTS                    layouts of the files that are recognised by this network
+    CLASSES                    the classes that diffusers and transformers have for it
+    ORIGINAL                   a pattern that is in its original authors' names and not in diffusers' and transformers'
+    recognise(keys)            which of LAYOUTS a file has; None if it does not hold this network
+    table(names, like)         rules from foreign names to ours
+    config(shapes, like)       its Config, read off shapes; what no shape shows is as in `like`
+    from_json(s, cls)          its Config, from a config.json
+    divided(config)            widths that must be multiples of a number: (width, number, what it counts)
+
+and a denoiser's module also
+
+    layout(config, components)   which of LAYOUTS a folder of diffusers has
+    variant(config, called)      which of the family's variants that have no further input channels
+    reads(config, others)        what it takes from other networks: (which, what of it, the width it takes, the width
+                                 that they give)
+
+like: the network's Config as published, or None where it is not known. called: what a checkpoint calls itself.
+components, others: the networks of the checkpoint, by their components."""
+
+from . import clip, flux, sd3, t5, taesd, unet, vae
+
+# In the order in which they are looked for: a whole checkpoint is recognised by its denoiser.
+MODULES = {"flux": flux, "sd3": sd3, "unet": unet, "t5": t5, "vae": vae, "taesd": taesd, "clip": clip}
+LAYOUTS = {name: layout for module in MODULES.values() for name, layout in module.LAYOUTS.items()}
+CLASSES = {cls: name for name, module in MODULES.items() for cls in module.CLASSES}  # -> network
