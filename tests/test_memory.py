@@ -25,6 +25,7 @@ from mlxdiff.request import Request
 
 from . import checkpoints
 
+pytestmark = pytest.mark.alone
 GB = 10**9
 FLUX = ROWS["flux-dev"]
 SMALL = Request("", width=128, height=128)
