@@ -18,7 +18,7 @@ if SHARED:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
-import mlxdiff  # noqa: F401
+import mlxdiff  # noqa: E402, F401
 
 
 def pytest_collection_modifyitems(items):
