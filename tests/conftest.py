@@ -4,6 +4,7 @@
 whole networks, which a neighbour would disturb: they come last, and while one of them runs, no other test does."""
 
 import fcntl
+import gc
 import os
 
 import pytest
@@ -23,6 +24,12 @@ import mlxdiff  # noqa: E402, F401
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not walk torch's and diffusers' modules again, test after test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -581,9 +581,9 @@ def run(argv: list[str], **limits) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("case", ["a .ckpt", "NaN", "a shard missing"])
-def test_as_a_command(place, case):
-    prepare, named = BAD[case]
+def test_as_a_command(place):
+    """One of the above in a process of its own, where code and lines are what a shell sees."""
+    prepare, named = BAD["NaN"]
     argv = prepare(place)
     before = files(place.root)
     ran = run(argv)
