@@ -17,7 +17,6 @@ from mlxdiff.bench_step import Call, Shape, Trace, kernels
 from mlxdiff.models.layers import affine
 from mlxdiff.pipeline import Pipeline
 
-pytestmark = pytest.mark.alone
 CLIP = replace(published._CLIP_L, vocab=514, width=32, layers=2, heads=2, hidden=40)
 UNET = replace(
     published._SD1,
@@ -52,6 +51,9 @@ def model(tmp_path_factory) -> Path:
                 out.put(key, value)
     pipe.folder.rename(folder)
     return folder
+
+
+pytestmark = pytest.mark.alone
 
 
 def quick(*args: str) -> list[str]:
