@@ -1,10 +1,41 @@
-"""What every test shares: OpenBLAS under MLX (by importing mlxdiff first) and no network."""
+"""What every test shares: OpenBLAS under MLX (by importing mlxdiff first), no network, and how tests share a machine.
 
+`pytest -n 2` runs two files at a time, each test on one thread. Tests marked `alone` measure clocks, peaks of memory or
+whole networks, which a neighbour would disturb: they come last, and while one of them runs, no other test does."""
+
+import fcntl
+import gc
 import os
+
+import pytest
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The oracles must not look for a hub; tests of the hub code point HF_ENDPOINT at a loopback server of their own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import mlxdiff  # noqa: F401
+SHARED = "PYTEST_XDIST_WORKER" in os.environ  # pytest -n
+if SHARED:
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+import mlxdiff  # noqa: E402, F401
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not walk torch's and diffusers' modules again, test after test."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Set-up included, for fixtures measure too. The lock is the kernel's, and a process that dies lets go of it."""
+    with open(__file__) as turn:
+        if SHARED:
+            fcntl.flock(turn, fcntl.LOCK_EX if item.get_closest_marker("alone") is not None else fcntl.LOCK_SH)
+        return (yield)

@@ -510,9 +510,14 @@ def test_a_file_that_shrinks_meanwhile(place):
         weight.array()
 
 
-@pytest.mark.parametrize("seed", range(120))
-def test_any_mix_of_names_and_shapes_is_told_or_refused(place, seed, capsys):
+@pytest.mark.parametrize("first", range(0, 120, 20))
+def test_any_mix_of_names_and_shapes_is_told_or_refused(place, first, capsys):
     """Dropped, renamed, resized and exchanged tensors in a sound file: inspect ends in 0 or in one line, never else."""
+    for seed in range(first, first + 20):
+        mix_of_names_and_shapes(place, seed, capsys)
+
+
+def mix_of_names_and_shapes(place, seed: int, capsys) -> None:
     rng = np.random.default_rng(seed)
     file = place.good / ("one.safetensors" if seed % 2 else "model/unet/model.safetensors")
     shapes = {k: t.shape for k, t in source.read(file).tensors.items()}
@@ -543,9 +548,15 @@ def test_any_mix_of_names_and_shapes_is_told_or_refused(place, seed, capsys):
         assert (code == 0) == (told["unmapped"] == {} and told["missing"] == [])
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_any_value_in_a_config_is_told_or_refused(place, seed, capsys):
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_any_value_in_a_config_is_told_or_refused(place, first, capsys):
     """One random setting of each config.json, a random value: inspect ends in 0 or in one line, never else."""
+    for seed in range(first, first + 20):
+        value_in_a_config(place, seed, capsys)
+        shutil.rmtree(place.root / "bad")
+
+
+def value_in_a_config(place, seed: int, capsys) -> None:
     rng = np.random.default_rng(seed)
     junk = [None, True, 0, -1, 2**31 - 1, 2**70, 0.5, float("nan"), "", "silu", [], [1], [[1]], [None], {}, {"a": 1}]
 
@@ -581,9 +592,9 @@ def run(argv: list[str], **limits) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("case", ["a .ckpt", "NaN", "a shard missing"])
-def test_as_a_command(place, case):
-    prepare, named = BAD[case]
+def test_as_a_command(place):
+    """One of the above in a process of its own, where code and lines are what a shell sees."""
+    prepare, named = BAD["NaN"]
     argv = prepare(place)
     before = files(place.root)
     ran = run(argv)

@@ -61,6 +61,9 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+pytestmark = pytest.mark.alone
+
+
 def quick(*args: str) -> list[str]:
     return ["-W", "32", "-H", "32", "--steps", "2", "--repeat", "1", *args]
 

@@ -653,9 +653,13 @@ def test_bad_checkpoints(saved, tmp_path, monkeypatch, capsys, case):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(12))
-def test_any_mix_of_names_and_shapes_is_told_or_refused(saved, tmp_path, capsys, kind, seed):
+def test_any_mix_of_names_and_shapes_is_told_or_refused(saved, tmp_path, capsys, kind):
     """Dropped, renamed, resized and exchanged tensors: inspect ends in 0 or in one line, never else."""
+    for seed in range(20):
+        mix_of_names_and_shapes(saved, tmp_path, capsys, kind, seed)
+
+
+def mix_of_names_and_shapes(saved, tmp_path: Path, capsys, kind: str, seed: int) -> None:
     parts = saved[kind][0]
     rng = np.random.default_rng(seed)
     state = arrays(parts["transformer"]) if seed % 2 else transformer_state(kind, parts["transformer"])

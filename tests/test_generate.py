@@ -287,7 +287,10 @@ def test_ctrl_c_stops_within_a_step_and_leaves_nothing(here, model, cache):
     """As a user does it: a process, SIGINT while it denoises, exit code 130."""
     call = [sys.executable, "-m", "mlxdiff.generate", "x", "-m", str(model), "--steps", "900", "-W", "64", "-H", "64"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "MLXDIFF_CACHE": str(cache)}
-    process = subprocess.Popen([*call, "--preview-dir", "steps"], cwd=here, env=env, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in its background ignores SIGINT and hands that down; a user's shell does not.
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    options = {"cwd": here, "env": env, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heard}
+    process = subprocess.Popen([*call, "--preview-dir", "steps"], **options)
     deadline = time.monotonic() + 60
     while not (here / "steps").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,6 +1,7 @@
 """Layers against closed forms in numpy float64, and what they are for: memory that stays bounded."""
 
 import math
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -154,6 +155,37 @@ def test_windows_cover_everything_once(n, tile):
         assert 0 <= start <= n - len(share) // 2
         total[2 * start : 2 * start + len(share)] += share
     assert np.allclose(total, 1, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n", "tile", "overlap", "starts"), [(40, 16, 4, [0, 12, 24]), (9, 5, 1, [0, 4]), (5, 3, 1, [0, 2])]
+)
+def test_windows_overlap_by_a_quarter_and_blend_as_sine_squares(n, tile, overlap, starts):
+    """At least by one latent. Where tiles overlap by that much exactly, a share climbs over it and is whole beyond."""
+    found = vae.windows(n, tile, 3)
+    assert [start for start, _ in found] == starts
+    climb = np.sin(np.pi / 2 * (np.arange(3 * overlap) + 0.5) / (3 * overlap)) ** 2
+    for (_, before), (_, after) in pairwise(found):
+        assert len(before) == len(after) == 3 * tile
+        np.testing.assert_allclose(after[: 3 * overlap], climb, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(before[-3 * overlap :], climb[::-1], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(before[-3 * (tile - overlap) : -3 * overlap], 1, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("h", "w"), [(12, 40), (40, 12)])
+def test_a_picture_long_in_one_direction_is_tiled_in_that_one(decoder, monkeypatch, h, w):
+    seen = []
+    for net in (vae.Decoder, vae.Encoder):
+        own = net.__call__
+        monkeypatch.setattr(net, "__call__", lambda self, x, own=own: seen.append(x.shape[1:3]) or own(self, x))
+    z, image = noise(h, w, 21), mx.array(normal((1, 2 * h, 2 * w, 3), 22))
+    assert decoder.decode(z, tile=16).shape == (1, 2 * h, 2 * w, 3)
+    assert seen == [(min(h, 16), min(w, 16))] * 3
+    seen.clear()
+    assert decoder.encode(image, tile=16)[0].shape == (1, h, w, 4)
+    assert seen == [(2 * min(h, 16), 2 * min(w, 16))] * 3
+    whole, tiled = (np.array(decoder.decode(z, tile=tile)) for tile in (None, 16))
+    assert 0 < np.abs(tiled - whole).mean() < 0.25 * whole.std()
 
 
 def test_tiled_decode_of_a_small_map_is_the_whole_decode(decoder):

@@ -19,6 +19,7 @@ from mlxdiff.request import Request
 from mlxdiff.widgets.worker import Cancelled, Worker
 from tests import fakes
 
+pytestmark = pytest.mark.alone
 WAIT = 30  # seconds before a hang becomes a failure
 
 

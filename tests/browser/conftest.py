@@ -26,7 +26,7 @@ KERNEL = os.environ.get("MLXDIFF_TEST_KERNEL")  # a folder with another ipykerne
 NEEDS = ("jupyterlab", "notebook", "playwright")
 HOW = "apt-get install chromium fonts-dejavu-core; pip install jupyterlab notebook playwright ipywidgets anywidget"
 
-_PATIENCE = 20_000  # ms before a failure: a busy machine is no mistake of ours
+_PATIENCE = 60_000  # ms before a failure: a busy machine is no mistake of ours
 
 STUDIO = """
 from functools import partial

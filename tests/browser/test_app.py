@@ -23,8 +23,11 @@ def started(lab, tmp_path):  # lab: for its skip, and for a place of settings of
     env = os.environ | lab.env | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mlxdiff.widgets.app", "--no-browser"]
     begin = time.perf_counter()
+    # A shell that starts the tests in its background ignores SIGINT and hands that down; a user's shell does not.
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     with open(tmp_path / "err", "w") as err:
-        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=err, text=True)
+        options = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE, "stderr": err, "text": True}
+        server = subprocess.Popen(command, preexec_fn=heard, **options)
     assert server.stdout.readline().startswith("Starting JupyterLab")
     line = server.stdout.readline()
     lab.timings["mlxdiff studio: address after"] = time.perf_counter() - begin

@@ -19,7 +19,7 @@ from mlxdiff.models import flux, sd3, t5, unet, vae
 from . import test_unet, test_vae
 from .oracle import error, nchw, nhwc
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SPREAD = 1 << 20  # windows begin at one of so many places
 EXTRA = {"sd15": {}, "sdxl": {"transformer_layers_per_block": (1, 2, 10)}}

@@ -109,7 +109,8 @@ def test_through_the_command_line_with_another_size(oracles, cache, tmp_path):
     large = image(3, 80, 48)
     large.save(tmp_path / "large.png")
     args = ("-m", str(folder), "--steps", "7", "-g", "4", "-n", NEGATIVE, "--strength", "0.6")
-    drawn, said = command(cache, tmp_path / "a.png", PROMPT, *args, "-i", str(tmp_path / "large.png"))
+    args += ("-i", str(tmp_path / "large.png"))
+    drawn, said = command(cache, tmp_path / "a.png", PROMPT, *args, process=True)
     want = theirs(pipe, large.resize((SIZE["width"], SIZE["height"]), Image.Resampling.LANCZOS), **CASES["sdxl"])
     assert psnr(drawn, want) > DB
     assert (said["request"]["image"], said["request"]["strength"]) == (str(tmp_path / "large.png"), 0.6)

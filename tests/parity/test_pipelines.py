@@ -1,10 +1,12 @@
 """Whole pipelines through the command line against diffusers: same weights, prompt, seed and settings, same picture.
 Bound: 40 dB, a mean error below 1 in 255 after 8-bit rounding; float32 on both sides, so it is usually far above."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from PIL import Image
 
 import mlxdiff
+from mlxdiff import generate
 
 from . import tiny
 
@@ -40,14 +43,27 @@ def oracles(tmp_path_factory) -> dict:
     return made
 
 
-def command(cache: Path, out: Path, *args: str) -> tuple[np.ndarray, dict]:
-    """`python -m mlxdiff.generate ... --json` as a user runs it: the picture and what was printed."""
-    call = [sys.executable, "-m", "mlxdiff.generate", *args, "-o", str(out), "--json", "--dtype", "float32"]
-    call += ["-W", str(SIZE["width"]), "-H", str(SIZE["height"]), "-s", str(SEED)]
-    env = os.environ | {"MLXDIFF_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
-    ran = subprocess.run(call, capture_output=True, text=True, env=env, check=False)
-    assert ran.returncode == 0, ran.stderr
-    said = json.loads(ran.stdout)
+def command(cache: Path, out: Path, *args: str, process: bool = False) -> tuple[np.ndarray, dict]:
+    """`python -m mlxdiff.generate ... --json`: the picture and what was printed. process: in one of its own, as a user
+    runs it; else in this one, which is sooner there."""
+    typed = [*args, "-o", str(out), "--json", "--dtype", "float32"]
+    typed += ["-W", str(SIZE["width"]), "-H", str(SIZE["height"]), "-s", str(SEED)]
+    if process:
+        env = os.environ | {"MLXDIFF_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
+        call = [sys.executable, "-m", "mlxdiff.generate", *typed]
+        ran = subprocess.run(call, capture_output=True, text=True, env=env, check=False)
+        code, printed, complained = ran.returncode, ran.stdout, ran.stderr
+    else:
+        with (
+            redirect_stdout(io.StringIO()) as o,
+            redirect_stderr(io.StringIO()) as e,
+            pytest.MonkeyPatch.context() as p,
+        ):
+            p.setenv("MLXDIFF_CACHE", str(cache))
+            code = generate.main(typed)
+        printed, complained = o.getvalue(), e.getvalue()
+    assert code == 0, complained
+    said = json.loads(printed)
     return np.asarray(Image.open(said["path"])), said
 
 
@@ -68,9 +84,8 @@ def test_the_oracles_listen_to_their_prompts(oracles, name):
 
 def test_sd1_with_a_negative_prompt(oracles, cache, tmp_path):
     pipe, folder = oracles["sd1"]
-    drawn, said = command(
-        cache, tmp_path / "a.png", PROMPT, "-n", NEGATIVE, "-m", str(folder), "--steps", "7", "-g", "6.5"
-    )
+    typed = (PROMPT, "-n", NEGATIVE, "-m", str(folder), "--steps", "7", "-g", "6.5")
+    drawn, said = command(cache, tmp_path / "a.png", *typed, process=True)
     assert (said["request"]["sampler"], said["request"]["schedule"]) == (
         "ddim",
         "leading",
@@ -121,7 +136,7 @@ def test_sdxl_hands_over_to_its_refiner(oracles, cache, tmp_path):
     base, folder = oracles["sdxl"]
     refiner, second = oracles["refiner"]
     args = (PROMPT, "-n", NEGATIVE, "-m", str(folder), "--refiner", str(second), "--refine-at", "0.6")
-    drawn, _ = command(cache, tmp_path / "a.png", *args, "--steps", "10", "-g", "4")
+    drawn, _ = command(cache, tmp_path / "a.png", *args, "--steps", "10", "-g", "4", process=True)
     same = {"negative_prompt": NEGATIVE, "num_inference_steps": 10, "guidance_scale": 4.0}
     generator = torch.Generator("cpu").manual_seed(SEED)
     half = base(PROMPT, generator=generator, denoising_end=0.6, output_type="latent", **SIZE, **same).images

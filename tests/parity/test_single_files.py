@@ -29,7 +29,8 @@ def test_lcm_in_one_file_takes_its_guidance_as_an_embedding(words, cache, tmp_pa
     pipe = diffusers.LatentConsistencyModelPipeline(**parts, tokenizer=tok, scheduler=scheduler, **BARE)
     pipe.set_progress_bar_config(disable=True)
     file = single(tmp_path / "lcm.safetensors", "sd1", parts)
-    drawn, said = command(cache, tmp_path / "a.png", PROMPT, "-m", str(file), "--tokenizer", str(words), "-g", "6")
+    args = (PROMPT, "-m", str(file), "--tokenizer", str(words), "-g", "6")
+    drawn, said = command(cache, tmp_path / "a.png", *args, process=True)
     assert (said["request"]["sampler"], said["request"]["steps"]) == ("lcm", 4)  # nobody said it is an LCM
     assert psnr(drawn, oracle(pipe, num_inference_steps=4, guidance_scale=6.0)) > DB
 
