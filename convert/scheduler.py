@@ -86,8 +86,7 @@ def flow_from_json(s: Settings, ends: str) -> dict:
         spacing = name if s.flag(f"use_{name}_sigmas", False) else spacing
     dynamic = None
     if s.flag("use_dynamic_shifting", False):
-        defaults = DYNAMIC  # which are the class's too
-        dynamic = {k: (s.whole if k.endswith("len") else s.number)(k, default) for k, default in defaults.items()}
+        dynamic = {k: (s.whole if k.endswith("len") else s.number)(k, default) for k, default in DYNAMIC.items()}
         if dynamic["max_image_seq_len"] <= dynamic["base_image_seq_len"]:
             s.refuse("max_image_seq_len", dynamic["max_image_seq_len"])
     return {

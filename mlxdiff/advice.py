@@ -82,13 +82,17 @@ def check(workload: Workload, machine: Machine | None = None) -> None:
     )
 
 
-def check_request(model: Description, request: Request, low_memory: bool, refiner: Description | None = None) -> None:
-    """Refuse a request, not yet resolved, that this model cannot draw here."""
+def check_request(
+    model: Description, request: Request, low_memory: bool, force: bool, refiner: Description | None = None
+) -> None:
+    """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory."""
     model.check_draws()
     if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
         request = replace(request, eta=None)
     image = None if request.image is None else images.read(request.image).size
-    check(Workload(model, model.resolve(request, image), low_memory, refiner))
+    workload = Workload(model, model.resolve(request, image), low_memory, refiner)
+    if not force:
+        check(workload)
 
 
 def check_named(models: list[str | None], recipe: Recipe, check: Callable) -> None:

@@ -16,7 +16,6 @@ from PIL import Image
 
 from . import advice, builtin, conditioning, description, families, guidance, images, memory, samplers, schedules
 from .arguments import check_options
-from .description import Description
 from .errors import Error
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
@@ -68,14 +67,10 @@ def load(
     check_options(load, locals(), SETTINGS)
     from . import store
 
-    how = recipe(bits, dtype)
-    if force:
-        check = Description.check_draws
-    else:
-        smallest = Request("", width=128, height=128, t5=t5) if request is None else request
-        check = partial(advice.check_request, request=smallest, low_memory=low_memory)
-        away = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
-        advice.check_named(away, how, check)
+    smallest = Request("", width=128, height=128, t5=t5) if request is None else request
+    check = partial(advice.check_request, request=smallest, low_memory=low_memory, force=force)
+    away = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
+    advice.check_named(away, recipe(bits, dtype), check)
     order = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
     order |= {"revision": revision, "tokenizer": tokenizer, "progress": progress}
 

@@ -98,3 +98,13 @@ def test_what_only_a_checkpoint_can_tell_is_told_before_it_is_converted(tmp_path
     assert len(list(cache.root().glob("models/*/model.json"))) == 1
     with pytest.raises(Error, match="shift is for"):  # the same of what is converted already
         mlxdiff.load(tmp_path / "mine", request=Request("a red house", shift=3.0))
+
+
+def test_force_is_for_memory_alone(monkeypatch):
+    with pytest.raises(Error, match="width 1000"):
+        mlxdiff.load("flux-dev", force=True, request=Request("a red house", width=1000))
+    monkeypatch.setattr(advice, "this_machine", lambda: advice.Machine(10**9, 10**9, False))
+    with pytest.raises(Error, match="takes about"):
+        mlxdiff.load("flux-dev", request=Request("a red house"))
+    with pytest.raises(AssertionError, match="network was asked"):
+        mlxdiff.load("flux-dev", force=True, request=Request("a red house"))
