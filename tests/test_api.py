@@ -5,6 +5,7 @@ import inspect
 import io
 import re
 import typing
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -249,6 +250,7 @@ def test_an_empty_prompt_is_drawn_by_every_front(pipe, tmp_path, monkeypatch):
 
 
 def test_unknown_words_are_told_once(pipe, unwarned, recwarn):
+    warnings.simplefilter("always")  # Python's own filter would hide a second one of the same line
     for prompt in ("a red hause by the zzz", "a red hause by the zzz", "a red house", "zzz"):
         pipe(prompt, **QUICK)
     list(pipe.stream("qqq", **QUICK))
