@@ -83,10 +83,15 @@ def check(workload: Workload, machine: Machine | None = None) -> None:
 
 
 def check_request(
-    model: Description, request: Request, low_memory: bool, force: bool, refiner: Description | None = None
+    model: Description, request: Request | None, low_memory: bool, force: bool, refiner: Description | None = None
 ) -> None:
-    """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory."""
+    """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory.
+    None: all that is known is that something will be drawn; it counts as a small picture."""
     model.check_draws()
+    if request is None:
+        if not force:
+            check(Workload(model, model.fill(Request("", width=128, height=128)), low_memory, refiner))
+        return
     if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
         request = replace(request, eta=None)
     image = None if request.image is None else images.read(request.image).size

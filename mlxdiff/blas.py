@@ -1,5 +1,6 @@
-"""Linux only: put OpenBLAS under MLX. The `mlx[cpu]` wheel is linked against reference BLAS (4.5 GFLOP/s a core);
-an OpenBLAS loaded globally before `mlx.core` takes its sgemm's place (81 GFLOP/s). Does nothing elsewhere.
+"""Linux only: put OpenBLAS under MLX. The `mlx[cpu]` wheel brings reference BLAS (4.5 GFLOP/s a core); OpenBLAS does
+81. It is loaded before `mlx.core`, and a stub that has the name of MLX's own library leads MLX to it. Nobody else in
+the process sees its symbols: when all did, OpenBLAS 0.3.33 took the place of torch's BLAS and crashed it.
 
 The wheel `ngsolve-openblas` brings one for x86_64 that chooses its kernels by the processor it finds. `cmeel-openblas`,
 which has wheels for ARM too, is built for one processor: without AVX-512 it dies of an illegal instruction."""
@@ -7,11 +8,12 @@ which has wheels for ARM too, is built for one processor: without AVX-512 it die
 import ctypes
 import importlib.util
 import os
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_SYSTEM = "libopenblas.so.0"  # found as the system finds it; ctypes.util.find_library would run ldconfig first
+_SYSTEM = "libopenblas.so.0"  # both the wheel's SONAME and the system's
 _THREADS = "OPENBLAS_NUM_THREADS"
 _loaded: list[ctypes.CDLL] = []
 
@@ -20,25 +22,37 @@ def preload() -> str | None:
     """The OpenBLAS library now under MLX, or None. Must run before the first import of mlx.core.
 
     It works in one thread until `use_all_cores`, unless OPENBLAS_NUM_THREADS says otherwise."""
-    if sys.platform != "linux" or "mlx.core" in sys.modules:
+    names = [file.name for file in _files("mlx", "../mlx_cpu.libs/libblas-*.so*")]
+    if sys.platform != "linux" or "mlx.core" in sys.modules or not names:
         return None
     chosen = _THREADS in os.environ
     os.environ.setdefault(_THREADS, "1")
     try:
-        for library in _files("ngsolve_openblas", "libopenblas*.so*"):
-            if _load(library) or (_load_fortran() and _load(library)):
-                return library.name
-        return _SYSTEM if _load(_SYSTEM) else None
+        found = _wheel() or (_SYSTEM if _load(_SYSTEM) else None)
     finally:
         if not chosen:
             del os.environ[_THREADS]  # numpy's OpenBLAS reads it too
+    return found if found is not None and all(_lead(name, _SYSTEM) for name in names) else None
+
+
+def _wheel() -> str | None:
+    """The name of the wheel's library, once it is loaded. It needs libgfortran.so.5, which a bare system lacks; MLX's
+    wheel brings one under a name of its own."""
+    for library in _files("ngsolve_openblas", "libopenblas*.so*"):
+        if _load(library):
+            return library.name
+        for fortran in _files("mlx", "../mlx_cpu.libs/libgfortran-*.so.5*"):
+            if _load(fortran) and _lead("libgfortran.so.5", fortran.name) and _load(library):
+                return library.name
+    return None
 
 
 def use_all_cores() -> None:
     """For large networks. Small ones gain little by threads, and since 0.3.27 OpenBLAS's threads wait for each other
     without yielding: where other programs kept the cores busy, the built-in model took six times as long with two."""
-    if _loaded and _THREADS not in os.environ:
-        _loaded[0].openblas_set_num_threads(len(os.sched_getaffinity(0)))
+    for library in _loaded:
+        if _THREADS not in os.environ and hasattr(library, "openblas_set_num_threads"):
+            library.openblas_set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def _files(package: str, pattern: str) -> Iterator[Path]:
@@ -50,24 +64,38 @@ def _files(package: str, pattern: str) -> Iterator[Path]:
 
 def _load(library: Path | str) -> bool:
     try:
-        _loaded.append(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL))
+        _loaded.append(ctypes.CDLL(str(library)))
     except OSError:  # found but not loadable: MLX still runs, only slower
         return False
     return True
 
 
-def _load_fortran() -> bool:
-    """The wheel's library needs libgfortran.so.5, which a bare system lacks. MLX's wheel brings one, but under a name
-    of its own (libgfortran-f7379c93.so.5.0.0): this loads a copy, kept in memory, under the name that is asked for."""
-    for original in _files("mlx", "../mlx_cpu.libs/libgfortran-*.so.5*"):
-        name, wanted = original.name.encode() + b"\0", b"libgfortran.so.5"
-        try:
-            ctypes.CDLL(str(original))  # with it comes what the copy needs and would not find
-            with open(os.memfd_create(wanted.decode()), "wb") as file:
-                file.write(original.read_bytes().replace(name, wanted.ljust(len(name), b"\0")))
-                file.flush()
-                ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
-        except OSError:
-            return False
-        return True
-    return False
+def _lead(name: str, needs: str) -> bool:
+    """Whoever needs the library `name` from now on is led to `needs`, which is loaded already."""
+    try:
+        with open(os.memfd_create(name), "wb") as file:
+            file.write(_stub(name, needs))
+            file.flush()
+            _loaded.append(ctypes.CDLL(f"/proc/self/fd/{file.fileno()}"))
+    except OSError:
+        return False
+    return True
+
+
+def _stub(name: str, needs: str) -> bytes:
+    """The smallest shared library: it is called `name`, holds nothing, and needs the one called `needs`, whose symbols
+    are found by whoever needs `name`. (64-bit ELF: a header, two program headers, a dynamic section, strings.)"""
+    strings = b"\0" + name.encode() + b"\0" + needs.encode() + b"\0"
+    dynamic = [(14, 1), (1, len(name) + 2), (5, 0), (10, len(strings)), (6, 0), (11, 24), (0, 0)]  # SONAME, NEEDED, ...
+    at = 64 + 2 * 56
+    text = at + 16 * len(dynamic)
+    where = {5: text, 6: text + len(strings)}  # DT_STRTAB, DT_SYMTAB: one empty symbol behind the strings
+    entries = b"".join(struct.pack("<QQ", tag, where.get(tag, value)) for tag, value in dynamic)
+    size = text + len(strings) + 24
+    ident = b"\x7fELF\2\1\1".ljust(16, b"\0")
+    with open(sys.executable, "rb") as python:
+        (machine,) = struct.unpack_from("<H", python.read(20), 18)
+    header = ident + struct.pack("<HHIQQQIHHHHHH", 3, machine, 1, 0, 64, 0, 0, 64, 56, 2, 64, 0, 0)
+    load = struct.pack("<IIQQQQQQ", 1, 6, 0, 0, 0, size, size, 4096)  # PT_LOAD: all of it, which the linker writes to
+    own = struct.pack("<IIQQQQQQ", 2, 6, at, at, at, len(entries), len(entries), 8)  # PT_DYNAMIC
+    return header + load + own + entries + strings + bytes(24)

@@ -115,14 +115,18 @@ class Description:
 
     def resolve(self, request: Request, image: tuple[int, int] | None = None) -> Request:
         """The request with every open setting filled from this model's defaults, and checked. image: width and height
-        of the picture to begin with."""
+        of the start picture."""
+        full = self.fill(request, image)
+        self._check(full)
+        return full
+
+    def fill(self, request: Request, image: tuple[int, int] | None = None) -> Request:
+        """The same, with values checked alone, not whether this model takes them."""
         if image is not None:
             request = request.sized(image, self.defaults.size**2, self.multiple)
         own = self.schedule
         pair = self.family.fallback if own["sampler"] is None else (own["sampler"], own["spacing"])
-        full = request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.multiple)
-        self._check(full)
-        return full
+        return request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.multiple)
 
     def _check(self, request: Request) -> None:
         """What this model cannot do, told before the work."""

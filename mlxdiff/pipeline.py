@@ -67,8 +67,7 @@ def load(
     check_options(load, locals(), SETTINGS)
     from . import store
 
-    smallest = Request("", width=128, height=128, t5=t5) if request is None else request
-    check = partial(advice.check_request, request=smallest, low_memory=low_memory, force=force)
+    check = partial(advice.check_request, request=request, low_memory=low_memory, force=force)
     away = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(away, recipe(bits, dtype), check)
     order = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
