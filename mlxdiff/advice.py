@@ -83,21 +83,24 @@ def check(workload: Workload, machine: Machine | None = None) -> None:
 
 
 def check_request(
-    model: Description, request: Request | None, low_memory: bool, force: bool, refiner: Description | None = None
+    model: Description,
+    request: Request | None,
+    low_memory: bool,
+    force: bool,
+    t5: bool,
+    refiner: Description | None = None,
 ) -> None:
     """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory.
-    None: all that is known is that something will be drawn; it counts as a small picture."""
+    None: what will be drawn is not known yet, and counts as a small picture."""
     model.check_draws()
     if request is None:
-        if not force:
-            check(Workload(model, model.fill(Request("", width=128, height=128)), low_memory, refiner))
-        return
-    if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
-        request = replace(request, eta=None)
-    image = None if request.image is None else images.read(request.image).size
-    workload = Workload(model, model.resolve(request, image), low_memory, refiner)
+        full = model.fill(Request("", width=128, height=128, t5=t5))
+    else:
+        if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
+            request = replace(request, eta=None)
+        full = model.resolve(request, None if request.image is None else images.read(request.image).size)
     if not force:
-        check(workload)
+        check(Workload(model, full, low_memory, refiner))
 
 
 def check_named(models: list[str | None], recipe: Recipe, check: Callable) -> None:

@@ -67,7 +67,7 @@ def load(
     check_options(load, locals(), SETTINGS)
     from . import store
 
-    check = partial(advice.check_request, request=request, low_memory=low_memory, force=force)
+    check = partial(advice.check_request, request=request, low_memory=low_memory, force=force, t5=t5)
     away = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(away, recipe(bits, dtype), check)
     order = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
