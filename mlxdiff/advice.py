@@ -98,7 +98,7 @@ def check_request(
     else:
         if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
             request = replace(request, eta=None)
-        full = model.resolve(request, None if request.image is None else images.read(request.image).size)
+        full = model.resolve(request, None if request.image is None else images.size(request.image))
     if not force:
         check(Workload(model, full, low_memory, refiner))
 

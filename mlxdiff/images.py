@@ -6,6 +6,8 @@ import io
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ from .request import Request
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_TEXT = 2**20  # characters of settings; real ones have hundreds
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
 _CHUNK = "mlxdiff"
+_ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
 _MOST = 100_000  # pictures of one name in a folder
 
 
@@ -36,12 +40,8 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def read(source: str | Path | Image.Image) -> Image.Image:
-    """A picture to begin with, in RGB: turned upright as its camera noted, what is transparent on white."""
-    if not isinstance(source, str | Path | Image.Image):
-        raise Error(f"The image is {type(source).__name__}, not a picture.", "Give a path or a PIL image.")
-    name = "The image" if isinstance(source, Image.Image) else str(source)
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(Path(source).expanduser())
+    """A start picture, in RGB: turned upright as its camera noted, what is transparent on white."""
+    with _readable(source) as (name, image):
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise Error(f"{name} has more than 8 bits a channel.", "Save it with 8, as PNG or JPEG.")
@@ -50,10 +50,35 @@ def read(source: str | Path | Image.Image) -> Image.Image:
         if image.has_transparency_data:  # a photograph has none, and this would take most of the time
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
+
+
+def size(source: str | Path | Image.Image) -> tuple[int, int]:
+    """Width and height that `read` gives, without reading the pixels; of a PNG before it is turned, since its EXIF may
+    stand behind them."""
+    with _readable(source) as (_, image):
+        lying = image.format != "PNG" and image.getexif().get(_ORIENTATION, 1) >= 5
+        return image.size[::-1] if lying else image.size
+
+
+@contextmanager
+def _readable(source: str | Path | Image.Image) -> Iterator[tuple[str, Image.Image]]:
+    """What a picture is called in messages, and the picture, opened. Whatever is wrong with it becomes an Error."""
+    if not isinstance(source, str | Path | Image.Image):
+        raise Error(f"The image is {type(source).__name__}, not a picture.", "Give a path or a PIL image.")
+    name = "The image" if isinstance(source, Image.Image) else str(source)
+    try:
+        yield name, source if isinstance(source, Image.Image) else open_file(Path(source).expanduser())
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check the path.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise Error(f"{name} cannot be read as a picture: {e}.", "Give a PNG, JPEG or WebP file.") from None
+    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e  # else a buffer's address
+        fix = f"Give one of {', '.join(FORMATS)}."
+        raise Error(f"{name} cannot be read as a picture: {why}.", fix) from None
+
+
+def open_file(file: Path | io.BytesIO) -> Image.Image:
+    """A picture of a format that only reading its bytes decodes: for others Pillow may start a program, as for EPS."""
+    return Image.open(file, formats=FORMATS)
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -183,7 +208,7 @@ def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
     """The Request that drew a picture and the model's name, from our JSON or from A1111's text."""
     name = source if isinstance(source, Path) else "The picture"
     try:
-        with Image.open(source) as image:
+        with open_file(source) as image:
             info = dict(image.info)
             comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")
     except FileNotFoundError:

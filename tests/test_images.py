@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
+import mlxdiff
 from mlxdiff import images
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
@@ -240,3 +241,39 @@ def test_what_cannot_be_begun_with_is_one_error(tmp_path, monkeypatch, given, sa
         images.read(given)
     assert len(str(e.value).splitlines()) == 1
     assert e.value.fix
+
+
+# ---- start pictures
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_a_picture_is_that_of_its_pixels_read(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert images.size(tmp_path / "a.jpg") == images.read(tmp_path / "a.jpg").size
+
+
+def test_a_format_that_starts_a_program_is_not_opened(tmp_path, monkeypatch):
+    """An EPS, whatever its name: Pillow would have Ghostscript draw it."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: started.append(True))
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    for look in (images.read, images.size, images.read_settings):
+        with pytest.raises(Error, match="cannot be read as a picture"):
+            look(tmp_path / "a.png")
+    assert not started
+
+
+def test_a_start_picture_is_decoded_once(tmp_path, monkeypatch):
+    """By load, resolve and the run together."""
+    Image.linear_gradient("L").save(tmp_path / "a.png")
+    decoded = []
+    real = PngImagePlugin.PngImageFile.load_prepare
+    spy = lambda self: decoded.append(self.filename) or real(self)  # noqa: E731
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", spy)
+    asked = Request("a red house", image=tmp_path / "a.png", strength=0.1, steps=10, width=64, height=64)
+    pipe = mlxdiff.load("storybook", request=asked)
+    pipe(asked)
+    assert len(decoded) == 1

@@ -43,7 +43,7 @@ class Begin(w.HBox):
 def write_begin(data: bytes, folder: Path) -> Path:
     """A picture from the page, kept beside those that will be drawn from it: their settings name it."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = images.open_file(io.BytesIO(data))
     except (OSError, Image.DecompressionBombError):
         raise Error("The file cannot be read as a picture.", "Give a PNG, JPEG or WebP file.") from None
     path = folder / f"begin-{images.fingerprint(images.read(image))}.{image.format.lower()}"
