@@ -1,4 +1,4 @@
-"""`mlxdiff studio` and `mlxdiff lessons` before they start anything: what they say when they cannot, what they open."""
+"""`mlxdiff studio` and `mlxdiff lessons` before they start anything: the errors they report, and what they open."""
 
 import os
 import re
@@ -61,7 +61,7 @@ def test_a_notebook_is_called_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_nothing_can_be_is_told_before_anything_starts(tmp_path, monkeypatch, capsys):
+def test_an_impossible_model_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
     """In the words of `store.resolve`, as `mlxdiff generate` tells it."""
     monkeypatch.chdir(tmp_path)
     for name in ("nosuch", "folder/missing.safetensors", ""):
@@ -77,9 +77,9 @@ def test_a_notebook_elsewhere_finds_a_file_that_was_named_from_here(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.safetensors").write_bytes(b"")
     for name in ("mine.safetensors", "storybook", "org/repo"):
-        assert app._meant(name, tmp_path) == name
-    assert app._meant("mine.safetensors", tmp_path / "books") == str(tmp_path / "mine.safetensors")
-    assert app._meant("storybook", tmp_path / "books") == "storybook"
+        assert app._name_in(tmp_path, name) == name
+    assert app._name_in(tmp_path / "books", "mine.safetensors") == str(tmp_path / "mine.safetensors")
+    assert app._name_in(tmp_path / "books", "storybook") == "storybook"
 
 
 @pytest.mark.parametrize("text", ["not json", "[]", '{"nbformat": 99}'])
@@ -90,7 +90,7 @@ def test_what_is_no_notebook_is_one_line(tmp_path, text):
         app._notebook(path, None)
 
 
-def test_a_notebook_without_code_is_told(tmp_path):
+def test_a_notebook_without_code_is_refused(tmp_path):
     path = tmp_path / "prose.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# hello")]), path)
     with pytest.raises(Error, match="has no code"):

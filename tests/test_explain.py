@@ -72,8 +72,8 @@ def moved(lesson, control, value):
 
 
 def stands(lesson):
-    """Picture and caption are of what was worked out, though the controls say something else by now, and no answer to
-    that will ever come."""
+    """Picture and caption show what was computed, although the controls have changed since and no new result will ever
+    come."""
     lesson.redraw()
     drawn, said = lesson.image.value, lesson.caption.value
     lesson.ask = lambda: None
@@ -91,7 +91,7 @@ def stands(lesson):
         else:
             continue
         if lesson.settings() == asked:
-            control.value = before  # it chooses what is looked at, and has a right to
+            control.value = before  # it only chooses the view, so a change is right
         else:
             moved += 1
     lesson.redraw()
@@ -183,7 +183,7 @@ def test_a_picture_of_ones_own_takes_the_scenes_place(noise):
     clear = io.BytesIO()
     Image.new("RGBA", (60, 60), (255, 0, 0, 0)).save(clear, "PNG")
     upload(noise.file, "clear.png", clear.getvalue())
-    assert (noise.data == 1).all()  # what cannot be seen is white, and not the red beneath
+    assert (noise.data == 1).all()  # a transparent pixel is white, and not the red beneath
     upload(noise.file, "broken.png", b"no picture")
     assert "broken.png is not a picture" in noise.said.value
     upload(noise.file, "mine.png", out.getvalue())
@@ -277,7 +277,7 @@ def test_the_controls_of_guidance_ask_and_redraw():
     assert lesson.data is not before
     assert lesson.caption.value == lesson.words()
     lesson.steps.value = 5
-    lesson.steps.value = 4  # two wishes in a row: the newest wins
+    lesson.steps.value = 4  # two requests in a row: the newest wins
     assert lesson._job.result(60) is lesson.data
     assert stands(lesson)
 
@@ -523,7 +523,7 @@ def test_there_and_back_and_a_picture_of_ones_own(house):
 # ---- lesson 7, text. References: the probe, which test_probe.py holds to numpy and transformers; counts by hand
 
 
-def test_tokens_are_told_in_words():
+def test_the_words_of_tokens_count_them():
     lesson = Tokens("a (red:1.3) house, moon", word=2).ready()
     assert (
         lesson.words()
@@ -599,10 +599,10 @@ def test_two_moons_compares_three_on_one_budget():
 
 
 class Growing(Lesson):
-    def work(self, pipe, told):
+    def work(self, pipe, report):
         time.sleep(1.1)  # looks begin after a second
-        told(1, 2, lambda: 1)
-        told(2, 2, lambda: 2)  # too soon after the other
+        report(1, 2, lambda: 1)
+        report(2, 2, lambda: 2)  # too soon after the other
         return 3
 
     def figure(self):
@@ -619,7 +619,7 @@ class Looking(Lesson):
         self.at, self.began, self.seen = w.IntSlider(1, min=1, max=9), threading.Event(), []
         super().__init__(played(self.at, 100))
 
-    def work(self, pipe, told):
+    def work(self, pipe, report):
         return len(self.seen)
 
     def figure(self):

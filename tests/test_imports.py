@@ -268,7 +268,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.widgets.gallery",
     },
-    "mlxdiff.widgets.begin": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request", "mlxdiff.widgets.gallery"},
+    "mlxdiff.widgets.start_picture": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request", "mlxdiff.widgets.gallery"},
     "mlxdiff.widgets.controls": {
         "mlxdiff.builtin",
         "mlxdiff.description",
@@ -279,7 +279,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
-        "mlxdiff.widgets.begin",
+        "mlxdiff.widgets.start_picture",
     },
     "mlxdiff.widgets.view": {
         "mlxdiff.errors",

@@ -36,13 +36,13 @@ def draw(studio, **settings):
 
 
 def settled(studio):
-    """The worker has nothing left to do: its last messages are out."""
+    """Wait until the worker is idle and has sent its last messages."""
     studio._worker.submit("fake", None, lambda *_: None).result(WAIT)
 
 
 def heard(studio, **message):
-    """A message as the page sends it."""
-    studio._heard(message, [message.pop("data", b"")])
+    """Send a message as the page does."""
+    studio._on_message(message, [message.pop("data", b"")])
 
 
 # --- settings
@@ -124,8 +124,8 @@ def test_every_request_field_can_be_set(studio):
     assert studio.more == {}
 
 
-def test_a_run_s_settings_travel_with_the_wish_for_it(studio):
-    """Lists by their index, the rest by value; what a box cannot say (an emptied number) stays as it is."""
+def test_a_run_s_settings_travel_with_its_request(studio):
+    """Lists send their index, the rest their value; a box without a value (an emptied number) changes nothing."""
     heun = [v for _, v in studio.controls.sampler.options].index("heun")
     page = {"prompt": "typed", "count": 2, "sampler": heun, "steps": None, "locked": True, "seed": "9"}
     heard(studio, do="generate", settings=page)
@@ -162,7 +162,7 @@ def test_naming_a_model_brings_its_defaults(studio):
 
 
 def test_a_model_of_unknown_defaults_fills_in_what_was_not_touched(studio):
-    """steps was set by the user; size and guidance are the fake model's 64 and 5."""
+    """The user set steps; size and guidance become the fake model's 64 and 5."""
     assert studio.request().width is None
     result = draw(studio)
     assert (result.request.width, result.request.steps, result.request.guidance) == (64, 4, 5.0)
@@ -182,7 +182,7 @@ def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
     assert controls.ignored(one, 1.0, true_cfg=2.0) == {}
 
 
-def test_words_that_the_built_in_model_does_not_know_are_told(studio):
+def test_words_that_the_built_in_model_does_not_know_are_named(studio):
     studio.prompt = "a red hause"
     assert studio.controls.why.value == ""  # another model may know it
     studio._learn(fakes.describe("storybook"))
@@ -398,7 +398,7 @@ def test_a_file_that_is_gone_is_named(studio):
         _ = studio.images[0].image
 
 
-# --- a picture to begin with
+# --- the start picture
 
 
 def bare(width=96, height=48) -> bytes:
@@ -408,26 +408,26 @@ def bare(width=96, height=48) -> bytes:
     return out.getvalue()
 
 
-def test_a_picture_without_settings_is_begun_with(studio, tmp_path):
-    """It brings its shape, in at most the model's own number of pixels, and is kept as it came."""
+def test_a_picture_without_settings_becomes_the_start_picture(studio, tmp_path):
+    """Width and height take its shape, at no more pixels than the model's default size; the file is kept unchanged."""
     draw(studio)
     heard(studio, do="drop", part=0, parts=1, begin=False, data=bare())
     assert studio.image.read_bytes() == bare()
     assert (studio.width, studio.height) == (88, 48)  # 64 x 64 pixels make 90.5 x 45.3, in multiples of 8
-    assert studio.controls.begin.layout.display is None
+    assert studio.controls.start_picture.layout.display is None
     studio.controls.strength.value = 0.35
     request = draw(studio).request
     assert (request.image, request.strength) == (studio.image, 0.35)
     assert images.read_settings(studio.images[-1].path)[0].image == str(studio.image)
     assert not list(tmp_path.rglob("*.part"))
-    studio.controls.begin.remove.click()
-    assert studio.controls.begin.layout.display == "none"
+    studio.controls.start_picture.remove.click()
+    assert studio.controls.start_picture.layout.display == "none"
     request = draw(studio).request
     assert (request.image, request.strength) == (None, None)
 
 
 def test_a_shape_is_taken_over_once_the_model_says_its_size(studio):
-    """Of an unknown model at its opening; then presets and other models keep the shape, and not their own square."""
+    """For an unknown model when it opens; then presets and other models keep the shape, instead of their square."""
     studio.image = Image.new("RGB", (96, 48))
     assert studio.request().width is None
     first = draw(studio).request
@@ -440,7 +440,7 @@ def test_a_shape_is_taken_over_once_the_model_says_its_size(studio):
     assert (studio.width, studio.height) == (1472, 704)  # 1024 x 1024 pixels make 1448.2 x 724.1; multiples of 64
 
 
-def test_a_picture_with_settings_restores_them_unless_it_is_meant_to_begin(studio):
+def test_a_picture_with_settings_restores_them_unless_it_is_to_be_the_start_picture(studio):
     draw(studio, prompt="a boat")
     png = studio.images[0].path.read_bytes()
     studio.prompt = "another"
@@ -453,16 +453,16 @@ def test_a_picture_with_settings_restores_them_unless_it_is_meant_to_begin(studi
     assert studio.image == studio.images[0].path
 
 
-def test_restoring_brings_back_what_was_begun_with(studio):
+def test_restoring_brings_back_the_start_picture(studio):
     first = draw(studio, image=Image.new("RGB", (32, 32)), strength=0.5).request
     assert first.image.size == (32, 32)
     heard(studio, do="drop", part=0, parts=1, begin=True, data=bare())
-    begun = draw(studio, strength=0.3).request
+    drawn = draw(studio, strength=0.3).request
     studio.image, studio.strength = None, 0.9
     heard(studio, do="restore", key=1)
-    assert (studio.image, studio.strength, studio.more) == (begun.image, 0.3, {})
-    assert (studio.width, studio.height) == (begun.width, begun.height)
-    begun.image.unlink()
+    assert (studio.image, studio.strength, studio.more) == (drawn.image, 0.3, {})
+    assert (studio.width, studio.height) == (drawn.width, drawn.height)
+    drawn.image.unlink()
     studio.image = None
     heard(studio, do="restore", key=1)
     assert "There is no picture at" in studio.view.error["problem"]

@@ -1,4 +1,4 @@
-"""The studio's one thread, without a browser: what it must do with jobs is its contract (widgets/worker.py)."""
+"""The studio's one thread, without a browser: these tests are the contract of widgets/worker.py."""
 
 import gc
 import io
@@ -24,7 +24,7 @@ WAIT = 30  # seconds before a hang becomes a failure
 
 
 class Heard(list):
-    """Collects what a job tells, with the thread it was told on."""
+    """Collects a job's updates, each with the thread that reported it."""
 
     def __call__(self, job, update):
         self.append((job, update, threading.current_thread()))
@@ -115,7 +115,7 @@ def test_jobs_run_in_order_and_know_their_place():
     assert places == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_a_load_that_fails_is_told_and_tried_again(heard):
+def test_a_load_that_fails_is_reported_and_tried_again(heard):
     worker = Worker(fakes.load)
     job = worker.submit("missing", Request("a"), heard)
     with pytest.raises(Error, match="no model 'missing'"):
@@ -142,7 +142,7 @@ def test_a_failure_in_the_middle_holds_no_arrays():
 
 
 def test_what_is_too_large_is_refused_before_it_is_opened(heard, monkeypatch):
-    """By the request's own size, which a download would be for nothing; with force it is opened all the same."""
+    """The request's size decides, so that nothing is downloaded in vain; with force it is opened all the same."""
     monkeypatch.setattr(advice, "this_machine", lambda: advice.mac(8))
     opened = []
     monkeypatch.setattr(store, "resolve", lambda model, **_: opened.append(model) or Path("nowhere"))

@@ -7,7 +7,7 @@ __all__ = ["Studio"]
 
 
 def __getattr__(name: str):
-    """Studio, loaded when asked for: the worker and `mlxdiff studio --help` do without ipywidgets."""
+    """Import Studio only when it is asked for: the worker and `mlxdiff studio --help` need no ipywidgets."""
     if name != "Studio":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

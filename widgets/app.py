@@ -1,4 +1,4 @@
-"""`mlxdiff studio`: JupyterLab on a notebook whose studio is already drawn. Nothing but loopback is listened on."""
+"""`mlxdiff studio` opens JupyterLab on a notebook whose studio is already drawn. It listens on loopback only."""
 
 import html
 import importlib.util
@@ -35,13 +35,13 @@ MORE = """# Everything is also here, in Python:
 # studio.images[-1]                                   the last picture, with .request and .save(...)
 # studio.prompt, studio.steps = "a red house", 30
 # studio.compare(seed=[1, 2, 3], guidance=[1, 3, 7])"""
-_PATIENCE = 60.0  # seconds for Jupyter to start: a cold disk and an old machine
-_FAREWELL = 30.0  # seconds for Jupyter to end: it gives every kernel five
+_PATIENCE = 60.0  # seconds that Jupyter may take to start, on a cold disk and an old machine
+_FAREWELL = 30.0  # seconds that Jupyter may take to end: it gives every kernel five
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="mlxdiff studio", description="Draw in the browser: JupyterLab on a ready notebook.")
-    p.add_argument("notebook", nargs="?", type=Path, default=Path("studio.ipynb"), help="made if it is not there")
+    p = Parser(prog="mlxdiff studio", description="Draw in the browser: opens JupyterLab on a ready notebook.")
+    p.add_argument("notebook", nargs="?", type=Path, default=Path("studio.ipynb"), help="created if it does not exist")
     p.add_argument("-m", "--model", metavar="MODEL", help="name, hub id, folder or .safetensors")
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     args = p.parse_args(argv)
@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def studio(path: Path, model: str | None, browser: bool) -> int:
     if path.suffix != ".ipynb":
-        raise Error(f"{path.name} is no name of a notebook.", f"Call it {path.stem}.ipynb.")
+        raise Error(f"{path.name} is not the name of a notebook.", f"Call it {path.stem}.ipynb.")
     if model is not None:
-        model = _meant(model, path.parent)
+        model = _name_in(path.parent, model)
     needed("jupyterlab", "ipywidgets", "anywidget")  # before anything is written
     from nbformat.sign import NotebookNotary
 
@@ -60,14 +60,14 @@ def studio(path: Path, model: str | None, browser: bool) -> int:
 
     def draw(url: str, token: str) -> None:
         _draw(book, path, url, token)
-        NotebookNotary().sign(book)  # else Jupyter would not show what we have drawn
+        NotebookNotary().sign(book)  # without a signature Jupyter would not show what was drawn
         _write(book, path)
 
     return lab(path, "studio is", browser, draw)
 
 
-def _meant(model: str, folder: Path) -> str:
-    """What a notebook in a folder, where its kernel runs, is to call a model. A name that means nothing is an error."""
+def _name_in(folder: Path, model: str) -> str:
+    """The name that opens the model from a notebook in `folder`, where its kernel runs. An unknown name is an error."""
     from .. import store
 
     store.check_name(model)
@@ -82,7 +82,7 @@ def needed(*modules: str) -> None:
 
 
 def lab(path: Path, what: str, browser: bool, prepare: Callable[[str, str], None] = lambda url, token: None) -> int:
-    """JupyterLab open on a notebook, until Ctrl-C, or until this process is told to end or loses its terminal."""
+    """Run JupyterLab on a notebook until Ctrl-C, until a signal ends this process, or until it loses its terminal."""
     token, port = secrets.token_hex(16), _free_port()
     url = f"http://127.0.0.1:{port}"
     print("Starting JupyterLab ...", flush=True)
@@ -96,22 +96,23 @@ def lab(path: Path, what: str, browser: bool, prepare: Callable[[str, str], None
             address = f"{url}/lab/tree/{urllib.parse.quote(path.name)}?token={token}"
             print(f"The {what} at {address}\nCtrl-C here ends it.", flush=True)
             if browser:
-                webbrowser.open(stack.enter_context(_door(address)))
+                webbrowser.open(stack.enter_context(_private_page(address)))
             return server.wait()
         except KeyboardInterrupt:
             return 0
 
 
 def _exit_on(*signals: int) -> None:
-    """Leave by an exception, which ends on its way out what was started; what was ignored, by nohup, stays so."""
+    """Turn these signals into SystemExit, so that whatever was started is ended too. A signal that nohup ignores stays
+    ignored."""
     for each in signals:
         if signal.getsignal(each) is not signal.SIG_IGN:
             signal.signal(each, lambda number, _: sys.exit(128 + number))
 
 
 def _end(server: subprocess.Popen) -> None:
-    """End Jupyter, which ends its kernels before itself. Nothing cuts this short: it is killed where it takes too long,
-    and its kernels end when they see that it is gone."""
+    """End Jupyter, which ends its kernels before itself. No signal interrupts this. If Jupyter takes too long, it is
+    killed, and its kernels end when they see that it is gone."""
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     server.terminate()
@@ -123,10 +124,10 @@ def _end(server: subprocess.Popen) -> None:
 
 
 @contextmanager
-def _door(address: str) -> Iterator[str]:
-    """A page for this user alone that leads to the address and its token: everybody on the machine can read what a
-    browser was started with."""
-    from jupyter_core.paths import jupyter_runtime_dir  # where Jupyter has such pages of its own
+def _private_page(address: str) -> Iterator[str]:
+    """A page that only this user can read and that leads to the address with its token. The browser is started with
+    this page, because everybody on the machine can read a program's arguments."""
+    from jupyter_core.paths import jupyter_runtime_dir  # Jupyter keeps such pages there too
 
     handle, name = tempfile.mkstemp(".html", "mlxdiff-", jupyter_runtime_dir())
     with open(handle, "w", encoding="utf-8") as page:
@@ -140,7 +141,7 @@ def _door(address: str) -> Iterator[str]:
 
 
 def _notebook(path: Path, model: str | None):
-    """The notebook there, or a new one."""
+    """Read the notebook, or make a new one if there is none."""
     import nbformat
     from nbformat import v4
 
@@ -152,7 +153,7 @@ def _notebook(path: Path, model: str | None):
         )
     try:
         book = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, AttributeError, nbformat.ValidationError) as e:  # nbformat's own, on odd JSON
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError) as e:  # nbformat raises these on odd JSON
         raise Error(f"{path} cannot be read as a notebook: {e}.", "Name another one.") from None
     if model is not None:
         _cell(book, path).source = CELL.format(model=repr(model))
@@ -161,11 +162,11 @@ def _notebook(path: Path, model: str | None):
 
 
 def _cell(book, path: Path):
-    """The first code cell: the studio's."""
+    """The first code cell, which holds the studio."""
     for cell in book.cells:
         if cell.cell_type == "code":
             return cell
-    raise Error(f"{path} has no code.", "Name another notebook, or one that is not there yet.")
+    raise Error(f"{path} has no code.", "Name another notebook, or one that does not exist yet.")
 
 
 def _serve(folder: Path, token: str, port: int, log: IO[str]) -> subprocess.Popen:
@@ -173,7 +174,7 @@ def _serve(folder: Path, token: str, port: int, log: IO[str]) -> subprocess.Pope
     command = [sys.executable, "-m", "jupyterlab", "--no-browser"]
     command += [f"--ServerApp.{k}={v}" for k, v in options.items()]
     command += ["--allow-root"] if os.geteuid() == 0 else []
-    # A session of its own: Jupyter would answer Ctrl-C with a question. The token is in the environment, not in `ps`.
+    # A new session, since Jupyter would answer Ctrl-C with a question. `ps` shows arguments, but not the token here.
     env = os.environ | {"JUPYTER_TOKEN": token}
     return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
@@ -200,30 +201,30 @@ def _wait(server: subprocess.Popen, url: str, log: IO[str]) -> None:
 
 
 def _draw(book, path: Path, url: str, token: str) -> None:
-    """Run the studio's cell in the kernel that the page will find for this notebook."""
+    """Run the studio's cell in the kernel that the page will use for this notebook."""
     from jupyter_client import BlockingKernelClient
     from jupyter_core.paths import jupyter_runtime_dir
     from nbformat.v4 import output_from_msg
 
     _write(book, path)
-    asked = {"path": path.name, "name": path.name, "type": "notebook", "kernel": {"name": "python3"}}
+    session = {"path": path.name, "name": path.name, "type": "notebook", "kernel": {"name": "python3"}}
     headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/api/sessions", json.dumps(asked).encode(), headers)
+    request = urllib.request.Request(f"{url}/api/sessions", json.dumps(session).encode(), headers)
     with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
         kernel = json.load(answer)["kernel"]["id"]
     client = BlockingKernelClient(connection_file=str(Path(jupyter_runtime_dir()) / f"kernel-{kernel}.json"))
     client.load_connection_file()
-    client.start_channels(hb=False)  # a machine that is busy misses heartbeats, and the kernel would be given up
+    client.start_channels(hb=False)  # a busy machine misses heartbeats, and the client would give up the kernel
     try:
         client.wait_for_ready(timeout=_PATIENCE)
-        cell, said = _cell(book, path), []
-        reply = client.execute_interactive(cell.source, output_hook=said.append, timeout=_PATIENCE)
-    except (RuntimeError, TimeoutError) as e:  # jupyter_client's words for a kernel that does not answer
+        cell, messages = _cell(book, path), []
+        reply = client.execute_interactive(cell.source, output_hook=messages.append, timeout=_PATIENCE)
+    except (RuntimeError, TimeoutError) as e:  # jupyter_client raises these if a kernel does not answer
         raise Error(f"The notebook's kernel does not answer: {e}.", "Try again.") from None
     finally:
         client.stop_channels()
     shown = ("stream", "display_data", "execute_result", "error")
-    cell.outputs = [output_from_msg(m) for m in said if m["msg_type"] in shown]
+    cell.outputs = [output_from_msg(m) for m in messages if m["msg_type"] in shown]
     cell.execution_count = reply["content"].get("execution_count")
 
 

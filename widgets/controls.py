@@ -1,4 +1,4 @@
-"""The settings as controls, and what is known about them: presets, which of them a model ignores, values of an axis."""
+"""The settings as controls, the presets, which settings a model ignores, and how a comparison's values are read."""
 
 import html
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from ..errors import Error
 from ..families import MODELS, Defaults
 from ..families.base import SECOND_PASS
 from ..request import MAX_SEED, Request
-from .begin import Begin
+from .start_picture import StartPicture
 
-# Request fields that have a control, with how one value of a comparison is read from text.
+# The Request fields that have a control, each with the type that reads a value of a comparison from text.
 FIELDS: dict[str, Callable] = {
     "seed": int,
     "steps": int,
@@ -28,14 +28,14 @@ FIELDS: dict[str, Callable] = {
     "prompt": str,
     "negative": str,
 }
-MULTIPLE = 64  # pixels: what edges are multiples of until a model is open, right for all
+MULTIPLE = 64  # pixels: until a model is open, edges are multiples of this, which suits every model
 _ANOTHER = ""
-_QUICK, _FINE = 0.4, 2.0  # of the model's own steps
+_QUICK, _FINE = 0.4, 2.0  # times the model's default number of steps
 
 
 def presets(defaults: Defaults) -> dict[str, dict]:
-    """What the three buttons set. Models made for a few steps have only the one way they were made for."""
-    own = {
+    """What the three buttons set. A model made for a few steps has only the standard settings."""
+    standard = {
         "steps": defaults.steps,
         "guidance": defaults.guidance,
         "width": defaults.size,
@@ -44,17 +44,17 @@ def presets(defaults: Defaults) -> dict[str, dict]:
         "schedule": None,
     }
     if defaults.steps < 10:
-        return {"standard": own}
-    solver = {"sampler": "dpmpp_2m"}  # of second order, and for every family
+        return {"standard": standard}
+    solver = {"sampler": "dpmpp_2m"}  # it is of second order, and every family can use it
     return {
-        "quick": own | solver | {"steps": round(defaults.steps * _QUICK)},
-        "standard": own,
-        "fine": own | solver | {"steps": round(defaults.steps * _FINE)},
+        "quick": standard | solver | {"steps": round(defaults.steps * _QUICK)},
+        "standard": standard,
+        "fine": standard | solver | {"steps": round(defaults.steps * _FINE)},
     }
 
 
 def ignored(model: Description | None, guidance: float, true_cfg: float) -> dict[str, str]:
-    """The controls that change nothing now, with the reason. true_cfg: Request's, a second pass for FLUX."""
+    """The controls that change nothing now, with the reason. FLUX takes a second pass if true_cfg is above 1."""
     one_pass = model is not None and model.guidance != SECOND_PASS
     if one_pass and true_cfg <= 1:
         return {"negative": f"{model.name} draws in one pass: it has no place for a negative prompt."}
@@ -64,15 +64,15 @@ def ignored(model: Description | None, guidance: float, true_cfg: float) -> dict
 
 
 def unusual(request: Request, model: Description | None) -> dict:
-    """The fields without a control that are not as they would be had nobody set them."""
-    plain, own = Request(""), {}
+    """The request's fields that have no control and whose value is not the default."""
+    plain, defaults = Request(""), {}
     if model is not None:
-        own["clip_skip"] = model.family.clip_skip
+        defaults["clip_skip"] = model.family.clip_skip
     if request.sampler is not None:
-        own["eta"] = samplers.SAMPLERS[dialects.sampler(request.sampler)[0]].eta
+        defaults["eta"] = samplers.SAMPLERS[dialects.sampler(request.sampler)[0]].eta
     shown = (*FIELDS, "count", "image", "image_hash")
-    found = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
-    return {n: v for n, v in found.items() if v not in (getattr(plain, n), own.get(n))}
+    others = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
+    return {n: v for n, v in others.items() if v not in (getattr(plain, n), defaults.get(n))}
 
 
 def values(name: str, text: str) -> list:
@@ -81,24 +81,24 @@ def values(name: str, text: str) -> list:
         raise Error(f"{name} is not a setting to compare.", f"Use one of {', '.join(FIELDS)}.")
     parts = [p.strip() for p in text.split("|" if name in ("prompt", "negative") else ",")]
     try:
-        found = [FIELDS[name](p) for p in parts if p]
+        read = [FIELDS[name](p) for p in parts if p]
     except ValueError:
-        raise Error(f"{text!r} are not values of {name}.", "Separate them with commas, such as 1, 2, 3.") from None
-    if not found:
+        raise Error(f"{text!r} are not all values of {name}.", "Separate them with commas, such as 1, 2, 3.") from None
+    if not read:
         raise Error(f"There are no values of {name} to compare.", "Separate them with commas, such as 1, 2, 3.")
-    return found
+    return read
 
 
 class Controls(w.VBox):
-    """One control a setting. `bind` ties each to the trait of the same name, which is the truth."""
+    """One control for each setting. `bind` ties it to the studio's trait of the same name, which holds the truth."""
 
     def __init__(self, model: str):
         wide = w.Layout(width="auto")
         self.prompt = w.Textarea(description="Prompt", rows=3, layout=wide, placeholder="What to draw")
         self.negative = w.Textarea(description="Negative prompt", rows=2, layout=wide, placeholder="What to keep away")
         self.why = w.HTML().add_class("mlxdiff-why")
-        self.begin = Begin()
-        self.strength = self.begin.strength
+        self.start_picture = StartPicture()
+        self.strength = self.start_picture.strength
         self.generate = w.Button(description="Generate", tooltip="Draw this (Ctrl+Enter)", button_style="primary")
         self.cancel = w.Button(description="Cancel", tooltip="Stop the running picture (Esc)", disabled=True)
         self.clear = w.Button(description="Cancel all", tooltip="Stop the running picture and empty the queue")
@@ -110,7 +110,7 @@ class Controls(w.VBox):
             layout=w.Layout(width="auto", display="none"),
         )
         names = ("quick", "standard", "fine")
-        self.presets = {n: w.Button(description=n.title(), tooltip=f"Set {n} steps and sampler") for n in names}
+        self.presets = {n: w.Button(description=n.title(), tooltip=f"Set the {n} steps and sampler") for n in names}
         self.steps = w.IntSlider(description="Steps", min=1, max=60, layout=wide)
         self.guidance = w.FloatSlider(
             description="Guidance", min=0, max=15, step=0.5, readout_format=".1f", layout=wide
@@ -121,7 +121,7 @@ class Controls(w.VBox):
         self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=MULTIPLE, layout=wide)
         self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=MULTIPLE, layout=wide)
         self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=wide)
-        # Text and not a number: a browser's numbers lose the last digits of large seeds.
+        # A text field, because a browser's numbers lose the last digits of large seeds.
         self.seed = w.Text(description="Seed", continuous_update=False, layout=wide)
         self.locked = w.ToggleButton(icon="lock", tooltip="Keep this seed for every picture")
         self.dice = w.Button(icon="random", tooltip="Another seed")
@@ -129,21 +129,21 @@ class Controls(w.VBox):
         self.more = w.HTML().add_class("mlxdiff-why")
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
         self.compare = Compare()
-        go = _row("mlxdiff-go", self.generate, self.cancel, self.clear)
-        ask = w.VBox([self.prompt, self.negative, self.why, self.begin, go]).add_class("mlxdiff-ask")
+        go = w.HBox([self.generate, self.cancel, self.clear]).add_class("mlxdiff-go")
+        ask = w.VBox([self.prompt, self.negative, self.why, self.start_picture, go]).add_class("mlxdiff-ask")
         settings = w.VBox(
             [
                 self.model,
                 self.other,
-                _row("mlxdiff-presets", *self.presets.values()),
+                w.HBox([*self.presets.values()]).add_class("mlxdiff-presets"),
                 _fold(
                     "More settings",
                     self.steps,
                     self.guidance,
-                    _row("mlxdiff-two", self.sampler, self.schedule),
-                    _row("mlxdiff-three", self.width, self.height, self.count),
+                    w.HBox([self.sampler, self.schedule]).add_class("mlxdiff-two"),
+                    w.HBox([self.width, self.height, self.count]).add_class("mlxdiff-three"),
                 ).add_class("mlxdiff-roomy"),
-                _row("mlxdiff-seed", self.seed, self.locked, self.dice, self.reuse),
+                w.HBox([self.seed, self.locked, self.dice, self.reuse]).add_class("mlxdiff-seed"),
                 w.HBox([self.more, self.forget]),
                 _fold("Compare settings", self.compare),
             ]
@@ -154,28 +154,28 @@ class Controls(w.VBox):
         self.compare.draw.add_class("mlxdiff-compare")
 
     def entries(self) -> dict[str, w.Widget]:
-        """Everything that a run or a comparison reads."""
-        own = {n: getattr(self, n) for n in (*FIELDS, "model", "count", "locked")}
+        """All controls that a run or a comparison reads."""
+        settings = {n: getattr(self, n) for n in (*FIELDS, "model", "count", "locked")}
         names = ("rows", "row_values", "columns", "column_values")
-        return own | {n: getattr(self.compare, n) for n in names}
+        return settings | {n: getattr(self.compare, n) for n in names}
 
-    def take(self, found: dict) -> None:
-        """What the page shows: values, and of lists the index."""
+    def take(self, shown: dict) -> None:
+        """Set the controls to what the page shows: the index in a list, the value of any other control."""
         entries = self.entries()
-        for name, value in found.items():
+        for name, value in shown.items():
             if value is not None:
                 entries[name].set_trait("index" if isinstance(entries[name], w.Dropdown) else "value", value)
 
     def offer(self, flow: bool) -> None:
-        """List the samplers and schedules that a model can take."""
+        """List the samplers and schedules that a model can use."""
         fit = [n for n, row in samplers.SAMPLERS.items() if row.flow is not None or not flow]
-        self.sampler.options = _or_own(fit)
-        self.schedule.options = _or_own(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
+        self.sampler.options = _with_default(fit)
+        self.schedule.options = _with_default(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
     def judge(
         self, model: Description | None, defaults: Defaults | None, prompt: str, guidance: float, more: dict
     ) -> None:
-        """Disable what would change nothing now, and say why; name what is set and has no control."""
+        """Disable controls that would change nothing now and say why; name the settings that have no control."""
         reasons = ignored(model, guidance, more.get("true_cfg", 1.0))
         if model is not None and model.name == builtin.NAME and (unknown := builtin.notice(prompt)):
             reasons["prompt"] = unknown
@@ -189,13 +189,13 @@ class Controls(w.VBox):
         self.forget.layout.display = None if also else "none"
 
     def bind(self, studio: t.HasTraits) -> None:
-        """Every setting both ways."""
+        """Tie every control to its trait, in both directions."""
         for name in ("prompt", "steps", "guidance", "width", "height", "strength", "count", "locked"):
             _tie(studio, name, getattr(self, name))
         for name in ("negative", "sampler", "schedule"):
             _tie(studio, name, getattr(self, name), lambda v: "" if v is None else v, lambda v: v or None)
         _tie(studio, "seed", self.seed, str, _seed)
-        # The last row of the list is no model: it asks for one, and changes nothing until it is named.
+        # The last row of the list asks for another model; nothing changes until one is named.
         _tie(studio, "model", self.model, str, lambda v: studio.model if v == _ANOTHER else v)
         self.model.observe(lambda change: self._ask(change["new"] == _ANOTHER), "value")
         self.other.observe(lambda change: self._answer(studio, change["new"].strip()), "value")
@@ -210,7 +210,7 @@ class Controls(w.VBox):
 
 
 class Compare(w.VBox):
-    """Two settings and, as text, their values."""
+    """The form of a comparison: two settings and their values, typed as text."""
 
     def __init__(self):
         two = [n for n in FIELDS if n != "negative"] + ["negative"]
@@ -218,17 +218,17 @@ class Compare(w.VBox):
         self.row_values = w.Text(description="Row values", value="1, 2, 3")
         self.columns = w.Dropdown(description="Columns", options=two, value="guidance")
         self.column_values = w.Text(description="Column values", value="1, 3, 7")
-        self.draw = w.Button(description="Draw the grid", tooltip="A picture for every pair, then one labelled PNG")
+        self.draw = w.Button(description="Draw the grid", tooltip="Draw a picture for every pair and one labelled PNG")
         super().__init__(
             [
-                _row("mlxdiff-axis", self.rows, self.row_values),
-                _row("mlxdiff-axis", self.columns, self.column_values),
+                w.HBox([self.rows, self.row_values]).add_class("mlxdiff-axis"),
+                w.HBox([self.columns, self.column_values]).add_class("mlxdiff-axis"),
                 self.draw,
             ]
         )
 
     def axes(self) -> dict[str, list]:
-        """What `Studio.compare` takes."""
+        """The arguments for `Studio.compare`."""
         if self.rows.value == self.columns.value:
             raise Error(f"Rows and columns are both {self.rows.value}.", "Choose two different settings.")
         pairs = ((self.rows.value, self.row_values.value), (self.columns.value, self.column_values.value))
@@ -236,21 +236,26 @@ class Compare(w.VBox):
 
 
 def _tie(
-    studio: t.HasTraits, name: str, control: w.Widget, there: Callable | None = None, back: Callable | None = None
+    studio: t.HasTraits,
+    name: str,
+    control: w.Widget,
+    to_control: Callable | None = None,
+    to_trait: Callable | None = None,
 ):
-    """Keep a trait and its control equal. What a control cannot show, it first learns: longer scales, other models."""
+    """Keep a trait and its control equal. A control is first extended if it cannot show the value: its scale grows, or
+    its list gets another row."""
 
     def show(_=None):
-        value = getattr(studio, name) if there is None else there(getattr(studio, name))
+        value = getattr(studio, name) if to_control is None else to_control(getattr(studio, name))
         if isinstance(control, w.IntSlider | w.FloatSlider) and value > control.max:
             control.max = value
         if isinstance(control, w.Dropdown) and value not in [v for _, v in control.options]:
-            control.options = [(value, value), *control.options]  # first: new options select the first of them
+            control.options = [(value, value), *control.options]  # first, because new options select the first
         control.value = value
 
     def take(change):
         try:
-            setattr(studio, name, change["new"] if back is None else back(change["new"]))
+            setattr(studio, name, change["new"] if to_trait is None else to_trait(change["new"]))
         except t.TraitError:
             show()
 
@@ -273,15 +278,11 @@ def _models(extra: str) -> list[tuple[str, str]]:
     return [*rows, *([] if extra in MODELS else [(extra, extra)]), ("Another …", _ANOTHER)]
 
 
-def _or_own(names) -> list[tuple[str, str]]:
-    return [("model's own", ""), *((n, n) for n in names)]  # "" and not None, which selects nothing
+def _with_default(names) -> list[tuple[str, str]]:
+    return [("model's own", ""), *((n, n) for n in names)]  # "", since None would select nothing
 
 
 def _fold(title: str, *children: w.Widget) -> w.VBox:
-    """A button, and what it shows. Not an Accordion, whose titles no key reaches; the page does the folding."""
+    """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion."""
     button = w.ToggleButton(description=title, icon="caret-right").add_class("mlxdiff-unfold")
     return w.VBox([button, w.VBox(children)]).add_class("mlxdiff-fold")
-
-
-def _row(kind: str, *children: w.Widget) -> w.HBox:
-    return w.HBox(children).add_class(kind)

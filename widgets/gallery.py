@@ -1,4 +1,4 @@
-"""Pictures with their settings, and labelled comparisons made of pictures. No widgets here."""
+"""Pictures with their settings, and labelled grids of pictures for comparisons. This module has no widgets."""
 
 import io
 import math
@@ -12,26 +12,26 @@ from .. import images
 from ..errors import Error
 from ..request import Request
 
-_THUMB = 160  # pixels: the strip shows 80, twice that for sharp screens
-_CELL = 192  # longest edge of a cell while a grid fills; the file has them whole
+_THUMB = 160  # pixels: the strip shows 80; sharp screens need twice that
+_CELL = 192  # pixels: the longest edge of a cell while a grid fills; the file has whole pictures
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture. The file is the only copy: a long session does not fill memory with what it drew."""
+    """A finished picture. Its file is the only copy, so that a long session does not fill memory with pictures."""
 
     path: Path
-    request: Request  # of this one picture: its own seed, count 1
+    request: Request  # of this one picture: its seed, and count 1
     model: str
     recipe: str  # how its weights were stored
     seconds: float
-    title: str = ""  # of what is not one picture but a comparison
+    title: str = ""  # only a comparison has one
 
     @classmethod
     def write(
         cls, image: Image.Image, folder: Path, request: Request, model: str, recipe: str, seconds: float
     ) -> "Picture":
-        """Save a picture under its prompt's first words and its seed."""
+        """Save a picture; the prompt's first words and the seed name the file."""
         path = images.save(image, Path(folder) / images.file_name(request), request, model, recipe)
         return cls(path.resolve(), request, model, recipe, seconds)
 
@@ -40,7 +40,7 @@ class Picture:
         return Image.open(io.BytesIO(self._repr_png_()))
 
     def save(self, path: str | Path) -> Path:
-        """Another copy, settings included; the suffix says PNG, JPEG or WebP. Never overwrites."""
+        """Save another copy with its settings. The suffix chooses PNG, JPEG or WebP; no file is ever overwritten."""
         return images.save(self.image.convert("RGB"), Path(path), self.request, self.model, self.recipe)
 
     def caption(self) -> str:
@@ -57,7 +57,7 @@ class Picture:
 
 
 def writable(folder: str | Path) -> Path:
-    """The folder, there and open to files: looked at before the work and not after."""
+    """Create the folder and check that it takes files: this is done before the work, not after."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -75,10 +75,10 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 class Grid:
-    """A comparison over one or two settings, filled as its jobs end. The last expression of a cell shows it."""
+    """A comparison over one or two settings, which fills as its jobs end. As the last line of a cell it is shown."""
 
     def __init__(self, base: Request, axes: dict[str, list]):
-        (self.across, self.columns), *rest = reversed(axes.items())  # the last setting named runs from left to right
+        (self.across, self.columns), *rest = reversed(axes.items())  # the last setting runs from left to right
         self.down, self.rows = rest[0] if rest else (None, [None])
         self.base = base
         self.cells: dict[tuple[int, int], Picture] = {}
@@ -86,7 +86,7 @@ class Grid:
         self._small: dict[tuple[int, int], Image.Image] = {}
 
     def requests(self) -> dict[tuple[int, int], Request]:
-        """The request of every cell, row by row."""
+        """The requests of all cells, row by row."""
         out = {}
         for i, down in enumerate(self.rows):
             for j, across in enumerate(self.columns):
@@ -109,12 +109,12 @@ class Grid:
             job.cancel()
 
     def put(self, cell: tuple[int, int], picture: Picture, image: Image.Image) -> bool:
-        """Fill a cell. True if it was the last."""
+        """Fill a cell; return True if it was the last."""
         self.cells[cell], self._small[cell] = picture, _fit(image)
         return len(self.cells) == len(self.rows) * len(self.columns)
 
     def draft(self, cell: tuple[int, int], preview: Image.Image) -> Image.Image:
-        """The grid so far, small, with a preview in one of its cells."""
+        """A small version of the grid so far, with a preview in one cell."""
         edge = max(preview.size)
         preview = preview.resize([round(v * _CELL / edge) for v in preview.size], Image.Resampling.BICUBIC)
         return self._render(self._small | {cell: preview})
@@ -151,12 +151,12 @@ class Grid:
         return out
 
     def save(self, path: str | Path) -> Path:
-        """The labelled grid at full size, with the settings its cells share. Never overwrites."""
+        """Save the labelled grid at full size, with the settings its cells share. No file is ever overwritten."""
         first = self.cells[min(self.cells)]
         return images.save(self.image, Path(path), first.request, first.model, first.recipe)
 
     def finish(self, folder: str | Path) -> Picture:
-        """Write the grid under the names of its settings."""
+        """Save the grid; the names of its settings name the file."""
         names = [n for n in (self.down, self.across) if n is not None]
         path = self.save(Path(folder) / f"compare-{'-'.join(names)}.png")
         return replace(self.cells[0, 0], path=path.resolve(), title=f"Comparison of {' and '.join(names)}")
@@ -182,7 +182,7 @@ def _label(name: str | None, value) -> str:
 
 
 def _cut(font, text: str, width: int) -> str:
-    """Text that fits, its end left out where it must be."""
+    """The text, cut off at the end if it is too wide."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -1,4 +1,4 @@
-"""`mlxdiff lessons`: JupyterLab on a reader's own copies of the notebooks."""
+"""`mlxdiff lessons` copies the notebooks for the reader and opens JupyterLab on them."""
 
 import shutil
 import sys
@@ -14,7 +14,7 @@ FIRST = "00_start.ipynb"
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="mlxdiff lessons", description="What diffusion does, live: JupyterLab on the lessons.")
+    p = Parser(prog="mlxdiff lessons", description="See live what diffusion does: opens JupyterLab on the lessons.")
     p.add_argument(
         "folder", nargs="?", type=Path, default=Path("lessons"), help="where your copies go (default lessons)"
     )
@@ -30,8 +30,8 @@ def lessons(folder: Path, browser: bool) -> int:
 
 
 def copy(folder: Path) -> None:
-    """What a reader has changed stays: a notebook that is there already is not copied again."""
-    # Beside this package in a checkout, inside it in a wheel.
+    """Copy the notebooks that the folder does not have yet. What a reader has changed stays."""
+    # The notebooks lie beside this package in a checkout, and inside it in a wheel.
     books = next(place for p in mlxdiff.__path__ if (place := Path(p) / "notebooks").is_dir())
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-// The view of view.py: canvas, progress, history, file drop, shortcuts. It mirrors traits and sends messages, no more.
-// Nothing is fetched: this file and studio.css are all there is.
+// The browser's part of view.py: canvas, progress, history, file drop, shortcuts. It only mirrors traits and sends
+// messages. It fetches nothing: this file and studio.css are complete.
 
 const PART = 4 * 2 ** 20; // bytes of a dropped file in one message: Jupyter's server closes on messages above 10 MiB
 
@@ -13,7 +13,7 @@ function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-// Frames are decoded off the page's thread and may come out of order: one that was overtaken is not drawn.
+// Frames are decoded off the page's thread and may arrive out of order: a frame older than the drawn one is dropped.
 function painter(canvas) {
   let asked = 0, drawn = 0;
   return async (bytes, type, title) => {
@@ -57,7 +57,7 @@ function render({ model, el }) {
   const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
-    button("Begin with it", () => send("begin", { key: current }), "Draw on from this picture"),
+    button("Begin with it", () => send("begin", { key: current }), "Begin the next picture with this one"),
     download, back);
   function chooser(text, begin) {
     const chosen = (event) => { take(event.target.files[0], begin); event.target.value = ""; };
@@ -72,8 +72,8 @@ function render({ model, el }) {
   const about = h("div", { class: "mlxdiff-about" }, h("div", {}, caption, path), tools);
   el.append(stage, bar, status, spoken, error, about, strip, open);
 
-  let current = null; // key of the picture on the canvas; null for a preview, of which there is no file
-  let pinned = null; // key of a picture that is looked at while another forms
+  let current = null; // key of the picture on the canvas; null for a preview, which has no file
+  let pinned = null; // key of an older picture that the user looks at while a new one forms
   let url = null;
 
   function shown() {
@@ -88,20 +88,20 @@ function render({ model, el }) {
     url = URL.createObjectURL(new Blob([it.png], { type: "image/png" }));
     download.href = url;
     download.download = it.name;
-    mark(it.key);
+    setCurrent(it.key);
   }
 
   function arrived() {
     if (pinned === null || pinned === model.get("shown").key) shown();
   }
 
-  function mark(key) {
+  function setCurrent(key) {
     current = key;
     about.classList.toggle("mlxdiff-past", key === null);
     for (const child of strip.children) child.setAttribute("aria-pressed", String(Number(child.dataset.key) === key));
   }
 
-  const thumbs = new Map(); // key -> button, so that a growing history moves nothing that is already there
+  const thumbs = new Map(); // key -> button: kept, so that existing thumbnails stay in place as the history grows
   function history() {
     for (const it of model.get("history")) {
       if (thumbs.has(it.key)) continue;
@@ -116,7 +116,7 @@ function render({ model, el }) {
     const kept = new Set(model.get("history").map((it) => it.key));
     for (const [key, thumb] of thumbs) if (!kept.has(key)) { thumb.remove(); thumbs.delete(key); }
     strip.hidden = thumbs.size === 0;
-    mark(current);
+    setCurrent(current);
   }
 
   function look(key) {
@@ -165,11 +165,11 @@ function render({ model, el }) {
     }
   }
 
-  function heard(message, buffers) {
+  function receive(message, buffers) {
     if (message.do !== "frame" || pinned !== null || !model.get("running")) return;
     empty.hidden = true;
     paint(buffers[0], "image/jpeg", message.title);
-    mark(null);
+    setCurrent(null);
   }
 
   function keys(event) {
@@ -182,28 +182,28 @@ function render({ model, el }) {
     else if (event.target.closest(".mlxdiff-compare")) act(event, "compare");
   }
 
-  // Jupyter may hand the messages of two widgets to two threads of the kernel, and what was typed may be read after the
-  // click that followed it. So the settings travel with the wish for a run, and the button's own message is not sent.
+  // Jupyter may pass the messages of two widgets to two threads of the kernel, so that a click is read before the text
+  // that was typed before it. So the settings travel with the request for a run; the button does not send its message.
   async function act(event, action) {
     event.preventDefault();
     event.stopPropagation();
-    const box = document.activeElement; // a text box believes what was typed when it is left
+    const box = document.activeElement; // a text box reports typed text only when it loses the focus
     if (box instanceof HTMLInputElement) { box.blur(); box.focus(); }
     send(action, action === "cancel" ? {} : { settings: await settings() });
   }
 
-  // A list cuts off what is too long for it: under the mouse it says the whole.
+  // A list cuts off a long entry: its tooltip shows all of it.
   function entitle({ target }) {
     if (target instanceof HTMLSelectElement) target.title = target.selectedOptions[0]?.text ?? "";
   }
 
   async function settings() {
-    const found = {};
+    const values = {};
     for (const [name, id] of Object.entries(model.get("controls"))) {
       const control = await model.widget_manager.get_model(id);
-      found[name] = control.get("index") ?? control.get("value");
+      values[name] = control.get("index") ?? control.get("value");
     }
-    return found;
+    return values;
   }
 
   const over = (event) => { event.preventDefault(); stage.classList.add("mlxdiff-over"); };
@@ -215,14 +215,14 @@ function render({ model, el }) {
     take(event.dataTransfer.files[0]);
   };
 
-  // The whole studio listens, and it is known only once this part of it is on the page.
+  // The listeners are on the whole studio, which can be found only once this part of it is on the page.
   const away = new AbortController();
   const arrival = new ResizeObserver(() => {
     const root = el.closest(".mlxdiff-studio");
     if (!root) return;
     arrival.disconnect();
     root.dataset.lmSuppressShortcuts = "true"; // else JupyterLab runs the cell on Ctrl+Enter
-    // ipywidgets' text boxes keep keys to themselves: they have to be heard on their way down.
+    // ipywidgets' text boxes stop key events from bubbling up, so these listeners capture events on their way down.
     root.addEventListener("keydown", keys, { signal: away.signal, capture: true });
     root.addEventListener("click", clicks, { signal: away.signal, capture: true });
     const listeners = { dragover: over, dragleave: leave, drop, pointerover: entitle };
@@ -234,8 +234,8 @@ function render({ model, el }) {
   });
   arrival.observe(el);
 
-  // ipywidgets' sliders have no accessible name, and its toggles do not say how they stand: give each its label's, and
-  // tell, whenever one is drawn or changes its look.
+  // ipywidgets' sliders have no accessible name, and its toggles do not announce their state. Set both, whenever a
+  // control is drawn or changes its look.
   const naming = new MutationObserver(() => name(el.closest(".mlxdiff-studio")));
   function name(root) {
     for (const slider of root?.querySelectorAll(".widget-hslider") ?? []) {
@@ -252,7 +252,7 @@ function render({ model, el }) {
   const changes = { shown: arrived, history, error: failed };
   for (const name of ["status", "spoken", "progress", "running"]) changes[name] = update;
   for (const [name, listener] of Object.entries(changes)) model.on(`change:${name}`, listener);
-  model.on("msg:custom", heard);
+  model.on("msg:custom", receive);
   shown(); history(); failed();
 
   return () => {
@@ -261,7 +261,7 @@ function render({ model, el }) {
     away.abort();
     if (url) URL.revokeObjectURL(url);
     for (const [name, listener] of Object.entries(changes)) model.off(`change:${name}`, listener);
-    model.off("msg:custom", heard);
+    model.off("msg:custom", receive);
   };
 }
 

@@ -1,11 +1,12 @@
-"""`Studio()`: controls <-> Request, worker -> view. Python state is the truth; the page mirrors it.
+"""`Studio()` turns its controls into a Request and shows what the worker draws. Python holds the truth; the page
+mirrors it.
 
     studio = Studio("storybook"); studio               # draw with the mouse
     studio.prompt, studio.steps = "a red house", 30    # or from cells
     job = studio.generate(); job.result().image        # job.cancel() stops it; so does interrupting the kernel
     studio.images[-1].request, studio.error, studio.compare(seed=[1, 2, 3], guidance=[1, 3, 7])
 
-Callbacks run on whatever thread Jupyter chose, and only queue, set flags and copy (see worker.py)."""
+Callbacks run on whatever thread Jupyter chooses, so they only queue jobs, set flags and copy (see worker.py)."""
 
 import functools
 import io
@@ -25,13 +26,13 @@ from ..description import Description
 from ..errors import Error
 from ..families import DEFAULT, MODELS, Defaults
 from ..request import STRENGTH, Request
-from .begin import write_begin
 from .controls import FIELDS, MULTIPLE, Controls, presets, unusual
 from .gallery import Grid, Picture, thumbnail, writable
+from .start_picture import write_start_picture
 from .view import View, line, seconds, size
 from .worker import Job, Update, Worker, jpeg, shared
 
-_OWN = ("steps", "guidance", "width", "height", "sampler", "schedule")  # what every model has its own values for
+_BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
 
 
 class Studio(w.VBox):
@@ -49,24 +50,24 @@ class Studio(w.VBox):
     seed = t.Int(0)
     locked = t.Bool(False, help="keep the seed; otherwise every run draws a fresh one")
     count = t.Int(1)
-    image = t.Any(None, help="what to begin with in place of noise alone: a path or a PIL image")
-    strength = t.Float(STRENGTH, help="the part of the steps that redraws it; 1 ignores it")
-    more = t.Dict(help="Request's fields that have no control, such as {'clip_skip': 2}")
+    image = t.Any(None, help="the start picture, a path or a PIL image; None: begin with noise alone")
+    strength = t.Float(STRENGTH, help="the part of the steps that redraws the start picture; 1 ignores it")
+    more = t.Dict(help="the Request's fields that have no control, such as {'clip_skip': 2}")
     folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
-    options = t.Dict(help="for mlxdiff.load, such as {'bits': 8}")
+    options = t.Dict(help="arguments of mlxdiff.load, such as {'bits': 8}")
 
     status = t.Unicode("Ready", help="the line under the picture")
-    images = t.List(help="what was drawn: gallery.Picture, oldest first")
-    error = t.Any(None, help="what went wrong last; `raise studio.error` shows where")
+    images = t.List(help="the pictures drawn, as gallery.Picture, oldest first")
+    error = t.Any(None, help="the last error; `raise studio.error` shows where it was raised")
 
     def __init__(self, model: str | Path = DEFAULT, *, worker: Worker | None = None, **settings):
         self._worker = shared() if worker is None else worker
         self._jobs: list[Job] = []  # queued or running, in order
         self._description: Description | None = None  # of the model, once it is open
         self._defaults: Defaults | None = None  # of the model, if they are known
-        self._flow = False  # whether the samplers on offer are those of rectified flow
-        self._before: dict = {}  # the model's own settings as they stood when it was named
-        self._seen: dict[str, str] = {}  # what opened models are called in files: what they were opened by
+        self._flow = False  # whether the lists show the samplers of rectified flow
+        self._before: dict = {}  # the settings of _BY_MODEL when the model was named
+        self._seen: dict[str, str] = {}  # an opened model's name in files -> the name that opened it
         self._history: dict[int, Picture] = {}
         self._keys = itertools.count()
         self.controls, self.view = Controls(str(model)), View()
@@ -77,7 +78,7 @@ class Studio(w.VBox):
         self.seed = secrets.randbelow(2**32)
         self.options = settings.pop("options", {})
         self.model = str(model)
-        self._named()
+        self._on_model()
         for name, value in settings.items():
             setattr(self, name, value)
         self.controls.bind(self)
@@ -85,24 +86,24 @@ class Studio(w.VBox):
         self._wire()
         self._count()
         self._judge()
-        self._begun()
+        self._show_start_picture()
 
-    # --- what a cell can do
+    # --- for cells
 
     def request(self) -> Request:
-        """The settings as they stand. What is left to a model of unknown defaults is None."""
-        found = {n: getattr(self, n) for n in (*FIELDS, "count", "image")}
-        found["strength"] = None if self.image is None else self.strength
+        """The current settings. Those left to a model whose defaults are unknown are None."""
+        values = {n: getattr(self, n) for n in (*FIELDS, "count", "image")}
+        values["strength"] = None if self.image is None else self.strength
         if self._defaults is None:
-            found |= {n: None for n in _OWN if found[n] == self._before[n]}
-        return Request(**found | self.more)
+            values |= {n: None for n in _BY_MODEL if values[n] == self._before[n]}
+        return Request(**values | self.more)
 
     def generate(self) -> Job:
-        """Queue a run with the settings as they stand; `.result()` waits for it, `.cancel()` stops it."""
-        return self._submit(self._next(), self._tell)
+        """Queue a run with the current settings; `.result()` waits for it, `.cancel()` stops it."""
+        return self._submit(self._next(), self._on_update)
 
     def cancel(self, everything: bool = False) -> None:
-        """Stop the running picture, or all that this studio has queued."""
+        """Stop the running picture, or everything that this studio has queued."""
         for job in self._jobs[::-1] if everything else self._jobs[:1]:
             job.cancel()
 
@@ -113,14 +114,15 @@ class Studio(w.VBox):
             raise Error(f"{', '.join(axes) or 'Nothing'} cannot be compared.", fix)
         grid = Grid(replace(self._next(), count=1), {n: list(v) for n, v in axes.items()})
         for cell, request in grid.requests().items():
-            grid.jobs.append(self._submit(request, functools.partial(self._tell, grid=grid, cell=cell)))
+            grid.jobs.append(self._submit(request, functools.partial(self._on_update, grid=grid, cell=cell)))
         return grid
 
     def restore(self, request: Request, model: str | None = None) -> None:
-        """Take over all settings of a request, and the model if its name is of one that can be opened here."""
-        here = self._seen | {n: n for n in MODELS} | {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
-        self.model = here.get(model, self.model)
-        self.image = request.image  # before its size, which it brings
+        """Take over all settings of a request, and its model if one of that name can be opened here."""
+        published = {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
+        known = self._seen | {n: n for n in MODELS} | published
+        self.model = known.get(model, self.model)
+        self.image = request.image  # before the size, which a new start picture changes
         for name in (*FIELDS, "count"):
             value = getattr(request, name)
             if value is not None or self.traits()[name].allow_none:
@@ -129,13 +131,13 @@ class Studio(w.VBox):
         self.more = unusual(request, self._description)
 
     def load(self, png: str | Path | bytes) -> None:
-        """Restore the settings a picture carries: one of ours, of A1111 or of a relative."""
+        """Restore the settings stored in a picture by this program, by A1111 or by a similar program."""
         self.restore(*images.read_settings(io.BytesIO(png) if isinstance(png, bytes) else Path(png)))
 
     # --- to the worker
 
     def _next(self) -> Request:
-        """The request of a run about to begin: its seed drawn, and its folder there before the work, not after."""
+        """The request of the next run. Its seed is drawn and its folder is checked before the work, not after."""
         if not self.locked:
             self.seed = secrets.randbelow(2**32)
         writable(self.folder)
@@ -145,7 +147,7 @@ class Studio(w.VBox):
         self.error, self.view.error = None, {}
         job = self._worker.submit(self.model, request, tell, **self.options)
         self._jobs.append(job)
-        if job.state not in ("queued", "running"):  # it ended before it was in the list that it leaves at its end
+        if job.state not in ("queued", "running"):  # it ended before it was added, so nothing else removes it
             self._leave(job)
         self._count()
         return job
@@ -161,7 +163,9 @@ class Studio(w.VBox):
 
     # --- from the worker, on its thread
 
-    def _tell(self, job: Job, update: Update, grid: Grid | None = None, cell: tuple[int, int] | None = None) -> None:
+    def _on_update(
+        self, job: Job, update: Update, grid: Grid | None = None, cell: tuple[int, int] | None = None
+    ) -> None:
         if update.stage == "ready":
             self._seen[job.description.name] = job.model
             if job.model == self.model:
@@ -171,9 +175,9 @@ class Studio(w.VBox):
         elif update.frame is not None:
             self.view.frame(jpeg(grid.draft(cell, Image.open(io.BytesIO(update.frame)))), "The comparison so far")
         if update.picture is not None:
-            own = replace(job.request, seed=job.request.seed + update.step - 1, count=1)
+            request = replace(job.request, seed=job.request.seed + update.step - 1, count=1)
             made = job.description.name, str(job.description.recipe)
-            picture = Picture.write(update.picture, self.folder, own, *made, update.seconds)
+            picture = Picture.write(update.picture, self.folder, request, *made, update.seconds)
             self.images = [*self.images, picture]
             self._keep(picture, update.picture, show=grid is None)
             if grid is not None and grid.put(cell, picture, update.picture):
@@ -182,7 +186,7 @@ class Studio(w.VBox):
         if update.stage in ("done", "cancelled", "failed"):
             self._ended(job, update)
         elif update.stage != "ready":
-            self._count()  # again and again: the page's thread may have been counting at the same time
+            self._count()  # every time: the page's thread may have counted at the same moment
             text, progress = line(update)
             self._say(self._place() + text, progress, aloud=update.step == 0)
 
@@ -221,30 +225,30 @@ class Studio(w.VBox):
 
     # --- what depends on the model
 
-    def _named(self) -> None:
-        """Another model: take its defaults from the registry, or ask the model itself if it is on this machine."""
+    def _on_model(self) -> None:
+        """The model changed: take its defaults from the registry, or ask the model itself if it is on this machine."""
         row = families.find(self.model)
         self._description, self._defaults = None, None if row is None else row.defaults
         self.controls.width.step = self.controls.height.step = MULTIPLE
-        self._before = {n: getattr(self, n) for n in _OWN}
+        self._before = {n: getattr(self, n) for n in _BY_MODEL}
         if row is not None:
             self._apply("standard")
         if Path(self.model).exists() if row is None else row.repo is None:
-            self._submit(None, self._tell)
+            self._submit(None, self._on_update)
         self._judge()
 
     def _learn(self, model: Description) -> None:
-        """The model is open. What was not touched since it was named becomes the model's own."""
+        """The model is open. Settings that were not touched since it was named become the model's defaults."""
         self._description = model
         if self._defaults is None:
             for name, value in self._preset("standard", model.defaults).items():
                 if getattr(self, name) == self._before[name]:
                     setattr(self, name, value)
         if model.flow != self._flow:
-            kept = {n: getattr(self, n) for n in ("sampler", "schedule", "more")}
+            selected = {n: getattr(self, n) for n in ("sampler", "schedule", "more")}
             self._flow = model.flow
-            self.controls.offer(model.flow)  # which selects nothing
-            for name, value in kept.items():
+            self.controls.offer(model.flow)  # this clears the selection
+            for name, value in selected.items():
                 setattr(self, name, value)
         self._defaults = model.defaults
         self.controls.width.step = self.controls.height.step = model.multiple
@@ -255,49 +259,49 @@ class Studio(w.VBox):
             setattr(self, name, value)
 
     def _preset(self, name: str, defaults: Defaults) -> dict:
-        """A picture to begin with keeps its shape."""
+        """A preset's settings, but a start picture keeps its shape."""
         return presets(defaults)[name] | self._shape(defaults)
 
     def _judge(self) -> None:
         self.controls.judge(self._description, self._defaults, self.prompt, self.guidance, self.more)
 
-    # --- the picture to begin with
+    # --- the start picture
 
-    def _begun(self) -> None:
-        """Show it, and take over its shape."""
+    def _show_start_picture(self) -> None:
+        """Show the start picture, and take over its shape."""
         try:
             image = None if self.image is None else images.read(self.image)
         except Error:
             self.image = None
             raise
-        self.controls.begin.show(image)
+        self.controls.start_picture.show(image)
         if image is not None and self._defaults is not None:
             for name, value in self._shape(self._defaults).items():
                 setattr(self, name, value)
 
     def _shape(self, defaults: Defaults) -> dict[str, int]:
-        return self.controls.begin.shape(
+        return self.controls.start_picture.shape(
             defaults.size, MULTIPLE if self._description is None else self._description.multiple
         )
 
     def _take(self, data: bytes, begin: bool) -> None:
-        """A picture from the page brings its settings back. One that has none, or is meant to, is begun with."""
+        """Restore the settings of a picture from the page. With `begin`, or without any, it is the start picture."""
         if not begin:
             with suppress(images.NoSettings):
                 self.load(data)
                 return self._say("Settings restored")
-        self.image = write_begin(data, writable(self.folder))
+        self.image = write_start_picture(data, writable(self.folder))
         return self._say("The next picture begins with this one")
 
     # --- from the page
 
     def _wire(self) -> None:
         c = self.controls
-        self.observe(lambda _: self._try(self._named), "model")
+        self.observe(lambda _: self._try(self._on_model), "model")
         self.observe(lambda _: self._judge(), ["prompt", "guidance", "more"])
         self.observe(lambda _: self._forget("eta"), "sampler")
-        self.observe(lambda _: self._try(self._begun), "image")
-        self.view.on_msg(lambda _, message, buffers: self._try(self._heard, message, buffers))
+        self.observe(lambda _: self._try(self._show_start_picture), "image")
+        self.view.on_msg(lambda _, message, buffers: self._try(self._on_message, message, buffers))
         buttons = {
             c.generate: self.generate,
             c.cancel: self.cancel,
@@ -305,7 +309,7 @@ class Studio(w.VBox):
             c.dice: lambda: self.set_trait("seed", secrets.randbelow(2**32)),
             c.reuse: lambda: self._reuse(self.images[-1]),
             c.forget: lambda: self._forget(*self.more),
-            c.begin.remove: lambda: self.set_trait("image", None),
+            c.start_picture.remove: lambda: self.set_trait("image", None),
             c.compare.draw: self._draw_grid,
         }
         for name, button in c.presets.items():
@@ -314,14 +318,14 @@ class Studio(w.VBox):
             button.on_click(lambda _, action=action: self._try(action))
 
     def _try(self, action: Callable, *args) -> None:
-        """Jupyter shows nothing of an error in a callback: the view does."""
+        """Run a callback. Jupyter would hide its error; the view shows it."""
         try:
             action(*args)
         except Exception as e:
             self._fail(e)
 
-    def _heard(self, message: dict, buffers: list) -> None:
-        """A message of the view."""
+    def _on_message(self, message: dict, buffers: list) -> None:
+        """Do what a message from the page asks for."""
         do, key = message["do"], message.get("key")
         self.controls.take(message.get("settings", {}))
         if do == "generate":

@@ -1,8 +1,8 @@
 """The right half of the studio, which ipywidgets cannot draw: canvas, progress, history, file drop, shortcuts.
 
-A mirror of Python state. Traits hold what a page opened again must show; previews are messages, shown and forgotten.
-The page only sends messages, dicts with `do`: generate, compare, cancel, view, restore, seed, begin,
-or drop with bytes."""
+It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
+The page only sends messages. They are dicts whose `do` is generate, compare, cancel, view, restore, seed, begin (with
+a picture of the history), or drop (with bytes)."""
 
 import traceback
 from pathlib import Path
@@ -30,19 +30,20 @@ class View(anywidget.AnyWidget):
     _esm = Path(__file__).with_name("studio.js")
     _css = Path(__file__).with_name("studio.css")
 
-    controls = t.Dict().tag(sync=True)  # name -> id of the control's own widget: what a run is to be told
+    controls = t.Dict().tag(sync=True)  # name -> widget id of the control; the page sends their values with a run
     status = t.Unicode("Ready").tag(sync=True)
-    spoken = t.Unicode("").tag(sync=True)  # for screen readers: the turns of a run, not its every step
-    progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 when nobody can know
+    spoken = t.Unicode("").tag(sync=True)  # for screen readers: the stages of a run, not every step
+    progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 if unknown
     running = t.Bool(False).tag(sync=True)
     error = t.Dict().tag(sync=True)  # problem, fix, trace
     shown = t.Dict().tag(sync=True)  # key, png, title, caption, name, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
-    _parts: tuple[bytes, ...] = ()  # so far, of a file that is being dropped
+    _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
 
     def whole(self, message: dict, buffers: list) -> bytes | None:
-        """A dropped file once its last part is here. In one large message it would end the connection to the kernel."""
+        """Add a part of a dropped file; return the file when it is complete. A single large message would end the
+        connection to the kernel."""
         self._parts = (*(self._parts if message["part"] else ()), bytes(buffers[0]))
         return b"".join(self._parts) if message["part"] + 1 == message["parts"] else None
 
@@ -53,7 +54,7 @@ class View(anywidget.AnyWidget):
                 self.spoken = text
 
     def fail(self, error: BaseException) -> None:
-        """What went wrong, in red, with the traceback folded. The page's alert is read out by itself."""
+        """Show the error in red, with its traceback folded. Screen readers read the page's alert without `spoken`."""
         known = isinstance(error, Error)
         plain = (error.problem, error.fix) if known else (f"{type(error).__name__}: {error}", "")
         plain = [as_controls(text) for text in plain]
@@ -82,7 +83,7 @@ class View(anywidget.AnyWidget):
 
 
 def line(update: Update) -> tuple[str, float]:
-    """Where a run stands: in words, and as a fraction that is below 0 when nobody can know."""
+    """The progress of a run: in words, and as a fraction, which is below 0 if unknown."""
     text = _STAGES.get(update.stage, "")
     if update.stage == "denoise" and update.pace is None:
         return "First step, the slowest", 0.0

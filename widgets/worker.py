@@ -1,7 +1,8 @@
-"""One thread owns every MLX call of the widgets: it loads, draws, previews, looks. All others queue jobs or set flags.
+"""One thread makes all MLX calls of the widgets: loading, drawing, previews, lessons. Others queue jobs or set flags.
 
 MLX streams belong to threads, and a widget's callback may run on another thread from one click to the next. So requests
-go in, and only pictures, bytes and numbers come out. The thread never ends: MLX can abort a process when one does."""
+go in, and only pictures, bytes and numbers come out. The thread never ends: MLX can abort the process when a
+thread that used it ends."""
 
 import atexit
 import io
@@ -25,34 +26,35 @@ from ..pipeline import Event, Pipeline, Result, load
 from ..request import Request
 
 _APART = 0.2  # seconds between two previews, and between two reports of a download
-_SHARE = 10  # a preview that took s seconds is followed by none for 10 s: it slows a run by a tenth at most
-_EDGE = 256  # pixels: smaller previews, such as one a latent, are enlarged to about this
-_AT_EXIT = 20.0  # seconds to wait for the running step: stopping Python under it can abort the process
+_SHARE = 10  # a preview that took t seconds is followed by none for 10 t: previews slow a run by a tenth at most
+_EDGE = 256  # pixels: smaller previews, such as one pixel for each latent, are enlarged to about this
+_AT_EXIT = 20.0  # seconds to wait for the running step: stopping Python during a step can abort the process
 
 
 class Cancelled(Exception):
-    """What `result()` of a cancelled job raises. Not an Error: nothing went wrong."""
+    """Raised by `result()` of a cancelled job. It is not an Error, since nothing went wrong."""
 
 
 class Update(NamedTuple):
-    """What a job tells while it runs. Stages: those of Event, download and convert before them (in bytes), open when a
-    model is about to be read, ready when `job.description` is known; done, cancelled or failed ends the job."""
+    """What a job reports while it runs. The first stages are open, when a model is about to be read, download and
+    convert (both in bytes), and ready, when `job.description` is known. Then come those of Event; done, cancelled or
+    failed is the last."""
 
     stage: str
     step: int = 0
     steps: int = 0
     pace: float | None = None  # seconds a step
     peak: int = 0  # bytes
-    frame: bytes | None = None  # a JPEG of the picture as it will probably be
+    frame: bytes | None = None  # a preview, as a JPEG
     picture: Image.Image | None = None
-    seconds: float = 0.0  # since the job began, with a picture and when done
+    seconds: float = 0.0  # since the drawing began
 
 
 Work = Callable[[Pipeline, "Job"], object]
 
 
 class Job:
-    """One run. `state` is queued, running, done, cancelled or failed; `error` is what made it fail."""
+    """One run. `state` is queued, running, done, cancelled or failed; `error` is the exception that made it fail."""
 
     def __init__(
         self, worker: "Worker", model: str | Path, options: dict, asked: Request | Work | None, tell: Callable
@@ -61,9 +63,9 @@ class Job:
         self.state, self.error = "queued", None
         self.request: Request | None = None  # resolved, once the model is open
         self.description: Description | None = None
-        self._worker, self._tell = worker, tell
+        self._worker, self._listener = worker, tell
         self._stop, self._ended = threading.Event(), threading.Event()
-        self.value: object = None  # what came of it
+        self.value: object = None  # what `result()` returns
 
     def __repr__(self) -> str:
         what = repr(self.asked.prompt) if isinstance(self.asked, Request) else getattr(self.asked, "__name__", "open")
@@ -74,8 +76,8 @@ class Job:
         self._worker._cancel(self)
 
     def result(self, timeout: float | None = None) -> object:
-        """Wait for the Result, for what other work returned, or for None of a job that only opens a model. Interrupting
-        the wait cancels the job."""
+        """Wait for the Result, for the value of other work, or for None if the job only opens a model. Interrupting the
+        wait cancels the job."""
         try:
             if not self._ended.wait(timeout):
                 raise TimeoutError(f"{self!r} has not ended after {timeout:g} s.")
@@ -89,8 +91,8 @@ class Job:
             raise Cancelled(repr(self))
         return self.value
 
-    def tell(self, stage: str, *args, **facts) -> None:
-        self._tell(self, Update(stage, *args, peak=mx.get_peak_memory(), **facts))
+    def report(self, stage: str, *args, **facts) -> None:
+        self._listener(self, Update(stage, *args, peak=mx.get_peak_memory(), **facts))
 
     def check(self) -> None:
         if self._stop.is_set():
@@ -98,7 +100,7 @@ class Job:
 
 
 class Worker:
-    """The queue and its thread. At most one model is in memory, the one drawn with last."""
+    """The queue and its thread. At most one model is in memory, the one used last."""
 
     def __init__(self, load: Callable[..., Pipeline] = load):
         self._load = load
@@ -106,19 +108,20 @@ class Worker:
         self._key: tuple | None = None
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
-        self._begun = self._total = 0
+        self._started = self._total = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def submit(
         self, model: str | Path, asked: Request | Work | None, tell: Callable[[Job, Update], None], **options
     ) -> Job:
-        """Queue a run, or other work with the opened model, or with None its opening. Work is called as (pipe, job) on
-        the worker's thread, as `tell` is; it may look at `job.check()` to be cancelled and use `job.tell`."""
+        """Queue a run, other work with the opened model, or, if `asked` is None, only its opening. The worker's thread
+        calls `tell(job, update)` and work as `work(pipe, job)`. Work may call `job.check()`, which raises Cancelled
+        once the job is cancelled, and `job.report`."""
         job = Job(self, model, options, asked, tell)
         with self._changed:
             if self._running is None and not self._waiting:
-                self._begun = self._total = 0
+                self._started = self._total = 0
             self._waiting.append(job)
             self._total += isinstance(asked, Request)
             if self._thread is None:
@@ -130,12 +133,12 @@ class Worker:
 
     @property
     def place(self) -> tuple[int, int]:
-        """(2, 4): the second of four runs since the queue was last empty."""
+        """(2, 4) is the second of four runs since the queue was last empty."""
         with self._changed:
-            return self._begun, self._total
+            return self._started, self._total
 
     def rest(self, timeout: float | None = None) -> None:
-        """Cancel everything and wait until the thread does nothing."""
+        """Cancel everything and wait until the thread is idle."""
         with self._changed:
             jobs = [*self._waiting] if self._running is None else [*self._waiting, self._running]
         for job in jobs:
@@ -158,7 +161,7 @@ class Worker:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 self._running = self._waiting.popleft()
-                self._begun += isinstance(self._running.asked, Request)
+                self._started += isinstance(self._running.asked, Request)
             self._run(self._running)
             with self._changed:
                 self._running = None
@@ -171,9 +174,9 @@ class Worker:
             seconds = job.value.seconds if isinstance(job.value, Result) else 0.0
         except Cancelled:
             state = "cancelled"
-        except BaseException as e:  # whatever it is, the thread goes on to the next job and the job tells its user
+        except BaseException as e:  # of any kind: the thread goes on to the next job, and this one reports it
             state, job.error = "failed", _readable(e)
-            self._pipe = self._key = None  # it may have been left half loaded
+            self._pipe = self._key = None  # it may be half loaded
         if state != "done":
             mx.clear_cache()
         self._end(job, state, seconds)
@@ -181,8 +184,8 @@ class Worker:
     def _end(self, job: Job, state: str, seconds: float = 0.0) -> None:
         job.state = state
         try:
-            job.tell(state, seconds=seconds)
-        except Exception:  # a listener's mistake: said on the kernel's terminal, since the job itself is over
+            job.report(state, seconds=seconds)
+        except Exception:  # the listener's error is printed on the kernel's terminal, since the job itself is over
             traceback.print_exc()
         finally:
             job._ended.set()
@@ -202,7 +205,7 @@ class Worker:
                 frame, due = _frame(pipe, event, due)
                 if event.image is not None:
                     drawn.append(event.image)
-                job.tell(
+                job.report(
                     event.stage,
                     event.step,
                     event.steps,
@@ -219,9 +222,9 @@ class Worker:
     def _open(self, job: Job) -> Pipeline:
         key = (str(job.model), tuple(sorted(job.options.items())))
         if self._key != key:
-            self._pipe = self._key = None  # the old model goes before the new one comes
+            self._pipe = self._key = None  # the old model is freed before the new one is loaded
             mx.clear_cache()
-            job.tell("open")
+            job.report("open")
             due = 0.0
 
             def progress(stage: str, done: int, total: int) -> None:
@@ -229,38 +232,38 @@ class Worker:
                 job.check()
                 if time.perf_counter() >= due:
                     due = time.perf_counter() + _APART
-                    job.tell(stage, done, total)
+                    job.report(stage, done, total)
 
             request = job.asked if isinstance(job.asked, Request) else None
             self._pipe = self._load(job.model, request=request, progress=progress, **job.options)
             self._key = key
         pipe = self._pipe
         job.description = pipe.description
-        job.tell("ready")
+        job.report("ready")
         return pipe
 
 
 def _frame(pipe: Pipeline, event: Event, due: float) -> tuple[bytes | None, float]:
-    """The event's preview, if it has one and the last is long enough ago; and the time before which no other comes."""
+    """The event's preview, or None if it has none or the last one is too recent; and the earliest time of the next."""
     begin = time.perf_counter()
     if event.x0 is None or begin < due:
         return None, due
     rough = sheet(pipe.preview(event.x0))
-    grow = max(1, _EDGE // max(rough.size))  # a page enlarges less smoothly than we can
+    grow = max(1, _EDGE // max(rough.size))  # a page would enlarge it less smoothly
     frame = jpeg(rough.resize([grow * edge for edge in rough.size], Image.Resampling.BICUBIC))
     now = time.perf_counter()
     return frame, now + max(_APART, _SHARE * (now - begin))
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """Small and quick to make: a PNG of a noisy picture takes forty times as long."""
+    """Encode a preview. This is small and quick: a PNG of a noisy picture takes forty times as long."""
     out = io.BytesIO()
     image.save(out, "JPEG", quality=80)
     return out.getvalue()
 
 
 def _readable(error: BaseException) -> BaseException:
-    """The error without the arrays its frames hold: they are the worker's, and should be free by now."""
+    """The error without the variables of its frames: these hold the worker's arrays, which should be freed now."""
     chain: BaseException | None = error
     while chain is not None:
         traceback.clear_frames(chain.__traceback__)

@@ -207,14 +207,14 @@ def test_a_dropped_picture_restores_its_settings(desk):
         s.says("Settings restored")
 
 
-def test_a_picture_to_begin_with(desk, lab):
-    """Dropped without settings, chosen, or taken from the history; a strength; removed again."""
+def test_a_start_picture(desk, lab):
+    """It is dropped without settings, chosen, or taken from the history; its strength is set; it is removed again."""
     d = desk("begin.ipynb", QUICK)
     d.run_all()
     s = d.studio()
     plain = io.BytesIO()
     fakes.picture(Request("x", seed=1, width=64, height=32)).save(plain, "PNG")
-    thumb = s.root.get_by_role("img", name="The picture to begin with")
+    thumb = s.root.get_by_role("img", name="The start picture")
     remove = s.root.get_by_title("Begin with noise alone")
     chosen = {"name": "a.png", "mimeType": "image/png", "buffer": plain.getvalue()}
     for n in (1, 2):
@@ -435,7 +435,7 @@ def test_what_a_screen_reader_finds(desk):
     s.press("Generate")
     bar, spoken = s.root.get_by_role("progressbar"), s.root.get_by_role("status")
     expect(bar).to_have_attribute("aria-valuenow", re.compile("[1-9]0|5"))
-    expect(spoken).not_to_contain_text("Step 10")  # what is read aloud are a run's turns, not its steps
+    expect(spoken).not_to_contain_text("Step 10")  # a run's stages are read aloud, not its steps
     expect(spoken).to_contain_text("Done in")
     expect(s.root.get_by_role("img", name="a red house under a full moon")).to_be_visible()
 

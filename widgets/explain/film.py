@@ -1,4 +1,4 @@
-"""Lesson 2, the way back: what the network sees, what it takes for noise and what picture it expects, step by step."""
+"""Lesson 2, the way back. Step by step it shows what the network sees, what it takes for noise and what it expects."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import trace
-from .lesson import BLUE, GREEN, ORANGE, Lesson, Told, played, seed_box
+from .lesson import BLUE, GREEN, ORANGE, Lesson, Report, played, seed_box
 
 SHAPES, DETAIL = 6, 16  # cycles across a picture: below the first is layout, above the second is detail
 
@@ -28,7 +28,7 @@ class FilmStrip(Lesson):
     )
     trying = (
         "Scrub through the steps, or press play: when is the layout decided, and when the edges? "
-        "Then ask for few steps."
+        "Then choose fewer steps."
     )
 
     def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 20, **options):
@@ -39,12 +39,12 @@ class FilmStrip(Lesson):
         asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
         super().__init__(*asks.values(), played(self.at, 300), asks=asks, **options)
 
-    def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> list[Frame]:
+    def work(self, pipe, report: Report, prompt: str, seed: int, steps: int) -> list[Frame]:
         frames = []
         for step in trace(pipe, prompt, seed=seed, steps=steps):
             noisy, clean = pipe.decode(np.concatenate([step.x / np.sqrt(1 + step.sigma**2), step.x0]))
             frames.append(Frame(step.sigma, noisy, step.noise[0, :, :, 0], clean))
-            told(step.step, step.steps)
+            report(step.step, step.steps)
         return frames
 
     def redraw(self) -> None:
@@ -86,7 +86,7 @@ class FilmStrip(Lesson):
 
 
 def settled(frames: list[Frame]) -> dict[str, np.ndarray]:
-    """How far each expected picture is from the last, by the size of its parts; 1: as far as the last is from grey."""
+    """How far each expected picture is from the last, by size of its parts. 1 is the last one's distance from grey."""
     pictures = np.stack([np.asarray(f.clean, np.float32).mean(2) / 255 - 0.5 for f in frames])
     spectra = np.fft.fft2(pictures)  # (steps, H, W)
     H, W = pictures.shape[1:]
@@ -103,6 +103,6 @@ def settled(frames: list[Frame]) -> dict[str, np.ndarray]:
 
 
 def first_below(values: np.ndarray, bound: float) -> int:
-    """The step, counted from 1, from which on the values stay below a bound."""
+    """The first step, counted from 1, from which on all values are below a bound."""
     above = np.flatnonzero(values >= bound)
     return 1 if len(above) == 0 else int(above[-1]) + 2

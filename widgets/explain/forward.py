@@ -1,4 +1,4 @@
-"""Lesson 1, forward noise: how a picture drowns, at once and step by step. Pixels and numpy: no model is asked."""
+"""Lesson 1, forward noise: how a picture drowns in noise, at once and step by step. It needs only numpy, no model."""
 
 import io
 import math
@@ -18,8 +18,8 @@ from ...train.storybook import Scene, render
 from .lesson import BLUE, GREEN, GREY, ORANGE, Lesson, played
 
 SIDE, STEPS = 96, 1000  # pixels: small, so that a thousand steps take half a second
-KEPT = 100  # every so many steps the chain is kept, to go on from there
-ENDS = {  # the least and the greatest beta: as published, sigmoid with linear's; cosine has its own
+KEPT = 100  # the chain is stored every so many steps, and goes on from there
+ENDS = {  # the least and the greatest beta, as published; sigmoid has linear's
     "linear": (1e-4, 0.02),
     "scaled_linear": (0.00085, 0.012),
     "cosine": (0.0, 0.999),
@@ -32,19 +32,19 @@ SCENE = Scene(time="day", terrain="hills", sky="rainbow", object="house", colour
 
 
 class Noisy(NamedTuple):
-    """A picture after t steps, in both ways."""
+    """A picture after t steps, made in both ways."""
 
-    share: float  # alpha-bar: of the variance, what is left of the picture
-    once: np.ndarray  # (S, S, 3): by the closed form, from the one noise that never changes
-    chain: np.ndarray  # after t steps, each with a noise of its own
-    combined: np.ndarray  # those t noises, weighted and added up into one
+    share: float  # alpha-bar: the picture's share of the variance
+    once: np.ndarray  # (S, S, 3): by the closed form, always with the same noise
+    chain: np.ndarray  # (S, S, 3): after t steps, each with new noise
+    combined: np.ndarray  # the chain's t noises, weighted and added up into one
 
 
 class ForwardNoise(Lesson):
     title = "Forward noise"
-    idea = "Noise is put on a picture a little at a time, and any number of such steps can be taken as one."
+    idea = "Noise is added to a picture a little at a time, and any number of such steps can be done in one."
     trying = (
-        "Drag the slider until you can no longer tell what it is. How much of the picture is left then? "
+        "Drag the slider until you no longer recognise the picture. How much of it is left then? "
         "Choose another schedule at the same step. Give it a picture of your own."
     )
 
@@ -65,7 +65,7 @@ class ForwardNoise(Lesson):
                 self._fail(e)
 
     def show(self, picture: Image.Image | str | Path | io.BytesIO, name: str = "") -> None:
-        """Take another picture: a PIL image, or a file."""
+        """Use another picture, a PIL image or a file."""
         self.data = pixels(picture, name or str(picture))
         self.error, self.said.value = None, ""
         self._kept = {kind: {0: (self.data, np.zeros_like(self.data))} for kind in ENDS}
@@ -130,8 +130,8 @@ class ForwardNoise(Lesson):
 
 
 def walk(kept: dict[int, tuple], kind: str, t: int) -> tuple[np.ndarray, np.ndarray]:
-    """The chain after t steps, and its noises as one. What noise s adds, the later steps shrink by
-    sqrt(alpha_bar_t / alpha_bar_s): with these weights, whose squares add up to 1, the sum is standard noise again."""
+    """The chain after t steps, and its noises combined into one. Later steps shrink the noise of step s by
+    sqrt(alpha_bar_t / alpha_bar_s). The squares of the weights add up to 1, so the sum is standard noise again."""
     known = max(s for s in kept if s <= t)
     x, total = kept[known]
     share = SHARES[kind]
@@ -144,7 +144,7 @@ def walk(kept: dict[int, tuple], kind: str, t: int) -> tuple[np.ndarray, np.ndar
 
 
 def normals(s: int) -> np.ndarray:
-    """The noise of step s; number 0 is the closed form's."""
+    """The noise of step s; 0 is the noise of the closed form."""
     return np.random.default_rng([SIDE, s]).standard_normal((SIDE, SIDE, 3))
 
 
@@ -158,7 +158,7 @@ def half(kind: str) -> int:
 
 
 def scene() -> Image.Image:
-    """A picture of the storybook world, by the program that drew the built-in model's training data."""
+    """A picture of the storybook world, drawn by the program that drew the built-in model's training data."""
     return Image.fromarray(render(SCENE, np.random.default_rng(1), SIDE))
 
 
@@ -168,7 +168,7 @@ def pixels(picture: Image.Image | str | Path | io.BytesIO, name: str) -> np.ndar
 
 
 def square(picture: Image.Image | str | Path | io.BytesIO, name: str, side: int) -> Image.Image:
-    """The middle square of a picture or a file, so many pixels a side."""
+    """The middle square of a picture or a file, scaled to `side` pixels."""
     try:
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
         return ImageOps.fit(images.read(image), (side, side))

@@ -1,4 +1,4 @@
-"""Lesson 3, guidance: two answers to one question, what lies between them, and what comes of exaggerating it."""
+"""Lesson 3, guidance: the network's two answers, their difference, and what happens when it is exaggerated."""
 
 from typing import NamedTuple
 
@@ -8,18 +8,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import sides, trace
-from .lesson import BLUE, ORANGE, RED, Lesson, Told, seed_box
+from .lesson import BLUE, ORANGE, RED, Lesson, Report, seed_box
 
 SWEEP = (1.0, 4.0, 8.0, 16.0)
 
 
 class Answers(NamedTuple):
     sigmas: list[float]
-    apart: list[float]  # per step: the size of the difference, 1: of the answer to the prompt
-    difference: np.ndarray  # (h, w): its size at each place of the latents, at the chosen step
+    apart: list[float]  # for each step: the size of the difference over that of the answer to the prompt
+    difference: np.ndarray  # (h, w): the size of the difference at each place of the latents, at the chosen step
     empty: Image.Image
     prompt: Image.Image
-    total: Image.Image  # what guidance makes of the two
+    total: Image.Image  # the two answers combined by guidance
 
 
 class TwoAnswers(Lesson):
@@ -40,7 +40,7 @@ class TwoAnswers(Lesson):
     def settings(self) -> dict:
         return super().settings() | {"steps": self.at.max}
 
-    def work(self, pipe, told: Told, prompt: str, seed: int, guidance: float, steps: int, at: int) -> Answers:
+    def work(self, pipe, report: Report, prompt: str, seed: int, guidance: float, steps: int, at: int) -> Answers:
         empty, positive = sides(pipe, prompt, seed=seed, steps=steps)
         sigmas, apart = [], []
         for step in trace(pipe, prompt, seed=seed, steps=steps, guidance=guidance):
@@ -49,7 +49,7 @@ class TwoAnswers(Lesson):
             apart.append(size(b - a) / size(b))
             if step.step == at:
                 chosen, pictures = (b - a)[0], np.concatenate([a, b, a + guidance * (b - a)])
-            told(step.step, steps + 1)
+            report(step.step, steps + 1)
         return Answers(sigmas, apart, np.sqrt((chosen**2).mean(2)), *pipe.decode(pictures))
 
     def figure(self) -> Figure:
@@ -100,7 +100,7 @@ class Run(NamedTuple):
 
 class GuidanceSweep(Lesson):
     title = "More and more guidance"
-    idea = "The same seed, only guidance grows: the picture obeys more, and its colours run out of room."
+    idea = "The seed stays the same and only guidance grows: the picture obeys more, and its colours run out of room."
     trying = "Ask for a vague prompt, “a boat”: at guidance 1 it wanders. Which value would you take?"
 
     def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 8, **options):
@@ -110,14 +110,14 @@ class GuidanceSweep(Lesson):
         asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
         super().__init__(*asks.values(), asks=asks, **options)
 
-    def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> list[Run]:
+    def work(self, pipe, report: Report, prompt: str, seed: int, steps: int) -> list[Run]:
         runs = []
         for i, guidance in enumerate(SWEEP):
             seconds = []
             for event in pipe.stream(prompt, seed=seed, steps=steps, guidance=guidance):
                 if event.x0 is not None:
                     seconds.append(event.seconds)
-                    told(i * steps + event.step, len(SWEEP) * steps)
+                    report(i * steps + event.step, len(SWEEP) * steps)
             runs.append(Run(guidance, event.image, seconds))
         return runs
 
@@ -151,10 +151,8 @@ class GuidanceSweep(Lesson):
 
 class Negative(Lesson):
     title = "A negative prompt"
-    idea = "It is no third question: its words stand where the empty prompt stood, and guidance leads away from them."
-    trying = (
-        "Switch between “without” and “with” and watch one place. Then ask for the negative what the prompt asks for."
-    )
+    idea = "It is not a third question: its words replace the empty prompt, and guidance leads away from them."
+    trying = "Switch between “without” and “with” and watch one place. Then type the prompt as the negative prompt too."
 
     def __init__(
         self, prompt: str = "a house", negative: str = "under a rainbow", seed: int = 2, steps: int = 10, **options
@@ -167,12 +165,12 @@ class Negative(Lesson):
         asks = {"prompt": self.prompt, "negative": self.negative, "seed": self.seed, "steps": self.steps}
         super().__init__(*asks.values(), self.show, asks=asks, **options)
 
-    def work(self, pipe, told: Told, prompt: str, negative: str, seed: int, steps: int) -> list[Image.Image]:
+    def work(self, pipe, report: Report, prompt: str, negative: str, seed: int, steps: int) -> list[Image.Image]:
         drawn = []
         for i, text in enumerate((None, negative)):
             for event in pipe.stream(prompt, negative=text, seed=seed, steps=steps):
                 if event.x0 is not None:
-                    told(i * steps + event.step, 2 * steps)
+                    report(i * steps + event.step, 2 * steps)
             drawn.append(event.image)
         return drawn
 
@@ -199,7 +197,7 @@ class Negative(Lesson):
         )
 
 
-# --- what is measured
+# --- measures
 
 
 def size(x: np.ndarray) -> float:
@@ -218,5 +216,5 @@ def clipped(image: Image.Image) -> float:
 
 
 def changes(a: Image.Image, b: Image.Image) -> np.ndarray:
-    """How far two pictures are apart at each pixel, the mean over its colours, of 255."""
+    """The difference of two pictures at each pixel: the mean over its colours, out of 255."""
     return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean(2)

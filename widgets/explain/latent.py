@@ -1,4 +1,4 @@
-"""Lesson 6, latent space: what the few numbers are that the diffusion works on, and what is lost on the way there."""
+"""Lesson 6, latent space: what the few numbers mean that diffusion works on, and what is lost by using them."""
 
 import io
 import math
@@ -15,15 +15,15 @@ from ...probe import encode
 from ...train.storybook import render, sample
 from .forward import square
 from .guidance import changes
-from .lesson import Lesson, Told
+from .lesson import Lesson, Report
 
-SIDE, CELL = 128, 8  # pixels of the model's pictures; pixels a latent stands for
-READ = 8  # pictures the correlations are taken over
+SIDE, CELL = 128, 8  # pixels: the edge of the model's pictures, and of the square that a latent stands for
+READ = 8  # the number of pictures that the correlations are taken over
 QUALITIES = ("brightness", "red − green", "yellow − blue", "brighter to the right", "brighter below")
 
 
 def scene(seed: int) -> Image.Image:
-    """A picture of the storybook world that no training saw."""
+    """A picture of the storybook world that was not used in training."""
     rng = np.random.default_rng([6, seed])
     return Image.fromarray(render(sample(rng), rng, SIDE))
 
@@ -38,12 +38,12 @@ def scene_slider(seed: int) -> w.IntSlider:
 class Read(NamedTuple):
     image: Image.Image
     latents: np.ndarray  # (h, w, c)
-    table: np.ndarray  # (c + 1, qualities): correlations of each channel and of their best sum, over READ pictures
+    table: np.ndarray  # (c + 1, qualities): correlations of each channel, and last of their best weighted sum
 
 
 class Channels(Lesson):
     title = "The channels"
-    idea = "The diffusion works on a small map of four numbers a place, from which the VAE paints the picture."
+    idea = "Diffusion works on a small map with four numbers at each place. The VAE paints the picture from this map."
     trying = "Go through the scenes: which channel shows day and night, which the colour of the house?"
 
     def __init__(self, seed: int = 3, **options):
@@ -51,12 +51,12 @@ class Channels(Lesson):
         self._table: np.ndarray | None = None
         super().__init__(self.scene, asks={"seed": self.scene}, **options)
 
-    def work(self, pipe, told: Told, seed: int) -> Read:
+    def work(self, pipe, report: Report, seed: int) -> Read:
         if self._table is None:
             images, latents = [scene(1000 + i) for i in range(READ)], []
             for i, image in enumerate(images):
                 latents.append(encode(pipe, image)[0])
-                told(i + 1, READ + 1)
+                report(i + 1, READ + 1)
             self._table = correlations(np.stack(latents), np.stack([qualities(image) for image in images]))
         image = scene(seed)
         return Read(image, encode(pipe, image)[0], self._table)
@@ -100,26 +100,26 @@ class Channels(Lesson):
         )
 
 
-# --- moving one
+# --- moving a channel
 
 
 class Nudged(NamedTuple):
     before: Image.Image
     after: Image.Image
-    spread: float  # of the channel in this picture: what the amount counts in
+    spread: float  # the channel's standard deviation in this picture: the unit of the amount
 
 
 class Nudge(Lesson):
     title = "Moving a channel"
-    idea = "Change latents by hand and let the VAE paint: what changes is what they stood for."
-    trying = "Move each channel everywhere. Then one place only: how far do its pixels reach?"
+    idea = "Change latents by hand and let the VAE paint: the change in the picture shows what they stood for."
+    trying = "Move each channel everywhere. Then move one place only: how far does the change reach?"
 
     def __init__(
         self,
         seed: int = 3,
         channel: int = 4,
         amount: float = 2.0,
-        place: tuple[int, int] | None = None,  # row and column, from 1; None: everywhere
+        place: tuple[int, int] | None = None,  # row and column, counted from 1; None means everywhere
         **options,
     ):
         self.amount = w.FloatSlider(amount, min=-4, max=4, step=0.5, description="Amount", continuous_update=False)
@@ -149,15 +149,17 @@ class Nudge(Lesson):
             "place": place if self.where.value == "one place" else None,
         }
 
-    def work(self, pipe, told: Told, seed: int, channel: int, amount: float, place: tuple[int, int] | None) -> Nudged:
+    def work(
+        self, pipe, report: Report, seed: int, channel: int, amount: float, place: tuple[int, int] | None
+    ) -> Nudged:
         z = encode(pipe, scene(seed))
-        told(1, 3)
+        report(1, 3)
         spread = float(z[..., channel].std())
         moved = z.copy()
         rows, columns = (slice(None), slice(None)) if place is None else place
         moved[:, rows, columns, channel] += amount * spread
         before = pipe.decode(z)[0]
-        told(2, 3)
+        report(2, 3)
         return Nudged(before, pipe.decode(moved)[0], spread)
 
     def figure(self) -> Figure:
@@ -190,10 +192,10 @@ class Nudge(Lesson):
             return f"{moved} everywhere: the mean colour changes by {shift} of 255."
         map_ = changes(self.data.before, self.data.after)
         y, x = CELL * place[0], CELL * place[1]
-        own = map_[y : y + CELL, x : x + CELL].sum() / max(map_.sum(), 1e-9)
+        inside = map_[y : y + CELL, x : x + CELL].sum() / max(map_.sum(), 1e-9)
         touched = int((map_ >= 1).sum())
         return (
-            f"{moved} at one place: {own:.0%} of the change is in that place's own {CELL} × {CELL} pixels; "
+            f"{moved} at one place: {inside:.0%} of the change is in that place's own {CELL} × {CELL} pixels; "
             f"{touched:,} pixels change by 1 of 255 or more, {touched / CELL**2:.1f} times as many as it has."
         )
 
@@ -203,8 +205,8 @@ class Nudge(Lesson):
 
 class RoundTrip(Lesson):
     title = "There and back"
-    idea = "The VAE keeps what it was trained to keep: a picture of its world comes back whole, another one poorer."
-    trying = "Choose a picture of your own. What survives, and what does the VAE turn into its own world's shapes?"
+    idea = "The VAE keeps what it was trained to keep: a picture of its world comes back whole, any other loses more."
+    trying = "Choose a picture of your own. What survives, and what does the VAE turn into shapes of its world?"
 
     def __init__(self, seed: int = 3, **options):
         self.scene = scene_slider(seed)
@@ -217,13 +219,13 @@ class RoundTrip(Lesson):
         return super().settings() | {"file": file}
 
     def work(
-        self, pipe, told: Told, seed: int, file: tuple[str, bytes] | None
+        self, pipe, report: Report, seed: int, file: tuple[str, bytes] | None
     ) -> list[tuple[Image.Image, Image.Image]]:
-        own = photo() if file is None else square(io.BytesIO(file[1]), file[0], SIDE)
+        other = photo() if file is None else square(io.BytesIO(file[1]), file[0], SIDE)
         pairs = []
-        for i, image in enumerate((scene(seed), own)):
+        for i, image in enumerate((scene(seed), other)):
             pairs.append((image, pipe.decode(encode(pipe, image))[0]))
-            told(i + 1, 2)
+            report(i + 1, 2)
         return pairs
 
     def figure(self) -> Figure:
@@ -252,7 +254,7 @@ class RoundTrip(Lesson):
         )
 
 
-# --- what is measured
+# --- measures
 
 
 def photo() -> Image.Image:
@@ -262,13 +264,13 @@ def photo() -> Image.Image:
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """The peak over the error, in decibels."""
+    """The peak signal-to-noise ratio, in decibels."""
     error = ((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean()
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def qualities(image: Image.Image) -> np.ndarray:
-    """(h, w, 5): what the pixels of each latent look like; QUALITIES."""
+    """(h, w, 5): the QUALITIES of the square of pixels that each latent stands for."""
     pixels = np.asarray(image, np.float64) / 255
     H, W, _ = pixels.shape
     cells = pixels.reshape(H // CELL, CELL, W // CELL, CELL, 3)
@@ -280,8 +282,8 @@ def qualities(image: Image.Image) -> np.ndarray:
 
 
 def correlations(latents: np.ndarray, looks: np.ndarray) -> np.ndarray:
-    """(..., c) and (..., q) -> (c + 1, q): Pearson's, over all places of all pictures; last that of the best weighted
-    sum of the channels."""
+    """(..., c) and (..., q) -> (c + 1, q): Pearson's correlations over all places of all pictures. The last row is for
+    the best weighted sum of the channels."""
     a, b = latents.reshape(-1, latents.shape[-1]), looks.reshape(-1, looks.shape[-1])
     a, b = ((m - m.mean(0)) / m.std(0) for m in (a.astype(np.float64), b))
     best = a @ np.linalg.lstsq(a, b)[0]

@@ -1,8 +1,8 @@
-"""What the lessons share: one idea above a figure, its controls, what the figure shows in words, one thing to try.
+"""What all lessons share: one idea, controls, a figure, the figure in words, and one thing to try.
 
-A lesson is a subclass with `work`, which runs on the engine's thread (see worker.py) and returns numbers and pictures,
-and `figure` and `words`, which show them and touch no MLX. Moving a control of `asks` works anew, with the values of
-these under their names; moving any other redraws."""
+A lesson is a subclass. Its `work` runs on the worker's thread (see worker.py) and returns numbers and pictures; its
+`figure` and `words` show them and do not touch MLX. When a control in `asks` moves, `work` runs again, with the values
+of all controls in `asks` as arguments. When any other control moves, the lesson is only redrawn."""
 
 import base64
 import functools
@@ -26,41 +26,41 @@ from .sheet import Sheet
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb7", "#d9822b", "#3d8f5f", "#b8434e", "#8a8f98"
 _STYLE = {
     "font.size": 9,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "font.family": "DejaVu Sans",  # it comes with matplotlib, so it is the same everywhere
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": mpl.cycler(color=[BLUE, ORANGE, GREEN, RED, GREY]),
     "axes.titlesize": 9,
     "image.interpolation": "nearest",
     "legend.frameon": False,
-    # What a reader's own style would change: black on white, whatever the notebook's plots look like.
+    # A reader's style would change these. Lessons are black on white, whatever the notebook's plots look like.
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "white"),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "black"),
     "axes.grid": False,
 }
-_DPI, _SHOWN = 144, 96  # pixels an inch of the file, and on the page: sharp on sharp screens
+_DPI, _SHOWN = 144, 96  # pixels per inch in the file, and on the page: so a figure is sharp on sharp screens
 _drawing = threading.Lock()  # matplotlib keeps its style and its fonts for the whole process
-Told = Callable[..., None]  # of a work's progress: done, of how many; and what gives the data so far, to be shown
+Report = Callable[..., None]  # reports progress: steps done, of how many, and perhaps a function for the data so far
 
 
 class Lesson(w.VBox):
-    """A cell that shows one works first; then it stands there live, and in a saved notebook as a picture and words."""
+    """A cell that shows a lesson waits for its work. Then it is live; a saved notebook keeps picture and words."""
 
     title = ""
     idea = ""  # one sentence
     trying = ""  # what to do with the controls
     model = DEFAULT
 
-    data = t.Any(None, help="what `work` returned last")
-    error = t.Any(None, help="what went wrong last; `raise lesson.error` shows where")
+    data = t.Any(None, help="what `work` last returned")
+    error = t.Any(None, help="the last error; `raise lesson.error` shows where it was raised")
 
     def __init__(self, *controls: w.Widget, asks: dict[str, w.Widget] | None = None, worker: Worker | None = None):
         self._worker = shared() if worker is None else worker
         self._job: Job | None = None
         self._asks = {} if asks is None else asks
-        self._turn = 0  # which wish the newest job is for
-        self.asked = self.settings()  # what `data` are the answer to: the controls may have moved on
-        self._showing = threading.RLock()  # data come on one thread while controls move on another
+        self._turn = 0  # the number of the newest request
+        self.asked = self.settings()  # the settings that `data` belong to: the controls may have moved since
+        self._showing = threading.RLock()  # data arrive on one thread while controls move on another
         self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="auto", height="6px", visibility="hidden"))
         self.said = w.HTML().add_class("mlxdiff-lesson-status")
         self.image = Sheet()
@@ -81,54 +81,53 @@ class Lesson(w.VBox):
             control.observe(lambda _: self.ask(), "value")
         for control in controls:
             for part in (control, *getattr(control, "children", ())):
-                if part not in self._asks.values() and not isinstance(
-                    part, w.Play
-                ):  # which moves a slider, and that redraws
+                # A Play needs no observer: it moves a slider, and the slider redraws.
+                if part not in self._asks.values() and not isinstance(part, w.Play):
                     part.observe(lambda _: self._show(), "value")
 
-    # --- what a lesson says: each has its own
+    # --- what each lesson defines
 
-    def work(self, pipe, told: Told) -> object:
-        """On the engine's thread: all that takes time. Returns what `figure` and `words` show."""
+    def work(self, pipe, report: Report) -> object:
+        """Do everything that takes time, on the worker's thread. Returns what `figure` and `words` show."""
 
     def settings(self) -> dict:
-        """What `work` is called with, read before it is queued: it must not look at widgets."""
+        """The arguments of `work`. They are read before it is queued, because `work` must not look at widgets."""
         return {name: control.value for name, control in self._asks.items()}
 
     def figure(self) -> Figure:
-        """What the lesson shows: of the data, of `asked`, and of the controls that only choose what is looked at."""
+        """The picture of the lesson, from `data`, from `asked`, and from the controls that only choose the view."""
 
     def words(self) -> str:
-        """What the figure shows, for whoever cannot see it; the numbers a text may quote."""
+        """What the figure shows, for readers who cannot see it, with the numbers that a text may quote."""
 
     # --- how it runs
 
     def ask(self) -> Job:
-        """Queue the work with the controls as they stand. The newest wish wins."""
+        """Queue the work with the current settings. It replaces an unfinished request."""
         if self._job is not None:
             self._job.cancel()
         self._turn += 1
         self.error, self.said.value = None, ""
         settings = self.settings()
-        work, tell = functools.partial(self._work, settings), functools.partial(self._tell, self._turn, settings)
+        work, tell = functools.partial(self._work, settings), functools.partial(self._on_update, self._turn, settings)
         self._job = self._worker.submit(self.model, work, tell)
         return self._job
 
     def _work(self, settings: dict, pipe, job: Job) -> object:
         due = time.monotonic() + 1.0
 
-        def told(done: int, total: int, so_far: Callable[[], object] | None = None) -> None:
+        def report(done: int, total: int, so_far: Callable[[], object] | None = None) -> None:
             nonlocal due
             job.check()
             self._progress(done / total)
             begin = time.monotonic()
-            if so_far is not None and begin >= due:  # a look may slow the work by a fifth
+            if so_far is not None and begin >= due:  # showing the data may slow the work by a fifth
                 self._show(so_far(), settings)
                 due = time.monotonic() + 5 * (time.monotonic() - begin)
 
-        return self.work(pipe, told, **settings)
+        return self.work(pipe, report, **settings)
 
-    def _tell(self, turn: int, settings: dict, job: Job, update: Update) -> None:
+    def _on_update(self, turn: int, settings: dict, job: Job, update: Update) -> None:
         if turn != self._turn:
             return
         if update.stage == "open":
@@ -145,10 +144,10 @@ class Lesson(w.VBox):
                 self._fail(e)
 
     def _show(self, data: object = None, asked: dict | None = None) -> None:
-        """Draw, and where there are new data, of these and what they answer alone."""
+        """Redraw. New data are stored first, together with the settings they belong to."""
         with self._showing:
             if data is not None:
-                self.asked, self.data = asked, data  # in this order: whoever watches the data may look at both
+                self.asked, self.data = asked, data  # in this order: an observer of `data` may read both
             self.redraw()
 
     def _progress(self, part: float | None) -> None:
@@ -160,14 +159,14 @@ class Lesson(w.VBox):
         self.said.value = f'<span style="color:var(--jp-error-color1, {RED})">{error}</span>'
 
     def redraw(self) -> None:
-        """Show the data as the controls want it."""
+        """Show the data as the controls say."""
         if self.data is None:
             return
         try:
             said = self.words()
             self.image.show(*png(self.figure), said)
             self.caption.value = said
-        except Exception as e:  # in a callback, where Jupyter would show nothing
+        except Exception as e:  # in a callback Jupyter would show nothing
             self._fail(e)
 
     def ready(self) -> "Lesson":
@@ -192,10 +191,10 @@ class Lesson(w.VBox):
 
     def _repr_mimebundle_(self, **options):
         self.ready()
-        found = super()._repr_mimebundle_(**options)
-        found["image/png"] = base64.b64encode(self.image.value).decode()
-        found["text/plain"] = self.words()
-        return found
+        bundle = super()._repr_mimebundle_(**options)
+        bundle["image/png"] = base64.b64encode(self.image.value).decode()
+        bundle["text/plain"] = self.words()
+        return bundle
 
 
 def seed_box(seed: int, name: str = "Seed") -> w.BoundedIntText:
@@ -207,16 +206,16 @@ def _row(*controls: w.Widget) -> w.HBox:
 
 
 def played(slider: w.IntSlider, interval: int, step: int = 1) -> w.HBox:
-    """A slider with a button that moves it on every so many milliseconds."""
+    """A slider with a play button, which moves it by `step` every `interval` milliseconds."""
     play = w.Play(slider.value, min=slider.min, max=slider.max, step=step, interval=interval)
-    w.jslink((play, "value"), (slider, "value"))  # which a page begins by giving the slider the player's value
+    w.jslink((play, "value"), (slider, "value"))  # a page first gives the slider the player's value
     w.jslink((slider, "max"), (play, "max"))
     return _row(play, slider)
 
 
 @contextmanager
 def _styled() -> Iterator[None]:
-    """Our style, while a figure is made. Not `rc_context`, which would undo what a cell sets in the meantime."""
+    """Use our style while a figure is made. `rc_context` would undo what a cell sets in the meantime."""
     with _drawing:
         kept = {name: mpl.rcParams[name] for name in _STYLE}
         mpl.rcParams.update(_STYLE)
@@ -227,12 +226,12 @@ def _styled() -> Iterator[None]:
 
 
 def png(figure: Callable[[], Figure]) -> tuple[bytes, int]:
-    """A figure as a PNG, and the width it should have on a page, in pixels."""
+    """Draw a figure as a PNG; return it with its width on a page, in pixels."""
     with _styled():
         made = figure()
         out = io.BytesIO()
         made.savefig(out, dpi=_DPI, format="png")
-    flat = Image.open(out).convert("RGB")  # without the alpha that matplotlib writes: a tenth smaller
+    flat = Image.open(out).convert("RGB")  # matplotlib writes an alpha channel; without it the file is a tenth smaller
     out = io.BytesIO()
     flat.save(out, "PNG")
     return out.getvalue(), round(made.get_size_inches()[0] * _SHOWN)

@@ -1,4 +1,4 @@
-"""Lesson 5, steps and samplers: from one noise, how fast each sampler comes near to where many steps would lead."""
+"""Lesson 5, steps and samplers: how fast each sampler, from the same noise, approaches the result of many steps."""
 
 import math
 from typing import NamedTuple
@@ -10,41 +10,41 @@ from PIL import Image
 
 from ...probe import from_noise, noise_of, trace
 from .guidance import changes, size
-from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Told, seed_box
+from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Report, seed_box
 
 COUNTS = (4, 8, 16)
 REFERENCE = ("unipc", 50)
-SCHEDULE = "karras"  # the same first and last noise for any number of steps: only the way between differs
+SCHEDULE = "karras"  # its first and last noise levels do not depend on the number of steps
 RACERS = {"euler": (1, BLUE), "heun": (2, GREEN), "dpmpp_2m": (2, ORANGE)}  # name -> the order it claims, its colour
 NOISY = "euler_ancestral"
 
 
 class Race(NamedTuple):
-    far: dict[str, list[float]]  # sampler -> distance to the reference at each of COUNTS, 1: as long as the reference
+    far: dict[str, list[float]]  # sampler -> distance to the reference at each of COUNTS, over the reference's length
     noisy: list[float]  # the noisy sampler's distance to the reference
-    spread: list[float]  # and that of two of its runs, from the same first noise, to each other
-    drawn: dict[str, list[Image.Image]]  # sampler -> the picture at each of COUNTS; the noisy one's two at the last
+    spread: list[float]  # the distance between two of its runs that start from the same noise
+    drawn: dict[str, list[Image.Image]]  # sampler -> its pictures at COUNTS; the noisy one's two at the last
     reference: Image.Image
 
     @property
     def order(self) -> dict[str, float]:
-        """By which power of the step the distance fell when the steps were doubled last."""
+        """The power of the step size with which the distance fell when the steps were last doubled."""
         return {name: math.log2(far[-2] / far[-1]) for name, far in self.far.items()}
 
 
 def calls(name: str, steps: int) -> int:
-    """How often a run asks the network: Heun looks ahead, except in its last step."""
+    """How often a run asks the network. Heun asks twice in every step but the last."""
     return 2 * steps - 1 if name == "heun" else steps
 
 
 def small(image: Image.Image) -> Image.Image:
-    return image.resize((96, 96), Image.Resampling.LANCZOS)  # about as large as it is shown
+    return image.resize((96, 96), Image.Resampling.LANCZOS)  # about the size at which it is shown
 
 
 class SamplerRace(Lesson):
     title = "The race"
-    idea = "From one noise, samplers that add none walk to one and the same picture; the better ones in fewer steps."
-    trying = "Count network calls instead of steps: what of Heun now? Then raise guidance: the way gets more crooked."
+    idea = "From the same noise, samplers that add none reach the same picture; the better ones need fewer steps."
+    trying = "Count network calls instead of steps: how good is Heun now? Then raise guidance: the path bends more."
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class SamplerRace(Lesson):
     ):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
-        # A list, not a slider: every value on the way would be a race of ten seconds or more.
+        # A list, because a slider would start a race of ten seconds or more at every value it passes.
         self.guidance = w.Dropdown(options=(1.0, 2.0, 4.0, 8.0), value=guidance, description="Guidance")
         self.axis = w.Dropdown(options=("steps", "network calls"), description="Against")
         asks = {"prompt": self.prompt, "seed": self.seed, "guidance": self.guidance}
         super().__init__(self.axis, *asks.values(), asks=asks, **options)
 
-    def work(self, pipe, told: Told, prompt: str, seed: int, guidance: float) -> Race:
+    def work(self, pipe, report: Report, prompt: str, seed: int, guidance: float) -> Race:
         same = {"seed": seed, "guidance": guidance, "schedule": SCHEDULE}
         total = len(RACERS) * sum(COUNTS) + REFERENCE[1] + sum(COUNTS)
         done = 0
@@ -69,7 +69,7 @@ class SamplerRace(Lesson):
         def advance() -> None:
             nonlocal done
             done += 1
-            told(done, total)
+            report(done, total)
 
         def run(name: str, steps: int) -> np.ndarray:
             for step in trace(pipe, prompt, sampler=name, steps=steps, **same):

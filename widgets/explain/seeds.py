@@ -1,4 +1,4 @@
-"""Lesson 4, seeds and noise: the noise decides what the words leave open, and between two noises one goes around."""
+"""Lesson 4, seeds and noise: the noise decides what the words leave open, and two noises are joined by going around."""
 
 from typing import NamedTuple
 
@@ -8,22 +8,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import from_noise, noise_of
-from .lesson import BLUE, GREEN, GREY, ORANGE, Lesson, Told, seed_box
+from .lesson import BLUE, GREEN, GREY, ORANGE, Lesson, Report, seed_box
 
 PROMPTS = ("a house", "a tree", "a boat")
-PLACES = np.linspace(0, 1, 5)  # between two seeds
+PLACES = np.linspace(0, 1, 5)  # positions on the way between two seeds
 _PROMPT = w.Layout(width="28em")
 
 
 class Grids(NamedTuple):
-    seeds: list[Image.Image]  # one prompt
-    prompts: list[Image.Image]  # one seed
+    seeds: list[Image.Image]  # one prompt with several seeds
+    prompts: list[Image.Image]  # one seed with several prompts
 
 
 class SeedGrid(Lesson):
     title = "Seeds"
-    idea = "What the words leave open, the noise decides; the seed is the name of a noise."
-    trying = "Say more: “a red house in the snow under a full moon”. What is left to the seed then?"
+    idea = "The noise decides what the words leave open. The seed is the name of a noise."
+    trying = "Say more: “a red house in the snow under a full moon”. What does the seed still decide?"
 
     def __init__(self, prompt: str = "a house", seed: int = 1, steps: int = 8, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=_PROMPT)
@@ -32,11 +32,11 @@ class SeedGrid(Lesson):
         asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
         super().__init__(*asks.values(), asks=asks, **options)
 
-    def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> Grids:
+    def work(self, pipe, report: Report, prompt: str, seed: int, steps: int) -> Grids:
         runs = [{"prompt": prompt, "count": len(PROMPTS)}, *({"prompt": other} for other in PROMPTS[1:])]
         drawn = []
         for i, run in enumerate(runs):
-            drawn += pictures(pipe.stream(seed=seed, steps=steps, **run), told, i, len(runs))
+            drawn += pictures(pipe.stream(seed=seed, steps=steps, **run), report, i, len(runs))
         return Grids(drawn[: len(PROMPTS)], [drawn[0], *drawn[len(PROMPTS) :]])
 
     def figure(self) -> Figure:
@@ -70,8 +70,8 @@ class Between(NamedTuple):
 
 class BetweenSeeds(Lesson):
     title = "Between two seeds"
-    idea = "Noise has a strength, and the network counts on it: from one noise to another go around, not through."
-    trying = "Choose other seeds, then a prompt that says less. Which small things are missing on the way through?"
+    idea = "Noise has a strength, and the network relies on it: from one noise to another, go around and not through."
+    trying = "Choose other seeds, then a prompt that says less. Which small things does the way through leave out?"
 
     def __init__(self, prompt: str = "a tree under the stars", a: int = 1, b: int = 2, steps: int = 8, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=_PROMPT)
@@ -81,11 +81,11 @@ class BetweenSeeds(Lesson):
         asks = {"prompt": self.prompt, "a": self.a, "b": self.b, "steps": self.steps}
         super().__init__(*asks.values(), asks=asks, **options)
 
-    def work(self, pipe, told: Told, prompt: str, a: int, b: int, steps: int) -> Between:
+    def work(self, pipe, report: Report, prompt: str, a: int, b: int, steps: int) -> Between:
         ends = noise_of(pipe, a), noise_of(pipe, b)
         round_, straight = ([way(*ends, t) for t in PLACES] for way in (slerp, lerp))
-        noise = np.concatenate([*round_, *straight[1:-1]])  # the ends are the same
-        drawn = pictures(from_noise(pipe, noise, prompt, seed=a, steps=steps), told, 0, 1)
+        noise = np.concatenate([*round_, *straight[1:-1]])  # both ways have the same ends
+        drawn = pictures(from_noise(pipe, noise, prompt, seed=a, steps=steps), report, 0, 1)
         n = len(PLACES)
         return Between(np.stack([e.ravel() for e in ends]), drawn[:n], [drawn[0], *drawn[n:], drawn[n - 1]])
 
@@ -141,7 +141,7 @@ class BetweenSeeds(Lesson):
 
 
 def slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
-    """Along the sphere (Shoemake 1985), from a to b at even speed."""
+    """Go along the sphere from a to b at constant speed (Shoemake 1985)."""
     turn = angle(a, b)
     if turn < 1e-6:
         return lerp(a, b, t)
@@ -157,7 +157,7 @@ def angle(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def flat(a: np.ndarray, b: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(k, n) points of the plane of a and b, in that plane: (k, 2), a on the x axis, 1 the usual length of noise."""
+    """(k, n) -> (k, 2): points of the plane of a and b. a lies on the x axis, and 1 is the usual length of noise."""
     x = a / np.linalg.norm(a)
     y = b - (b @ x) * x
     return points @ np.stack([x, y / max(np.linalg.norm(y), 1e-12)], axis=1) / np.sqrt(a.size)
@@ -169,17 +169,17 @@ def sharpness(image: Image.Image) -> float:
 
 
 def apart(images: list[Image.Image]) -> float:
-    """The mean difference of two pictures' pixels, over all pairs."""
+    """The mean difference of the pixels of two pictures, over all pairs."""
     x = [np.asarray(i, float) for i in images]
     return float(np.mean([np.abs(x[i] - x[j]).mean() for i in range(len(x)) for j in range(i)]))
 
 
-def pictures(events, told: Told, i: int, runs: int) -> list[Image.Image]:
-    """What a run draws, run i of several; its steps are told."""
+def pictures(events, report: Report, i: int, runs: int) -> list[Image.Image]:
+    """The pictures of a run, which is run i of several. Its steps are reported."""
     drawn = []
     for event in events:
         if event.stage == "denoise" and event.step:
-            told(i * event.steps + event.step, runs * event.steps)
+            report(i * event.steps + event.step, runs * event.steps)
         if event.image is not None:
             drawn.append(event.image)
     return drawn

@@ -1,5 +1,5 @@
-"""The picture of a lesson on the page: a light card in both themes, since a figure is dark on white, and a name for
-screen readers, which ipywidgets' Image does not have."""
+"""The picture of a lesson on the page. It is a light card in both themes, since figures are dark on white, and it has a
+name for screen readers, which ipywidgets' Image lacks."""
 
 import anywidget
 import traitlets as t

@@ -1,4 +1,4 @@
-"""Lesson 7, text: what becomes of a prompt before the network reads it."""
+"""Lesson 7, text: what happens to a prompt before the network reads it."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from ...probe import Token, merges, tokens
-from .lesson import BLUE, GREY, ORANGE, Lesson, Told
+from .lesson import BLUE, GREY, ORANGE, Lesson, Report
 
-WIDTH, LETTER, GAP = 8.4, 0.09, 0.07  # inches: of the figure, of a letter in a box, between boxes
+WIDTH, LETTER, GAP = 8.4, 0.09, 0.07  # inches: the width of the figure and of a letter in a box, the gap between boxes
 
 
 class Box(NamedTuple):
@@ -26,7 +26,7 @@ class Box(NamedTuple):
 
 class Cut(NamedTuple):
     chunks: list[list[Token]]
-    grown: list[list[list[str]]]  # of each word, how its letters grew into tokens
+    grown: list[list[list[str]]]  # for each word, the states in which its letters are merged into tokens
 
 
 class Tokens(Lesson):
@@ -34,7 +34,7 @@ class Tokens(Lesson):
     idea = "The network reads numbers. A prompt is cut into pieces from a fixed list; each is known by its place in it."
     trying = (
         "Write a word that the model was never taught, such as <i>elephant</i>, and choose it: it stays in pieces. "
-        "Weigh a word, <code>(red:1.3)</code>. Write <code>BREAK</code>, or more words than there are places."
+        "Give a word a weight, <code>(red:1.3)</code>. Write <code>BREAK</code>, or more words than there are places."
     )
 
     def __init__(self, prompt: str = "a (red:1.3) toadstool under a full moon", word: int = 3, **options):
@@ -42,7 +42,7 @@ class Tokens(Lesson):
         self.at = w.IntSlider(word, min=1, max=99, description="Word")
         super().__init__(self.prompt, self.at, asks={"prompt": self.prompt}, **options)
 
-    def work(self, pipe, told: Told, prompt: str) -> Cut:
+    def work(self, pipe, report: Report, prompt: str) -> Cut:
         return Cut(tokens(pipe, prompt), merges(pipe, prompt))
 
     def redraw(self) -> None:
@@ -84,7 +84,7 @@ class Tokens(Lesson):
         return " ".join(said)
 
     def grown(self) -> list[list[str]]:
-        """The states of the chosen word."""
+        """The states of the chosen word, from letters to tokens."""
         return self.data.grown[self.at.value - 1] if self.data.grown else []
 
 
@@ -93,21 +93,21 @@ def shown(piece: str) -> str:
 
 
 def boxes(chunk: list[Token]) -> list[Box]:
-    """One for each token; one for all padding."""
-    own = []
+    """One box for each token, and one for all padding."""
+    out = []
     for t in chunk:
         if t.role == "text":
             weighed = t.weight != 1
             below = f"{t.id}, weight {t.weight:.2f}" if weighed else f"{t.id}"
-            own.append(Box(shown(t.piece), below, ORANGE if weighed else BLUE))
+            out.append(Box(shown(t.piece), below, ORANGE if weighed else BLUE))
         elif t.role != "padding":
-            own.append(Box(t.role, f"{t.id}", GREY))
+            out.append(Box(t.role, f"{t.id}", GREY))
     padding = [t.id for t in chunk if t.role == "padding"]
-    return own + ([Box(f"padding × {len(padding)}", f"{padding[0]}", GREY)] if padding else [])
+    return out + ([Box(f"padding × {len(padding)}", f"{padding[0]}", GREY)] if padding else [])
 
 
 def broken(line: list[Box]) -> list[list[Box]]:
-    """Into lines that fit."""
+    """Break a line of boxes into lines that fit the figure."""
     lines, left = [[]], WIDTH - 0.2
     for box in line:
         if box.width > left:

@@ -1,4 +1,4 @@
-"""Lesson 8, training: what a denoiser is taught, measured on the built-in model, and three that learn here and now."""
+"""Lesson 8, training: what a denoiser learns, measured on the built-in model, and three toys that learn now."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,19 +12,19 @@ from ...probe import encode, sides
 from ...schedules import Discrete
 from ...train import measure, storybook, toy
 from ...train.recipe import ALPHA_BAR
-from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Told, seed_box
+from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Report, seed_box
 
-TIMES = (50, 200, 400, 600, 800, 950)  # of the 1000 of training
+TIMES = (50, 200, 400, 600, 800, 950)  # some of the 1000 time steps of training
 SIGMAS = Discrete(ALPHA_BAR).sigmas[list(TIMES)]
 WORDS = {"time": BLUE, "terrain": GREEN, "sky": GREY, "object": ORANGE, "colour": RED, "position": "black"}
-RATIOS = (0.15, 0.3, 0.6, 1.0, 2.0, 4.0)  # of noise to points, at which the toys are looked at
-SHOWN, PATHS = 500, 40  # points, and paths of the first of them
+RATIOS = (0.15, 0.3, 0.6, 1.0, 2.0, 4.0)  # of noise to points: the levels at which the toys are examined
+SHOWN, PATHS = 500, 40  # how many new points are drawn, and how many with their paths
 
 
 class Losses(NamedTuple):
     right: np.ndarray  # (times,): the mean over the scenes
-    raised: dict[str, np.ndarray]  # by kind of word: what a wrong one adds
-    caption: str  # of the pictures
+    raised: dict[str, np.ndarray]  # kind of word -> what a wrong one adds
+    caption: str  # the prompt of the pictures
     noisy: list[Image.Image]
     expected: list[Image.Image]
 
@@ -41,21 +41,21 @@ class Loss(Lesson):
         self.scenes = w.IntSlider(scenes, min=1, max=12, description="Scenes", continuous_update=False)
         super().__init__(self.scenes, asks={"count": self.scenes}, **options)
 
-    def work(self, pipe, told: Told, count: int) -> Losses:
-        scenes, found = measure.scenes(count), []
+    def work(self, pipe, report: Report, count: int) -> Losses:
+        scenes, measured = measure.scenes(count), []
         for losses in measure.losses(pipe, scenes, SIGMAS):
-            found.append(losses)
-            told(len(found), count + 1)
-        right = np.mean([f["right"] for f in found], axis=0)
-        own = {kind: [f[kind] - f["right"] for f in found if kind in f] for kind in WORDS}
-        raised = {kind: np.mean(values, axis=0) for kind, values in own.items() if values}
+            measured.append(losses)
+            report(len(measured), count + 1)
+        right = np.mean([m["right"] for m in measured], axis=0)
+        added = {kind: [m[kind] - m["right"] for m in measured if kind in m] for kind in WORDS}
+        raised = {kind: np.mean(values, axis=0) for kind, values in added.items() if values}
         caption = storybook.plain(scenes[0])
         x0 = encode(pipe, Image.fromarray(measure.renders(scenes[:1])[0]))
         noise = np.random.default_rng(0).standard_normal(x0.shape).astype(np.float32)
         _, look = sides(pipe, caption, negative="", guidance=2.0)
         expected = np.concatenate([look(x0 + s * noise, float(s)) for s in SIGMAS])
         noisy = np.concatenate([(x0 + s * noise) / np.sqrt(1 + s**2) for s in SIGMAS])
-        told(count + 1, count + 1)
+        report(count + 1, count + 1)
         return Losses(right, raised, caption, pipe.decode(noisy.astype(np.float32)), pipe.decode(expected))
 
     def figure(self) -> Figure:
@@ -105,16 +105,16 @@ def spaced(values: list[float], gap: float) -> np.ndarray:
 class Learner(NamedTuple):
     losses: np.ndarray  # (steps so far,)
     paths: np.ndarray  # (steps + 1, n, 2)
-    arrows: np.ndarray  # (ratios, grid, 2): what it expects under the grid's points
-    off: float  # of its points from the moons
-    short: np.ndarray  # (ratios,): its error beyond that of the best denoiser there can be
+    arrows: np.ndarray  # (ratios, grid, 2): the points it expects at the grid's points
+    off: float  # the mean distance of its points from the moons
+    short: np.ndarray  # (ratios,): its error beyond that of the best possible denoiser
 
 
 class TwoMoons(Lesson):
     title = "Two moons"
-    idea = "A denoiser that has seen some points can make new ones: three learn here, each to say something else."
+    idea = "A denoiser that has seen some points can make new ones. Three learn here, and each predicts something else."
     trying = (
-        "Move the noise: with much of it all arrows point at the middle of the moons, with little each at the nearest. "
+        "Move the noise: with much noise all arrows point at the middle of the moons, with little each at the nearest. "
         "Then let them learn for 200 steps, and for 3000."
     )
 
@@ -125,7 +125,7 @@ class TwoMoons(Lesson):
         asks = {"steps": self.steps, "seed": self.seed}
         super().__init__(self.ratio, *asks.values(), asks=asks, **options)
 
-    def work(self, pipe, told: Told, steps: int, seed: int) -> dict[str, Learner]:
+    def work(self, pipe, report: Report, steps: int, seed: int) -> dict[str, Learner]:
         points = toy.two_moons(2000)
         noisy = [points[:SHOWN] + ratio * np.random.default_rng(2).standard_normal((SHOWN, 2)) for ratio in RATIOS]
         least = [toy.best(points, x, ratio) for x, ratio in zip(noisy, RATIOS, strict=True)]
@@ -133,12 +133,12 @@ class TwoMoons(Lesson):
         losses = {name: [] for name in toys}
 
         def now() -> dict[str, Learner]:
-            return {name: look(own, noisy, least, losses[name]) for name, own in toys.items()}
+            return {name: look(each, noisy, least, losses[name]) for name, each in toys.items()}
 
-        for reports in zip(*(own.learn(points, steps, seed) for own in toys.values()), strict=True):
-            for name, report in zip(toys, reports, strict=True):
-                losses[name].append(report.loss)
-            told(len(losses["eps"]), steps, now)
+        for results in zip(*(each.learn(points, steps, seed) for each in toys.values()), strict=True):
+            for name, result in zip(toys, results, strict=True):
+                losses[name].append(result.loss)
+            report(len(losses["eps"]), steps, now)
         return now()
 
     def figure(self) -> Figure:
@@ -147,17 +147,17 @@ class TwoMoons(Lesson):
         axes = fig.subplots(3, 3, height_ratios=(1, 1, 0.45))
         under = data + RATIOS[k] * np.random.default_rng(1).standard_normal(data.shape)
         columns = zip(self.data.items(), (BLUE, GREEN, RED), axes.T, strict=True)
-        for (name, own), colour, (paths, field, curve) in columns:
-            paths.plot(*own.paths[:, :PATHS].transpose(2, 0, 1), color=GREY, lw=0.5, alpha=0.7)
-            paths.scatter(*own.paths[-1, :SHOWN].T, s=2, color=colour)
+        for (name, learner), colour, (paths, field, curve) in columns:
+            paths.plot(*learner.paths[:, :PATHS].transpose(2, 0, 1), color=GREY, lw=0.5, alpha=0.7)
+            paths.scatter(*learner.paths[-1, :SHOWN].T, s=2, color=colour)
             paths.set_title(f"{name}: new points,\nand the paths of {PATHS} from noise")
             field.scatter(*under.T, s=1, color=GREY, alpha=0.5)
-            step = (own.arrows[k] - GRID).T
+            step = (learner.arrows[k] - GRID).T
             field.quiver(*GRID.T, *step, color=colour, angles="xy", scale_units="xy", scale=2.5, width=0.006)
             field.set_title(f"noise {RATIOS[k]:g} to 1: from noisy points\ntowards what it expects there")
             for ax in (paths, field):
                 ax.set(xlim=(-2.4, 2.4), ylim=(-2, 2), xticks=[], yticks=[], aspect="equal")
-            smooth = np.convolve(own.losses, np.ones(20) / 20, "valid")
+            smooth = np.convolve(learner.losses, np.ones(20) / 20, "valid")
             curve.plot(np.arange(len(smooth)) + 20, smooth, color=colour)
             curve.set(ylim=(0, None), xlabel="steps learned")
             curve.set_title("its loss")
@@ -165,7 +165,7 @@ class TwoMoons(Lesson):
 
     def words(self) -> str:
         k, steps = RATIOS.index(self.ratio.value), len(self.data["eps"].losses)
-        said = [f"{name} {own.off:.2f} and {own.short[k]:.3f}" for name, own in self.data.items()]
+        said = [f"{name} {each.off:.2f} and {each.short[k]:.3f}" for name, each in self.data.items()]
         least = toy.off_moons(toy.two_moons(2000)).mean()
         return (
             f"After {steps} steps the new points lie off the moons by, and the squared error at noise {RATIOS[k]:g} "
@@ -176,7 +176,7 @@ class TwoMoons(Lesson):
 GRID = np.stack(np.meshgrid(np.linspace(-2.1, 2.1, 13), np.linspace(-1.7, 1.7, 11)), -1).reshape(-1, 2)
 
 
-def look(own: toy.Toy, noisy: list[np.ndarray], least: list[np.ndarray], losses: list[float]) -> Learner:
-    paths, arrows = own.paths(SHOWN), np.stack([own.expected(GRID, ratio) for ratio in RATIOS])
-    short = [np.square(own.expected(x, r) - b).mean() for x, b, r in zip(noisy, least, RATIOS, strict=True)]
+def look(model: toy.Toy, noisy: list[np.ndarray], least: list[np.ndarray], losses: list[float]) -> Learner:
+    paths, arrows = model.paths(SHOWN), np.stack([model.expected(GRID, ratio) for ratio in RATIOS])
+    short = [np.square(model.expected(x, r) - b).mean() for x, b, r in zip(noisy, least, RATIOS, strict=True)]
     return Learner(np.array(losses), paths, arrows, toy.off_moons(paths[-1]).mean(), np.array(short))

@@ -1,4 +1,4 @@
-"""Lesson 7, text: where in the picture each word is read, from step to step."""
+"""Lesson 7, text: where in the picture each word is read, step by step."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import Token, attention, tokens
-from .lesson import ORANGE, Lesson, Told, played, seed_box
+from .lesson import ORANGE, Lesson, Report, played, seed_box
 from .tokens import WIDTH, shown
 
 PANELS = 9  # maps in a row
@@ -42,11 +42,11 @@ class WordMaps(Lesson):
         asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
         super().__init__(*asks.values(), self.word, played(self.at, 500), asks=asks, **options)
 
-    def work(self, pipe, told: Told, prompt: str, seed: int, steps: int) -> Read:
+    def work(self, pipe, report: Report, prompt: str, seed: int, steps: int) -> Read:
         maps = []
         for seen in attention(pipe, prompt, seed=seed, steps=steps):
             maps.append(seen.maps)
-            told(seen.step.step, seen.step.steps)
+            report(seen.step.step, seen.step.steps)
         (picture,) = pipe.decode(seen.step.x0)
         flat = [t for chunk in tokens(pipe, prompt, seed=seed, steps=steps) for t in chunk]
         return Read(flat, np.stack(maps), picture)
@@ -93,16 +93,16 @@ class WordMaps(Lesson):
 
 
 def words_of(tokens: list[Token]) -> list[list[int]]:
-    """Which tokens make up each word."""
-    found, open_ = [], False
+    """For each word, the tokens that make it up."""
+    out, open_ = [], False
     for i, t in enumerate(tokens):
         if t.role == "text":
             if open_:
-                found[-1].append(i)
+                out[-1].append(i)
             else:
-                found.append([i])
+                out.append([i])
         open_ = t.role == "text" and not t.piece.endswith("</w>")
-    return found
+    return out
 
 
 def spelled(tokens: list[Token], word: list[int]) -> str:
@@ -110,7 +110,7 @@ def spelled(tokens: list[Token], word: list[int]) -> str:
 
 
 def contrast(map_: np.ndarray) -> float:
-    """The mean of the brightest tenth over the mean of the rest."""
+    """The mean of the brightest tenth, divided by the mean of the rest."""
     rising = np.sort(map_, axis=None)
     cut = len(rising) - math.ceil(len(rising) / 10)
     return rising[cut:].mean() / rising[:cut].mean()
