@@ -261,7 +261,7 @@ def test_an_error_is_shown_kept_and_cleared(studio):
     settled(studio)
     assert studio.status == "The fake model broke in step 2. Ask for something else."
     assert studio.view.error["fix"] == "Ask for something else."
-    assert "in stream" in studio.view.error["trace"]
+    assert "in run" in studio.view.error["trace"]
     assert isinstance(studio.error, Error)
     draw(studio, prompt="fine")
     assert (studio.error, studio.view.error) == (None, {})

@@ -136,7 +136,7 @@ def test_a_failure_in_the_middle_holds_no_arrays():
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
-    inside = [f for f in frames if f.f_code.co_name == "stream"]
+    inside = [f for f in frames if f.f_code.co_name == "run"]
     assert [f.f_locals for f in inside] == [{}]
     assert worker.submit("fake", Request("a", steps=1), quiet).result(WAIT).images
 
@@ -159,7 +159,7 @@ def test_what_is_too_large_is_refused_before_it_is_opened(heard, monkeypatch):
 
 def test_memory_errors_are_readable():
     class Full(fakes.Pipe):
-        def stream(self, request):
+        def run(self, request):
             raise RuntimeError("[malloc] Unable to allocate 99999999999 bytes.")
 
     job = Worker(lambda model, **_: Full()).submit("fake", Request("a"), quiet)
@@ -261,9 +261,9 @@ from mlxdiff.widgets.worker import Worker
 from tests import fakes
 
 class Busy(fakes.Pipe):
-    def stream(self, request):
+    def run(self, request):
         double = mx.compile(lambda x: mx.tanh(x * 2) + 1)
-        for event in super().stream(request):
+        for event in super().run(request):
             mx.eval(double(mx.random.normal((64, 64), key=mx.random.key(event.step))))
             yield event
 
@@ -290,9 +290,9 @@ def test_a_cancelled_run_gives_its_memory_back():
     big = 2**22  # float32 numbers: 16 MiB, far above anything else here
 
     class Holding(fakes.Pipe):
-        def stream(self, request):
+        def run(self, request):
             x = mx.ones((big,))
-            for event in super().stream(request):
+            for event in super().run(request):
                 x = x + 1
                 mx.eval(x)
                 yield event
