@@ -290,7 +290,7 @@ def test_a_sheet_of_scenes_goes_where_it_can_and_nowhere_else(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     draw = ["scenes", "--size", "16", "--out"]
     bad = {
-        "sc": "is not a picture name mlxdiff writes",
+        "sc": "is not a kind of picture that mlxdiff writes",
         "sc.gif": "End it in one of",
         "file/a.png": "cannot be written",
     }

@@ -21,7 +21,7 @@ from ..models import build
 from ..models.build import Config
 from ..networks import Networks
 from ..pipeline import Pipeline
-from ..recipe import DTYPES, component_dtype, plan, recipe
+from ..recipe import DTYPES, component_dtype, quantization_plan, recipe
 from ..tokenizers import BOS, EOS
 
 
@@ -52,7 +52,7 @@ class RandomNetworks(Networks):
         kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
         net = build.build(model.components[name])
         net.update(tree_map(lambda p: _random(p.shape, kind) if p.ndim > 1 else p.astype(kind), net.parameters()))
-        return weights.quantized(net, plan(model.family, name, net, model.recipe.bits)).eval()
+        return weights.quantized(net, quantization_plan(model.family, name, net, model.recipe.bits)).eval()
 
     def clock(self) -> float:
         """Seconds, less those that went into making weights."""
