@@ -320,11 +320,11 @@ def test_a_run_where_none_can_be_is_one_line(tmp_path, capsys, name, text):
 def test_a_folder_of_something_else_and_no_judge_are_refused(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["storybook", "--out", str(tmp_path)]) == 1
-    assert "holds something else than a run" in capsys.readouterr().err
+    assert "holds something other than a run" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     assert main(["judge", "storybook", "--judge", str(tmp_path / "notes.txt")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "notes.txt is no judge" in line
+    assert "notes.txt is not a judge" in line
 
 
 def test_from_nothing_to_a_folder_that_others_open(tmp_path, capsys, monkeypatch):
