@@ -99,7 +99,7 @@ def test_an_image_from_memory_is_drawn_from_but_not_replayed(here, model, capsys
     assert more.image.size == (16, 16)
     images.save(more.image, here / "a.png", more.request, pipe.name, str(pipe.description.recipe))
     assert main(["--from-image", "a.png", "-m", str(model), "-o", "b.png"]) == 1
-    assert "no image for these settings" in capsys.readouterr().err
+    assert "These settings need a start image" in capsys.readouterr().err
     assert pipe.resolve(more.request, image=Image.new("RGB", (8, 8))).image_hash != more.request.image_hash
 
 
