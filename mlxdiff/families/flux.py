@@ -72,7 +72,7 @@ FLUX = Family(
             defaults=_SCHNELL,
             schedule=_SCHEDULE | {"shift": 1.0, "dynamic": None},
         ),
-        # Kontext has the same shapes as dev; only the name in the checkpoint's metadata shows it.
+        # Kontext has the same shapes as dev; only the checkpoint's name for its pipeline shows it.
         "kontext": Variant(edits=True),
         "control": Variant(beside=64, needs=("a control picture",)),  # patches of the control picture
         "fill": Variant(beside=320, needs=("a picture", "a mask")),  # patches of picture and mask (8 x 8 a latent)
