@@ -4,7 +4,7 @@ from pathlib import Path as _Path
 
 __version__ = "0.1.0"
 
-# In a checkout, convert/ and widgets/ lie beside this package; in a wheel, inside it.
+# In a checkout, convert/ and widgets/ are next to this package; in a wheel they are inside it.
 _above = _Path(__file__).resolve().parent.parent
 if (_above / "pyproject.toml").is_file() and str(_above) not in __path__:
     __path__.append(str(_above))

@@ -1,5 +1,5 @@
-"""`mlxdiff`: one word, then what to do; or a prompt, which is drawn. Most words are a module that also runs as
-`python -m mlxdiff.<word>`."""
+"""`mlxdiff COMMAND ...` runs a command; `mlxdiff PROMPT ...` draws a picture. Most commands are modules that also run
+as `python -m mlxdiff.<command>`."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ COMMANDS = {
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),
     "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
-    "train": ("mlxdiff.train.__main__", "teach the built-in model anew, or measure it"),
+    "train": ("mlxdiff.train.__main__", "train the built-in model from nothing, or measure it"),
 }
 
 
@@ -31,12 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: mlxdiff COMMAND ...\n       mlxdiff PROMPT ...\n")
         for name, (_, text) in COMMANDS.items():
             print(f"  {name:10} {text}")
-        print("\nA prompt is drawn: it is what mlxdiff generate PROMPT ... does. mlxdiff COMMAND --help says more.")
+        print("\nmlxdiff PROMPT is short for mlxdiff generate PROMPT. mlxdiff COMMAND --help says more.")
         return 0 if argv else 2
     if word in COMMANDS:
         return importlib.import_module(COMMANDS[word][0]).main(rest)
     meant = did_you_mean(word, COMMANDS)
-    if helps or word.startswith("-") or (meant and " " not in word):  # else it is a prompt
+    if helps or word.startswith("-") or (meant and " " not in word):  # anything else is a prompt
         names = f"Use one of {', '.join(COMMANDS)}."
         fix = names if helps or not meant else f"To draw it: mlxdiff generate {word}"
         print(f"mlxdiff: {word!r} is not a command. {meant}{fix}", file=sys.stderr)

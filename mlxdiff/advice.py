@@ -1,4 +1,4 @@
-"""What this machine has, whether a picture fits it, and which settings would make it fit."""
+"""How much memory this machine has, whether a picture fits it, and which settings would make it fit."""
 
 import os
 import sys
@@ -21,14 +21,14 @@ _BITS, _SIZES = (8, 6, 5, 4, 3), (768, 512, 256)
 
 
 class Machine(NamedTuple):
-    memory: int  # bytes, all of it
-    budget: int  # of these, what programs are told to stay within
+    memory: int  # bytes in all
+    budget: int  # bytes that programs should stay within
     gpu: bool
 
 
 def this_machine() -> Machine:
-    """On a GPU what it says of itself. Else what the system has, or lets this container have; Windows, which has no
-    sysconf, is taken to have enough."""
+    """A GPU reports its limits. Else the memory of the system counts, or the limit of this container. Windows has no
+    sysconf, so enough memory is assumed there."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
     if mx.default_device() == mx.Device(mx.gpu):
         info = mx.device_info()
@@ -43,14 +43,14 @@ def this_machine() -> Machine:
 
 
 def mac(gigabytes: int) -> Machine:
-    """A Mac of so much memory. Its GPU is told to stay within two thirds of up to 32 GB, and three quarters of more:
-    the least that Metal was seen to recommend; newer systems say up to 78 %."""
+    """A Mac with this much memory. Its GPU may use two thirds of up to 32 GB, and three quarters of more. These are the
+    lowest limits that Metal was seen to recommend; newer systems recommend up to 78 %."""
     memory = gigabytes * 2**30
     return Machine(memory, memory * 2 // 3 if gigabytes <= 32 else memory * 3 // 4, True)
 
 
 def named(name: str, recipe: Recipe, low_memory: bool = False, request: Request | None = None) -> Workload:
-    """A published model drawing a picture, by default of its own size in its own steps."""
+    """The workload of a published model that draws a picture, by default with the model's size and steps."""
     model = published(name, recipe)
     return Workload(model, model.resolve(Request("") if request is None else request), low_memory)
 
@@ -60,7 +60,7 @@ def fits(workload: Workload, machine: Machine) -> bool:
 
 
 def check(workload: Workload, machine: Machine | None = None) -> None:
-    """Refuse what clearly exceeds the machine, and name what would fit."""
+    """Refuse a workload that clearly exceeds the machine, and name settings that would fit."""
     machine = this_machine() if machine is None else machine
     need, request = peak(workload, machine.gpu), workload.request
     if need <= SURE * machine.memory:
@@ -104,8 +104,8 @@ def check_request(
 
 
 def check_named(models: list[str | None], recipe: Recipe, check: Callable) -> None:
-    """Check a model and its refiner, as far as they are published ones, before anything is fetched; of others nothing
-    is known yet. None: none, or one that is here."""
+    """Check a model and its refiner before anything is fetched. Only published models can be checked; nothing is known
+    of others yet. None: there is no such model, or it is on this machine."""
     names = [None if m is None else name_of(m) for m in models]
     first, second = (None if name is None else published(name, recipe) for name in names)
     if first is not None:
@@ -120,7 +120,8 @@ def spell(settings: dict) -> str:
 
 
 def options(workload: Workload, machine: Machine) -> list[tuple[dict, int]]:
-    """Settings that make it fit, and what it takes then: of each kind the first that does, which gives up least."""
+    """Settings that make the workload fit, and the bytes it then takes. Of each kind, the first setting that fits is
+    chosen: it gives up least."""
     request, recipe = workload.request, workload.model.recipe
     low = [] if workload.low_memory else [{"low_memory": True}]
     bits = [{"bits": b} for b in _BITS if recipe.bits is None or b < BITS[recipe.bits]]
@@ -130,17 +131,17 @@ def options(workload: Workload, machine: Machine) -> list[tuple[dict, int]]:
     unrefined = [{"refiner": None}] if workload.refiner is not None else []
 
     def first(kind: list[dict]) -> list[tuple[dict, int]]:
-        found = ((settings, workload.but(**settings)) for settings in kind)
-        return next(([(settings, peak(w, machine.gpu))] for settings, w in found if fits(w, machine)), [])
+        tried = ((settings, workload.but(**settings)) for settings in kind)
+        return next(([(settings, peak(w, machine.gpu))] for settings, w in tried if fits(w, machine)), [])
 
-    found = [way for kind in (low, fewer, t5, unrefined, bits, sizes) for way in first(kind)]
-    if low and not first(low):  # then it may spare some bits, or some pictures
-        alone = [settings for settings, _ in found]
+    ways = [way for kind in (low, fewer, t5, unrefined, bits, sizes) for way in first(kind)]
+    if low and not first(low):  # with low_memory, more bits or more pictures may fit
+        alone = [settings for settings, _ in ways]
         spared = first(_pairs(bits, low))
-        found = [way for way in spared if {"bits": way[0]["bits"]} not in alone] + found
-        found = found if {"count": 1} in alone else first(_pairs(low, fewer)) + found
-    found = found or first(_pairs(t5, low)) or first(_pairs(unrefined, low))
-    return found or first(_pairs(_pairs(_pairs(bits, low), fewer), sizes))
+        ways = [way for way in spared if {"bits": way[0]["bits"]} not in alone] + ways
+        ways = ways if {"count": 1} in alone else first(_pairs(low, fewer)) + ways
+    ways = ways or first(_pairs(t5, low)) or first(_pairs(unrefined, low))
+    return ways or first(_pairs(_pairs(_pairs(bits, low), fewer), sizes))
 
 
 def _pairs(some: list[dict], others: list[dict]) -> list[dict]:

@@ -1,5 +1,6 @@
-"""Wrong arguments of the public calls: diffusers' names, misspelt ones, settings of a picture given to `load`, options
-of `load` given to a picture, values of the wrong type. One Error names all that are wrong in a call."""
+"""Checks the arguments of the public calls. It refuses diffusers' names, misspelt names, settings of a picture given to
+`load`, options of `load` given to a picture, and values of the wrong type. One Error names all wrong arguments of a
+call."""
 
 import typing
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from .errors import Error, near
 # Options of `load`.
 OPTIONS = ("model", "bits", "dtype", "refiner", "taesd", "low_memory", "force", "request", "offline", "revision")
 OPTIONS += ("tokenizer", "prediction", "parts", "t5", "progress")
-# Names that diffusers and its relatives have -> ours.
+# Names from diffusers and similar programs -> our names.
 THEIRS = {
     "batch_size": "count",
     "cfg": "guidance",
@@ -43,7 +44,7 @@ THEIRS = {
     "true_cfg_scale": "true_cfg",
     "vae": "parts",
 }
-# Names of theirs that have no counterpart here -> what to do instead.
+# Their names without a counterpart here -> what to do instead.
 NEITHER = {
     "cache_dir": "set the environment variable MLXDIFF_CACHE",
     "callback": "loop over pipe.stream(...)",
@@ -54,7 +55,7 @@ NEITHER = {
     "return_dict": "leave it out: a call returns a Result",
     "safety_checker": "leave it out: there is none",
     "token": "log in with `hf auth login`",
-    "use_safetensors": "leave it out: no other files are read",
+    "use_safetensors": "leave it out: only .safetensors files are read",
     "variant": "leave it out: of several, the file without a suffix is read, then fp16",
 }
 _KINDS = {bool: "True or False", int: "a whole number", str: "text", Path: "a path", dict: "a dict"}
@@ -62,25 +63,25 @@ _KINDS |= {NoneType: "None", Callable: "a function"}
 
 
 def check_settings(names: Iterable[str], settings: tuple[str, ...]) -> None:
-    """Raise if one of the names is not a setting of a picture. settings: all that are."""
-    strange = [n for n in names if n not in settings]
-    if strange:
-        hints = [_hint(name, settings, OPTIONS, "mlxdiff.load") for name in strange]
-        raise _error("A picture has no setting", strange, hints, settings)
+    """Raise if one of the names is not a setting of a picture. settings: the names of all settings."""
+    unknown = [n for n in names if n not in settings]
+    if unknown:
+        hints = [_hint(name, settings, OPTIONS, "mlxdiff.load") for name in unknown]
+        raise _error("A picture has no setting", unknown, hints, settings)
 
 
 def check_options(load: Callable, given: dict, settings: tuple[str, ...]) -> None:
-    """Raise if `load` was given an option that it does not have (`given["unknown"]`), or a value of a type that its
-    annotations do not say."""
+    """Raise if `load` was given an option that it does not have (`given["unknown"]`), or a value whose type does not
+    match the annotation."""
     if unknown := [*given["unknown"]]:
         hints = [_hint(name, OPTIONS, ("prompt", *settings), "the call that draws") for name in unknown]
         raise _error("mlxdiff.load has no option", unknown, hints, OPTIONS)
     types = {name: _members(hint) for name, hint in typing.get_type_hints(load).items() if name in OPTIONS}
     wrong = [name for name, kinds in types.items() if not isinstance(given[name], kinds)]
     if wrong:
-        found = ", ".join(f"`{name}` {given[name]!r:.60}" for name in wrong)
+        values = ", ".join(f"`{name}` {given[name]!r:.60}" for name in wrong)
         fixes = (f"{name} is {' or '.join(_KINDS.get(k, k.__name__) for k in types[name])}" for name in wrong)
-        raise Error(f"mlxdiff.load cannot take {found}.", f"Their types: {'; '.join(fixes)}.")
+        raise Error(f"mlxdiff.load cannot take {values}.", f"Their types: {'; '.join(fixes)}.")
     for part, file in ({} if given["parts"] is None else given["parts"]).items():
         if not isinstance(file, str | Path):
             raise Error(f"mlxdiff.load cannot take {file!r:.60} as the {part} of `parts`.", "Give the path of a file.")
@@ -92,19 +93,19 @@ def _members(hint) -> tuple[type, ...]:
     return tuple(typing.get_origin(m) or m for m in members)
 
 
-def _error(what: str, strange: list[str], hints: list[str], own: tuple[str, ...]) -> Error:
+def _error(what: str, unknown: list[str], hints: list[str], names: tuple[str, ...]) -> Error:
     fix = " ".join(h for h in hints if h)
     if not all(hints):
-        fix = f"{fix} The names are {', '.join(own)}.".strip()
-    *most, last = strange
+        fix = f"{fix} The names are {', '.join(names)}.".strip()
+    *most, last = unknown
     return Error(f"{what} {', '.join(most)}{' or ' if most else ''}{last}.", fix)
 
 
-def _hint(name: str, own: tuple[str, ...], other: tuple[str, ...], place: str) -> str:
-    """What to do in place of a wrong name; "" if nothing is near."""
+def _hint(name: str, names: tuple[str, ...], other: tuple[str, ...], place: str) -> str:
+    """The advice for a wrong name; "" if no known name is close."""
     if name in NEITHER:
         return f"For {name}, {NEITHER[name]}."
-    ours = THEIRS.get(name) or (name if name in other else near(name, own) or near(name, other))
-    if ours in own:
+    ours = THEIRS.get(name) or (name if name in other else near(name, names) or near(name, other))
+    if ours in names:
         return f"For {name}, use `{ours}`."
     return f"For {name}, give `{ours}` to {place}." if ours else ""

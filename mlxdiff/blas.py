@@ -2,8 +2,9 @@
 81. It is loaded before `mlx.core`, and a stub that has the name of MLX's own library leads MLX to it. Nobody else in
 the process sees its symbols: when all did, OpenBLAS 0.3.33 took the place of torch's BLAS and crashed it.
 
-The wheel `ngsolve-openblas` brings one for x86_64 that chooses its kernels by the processor it finds. `cmeel-openblas`,
-which has wheels for ARM too, is built for one processor: without AVX-512 it dies of an illegal instruction."""
+The wheel `ngsolve-openblas` has an OpenBLAS for x86_64 that chooses its kernels by the processor it runs on.
+`cmeel-openblas` has wheels for ARM too, but is built for one processor: without AVX-512 it dies of an illegal
+instruction."""
 
 import ctypes
 import importlib.util
@@ -19,9 +20,9 @@ _loaded: list[ctypes.CDLL] = []
 
 
 def preload() -> str | None:
-    """The OpenBLAS library now under MLX, or None. Must run before the first import of mlx.core.
+    """Load OpenBLAS and return its name, or None if there is none. Must run before the first import of mlx.core.
 
-    It works in one thread until `use_all_cores`, unless OPENBLAS_NUM_THREADS says otherwise."""
+    OpenBLAS uses one thread until `use_all_cores` is called, unless OPENBLAS_NUM_THREADS is set."""
     names = [file.name for file in _files("mlx", "../mlx_cpu.libs/libblas-*.so*")]
     if sys.platform != "linux" or "mlx.core" in sys.modules or not names:
         return None
@@ -48,15 +49,16 @@ def _wheel() -> str | None:
 
 
 def use_all_cores() -> None:
-    """For large networks. Small ones gain little by threads, and since 0.3.27 OpenBLAS's threads wait for each other
-    without yielding: where other programs kept the cores busy, the built-in model took six times as long with two."""
+    """Call this for large networks. Small ones gain little from threads, and since 0.3.27 OpenBLAS's threads wait for
+    each other without yielding: while other programs kept the cores busy, the built-in model took six times as long
+    with two threads."""
     for library in _loaded:
         if _THREADS not in os.environ and hasattr(library, "openblas_set_num_threads"):
             library.openblas_set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def _files(package: str, pattern: str) -> Iterator[Path]:
-    """Files in the folder of an installed package, which is not imported."""
+    """Files in the folder of an installed package. The package is not imported."""
     spec = importlib.util.find_spec(package)
     for folder in [] if spec is None else spec.submodule_search_locations:
         yield from Path(folder).glob(pattern)

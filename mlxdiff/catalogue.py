@@ -1,4 +1,5 @@
-"""`mlxdiff models`: the models that have a name, what they take, what fits this machine; the built-in one's words."""
+"""`mlxdiff models`: lists the named models with their memory, what fits this machine, and the built-in model's
+words."""
 
 import sys
 
@@ -8,15 +9,15 @@ from .errors import Error, did_you_mean
 from .families import DEFAULT, FAMILIES, MODELS
 from .recipe import default_dtype, recipe
 
-# Of the table's columns: bits (None: 16, not quantized) and whether --low-memory.
+# The table's columns: (bits, whether --low-memory); bits None means 16 bits, not quantized.
 COLUMNS = ((4, True), (4, False), (8, False), (None, False))
-# What may be typed to make a model fit, in the order of what it gives up.
+# Settings that make a model fit, from those that give up least to those that give up most.
 _WAYS = ((None, False), (None, True), (8, False), (8, True), (6, True), (4, False), (4, True), (3, True))
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="mlxdiff models", description="List the models that have a name, or say more of one.")
-    p.add_argument("name", nargs="?", metavar="NAME", help=f"say more of this one; {builtin.NAME} also lists its words")
+    p = Parser(prog="mlxdiff models", description="List the named models, or describe one.")
+    p.add_argument("name", nargs="?", metavar="NAME", help=f"describe this model; {builtin.NAME} also lists its words")
     args = p.parse_args(argv)
     return run("mlxdiff models", lambda: everything() if args.name is None else one(args.name))
 
@@ -31,7 +32,7 @@ def everything() -> int:
     titles = ", ".join(f.title for f in FAMILIES.values())
     print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
     print("mlxdiff models NAME says what fits this machine.")
-    print(f"\nBeside these: any hub repository, folder or .safetensors file of\n{titles}.")
+    print(f"\nBesides these, mlxdiff draws with any hub repository, folder or .safetensors file of\n{titles}.")
     return 0
 
 
@@ -53,7 +54,7 @@ def one(name: str) -> int:
 
 
 def on_a_mac(name: str) -> list[float]:
-    """Gigabytes at the model's own size, a figure for each of COLUMNS."""
+    """Gigabytes at the model's default size, for each of COLUMNS."""
     return [memory.peak(advice.named(name, recipe(b, "bfloat16"), low), gpu=True) / 1e9 for b, low in COLUMNS]
 
 
@@ -67,7 +68,7 @@ def _download(name: str) -> str:
 
 
 def on(machine: advice.Machine, name: str, dtype: str) -> list[tuple[str, float, bool]]:
-    """For each of _WAYS its flags, its gigabytes on a machine, and whether that fits."""
+    """For each of _WAYS: its flags, the gigabytes it takes on a machine, and whether they fit."""
     rows = []
     for bits, low in _WAYS:
         workload = advice.named(name, recipe(bits, dtype), low)

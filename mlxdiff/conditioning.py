@@ -1,5 +1,5 @@
-"""Prompt to what the denoiser is conditioned on: tokenize, read by one text encoder after the other, join. What differs
-by family (which layer, pooled vector, size ids, T5) is its TextPlan."""
+"""From a prompt to the conditions of the denoiser: tokenize it, read it with one text encoder after the other, join the
+results. The differences between families (which layer, pooled vector, size ids, T5) are in their TextPlan."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from .models.t5 import T5Encoder
 from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, T5Tokenizer
 
-Tokenizers = dict[str, ClipTokenizer | T5Tokenizer]  # by the text encoder that they are for
+Tokenizers = dict[str, ClipTokenizer | T5Tokenizer]  # text encoder -> its tokenizer
 
 
 class Words(NamedTuple):
-    """What one text encoder is to read."""
+    """The input of one text encoder."""
 
-    chunks: list[list[Chunk]]  # of each prompt
-    empty: Chunk  # of no prompt
+    chunks: list[list[Chunk]]  # the chunks of each prompt
+    empty: Chunk  # the chunk of an empty prompt
 
 
 class Text(NamedTuple):
@@ -30,43 +30,44 @@ class Text(NamedTuple):
     pooled: mx.array | None  # (1, p)
 
 
-def load_tokenizers(plan: TextPlan, folder: Path, t5: bool) -> Tokenizers:
-    """Those of a model folder. t5: whether T5 reads too."""
-    toks: Tokenizers = {enc: tokenizers.load(folder / tokenizer_of(enc)) for enc in plan.clip}
+def load_tokenizers(text_plan: TextPlan, folder: Path, t5: bool) -> Tokenizers:
+    """The tokenizers of a model folder. t5: whether T5 reads the prompt too."""
+    toks: Tokenizers = {enc: tokenizers.load(folder / tokenizer_of(enc)) for enc in text_plan.clip}
     if t5:
-        toks[plan.t5] = tokenizers.load_t5(folder / tokenizer_of(plan.t5))
+        toks[text_plan.t5] = tokenizers.load_t5(folder / tokenizer_of(text_plan.t5))
     return toks
 
 
-def tokenize(plan: TextPlan, toks: Tokenizers, prompts: list[str]) -> dict[str, Words]:
-    """Words of several prompts, all brought to the same length so that they can share a batch."""
+def tokenize(text_plan: TextPlan, toks: Tokenizers, prompts: list[str]) -> dict[str, Words]:
+    """The Words of several prompts, all padded to the same length so that they can share a batch."""
     words = {}
-    chunks = {enc: [toks[enc].encode(p) for p in prompts] for enc in plan.clip}
+    chunks = {enc: [toks[enc].encode(p) for p in prompts] for enc in text_plan.clip}
     longest = max((len(c) for by_prompt in chunks.values() for c in by_prompt), default=0)
     for enc, by_prompt in chunks.items():
         (empty,) = toks[enc].encode("")
         words[enc] = Words([c + [empty] * (longest - len(c)) for c in by_prompt], empty)
-    if plan.t5 in toks:
-        t5 = toks[plan.t5]
-        length = max(len(t5.encode(p, plan.t5_tokens).ids) for p in prompts)
-        words[plan.t5] = Words([[t5.encode(p, length)] for p in prompts], t5.encode("", length))
+    if text_plan.t5 in toks:
+        t5 = toks[text_plan.t5]
+        length = max(len(t5.encode(p, text_plan.t5_tokens).ids) for p in prompts)
+        words[text_plan.t5] = Words([[t5.encode(p, length)] for p in prompts], t5.encode("", length))
     return words
 
 
-def read(plan: TextPlan, encoder: nn.Module, words: Words, clip_skip: int) -> list[Text]:
-    """One text encoder's share of every prompt: (1, N, d) of the wanted layer, the pooled vector of the first chunk."""
+def read(text_plan: TextPlan, encoder: nn.Module, words: Words, clip_skip: int) -> list[Text]:
+    """Encode every prompt with one text encoder: the chosen layer (1, N, d), and the pooled vector of the first
+    chunk."""
 
     def states_of(chunks: list[Chunk]) -> tuple[mx.array, mx.array | None]:
         out = encoder(mx.array([c.ids for c in chunks], mx.int32))
         if isinstance(encoder, T5Encoder):
             return out, None
-        return _layer(encoder, out, clip_skip, plan.final_norm), out.pooled[:1]
+        return _layer(encoder, out, clip_skip, text_plan.final_norm), out.pooled[:1]
 
     texts = []
     for chunks in words.chunks:
         states, pooled = states_of(chunks)  # (chunks, N, d)
         if any(w != 1 for c in chunks for w in c.weights):
-            # ComfyUI's reading of (word:1.3): away from the embedding of the empty prompt, token by token.
+            # As in ComfyUI, a weight moves each token away from the embedding of the empty prompt.
             base, _ = states_of([words.empty])
             weights = mx.array([c.weights for c in chunks])
             states = base + (states - base) * weights[..., None].astype(states.dtype)
@@ -80,52 +81,52 @@ def _layer(encoder: nn.Module, out, clip_skip: int, final_norm: bool) -> mx.arra
     return out.last if clip_skip == 1 else encoder.final_layer_norm(out.states[-clip_skip])
 
 
-def join(plan: TextPlan, parts: dict[str, list[Text]], width: int) -> list[Text]:
-    """The encoders' shares put together, prompt by prompt. width: of the text that the denoiser reads."""
+def join(text_plan: TextPlan, parts: dict[str, list[Text]], width: int) -> list[Text]:
+    """Join the encoders' results, prompt by prompt. width: the width of the text that the denoiser reads."""
     texts = []
     for shares in zip(*parts.values(), strict=True):
         by = dict(zip(parts, shares, strict=True))
-        pooled = [by[enc].pooled for enc in plan.pooled]
+        pooled = [by[enc].pooled for enc in text_plan.pooled]
         contexts = []
-        if plan.clip_read:
-            contexts.append(mx.concatenate([by[enc].context for enc in plan.clip], axis=-1))
-        if plan.t5 is not None:
+        if text_plan.clip_read:
+            contexts.append(mx.concatenate([by[enc].context for enc in text_plan.clip], axis=-1))
+        if text_plan.t5 is not None:
             contexts = [_widened(c, width) for c in contexts]
-            left_out = mx.zeros((1, plan.t5_tokens, width), shares[0].context.dtype)
-            contexts.append(by[plan.t5].context if plan.t5 in by else left_out)
+            left_out = mx.zeros((1, text_plan.t5_tokens, width), shares[0].context.dtype)
+            contexts.append(by[text_plan.t5].context if text_plan.t5 in by else left_out)
         context = contexts[0] if len(contexts) == 1 else mx.concatenate(contexts, axis=1)
         texts.append(Text(context, mx.concatenate(pooled, axis=-1) if pooled else None))
     return texts
 
 
 def _widened(context: mx.array, width: int) -> mx.array:
-    """With zeros up to a width, or cut to it, as the reference's negative padding cuts."""
+    """The context padded with zeros to a width, or cut to it, like the reference's negative padding."""
     context = context[..., :width]
     return mx.pad(context, [(0, 0), (0, 0), (0, width - context.shape[-1])])
 
 
-def arguments(plan: TextPlan, text: Text, request: Request, negative: bool) -> dict[str, mx.array]:
-    """What `prepare` of the network takes, for one prompt."""
+def arguments(text_plan: TextPlan, text: Text, request: Request, negative: bool) -> dict[str, mx.array]:
+    """The arguments of the network's `prepare` for one prompt."""
     args = {"context": text.context}
     if text.pooled is not None:
         args["pooled"] = text.pooled
-    if plan.sizes:
-        size = [request.height, request.width, 0, 0]  # the size asked for, uncropped
-        tail = [request.height, request.width] if plan.scores is None else [plan.scores[negative]]
+    if text_plan.sizes:
+        size = [request.height, request.width, 0, 0]  # the requested size, without a crop
+        tail = [request.height, request.width] if text_plan.scores is None else [text_plan.scores[negative]]
         args["time_ids"] = mx.array([size + tail], mx.float32)
     return args
 
 
 def guidance_embedding(guidance: float, width: int) -> mx.array:
-    """What a consistency model takes in place of a second pass (Luo et al. 2023): a sinusoid of w = guidance - 1."""
+    """The input that replaces a second pass in a consistency model (Luo et al. 2023): sinusoids of w = guidance - 1."""
     return sinusoids(mx.array([1000.0 * (guidance - 1.0)]), width, flip_sin_to_cos=False, freq_shift=1)
 
 
 def prepare(
     model: Description, net: nn.Module, request: Request, ts: list[float], texts: list[Text], both: bool
 ) -> dict[str, dict]:
-    """What a denoiser takes besides x and t, by the names `guidance.denoiser` has for it. both: whether the two passes
-    of a guided run share a batch."""
+    """A denoiser's arguments besides x and t, under the names of `guidance.denoiser`'s parameters. both: whether the
+    two passes of a guided run share a batch."""
     sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
     if model.guidance == EMBEDDED:
         sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)

@@ -1,4 +1,4 @@
-"""What every command line shares: one-line errors, exit codes, and a parser that complains in one line."""
+"""The parts that every command line shares: one-line errors, exit codes, and a parser whose errors fit in one line."""
 
 import argparse
 import json
@@ -15,22 +15,22 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with wrong usage told in one line. Flags are typed whole: of a shortened or misspelt one the nearest is
-    named."""
+    """argparse that reports wrong usage in one line. Flags cannot be shortened; for a shortened or misspelt flag the
+    error names the closest one."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
-        """Every parser complains of its own: a parser above it would suggest flags that do not belong here."""
-        parsed, strange = super().parse_known_args(args, namespace)
-        if strange:
-            flag = next((word.partition("=")[0] for word in strange if word.startswith("-")), None)
+        """Report unknown flags here: a parser above this one would suggest flags of its own."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
             if flag is None:
-                self.error(f"{strange[0]!r} is not expected here")
+                self.error(f"{unknown[0]!r} is not expected here")
             meant = did_you_mean(flag, (f for f in self._option_string_actions if f.startswith("--")))
             self.error(f"There is no flag {flag}. {meant}".rstrip(" ."))
-        return parsed, strange
+        return parsed, unknown
 
     def error(self, message: str):
         stop = "" if message.endswith("?") else "."
@@ -39,7 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(prog: str, body: Callable[[], int]) -> int:
-    """The exit code of `body`: an Error is one line and 1, Ctrl-C is 130, a closed pipe is quiet."""
+    """Run `body` and return its exit code. An Error prints one line and returns 1, Ctrl-C returns 130, and a closed
+    pipe prints nothing."""
     try:
         code = body()
         sys.stdout.flush()
@@ -56,9 +57,9 @@ def run(prog: str, body: Callable[[], int]) -> int:
 
 
 def install(extra: str) -> str:
-    """The command that adds what an extra of pyproject.toml names, from where mlxdiff itself came: a checkout, a wheel,
-    a repository, else the package index."""
-    from importlib import metadata  # slow to load, and needed by nothing else
+    """The command that installs an extra of pyproject.toml. The source is the one that mlxdiff came from: a checkout,
+    a wheel, a repository, else the package index."""
+    from importlib import metadata  # slow to load, and nothing else here needs it
 
     place = Path(__file__).parent.parent
     if (place / "pyproject.toml").is_file():

@@ -1,5 +1,5 @@
-"""What a model is: `model.json` as a frozen, checked value. It answers what a request comes out as, how many passes it
-takes, and what its noise levels are, for a model folder as for a published model that is not here yet."""
+"""The description of a model: `model.json` as a frozen, checked value. It resolves a request and gives its number of
+passes and its noise levels. Every model folder has one, and so has every published model before it is fetched."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from .recipe import BITS, DTYPES, Recipe
 from .request import Defaults, Request
 from .schedules import Schedule
 
-FORMAT = 4  # goes up when a quantization plan or the output of a conversion changes: older folders are converted anew
+FORMAT = 4  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
 PREDICTIONS = ("eps", "v", "x0", "flow")
 _AGAIN = "Convert the checkpoint again."
 
-# Settings that not every family has: how to tell that a request uses one.
+# Settings that not every family has -> whether a request uses them.
 SPECIAL: dict[str, Callable[[Request], bool]] = {
     "shift": lambda r: r.shift is not None,
     "true_cfg": lambda r: r.true_cfg != 1,
@@ -34,14 +34,14 @@ SPECIAL: dict[str, Callable[[Request], bool]] = {
 class Description:
     name: str
     family: Family
-    variant: str  # of the family's variants
+    variant: str  # a key of family.variants
     prediction: str
     recipe: Recipe
     schedule: dict
     zero_negative: bool
     components: dict[str, build.Config]
     tokenizers: tuple[str, ...] = ()
-    error: dict[str, float] = field(default_factory=dict)  # of quantized components: what was lost, relative
+    error: dict[str, float] = field(default_factory=dict)  # quantized components -> relative error of their weights
 
     @property
     def row(self) -> Variant:
@@ -49,7 +49,7 @@ class Description:
 
     @property
     def defaults(self) -> Defaults:
-        """Of the named model, if this is one by name and by what it holds; else of the variant or the family."""
+        """A named model's defaults, if name and contents match one; else those of the variant or the family."""
         named = find(self.name)
         if named is not None and (named.family, named.variant) == (self.family, self.variant):
             return named.defaults
@@ -57,7 +57,7 @@ class Description:
 
     @property
     def net(self) -> build.Config:
-        """The denoiser's settings."""
+        """The Config of the denoiser."""
         return self.components[self.family.denoiser]
 
     @property
@@ -77,12 +77,12 @@ class Description:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent stands for, along one edge."""
+        """How many pixels one latent covers along an edge."""
         return factor(self.components["vae"].channels)
 
     @property
     def multiple(self) -> int:
-        """What a picture's edges are multiples of: a latent, or a transformer's patch."""
+        """A picture's edges must be multiples of this: the pixels of a latent, or of a transformer's patch."""
         return self.factor * self.family.patch
 
     @property
@@ -94,13 +94,13 @@ class Description:
         return request.height // self.factor, request.width // self.factor
 
     def cfg(self, request: Request) -> float:
-        """The scale of classifier-free guidance, which a second pass is for; 1 is none."""
+        """The scale of classifier-free guidance, which needs a second pass; 1 means no guidance."""
         if self.guidance == EMBEDDED:
             return 1.0
         return request.guidance if self.guidance == SECOND_PASS else request.true_cfg
 
     def passes(self, request: Request) -> int:
-        """2 where a second pass, by the negative prompt, is guided away from."""
+        """2 if guidance pushes away from a second pass, which reads the negative prompt; else 1."""
         return 2 if self.cfg(request) > 1 else 1
 
     def reads_t5(self, request: Request) -> bool:
@@ -121,15 +121,15 @@ class Description:
         return full
 
     def fill(self, request: Request, image: tuple[int, int] | None = None) -> Request:
-        """The same, with values checked alone, not whether this model takes them."""
+        """As `resolve`, but without checking whether this model can do what is asked."""
         if image is not None:
             request = request.sized(image, self.defaults.size**2, self.multiple)
-        own = self.schedule
-        pair = self.family.fallback if own["sampler"] is None else (own["sampler"], own["spacing"])
-        return request.resolve(self.defaults, pair, own["spacing"], self.family.clip_skip, self.multiple)
+        schedule = self.schedule
+        pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
+        return request.resolve(self.defaults, pair, schedule["spacing"], self.family.clip_skip, self.multiple)
 
     def _check(self, request: Request) -> None:
-        """What this model cannot do, told before the work."""
+        """Raise before the work if this model cannot do what the request asks."""
         for setting, used in SPECIAL.items():
             if used(request) and setting not in self.family.takes:
                 whose = " and ".join(f.title for f in FAMILIES.values() if setting in f.takes)
@@ -137,24 +137,26 @@ class Description:
         self._check_guidance(request)
         layers = min((self.components[e].layers for e in self.text.clip), default=math.inf)
         if request.clip_skip > layers:
-            raise Error(f"clip_skip {request.clip_skip} goes below the text encoder's {layers} layers.", "Choose less.")
+            raise Error(
+                f"clip_skip {request.clip_skip} goes below the text encoder's {layers} layers.", "Use a smaller one."
+            )
         if self.flow:
             samplers.of_flow(request.sampler)
         schedule = self.noise_levels(request)
         schedules.sigmas(schedule, request.schedule, request.steps)
         if request.image is not None and self.row.edits:
             raise Error(
-                f"{self.name} takes a picture to edit and not to begin with, which is not supported yet.",
+                f"{self.name} edits a picture instead of starting from one, and that is not supported yet.",
                 "Leave the image out, or use another model.",
             )
         if request.image is not None and schedule.taken(request.steps, request.strength) == 0:
             none = f"Strength {request.strength:g} of {request.steps} steps leaves no step to take."
-            raise Error(none, "Take more of either.")
+            raise Error(none, "Raise the strength or the steps.")
         if self.family.check is not None:
             self.family.check(self.name, self.net, self.multiple, request)
 
     def _check_guidance(self, request: Request) -> None:
-        """What a model that draws in one pass cannot do with guidance and a negative prompt."""
+        """Raise if a model that draws in one pass cannot follow the guidance or the negative prompt."""
         if self.guidance == NONE and request.guidance > 1:
             raise Error(
                 f"{self.name} takes no guidance, and {request.guidance:g} was given.",
@@ -170,13 +172,13 @@ class Description:
             raise Error("true_cfg has no negative prompt to pull from.", fix)
 
     def check_draws(self) -> None:
-        """Raise unless this has all that a picture takes."""
+        """Raise unless this model has all components that drawing needs."""
         for name in (self.family.denoiser, "vae", *self.text.needs):
             if name not in self.components:
                 raise Error(f"{self.name} has no {name}.", "Use a checkpoint that holds the whole model.")
         if self.row.needs:
             raise Error(
-                f"{self.name} is a {self.variant} model, which draws from {' and '.join(self.row.needs)} too.",
+                f"{self.name} is a {self.variant} model, which also needs {' and '.join(self.row.needs)}.",
                 "It converts, but cannot draw yet: use a base model.",
             )
 
@@ -188,7 +190,7 @@ class Description:
             )
 
     def check_taesd(self, channels: int) -> None:
-        """Raise unless a tiny decoder reads latents of as many channels."""
+        """Raise unless a tiny decoder reads latents of this many channels."""
         if channels != self.latent_channels:
             raise Error(
                 f"This TAESD reads latents of {channels} channels; {self.name} has {self.latent_channels}.",
@@ -196,14 +198,14 @@ class Description:
             )
 
     def not_finite(self) -> Error:
-        """What to raise where numbers overflowed: it names the dtype in which they do not."""
+        """The error to raise when numbers overflow. It names a dtype in which they do not."""
         dtype = self.recipe.dtype
         other = "bfloat16" if dtype == "float16" else "float32"
         fix = f"Run it with `dtype={other!r}`." if dtype != other else "Its weights are damaged: fetch them again."
         return Error(f"{self.name} gave values that are not finite in {dtype}.", fix)
 
     def write(self, folder: Path) -> None:
-        """model.json in a folder."""
+        """Write model.json into a folder."""
         values = {name: getattr(self, name) for name in ("name", "variant", "prediction", "schedule", "zero_negative")}
         values |= {"format": FORMAT, "family": self.family.name, "recipe": asdict(self.recipe), "error": self.error}
         values |= {"tokenizers": self.tokenizers}
@@ -213,16 +215,16 @@ class Description:
 
 
 def published(name: str, recipe: Recipe) -> Description:
-    """A named model as it would be converted: what is known of it before it is fetched."""
+    """The description that a named model will have once it is fetched and converted."""
     model = MODELS[name]
-    own = model.family.variants[model.variant].schedule
+    schedule = model.family.variants[model.variant].schedule
     return Description(
         name=name,
         family=model.family,
         variant=model.variant,
         prediction=model.family.prediction if model.prediction is None else model.prediction,
         recipe=recipe,
-        schedule=model.family.schedule if own is None else own,
+        schedule=model.family.schedule if schedule is None else schedule,
         zero_negative=model.family.zero_negative,
         components=model.networks,
     )
@@ -266,7 +268,7 @@ def read(folder: str | Path) -> Description:
 
 
 def _misplaced(family: Family, components: dict[str, build.Config]) -> str | None:
-    """A component whose network is not the one that has its place in the family."""
+    """The first component whose network is not the one that the family has there; None if all fit."""
     kinds = {family.denoiser: family.network, "vae": "vae", **dict.fromkeys(family.text.clip, "clip")}
     if family.text.t5 is not None:
         kinds[family.text.t5] = "t5"
@@ -274,7 +276,7 @@ def _misplaced(family: Family, components: dict[str, build.Config]) -> str | Non
 
 
 def _schedule_is_sound(value) -> bool:
-    """One that a conversion writes: its fields, each of the kind that the family's own has."""
+    """Whether a conversion could have written this: a family's schedule has these fields, with such values."""
     if not isinstance(value, dict):
         return False
     model = next((f.schedule for f in FAMILIES.values() if f.schedule.keys() == value.keys()), None)

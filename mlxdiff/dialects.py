@@ -1,5 +1,5 @@
-"""What other programs call our settings: their names of samplers and schedules, and the text `parameters` that A1111
-writes into its pictures. Settings are dicts by the field names of `Request`, which itself looks up names here."""
+"""The names that other programs have for our settings: for samplers and schedules, and in the text `parameters` that
+A1111 writes into its pictures. Settings are dicts with the field names of `Request`, which looks up names here."""
 
 import re
 import reprlib
@@ -15,10 +15,10 @@ from .errors import Error, did_you_mean
 class Names:
     a1111: str
     diffusers: tuple[str, ...] = ()  # scheduler classes
-    comfyui: tuple[str, ...] = ()  # where its names are not ours
+    comfyui: tuple[str, ...] = ()  # its names that differ from ours
 
 
-# Our name of a sampler -> theirs. A user may type any of them, in any case.
+# Our name of a sampler -> the other programs' names. A user may type any of them, in upper or lower case.
 SAMPLERS = {
     "euler": Names("Euler", ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")),
     "euler_ancestral": Names("Euler a", ("EulerAncestralDiscreteScheduler",)),
@@ -32,7 +32,7 @@ SAMPLERS = {
     "ddpm": Names("DDPM", ("DDPMScheduler",)),
     "lcm": Names("LCM", ("LCMScheduler",)),
 }
-# A1111's names. A name that ends in another one stands before it.
+# Our name of a schedule -> A1111's. A name that ends in another name must come before it.
 SCHEDULES = {
     "leading": "Leading",
     "trailing": "Trailing",
@@ -54,7 +54,7 @@ _SCHEDULE_OF = {name.casefold(): schedule for schedule, name in SCHEDULES.items(
 
 
 def sampler(name: str) -> tuple[str, str | None]:
-    """Our sampler for a name that any program gives it, in any case, and the schedule if the name ends in one."""
+    """Our sampler for any program's name of it, and the schedule if the name ends in one. Case is ignored."""
     if isinstance(name, str):
         head, schedule = _split(name)
         if head.casefold() in _SAMPLER_OF:
@@ -64,7 +64,7 @@ def sampler(name: str) -> tuple[str, str | None]:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """Older A1111 writes the schedule behind the sampler: "DPM++ 2M Karras"."""
+    """Older versions of A1111 append the schedule to the sampler: "DPM++ 2M Karras"."""
     for theirs, ours in _SCHEDULE_OF.items():
         if name.casefold().endswith(f" {theirs}"):
             return name[: -len(theirs) - 1], ours
@@ -103,12 +103,12 @@ def _quoted(text: str) -> str:
 
 def parse_parameters(text: str) -> tuple[dict, str | None]:
     """Settings and the model's name from A1111's text. A sampler or schedule that is not ours becomes None. Raises
-    ValueError for a number that is none."""
+    ValueError if a number cannot be read."""
     lines = text.strip().splitlines()
     pairs = _pairs(lines[-1]) if lines and "Steps:" in lines[-1] else {}
     body = "\n".join(lines[:-1] if pairs else lines)
-    prompt, found, negative = body.partition("Negative prompt:")
-    settings: dict = {"prompt": prompt.strip(), "negative": negative.strip() if found else None}
+    prompt, separator, negative = body.partition("Negative prompt:")
+    settings: dict = {"prompt": prompt.strip(), "negative": negative.strip() if separator else None}
     for key, read in _READ.items():
         if key in pairs:
             try:
@@ -135,13 +135,13 @@ _READ = {
     "Clip skip": lambda v: {"clip_skip": int(v)},
     "Size": _edges,
 }
-# In quotes with \" for a quote, in quotes with a plain backslash at the end, or up to the next comma.
+# A value in quotes where \" means a quote; or in quotes with a plain backslash at the end; or up to the next comma.
 _VALUE = re.compile(r'\s*("[^"\\]*(?:\\.[^"\\]*)*"(?=,|$)|"[^"]*"(?=,|$)|[^,]*)')
 
 
 def _pairs(line: str) -> dict[str, str]:
-    """`key: value, key: "value, with commas"`. The line is read once from left to right, so time grows with its length
-    alone: a colon whose key is empty is passed over, and a value never reaches back."""
+    """`key: value, key: "value, with commas"`. The line is read once from left to right, so the time is linear in its
+    length. A colon with an empty key is skipped, and a value never reaches back."""
     pairs, start = {}, 0
     while (colon := line.find(":", start)) >= 0:
         key = re.split(r"[^\w ]", line[start:colon])[-1]
@@ -149,5 +149,5 @@ def _pairs(line: str) -> dict[str, str]:
         if key:
             value = _VALUE.match(line, start)
             pairs[key.strip()] = value[1].strip().strip('"')
-            start = value.end() + 1  # behind the comma
+            start = value.end() + 1  # after the comma
     return pairs

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 
 class Error(Exception):
-    """`problem` is one sentence with the offending value in it; `fix` is one sentence that says what to do. Both name
-    settings in backticks, as Python has them; see `spelling`."""
+    """`problem` is one sentence that states the offending value; `fix` is one sentence that says what to do. Both put
+    settings in backticks and spell them as Python does; see `spelling`."""
 
     def __init__(self, problem: str, fix: str = ""):
         super().__init__(f"{problem} {fix}".strip())
@@ -14,12 +14,12 @@ class Error(Exception):
 
 
 def near(word: str, known: Iterable[str], least: float = 0.6) -> str:
-    """The known word that a misspelt one is closest to, whatever its case; "" if none is close. least: how alike, 1 is
-    the same."""
+    """The known word closest to a misspelt one; case is ignored; "" if no word is close. least: how alike the two must
+    be; 1 means equal."""
     names = {name.casefold(): name for name in known}
     return next((names[n] for n in difflib.get_close_matches(word.casefold(), names, 1, least)), "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The question, with a space after it, to put before a list of what there is; "" if nothing is close."""
+    """A question, "Did you mean ...? ", to put before a list of all choices; "" if no choice is close."""
     return f"Did you mean {close}? " if (close := near(word, known)) else ""

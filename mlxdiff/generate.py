@@ -1,4 +1,4 @@
-"""`python -m mlxdiff.generate`: arguments to a Request, events to a progress bar, pictures to files."""
+"""`python -m mlxdiff.generate`: turns arguments into a Request, events into a progress bar, and pictures into files."""
 
 import argparse
 import json
@@ -26,60 +26,60 @@ from .request import STRENGTH, Request
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="mlxdiff generate", usage="mlxdiff generate PROMPT [options]", epilog=_EXAMPLES, add_help=False)
-    p.description = "Draw pictures from a prompt. What is left open is the model's own default."
+    p.description = "Draw pictures from a prompt. Settings that you leave open take the model's defaults."
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     g = p.add_argument_group("what to draw")
     g.add_argument("words", nargs="*", metavar="PROMPT", help="the prompt; '-' reads it from standard input")
     g.add_argument("-p", "--prompt", help="the prompt, as a flag")
-    g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; # begins a line of comment")
-    g.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to keep away from")
-    g.add_argument("-s", "--seed", type=int, nargs="+", metavar="N", help="one picture a seed (default: a fresh one)")
-    g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed, counting up from it")
-    g.add_argument("-W", "--width", type=int, metavar="PX", help="of the picture (default: the model's own size)")
-    g.add_argument("-H", "--height", type=int, metavar="PX", help="both multiples of 8, or of 16 for SD3 and FLUX")
-    g.add_argument("-i", "--image", metavar="FILE", help="begin with this picture, in its shape or cropped to -W, -H")
-    g.add_argument("--strength", type=float, metavar="F", help=f"how much of it to redraw, 1 is all ({STRENGTH})")
-    g.add_argument("--from-image", type=Path, metavar="PNG", help="take the settings of a picture; flags win")
+    g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; # begins a comment line")
+    g.add_argument("-n", "--negative-prompt", metavar="TEXT", help="what to avoid")
+    g.add_argument("-s", "--seed", type=int, nargs="+", metavar="N", help="one picture for each seed (default: fresh)")
+    g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed; their seeds count up from it")
+    g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
+    g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, or of 16 for SD3 and FLUX")
+    g.add_argument("-i", "--image", metavar="FILE", help="start image; it keeps its shape, or is cropped to -W, -H")
+    g.add_argument("--strength", type=float, metavar="F", help=f"how much of it to redraw; 1 is all ({STRENGTH})")
+    g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
 
     g = p.add_argument_group("how to draw it")
-    g.add_argument("--steps", type=int, metavar="N", help="more are slower and finer (default: the model's own)")
-    g.add_argument("-g", "--guidance", "--cfg-scale", type=float, metavar="G", help="pull to the prompt; 1 is none")
+    g.add_argument("--steps", type=int, metavar="N", help="more steps are slower and finer (default: the model's)")
+    g.add_argument("-g", "--guidance", "--cfg-scale", type=float, metavar="G", help="pull to the prompt; 1 is no pull")
     g.add_argument("--rescale", type=float, metavar="R", help="guidance rescale, 0 to 1 (default 0)")
     g.add_argument("--interval", type=float, nargs=2, metavar=("FROM", "TO"), help="fractions of the steps to guide")
     g.add_argument("--sampler", metavar="NAME", help=", ".join(samplers.SAMPLERS))
     g.add_argument("--schedule", metavar="NAME", help=", ".join(schedules.SPACINGS))
     g.add_argument("--eta", type=float, metavar="E", help="how much noise a stochastic sampler puts back")
-    g.add_argument("--clip-skip", type=int, metavar="N", help="text layer counted from the end")
-    g.add_argument("--shift", type=float, metavar="S", help="SD3, FLUX: above 1 spends the steps on large noise")
-    g.add_argument("--true-cfg", type=float, metavar="G", help="FLUX: pull from the negative prompt by a second pass")
+    g.add_argument("--clip-skip", type=int, metavar="N", help="which text layer is read, counted from the end")
+    g.add_argument("--shift", type=float, metavar="S", help="SD3, FLUX: above 1 moves the steps to larger noise")
+    g.add_argument("--true-cfg", type=float, metavar="G", help="FLUX: push from the negative prompt by a second pass")
     g.add_argument("--skip-layers", type=int, nargs="+", metavar="N", help="SD3.5 medium: 7 8 9 draws firmer shapes")
-    g.add_argument("--skip-scale", type=float, metavar="G", help="how far from the pass without them (default 2.8)")
-    g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="when (default 0.01 0.2)")
-    g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: do without T5, for less memory")
+    g.add_argument("--skip-scale", type=float, metavar="G", help="how far to push from the pass without them (2.8)")
+    g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in which steps (0.01 0.2)")
+    g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: leave T5 out, for less memory")
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
     g = p.add_argument_group("with which model")
     g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder or .safetensors (default {DEFAULT})")
     g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
-    g.add_argument("--refine-at", type=float, metavar="F", help="fraction of the steps before it begins (0.8)")
+    g.add_argument("--refine-at", type=float, metavar="F", help="fraction of the steps before the refiner begins (0.8)")
     g.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help=SMALLER)
-    g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
+    g.add_argument("--dtype", choices=DTYPES, help="default: the dtype that suits this machine")
     g.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder for a single-file checkpoint")
     for kind, what in PARTS.items():
         flag = f"--{kind.replace('_', '-')}"
         g.add_argument(flag, dest=f"part_{kind}", type=Path, metavar="FILE", help=f"{what}, for a single file")
     g.add_argument("--prediction", choices=("eps", "v"), help="what a single file predicts")
     g.add_argument("--offline", action="store_true", help="never use the network")
-    g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
-    g.add_argument("--force", action="store_true", help="try it even where this machine has too little memory")
+    g.add_argument("--low-memory", action="store_true", help="slower, but in less memory")
+    g.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
 
     g = p.add_argument_group("where it goes")
     where = "file or folder; never overwrites; each of several pictures adds its seed to FILE; - is standard output"
     g.add_argument("-o", "--output", type=Path, metavar="FILE", help=where)
     where = "write a rough picture of every step there, in a new folder for each picture (slower)"
     g.add_argument("--preview-dir", type=Path, metavar="DIR", help=where)
-    g.add_argument("--taesd", metavar="auto|FILE", help="draw these by a tiny decoder: auto fetches the model's, 10 MB")
-    g.add_argument("--json", action="store_true", help="one JSON line a picture on standard output, no bar")
+    g.add_argument("--taesd", metavar="auto|FILE", help="tiny decoder for previews; auto fetches the model's, 10 MB")
+    g.add_argument("--json", action="store_true", help="print one JSON line for each picture, and no progress bar")
     g.add_argument("-v", "--verbose", action="store_true", help="say what was chosen")
     g.add_argument("-h", "--help", action="help", help="show this and stop")
     return p
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run("mlxdiff generate", lambda: draw(args))
     finally:
-        mx.enable_compile()  # which `draw` may have turned off
+        mx.enable_compile()  # `draw` may have turned it off
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -118,9 +118,9 @@ def draw(args: argparse.Namespace) -> int:
     if args.preview_dir is not None:
         _writable(args.preview_dir, "--preview-dir")
     elif args.taesd is not None:
-        raise Error("--taesd draws previews, and none are asked for.", "Add --preview-dir DIR.")
+        raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
-        raise Error("--refine-at says when a refiner begins, and there is none.", "Add --refiner MODEL.")
+        raise Error("--refine-at says when a refiner begins, but there is no refiner.", "Add --refiner MODEL.")
     with Bar(args.json, sys.stderr if args.output == STDOUT else sys.stdout) as bar:
         pipe = load(
             model,
@@ -131,7 +131,7 @@ def draw(args: argparse.Namespace) -> int:
             offline=args.offline,
             low_memory=args.low_memory,
             force=args.force,
-            request=requests[0],  # the others differ in words and seeds
+            request=requests[0],  # the others differ in prompts and seeds
             tokenizer=args.tokenizer,
             prediction=args.prediction,
             t5=any(r.t5 for r in requests),
@@ -139,11 +139,11 @@ def draw(args: argparse.Namespace) -> int:
             progress=bar.progress,
         )
         if pipe.networks.small and mx.default_device() == mx.Device(mx.cpu):
-            mx.disable_compile()  # g++ would take longer than the picture, and what it makes is no faster
-        requests = [pipe.resolve(r) for r in requests]  # a bad setting is told before the first picture, not after
+            mx.disable_compile()  # compiling with g++ would take longer than the picture, and its kernels are no faster
+        requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
-            bar.write(f"{pipe.name} draws previews by its own VAE, which is small: no TAESD is needed.")
+            bar.write(f"{pipe.name} draws previews with its VAE, which is small: no TAESD is needed.")
         if args.verbose:
             bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
@@ -157,20 +157,20 @@ def draw(args: argparse.Namespace) -> int:
                 bar.write(f"{why} a negative prompt does nothing.")
             unknown = builtin.notice(request.prompt) if pipe.name == builtin.NAME else ""
             if unknown:
-                bar.write(f"{unknown} `mlxdiff models {pipe.name}` lists what it knows.")
+                bar.write(f"{unknown} `mlxdiff models {pipe.name}` lists the words that it knows.")
             _one(args, pipe, request, partial(_name, args.output, requests), bar)
     return 0
 
 
 def _once(requests: list[Request], bar: "Bar") -> list[Request]:
-    """Every picture once: seeds that count up from one that was given may reach another."""
+    """Keep every picture once: seeds that count up from a given seed may reach another given seed."""
     seen, kept, again = set(), [], {}
     for r in requests:
         seeds = range(r.seed, r.seed + r.count)
         new = [seed for seed in seeds if (r.prompt, seed) not in seen]
         again |= dict.fromkeys(seed for seed in seeds if (r.prompt, seed) in seen)
         seen |= {(r.prompt, seed) for seed in seeds}
-        if new:  # without a gap, as all requests have the same count: seen is what begins or ends one
+        if new:  # all requests have the same count, so only the first or the last seeds can be repeated: no gap
             kept.append(replace(r, seed=new[0], count=len(new)))
     if again:
         bar.write(f"Drawn once, though asked for more often: seed {', '.join(map(str, again))}.")
@@ -181,29 +181,29 @@ def _one(
     args: argparse.Namespace, pipe: Pipeline, request: Request, name: Callable[[Request], Path], bar: "Bar"
 ) -> None:
     mx.reset_peak_memory()
-    drawn, made = 0, (pipe.name, str(pipe.description.recipe))
-    alone = [replace(request, seed=request.seed + i, count=1) for i in range(request.count)]
-    previews: list[Path] = []  # a folder for each, once there is something to put there
+    drawn, made_by = 0, (pipe.name, str(pipe.description.recipe))
+    singles = [replace(request, seed=request.seed + i, count=1) for i in range(request.count)]
+    previews: list[Path] = []  # a folder for each picture, made with its first preview
     for event in pipe.run(request):
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
-            previews = previews or [images.new_folder(args.preview_dir / images.stem(own)) for own in alone]
-            for rough, folder, own in zip(pipe.preview(event.x0), previews, alone, strict=True):
-                images.save(rough, folder / f"{event.step:03}.png", own, *made)
+            previews = previews or [images.new_folder(args.preview_dir / images.stem(single)) for single in singles]
+            for rough, folder, single in zip(pipe.preview(event.x0), previews, singles, strict=True):
+                images.save(rough, folder / f"{event.step:03}.png", single, *made_by)
         if event.image is not None:
-            own = alone[drawn]
+            single = singles[drawn]
             if args.output == STDOUT:
                 path = "standard output"
-                _write_stdout(images.png(event.image, own, *made))
+                _write_stdout(images.png(event.image, single, *made_by))
             else:
-                path = images.save(event.image, name(own), own, *made)
+                path = images.save(event.image, name(single), single, *made_by)
             drawn += 1
-            bar.done(path, own, {"model": pipe.name, **asdict(pipe.description.recipe)})
+            bar.done(path, single, {"model": pipe.name, **asdict(pipe.description.recipe)})
     bar.began = time.perf_counter()
 
 
 def _settings(args: argparse.Namespace) -> dict:
-    """The Request fields the user typed."""
+    """The fields of Request that the user typed."""
     same = {f.name for f in fields(Request)} & vars(args).keys() - {"prompt", "seed"}
     typed = {"negative": args.negative_prompt} | {n: getattr(args, n) for n in same}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in typed.items() if v is not None}
@@ -212,13 +212,13 @@ def _settings(args: argparse.Namespace) -> dict:
 def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
     given = [" ".join(args.words) if args.words else None, args.prompt, args.prompt_file]
     if sum(g is not None for g in given) > 1:
-        raise Error("More than one prompt was given.", "Use PROMPT, --prompt or --prompt-file, and only one of them.")
+        raise Error("More than one prompt was given.", "Use only one of PROMPT, --prompt and --prompt-file.")
     if args.prompt_file is not None:
         try:
             lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, "strerror", None) or "it is no UTF-8 text"
-            raise Error(f"{args.prompt_file} cannot be read: {why}.", "Give a text file, a prompt a line.") from None
+            why = getattr(e, "strerror", None) or "it is not UTF-8 text"
+            raise Error(f"{args.prompt_file} cannot be read: {why}.", "Give a text file, one prompt a line.") from None
         prompts = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
         if not prompts:
             raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")
@@ -234,7 +234,7 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
 
 
 def _known(model: str | None) -> str:
-    """The model a picture names, if it is one that can be opened here; else the default."""
+    """The model that a picture names, if it can be opened here; else the default."""
     return model if model is not None and (model in MODELS or Path(model).exists()) else DEFAULT
 
 
@@ -243,19 +243,19 @@ def _one_to_stdout(requests: list[Request], as_json: bool) -> None:
     if as_json:
         raise Error("--json and -o - both write to standard output.", "Use one of them.")
     if len(requests) > 1 or requests[0].count != 1:
-        raise Error("Standard output takes one picture, and several are asked for.", "Give a folder: -o DIR/.")
+        raise Error("Standard output takes one picture, but several were requested.", "Give a folder: -o DIR/.")
     if sys.stdout.isatty():
-        raise Error("Standard output is a terminal, which shows no picture.", "Send it on: -o - > house.png.")
+        raise Error("Standard output is a terminal, which cannot show a picture.", "Redirect it: -o - > house.png.")
 
 
 def _write_stdout(data: bytes) -> None:
-    """Without Python's buffer, which would be written once more at exit if it cannot be written now."""
+    """Write without Python's buffer: after a failure, Python would try to write the buffer again at exit."""
     rest = memoryview(data)
     try:
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as out:
             while rest:
                 rest = rest[out.write(rest) :]
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         raise
     except OSError as e:
         raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
@@ -263,7 +263,7 @@ def _write_stdout(data: bytes) -> None:
 
 def _writable(place: Path, flag: str) -> None:
     """Fail before the work, not after it."""
-    there = next(p for p in (place, *place.absolute().parents) if p.exists())  # the rest is made when a picture is
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())  # missing folders are made later
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as e:
@@ -278,20 +278,21 @@ def _is_folder(output: Path) -> bool:
     return output.is_dir() or str(output).endswith(("/", "\\")) or not output.suffix
 
 
-def _name(output: Path | None, requests: list[Request], own: Request) -> Path:
-    """Where one picture of a run goes: in a folder under its words and seed, else to house.png as asked; of several to
-    house-7.png, which says the seed, and of several prompts to house-a-red-fox-7.png."""
+def _name(output: Path | None, requests: list[Request], single: Request) -> Path:
+    """The path of one picture of a run. In a folder it is named after its prompt and seed. If the output is house.png,
+    a single picture gets that name, several get their seed (house-7.png), and several prompts also get their first
+    words (house-a-red-fox-7.png)."""
     if output is None or _is_folder(output):
-        return _folder(output) / images.file_name(own)
+        return _folder(output) / images.file_name(single)
     if sum(r.count for r in requests) == 1:
         return output
-    one_prompt = all(r.prompt == own.prompt for r in requests)
-    which = own.seed if one_prompt else images.stem(own)
+    one_prompt = all(r.prompt == single.prompt for r in requests)
+    which = single.seed if one_prompt else images.stem(single)
     return output.with_name(f"{output.stem}-{which}{output.suffix}")
 
 
 class Bar:
-    """One tqdm line a stage, and one printed line a picture, to `out`. Quiet means JSON lines instead."""
+    """Shows one tqdm line for each stage, and prints one line for each picture to `out`; quiet: JSON lines instead."""
 
     def __init__(self, quiet: bool, out: TextIO):
         self.quiet, self.out, self.bar, self.stage = quiet, out, None, None
@@ -304,7 +305,7 @@ class Bar:
         self._close()
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Bytes of a download or a conversion."""
+        """Show the bytes of a download or a conversion."""
         self._open(stage, total, unit="B", unit_scale=True)
         if self.bar is not None:
             self.bar.update(done - self.bar.n)

@@ -1,6 +1,7 @@
-"""Guidance: a network, its conditions and what it predicts, folded into denoise(x, sigma) -> x0.
+"""Guidance: `denoiser` makes one function, denoise(x, sigma) -> x0, of a network, its conditions and its prediction.
 
-Here alone a sampler's x meets the network: scaled as in training, in its dtype; what comes out becomes float32."""
+Only this module calls the network with a sampler's x. It scales x as in training and casts it to the network's dtype;
+it casts the output to float32."""
 
 import math
 from collections.abc import Callable
@@ -35,15 +36,16 @@ def denoiser(
     skip_interval: tuple[float, float] = (math.inf, 0.0),
     dtype: mx.Dtype,
 ) -> Callable[[mx.array, float], mx.array]:
-    """denoise(x, sigma) -> x0, for x (B, h, w, c) as samplers have it.
+    """denoise(x, sigma) -> x0, for a sampler's x (B, h, w, c).
 
-    cond: what net takes besides x and t, for B samples. both: the same for 2 B, the negative half first, to be run as
-    one batch under guidance; or uncond: the negative alone, to run it by itself and hold half the activations.
-    scale: of classifier-free guidance (Ho and Salimans 2022); up to 1 only cond runs, as in diffusers.
+    cond: the arguments of net besides x and t, for B samples.
+    both: the same for 2 B samples, the negative half first; a guided step runs them as one batch.
+    uncond: the negative half alone, in place of both; two separate passes hold half the activations.
+    scale: the scale of classifier-free guidance (Ho and Salimans 2022); up to 1 only cond runs, as in diffusers.
     rescale: how far to restore the spread of the positive output (Lin et al. 2024), 0 to 1.
-    interval: guidance is on from the first sigma down to, and without, the second (Kynkäänniemi et al. 2024).
-    skip: cond with layers to leave out, for a pass that what is guided is led away from by skip_scale, within
-    skip_interval (skip-layer guidance, Stability AI 2024)."""
+    interval: guidance is on from the first sigma down to the second, which is excluded (Kynkäänniemi et al. 2024).
+    skip: `cond` plus skip_layers: an extra pass without those layers, from which guidance pushes away by skip_scale
+    within skip_interval (skip-layer guidance, Stability AI 2024)."""
     if prediction not in PREDICTIONS:
         raise Error(f"There is no prediction {prediction!r}.", fix=f"Use one of {', '.join(PREDICTIONS)}.")
 
@@ -66,7 +68,7 @@ def denoiser(
 
 
 def guide(negative: mx.array, positive: mx.array, scale: float, rescale: float) -> mx.array:
-    """Away from the negative output; then back by `rescale` to the spread of the positive one, image by image."""
+    """Push away from the negative output, then restore the spread of the positive one by `rescale`, image by image."""
     out = negative + scale * (positive - negative)
     if rescale > 0:
         spread, grown = (mx.std(a, axis=tuple(range(1, a.ndim)), keepdims=True) for a in (positive, out))

@@ -1,5 +1,6 @@
-"""Arrays to pictures, and pictures to files that carry their settings: the text other programs read (`parameters`,
-see `dialects`) and the whole Request as JSON (`mlxdiff`). A file is never overwritten and never half-written."""
+"""Converts arrays to pictures and writes pictures to files that carry their settings: the text that other programs
+read (`parameters`, see `dialects`) and the whole Request as JSON (`mlxdiff`). No file is ever overwritten or
+half-written."""
 
 import hashlib
 import io
@@ -26,7 +27,7 @@ _MOST = 100_000  # pictures of one name in a folder
 
 
 class NoSettings(Error):
-    """A picture carries none."""
+    """A picture carries no settings."""
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -35,7 +36,7 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """The way back: RGB to (H, W, 3) in [-1, 1]."""
+    """The inverse of `to_image`: RGB to (H, W, 3) in [-1, 1]."""
     return np.asarray(image, np.float32) / 255 * 2 - 1
 
 
@@ -44,10 +45,10 @@ def read(source: str | Path | Image.Image) -> Image.Image:
     with _readable(source) as (name, image):
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise Error(f"{name} has more than 8 bits a channel.", "Save it with 8, as PNG or JPEG.")
+            raise Error(f"{name} has more than 8 bits a channel.", "Save it with 8 bits a channel, as PNG or JPEG.")
         if 0 in image.size:
-            raise Error(f"{name} has no pixels: it is {image.width} x {image.height}.", "Give one that has some.")
-        if image.has_transparency_data:  # a photograph has none, and this would take most of the time
+            raise Error(f"{name} has no pixels: it is {image.width} x {image.height}.", "Give another picture.")
+        if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
 
@@ -82,7 +83,7 @@ def open_file(file: Path | io.BytesIO) -> Image.Image:
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scaled until it fills the size, and cropped about its middle."""
+    """The image scaled until it fills the size, then cropped around its middle."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -97,7 +98,7 @@ def preview(x0: np.ndarray, factors: tuple) -> Image.Image:
 
 
 def sheet(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side, in as square a block as they make."""
+    """Pictures of the same size joined into one, in a block as close to a square as possible."""
     if len(pictures) == 1:
         return pictures[0]
     across = math.ceil(math.sqrt(len(pictures)))
@@ -109,13 +110,13 @@ def sheet(pictures: list[Image.Image]) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path, request: Request, model: str, recipe: str) -> Path:
-    """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ... model, recipe:
-    what drew it, and how its weights were stored, by `weights.label`."""
+    """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ... model:
+    the name of the model that drew it. recipe: how its weights were stored, as `str(Recipe)`."""
     return write(image, path, **_settings(kind_of(Path(path)), request, model, recipe))
 
 
 def write(image: Image.Image, path: Path, **options) -> Path:
-    """Write a picture under the first free name. options: of PIL's writer."""
+    """Write a picture under the first free name. options: for PIL's `save`."""
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.part")
     kind = kind_of(path)
@@ -138,7 +139,7 @@ def png(image: Image.Image, request: Request, model: str, recipe: str) -> bytes:
 
 
 def file_name(request: Request) -> str:
-    """A file name made of the prompt's first words and the seed."""
+    """A file name with the prompt's first words and the seed."""
     return f"{stem(request)}.png"
 
 
@@ -162,15 +163,15 @@ def new_folder(path: Path) -> Path:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether pictures go into a path, which need not be there yet, or become it."""
+    """Whether a path means a folder of pictures rather than one picture file. The path need not exist yet."""
     return Path(path).expanduser().is_dir() or str(path).endswith(("/", "\\")) or not Path(path).suffix
 
 
 def kind_of(path: Path) -> str:
-    """The file format a name asks for."""
+    """The file format of a name, by its suffix."""
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        raise Error(f"{path} is not a picture name mlxdiff writes.", f"End it in one of {', '.join(SUFFIXES)}.")
+        raise Error(f"{path} is not a kind of picture that mlxdiff writes.", f"End it in one of {', '.join(SUFFIXES)}.")
     return kind
 
 
@@ -183,7 +184,7 @@ def _claim(temp: Path, path: Path) -> Path:
             return target
         except FileExistsError:
             continue
-        except OSError:  # no hard links here (FAT, some network drives): rename, having looked
+        except OSError:  # no hard links here (FAT, some network drives): check, then rename
             if not target.exists():
                 os.replace(temp, target)
                 return target
@@ -214,7 +215,8 @@ def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check its path.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e  # else a buffer's address
+        # PIL's message about an unknown format would show a buffer's address.
+        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e
         raise Error(f"{name} cannot be read as a picture: {why}.", "Give a PNG written by mlxdiff or A1111.") from None
     text = info.get(_CHUNK, info.get("parameters"))
     if text is None and isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):

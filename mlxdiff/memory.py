@@ -1,10 +1,12 @@
-"""How much memory a picture takes at its peak, known before anything is downloaded or read: weights by their shapes and
-their recipe, activations by figures measured on the published networks. A preview's tiny decoder is left out.
+"""Estimates the peak memory of a picture before anything is downloaded or read. Weights follow from their shapes and
+their recipe, activations from figures that were measured on the published networks. The tiny decoder for previews is
+not counted.
 
-Figures are numbers held at once beside the weights. On a CPU, where they were measured, a convolution unfolds its map
-to nine times its size, and MLX begins about ten operations before the first of them ends. On Metal, which was not at
-hand, nothing is unfolded, and MLX waits where memory is short: counted are the input, its norm, Winograd's two maps and
-the output of the widest convolution, and for the U-Net the maps that wait for the way up."""
+A figure says how many numbers are held at once besides the weights. On a CPU, where the figures were measured, a
+convolution unfolds its map to nine times its size, and MLX begins about ten operations before the first of them ends.
+On Metal, which was not available, nothing is unfolded, and MLX waits where memory is short. Those figures count the
+input, its norm, Winograd's two maps and the output of the widest convolution; for the U-Net they also count the maps
+that wait for the way up."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,35 +23,35 @@ from .families import FAMILIES
 from .models import build, t5
 from .request import Request
 
-SURE = 1.15  # by how much the estimate may be above the truth (tests hold it to that); only beyond is a run refused
-TILE = 64  # latents a side of a tile under low_memory: 512 pixels, the size every VAE was trained at or above
+SURE = 1.15  # the estimate may exceed the truth by this factor (tests check it); a run is refused only beyond it
+TILE = 64  # latents along a tile's edge under low_memory: 512 pixels; every VAE was trained at this size or above
 
-_DECODER = {False: 84, True: 12.5}  # of a pixel, per channel of the first level; False: CPU, True: GPU
+_DECODER = {False: 84, True: 12.5}  # per pixel and channel of the first level; False: CPU, True: GPU
 _ENCODER = {False: 58, True: 6.6}  # the same
-_T5 = 10, 3  # of a token, per hidden width; and times the scores of a layer
+_T5 = 10, 3  # per token and hidden width; and a factor of one layer's attention scores
 
 
 class Peaks(NamedTuple):
-    """Bytes, stage by stage."""
+    """Bytes of each stage."""
 
-    encode: int  # of the prompt, or of the start picture
+    encode: int  # the prompt, or the start image
     denoise: int
     decode: int
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A picture and what draws it, as far as memory goes."""
+    """A picture and the models that draw it: all that the estimate depends on."""
 
     model: Description
     request: Request  # resolved
     low_memory: bool = False
-    refiner: Description | None = None  # what finishes it
+    refiner: Description | None = None  # the model that finishes the picture
 
     def but(self, bits: int | str | None = None, **settings) -> "Workload":
-        """The same with another setting: of the weights, of how it is drawn, or of the request."""
-        own = {k: settings.pop(k) for k in ("low_memory", "refiner") if k in settings}
-        changed = replace(self, request=replace(self.request, **settings), **own)
+        """The same workload with other settings: of the weights, of the run, or of the request."""
+        of_run = {k: settings.pop(k) for k in ("low_memory", "refiner") if k in settings}
+        changed = replace(self, request=replace(self.request, **settings), **of_run)
         if bits is None:
             return changed
         models = {"model": changed.model, "refiner": changed.refiner}
@@ -62,8 +64,8 @@ def peak(workload: Workload, gpu: bool) -> int:
 
 
 def peaks(workload: Workload, gpu: bool) -> Peaks:
-    """Of a first picture: one text encoder after the other; the denoiser, which stays, and its refiner, which does not;
-    and the VAE, which stays once it has encoded a picture."""
+    """The peaks of a model's first picture. The text encoders are held one after the other. The denoiser stays, its
+    refiner does not, and the VAE stays once it has encoded a start image."""
     model, request, low = workload.model, workload.request, workload.low_memory
     models = [model] if workload.refiner is None else [model, workload.refiner]
     vae, channels = _weights(model, "vae").held, model.components["vae"].channels
@@ -76,22 +78,22 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
 
     kept, denoise, stays = vae if request.image is not None and not low else 0, 0, []
     for m in models:
-        own, moves = _draws(m, request, low, gpu)
-        stays.append(own)
-        denoise = max(denoise, kept + own + moves)
-        kept += 0 if low else own
+        held, passing = _draws(m, request, low, gpu)
+        stays.append(held)
+        denoise = max(denoise, kept + held + passing)
+        kept += 0 if low else held
     decode = vae + _DECODER[gpu] * numbers + (0 if low else stays[0])
     return Peaks(int(encode), int(denoise), int(decode))
 
 
 def _reads(model: Description, request: Request) -> float:
-    """Bytes of the largest text encoder at work."""
+    """Bytes of the largest text encoder while it works."""
     encoders = [*model.text.clip, *([model.text.t5] if model.reads_t5(request) else [])]
     return max(_weights(model, name).held + _reading(model, name) for name in encoders)
 
 
 def _reading(model: Description, name: str) -> int:
-    """Activations of a text encoder; CLIP's are too few to count."""
+    """Bytes of a text encoder's activations; CLIP's are too few to count."""
     config, (wide, scores), tokens = model.components[name], _T5, model.text.t5_tokens
     if not isinstance(config, t5.Config):
         return 0
@@ -99,21 +101,21 @@ def _reading(model: Description, name: str) -> int:
 
 
 def _draws(model: Description, request: Request, low: bool, gpu: bool) -> tuple[float, float]:
-    """Bytes of the denoiser and what it prepares, which stay, and those that pass through it in a step."""
+    """Bytes that stay (the denoiser and its prepared conditions), and bytes of the activations of one step."""
     name, text, passes = model.family.denoiser, model.text.tokens, model.passes(request)
-    own, samples, item = _weights(model, name), request.count * passes, _item(model, name)
-    prepared = (own.of_step * request.steps + own.of_word * text) * samples
-    if passes == 2 and not low:  # both halves as one batch, and the prompt alone for unguided steps
+    weights, samples, item = _weights(model, name), request.count * passes, _item(model, name)
+    prepared = (weights.of_step * request.steps + weights.of_word * text) * samples
+    if passes == 2 and not low:  # both halves run as one batch, and the prompt alone in unguided steps
         prepared += prepared // 2
     latents = request.width * request.height // model.factor**2
     numbers = model.family.activations(model.net, latents, text, gpu) * (request.count if low else samples)
-    return own.held + prepared * item, numbers * item
+    return weights.held + prepared * item, numbers * item
 
 
 class Weights(NamedTuple):
-    held: int  # bytes, once the network computes
-    of_step: int  # numbers made beforehand for each step of each sample: modulations
-    of_word: int  # the same for each word of each sample: keys and values
+    held: int  # bytes, while the network computes
+    of_step: int  # numbers prepared for each step of each sample: modulations
+    of_word: int  # numbers prepared for each token of each sample: keys and values
 
 
 def _weights(model: Description, name: str) -> Weights:
@@ -122,10 +124,10 @@ def _weights(model: Description, name: str) -> Weights:
 
 @cache
 def _counted(family_name: str, name: str, config: build.Config, how: recipe.Recipe) -> Weights:
-    family = FAMILIES[family_name]  # by name: its rows hold dicts, by which nothing can be cached
+    family = FAMILIES[family_name]  # the cache needs hashable arguments, and a Family holds dicts
     module, before, after = _built(config)
     item = recipe.DTYPES[recipe.component_dtype(family, name, how.dtype)].size
-    layers, held = recipe.plan(family, name, module, how.bits), 0
+    layers, held = recipe.quantization_plan(family, name, module, how.bits), 0
     for parameter in after:
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight" and path in layers:
@@ -139,8 +141,8 @@ def _counted(family_name: str, name: str, config: build.Config, how: recipe.Reci
 
 @cache
 def _built(config: build.Config) -> tuple[nn.Module, dict[str, tuple], list[str]]:
-    """The network as it computes, its parameters' shapes before, and which of these it then holds. Nothing is
-    allocated."""
+    """The network as it computes, the shapes of all parameters in its file, and the parameters that it keeps while it
+    computes. Nothing is allocated."""
     module = build.build(config)
     before = {k: tuple(v.shape) for k, v in tree_flatten(module.parameters())}
     if hasattr(module, "release_modulation"):
@@ -150,10 +152,10 @@ def _built(config: build.Config) -> tuple[nn.Module, dict[str, tuple], list[str]
 
 @cache
 def _quantized(shape: tuple[int, ...], how: tuple, dtype: str) -> int:
-    """Bytes that MLX makes of a matrix."""
+    """Bytes of a matrix that MLX has quantized."""
     return sum(part.nbytes for part in mx.quantize(mx.zeros(shape, recipe.DTYPES[dtype]), **dict(how)))
 
 
 def _item(model: Description, name: str) -> int:
-    """Bytes of a number that the component computes with."""
+    """Bytes of one number in the dtype that the component computes in."""
     return recipe.DTYPES[recipe.component_dtype(model.family, name, model.recipe.dtype)].size

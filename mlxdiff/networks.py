@@ -1,4 +1,4 @@
-"""The networks of a model folder: opened when a run first asks for them, kept, and let go."""
+"""The networks of a model folder. A network is opened when a run first needs it, and kept until it is released."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from . import blas, weights
 from .description import Description
 
-_LARGE = 64 * 2**20  # bytes; a network of more is worth all cores, and kernels compiled for it
+_LARGE = 64 * 2**20  # bytes; a larger network is worth all cores and compiled kernels
 
 
 class Networks:
@@ -18,16 +18,16 @@ class Networks:
         self._held: dict[str, nn.Module] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Whether it is held now."""
+        """Whether this network is open now."""
         return name in self._held
 
     @property
     def small(self) -> bool:
-        """Whether the denoiser is."""
+        """Whether the denoiser is small."""
         return (self.folder / f"{self.description.family.denoiser}.safetensors").stat().st_size <= _LARGE
 
     def get(self, name: str) -> nn.Module:
-        """Opened when first asked for, and kept."""
+        """The network, opened on the first call and kept."""
         if name not in self._held:
             self._held[name] = network = self.open(name)
             if sum(v.nbytes for _, v in tree_flatten(network.parameters())) > _LARGE:
@@ -35,7 +35,7 @@ class Networks:
         return self._held[name]
 
     def open(self, name: str) -> nn.Module:
-        """A network of its own, which is not kept."""
+        """A fresh copy of the network, which is not kept."""
         model = self.description
         return weights.load(self.folder / f"{name}.safetensors", model.family, model.components[name], model.recipe)
 
@@ -46,5 +46,5 @@ class Networks:
 
 
 def dtype_of(net: nn.Module) -> mx.Dtype:
-    """The dtype a network computes in: that of its weights, quantized ones (uint32) aside."""
+    """The dtype a network computes in: the dtype of its weights that are not quantized (quantized ones are uint32)."""
     return next(v.dtype for _, v in tree_flatten(net.parameters()) if mx.issubdtype(v.dtype, mx.floating))

@@ -1,7 +1,8 @@
 """Noise: a seed -> standard normals in float32, drawn in torch's order (B, c, h, w). A second draw continues the first.
 
-"torch": the numbers of torch.Generator("cpu"), Mersenne Twister with Box and Muller, so a seed means the same picture
-as in diffusers. "nv": CUDA's, Philox 4x32-10 (Salmon et al. 2011), as in A1111. "mlx": mx.random with a key."""
+"torch": the numbers of torch.Generator("cpu"), a Mersenne Twister with the Box-Muller transform, so a seed means the
+same picture as in diffusers. "nv": the numbers of CUDA's generator, Philox 4x32-10 (Salmon et al. 2011), as in A1111.
+"mlx": mx.random with a key."""
 
 import math
 from collections.abc import Callable
@@ -15,9 +16,9 @@ Draw = Callable[[tuple[int, ...]], np.ndarray]
 
 
 def torch_cpu(seed: int) -> Draw:
-    """torch.randn on the CPU: its uniforms bit for bit, its logarithm and cosine to their last bits."""
-    twister = np.random.RandomState(seed % 2**32)  # torch keeps the low 32 bits; both seed the Twister alike
-    kept: list[float] = []  # second of a pair: torch's generator keeps it for the next small draw
+    """torch.randn on the CPU. The uniforms are equal bit for bit; logarithm and cosine may differ in the last bits."""
+    twister = np.random.RandomState(seed % 2**32)  # torch keeps the low 32 bits; both seed the Twister in the same way
+    kept: list[float] = []  # the second number of a pair, which torch's generator keeps for the next small draw
 
     def bits(n: int) -> np.ndarray:
         return twister.randint(0, 2**32, n, dtype=np.uint32)
@@ -43,7 +44,7 @@ def torch_cpu(seed: int) -> Draw:
             x = np.array([one() for _ in range(n)], np.float32)
         else:
             x = blocks(n)
-            if n % 16:  # a ragged tail draws its last 16 values anew
+            if n % 16:  # torch redraws the last 16 values if the count is no multiple of 16
                 x = np.concatenate([x[: n - 16], blocks(16)])
         return x.reshape(shape)
 
@@ -64,8 +65,8 @@ def philox(counter: np.ndarray, key: int) -> np.ndarray:
 def cuda(seed: int) -> Draw:
     """torch.randn on CUDA: value i of draw k is the first normal of Philox subsequence i at offset k.
 
-    So on any card with a resident thread for each value (an RTX 3090 has 125,952; SDXL at 1024 x 1024 needs 65,536).
-    Beyond that torch's numbers depend on the card; these go on as A1111's do."""
+    This holds on any card that has a resident thread for each value (an RTX 3090 has 125,952; SDXL at 1024 x 1024 needs
+    65,536). For more values torch's numbers depend on the card; these numbers continue as A1111's do."""
     draws = 0
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
@@ -80,7 +81,7 @@ def cuda(seed: int) -> Draw:
 
 
 def mlx_key(seed: int) -> Draw:
-    """mx.random.normal, the key split once a draw."""
+    """mx.random.normal; each draw splits the key once."""
     key = mx.random.key(seed)
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
@@ -95,7 +96,7 @@ SOURCES: dict[str, Callable[[int], Draw]] = {"torch": torch_cpu, "nv": cuda, "ml
 
 
 class Noise:
-    """The normals of one seed: `draw(shape)` gives float32, and the next draw goes on where the last one stopped."""
+    """The normals of one seed: `draw(shape)` gives float32, and the next draw continues where the last one stopped."""
 
     def __init__(self, seed: int, kind: str = "torch"):
         if kind not in SOURCES:
@@ -104,5 +105,6 @@ class Noise:
 
 
 def draw_nhwc(noises: list[Noise], h: int, w: int, c: int) -> mx.array:
-    """One latent of noise per image, each from its own seed: (B, h, w, c). An image is the same alone or in a batch."""
+    """One latent of noise per image, each from its own seed: (B, h, w, c). An image has the same noise alone and in a
+    batch."""
     return mx.array(np.concatenate([noise.draw((1, c, h, w)) for noise in noises])).transpose(0, 2, 3, 1)

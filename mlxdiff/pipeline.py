@@ -1,4 +1,4 @@
-"""From a Request to pictures: encode, denoise, decode, told as Events. The only place where MLX is made to evaluate."""
+"""From a Request to pictures: encode, denoise, decode, reported as Events. Drawing evaluates MLX arrays only here."""
 
 import math
 import time
@@ -27,7 +27,7 @@ from .schedules import Schedule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_SMALL_VAE = 16 * 2**20  # bytes; decoding one of these takes less than a step
+_SMALL_VAE = 16 * 2**20  # bytes; a VAE of this size decodes in less time than a step takes
 _LOW_MEMORY_CACHE = 512 * 2**20  # bytes MLX may keep for reuse
 
 
@@ -50,31 +50,31 @@ def load(
     progress: Callable[[str, int, int], None] | None = None,
     **unknown: NoReturn,
 ) -> "Pipeline":
-    """Open a model: load("sdxl", bits=8). Whatever must be downloaded or converted is, once.
+    """Open a model: load("sdxl", bits=8). It is downloaded and converted once, if it must be.
 
     model: a name (`mlxdiff models` lists them), a hub id (`org/repo`), a folder, or a .safetensors file.
-    bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: "float16", "bfloat16" or "float32"; by default
-        what suits this machine.
+    bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize.
+    dtype: "float16", "bfloat16" or "float32"; by default the one that suits this machine.
     refiner: a second model that finishes each picture, such as "sdxl-refiner".
     taesd: a tiny decoder for previews: "auto" for the one made for the family, a hub id, a folder or a file.
-    low_memory: slower, in less memory. force: also where this machine has too little memory.
-    request: what is going to be drawn, so that a wrong setting is found before a download.
+    low_memory: slower, but in less memory. force: try it even if this machine has too little memory.
+    request: the picture that will be drawn, so that a wrong setting is refused before a download.
     offline: never use the network. revision: a branch, tag or commit of the hub repository.
-    tokenizer: a folder, for a checkpoint that brings none. prediction: "eps" or "v", where a checkpoint does not say.
+    tokenizer: a folder, for a checkpoint without a tokenizer. prediction: "eps" or "v", if the checkpoint does not say.
     parts: files of "vae", "clip", "clip_g" and "t5" for a checkpoint that lacks them.
-    t5: False does without SD3's T5, which is then not fetched either.
+    t5: False leaves SD3's T5 out and does not fetch it.
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
     from . import store
 
     check = partial(advice.check_request, request=request, low_memory=low_memory, force=force, t5=t5)
-    away = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
-    advice.check_named(away, recipe(bits, dtype), check)
-    order = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
-    order |= {"revision": revision, "tokenizer": tokenizer, "progress": progress}
+    absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
+    advice.check_named(absent, recipe(bits, dtype), check)
+    options = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
+    options |= {"revision": revision, "tokenizer": tokenizer, "progress": progress}
 
     def opened(name: str | Path, **check) -> Pipeline:
-        folder = store.resolve(name, **order, **check)
+        folder = store.resolve(name, **options, **check)
         return Pipeline(Networks(folder, description.read(folder)), low_memory, force)
 
     pipe = opened(model, check=check)
@@ -90,13 +90,13 @@ def load(
 def stream(
     prompt: str | Request, model: str | Path = families.DEFAULT, **settings: "Unpack[Settings]"
 ) -> Iterator[Event]:
-    """Load a model and draw with it once, event by event. To draw twice, keep what `load` gives."""
+    """Load a model and draw with it once, event by event. To draw twice, keep the Pipeline that `load` returns."""
     request = asked(prompt, settings)
     return load(model, request=request).stream(request)
 
 
 class Pipeline:
-    """A model that draws. The text encoders go before the denoiser comes."""
+    """A model that draws. Text encoders are released before the denoiser is loaded."""
 
     def __init__(self, networks: Networks, low_memory: bool = False, force: bool = False):
         self.networks, self.description = networks, networks.description
@@ -105,7 +105,7 @@ class Pipeline:
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        self._start: tuple[str, Image.Image] | None = None  # the last picture to begin with, by its fingerprint
+        self._start: tuple[str, Image.Image] | None = None  # the last start image and its fingerprint
 
     def __repr__(self) -> str:
         model = self.description
@@ -116,16 +116,16 @@ class Pipeline:
         return self.description.name
 
     def attach_refiner(self, refiner: "Pipeline") -> None:
-        """A second model that finishes what this one begins, on the same latents."""
+        """Let a second model finish the pictures that this one begins. It must work on the same latents."""
         self.description.check_refiner(refiner.description)
         self.refiner = refiner
 
     def attach_taesd(self, decoder: nn.Module) -> None:
-        """A tiny decoder for previews."""
+        """Use a tiny decoder for previews."""
         self.description.check_taesd(decoder.config.latent_channels)
         self._taesd = decoder
 
-    # --- what it can be asked
+    # --- requests and pictures
 
     @takes_settings
     def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
@@ -135,14 +135,14 @@ class Pipeline:
         if request.image is None:
             return self.description.resolve(request)
         image = images.read(request.image)
-        mark = images.fingerprint(image)
-        if request.image_hash not in (None, mark):
-            raise Error("The image is not what these settings began with.", "Give that one as `image=FILE`.")
-        self._start = mark, image
-        return self.description.resolve(replace(request, image_hash=mark), image.size)
+        fingerprint = images.fingerprint(image)
+        if request.image_hash not in (None, fingerprint):
+            raise Error("The image is not the start image of these settings.", "Give that image as `image=FILE`.")
+        self._start = fingerprint, image
+        return self.description.resolve(replace(request, image_hash=fingerprint), image.size)
 
     def workload(self, request: Request) -> memory.Workload:
-        """What memory counts of a resolved request."""
+        """The workload of a resolved request, for `memory`."""
         refiner = None if self.refiner is None else self.refiner.description
         return memory.Workload(self.description, request, self.low_memory, refiner)
 
@@ -162,13 +162,14 @@ class Pipeline:
 
     @takes_settings
     def stream(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Iterator[Event]:
-        """The run, event by event. Leaving the loop stops it; nothing keeps running and nothing is registered."""
+        """The run, event by event. Leaving the loop stops the run; nothing continues in the background."""
         request = self.resolve(prompt, **settings)
         builtin.warn(self.name, request.prompt)
         return self.run(request)
 
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
-        """The run of a resolved request. given: standard noise (B, h, w, c) to start from instead of the seed's."""
+        """The run of a resolved request. given: standard noise (B, h, w, c) to use in place of the seed's first
+        noise."""
         model = self.description
         if not self.force:
             advice.check(self.workload(request))
@@ -184,15 +185,15 @@ class Pipeline:
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
 
-        draw, begun = self.noise(request), None
+        draw, start_latents = self.noise(request), None
         if request.image is not None:  # the seed's first draw goes to the VAE, as in diffusers
-            begun = yield from self._encode_image(request, draw())
-        first = draw()  # drawn even if not used: a noisy sampler goes on where this ends
+            start_latents = yield from self._encode_image(request, draw())
+        first = draw()  # drawn even if not used: the noise of a noisy sampler continues here
         first = first if given is None else mx.array(given)
-        if begun is None:
+        if start_latents is None:
             x = first * schedule.start(sigmas[0], request.schedule)
         else:
-            x = schedule.noised(begun, first, sigmas[0])
+            x = schedule.noised(start_latents, first, sigmas[0])
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
             denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole)
@@ -211,8 +212,8 @@ class Pipeline:
         yield from self._decode(x / schedule.spread(sigmas[-1]))
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
-        """Rough pictures of predicted latents (B, h, w, c): by the TAESD if there is one, by the VAE where it is small,
-        else by one linear map."""
+        """Rough pictures of predicted latents (B, h, w, c). The TAESD makes them if there is one, the VAE if it is
+        small, else one linear map."""
         if self._taesd is not None:
             return _pictures(self._taesd, x0)
         if self.previews_by_vae:
@@ -220,7 +221,7 @@ class Pipeline:
         return [images.preview(x, self.description.family.preview) for x in x0]
 
     def decode(self, z: np.ndarray) -> list[Image.Image]:
-        """The pictures of latents (B, h, w, c), by the VAE."""
+        """The pictures that the VAE decodes from latents (B, h, w, c)."""
         return _pictures(self.networks.get("vae"), z)
 
     @property
@@ -228,16 +229,16 @@ class Pipeline:
         """Whether the VAE is small enough to draw previews."""
         return (self.networks.folder / "vae.safetensors").stat().st_size <= _SMALL_VAE
 
-    # --- the stages; `probe` looks at some of them alone
+    # --- the stages; `probe` runs some of them alone
 
     def noise(self, request: Request) -> Callable[[], mx.array]:
-        """What draws standard noise (B, h, w, c) by the request's seeds, another at each call."""
+        """A function that draws standard noise (B, h, w, c) from the request's seeds, new noise in each call."""
         seeds = [Noise(request.seed + i, request.noise) for i in range(request.count)]
         return partial(draw_nhwc, seeds, *self.description.latent_size(request), self.description.latent_channels)
 
     def texts(self, request: Request) -> Iterator[Event]:
-        """Texts of the negative prompt (if this run is guided) and of the prompt; remembered for the next seed."""
-        model, plan = self.description, self.description.text
+        """The encoded negative prompt (if this run uses guidance) and prompt. They are kept for the next seed."""
+        model, text_plan = self.description, self.description.text
         guided, t5 = model.passes(request) == 2, model.reads_t5(request)
         zeros = guided and request.negative is None and model.zero_negative
         prompts = [request.prompt]
@@ -247,13 +248,13 @@ class Pipeline:
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
-            toks = conditioning.load_tokenizers(plan, self.networks.folder, t5)
+            toks = conditioning.load_tokenizers(text_plan, self.networks.folder, t5)
             parts = {}
-            for name, words in conditioning.tokenize(plan, toks, prompts).items():
-                parts[name] = conditioning.read(plan, self.networks.get(name), words, request.clip_skip)
+            for name, words in conditioning.tokenize(text_plan, toks, prompts).items():
+                parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
                 mx.eval(parts[name])
                 self.networks.release(name)  # one encoder at a time: T5 alone is larger than all the others
-            texts = conditioning.join(plan, parts, model.net.context)
+            texts = conditioning.join(text_plan, parts, model.net.context)
             if zeros:
                 texts.insert(0, conditioning.Text(*(None if a is None else mx.zeros_like(a) for a in texts[0])))
             mx.eval(texts)
@@ -262,7 +263,7 @@ class Pipeline:
         return self._texts[1]
 
     def _encode_image(self, request: Request, noise: mx.array) -> Iterator[Event]:
-        """Latents of the image to begin with, (B, h, w, c): for each picture a sample of its own."""
+        """Latents of the start image, (B, h, w, c): one sample for each picture."""
         yield Event("encode", 0, 1, 0.0)
         begin = time.perf_counter()
         held = self._start is not None and self._start[0] == request.image_hash
@@ -278,7 +279,7 @@ class Pipeline:
 
     def denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, sigmas: list[float]):
         """The network under its conditions, with everything that does not depend on the latent already computed.
-        visits: the sigmas it will be called at; sigmas: of the whole run, of which intervals are parts."""
+        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -290,13 +291,14 @@ class Pipeline:
             yield Event("load", 1, 1, time.perf_counter() - begin)
         net = self.networks.get(name)
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
-        # The weights of a transformer's modulations are needed only here: they are read anew for each run, then freed.
+        # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         conds = conditioning.prepare(model, self.networks.open(name) if model.flow else net, request, ts, texts, both)
-        # A transformer's one by one: else the weights of all modulations are read before the first is used, and a
-        # quarter of FLUX is in memory once more. A U-Net's weights are held anyway: one wait, not one for each layer.
+        # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
+        # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
+        # all of its conditions, not once for each layer.
         for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
             mx.eval(part)
-        begin, end = (f * request.steps for f in request.skip_interval)  # both left out, as diffusers counts
+        begin, end = (f * request.steps for f in request.skip_interval)  # both ends are excluded, as in diffusers
         return guidance.denoiser(
             net,
             schedule,
@@ -312,7 +314,7 @@ class Pipeline:
         )
 
     def _decode(self, z: mx.array) -> Iterator[Event]:
-        """Pictures one at a time: a batch through the VAE would need its peak memory once for each."""
+        """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""
         yield Event("decode", 0, z.shape[0], 0.0)
         vae, tile = self.networks.get("vae"), memory.TILE if self.low_memory else None
         for i in range(z.shape[0]):
@@ -324,14 +326,14 @@ class Pipeline:
             yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
 
     def _check_finite(self, finite: mx.array) -> None:
-        """No black picture is ever written: what overflows stops the run and names the dtype that does not."""
+        """Stop the run at an overflow, so that no black picture is written. The error names a dtype that works."""
         if not finite.item():
             raise self.description.not_finite()
 
     def _hand_over(
         self, request: Request, schedule: Schedule, sigmas: list[float]
     ) -> list[tuple["Pipeline", list[float]]]:
-        """The sigmas this model walks and those its refiner walks: timesteps below the cut are the refiner's."""
+        """This model and its refiner, each with its sigmas. The refiner takes the timesteps below the cut."""
         cut = round(schedule.n * (1 - request.refine_at))
         k = sum(schedule.t(s) >= cut for s in sigmas[:-1])
         halves = [(self, sigmas[: k + 1]), (self.refiner, sigmas[k:])]

@@ -1,6 +1,6 @@
-"""A look inside a run, in numpy: what the network saw and said at every step, by prompt and by negative prompt, where
-in the picture it read each word; the tokens of a prompt, the latents of a picture. For lessons and whoever asks why;
-`pipeline.stream` does the drawing."""
+"""Shows the inside of a run, in numpy: the network's input and output at every step, the predictions for the prompt and
+for the negative prompt, where in the picture each word is read, the tokens of a prompt, the latents of a picture. The
+lessons use it; `pipeline.stream` does the drawing."""
 
 import json
 import math
@@ -25,23 +25,23 @@ Look = Callable[[np.ndarray, float], np.ndarray]
 
 
 class Step(NamedTuple):
-    """One step, as the sampler sees it: x = x0 + sigma * noise, of which the network told the noise or x0."""
+    """One step, as the sampler sees it: x = x0 + sigma * noise. The network predicts one of them: the noise or x0."""
 
     step: int  # 1-based, of `steps`
     steps: int
-    sigma: float  # of x; the noise level the step began with
+    sigma: float  # the noise level of x, before the step
     x: np.ndarray  # (B, h, w, c), before the step
     x0: np.ndarray  # the clean latents predicted from it
     seconds: float
 
     @property
     def noise(self) -> np.ndarray:
-        """The predicted noise: what of x is not x0."""
+        """The predicted noise: the part of x that is not x0."""
         return (self.x - self.x0) / self.sigma
 
 
 def trace(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Step]:
-    """The steps of `pipe.stream`, which draws the same picture; what is decoded is left out."""
+    """The steps of a run of `pipe.stream`. It stops before the picture is decoded."""
     x = sigma = None
     for event in pipe.stream(prompt, **settings):
         if event.stage == "decode":
@@ -59,7 +59,7 @@ def noise_of(pipe: Pipeline, seed: int, **settings) -> np.ndarray:
 
 
 def from_noise(pipe: Pipeline, noise: np.ndarray, prompt: str | Request, **settings) -> Iterator[Event]:
-    """`pipe.stream` from standard noise (B, h, w, c) of your own, a picture each; the seed is a noisy sampler's."""
+    """`pipe.stream` from given standard noise (B, h, w, c), one picture for each. Only noisy samplers use the seed."""
     request = pipe.resolve(prompt, **settings, count=len(noise))
     shape = (request.count, *pipe.description.latent_size(request), pipe.description.latent_channels)
     if noise.shape != shape:
@@ -68,8 +68,8 @@ def from_noise(pipe: Pipeline, noise: np.ndarray, prompt: str | Request, **setti
 
 
 def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look]:
-    """The two predictions that guidance is made of: clean latents by the negative prompt alone and by the prompt alone,
-    each a function of (x, sigma). The request must be guided."""
+    """The two predictions that guidance combines: the clean latents for the negative prompt alone and for the prompt
+    alone, each as a function of (x, sigma). The request must use guidance."""
     request = pipe.resolve(prompt, **settings)
     if pipe.description.passes(request) == 1:
         raise Error("Without guidance there is one prediction, not two.", "Ask for guidance above 1.")
@@ -91,23 +91,23 @@ def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look
     return by(negative), by(positive)
 
 
-# --- which words it attends to where
+# --- where in the picture each word is read
 
 
 class Attention(NamedTuple):
     step: Step
-    maps: np.ndarray  # (N, h, w): the share of a place's attention that each token has; over the tokens they sum to 1
+    maps: np.ndarray  # (N, h, w): each token's share of the attention of a place; the shares of all tokens sum to 1
 
 
 def attention(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Attention]:
-    """The steps of `trace` with the cross-attention of a U-Net: the mean over layers, heads and pictures, by the prompt
-    alone, when the step last asked the network. Its N are the tokens of all chunks, see `tokens`."""
+    """The steps of `trace` with the cross-attention of a U-Net: the mean over layers, heads and pictures, for the
+    prompt alone, in the last call of the network in each step. N counts the tokens of all chunks, see `tokens`."""
     if pipe.description.family.denoiser != "unet" or pipe.refiner is not None:
         raise Error(f"{pipe.name} does not draw with one U-Net.", "Look at the attention of a U-Net without a refiner.")
     request = pipe.resolve(prompt, **settings)
     steps = trace(pipe, request)
     while True:
-        with _watched(pipe.networks.get("unet"), request.count) as seen:  # put back before anyone else may draw with it
+        with _watched(pipe.networks.get("unet"), request.count) as seen:  # restored before anyone else can draw with it
             step = next(steps, None)
         if step is None:
             return
@@ -116,7 +116,7 @@ def attention(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Att
 
 
 class _Watched:
-    """Wraps a cross-attention: the same output, and its softmax is reported."""
+    """Wraps a cross-attention: it returns the same output, and reports its softmax."""
 
     def __init__(self, layer: nn.Module, report: Callable[[mx.array], None]):
         self.layer, self.kv, self.report = layer, layer.kv, report
@@ -130,25 +130,27 @@ class _Watched:
 
 @contextmanager
 def _watched(net: nn.Module, count: int) -> Iterator[dict[int, mx.array]]:
-    """While it lasts, each layer's last softmax, (hw, N): the mean over its heads and the last `count` of the batch.
-    The prompt's half comes last there, and its pass comes last where the two sides go one after the other."""
+    """While the context lasts, collects each layer's last softmax, (hw, N): the mean over its heads and over the last
+    `count` samples of the batch. The prompt's half comes last in a batch; of two separate passes its pass comes
+    last."""
     layers = [layer for block in net.blocks() for a in block.attentions for layer in a.transformer_blocks]
-    own, seen = [layer.attn2 for layer in layers], {}
+    originals, seen = [layer.attn2 for layer in layers], {}
 
     def keep(i: int) -> Callable[[mx.array], None]:
         return lambda softmax: seen.update({i: softmax[-count:].mean((0, 1))})
 
     try:
         for i, layer in enumerate(layers):
-            layer.attn2 = _Watched(own[i], keep(i))
+            layer.attn2 = _Watched(originals[i], keep(i))
         yield seen
     finally:
-        for layer, attn2 in zip(layers, own, strict=True):
+        for layer, attn2 in zip(layers, originals, strict=True):
             layer.attn2 = attn2
 
 
 def _enlarged(maps: np.ndarray, h: int, w: int) -> np.ndarray:
-    """(hw, N) at one level of the network, each of which halves both edges, to (N, h, w) at the size of the latents."""
+    """Maps (hw, N) at one level of the network -> (N, h, w) at the size of the latents. Each level halves both
+    edges."""
     height, width = h, w
     while height * width > len(maps):
         height, width = -(-height // 2), -(-width // 2)
@@ -161,18 +163,18 @@ def _enlarged(maps: np.ndarray, h: int, w: int) -> np.ndarray:
 
 class Token(NamedTuple):
     id: int
-    piece: str  # as the vocabulary spells it: </w> ends a word
+    piece: str  # as the vocabulary spells it: </w> marks the end of a word
     weight: float
     role: str  # begin, text, end or padding
 
 
 def tokens(pipe: Pipeline, prompt: str | Request, **settings) -> list[list[Token]]:
-    """The prompt's chunks, as many as this run has, as the first text encoder reads them."""
+    """The prompt's chunks as the first text encoder reads them, with the empty chunks that this run adds."""
     request = pipe.resolve(prompt, **settings)
     negative = (request.negative or "") if pipe.description.passes(request) == 2 else ""
-    plan = pipe.description.text
-    toks = conditioning.load_tokenizers(plan, pipe.networks.folder, t5=False)
-    words, first = conditioning.tokenize(plan, toks, [request.prompt, negative]), plan.clip[0]
+    text_plan = pipe.description.text
+    toks = conditioning.load_tokenizers(text_plan, pipe.networks.folder, t5=False)
+    words, first = conditioning.tokenize(text_plan, toks, [request.prompt, negative]), text_plan.clip[0]
     return [_described(toks[first], chunk) for chunk in words[first].chunks[0]]
 
 
@@ -184,8 +186,8 @@ def _described(tokenizer: tokenizers.ClipTokenizer, chunk: tokenizers.Chunk) -> 
 
 
 def merges(pipe: Pipeline, prompt: str) -> list[list[list[str]]]:
-    """How the letters of each word of a prompt grow into tokens of the first text encoder: the letters, then what
-    stands there after each merge. Of the pairs side by side the one learned first is merged (Sennrich et al. 2016)."""
+    """How the letters of each word of a prompt become tokens of the first text encoder: the letters, then the pieces
+    after each merge. Of all neighbouring pairs, the pair that was learned first is merged (Sennrich et al. 2016)."""
     backend = tokenizers.load(pipe.networks.folder / tokenizer_of(pipe.description.text.clip[0])).backend
     learned = json.loads(backend.to_str())["model"]["merges"]
     rank = {tuple(pair): k for k, pair in enumerate(learned)}
@@ -202,7 +204,7 @@ def merges(pipe: Pipeline, prompt: str) -> list[list[list[str]]]:
 
 
 def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """The pair made one, wherever it stands."""
+    """The parts with the pair joined wherever it occurs."""
     out: list[str] = []
     for part in parts:
         if out and (out[-1], part) == pair:
@@ -216,13 +218,13 @@ def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def encode(pipe: Pipeline, image: Image.Image) -> np.ndarray:
-    """A picture, whose edges the model can have, to its latents (1, h, w, c): the mean, without the VAE's noise."""
+    """A picture -> its latents (1, h, w, c): the mean, without the VAE's noise. The model must support its edges."""
     mean, _ = pipe.networks.get("vae").encode(mx.array(images.to_pixels(image.convert("RGB")))[None])
     return np.array(mean.astype(mx.float32))
 
 
 def _value(events: Generator):
-    """What a stage returns, its events left out."""
+    """The return value of a stage; its events are dropped."""
     while True:
         try:
             next(events)

@@ -1,5 +1,5 @@
-"""Request: every setting of a picture. What is left open is the model's own default; `resolve` fills that in once,
-checks everything, and from then on nothing is None that a run needs."""
+"""Request: every setting of a picture. None stands for the model's default. `resolve` fills the defaults in and checks
+every value; after that, nothing that a run needs is None."""
 
 import inspect
 import json
@@ -18,7 +18,7 @@ from . import arguments, dialects, samplers, schedules
 from .errors import Error, did_you_mean
 from .noise import SOURCES
 
-MAX_SEED = 2**63 - 1  # what a signed 64-bit file format or another tool can still hold
+MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
 MAX_EDGE = 16384
 STRENGTH = 0.6
 
@@ -27,7 +27,8 @@ Call = TypeVar("Call", bound=Callable)
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request leaves open. Sampler and schedule None: what the checkpoint's own scheduler file says."""
+    """Values for settings that a request leaves open. Sampler and schedule None: use the checkpoint's scheduler
+    file."""
 
     size: int  # pixels, both edges
     steps: int
@@ -38,30 +39,30 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Request:
-    """Every setting of one picture, or of `count` pictures that differ by seed. None is the model's own default.
+    """Every setting of one picture, or of `count` pictures that differ by seed. None stands for the model's default.
 
-    prompt: what to draw; an empty one leaves the model to itself.
-    negative: what to keep away from. None is not "": SDXL was trained with zeros for no negative prompt.
-    seed: of the first picture; picture i of `count` has seed + i. None draws a fresh one.
-    steps: more are slower and finer.
-    guidance: how far to pull to the prompt; 1 is not at all.
+    prompt: what to draw; with an empty prompt the model chooses.
+    negative: what to avoid. None is not "": SDXL was trained with zeros in place of a missing negative prompt.
+    seed: the seed of the first picture; picture i of `count` has seed + i. None draws a fresh one.
+    steps: more steps are slower and finer.
+    guidance: how strongly to follow the prompt; 1 is no guidance.
     width, height: pixels, in multiples of 8 for most models and of 16 for SD3 and FLUX.
     sampler: a name of `mlxdiff.samplers.SAMPLERS`, or diffusers' or A1111's name for it.
     schedule: how the steps divide the noise, a name of `mlxdiff.schedules.SPACINGS`.
-    count: pictures drawn at once.
-    eta: how much noise a stochastic sampler puts back. None is the sampler's own.
+    count: how many pictures to draw at once.
+    eta: how much noise a stochastic sampler puts back. None stands for the sampler's default.
     rescale: guidance rescale (Lin et al. 2023), 0 to 1.
-    interval: the part of the steps that is guided: (0.1, 0.8) leaves out the first tenth and the last fifth.
+    interval: the part of the steps with guidance: (0.1, 0.8) leaves out the first tenth and the last fifth.
     clip_skip: which layer of the text encoder is read, counted from the end; 1 is the last.
-    refine_at: the part of the steps before a refiner, if one is loaded, takes over.
-    shift: SD3 and FLUX: more than 1 spends the steps on large noise.
-    true_cfg: FLUX, which is told its guidance: how far a second pass pulls from the negative prompt.
-    skip_layers: SD3: blocks left out of a third pass, which is led away from; (7, 8, 9) for SD3.5 medium.
-    skip_scale: how far to lead away from that pass.
-    skip_interval: in which part of the steps.
+    refine_at: the part of the steps after which a refiner takes over, if one is loaded.
+    shift: SD3 and FLUX: a value above 1 moves the steps to larger noise.
+    true_cfg: FLUX, where guidance is an input: how strongly a second pass pushes away from the negative prompt.
+    skip_layers: SD3: blocks to leave out of a third pass, from which guidance pushes away; (7, 8, 9) for SD3.5 medium.
+    skip_scale: how far to push away from that pass.
+    skip_interval: the part of the steps that has this pass.
     t5: SD3: whether T5 reads the prompt too.
-    image: what to begin with: a path or a PIL image. A PNG keeps the path as it was typed, never the pixels.
-    image_hash: a mark of what the image showed, noted by `Pipeline.resolve`: a replay asks for the same image.
+    image: the start image: a path or a PIL image. A PNG stores the path as it was typed, never the pixels.
+    image_hash: a fingerprint of the start image, set by `Pipeline.resolve`: a replay needs the same image.
     strength: the part of the steps that redraws the image; 1 ignores the image, as in diffusers.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
@@ -94,9 +95,10 @@ class Request:
     def resolve(
         self, defaults: Defaults, scheduler: tuple[str, str], spacing: str, clip_skip: int, multiple: int
     ) -> "Request":
-        """All settings as numbers. `scheduler`: sampler and schedule that go together when no sampler is named;
-        `spacing`: the schedule under a sampler the user chose; `multiple`: what both edges must be divisible by."""
-        for name in ("sampler", "schedule", "noise"):  # names, which are looked up before `check`
+        """The request with a value for every setting. `scheduler`: the sampler and schedule to use when no sampler is
+        named; `spacing`: the schedule for a sampler that the user chose; `multiple`: both edges must be divisible by
+        it."""
+        for name in ("sampler", "schedule", "noise"):  # these names are looked up before `check` runs
             if (value := getattr(self, name)) is not None:
                 _text(name, value)
         if self.sampler is None:
@@ -121,8 +123,8 @@ class Request:
         return full
 
     def sized(self, image: tuple[int, int], pixels: int, multiple: int) -> "Request":
-        """With edges for an image (width, height): its own, made smaller where they make more than `pixels`; of one
-        that is given the other follows."""
+        """The request with edges for a start image (width, height): the image's edges, scaled down where they have more
+        than `pixels`. If one edge is given, the other follows from it."""
         given = {name: edge for name in ("width", "height") if (edge := getattr(self, name)) is not None}
         for name, edge in given.items():
             _whole(name, edge, multiple, MAX_EDGE)
@@ -133,7 +135,7 @@ class Request:
         return replace(self, **{"width": w, "height": h} | given)
 
     def check(self, multiple: int) -> None:
-        """Every value in its range, or one Error that names it."""
+        """Raise one Error, which names the setting, if a value is out of range."""
         _text("prompt", self.prompt)
         if self.negative is not None:
             _text("negative prompt", self.negative)
@@ -151,7 +153,7 @@ class Request:
         if self.strength is not None:
             _number("strength", self.strength, 0, 1)
         if self.image is None and (self.strength is not None or self.image_hash is not None):
-            raise Error("There is no image for these settings to begin with.", "Give it as `image=FILE`.")
+            raise Error("These settings need a start image, and none was given.", "Give it as `image=FILE`.")
         if not isinstance(self.t5, bool):
             raise Error(f"t5 {self.t5!r} is neither true nor false.", "Use `t5=False` to leave T5 out.")
         if self.eta is not None:
@@ -166,7 +168,7 @@ class Request:
         _span("interval", self.interval)
         _span("skip_interval", self.skip_interval)
         if not isinstance(self.skip_layers, tuple | list):
-            raise Error(f"skip_layers {self.skip_layers!r} are not layers.", "Give their numbers, such as (7, 8, 9).")
+            raise Error(f"skip_layers {self.skip_layers!r} is not a list of layers.", "Give a few, such as (7, 8, 9).")
         if self.schedule not in schedules.SPACINGS:
             fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
             raise Error(f"Schedule {self.schedule!r} is not known.", fix)
@@ -174,13 +176,14 @@ class Request:
             raise Error(f"Noise {self.noise!r} is not known.", f"Use one of {', '.join(SOURCES)}.")
 
     def to_json(self) -> str:
-        """An image that is no file becomes null; its hash stays."""
+        """The settings as JSON. An image that is not a file becomes null; its hash stays."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return json.dumps(values, ensure_ascii=False, default=lambda v: str(v) if isinstance(v, Path) else None)
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
-        """Raises ValueError for what is no JSON or has values of other types than the fields; ranges: see `check`."""
+        """Read `to_json`. Raises ValueError if the text is not JSON or a value has the wrong type; `check` checks
+        ranges."""
         try:
             values = json.loads(text)
         except RecursionError:
@@ -198,7 +201,7 @@ class Request:
 
 
 class Settings(TypedDict, total=False):
-    """Request's fields after the prompt, as keyword arguments; for type checkers, which cannot work them out."""
+    """Request's fields after the prompt, as keyword arguments, for type checkers, which cannot derive them."""
 
     negative: str | None
     seed: int | None
@@ -230,24 +233,24 @@ SETTINGS = tuple(f.name for f in fields(Request) if f.name != "prompt")
 
 
 def asked(prompt: str | Request, settings: dict) -> Request:
-    """The request of a call: a prompt or an earlier request, with settings that go before those of the request."""
+    """The request of a call: a prompt or an earlier request, whose settings the given settings replace."""
     arguments.check_settings(settings, SETTINGS)
-    if "image" in settings:  # not the one that a request to be replayed began with
+    if "image" in settings:  # this image replaces the one of an earlier request
         settings = {"image_hash": None} | settings
     return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
 
 
 def takes_settings(call: Call) -> Call:
-    """Spell `**settings` out, for help and completion: Request's fields in the signature and below the docstring."""
-    own = inspect.signature(call)
-    kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    """Spell `**settings` out, for help and completion: add Request's fields to the signature and to the docstring."""
+    signature = inspect.signature(call)
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     typed = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in fields(Request)
         if f.name in SETTINGS
     ]
-    call.__signature__ = own.replace(parameters=[*kept, *typed])
-    meanings = inspect.getdoc(Request).partition("\n\n")[2].partition("\n")[2]  # without the prompt's
+    call.__signature__ = signature.replace(parameters=[*kept, *typed])
+    meanings = inspect.getdoc(Request).partition("\n\n")[2].partition("\n")[2]  # without the line about the prompt
     call.__doc__ = f"{inspect.getdoc(call)}\n\n{meanings}"
     return call
 
@@ -257,7 +260,7 @@ def _first(*values):
 
 
 def _is(value, kind) -> bool:
-    """Whether a value from JSON suits the type of a field, where lists stand for tuples."""
+    """Whether a value from JSON fits the type of a field; JSON has lists where a field has tuples."""
     if isinstance(kind, UnionType):
         return any(_is(value, k) for k in get_args(kind))
     if get_origin(kind) is tuple:
@@ -281,7 +284,7 @@ def _number(name: str, value, low: float, high: float) -> None:
 
 
 def _title(name: str) -> str:
-    """A setting's name at the beginning of a sentence; one of two words stays as it is typed in Python."""
+    """A setting's name at the start of a sentence; a name of two words stays as it is in Python."""
     return name if "_" in name else name.capitalize()
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and what comes of it."""
+"""The events of a run, and its result."""
 
 import io
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ _SHOWN = 40  # characters of the prompt in a repr
 
 
 class Event(NamedTuple):
-    """One thing that happened. Stages in order: encode, load, denoise (once a step), decode (once a picture).
-    Each opens with an event of step 0, so that whoever watches knows what is being waited for."""
+    """One event of a run. The stages in order: encode, load, denoise (one event a step), decode (one event a picture).
+    Each stage starts with an event of step 0, so that a viewer knows what the run is waiting for."""
 
     stage: str
     step: int  # 1-based, of `steps` in this stage
     steps: int
-    seconds: float  # what this step took
+    seconds: float  # how long this step took
     x0: np.ndarray | None = None  # denoise: the predicted clean latents so far, (B, h, w, c)
     image: Image.Image | None = None  # decode: the finished picture
     x: np.ndarray | None = None  # denoise: the noisy latents after this step, and their noise level
@@ -30,8 +30,8 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """The pictures of one call. `result.image` is the first, `result.save()` writes them all with their settings. In a
-    notebook a result shows its pictures."""
+    """The pictures of one call. `result.image` is the first, `result.save()` writes them all with their settings. A
+    notebook displays the pictures of a result."""
 
     images: list[Image.Image]
     request: Request  # resolved: the seed that was drawn, the steps that were taken
@@ -45,23 +45,23 @@ class Result:
         return self.images[0]
 
     def save(self, path: str | Path | None = None) -> list[Path]:
-        """Write every picture with its settings, and return the paths. path: a folder, where each is named after its
-        prompt and seed, or a file name (PNG, JPEG or WebP), to which each of several pictures adds its seed; by default
-        the current folder. No file is ever overwritten: if house.png is there, it becomes house-1.png."""
+        """Write every picture with its settings, and return the paths. path: a folder (by default the current one),
+        where each picture is named after its prompt and seed; or a file name (PNG, JPEG or WebP); each of several
+        pictures adds its seed to it. No file is ever overwritten: if house.png exists, the new file is house-1.png."""
         return [
-            images.save(image, self._name(path, own), own, self.model, self.recipe)
-            for image, own in zip(self.images, self._requests(), strict=True)
+            images.save(image, self._name(path, request), request, self.model, self.recipe)
+            for image, request in zip(self.images, self._requests(), strict=True)
         ]
 
     def _requests(self) -> list[Request]:
-        """Of each picture: its own seed."""
+        """The request of each single picture, with its seed."""
         return [replace(self.request, seed=self.request.seed + i, count=1) for i in range(len(self.images))]
 
-    def _name(self, path: str | Path | None, own: Request) -> Path:
+    def _name(self, path: str | Path | None, request: Request) -> Path:
         if path is None or images.is_folder(path):
-            return Path("" if path is None else path).expanduser() / images.file_name(own)
+            return Path("" if path is None else path).expanduser() / images.file_name(request)
         file = Path(path).expanduser()
-        return file if len(self.images) == 1 else file.with_name(f"{file.stem}-{own.seed}{file.suffix}")
+        return file if len(self.images) == 1 else file.with_name(f"{file.stem}-{request.seed}{file.suffix}")
 
     def __repr__(self) -> str:
         prompt, n = self.request.prompt, len(self.images)

@@ -1,11 +1,12 @@
-"""Samplers: generator functions that yield (x, x0) after each step. To add one, write it here, give it a row
-below, and say in `dialects` what other programs call it.
+"""Samplers: generator functions that yield (x, x0) after each step. To add one, write it here, give it a row in
+SAMPLERS, and add the names that other programs have for it to `dialects`.
 
-x: (B, h, w, c) float32 in VE form, x = x0 + sigma * noise. sigmas: descending floats, one more than steps, mostly to 0.
-denoise(x, sigma) -> x0. draw() -> standard normals like x. eta: the share of fresh noise, 0 none, 1 the paper's.
-All follow dx/dsigma = (x - x0) / sigma (Karras et al. 2022). Rectified flow, x = (1 - sigma) x0 + sigma * noise, has
-the same equation, so one-step samplers hold there as they are. What differs is noise over signal (multistep samplers
-count in its logarithm) and how much noise a step may add: the column `flow` of the table."""
+x: (B, h, w, c) float32 in VE form, x = x0 + sigma * noise. sigmas: descending floats, one more than steps; most runs
+end at 0. denoise(x, sigma) -> x0. draw() -> standard normals shaped like x. eta: the share of fresh noise; 0 is none, 1
+is the share in the paper. All samplers follow dx/dsigma = (x - x0) / sigma (Karras et al. 2022). Rectified flow,
+x = (1 - sigma) x0 + sigma * noise, has the same equation, so one-step samplers work there unchanged. Two things differ:
+the ratio of noise to signal (multistep samplers work in its logarithm), and how much noise a step may add. The column
+`flow` of the table holds the versions for rectified flow."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -21,11 +22,11 @@ from .schedules import DDIM, DDPM, KDIFFUSION, LOGSNR, Grid
 Denoise = Callable[[mx.array, float], mx.array]
 Draw = Callable[[], mx.array]
 Steps = Iterator[tuple[mx.array, mx.array]]
-Ratio = Callable[[float], float]  # sigma -> noise over signal
+Ratio = Callable[[float], float]  # sigma -> ratio of noise to signal
 
 
 def shrink(x: mx.array, x0: mx.array, ratio: float) -> mx.array:
-    """The exact step while x0 stands still: what is not x0 shrinks with sigma. No digits are lost at large sigma."""
+    """The exact step if x0 is constant: x - x0 shrinks with sigma. No digits are lost at large sigma."""
     return x0 + ratio * (x - x0)
 
 
@@ -38,11 +39,12 @@ def flow_ratio(s: float) -> float:
 
 
 def unipc_ratio(s: float) -> float:
-    return flow_ratio(min(s, 1 - 1e-6))  # where diffusers' UniPC begins, to keep the first logarithm finite
+    return flow_ratio(min(s, 1 - 1e-6))  # diffusers' UniPC begins here, to keep the first logarithm finite
 
 
 def ancestral(s: float, s_next: float, eta: float) -> tuple[float, float]:
-    """Go down to the first, add noise of the second: together s_next, and at eta 1 the posterior of DDPM."""
+    """(down, up): step down to `down`, then add noise of size `up`. Together they make s_next; at eta 1 this is DDPM's
+    posterior."""
     up = min(s_next, eta * s_next * math.sqrt(s**2 - s_next**2) / s)
     return math.sqrt(s_next**2 - up**2), up
 
@@ -56,7 +58,8 @@ def euler(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
 
 
 def ddim(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: float) -> Steps:
-    """DDIM (Song et al. 2021, eq. 12). At eta 0 it is Euler; at eta 1 DDPM (Ho et al. 2020), alias Euler ancestral."""
+    """DDIM (Song et al. 2021, eq. 12). At eta 0 it is Euler; at eta 1 it is DDPM (Ho et al. 2020), also known as Euler
+    ancestral."""
     for s, s_next in pairwise(sigmas):
         x0 = denoise(x, s)
         down, up = ancestral(s, s_next, eta)
@@ -67,7 +70,8 @@ def ddim(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: fl
 
 
 def euler_ancestral_flow(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: float) -> Steps:
-    """Euler ancestral of rectified flow (ComfyUI): too far down, then signal and noise brought to those of s_next."""
+    """Euler ancestral for rectified flow (ComfyUI): step below s_next, then rescale the signal and add noise for
+    s_next."""
     for s, s_next in pairwise(sigmas):
         x0 = denoise(x, s)
         down = s_next * (1 + eta * (s_next / s - 1))
@@ -80,7 +84,7 @@ def euler_ancestral_flow(denoise: Denoise, x: mx.array, sigmas: list[float], dra
 
 
 def lcm(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: float) -> Steps:
-    """Multistep consistency sampling (Luo et al. 2023, algorithm 3): x0, then all noise anew at eta 1."""
+    """Multistep consistency sampling (Luo et al. 2023, algorithm 3): step to x0; at eta 1 all noise is fresh."""
     for s, s_next in pairwise(sigmas):
         x0 = denoise(x, s)  # c_skip and c_out are left out: for t >= 19 they change x0 by less than 7e-6 of x_vp
         x = shrink(x, x0, s_next * math.sqrt(1 - eta**2) / s)
@@ -90,7 +94,7 @@ def lcm(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: flo
 
 
 def heun(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
-    """Heun's method (Karras et al. 2022, algorithm 1 without churn): two evaluations a step, one in the last."""
+    """Heun's method (Karras et al. 2022, algorithm 1 without churn): two evaluations a step, one in the last step."""
     for s, s_next in pairwise(sigmas):
         x0 = denoise(x, s)
         ahead = shrink(x, x0, s_next / s)
@@ -110,7 +114,8 @@ def dpmpp_2m(denoise: Denoise, x: mx.array, sigmas: list[float], ratio: Ratio = 
 def dpmpp_2m_sde(
     denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw | None, eta: float, ratio: Ratio = ve_ratio
 ) -> Steps:
-    """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2023, appendix). The step to 0 and the first are of first order."""
+    """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2023, appendix). The first step and the step to 0 are of first
+    order."""
     old = h_old = None
     for s, s_next in pairwise(sigmas):
         x0 = denoise(x, s)
@@ -128,7 +133,7 @@ def halfway(s: float, s_next: float) -> float:
 
 
 def dpmpp_sde(denoise: Denoise, x: mx.array, sigmas: list[float], draw: Draw, eta: float) -> Steps:
-    """DPM-Solver++(2S), stochastic (Lu et al. 2023 with k-diffusion's noise): x0 is taken halfway in log sigma."""
+    """DPM-Solver++(2S), stochastic (Lu et al. 2023 with k-diffusion's noise): x0 is evaluated halfway in log sigma."""
     for s, s_next in pairwise(sigmas):
         x0 = denoise(x, s)
         if s_next == 0:
@@ -163,7 +168,7 @@ def unipc(denoise: Denoise, x: mx.array, sigmas: list[float], ratio: Ratio = ve_
 
 
 def unic(h: float, h_old: float, slope: mx.array, change: mx.array) -> mx.array:
-    """The corrector's part of second order: weights that make it exact for x0 quadratic in log sigma."""
+    """The second-order term of the corrector. Its weights make it exact if x0 is quadratic in log sigma."""
     phi = math.expm1(-h)
     b1 = -(phi / h + 1) / phi
     b2 = 2 * ((phi / h + 1) / h - 0.5) / phi
@@ -171,13 +176,13 @@ def unic(h: float, h_old: float, slope: mx.array, change: mx.array) -> mx.array:
     return a * h * slope + (b1 - a) * change
 
 
-# Of Adams and Bashforth, the newest slope first.
+# Adams-Bashforth weights, for the newest slope first.
 ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def pndm(denoise: Denoise, x: mx.array, sigmas: list[float]) -> Steps:
-    """PNDM without its Runge-Kutta steps, that is PLMS (Liu et al. 2022, eq. 12): four slopes weighed as on an even
-    grid. The first step is Heun's. What it yields is the x0 that the slope it takes leads to."""
+    """PNDM without its Runge-Kutta steps, that is PLMS (Liu et al. 2022, eq. 12): four slopes with the weights of an
+    even grid. The first step is Heun's. It yields the x0 to which the chosen slope leads."""
     slopes = []
     for s, s_next in pairwise(sigmas):
         slopes = [(x - denoise(x, s)) / s, *slopes[:3]]
@@ -206,9 +211,9 @@ def starts_and_halfways(sigmas: list[float]) -> list[float]:
 class Sampler:
     fn: Callable[..., Steps]  # (denoise, x, sigmas), and draw and eta where eta is not None
     grid: Grid  # how its authors read the training schedule
-    eta: float | None = None  # the default; None: adds no noise
+    eta: float | None = None  # the default; None: the sampler adds no noise
     visits: Callable[[list[float]], list[float]] = starts  # the sigmas at which denoise will be called, in any order
-    flow: Callable[..., Steps] | None = None  # fn for rectified flow; None: not for it
+    flow: Callable[..., Steps] | None = None  # the version for rectified flow; None: there is none
 
     @property
     def noisy(self) -> bool:
@@ -231,7 +236,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def of_flow(name: str) -> Callable[..., Steps]:
-    """The sampler as rectified flow takes it."""
+    """The version of a sampler for rectified flow."""
     fn = SAMPLERS[name].flow
     if fn is None:
         suited = ", ".join(n for n, row in SAMPLERS.items() if row.flow is not None)

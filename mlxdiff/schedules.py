@@ -1,8 +1,8 @@
-"""Schedules: how noise grows in training, and the noise levels a sampler visits. Pure functions, numpy float64.
+"""Schedules: how noise grows in training, and the noise levels that a sampler visits. Pure functions in numpy float64.
 
-Discrete: sigma is the noise of a sample in VE form, x = x0 + sigma * noise; x_vp = x / sqrt(1 + sigma^2) is what the
-network sees (Karras et al. 2022). Flow: x = (1 - sigma) * x0 + sigma * noise, which the network sees as it is (Liu et
-al. 2023). A spacing is a function (schedule, n) -> n descending sigmas; SPACINGS and FLOW_SPACINGS are the tables."""
+Discrete: sigma is the noise of a sample in VE form, x = x0 + sigma * noise; the network sees x_vp = x / sqrt(1 +
+sigma^2) (Karras et al. 2022). Flow: x = (1 - sigma) * x0 + sigma * noise, and the network sees x itself (Liu et al.
+2023). A spacing is a function (schedule, n) -> n descending sigmas; SPACINGS and FLOW_SPACINGS are the tables."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import Error
 
-Array = TypeVar("Array")  # of numpy or MLX
+Array = TypeVar("Array")  # a numpy or MLX array
 
 # ---- the forward process
 
@@ -59,16 +59,17 @@ def q_sample(x0: Array, noise: Array, alpha_bar_t: float | Array) -> Array:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a line of samplers reads a training schedule. diffusers' schedulers differ in this, so a sampler says it."""
+    """How a group of samplers reads the training schedule. diffusers' schedulers differ here, so each sampler has
+    one."""
 
     ve_start: bool  # the first x is noise * sigma, else noise * sqrt(1 + sigma^2)
     whole: bool  # training times are rounded to whole steps
-    spare: int  # leading and linspace make this many points more and leave out the lowest
-    zero: float  # alpha_bar where zero_snr has 0; diffusers has 2^-24, or 0, which for float32 is 2^-48
-    first: bool  # may end at sigma(0) where the model says so, else ends at 0
+    spare: int  # leading and linspace make this many extra points and drop the lowest
+    zero: float  # replaces an alpha_bar of 0 (zero_snr): diffusers has 2^-24, or 0, which is like 2^-48 in float32
+    first: bool  # True: ends at sigma(0) if the model says so; False: always ends at 0
 
 
-KDIFFUSION = Grid(ve_start=True, whole=False, spare=0, zero=2**-24, first=False)  # Euler, Heun and their noisy kin
+KDIFFUSION = Grid(ve_start=True, whole=False, spare=0, zero=2**-24, first=False)  # Euler, Heun and their noisy versions
 LOGSNR = Grid(ve_start=False, whole=True, spare=1, zero=2**-24, first=False)  # DPM++ multistep, UniPC
 DDPM = Grid(ve_start=False, whole=True, spare=0, zero=2**-48, first=False)  # DDPM, LCM
 DDIM = Grid(ve_start=False, whole=True, spare=0, zero=2**-48, first=True)
@@ -81,7 +82,7 @@ class Discrete:
     alpha_bar: np.ndarray  # (n,)
     grid: Grid = KDIFFUSION
     offset: int = 0  # added to the leading steps
-    final_alpha_one: bool = True  # False: a sampler whose grid allows it ends at sigma(0)
+    final_alpha_one: bool = True  # False: samplers whose grid allows it end at sigma(0)
 
     @cached_property
     def sigmas(self) -> np.ndarray:  # (n,), ascending
@@ -93,7 +94,7 @@ class Discrete:
         return len(self.alpha_bar)
 
     def sigma(self, t: np.ndarray) -> np.ndarray:
-        """Between training steps log sigma is interpolated."""
+        """The sigma at time t; log sigma is interpolated between training steps."""
         return np.exp(np.interp(t, np.arange(self.n), np.log(self.sigmas)))
 
     def t(self, sigma: float) -> float:
@@ -102,28 +103,28 @@ class Discrete:
         return float(round(t)) if self.grid.whole or abs(t - round(t)) < 1e-4 else t
 
     def start(self, sigma: float, spacing: str) -> float:
-        """The first x is standard noise times this."""
+        """The factor of the standard noise that makes the first x."""
         return sigma if self.grid.ve_start and spacing != "leading" else self.spread(sigma)
 
     def noised(self, x0: Array, noise: Array, sigma: float) -> Array:
-        """x at sigma, of a picture to begin with."""
+        """x at sigma for a start image's latents x0."""
         return x0 + sigma * noise
 
     def taken(self, steps: int, strength: float) -> int:
-        """How many of the steps, counted from the clean end, redraw such a picture: as diffusers rounds."""
+        """How many steps, counted from the clean end, redraw a start image. The rounding is diffusers'."""
         return int(steps * strength)
 
     def spread(self, sigma: float) -> float:
-        """x over this is what the networks see."""
+        """The networks see x divided by this."""
         return math.sqrt(1 + sigma**2)
 
     @property
     def last(self) -> float:
-        """Where a run ends."""
+        """The sigma at which a run ends."""
         return float(self.sigmas[0]) if self.grid.first and not self.final_alpha_one else 0.0
 
     def ends(self, n: int) -> tuple[float, float]:
-        """The least and the greatest of n levels that are spaced between ends."""
+        """The lowest and the highest of n levels, for spacings between two ends."""
         return self.sigmas[0], self.sigmas[-1]
 
     @property
@@ -133,13 +134,13 @@ class Discrete:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow: sigma in [0, 1] is also the network's time. Shifted, more of the steps go to large sigma
+    """Rectified flow: sigma in [0, 1] is also the network's time. A shift above 1 moves the steps to larger sigma
     (Esser et al. 2024, eq. 23)."""
 
     shift: float = 1.0
-    own: str = "linspace"  # the model's own spacing, linspace or trailing: it has the ends of karras and its kin
-    n: int = 1000  # training steps: what the smallest sigma is one of
-    dynamic: bool = False  # whether the picture's size made the shift; then training's own sigmas are not shifted
+    own: str = "linspace"  # the model's spacing, linspace or trailing; it sets the ends of karras, exponential and beta
+    n: int = 1000  # training steps: the smallest sigma is 1 / n
+    dynamic: bool = False  # whether the picture's size sets the shift; then the training sigmas are not shifted
 
     last = 0.0
 
@@ -174,21 +175,21 @@ Spacing = Callable[[Schedule, int], np.ndarray]
 
 
 def flow(row: dict, tokens: int, shift: float | None = None) -> Flow:
-    """The schedule of a model folder for pictures of so many patches. shift: instead of the model's own."""
+    """The schedule of a model folder, for a picture of `tokens` patches. shift: replaces the model's shift."""
     d = row["dynamic"] if shift is None else None
-    if d is not None:  # FLUX dev: log shift is linear in the size of the picture
+    if d is not None:  # FLUX dev: log shift is linear in the number of patches
         slope = (d["max_shift"] - d["base_shift"]) / (d["max_image_seq_len"] - d["base_image_seq_len"])
         shift = math.exp(d["base_shift"] + slope * (tokens - d["base_image_seq_len"]))
     return Flow(row["shift"] if shift is None else shift, row["ends"], row["steps"], d is not None)
 
 
 def discrete(row: dict, grid: Grid) -> Discrete:
-    """The schedule of a model folder, row = model.json's "schedule", as a sampler with this grid reads it."""
+    """The schedule of a model folder as a sampler with this grid reads it; row: "schedule" in model.json."""
     a = alpha_bar(betas(row["betas"], row["steps"], row["start"], row["end"]))
     return Discrete(zero_snr(a) if row["zero_snr"] else a, grid, row["offset"], row["final_alpha_one"])
 
 
-# ---- spacings: the first three and lcm choose training steps, the rest noise levels
+# ---- spacings: leading, trailing, linspace and lcm choose training steps, the others choose noise levels
 
 
 def leading(schedule: Discrete, n: int) -> np.ndarray:
@@ -203,28 +204,28 @@ def trailing(schedule: Discrete, n: int) -> np.ndarray:
 
 
 def linspace(schedule: Discrete, n: int) -> np.ndarray:
-    """Both ends included; equal to diffusers, which off the whole steps interpolates sigma and not its logarithm."""
+    """Both ends included; equal to diffusers, which interpolates sigma, not log sigma, between whole steps."""
     t = np.linspace(0, schedule.n - 1, n + schedule.grid.spare)[::-1][:n]
     return np.interp(np.round(t) if schedule.grid.whole else t, np.arange(schedule.n), schedule.sigmas)
 
 
 def lcm(schedule: Discrete, n: int) -> np.ndarray:
-    """Of the 50 steps of distillation, n from the noisy end (Luo et al. 2023); equal to diffusers."""
+    """n of the 50 distillation steps, from the noisy end (Luo et al. 2023); equal to diffusers."""
     distilled = np.arange(50, 0, -1) * (schedule.n // 50) - 1
     return schedule.sigma(distilled[np.linspace(0, 50, n, endpoint=False).astype(int)])
 
 
 def sgm_uniform(schedule: Discrete, n: int) -> np.ndarray:
-    """Even in t with the clean end left out, as ComfyUI and Stability's SGM have it."""
+    """Even in t without the clean end, as in ComfyUI and Stability's SGM."""
     return schedule.sigma(np.linspace(schedule.n - 1, 0, n + 1)[:-1])
 
 
 def simple(schedule: Discrete, n: int) -> np.ndarray:
-    """Every (steps / n)-th training step from the noisy end, rounded to the noisier, as ComfyUI has it."""
+    """Every (steps / n)-th training step from the noisy end, rounded to the noisier one, as in ComfyUI."""
     return schedule.sigmas[schedule.n - 1 - (np.arange(n) * (schedule.n / n)).astype(int)]
 
 
-# ---- spacings between two ends, of either family
+# ---- spacings between two ends, for diffusion and rectified flow
 
 
 def karras(schedule: Schedule, n: int) -> np.ndarray:
@@ -240,13 +241,13 @@ def exponential(schedule: Schedule, n: int) -> np.ndarray:
 
 
 def beta(schedule: Schedule, n: int) -> np.ndarray:
-    """Quantiles of Beta(0.6, 0.6) in sigma (Lee et al. 2024) as diffusers reads it; ComfyUI spaces t so instead."""
+    """Quantiles of Beta(0.6, 0.6) in sigma (Lee et al. 2024), as in diffusers; ComfyUI spaces t in this way instead."""
     low, high = schedule.ends(n)
     return low + (high - low) * beta_quantile(np.linspace(1, 0, n), 0.6)
 
 
 def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
-    """Quantile p of Beta(a, a): its distribution function is a power series below 1/2, which bisection inverts."""
+    """The quantile p of Beta(a, a). Below 1/2 its distribution function is a power series, which bisection inverts."""
     k = np.arange(64)
     series = np.cumprod(np.concatenate([[1.0], (k[1:] - a) / k[1:]])) / (a + k)
     tail, low, high = np.minimum(p, 1 - p), np.zeros_like(p), np.full_like(p, 0.5)
@@ -257,22 +258,22 @@ def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
     return np.where(p < 0.5, low, 1 - low)
 
 
-# ---- spacings of rectified flow: even before the shift
+# ---- spacings of rectified flow; they are even before the shift
 
 
 def flow_linspace(schedule: Flow, n: int) -> np.ndarray:
-    """As SD3's pipeline in diffusers has it: down to training's smallest sigma, which a fixed shift moves twice."""
+    """As in diffusers' SD3 pipeline: down to the smallest training sigma, to which a fixed shift is applied twice."""
     least = 1 / schedule.n
     return schedule.shifted(np.linspace(1, least if schedule.dynamic else schedule.shifted(least), n))
 
 
 def flow_trailing(schedule: Flow, n: int) -> np.ndarray:
-    """From 1 to 1 / n, as Black Forest Labs have it."""
+    """From 1 to 1 / n, as in Black Forest Labs' code."""
     return schedule.shifted(np.linspace(1, 1 / n, n))
 
 
 def flow_sgm_uniform(schedule: Flow, n: int) -> np.ndarray:
-    """With the clean end left out, as UniPC and DPM++ in diffusers have it."""
+    """Without the clean end, as in diffusers' UniPC and DPM++."""
     return schedule.shifted(np.linspace(1, 1 / schedule.n, n + 1)[:-1])
 
 
@@ -298,7 +299,8 @@ FLOW_SPACINGS: dict[str, Spacing] = {
 
 
 def sigmas(schedule: Schedule, spacing: str, steps: int) -> list[float]:
-    """The steps + 1 noise levels of a run, descending to 0, or to sigma(0) where both model and sampler want it."""
+    """The steps + 1 noise levels of a run, descending to 0, or to sigma(0) if both the model and the sampler end
+    there."""
     if spacing not in SPACINGS:
         raise Error(f"There is no schedule {spacing!r}.", fix=f"Use one of {', '.join(SPACINGS)}.")
     if not 1 <= steps <= schedule.n:
@@ -307,6 +309,6 @@ def sigmas(schedule: Schedule, spacing: str, steps: int) -> list[float]:
         names = ", ".join(schedule.spacings)
         raise Error(f"The {spacing} schedule does not exist for rectified flow.", fix=f"Use one of {names}.")
     levels = schedule.spacings[spacing](schedule, steps)
-    if np.any(np.diff(levels) >= 0):  # such as leading with an offset and as many steps as in training
+    if np.any(np.diff(levels) >= 0):  # for example leading with an offset and as many steps as in training
         raise Error(f"The {spacing} schedule has no {steps} different steps.", fix="Ask for fewer steps.")
     return [*levels.tolist(), schedule.last]

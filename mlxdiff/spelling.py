@@ -1,10 +1,11 @@
-"""How each front end spells a setting. The library's errors name settings in backticks, as Python has them, with a
-value or without: `bits=4`, `t5=False`, `shift`. The command line and the studio put their own words in their place."""
+"""How each front end spells a setting. The library's errors put settings in backticks and spell them as Python does,
+with a value or without: `bits=4`, `t5=False`, `shift`. The command line and the studio replace these by their own
+spelling."""
 
 import re
 from collections.abc import Callable
 
-# Settings whose flag is not simply their name.
+# Settings whose flag is not simply `--` and their name.
 FLAGS = {
     "bits": "-q",
     "count": "-b",
@@ -17,9 +18,9 @@ FLAGS = {
     "seed": "-s",
     "width": "-W",
 }
-# Values that are spelled by a flag alone.
+# Settings with a value that a flag without a value stands for.
 _WORDS = {("t5", "False"): "--no-t5", ("refiner", "None"): "no --refiner"}
-# Settings of a run that the studio has under a label; all others of Request go through `more`, those of load `options`.
+# Settings that have a label in the studio. There the other fields of Request are given in `more`, load's in `options`.
 LABELS = {
     "prompt": "Prompt",
     "negative": "Negative prompt",
@@ -43,7 +44,7 @@ def flag(setting: str) -> str:
 
 
 def as_flags(text: str) -> str:
-    """For the command line: `bits=4` -> -q 4."""
+    """Spell settings for the command line: `bits=4` -> -q 4."""
 
     def spell(name: str, value: str | None) -> str:
         if (name, value) in _WORDS:
@@ -54,7 +55,7 @@ def as_flags(text: str) -> str:
 
 
 def as_controls(text: str) -> str:
-    """For the studio: `steps=4` -> Steps 4, `bits=4` -> options={'bits': 4}."""
+    """Spell settings for the studio: `steps=4` -> Steps 4, `bits=4` -> options={'bits': 4}."""
 
     def spell(name: str, value: str | None) -> str:
         if name in LABELS:
@@ -69,7 +70,7 @@ def _spelled(text: str, spell: Callable[[str, str | None], str]) -> str:
 
 
 def _plain(value: str) -> str:
-    """A Python value as it is typed: text without quotes, unless it is empty; a tuple without brackets and commas."""
+    """A Python value as people type it: text without quotes, unless empty; a tuple without brackets and commas."""
     if value[0] == "(":
         return value[1:-1].replace(",", "")
     return value[1:-1] if len(value) > 2 and value[0] == value[-1] and value[0] in "'\"" else value

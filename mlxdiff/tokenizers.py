@@ -1,7 +1,7 @@
-"""CLIP's byte-level BPE, T5's sentencepiece, weights in the prompt and long prompts. A prompt with neither gives
-exactly the padded ids of transformers' CLIPTokenizer (5.x: NFC, white space to one space, lower case; no ftfy, no
-accent stripping) and T5Tokenizer. Nothing is ever truncated: what is longer than one context of CLIP becomes several
-chunks, cut every length - 2 tokens; T5 has no longest context."""
+"""CLIP's byte-level BPE, T5's sentencepiece, weights in the prompt and long prompts. A short prompt without weights
+gives exactly the padded ids of transformers' CLIPTokenizer (5.x: NFC, white space to one space, lower case; no ftfy, no
+accent stripping) and T5Tokenizer. Nothing is ever truncated: a prompt longer than one context of CLIP becomes several
+chunks of length - 2 tokens; T5 has no maximum length."""
 
 import json
 import math
@@ -18,9 +18,9 @@ from tokenizers.models import BPE
 from .errors import Error
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # and what CLIPTokenizer defaults to
+ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # with CLIPTokenizer's defaults
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-LENGTH = 77  # where tokenizer_config.json names none; one that was never set is stored as about 1e30
+LENGTH = 77  # if tokenizer_config.json names no length; a length that was never set is stored as about 1e30
 T5_SPECIAL = re.compile(r"(<pad>|</s>|<unk>|<extra_id_\d\d?>)")
 
 EMPHASIS = {"(": 1.1, "[": 1 / 1.1}
@@ -29,7 +29,7 @@ MARKS = re.compile(r"(\\[()\[\]]|[()\[\]]|:\s*[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9
 
 
 class Chunk(NamedTuple):
-    """One context of the text encoder: CLIP's begin, up to length - 2 tokens, end, padding; T5's has no begin."""
+    """One context of a text encoder. CLIP: begin, up to length - 2 tokens, end, padding. T5: the same without begin."""
 
     ids: list[int]
     weights: list[float]  # 1 for begin, end and padding
@@ -44,7 +44,7 @@ class ClipTokenizer:
     length: int
 
     def ids(self, text: str) -> list[int]:
-        """The text's own tokens, without begin, end and padding. A special token spelled out in it is that token."""
+        """The tokens of the text, without begin, end and padding. A special token written in the text is that token."""
         return self.backend.encode(_valid(text), add_special_tokens=False).ids
 
     def encode(self, prompt: str, weighted: bool = True) -> list[Chunk]:
@@ -72,11 +72,11 @@ class T5Tokenizer:
     pad: int
 
     def ids(self, text: str) -> list[int]:
-        """The text's own tokens, without end and padding."""
+        """The tokens of the text, without end and padding."""
         return self.pieces(_valid(text))
 
     def encode(self, prompt: str, length: int) -> Chunk:
-        """Padded to `length`, and longer where the prompt is. A BREAK is left out: there are no chunks."""
+        """The prompt padded to `length`; a longer prompt is not cut. BREAK is ignored: T5 has no chunks."""
         pairs = [(i, w) for text, w in parse_weights(prompt) if w is not None for i in self.ids(text)]
         rest = max(0, length - 1 - len(pairs))
         ids, weights = [i for i, _ in pairs], [w for _, w in pairs]
@@ -94,10 +94,10 @@ def _valid(text: str) -> str:
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float | None]]:
-    """[(text, weight)]; ("BREAK", None) where a new chunk begins.
+    """Split a prompt into [(text, weight)]; ("BREAK", None) is where a new chunk begins.
 
-    `(text)` weighs 1.1, `[text]` 1/1.1, `(text:1.3)` 1.3; nested weights multiply; `\\(`, `\\)`, `\\[`, `\\]` are the
-    characters. A bracket without a partner, and a `:number` that closes no bracket or is not finite, are text."""
+    `(text)` weighs 1.1, `[text]` 1/1.1, `(text:1.3)` 1.3; nested weights multiply; `\\(`, `\\)`, `\\[`, `\\]` are plain
+    brackets. A bracket without a partner, and a `:number` that closes no bracket or is not finite, are text."""
     parts = MARKS.split(prompt)  # text, mark, text, mark, ..., text
     factors, closers = _pairs(parts)
     weights, pieces = [1.0], []
@@ -115,7 +115,8 @@ def parse_weights(prompt: str) -> list[tuple[str, float | None]]:
 
 
 def _pairs(parts: list[str]) -> tuple[dict[int, float], set[int]]:
-    """Where brackets open, with their factor, and where they close. Of crossed ones, `([)]`, the first pair counts."""
+    """Where brackets open, with their factors, and where they close. If pairs cross, as in `([)]`, the first one
+    counts."""
     factors, closers, opened = {}, set(), {"(": [], "[": []}
     for i in range(1, len(parts), 2):
         mark = parts[i]
@@ -135,7 +136,8 @@ def _pairs(parts: list[str]) -> tuple[dict[int, float], set[int]]:
 
 
 def load(folder: str | Path) -> ClipTokenizer:
-    """From tokenizer.json, else vocab.json and merges.txt; special tokens and length from the two files beside them."""
+    """Read tokenizer.json, else vocab.json and merges.txt. Special tokens and length come from the two files beside
+    them."""
     folder = Path(folder)
     vocab, merges, added = _vocabulary(folder)
     try:
@@ -155,7 +157,7 @@ def load(folder: str | Path) -> ClipTokenizer:
 
 
 def load_t5(folder: str | Path) -> T5Tokenizer:
-    """From tokenizer.json, else spiece.model."""
+    """Read tokenizer.json, else spiece.model."""
     fast, model = Path(folder) / "tokenizer.json", Path(folder) / "spiece.model"
     again = "Give the tokenizer folder of a T5 text encoder."
     if not fast.is_file() and not model.is_file():
@@ -163,23 +165,23 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
     try:
         if fast.is_file():
             backend = Tokenizer.from_str(_text(fast))
-            backend.no_padding()  # either may be stored, as it was last used
+            backend.no_padding()  # the file may store padding and truncation from its last use
             backend.no_truncation()
             eos, pad = (backend.token_to_id(token) for token in ("</s>", "<pad>"))
             pieces = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
         else:
-            from sentencepiece import SentencePieceProcessor  # a twentieth of a second, and most models have no T5
+            from sentencepiece import SentencePieceProcessor  # slow to import (0.05 s), and most models have no T5
 
             spm = SentencePieceProcessor(model_proto=model.read_bytes())
             eos, pad = spm.eos_id(), spm.pad_id()
             special = {spm.id_to_piece(i): i for i in (pad, eos, spm.unk_id()) if i >= 0}
-            special |= {f"<extra_id_{i}>": len(spm) + 99 - i for i in range(100)}  # T5's, after the model's own
+            special |= {f"<extra_id_{i}>": len(spm) + 99 - i for i in range(100)}  # T5 adds these after the file's
 
             def pieces(text: str) -> list[int]:
                 parts = T5_SPECIAL.split(text)
                 return [i for p in parts for i in ([special[p]] if p in special else spm.encode(p))]
 
-    except Exception as e:  # what either library raises for a damaged file has no narrower type
+    except Exception as e:  # for damaged files, both libraries raise no narrower type
         raise Error(f"The tokenizer in {folder} cannot be read: {e}.", again) from None
     if eos is None or pad is None or min(eos, pad) < 0:
         raise Error(f"The tokenizer in {folder} has no </s> or no <pad>.", again)
@@ -187,9 +189,9 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
 
 
 def _special(folder: Path, vocab: dict, added: list[dict]) -> tuple[dict[str, str], dict[str, AddedToken], int]:
-    """Which token has which role, all the tokens that are matched before words are split, and the context length."""
+    """(roles -> tokens, the tokens that are matched before words are split, the context length)."""
     config = _json(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" in config:  # as transformers: then the older special_tokens_map.json is not looked at
+    if "added_tokens_decoder" in config:  # as in transformers, the older special_tokens_map.json is then ignored
         added = [token for _, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
     else:
         config |= _json(folder / "special_tokens_map.json")
@@ -201,14 +203,14 @@ def _special(folder: Path, vocab: dict, added: list[dict]) -> tuple[dict[str, st
             raise Error(f"The tokenizer in {folder} has no {token.content}.", "Give the tokenizer of a CLIP encoder.")
         token = listed.get(token.content, token)
         token.special = True
-        tokens[token.content] = token  # of one content in several roles, the last role's flags count in transformers
+        tokens[token.content] = token  # if roles share a token, the last role's flags count, as in transformers
         roles[role] = token.content
     length = config.get("model_max_length", LENGTH)
     return roles, tokens, LENGTH if length > 1e9 else int(length)
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[dict]]:
-    """vocab, merges and the added tokens of tokenizer.json (or none), checked as far as the BPE model needs."""
+    """(vocab, merges, added tokens), checked as far as the BPE model needs. Only tokenizer.json has added tokens."""
     if (folder / "tokenizer.json").is_file():
         source = folder / "tokenizer.json"
         content = _json(source)
@@ -249,7 +251,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> dict:
-    """The file's object; {} where there is no file."""
+    """The object in a JSON file; {} if there is no file."""
     if not path.exists():
         return {}
     try:

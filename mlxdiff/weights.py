@@ -1,5 +1,5 @@
-"""Weight files of a model folder: one `<component>.safetensors` each in our names and layout. Writing streams tensor by
-tensor; reading is strict (no tensor missing, unknown or misshapen) and lazy."""
+"""Weight files of a model folder: one `<component>.safetensors` for each component, with our names and layout. Writing
+streams tensor by tensor. Reading is lazy and strict: a missing, unknown or misshapen tensor is an error."""
 
 import json
 import math
@@ -15,31 +15,31 @@ from mlx.utils import tree_flatten
 from .errors import Error
 from .families import Family
 from .models import build
-from .recipe import DTYPES, Recipe, component_dtype, plan
+from .recipe import DTYPES, Recipe, component_dtype, quantization_plan
 
 _TAGS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 _ROWS = 2**22  # numbers of a tensor whose quantization error is measured together
 
 
 def quantized(module: nn.Module, layers: dict[str, dict]) -> nn.Module:
-    """The module with its planned layers in quantized form, parameters still to be filled."""
+    """The module with the layers of a quantization plan in quantized form. Their parameters are not filled yet."""
     if layers:
         nn.quantize(module, class_predicate=lambda path, _: layers.get(path, False))
     return module
 
 
 class Writer:
-    """A safetensors file of one component, written tensor by tensor in any order: the header is known beforehand.
-    The file is called by its component. Used as a context manager; leaving it without an error means every parameter
+    """Writes the safetensors file of one component, tensor by tensor in any order: the header is known beforehand.
+    The file is named after its component. Use it as a context manager; if it exits without an error, every parameter
     was put exactly once."""
 
     def __init__(self, path: Path, family: Family, config: build.Config, recipe: Recipe):
         self.path, name = path, path.stem
         self.dtype = DTYPES[component_dtype(family, name, recipe.dtype)]
         module = build.build(config)
-        self.layers = plan(family, name, module, recipe.bits)
+        self.layers = quantization_plan(family, name, module, recipe.bits)
         self.entries, offset = {}, 0
-        self.lost = self.whole = 0.0  # sums of squares, over what is quantized: of its errors, and of itself
+        self.lost = self.whole = 0.0  # sums of squares over the quantized weights: of their errors, and of the weights
         for key, value in tree_flatten(quantized(module, self.layers).parameters()):
             kind = value.dtype if value.dtype in (mx.uint32, mx.uint8) else self.dtype
             size = math.prod(value.shape) * kind.size
@@ -81,7 +81,7 @@ class Writer:
 
     @property
     def error(self) -> float | None:
-        """Of the quantized weights put so far, the root mean square of what was lost, relative to their own."""
+        """The root mean square of the error of all quantized weights put so far, relative to that of the weights."""
         if not self.layers:
             return None
         return math.sqrt(self.lost / self.whole) if self.whole else 0.0
@@ -108,15 +108,15 @@ class Writer:
 
 
 def _bytes(value: mx.array) -> memoryview:
-    if value.dtype == mx.bfloat16:  # numpy has no bfloat16: the bits go through as they are
+    if value.dtype == mx.bfloat16:  # numpy has no bfloat16: pass the bits through unchanged
         value = value.view(mx.uint16)
     return np.ascontiguousarray(np.array(value, copy=False)).data.cast("B")
 
 
 def load(path: Path, family: Family, config: build.Config, recipe: Recipe) -> nn.Module:
-    """The component in a file that is called by it. Its weights are read from disk when they are first evaluated."""
+    """The component in a file that is named after it. Its weights are read from disk when they are first evaluated."""
     module = build.build(config)
-    quantized(module, plan(family, path.stem, module, recipe.bits))
+    quantized(module, quantization_plan(family, path.stem, module, recipe.bits))
     try:
         arrays = mx.load(str(path))
     except (RuntimeError, OSError, ValueError) as e:
@@ -128,7 +128,7 @@ def load(path: Path, family: Family, config: build.Config, recipe: Recipe) -> nn
 
 
 def fit(path: Path, arrays: dict[str, mx.array], shapes: dict[str, tuple]) -> None:
-    """No key missing, none unknown, every shape as the network has it."""
+    """Raise if a key is missing or unknown, or if a shape differs from the network's."""
     again = "Convert the checkpoint again."
     for key in sorted(shapes.keys() - arrays.keys()):
         raise Error(f"{path} lacks {key}.", again)

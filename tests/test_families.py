@@ -117,7 +117,7 @@ def test_a_description_is_read_as_it_was_written(tmp_path, name):
 
 def test_variants_that_cannot_draw_say_what_they_need(tmp_path):
     fill = replace(description.published("flux-dev", FLOAT32), variant="fill")
-    with pytest.raises(Error, match="is a fill model, which draws from a picture and a mask too"):
+    with pytest.raises(Error, match="is a fill model, which also needs a picture and a mask"):
         fill.check_draws()
 
 

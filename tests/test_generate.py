@@ -89,7 +89,7 @@ def test_a_picture_begins_with_another_and_replays_only_with_it(here, model, cap
     Image.new("RGB", (30, 14), "red").save("begin.png")
     capsys.readouterr()
     assert main([*again, "-o", "d.png"]) == 1
-    assert "not what these settings began with" in capsys.readouterr().err
+    assert "not the start image of these settings" in capsys.readouterr().err
 
 
 def test_an_image_from_memory_is_drawn_from_but_not_replayed(here, model, capsys):
@@ -99,7 +99,7 @@ def test_an_image_from_memory_is_drawn_from_but_not_replayed(here, model, capsys
     assert more.image.size == (16, 16)
     images.save(more.image, here / "a.png", more.request, pipe.name, str(pipe.description.recipe))
     assert main(["--from-image", "a.png", "-m", str(model), "-o", "b.png"]) == 1
-    assert "no image for these settings" in capsys.readouterr().err
+    assert "These settings need a start image" in capsys.readouterr().err
     assert pipe.resolve(more.request, image=Image.new("RGB", (8, 8))).image_hash != more.request.image_hash
 
 
@@ -236,7 +236,7 @@ BAD = {
     "a time for no refiner": (["x", "--refine-at", "0.5"], "Add --refiner"),
     "image absent": (["x", "-i", "absent.png"], "absent.png"),
     "image is no picture": (["x", "-i", "binary.txt"], "binary.txt"),
-    "strength without an image": (["x", "--strength", "0.5"], "no image"),
+    "strength without an image": (["x", "--strength", "0.5"], "need a start image"),
     "strength out of range": (
         ["x", "-i", "begin.png", "--strength", "2"],
         "Strength must be a number from 0 to 1; 2.0 was given",

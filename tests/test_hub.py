@@ -247,7 +247,7 @@ def test_damaged_start_of_a_resumed_download_is_found(hub, start):
         (blobs / f"{etag}.incomplete").write_bytes(bytes(size))
         answer = worker("org/damaged", dtype="float16")
         if size < 300_000:
-            assert "was damaged on its way" in answer["problem"]
+            assert "was damaged during the download" in answer["problem"]
             assert "again" in answer["fix"]
             assert not (blobs / etag).exists()
     assert repo.files[BIG] in content(answer)

@@ -71,7 +71,7 @@ def test_saving_where_one_cannot_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Error, match="cannot be written"):
         images.save(picture(), tmp_path / "file" / "a.png", FULL, "m", "float32")
-    with pytest.raises(Error, match="not a picture name"):
+    with pytest.raises(Error, match="not a kind of picture"):
         images.save(picture(), tmp_path / "a.gif", FULL, "m", "float32")
 
 

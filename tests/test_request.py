@@ -76,7 +76,7 @@ def test_an_image_has_a_strength_and_a_strength_an_image():
     shown = Image.new("RGB", (8, 8))
     replayed = Request.from_json(replace(resolve(Request("x", image=shown)), image_hash="1f").to_json())
     assert (replayed.image, replayed.image_hash) == (None, "1f")
-    with pytest.raises(Error, match="no image"):
+    with pytest.raises(Error, match="need a start image"):
         resolve(replayed)
 
 
@@ -117,7 +117,7 @@ BAD = [
     ({"skip_interval": (0.5, 0.1)}, "ends before it begins"),
     ({"skip_scale": math.inf}, "skip_scale must be a number from 0 to 100; inf was given"),
     ({"skip_layers": 7}, "skip_layers 7"),
-    ({"strength": 0.5}, "no image"),
+    ({"strength": 0.5}, "need a start image"),
     ({"strength": 1.5, "image": "a.png"}, "Strength must be a number from 0 to 1; 1.5 was given"),
     ({"strength": math.nan, "image": "a.png"}, "Strength must be a number from 0 to 1; nan was given"),
 ]

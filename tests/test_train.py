@@ -290,7 +290,7 @@ def test_a_sheet_of_scenes_goes_where_it_can_and_nowhere_else(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     draw = ["scenes", "--size", "16", "--out"]
     bad = {
-        "sc": "is not a picture name mlxdiff writes",
+        "sc": "is not a kind of picture that mlxdiff writes",
         "sc.gif": "End it in one of",
         "file/a.png": "cannot be written",
     }
@@ -320,11 +320,11 @@ def test_a_run_where_none_can_be_is_one_line(tmp_path, capsys, name, text):
 def test_a_folder_of_something_else_and_no_judge_are_refused(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["storybook", "--out", str(tmp_path)]) == 1
-    assert "holds something else than a run" in capsys.readouterr().err
+    assert "holds something other than a run" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     assert main(["judge", "storybook", "--judge", str(tmp_path / "notes.txt")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "notes.txt is no judge" in line
+    assert "notes.txt is not a judge" in line
 
 
 def test_from_nothing_to_a_folder_that_others_open(tmp_path, capsys, monkeypatch):

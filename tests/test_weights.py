@@ -17,7 +17,7 @@ from mlxdiff import convert, description, load, store, weights
 from mlxdiff.errors import Error
 from mlxdiff.families import FAMILIES
 from mlxdiff.models import build, clip
-from mlxdiff.recipe import BITS, DTYPES, Recipe, component_dtype, default_dtype, plan
+from mlxdiff.recipe import BITS, DTYPES, Recipe, component_dtype, default_dtype, quantization_plan
 
 CONFIG = clip.Config(
     vocab=50, positions=7, width=64, layers=2, heads=2, hidden=96, act="gelu", projection=32, eos=49, eps=1e-5
@@ -159,7 +159,7 @@ def test_a_folder_loads_lazily(tmp_path, bits):
 def test_layers_no_group_divides_stay_whole():
     for width, takes in ((64, set(BITS)), (96, set(BITS)), (80, {"nvfp4"}), (72, set())):
         module = build.build(replace(CONFIG, width=width, heads=1))
-        found = {b for b in BITS if "encoder.layers.0.mlp.fc1" in plan(SD1, "text_encoder", module, b)}
+        found = {b for b in BITS if "encoder.layers.0.mlp.fc1" in quantization_plan(SD1, "text_encoder", module, b)}
         assert found == takes
 
 

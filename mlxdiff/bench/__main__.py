@@ -1,5 +1,6 @@
-"""`python -m mlxdiff.bench`: how long a picture takes and where, in how much memory, from a model or, without any file,
-from a family's full-size networks with random weights. Times are medians, with the least and the most beside them."""
+"""`python -m mlxdiff.bench`: measures how long each stage of a picture takes and how much memory it needs. It uses a
+model or, without any file, a named model's full-size networks with random weights. Times are medians, printed with the
+shortest and the longest."""
 
 import argparse
 import json
@@ -27,7 +28,7 @@ from .random_model import RandomNetworks, random_pipeline
 from .step import Trace, spread
 
 _PROMPT = "a red house under a full moon"
-_STAGES = ("encode", "load", "prepare", "denoise", "decode")  # prepare: what the loop has constant
+_STAGES = ("encode", "load", "prepare", "denoise", "decode")  # prepare: everything that is constant during the loop
 _AFTER = {"encode": "prepare", "load": "prepare", "denoise": "decode", "decode": None}
 
 
@@ -37,22 +38,22 @@ def parser() -> argparse.ArgumentParser:
     which = g.add_mutually_exclusive_group()
     which.add_argument("-m", "--model", default=DEFAULT, help=f"name, hub id, folder or .safetensors ({DEFAULT})")
     which.add_argument(
-        "--random", choices=MODELS, metavar="NAME", help="a named model's networks with random weights: no file"
+        "--random", choices=MODELS, metavar="NAME", help="a named model's networks with random weights; needs no file"
     )
     g.add_argument(
-        "--blocks", type=int, metavar="N", help="with --random: SD3 and FLUX cut to N blocks of each kind, T5 too"
+        "--blocks", type=int, metavar="N", help="with --random: keep N blocks of each kind in SD3, FLUX and T5"
     )
     g.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a run (4)")
-    g.add_argument("-W", "--width", type=int, metavar="PX", help="of the picture (default: the model's own size)")
-    g.add_argument("-H", "--height", type=int, metavar="PX", help="both multiples of 8, or of 16 for SD3 and FLUX")
-    g.add_argument("--batch", type=int, choices=(1, 2), help="1: not guided, 2: guided (default: what the model does)")
+    g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
+    g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, or of 16 for SD3 and FLUX")
+    g.add_argument("--batch", type=int, choices=(1, 2), help="1: no guidance, 2: guidance (default: the model's)")
     g.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help=SMALLER)
-    g.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
-    g.add_argument("--low-memory", action="store_true", help="slower, in less memory")
-    g.add_argument("--force", action="store_true", help="try it even where this machine has too little memory")
+    g.add_argument("--dtype", choices=DTYPES, help="default: the dtype that suits this machine")
+    g.add_argument("--low-memory", action="store_true", help="slower, but in less memory")
+    g.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
     g = p.add_argument_group("how")
-    g.add_argument("--repeat", type=int, default=3, metavar="N", help="runs measured, after one to warm up (3)")
-    g.add_argument("--against", choices=("torch",), help="call diffusers' network in turn with ours")
+    g.add_argument("--repeat", type=int, default=3, metavar="N", help="runs to measure, after one warm-up run (3)")
+    g.add_argument("--against", choices=("torch",), help="time diffusers' network alternately with ours")
     g.add_argument("--install", metavar="PATH", help="also time a fresh install of this wheel or checkout")
     g.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     g.add_argument("-h", "--help", action="help", help="show this and stop")
@@ -66,18 +67,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     if args.repeat < 1:
-        raise Error(f"--repeat {args.repeat} measures nothing.", "Use 1 or more.")
+        raise Error(f"--repeat must be at least 1; {args.repeat} was given.", "Use 1 or more.")
     if args.random is not None and args.install is not None:
-        raise Error("--install ends with a picture, for which --random has no model.", "Name a model with -m.")
+        raise Error("--install draws a picture, and --random has no model for that.", "Name a model with -m.")
     if args.blocks is not None and (args.random is None or args.blocks < 1):
-        raise Error(f"--blocks {args.blocks} cuts nothing.", "Use 1 or more, with --random.")
+        raise Error(f"--blocks {args.blocks} has no effect.", "Use 1 or more, with --random.")
     facts = measure(args)
     print(json.dumps(facts) if args.json else table(facts))
     return 0
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """All figures. Seconds come as {median, least, most, n}."""
+    """All figures. Each time is {median, least, most, n} in seconds."""
     if args.random is None:
         pipe = load(args.model, bits=args.quantize, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
     else:
@@ -113,11 +114,11 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def asked(pipe: Pipeline, args: argparse.Namespace) -> Request:
-    """The picture that is drawn: euler, which calls the network once a step."""
+    """The request to measure. Its sampler is euler, which calls the network once a step."""
     guidance = None
     two = pipe.description.guidance == SECOND_PASS
     if args.batch == 2 and not two:
-        raise Error(f"{pipe.name} is guided without a second pass.", "Use --batch 1.")
+        raise Error(f"{pipe.name} has no second pass for guidance.", "Use --batch 1.")
     if args.batch is not None and two:
         guidance = 1.0 if args.batch == 1 else max(pipe.description.defaults.guidance, 2.0)
     return pipe.resolve(
@@ -129,9 +130,9 @@ def asked(pipe: Pipeline, args: argparse.Namespace) -> Request:
 
 
 def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
-    """A run to warm up, whose first step is traced, then `repeat` runs. From the first come the peaks, since later ones
-    find networks in memory, and what it alone does, such as loading. Random weights come from no file, so making them
-    is neither timed nor called loading; but for what a transformer only prepares with, made as `prepare` reads it."""
+    """A warm-up run, whose first step is traced, then `repeat` runs. The peaks come from the first run, since later
+    runs already have the networks in memory, and so do the stages that only it has, such as loading. Random weights are
+    not loaded, so making them is not timed, except a transformer's modulations, which are created inside `prepare`."""
     random = isinstance(pipe.networks, RandomNetworks)
     trace, clock = Trace(), pipe.networks.clock if random else time.perf_counter
     try:
@@ -160,13 +161,13 @@ def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
 
 
 class Run(NamedTuple):
-    seconds: dict[str, float]  # of each stage; a stage lasts until the next one begins, so they add up to the whole
+    seconds: dict[str, float]  # per stage; a stage lasts until the next one begins, so all stages add up to the run
     peaks: dict[str, int]  # bytes
     steps: list[float]  # seconds
 
 
 def watch(pipe: Pipeline, request: Request, clock: Callable[[], float], trace: Trace | None = None) -> Run:
-    """One run. It encodes if its prompt is not that of the run before."""
+    """Time one run. It has an encode stage only if its prompt differs from that of the run before."""
     done, stage, begin = Run({}, {}, []), None, 0.0
     for event in pipe.run(request):
         if event.step in (0, event.steps):
@@ -186,14 +187,14 @@ def watch(pipe: Pipeline, request: Request, clock: Callable[[], float], trace: T
 
 
 def table(facts: dict) -> str:
-    """The figures for people, aligned."""
+    """The figures as an aligned table."""
     f, step = facts, facts["step"]
     blas = "" if f["blas"] is None else f", {f['blas']}"
     lines = [
         f"mlxdiff {f['mlxdiff']}, mlx {f['mlx']} on {f['device']} ({f['chip']}{blas})",
         f"{f['model']}, {Recipe(f['dtype'], f['bits'])}, {f['width']}x{f['height']}, batch {f['batch']}"
         + (", low memory" if f["low_memory"] else ""),
-        f"runs of {f['steps']} steps: {f['repeat']}, after one to warm up",
+        f"runs of {f['steps']} steps: {f['repeat']}, after a warm-up run",
         "",
         f"{'stage':12}{'seconds':>10}   {'least - most':16}{'peak':>9}",
     ]
@@ -213,7 +214,7 @@ def table(facts: dict) -> str:
 
     lines.append(f"{'import':12}{_spread(f['import'])}")
     if f["cold_start"] is not None:
-        lines.append(f"{'cold start':12}{_spread(f['cold_start'])}   command to first byte of a picture of one step")
+        lines.append(f"{'cold start':12}{_spread(f['cold_start'])}   command to first byte of a one-step picture")
     if f["install"] is None:
         lines.append(f"{'on disk':12}{'-':>10}   not installed: run pip install .")
     else:
@@ -229,9 +230,9 @@ def table(facts: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-_RESIDENT = "held at most by all runs, as the system counts"
-_REST = "the step less these: elementwise, norms, copies, overhead"
-_KERNELS = "primitives of its graph but views"
+_RESIDENT = "the process's peak in all runs, by the system"
+_REST = "the rest of the step: elementwise, norms, copies, overhead"
+_KERNELS = "primitives of its graph, without views"
 
 
 def _spread(s: dict) -> str:
@@ -242,11 +243,11 @@ def _spread(s: dict) -> str:
 
 def _against(a: dict) -> list[str]:
     if "absent" in a:
-        return [f"torch       absent: no {a['absent']} here; pip install torch diffusers"]
-    apart = "other weights" if a["error"] is None else f"outputs within {a['error']:.0e}"
+        return [f"torch       absent: {a['absent']} is missing; pip install torch diffusers"]
+    apart = "different weights" if a["error"] is None else f"outputs within {a['error']:.0e}"
     torch = "unknown" if a["torch_peak_bytes"] is None else f"{a['torch_peak_bytes'] / 1e9:.2f} GB"
     return [
-        f"network alone, in turn with torch {a['torch']} (diffusers {a['diffusers']}) on {a['device']}, {apart}",
+        f"network alone, alternating with torch {a['torch']} (diffusers {a['diffusers']}) on {a['device']}, {apart}",
         f"{'mlxdiff':12}{_spread(a['seconds'])}{a['peak_bytes'] / 1e9:6.2f} GB",
         f"{'torch':12}{_spread(a['torch_seconds'])}{torch:>9}",
         f"{'ratio':12}{_spread(a['ratio'])}   of torch's time",

@@ -1,5 +1,5 @@
-"""The same network in torch (diffusers), called in turn with ours. torch runs in a process of its own, from the program
-text against_torch.txt: no module here imports it, and without it a benchmark only says that it is absent."""
+"""Times the same network in torch (diffusers) alternately with ours. torch runs in another process, from the program
+text against_torch.txt: no module here imports it. If torch is missing, the benchmark only reports that."""
 
 import json
 import subprocess
@@ -20,20 +20,21 @@ from ..request import Request
 from .step import spread
 
 PROGRAM = Path(__file__).with_name("against_torch.txt")
-T = 500.0  # any time of training
+T = 500.0  # any training time would do
 
 
 def check(pipe: Pipeline) -> None:
-    """Refuse, before anything is measured, what torch has no network for."""
+    """Refuse, before anything is measured, a model that torch has no network for."""
     if pipe.description.family.denoiser != "unet":
-        raise Error(f"--against torch knows U-Nets; {pipe.name} has none.", "Leave it out.")
+        raise Error(f"--against torch only knows U-Nets; {pipe.name} has none.", "Leave it out.")
     if pipe.description.recipe.bits is not None:
         raise Error(f"{pipe.name} is quantized, which torch cannot read.", "Leave --against out, or do not quantize.")
 
 
 def compare(pipe: Pipeline, request: Request, batch: int, repeat: int) -> dict:
-    """Seconds of one call of the U-Net, ours and torch's, A B A B after a call each to warm up; how far apart the
-    outputs are where the weights are the same (not so for random ones); or what is absent."""
+    """Seconds of one U-Net call, ours and torch's in alternation (A B A B), after a warm-up call of each. If both have
+    the same weights (random ones differ), also the distance of the outputs. If torch is missing: the missing
+    package."""
     net, values = pipe.networks.get("unet"), inputs(pipe, request, batch)
     arrays = {k: mx.array(v) for k, v in values.items()}
     x = arrays.pop("x").astype(net.conv_in.weight.dtype)
@@ -82,7 +83,7 @@ def compare(pipe: Pipeline, request: Request, batch: int, repeat: int) -> dict:
 
 @contextmanager
 def process(job: dict) -> Iterator[Iterator[dict]]:
-    """What the program says of itself, then its answer to each further question."""
+    """Starts the program. The first item describes it; each further item is its answer to one more request."""
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed below)
     torch = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.read_text(encoding="utf-8"), json.dumps(job)],
@@ -97,10 +98,10 @@ def process(job: dict) -> Iterator[Iterator[dict]]:
             line = torch.stdout.readline()
             if not line:
                 errors.seek(0)
-                said = errors.read().strip().splitlines() or ["it said nothing"]
+                said = errors.read().strip().splitlines() or ["it printed nothing"]
                 raise Error(f"torch stopped: {said[-1]}.", "Leave --against out.")
             yield json.loads(line)
-            with suppress(BrokenPipeError):  # it died: the next line tells
+            with suppress(BrokenPipeError):  # it died: reading the next line reports that
                 torch.stdin.write("\n")
                 torch.stdin.flush()
 
@@ -113,7 +114,7 @@ def process(job: dict) -> Iterator[Iterator[dict]]:
 
 
 def inputs(pipe: Pipeline, request: Request, batch: int) -> dict[str, np.ndarray]:
-    """Random inputs for one call, the same for both, in our layout."""
+    """Random inputs for one call, in our layout. Both sides use the same inputs."""
     model, rng = pipe.description, np.random.default_rng(0)
     net, size = model.net, model.latent_size(request)
     shapes = {"x": (batch, *size, net.in_channels), "context": (batch, 77, net.context)}
@@ -133,7 +134,7 @@ def config(ours: unet.Config) -> dict:
     middle = {None: None, 0: "UNetMidBlock2D"}
     down = [list(d) if d else 1 for d in ours.depth]
     if not ours.depth[-1] and ours.mid_depth:
-        down[-1] = ours.mid_depth  # diffusers takes the middle's from the last level
+        down[-1] = ours.mid_depth  # diffusers uses the last level's depth in the middle
     return {
         "in_channels": ours.in_channels,
         "out_channels": ours.out_channels,
@@ -144,7 +145,7 @@ def config(ours: unet.Config) -> dict:
         "mid_block_type": middle.get(ours.mid_depth, "UNetMidBlock2DCrossAttn"),
         "transformer_layers_per_block": down,
         "reverse_transformer_layers_per_block": [list(d) if d else 1 for d in ours.up_depth],
-        "attention_head_dim": list(ours.heads),  # counts heads in these files
+        "attention_head_dim": list(ours.heads),  # this is the number of heads in these files
         "cross_attention_dim": ours.context,
         "norm_num_groups": ours.groups,
         "norm_eps": ours.eps,

@@ -1,4 +1,4 @@
-"""Published models at full size, or at full width and less depth, of random weights: to measure without any file."""
+"""Published models with random weights, at full size or with fewer blocks, for measurements without any file."""
 
 import json
 import math
@@ -21,13 +21,13 @@ from ..models import build
 from ..models.build import Config
 from ..networks import Networks
 from ..pipeline import Pipeline
-from ..recipe import DTYPES, component_dtype, plan, recipe
+from ..recipe import DTYPES, component_dtype, quantization_plan, recipe
 from ..tokenizers import BOS, EOS
 
 
 class RandomNetworks(Networks):
-    """Networks whose weights are made when a stage asks for them. On disk there are only alphabets for tokenizers, in a
-    folder that goes when this does."""
+    """Networks whose random weights are made when a stage needs them. Only minimal tokenizers are on disk, in a folder
+    that is deleted with this object."""
 
     def __init__(self, description: Description):
         self._making = 0.0
@@ -39,7 +39,8 @@ class RandomNetworks(Networks):
                 alphabet(self.folder / tokenizer_of(name))
 
     def get(self, name: str) -> nn.Module:
-        """A transformer is left to be made when it is loaded, by then without what only its preparation reads."""
+        """Make the weights now and subtract their time. A transformer's weights are made in the load stage, which has
+        already dropped those that only `prepare` reads."""
         if name in self or name == "transformer":
             return super().get(name)
         begin, net = time.perf_counter(), super().get(name)
@@ -52,10 +53,10 @@ class RandomNetworks(Networks):
         kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
         net = build.build(model.components[name])
         net.update(tree_map(lambda p: _random(p.shape, kind) if p.ndim > 1 else p.astype(kind), net.parameters()))
-        return weights.quantized(net, plan(model.family, name, net, model.recipe.bits)).eval()
+        return weights.quantized(net, quantization_plan(model.family, name, net, model.recipe.bits)).eval()
 
     def clock(self) -> float:
-        """Seconds, less those that went into making weights."""
+        """Seconds, without the time that making weights took."""
         return time.perf_counter() - self._making
 
 
@@ -67,18 +68,18 @@ def random_pipeline(
     force: bool = False,
     bits: int | str | None = None,
 ) -> Pipeline:
-    """A named model of random weights. blocks: how many to keep of each kind, in the transformers and in T5."""
+    """A named model with random weights. blocks: how many of each kind to keep, in the transformers and T5."""
     model = published(name, recipe(bits, dtype))
     return Pipeline(RandomNetworks(replace(model, components=shallow(name, blocks))), low_memory, force)
 
 
 def shallow(name: str, blocks: int | None) -> dict[str, Config]:
-    """A model's networks, with no more than so many blocks of each kind."""
+    """A model's networks with at most `blocks` blocks of each kind."""
     networks = MODELS[name].networks
     if blocks is None:
         return networks
     if "unet" in networks:
-        raise Error(f"{name} is a U-Net, which is not cut.", "Leave --blocks out.")
+        raise Error(f"{name} is a U-Net, which cannot be cut.", "Leave --blocks out.")
 
     def cut(config: Config) -> Config:
         depth = {k: min(blocks, v) for k, v in vars(config).items() if k in ("double", "single", "layers")}
@@ -90,8 +91,8 @@ def shallow(name: str, blocks: int | None) -> dict[str, Config]:
 
 
 def _random(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """A matrix or kernel whose rows are windows of one random row, each begun a number later: memory to fill, but no
-    time for a generator. As large as leaves what passes through its size."""
+    """A matrix or kernel whose rows are windows of one random row, each shifted by one number. It fills the memory but
+    takes little time to make. Its scale keeps activations at their size."""
     inner = math.prod(shape[1:])
     row = (mx.random.normal((shape[0] + inner,), key=mx.random.key(inner)) * inner**-0.5).astype(dtype)
     return mx.contiguous(mx.as_strided(row, (shape[0], inner), (1, 1))).reshape(shape)
@@ -102,7 +103,7 @@ def _letters() -> list[str]:
 
 
 def _alphabet(folder: Path) -> None:
-    """A byte-level BPE without merges: a token a letter."""
+    """Write a byte-level BPE without merges, so each letter is a token."""
     folder.mkdir()
     letters = _letters()
     words = [*letters, *(c + "</w>" for c in letters), BOS, EOS]

@@ -1,4 +1,4 @@
-"""How long mlxdiff takes to start and to install, each in a process of its own, and what it takes on the disk."""
+"""Measures how long mlxdiff takes to start and to install, in separate processes, and how much disk space it takes."""
 
 import argparse
 import os
@@ -21,19 +21,19 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def import_time(repeat: int) -> dict:
-    """Of what `generate` needs, without the interpreter's own start."""
+    """Seconds to import all that `generate` needs, without the start of the interpreter."""
     bare = median(_seconds([sys.executable, "-c", "pass"]) for _ in range(repeat))
     return spread([_seconds([sys.executable, "-c", "import mlxdiff.generate"]) - bare for _ in range(repeat)])
 
 
 def cold_start(args: argparse.Namespace, request: Request) -> dict:
-    """From the command to the first byte of a picture of one step, the model already converted, in files the system
-    may still hold in memory."""
+    """Seconds from the command to the first byte of a one-step picture. The model is already converted, and its files
+    may be in the system's cache."""
     return spread([first_byte(sys.executable, args, request, _environment()) for _ in range(args.repeat)])
 
 
 def install_to_picture(args: argparse.Namespace, request: Request) -> dict:
-    """Seconds of a fresh environment, of pip (whose downloads may be cached), and of the first picture in it."""
+    """Seconds to make a fresh environment, to run pip (downloads may be cached), and to draw the first picture."""
     source = Path(args.install).resolve()
     if not source.exists():
         raise Error(f"{args.install} does not exist.", "Give a wheel, or a folder with a pyproject.toml.")
@@ -91,20 +91,20 @@ def _seconds(call: list[str]) -> float:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with this mlxdiff to be found from any folder."""
+    """This environment, with this mlxdiff importable from any folder."""
     path = os.pathsep.join(p for p in (str(_PACKAGE.parent), os.environ.get("PYTHONPATH")) if p)
     return os.environ | {"PYTHONPATH": path}
 
 
 def install_size() -> dict | None:
-    """Bytes on disk of mlxdiff and of all it requires, as each installed package lists its files; None where mlxdiff
-    runs from a checkout that was never installed."""
+    """Bytes on disk of mlxdiff and its requirements, by the file lists of the installed packages; None if mlxdiff runs
+    from a checkout that was never installed."""
     sizes, todo, seen = {}, [("mlxdiff", "")], set()
     while todo:
         name, extras = todo.pop()
         try:
             package = metadata.distribution(name)
-        except metadata.PackageNotFoundError:  # wanted by another system
+        except metadata.PackageNotFoundError:  # only another system requires it
             continue
         if (name, extras) not in seen:
             seen.add((name, extras))
@@ -112,15 +112,15 @@ def install_size() -> dict | None:
             todo += [need for line in package.requires or [] for need in _required(line, extras)]
     if "mlxdiff" not in sizes:
         return None
-    checkout = (_PACKAGE.parent / "pyproject.toml").is_file()  # then two of its folders lie beside it
+    checkout = (_PACKAGE.parent / "pyproject.toml").is_file()  # there, two of its folders are beside the package
     folders = [_PACKAGE, *(_PACKAGE.parent / n for n in ("convert", "widgets") if checkout)]
     sizes["mlxdiff"] = _bytes(f for d in folders for f in d.rglob("*") if f.is_file() and f.suffix != ".pyc")
     return {"bytes": sum(sizes.values()), "packages": dict(sorted(sizes.items(), key=lambda s: -s[1]))}
 
 
 def _required(line: str, extras: str) -> list[tuple[str, str]]:
-    """(name, extras) of a line like `mlx[cpu]>=0.30; sys_platform == 'linux'`; nothing if it is for an extra not asked.
-    Other markers are not read: what they exclude is not installed."""
+    """(name, extras) of a line like `mlx[cpu]>=0.30; sys_platform == 'linux'`; nothing if the line is for another
+    extra. Other markers are not read: a package that they exclude is not installed."""
     m = re.match(r"\s*([\w.-]+)\s*(?:\[([^\]]*)\])?", line)
     wanted = re.findall(r"extra\s*==\s*['\"]([^'\"]+)", line)
     if wanted and not set(wanted) & set(re.split(r"\s*,\s*", extras)):
@@ -131,6 +131,6 @@ def _required(line: str, extras: str) -> list[tuple[str, str]]:
 def _bytes(files: Iterable[Path]) -> int:
     total = 0
     for file in files:
-        with suppress(OSError):  # listed, and gone
+        with suppress(OSError):  # listed, but deleted
             total += os.stat(file).st_size
     return total

@@ -1,4 +1,4 @@
-"""What one step is made of: the kernels of its graph, and its matmuls, convolutions and attentions timed each alone."""
+"""The parts of one step: the kernels of its graph, and its matmuls, convolutions and attentions, each timed alone."""
 
 import io
 import re
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-# Where the calls are caught. A fused attention is one; what it does inside is not caught a second time.
+# The functions whose calls are recorded. A fused attention is one call; its inner work is not recorded again.
 CAUGHT = (
     (mx, "matmul", "matmul"),
     (mx, "addmm", "matmul"),
@@ -21,27 +21,27 @@ CAUGHT = (
     (mx.fast, "scaled_dot_product_attention", "attention"),
 )
 KINDS = ("matmul", "convolution", "attention")
-_MOST = 8  # calls timed in one evaluation: enough that its fixed cost does not count
+_MOST = 8  # calls timed in one evaluation, so many that its fixed cost does not matter
 
-# Primitives that only say how memory is read. The strided ones leave an array that a reshape must copy.
+# Primitives that only change how memory is read. After a strided one, a reshape must copy.
 _STRIDED = {"AsStrided", "Broadcast", "BroadcastAxes", "Slice", "Split", "Transpose"}
 _SHAPED = {"Flatten", "Reshape"}
 _VIEWS = _STRIDED | _SHAPED | {"Depends", "ExpandDims", "Squeeze", "StopGradient", "Unflatten", "View"}
 
 
 def kernels(*arrays: mx.array) -> Counter:
-    """Primitives of the graph that leads to `arrays`, by name, without views; a reshape is counted where what it
-    reshapes is transposed, sliced or broadcast, since then it copies. A chain fused by mx.compile is one. Of what a
-    primitive launches this is the least: a convolution may be several kernels on a GPU."""
+    """Count the primitives of the graph that leads to `arrays`, by name, without views. A reshape counts if its input
+    is transposed, sliced or broadcast, since then it copies. A chain fused by mx.compile counts as one. The result is a
+    lower bound: on a GPU, one convolution may launch several kernels."""
     out = io.StringIO()
     mx.export_to_dot(out, *arrays)
     text = out.getvalue()
-    # A node is the address of its primitive, which all calls of one compiled function share: nodes are not unique.
+    # A node is named by its primitive's address. All calls of one compiled function share it: nodes are not unique.
     nodes = re.findall(r'^\{ (\d+) \[label ="([^"]+)"', text, re.M)
     names, source = dict(nodes), {}
     made = {array: node for node, array in re.findall(r'^(\d+) -> "(\w+)"', text, re.M)}
     for array, node in re.findall(r'^"(\w+)" -> (\d+)', text, re.M):
-        source.setdefault(node, array)  # the first array it reads
+        source.setdefault(node, array)  # the first array that the node reads
 
     @cache
     def strided(array: str) -> bool:
@@ -52,7 +52,7 @@ def kernels(*arrays: mx.array) -> Counter:
 
 
 class Shape(NamedTuple):
-    """An array that was passed."""
+    """Stands for an array argument."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
@@ -66,8 +66,8 @@ class Call(NamedTuple):
 
 
 class Trace:
-    """While on, by functions of MLX put aside for its own: writes down every matmul, convolution and attention that is
-    asked for, and counts the kernels of what is first evaluated."""
+    """While it is on, it replaces functions of MLX by wrappers. They record every call of a matmul, convolution or
+    attention, and count the kernels of the first evaluation."""
 
     def __init__(self):
         self.calls: dict[str, Call] = {}
@@ -108,7 +108,7 @@ class Trace:
         return called
 
     def alone(self, repeat: int) -> dict[str, dict]:
-        """For each kind: calls, distinct shapes, and the seconds all the calls take when nothing else runs."""
+        """For each kind: the calls, the distinct shapes, and the seconds of all calls, timed alone."""
         parts = {kind: {"calls": 0, "shapes": 0, "seconds": 0.0} for kind in KINDS}
         for key, call in self.calls.items():
             n, part = self.counts[key], parts[call.kind]
@@ -123,8 +123,8 @@ def _shape(value):
 
 
 def seconds_alone(call: Call, n: int, repeat: int) -> float:
-    """Median time of one call on random arrays, from n at a time that wait for each other, `repeat` times and for a
-    twentieth of a second. A second matrix is made transposed, as the weights of Linear are."""
+    """Median time of one call on random arrays. n calls that wait for each other are timed together, at least `repeat`
+    times and for a twentieth of a second. A second matrix is made transposed, like the weights of Linear."""
     args = [_random(a) for a in call.args]
     options = {k: _random(v) for k, v in call.options.items()}
     right = {"matmul": 1, "__matmul__": 1, "addmm": 2}.get(call.function.__name__)
@@ -155,5 +155,5 @@ def _random(value):
 
 
 def spread(samples: list[float]) -> dict:
-    """Several measurements of one thing."""
+    """Median and range of several measurements."""
     return {"median": median(samples), "least": min(samples), "most": max(samples), "n": len(samples)}

@@ -1,4 +1,4 @@
-"""The built-in model: the folder it lies in, and the words that it was shown to mean something."""
+"""The built-in model: its folder, and the words that it was trained to understand."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from ..errors import near
 
 NAME = "storybook"
 FOLDER = Path(__file__).parent / NAME
-_LONG = 4  # letters: a shorter word is near too many others
+_LONG = 4  # letters; a shorter word is close to too many others
 
 
 @cache
@@ -19,7 +19,7 @@ def _words() -> dict:
 
 
 def vocabulary() -> dict[str, list[str]]:
-    """For people: kind of word -> the words."""
+    """The words for people to read: kind of word -> the words."""
     return _words()["vocabulary"]
 
 
@@ -36,7 +36,8 @@ def unknown_words(prompt: str) -> list[str]:
 
 
 def notice(prompt: str) -> str:
-    """For people: the words that the model does not know, each with the nearest one it does; "" if it knows all."""
+    """A sentence for people: the words that the model does not know, each with the closest word that it knows. "" if it
+    knows all words."""
     words = []
     for word in unknown_words(prompt):
         close = near(word, [w for w in sorted(known_words()) if len(w) >= _LONG], 0.75) if len(word) >= _LONG else ""
@@ -48,7 +49,8 @@ _warned: set[str] = set()
 
 
 def warn(model: str, prompt: str) -> None:
-    """If this is the model: a warning to whoever called the caller, once in a process for the same words."""
+    """If `model` is the built-in one, warn about unknown words, once per process for the same words. The warning points
+    to the code that called the caller."""
     text = notice(prompt) if model == NAME else ""
     if text and text not in _warned:
         _warned.add(text)

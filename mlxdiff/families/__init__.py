@@ -1,4 +1,4 @@
-"""The families of models, and the models that have a name. Each family file holds everything true of it alone."""
+"""The families of models, and the named models. A family's file holds everything that is true of this family alone."""
 
 from . import flux, sd, sd3, sdxl
 from .base import PARTS, Defaults, Family, Model
@@ -13,11 +13,11 @@ __all__ = ["DEFAULT", "FAMILIES", "MODELS", "PARTS", "Defaults", "Family", "Mode
 
 
 def name_of(model: str) -> str | None:
-    """The name of a named model, given that or its hub id."""
+    """The name of a named model, given its name or its hub id."""
     return next((n for n, m in MODELS.items() if model in (n, m.repo)), None)
 
 
 def find(model: str) -> Model | None:
-    """The row of a named model, by its name or by its hub id."""
+    """A named model, given its name or its hub id."""
     name = name_of(model)
     return None if name is None else MODELS[name]

@@ -1,4 +1,4 @@
-"""What a family of models is: the rows that every family file fills in. Nothing here is about one family."""
+"""The dataclasses that every family's file fills in. Nothing here is about one family."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,32 +6,32 @@ from dataclasses import dataclass, field
 from ..models.build import Config
 from ..request import Defaults, Request
 
-# How a denoiser is guided.
-SECOND_PASS = "second pass"  # away from the negative prompt, which takes a pass of its own
-INPUT = "input"  # the network is told the guidance; only `true_cfg` takes a second pass
-NONE = "none"  # the network was distilled to do without; only `true_cfg` takes a second pass
-EMBEDDED = "embedded"  # a consistency model is told the guidance through its time embedding; no second pass
+# How guidance works for a denoiser.
+SECOND_PASS = "second pass"  # guidance pushes away from the negative prompt, which needs a second pass
+INPUT = "input"  # guidance is an input of the network; only `true_cfg` takes a second pass
+NONE = "none"  # the network was distilled to need no guidance; only `true_cfg` takes a second pass
+EMBEDDED = "embedded"  # a consistency model has guidance in its time embedding; no second pass
 
-# Networks that people keep in files of their own: setting -> what it is.
+# Networks that people keep in separate files: setting -> its name for people.
 PARTS = {"vae": "a VAE", "clip": "the CLIP text encoder", "clip_g": "SD3's second CLIP", "t5": "T5"}
 
 
 @dataclass(frozen=True)
 class TextPlan:
-    """Which text encoders read a prompt, and how the denoiser gets what they say."""
+    """Which text encoders read a prompt, and how their output reaches the denoiser."""
 
-    clip: tuple[str, ...]  # CLIP encoders, in the order their texts are joined
-    final_norm: bool  # whether a CLIP layer below the last still passes the final norm
-    pooled: tuple[str, ...] = ()  # which encoders give the pooled vector, in the order they are joined
-    sizes: bool = False  # whether the network is told the picture's size
-    scores: tuple[float, float] | None = None  # aesthetic score told with the prompt and with the negative prompt
+    clip: tuple[str, ...]  # CLIP encoders, in the order in which their texts are joined
+    final_norm: bool  # whether a CLIP layer below the last also goes through the final norm
+    pooled: tuple[str, ...] = ()  # encoders whose pooled vectors are used, in the order in which they are joined
+    sizes: bool = False  # whether the picture's size is an input of the network
+    scores: tuple[float, float] | None = None  # aesthetic scores: inputs for the prompt and for the negative prompt
     t5: str | None = None
-    t5_tokens: int = 0  # padding included; no mask: the networks were trained to see the padding
-    clip_read: bool = True  # whether the denoiser reads CLIP's words, not only its pooled vector
+    t5_tokens: int = 0  # with padding; there is no mask, since the networks were trained with the padding visible
+    clip_read: bool = True  # whether the denoiser reads CLIP's tokens, not only its pooled vector
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The encoders without which there is no picture. Where CLIP is read too, T5 may be left out."""
+        """The encoders that drawing needs. If CLIP is read too, T5 may be left out."""
         return self.clip if self.t5 is None or self.clip_read else (*self.clip, self.t5)
 
     @property
@@ -40,7 +40,7 @@ class TextPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a short prompt that the denoiser reads."""
+        """How many tokens the denoiser reads for a short prompt."""
         return 77 * self.clip_read + self.t5_tokens
 
 
@@ -51,50 +51,51 @@ def tokenizer_of(encoder: str) -> str:
 
 @dataclass(frozen=True)
 class Careful:
-    """Linear layers of the denoiser that no recipe quantizes like the rest, by parts of their paths."""
+    """Linear layers of the denoiser that are never quantized like the rest. Each string is a part of their paths."""
 
-    whole: tuple[str, ...]  # stay as they are: small layers that every step or token passes through
-    eight: tuple[str, ...] = ()  # keep 8 bits: the modulations of a transformer, a quarter of FLUX
+    whole: tuple[str, ...]  # not quantized: small layers that every step or token passes through
+    eight: tuple[str, ...] = ()  # quantized to 8 bits: the modulations of a transformer, a quarter of FLUX
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Checkpoints of a family that differ in what they take or are drawn with. None: as the family has it. They are
-    recognised by their tensors, not by their names; two of the same tensors by what the checkpoint calls itself."""
+    """Checkpoints of a family with other inputs or other defaults. None: the same as the family. Variants are
+    recognised by their tensors, not by their names; if two have the same tensors, by the checkpoint's own name for its
+    pipeline or architecture."""
 
     beside: int = 0  # input channels of the denoiser beyond those of its output
-    needs: tuple[str, ...] = ()  # what it draws from beside a prompt, in words; such variants cannot draw yet
+    needs: tuple[str, ...] = ()  # inputs besides a prompt, in words; such variants cannot draw yet
     converts: bool = True
     guidance: str | None = None
     t5_tokens: int | None = None
     defaults: Defaults | None = None
     schedule: dict | None = None
-    edits: bool = False  # takes a picture to edit, which is not one to begin with
+    edits: bool = False  # takes a picture to edit, which is not a start image
 
 
 @dataclass(frozen=True)
 class Family:
-    name: str  # as model.json has it
+    name: str  # as in model.json
     title: str
     denoiser: str  # the component that denoises
-    network: str  # which network that is, of models.build
+    network: str  # its network, a key of models.build.NETWORKS
     text: TextPlan
     defaults: Defaults
-    fallback: tuple[str, str]  # sampler and schedule for checkpoints whose own scheduler is not one of ours
-    prediction: str  # eps, v, x0 or flow, where the checkpoint does not say
-    schedule: dict  # of checkpoints that bring none
-    clip_skip: int  # which text layer is read, counted from the end: 1 is the last
+    fallback: tuple[str, str]  # sampler and schedule for checkpoints whose scheduler does not exist here
+    prediction: str  # eps, v, x0 or flow, if the checkpoint does not say
+    schedule: dict  # the schedule of checkpoints without one
+    clip_skip: int  # the text layer that is read, counted from the end: 1 is the last
     vae_float16: bool  # whether the VAE is known not to overflow in float16
-    taesd: str  # hub id of the tiny decoder for its latents
-    preview: tuple[tuple[float, ...], ...]  # latents to RGB: a row a channel, then the bias (ComfyUI's figures)
+    taesd: str  # hub id of the tiny decoder for this family's latents
+    preview: tuple[tuple[float, ...], ...]  # latents to RGB: a row per channel, then the bias (ComfyUI's figures)
     careful: Careful
-    activations: Callable[[Config, int, int, bool], float]  # (network, latents, tokens, gpu) -> numbers a sample holds
+    activations: Callable[[Config, int, int, bool], float]  # (network, latents, tokens, gpu) -> numbers per sample
     guidance: str = SECOND_PASS
-    patch: int = 1  # latents along an edge that make one token
-    zero_negative: bool = False  # no negative prompt is zeros, not an empty text
+    patch: int = 1  # latents along the edge of one token
+    zero_negative: bool = False  # zeros, not an empty text, replace a missing negative prompt
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
-    # (name of the model, denoiser, what edges are multiples of, resolved request): refuses what it cannot draw.
+    # (model name, denoiser, multiple of all edges, resolved request): raises if the family cannot draw the request.
     check: Callable[[str, Config, int, Request], None] | None = None
 
     @property
@@ -110,9 +111,9 @@ class Model:
     repo: str | None  # hub id, or None for a model that ships inside the package
     title: str
     licence: str
-    download: float  # GB of the files that are fetched
-    networks: dict[str, Config]  # what `convert.open` says of the published checkpoint, which tests compare
+    download: float  # GB of the files to fetch
+    networks: dict[str, Config]  # as `convert.open` reads them from the published checkpoint; tests compare the two
     defaults: Defaults
     variant: str = "base"
-    prediction: str | None = None  # where it is not the family's
-    gated: bool = False  # whether its licence must be accepted on the hub first
+    prediction: str | None = None  # if it differs from the family's
+    gated: bool = False  # whether users must first accept its licence on the hub

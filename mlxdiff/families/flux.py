@@ -1,4 +1,4 @@
-"""FLUX.1 (Black Forest Labs 2024). Everything that is true of this family alone."""
+"""FLUX.1 (Black Forest Labs 2024). This file holds everything that is true of this family alone."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ _PREVIEW = (
 
 
 def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
-    """Per token and width, as measured: see `memory`."""
+    """Measured numbers per token and width: see `memory`."""
     return 37.5 * net.width * (latents // 4 + tokens)  # patches of 2 x 2
 
 
@@ -72,10 +72,10 @@ FLUX = Family(
             defaults=_SCHNELL,
             schedule=_SCHEDULE | {"shift": 1.0, "dynamic": None},
         ),
-        # Kontext has dev's very shapes; it is told where the checkpoint says so.
+        # Kontext has the same shapes as dev; only the checkpoint's name for its pipeline shows it.
         "kontext": Variant(edits=True),
-        "control": Variant(beside=64, needs=("a control picture",)),  # the other picture's patches
-        "fill": Variant(beside=320, needs=("a picture", "a mask")),  # patches of the picture; 8 x 8 of mask a latent
+        "control": Variant(beside=64, needs=("a control picture",)),  # patches of the control picture
+        "fill": Variant(beside=320, needs=("a picture", "a mask")),  # patches of picture and mask (8 x 8 a latent)
     },
 )
 FAMILIES = (FLUX,)

@@ -1,4 +1,4 @@
-"""What several families were published with: text encoders, VAEs, the U-Net, and the schedules they were trained by."""
+"""Parts that several families share as published: text encoders, VAEs, the U-Net, and training schedules."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ VAE = vae.Config(
 )
 VAE_FLOW = replace(VAE, latent_channels=16, quant_conv=False, post_quant_conv=False)
 
-UNET = unet.Config(  # of SD 1.x
+UNET = unet.Config(  # SD 1.x
     in_channels=4,
     out_channels=4,
     channels=(320, 640, 1280, 1280),
@@ -68,13 +68,13 @@ UNET_CAREFUL = Careful(whole=("time_embedding", "add_embedding", "time_emb_proj"
 
 
 def unet_activations(net: unet.Config, latents: int, tokens: int, gpu: bool) -> float:
-    """Per latent and channel of the first level, as measured: see `memory`. On a GPU: the maps that wait for the way
-    up, and the widest convolution with its norm and Winograd's two maps."""
+    """Measured numbers per latent and channel of the first level: see `memory`. On a GPU they count the maps that wait
+    for the way up, and the widest convolution with its norm and Winograd's two maps."""
     return (25 if gpu else 105) * net.channels[0] * latents
 
 
 def unet_variants(defaults: Defaults) -> dict[str, Variant]:
-    """What is told by a U-Net's input, and the consistency model, which has an input for its guidance."""
+    """The variants that differ in the U-Net's input channels, and the consistency model, which has a guidance input."""
     fast = replace(defaults, steps=4, guidance=8.0, sampler="lcm", schedule="lcm")
     return {
         "base": Variant(),
@@ -86,7 +86,7 @@ def unet_variants(defaults: Defaults) -> dict[str, Variant]:
     }
 
 
-# Of the Stable Diffusion authors (v1-inference.yaml) and, for spacing and offset, of the published diffusers folders.
+# From the Stable Diffusion authors' v1-inference.yaml; spacing and offset are from the published diffusers folders.
 DISCRETE = {
     "betas": "scaled_linear",
     "start": 0.00085,
@@ -98,7 +98,7 @@ DISCRETE = {
     "final_alpha_one": False,
     "sampler": None,
 }
-# Of rectified flow, as SD3 has it. spacing, ends: of diffusers' pipeline for the family, for no file says it.
+# Rectified flow as in SD3. spacing and ends come from diffusers' pipeline for the family, since no file has them.
 FLOW = {"steps": 1000, "shift": 3.0, "dynamic": None, "spacing": "linspace", "ends": "linspace", "sampler": "euler"}
-# A shift that grows with the picture, as diffusers has it by default: log shift by number of tokens, on a line.
+# A shift that grows with the picture, with diffusers' defaults: log shift is linear in the number of tokens.
 DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}

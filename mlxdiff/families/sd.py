@@ -1,5 +1,5 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Stability AI), LCM, and the built-in model, which is one of them.
-Everything that is true of these families alone."""
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Stability AI), LCM, and the built-in model, which is an SD 1.x.
+This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ SD2 = replace(
     name="sd2",
     title="Stable Diffusion 2.x",
     defaults=replace(_DEFAULTS, size=768),
-    clip_skip=1,  # published without the last layer of OpenCLIP: the reference reads the penultimate one
+    clip_skip=1,  # the reference reads OpenCLIP's penultimate layer; the last one was not published
     variants=unet_variants(replace(_DEFAULTS, size=768)),
 )
 FAMILIES = (SD1, SD2)
@@ -63,7 +63,7 @@ MODELS = {
     "storybook": Model(
         SD1,
         repo=None,
-        title="Storybook: small, in the box, 128 pixels",
+        title="Storybook: small, built in, 128 pixels",
         licence="MIT",
         download=0,
         networks=_STORYBOOK,

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al. 2024). Everything that is true of this family alone."""
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024). This file holds everything that is true of this family alone."""
 
 from dataclasses import replace
 
@@ -30,16 +30,16 @@ _PREVIEW = (
 
 
 def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
-    """Per token and width, as measured: see `memory`. Dual attention holds a second set of queries, keys and values."""
+    """Measured numbers per token and width: see `memory`. Dual attention holds a second set of q, k and v."""
     return (36 if net.dual else 25.5) * net.heads * net.head_dim * (latents // net.patch**2 + tokens)
 
 
 def _check(name: str, net: Config, multiple: int, request: Request) -> None:
     side = net.positions * multiple
     if max(request.width, request.height) > side:
-        raise Error(f"{name} knows positions up to {side} pixels a side.", "Choose a smaller size.")
+        raise Error(f"{name} has positions for at most {side} pixels a side.", "Choose a smaller size.")
     if request.skip_layers and request.guidance <= 1:
-        raise Error(f"skip_layers adds to guidance, and that is {request.guidance:g}.", "Use `guidance` above 1.")
+        raise Error(f"skip_layers needs guidance, and guidance is {request.guidance:g}.", "Use `guidance` above 1.")
     for layer in request.skip_layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < net.layers:
             raise Error(

@@ -1,4 +1,6 @@
-"""Stable Diffusion XL and its refiner (Podell et al. 2023). Everything that is true of these families alone."""
+"""Stable Diffusion XL and its refiner (Podell et al. 2023).
+
+This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 

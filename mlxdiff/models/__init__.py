@@ -1,1 +1,1 @@
-"""The networks, one a file. Each has a frozen Config without defaults and parameters named as its public checkpoint."""
+"""The networks, one in each file. Each has a frozen Config without defaults, and the public checkpoint's names."""

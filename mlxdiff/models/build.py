@@ -1,4 +1,4 @@
-"""The networks by name. A component's settings, as model.json keeps them, name its network and hold its Config."""
+"""The networks by name. model.json stores the settings of a component: the name of its network and its Config."""
 
 from dataclasses import asdict
 
@@ -21,12 +21,12 @@ _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
 
 
 def name_of(config: Config) -> str:
-    """Which of NETWORKS a Config is of."""
+    """The name in NETWORKS that a Config belongs to."""
     return _NAMES[type(config)]
 
 
 def settings(config: Config) -> dict:
-    """A network's name and Config as model.json keeps them."""
+    """A network's name and Config as model.json stores them."""
     return {"network": name_of(config), **asdict(config)}
 
 

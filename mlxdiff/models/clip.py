@@ -20,16 +20,16 @@ class Config:
     layers: int
     heads: int
     hidden: int
-    act: str  # of ACTS
-    projection: int | None  # width of the pooled output where the model projects it
+    act: str  # a key of ACTS
+    projection: int | None  # width of the pooled output, if the model projects it
     eos: int
     eps: float
 
 
 class Output(NamedTuple):
     states: list[mx.array]  # embeddings, then after each layer, (B, N, d) each
-    last: mx.array  # (B, N, d), the last state normed
-    pooled: mx.array  # (B, projection or d), `last` where the text ends
+    last: mx.array  # (B, N, d), the last state after the final norm
+    pooled: mx.array  # (B, projection or d), `last` at the end of the text
 
 
 class SelfAttention(nn.Module):
@@ -98,7 +98,7 @@ class CLIPText(nn.Module):
         for layer in self.encoder.layers:
             states.append(layer(states[-1]))
         last = self.final_layer_norm(states[-1])
-        # The text ends at the first eos; without one, at the highest id, as early CLIP files have it.
+        # The text ends at the first eos; without an eos, at the highest id, as in early CLIP files.
         end = mx.where(ids == self.config.eos, self.config.vocab, ids).argmax(axis=1)
         pooled = last[mx.arange(ids.shape[0]), end]  # (B, d)
         if "text_projection" in self:

@@ -1,5 +1,5 @@
-"""FLUX.1: velocity flux(x, t, **flux.prepare(...)), x (B, h, w, c) of even sides, t a sigma in [0, 1]. Packing into
-2 x 2 patches and positions are inside. Names, orders and rotations are those of Black Forest Labs' code (2024)."""
+"""FLUX.1: velocity flux(x, t, **flux.prepare(...)), x (B, h, w, c) with even sides, t a sigma in [0, 1]. Packing into
+2 x 2 patches and positions happen inside. Names, orders and rotations are those of Black Forest Labs' code (2024)."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ Pair = tuple[mx.array, mx.array]
 
 @dataclass(frozen=True)
 class Config:
-    in_channels: int  # of a patch: 4 for each channel of x
+    in_channels: int  # per patch: 4 for each channel of x
     out_channels: int
     context: int  # width of the text
     pooled: int
@@ -23,9 +23,9 @@ class Config:
     hidden: int
     double: int  # blocks
     single: int
-    axes: tuple[int, ...]  # how much of a head each coordinate of a token turns
+    axes: tuple[int, ...]  # how many numbers of a head each coordinate of a token rotates
     theta: float
-    guidance: bool  # dev; schnell has none
+    guidance: bool  # whether guidance is an input: yes in dev, no in schnell
 
 
 class Embedder(nn.Module):
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Picture and text, each with its own weights, in one attention."""
+    """Picture and text share one attention, but have separate weights."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -89,7 +89,7 @@ class DoubleBlock(nn.Module):
         for name in ("img", "txt"):
             self[f"{name}_mod"] = Modulation(d, 2)
             self[f"{name}_attn"] = Attention(config)
-            self[f"{name}_mlp"] = [nn.Linear(d, hidden), nn.Identity(), nn.Linear(hidden, d)]  # 1 is the GELU
+            self[f"{name}_mlp"] = [nn.Linear(d, hidden), nn.Identity(), nn.Linear(hidden, d)]  # index 1 is the GELU
 
     def mods(self, vec: mx.array) -> tuple[list, list]:
         return self.img_mod(vec), self.txt_mod(vec)
@@ -131,7 +131,7 @@ class SingleBlock(nn.Module):
 class LastLayer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.adaLN_modulation = [nn.Identity(), nn.Linear(config.width, 2 * config.width)]  # 0 is the SiLU
+        self.adaLN_modulation = [nn.Identity(), nn.Linear(config.width, 2 * config.width)]  # index 0 is the SiLU
         self.linear = nn.Linear(config.width, config.out_channels)
 
     def mods(self, vec: mx.array) -> Pair:
@@ -168,7 +168,7 @@ class Flux(nn.Module):
         times: dict[float, int],
         mods: tuple[list, list, Pair] | None,
     ) -> mx.array:
-        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest is from `prepare`."""
+        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`."""
         if isinstance(t, mx.array) or t not in times:
             mods = self.mods(mx.array(t).reshape(-1), vec)
         else:
@@ -191,8 +191,8 @@ class Flux(nn.Module):
         size: tuple[int, int],
         guidance: float | mx.array | None = None,
     ) -> dict:
-        """All that does not depend on x, made once per picture: the text, the rotations of x's size (h, w), and each
-        block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p)."""
+        """All inputs that do not depend on x, made once per picture: the text, the rotations for x's size (h, w), and
+        each block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p)."""
         dtype = self.img_in.bias.dtype
         vec = self.vector_in(pooled.astype(dtype))  # (B, d)
         if self.config.guidance:
@@ -206,8 +206,8 @@ class Flux(nn.Module):
         }
 
     def release_modulation(self) -> None:
-        """Drops what only `prepare` reads, over a quarter of the weights. Called before its result is evaluated, part
-        by part, these weights pass through memory a few at a time; called after, they were all there together."""
+        """Drop the weights that only `prepare` reads, over a quarter of all. Call this before the result of `prepare`
+        is evaluated, part by part: then memory holds only a few of these weights at a time, not all."""
         for block in self.double_blocks:
             del block.img_mod, block.txt_mod
         for block in self.single_blocks:
@@ -217,7 +217,7 @@ class Flux(nn.Module):
             del self.guidance_in
 
     def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list, Pair]:
-        """Of every block at times t, (..., B or 1)."""
+        """The modulations of every block at times t, (..., B or 1)."""
         vec = nn.silu(self.time_in(self.waves(t)) + vec)
         double, single = ([b.mods(vec) for b in self.double_blocks], [b.modulation(vec) for b in self.single_blocks])
         return double, single, self.final_layer.mods(vec)
@@ -227,7 +227,7 @@ class Flux(nn.Module):
 
 
 def pack(x: mx.array) -> mx.array:
-    """(B, h, w, c) -> (B, h/2 * w/2, 4 c): 2 x 2 patches, of each the four values of its first channel first."""
+    """(B, h, w, c) -> (B, h/2 * w/2, 4 c): 2 x 2 patches; each begins with the four values of its first channel."""
     B, h, w, c = x.shape
     x = x.reshape(B, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
     return x.reshape(B, (h // 2) * (w // 2), 4 * c)
@@ -239,8 +239,8 @@ def unpack(x: mx.array, h: int, w: int) -> mx.array:
 
 
 def rotations(config: Config, text: int, h: int, w: int) -> Pair:
-    """By how much each pair of a head's numbers turns, as cos (N, d/2, 1) and signed sin (N, d/2, 2) in float32. Text
-    tokens stand at (0, 0, 0) and do not turn; a patch stands at (0, row, column)."""
+    """The rotation of each pair of a head's numbers, as cos (N, d/2, 1) and signed sin (N, d/2, 2) in float32. Text
+    tokens are at (0, 0, 0) and do not rotate; a patch is at (0, row, column)."""
     ids = np.zeros((text + h * w, len(config.axes)))
     ids[text:, 1:] = np.indices((h, w)).reshape(2, -1).T
     freqs = [config.theta ** -(np.arange(0, d, 2) / d) for d in config.axes]
@@ -250,7 +250,7 @@ def rotations(config: Config, text: int, h: int, w: int) -> Pair:
 
 
 def rotate(x: mx.array, pe: Pair) -> mx.array:
-    """RoPE (Su et al. 2021) of neighbouring pairs: float32 inside one kernel, x's dtype outside."""
+    """RoPE (Su et al. 2021) of neighbouring pairs. One kernel computes it in float32 and returns x's dtype."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)  # (B, heads, N, d/2, 2)
     return turn(pairs, pairs[..., ::-1], *pe).reshape(x.shape)
 

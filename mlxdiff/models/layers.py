@@ -1,6 +1,6 @@
-"""What several networks share: norms, attention, time embedding, residual and resampling blocks. Maps are (B, h, w, c),
-parameter names are diffusers'. Every layer returns the dtype it was given; float32 lives inside norm statistics and
-sinusoids only."""
+"""Layers that several networks share: norms, attention, time embedding, residual and resampling blocks. Maps are (B, h,
+w, c), parameter names are diffusers'. Every layer returns the dtype of its input; only norm statistics, sinusoids and
+elementwise kernels compute in float32 inside."""
 
 import math
 from functools import partial
@@ -10,11 +10,11 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
-SCORES = 1 << 24  # bytes of scores made at a time where no fused kernel runs; MLX queues about ten such pieces
+SCORES = 1 << 24  # bytes of attention scores per piece if no fused kernel runs; MLX queues about ten pieces
 
 
-# Chains that compile to one kernel each. They retrace for each new shape: told to be shapeless, MLX keeps broadcasts
-# apart and makes two kernels of one.
+# Each of these chains compiles to one kernel. They retrace for each new shape: with shapeless=True, MLX keeps
+# broadcasts separate and makes two kernels.
 @mx.compile
 def geglu(x: mx.array, gate: mx.array) -> mx.array:
     return x * nn.gelu(gate)
@@ -37,8 +37,8 @@ def normed_silu(x: mx.array, total, square, per, weight, bias, eps: float) -> mx
 
 
 class GroupNorm(nn.Module):
-    """Group norm over (B, ..., c), then SiLU where asked: two sums for the mean, two for the variance, one pass that
-    applies them. No transposed copies; pixels are summed first, which gives a GPU as many threads as channels."""
+    """Group norm over (B, ..., c), then SiLU if `silu`. It takes two sums for the mean, two for the variance, and one
+    pass that applies them, without transposed copies. Pixels are summed first, to give a GPU a thread a channel."""
 
     def __init__(self, groups: int, c: int, eps: float, silu: bool = False):
         super().__init__()
@@ -56,7 +56,7 @@ class GroupNorm(nn.Module):
 
 
 def pad_heads(x: mx.array) -> mx.array:
-    """Zeros after the last axis up to a width the fused kernel has: they change neither the scores nor the output."""
+    """Pad the last axis with zeros to a width of the fused kernel. This changes neither the scores nor the output."""
     d = x.shape[-1]
     width = next((n for n in FUSED if n >= d), d)
     return x if width == d else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - d)])
@@ -74,8 +74,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None
 
 
 def in_turn(attend, q: mx.array, rows: int) -> mx.array:
-    """Attention by `rows` queries at a time. Each part waits for the one before: left to itself, MLX may make the
-    scores of all parts before the first softmax (twice the memory was measured)."""
+    """Attention over `rows` queries at a time. Each part waits for the previous one: otherwise MLX may make the scores
+    of all parts before the first softmax (twice the memory was measured)."""
     parts: list[mx.array] = []
     for i in range(0, q.shape[2], rows):
         part = q[:, :, i : i + rows]
@@ -89,7 +89,7 @@ def split_heads(x: mx.array, heads: int) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Keys and values come apart from the call, so those of a constant text are made once."""
+    """Multi-head attention. `kv` is separate from the call, so that a constant text needs them only once."""
 
     def __init__(self, c: int, context: int, heads: int, bias: bool):
         super().__init__()
@@ -117,7 +117,7 @@ def sinusoids(t: mx.array, dim: int, flip_sin_to_cos: bool, freq_shift: int) -> 
 
 
 class TimeEmbedding(nn.Module):
-    """A two-layer MLP; `cond_proj` takes LCM's guidance embedding."""
+    """A two-layer MLP; `cond_proj` adds LCM's guidance embedding."""
 
     def __init__(self, dim: int, width: int, cond: int | None = None):
         super().__init__()
@@ -133,7 +133,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a skip. `shift`, (B or 1, c), is what the time adds between them, from `time_shift`."""
+    """Two convolutions and a skip. `shift`, (B or 1, c), comes from `time_shift` and is added between them."""
 
     def __init__(self, c_in: int, c: int, groups: int, eps: float, time: int | None = None):
         super().__init__()
@@ -147,7 +147,7 @@ class ResBlock(nn.Module):
             self.conv_shortcut = nn.Linear(c_in, c)  # a 1x1 convolution in the file
 
     def time_shift(self, emb: mx.array) -> mx.array:
-        return self.time_emb_proj(emb) + self.conv1.bias  # the bias rides along: one pass over the map, not two
+        return self.time_emb_proj(emb) + self.conv1.bias  # with the bias included: one pass over the map, not two
 
     def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
         shift = self.conv1.bias if shift is None else shift[:, None, None]
@@ -166,7 +166,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel twice along both axes, cut to (h, w) where the map it must meet is odd, then a convolution."""
+    """Double each pixel along both axes, cut the map to (h, w) (the skip's map may be odd), then convolve."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -187,7 +187,7 @@ def gelu_tanh(x: mx.array) -> mx.array:
 
 @mx.compile
 def gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
-    """x + gate * y. float16 is kept finite: the text of a diffusion transformer overflows, and its references clip."""
+    """x + gate * y. float16 is clipped, as in the references, because the text of a diffusion transformer overflows."""
     z = x.astype(mx.float32) + gate.astype(mx.float32) * y
     if x.dtype == mx.float16:
         z = mx.clip(z, -65504, 65504)
@@ -195,8 +195,8 @@ def gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
 
 
 def modulation(y: mx.array, n: int) -> list:
-    """What adaLN's layer gives, (..., 3 n d) -> n times ((scale, shift), gate) in one list, (..., 1, d) each. A scale
-    comes with its 1, ready to be a norm's weight (Peebles and Xie 2022)."""
+    """The output of adaLN's layer, (..., 3 n d) -> n times ((scale, shift), gate) in one list, (..., 1, d) each. A
+    scale has 1 added, so that it can be a norm's weight (Peebles and Xie 2022)."""
     parts = iter(mx.split(y[..., None, :], 3 * n, axis=-1))
     mods: list = []
     for shift, scale, gate in zip(parts, parts, parts, strict=True):
@@ -205,7 +205,7 @@ def modulation(y: mx.array, n: int) -> list:
 
 
 def of_time(mods: list | tuple, i: int) -> list | tuple:
-    """The i-th of all times' modulations, as views: indexed by an integer, each would cost a gather."""
+    """The modulations of the i-th time, as views. Indexing by an integer would cost a gather for each."""
     return tree_map(lambda m: m[i : i + 1].squeeze(0), mods)
 
 
@@ -215,7 +215,7 @@ def affine(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
 
 
 def adaptive_norm(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """Layer norm with weight and bias from outside, (B or 1, 1, d) each: one kernel where all samples share them."""
+    """Layer norm with given weight and bias, (B or 1, 1, d) each. It is one kernel if all samples share them."""
     if scale.shape[0] == 1:
         return mx.fast.layer_norm(x, scale.reshape(-1), shift.reshape(-1), eps=1e-6)
     return affine(mx.fast.layer_norm(x, None, None, eps=1e-6), scale, shift)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: velocity sd3(x, t, **sd3.prepare(...)), x (B, h, w, c) of even sides, t a sigma in
+"""Stable Diffusion 3 and 3.5: velocity sd3(x, t, **sd3.prepare(...)), x (B, h, w, c) with even sides, t a sigma in
 [0, 1]. Esser et al. 2024; names as in diffusers' SD3Transformer2DModel."""
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ class Config:
     in_channels: int
     out_channels: int
     patch: int
-    positions: int  # patches along a side of the largest picture there is a position embedding for
+    positions: int  # patches along a side of the largest picture that has position embeddings
     context: int  # width of the text
     pooled: int
     heads: int
     head_dim: int
     layers: int
-    dual: tuple[int, ...]  # layers whose picture also attends to itself alone (SD3.5 medium)
+    dual: tuple[int, ...]  # layers in which the picture also attends to itself alone (SD3.5 medium)
     qk_norm: bool
 
 
@@ -49,7 +49,7 @@ class SelfAttention(nn.Module):
 
 
 class JointAttention(SelfAttention):
-    """Of picture and text, which share nothing but the attention."""
+    """Attention over picture and text, which share nothing else."""
 
     def __init__(self, config: Config, last: bool):
         super().__init__(config)
@@ -64,7 +64,7 @@ class JointAttention(SelfAttention):
         return self.split(q, k, v, self.norm_added_q, self.norm_added_k)
 
     def __call__(self, x: mx.array, txt: mx.array) -> Pair:
-        """What attention adds to each, that to the text not yet through `to_add_out`."""
+        """The outputs for picture and text; `to_add_out` has not been applied to the text's."""
         q, k, v = (mx.concatenate(p, axis=2) for p in zip(self.qkv(x), self.text_qkv(txt), strict=True))
         x, txt = mx.split(attention(q, k, v), [x.shape[1]], axis=1)
         return self.to_out[0](x), txt
@@ -88,14 +88,14 @@ class GELU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, d: int):
         super().__init__()
-        self.net = [GELU(d, 4 * d), nn.Identity(), nn.Linear(4 * d, d)]  # 1 is a dropout
+        self.net = [GELU(d, 4 * d), nn.Identity(), nn.Linear(4 * d, d)]  # index 1 is a dropout
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.net[2](self.net[0](x))
 
 
 class Modulation(nn.Module):
-    """vec (..., d) -> n times a norm's (scale, shift) and a gate; one norm alone where n is 0."""
+    """vec (..., d) -> n times a norm's (scale, shift) and a gate; if n is 0, one norm without a gate."""
 
     def __init__(self, d: int, n: int):
         super().__init__()
@@ -106,7 +106,7 @@ class Modulation(nn.Module):
         y = self.linear(vec)
         if self.n:
             return modulation(y, self.n)
-        scale, shift = mx.split(y[..., None, :], 2, axis=-1)  # in this order here
+        scale, shift = mx.split(y[..., None, :], 2, axis=-1)  # here the scale comes first
         return [(1 + scale, shift)]
 
 
@@ -136,7 +136,7 @@ class Block(nn.Module):
         else:
             x = gated(x, gate, y)
         x = gated(x, mlp_gate, self.ff(adaptive_norm(x, *mlp_norm)))
-        if txt_mods:  # none after the last attention: nobody reads that text
+        if txt_mods:  # the last block has none: nothing reads its text
             gate, mlp_norm, mlp_gate = txt_mods
             txt = gated(txt, gate, self.attn.to_add_out(txt_y))
             txt = gated(txt, mlp_gate, self.ff_context(adaptive_norm(txt, *mlp_norm)))
@@ -193,7 +193,7 @@ class SD3(nn.Module):
         mods: tuple[list, list] | None,
         skip_layers: tuple[int, ...] = (),
     ) -> mx.array:
-        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest is from `prepare`, but for
+        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`, except
         `skip_layers`, which skip-layer guidance leaves out of its extra pass."""
         if isinstance(t, mx.array) or t not in times:
             mods = self.mods(mx.array(t).reshape(-1), vec)
@@ -212,8 +212,8 @@ class SD3(nn.Module):
         return x.reshape(B, h, w, -1)
 
     def prepare(self, ts: list[float] | None, context: mx.array, pooled: mx.array, size: tuple[int, int]) -> dict:
-        """All that does not depend on x, made once per picture: the text, the positions of x's size (h, w), and each
-        block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p)."""
+        """All inputs that do not depend on x, made once per picture: the text, the positions for x's size (h, w), and
+        each block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p)."""
         h, w = (n // self.config.patch for n in size)
         vec = self.time_text_embed.text_embedder(pooled.astype(self.dtype))  # (B, d)
         return {
@@ -225,14 +225,14 @@ class SD3(nn.Module):
         }
 
     def release_modulation(self) -> None:
-        """Drops what only `prepare` reads, over a third of the weights. Called before its result is evaluated, part
-        by part, these weights pass through memory a few at a time; called after, they were all there together."""
+        """Drop the weights that only `prepare` reads, over a third of all. Call this before the result of `prepare` is
+        evaluated, part by part: then memory holds only a few of these weights at a time, not all of them together."""
         for block in self.transformer_blocks:
             del block.norm1, block.norm1_context
         del self.norm_out, self.time_text_embed, self.context_embedder, self.pos_embed.pos_embed
 
     def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list]:
-        """Of every block at times t, (..., B or 1)."""
+        """The modulations of every block at times t, (..., B or 1)."""
         waves = sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(self.dtype)
         vec = nn.silu(self.time_text_embed.timestep_embedder(waves) + vec)
         return [block.mods(vec) for block in self.transformer_blocks], self.norm_out(vec)

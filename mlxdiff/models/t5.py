@@ -1,7 +1,7 @@
 """T5 v1.1 encoder. ids (B, N) -> (B, N, d). Raffel et al. 2020, Shazeer 2020; names as in transformers' T5EncoderModel.
 
-Its residual stream and the output of its `wo` leave float16's range, so the stream is float32 and what enters `wo` is
-made smaller by a power of two; every weight and every matmul keeps the model's dtype."""
+Its residual stream and the output of its `wo` exceed float16's range. So the stream is float32, and the input of `wo`
+is scaled down by a power of two; every weight and every matmul keeps the model's dtype."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np
 
 from .layers import gelu_tanh, split_heads
 
-SHRINK = 2.0**-6  # of what enters wo: lets its output reach 4e6 in float16, and is exact down to 4e-3
+SHRINK = 2.0**-6  # scales wo's input: its output may then reach 4e6 in float16, and numbers down to 4e-3 stay exact
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.block = [Block(config) for _ in range(config.layers)]
-        # In the file the first block holds the table of position biases for all.
+        # In the file, the first block holds the table of position biases for all blocks.
         self.block[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
         self.final_layer_norm = RMSNorm(config.width, config.eps)
 
@@ -116,7 +116,7 @@ class T5Encoder(nn.Module):
         self.encoder = Encoder(config)
 
     def __call__(self, ids: mx.array, mask: mx.array | None = None) -> mx.array:
-        """mask (B, N): nonzero where a token may be attended to; None: everywhere, padding too, as SD3 and FLUX do."""
+        """mask (B, N): nonzero where a token is visible; None: all tokens, also padding, as in SD3 and FLUX."""
         x = self.shared(ids).astype(mx.float32)
         bias = self.position_bias(ids.shape[1])
         if mask is not None:
@@ -126,7 +126,7 @@ class T5Encoder(nn.Module):
         return self.encoder.final_layer_norm(x)
 
     def position_bias(self, n: int) -> mx.array:
-        """What each head adds to its scores by distance, the same in every layer: (1, heads, n, n)."""
+        """The biases that each head adds to its scores by distance, the same in every layer: (1, heads, n, n)."""
         i = np.arange(n)
         distance = buckets(i - i[:, None], self.config.buckets, self.config.max_distance)  # (query, key)
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
@@ -134,8 +134,8 @@ class T5Encoder(nn.Module):
 
 
 def buckets(distance: np.ndarray, count: int, max_distance: int) -> np.ndarray:
-    """Distances to `count` buckets: half for each direction; of each, half exact and half growing with the logarithm.
-    In float32, as the reference has it: a bucket's edge falls on whole numbers."""
+    """Sort distances into `count` buckets: half for each direction. Of each half, the first half holds exact distances
+    and the second grows with the logarithm. float32 as in the reference: a bucket's edge falls on whole numbers."""
     half, exact = count // 2, count // 4
     far = np.log(np.maximum(np.abs(distance), 1).astype(np.float32) / np.float32(exact))
     far = exact + (far / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)).astype(np.int32)

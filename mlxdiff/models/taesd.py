@@ -1,4 +1,4 @@
-"""TAESD's decoder, a few convolutions that imitate a VAE's well enough to watch a picture form. Latents at the scale of
+"""TAESD's decoder: a few convolutions that imitate a VAE's decoder well enough for previews. Latents at the scale of
 the diffusion model (B, h, w, c) -> (B, H, W, 3) in about [-1, 1]. Bohan 2023; names as in AutoencoderTiny."""
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         self.layers.append(nn.Conv2d(c, config.out_channels, 3, padding=1))
 
     def decode(self, z: mx.array) -> mx.array:
-        x = mx.tanh(z.astype(self.layers[0].weight.dtype) / 3) * 3  # trained on latents held in this range
+        x = mx.tanh(z.astype(self.layers[0].weight.dtype) / 3) * 3  # it was trained on latents in this range
         for layer in self.layers:
             x = layer(x)
         return x * 2 - 1

@@ -1,5 +1,5 @@
-"""The Stable Diffusion U-Net: SD 1.x, SD 2.x, SDXL and its refiner, inpainting, LCM, distilled ones: Config tells them
-apart. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers."""
+"""The Stable Diffusion U-Net: SD 1.x, SD 2.x, SDXL and its refiner, inpainting, LCM and distilled models; they differ
+in their Config. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class Config:
     out_channels: int
     channels: tuple[int, ...]  # per level
     layers: tuple[int, ...]  # residual blocks per level on the way down; one more on the way up
-    depth: tuple[tuple[int, ...], ...]  # per level, transformer layers of each attention going down; () where none
-    up_depth: tuple[tuple[int, ...], ...]  # the same going up, deepest level first
+    depth: tuple[tuple[int, ...], ...]  # per level, transformer layers of each attention on the way down; () if none
+    up_depth: tuple[tuple[int, ...], ...]  # the same on the way up, deepest level first
     mid_depth: int | None  # transformer layers in the middle; 0: no attention there, None: no middle
     heads: tuple[int, ...]  # per level; the middle takes the last
     context: int  # width of the text
     groups: int
     eps: float
-    linear_projection: bool  # how the file keeps proj_in and proj_out; linear here in either case
+    linear_projection: bool  # how the file stores proj_in and proj_out; here they are linear in both cases
     time_cond: int | None  # LCM: width of the guidance embedding
     added_time: int | None  # SDXL: width of each of the sizes' sinusoids
     added: int | None  # SDXL: width of pooled text and sizes together
@@ -84,8 +84,8 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual blocks of given input widths, and a transformer for each `depth`. Called with what does not depend on x:
-    every residual block takes the next time shift, every transformer layer the next text keys and values."""
+    """Residual blocks with given input widths, and a transformer for each `depth`. Calls also get two iterators: every
+    residual block takes the next time shift, every transformer layer takes the next text keys and values."""
 
     def __init__(self, config: Config, c_in: list[int], c: int, depth: tuple[int, ...], heads: int):
         super().__init__()
@@ -144,7 +144,7 @@ class UNet(nn.Module):
         if config.added is not None:
             self.add_embedding = TimeEmbedding(config.added, 4 * c)
 
-        skips = [c]  # widths
+        skips = [c]  # widths of the skips
         self.down_blocks = []
         for i, (width, n) in enumerate(zip(config.channels, config.layers, strict=True)):
             c_in = [c] + [width] * (n - 1)
@@ -177,7 +177,7 @@ class UNet(nn.Module):
         added: mx.array | None,
         guidance: mx.array | None,
     ) -> mx.array:
-        """x (B, h, w, in) at time t, a float or one per sample (B,) -> (B, h, w, out). The rest is from `prepare`."""
+        """x (B, h, w, in) at time t, a float or one per sample (B,) -> (B, h, w, out). `prepare` makes the rest."""
         if isinstance(t, mx.array) or t not in times:
             shifts = self.shifts(mx.array(t).reshape(-1), added, guidance)
         else:
@@ -202,8 +202,8 @@ class UNet(nn.Module):
         time_ids: mx.array | None = None,
         guidance_embedding: mx.array | None = None,
     ) -> dict:
-        """All that does not depend on x, made once per picture: text keys and values, and each block's share of each
-        time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5)."""
+        """All inputs that do not depend on x, made once per picture: text keys and values, and each block's shift at
+        each time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5)."""
         dtype = self.conv_in.weight.dtype
         added = guidance = None
         if self.config.added is not None:
@@ -213,7 +213,7 @@ class UNet(nn.Module):
             guidance = guidance_embedding.astype(dtype)
         times = {}
         if ts is not None:
-            shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # of each block (T, B or 1, c)
+            shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # per block (T, B or 1, c)
             times = {t: of_time(shifts, i) for i, t in enumerate(ts)}
         layers = [m.attn2 for block in self.blocks() for a in block.attentions for m in a.transformer_blocks]
         kv = [layer.kv(context.astype(dtype)) for layer in layers]
@@ -228,7 +228,7 @@ class UNet(nn.Module):
         return waves.astype(self.conv_in.weight.dtype)
 
     def shifts(self, t: mx.array, added: mx.array | None, guidance: mx.array | None) -> list[mx.array]:
-        """What every residual block adds at times t, (..., B or 1) -> (..., B or 1, c) each."""
+        """The shifts that residual blocks add at times t, (..., B or 1) -> (..., B or 1, c) each."""
         emb = self.time_embedding(self.sinusoids(t, self.config.channels[0]), guidance)
         emb = nn.silu(emb if added is None else emb + added)
         return [resnet.time_shift(emb) for block in self.blocks() for resnet in block.resnets]

@@ -1,5 +1,5 @@
 """The VAE between pictures (B, H, W, 3) in [-1, 1] and latents (B, h, w, c) at the scale the diffusion model sees.
-Rombach et al. 2022; names as in diffusers' AutoencoderKL, attention in its newer ones."""
+Rombach et al. 2022; names as in diffusers' AutoencoderKL, with its newer names for attention."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
 
-EPS = 1e-6  # of every norm
+EPS = 1e-6  # eps of every norm
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Config:
 
 
 def factor(channels: Sequence[int]) -> int:
-    """Pixels a latent stands for, along one edge: every level but the last halves the picture."""
+    """How many pixels one latent covers along an edge: every level but the last halves the picture."""
     return 2 ** (len(channels) - 1)
 
 
@@ -72,7 +72,7 @@ class DownBlock(Block):
         for resnet in self.resnets:
             x = resnet(x)
         for downsample in self.downsamplers:
-            x = downsample(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))  # bottom and right only, as it was trained
+            x = downsample(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))  # bottom and right only, as in training
         return x
 
 
@@ -137,7 +137,7 @@ class VAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.quant_conv:
-            self.quant_conv = nn.Linear(2 * n, 2 * n)  # 1x1 convolutions in the file, these two
+            self.quant_conv = nn.Linear(2 * n, 2 * n)  # this and the next are 1x1 convolutions in the file
         if config.post_quant_conv:
             self.post_quant_conv = nn.Linear(n, n)
 
@@ -146,8 +146,8 @@ class VAE(nn.Module):
         return factor(self.config.channels)
 
     def encode(self, image: mx.array, tile: int | None = None) -> tuple[mx.array, mx.array]:
-        """(B, H, W, 3) in [-1, 1] -> mean at the model's scale and log variance as it is, (B, h, w, c) each; by tiles
-        of `tile` latents where given, as in `decode`."""
+        """(B, H, W, 3) in [-1, 1] -> the mean at the model's scale and the unscaled log variance, (B, h, w, c) each.
+        tile: as in `decode`."""
         x = image.astype(self.encoder.conv_in.weight.dtype)
         if tile is None or max(x.shape[1:3]) <= tile * self.factor:
             x = self.encoder(x)
@@ -159,14 +159,14 @@ class VAE(nn.Module):
         return (mean - self.config.shift) * self.config.scale, logvar
 
     def sample(self, image: mx.array, noise: mx.array, tile: int | None = None) -> mx.array:
-        """A latent drawn from what `encode` tells, by standard noise of its shape. Bounds of the variance as diffusers
-        has them."""
+        """A latent drawn from the distribution of `encode`, with standard noise of its shape. The bounds of the
+        variance are diffusers'."""
         mean, logvar = self.encode(image, tile)
         return mean + mx.exp(0.5 * mx.clip(logvar, -30, 20)) * self.config.scale * noise
 
     def decode(self, z: mx.array, tile: int | None = None) -> mx.array:
-        """z (B, h, w, c) at the model's scale -> (B, H, W, 3) in about [-1, 1]; by overlapping tiles of `tile` latents
-        a side where given, for memory that does not grow with the picture."""
+        """z (B, h, w, c) at the model's scale -> (B, H, W, 3) in about [-1, 1]. tile: work in overlapping tiles with
+        this many latents a side, so that memory does not grow with the picture."""
         z = (z / self.config.scale + self.config.shift).astype(self.decoder.conv_in.weight.dtype)
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)
@@ -176,21 +176,21 @@ class VAE(nn.Module):
 
 
 def by_tiles(net: Encoder | Decoder, x: mx.array, tile: int, into: int, out: int) -> mx.array:
-    """Tiles that overlap by a quarter, taken through the network in turn and blended. Norms see only their tile, so
-    this comes close to the whole but does not equal it. into, out: the edge of a latent in x and in what comes out."""
+    """Run overlapping tiles (by a quarter) through the network one by one and blend them. Norms see only their tile, so
+    the result is close to the untiled one, but not equal. into, out: the edge of a latent in x and in the output."""
     B, h, w = x.shape[0], x.shape[1] // into, x.shape[2] // into
     canvas = mx.zeros((B, h * out, w * out, net.conv_out.weight.shape[0]))
     for i, wi in windows(h, tile, out):
         for j, wj in windows(w, tile, out):
             part = x[:, i * into : (i + tile) * into, j * into : (j + tile) * into]
-            part = net(mx.depends(part, canvas))  # not all at once: see layers.in_turn
+            part = net(mx.depends(part, canvas))  # one after the other: see layers.in_turn
             weight = mx.array((wi[:, None, None] * wj[:, None]).astype(np.float32))  # (H, W, 1)
             canvas[:, i * out : i * out + len(wi), j * out : j * out + len(wj)] += part * weight
     return canvas.astype(x.dtype)
 
 
 def windows(n: int, tile: int, scale: int) -> list[tuple[int, np.ndarray]]:
-    """Tiles along n latents: where each begins, and its share of the result, `scale` a latent; shares sum to one."""
+    """Tiles along n latents: where each begins, and its weights, `scale` numbers a latent. All weights sum to one."""
     overlap = max(1, tile // 4)
     count = max(1, math.ceil((n - overlap) / (tile - overlap)))
     tile = min(tile, n)

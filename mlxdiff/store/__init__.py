@@ -1,5 +1,5 @@
-"""Name, hub id, folder or file -> a model folder ready to read. What needs converting is converted once, into the
-cache. A converted model never touches the network again, and its original may be deleted. Only this calls convert."""
+"""Name, hub id, folder or file -> a model folder ready to read. A checkpoint is converted once, into the cache. A
+converted model never needs the network again, and its original may be deleted. Only this module calls convert."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from .tokenizer import tokenizer_for
 if TYPE_CHECKING:
     from ..convert import Checkpoint
 
-# convert and hub are imported where a cached model no longer gets by without them: they take most of a second to load.
+# convert and hub take most of a second to load: they are imported only where a cached model is not enough.
 
 Progress = Callable[[str, int, int], None]
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.ckpt))(?:/(.+\.safetensors))?")
@@ -31,7 +31,7 @@ _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.ckpt))(?:/(.+
 
 @dataclass(frozen=True)
 class Options:
-    """How `resolve` was asked to find and convert a model, checked."""
+    """The checked options of `resolve`: how to find and convert a model."""
 
     recipe: Recipe
     prediction: str | None
@@ -60,18 +60,18 @@ def resolve(
     """The model folder of a named model, a hub id (`org/repo`, or `org/repo/file.safetensors`), a folder or a file.
 
     bits, dtype: how to store the weights. offline: never use the network. revision: a branch, tag or commit of the hub
-    repository; without one the commit first seen stays. tokenizer: a folder, for checkpoints that bring none.
-    prediction: "eps" or "v", where a checkpoint does not say. parts: files of "vae", "clip", "clip_g" and "t5", for
-    checkpoints of SD3 and FLUX that lack them and have none beside them. t5: False neither fetches nor converts SD3's
-    T5. progress(stage, done, total) is told bytes. check: called with what the model is as soon as that is known, which
-    is before a conversion; what it raises ends all."""
+    repository; by default the commit that was seen first is kept. tokenizer: a folder, for checkpoints without one.
+    prediction: "eps" or "v", if a checkpoint does not say. parts: files of "vae", "clip", "clip_g" and "t5", for SD3
+    and FLUX checkpoints that lack them and have no such files beside them. t5: False neither fetches nor converts SD3's
+    T5. progress(stage, done, total) is called with bytes. check: called with the model's description as soon as it is
+    known, which is before a conversion; an exception from it ends the call."""
     asked, how = {"dtype": dtype, "bits": bits, "prediction": prediction}, recipe.recipe(bits, dtype)
-    words = None if tokenizer is None else Path(tokenizer).expanduser()
+    tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
     given = {kind: Path(file).expanduser() for kind, file in (parts or {}).items()}
     options = Options(
         recipe=how,
         prediction=prediction,
-        tokenizer=words,
+        tokenizer=tokenizer,
         parts=given,
         t5=t5,
         offline=offline,
@@ -89,7 +89,7 @@ def resolve(
 def original(
     model: str | Path, *, half: bool, t5: bool = True, offline: bool = False, progress: Progress | None = None
 ) -> Iterator[Path]:
-    """The checkpoint that a model is converted from, downloaded where it must be; half: half precision will do."""
+    """The checkpoint that a model is converted from, downloaded if necessary. half: half precision is enough."""
     path = local(model)
     if path is not None:
         yield path
@@ -100,7 +100,7 @@ def original(
     with tempfile.TemporaryDirectory() as scratch:
         try:
             yield obtain(Path(scratch))
-        except Error as e:  # in words of what the user knows
+        except Error as e:  # name files as the user knows them
             raise Error(e.problem.replace(f"{scratch}{os.sep}", ""), e.fix) from None
 
 
@@ -110,7 +110,7 @@ def conversions(model: str | Path) -> list[Path]:
 
 
 def check_name(model: str | Path) -> None:
-    """Fail as `resolve` would on a name that can stand for nothing. No file is opened and nobody is asked."""
+    """Fail like `resolve` on a name that cannot mean any model. This opens no file and uses no network."""
     if local(model) is None:
         _repo(model)
 
@@ -120,11 +120,11 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 def local(model: str | Path) -> Path | None:
-    """The file or folder that is meant. One that merely shares a named model's name has to look like a model."""
+    """The file or folder that a name means. A folder that shares a named model's name must look like a model."""
     try:
         path = Path(model).expanduser()
-        exists = str(model) != "" and os.path.lexists(path)  # a link to nothing is told as that
-    except (OSError, RuntimeError, TypeError, ValueError):  # too long, no home, no text, a NUL inside: no file is meant
+        exists = str(model) != "" and os.path.lexists(path)  # a broken link counts: a later error reports it
+    except (OSError, RuntimeError, TypeError, ValueError):  # too long, no home, not text, a NUL inside: no path
         return None
     row = MODELS.get(str(model))
     if row is not None and not any((path / f).is_file() for f in ("model.json", "model_index.json")):
@@ -133,36 +133,36 @@ def local(model: str | Path) -> Path | None:
 
 
 def _repo(model: str | Path) -> tuple[str, str | None]:
-    """The hub's repository, and the one file of it, that is meant."""
+    """The hub repository that a name means, and the one file of it if the name says one."""
     name = str(model)
     if name in MODELS:
         return MODELS[name].repo, None
-    found = _HUB_ID.fullmatch(name) if isinstance(model, str) else None
-    if found is not None:
-        return found[1], found[2]
+    match = _HUB_ID.fullmatch(name) if isinstance(model, str) else None
+    if match is not None:
+        return match[1], match[2]
     known = f"Named models are {', '.join(MODELS)}; or give a hub id (org/repo), a folder or a .safetensors file."
     raise Error(f"There is no model, file or folder {name!r}.", did_you_mean(name, MODELS) + known)
 
 
 def _as_it_is(folder: Path, asked: dict, options: Options) -> Path:
-    """Our own format is used in place; it cannot be converted once more."""
+    """A model folder is used where it is; it cannot be converted again."""
     if options.parts:
         names = ", ".join(options.parts)
         fix = f"Leave {names} out. SD3 and FLUX take it when the original checkpoint is converted."
-        raise Error(f"{folder} is already converted; it takes no other {names}.", fix)
+        raise Error(f"{folder} is already converted; its {names} cannot be replaced.", fix)
     model = description.read(folder)
     has = {"dtype": model.recipe.dtype, "bits": model.recipe.bits, "prediction": model.prediction}
     for key, value in asked.items():
         if value is not None and value != has[key]:
             raise Error(
                 f"{folder} is already converted, with {key} {has[key]}, not {value}.",
-                "Convert the original checkpoint again with what you want.",
+                "Convert the original checkpoint again with the settings that you want.",
             )
     options.check(model)
     return folder
 
 
-# A source's identity is what has to stay the same for a cached conversion of it to be the right one.
+# A cached conversion is valid as long as the identity of its source stays the same.
 
 
 def _from_path(path: Path, options: Options) -> Path:
@@ -171,19 +171,19 @@ def _from_path(path: Path, options: Options) -> Path:
 
 
 def _identity(path: Path) -> list:
-    """A checkpoint on disk is the same as long as its files keep their place, size and time, and what it may take from
-    beside it too."""
-    identity = ["path", str(path.resolve()), _marks(path)]
+    """A checkpoint on disk is the same as long as its files keep their path, size and time. The files beside it from
+    which it may take parts count too."""
+    identity = ["path", str(path.resolve()), _stamps(path)]
     if path.is_file():
         from .. import convert
 
-        identity += [[str(file), _marks(file)] for file in convert.beside(path)]
+        identity += [[str(file), _stamps(file)] for file in convert.beside(path)]
     return identity
 
 
-def _marks(path: Path) -> list:
-    """Name, size and time of a file (and, beside it, of its settings and an index's shards), or of every file of a
-    folder that a model can consist of, two levels deep."""
+def _stamps(path: Path) -> list:
+    """Name, size and time of a file (and of the settings and an index's shards beside it), or of every file in a
+    folder, two levels deep, that can belong to a model."""
     ends = (".json", ".safetensors", ".txt", ".model")
     if path.is_file():
         files = [path, path.with_name("config.json")]
@@ -194,7 +194,7 @@ def _marks(path: Path) -> list:
 
 
 def _from_hub(repo: str, file: str | None, revision: str | None, options: Options) -> Path:
-    """A hub repository is the same as long as its commit is; the commit of the first conversion is remembered."""
+    """A hub repository is the same as long as its commit is the same. The commit of the first conversion is stored."""
     revision = "main" if revision is None else revision
     half = options.recipe.dtype != "float32"
     label, note = _label(repo, file), _note(repo, revision)
@@ -212,7 +212,7 @@ def _from_hub(repo: str, file: str | None, revision: str | None, options: Option
     try:
         made = _present(label, identity, options) or _make(label, identity, obtain, options)
     except Error as e:
-        if options.offline or hub.offline():  # what is held may be the beginning of a download
+        if options.offline or hub.offline():  # the files here may be an unfinished download
             raise Error(e.problem, f"{e.fix} If its download was cut off, run once without `offline`.") from None
         raise
     cache.write_note(note, {"repo": repo, "revision": revision, "commit": commit})
@@ -220,21 +220,22 @@ def _from_hub(repo: str, file: str | None, revision: str | None, options: Option
 
 
 def _label(repo: str, file: str | None) -> str:
-    """What a model from the hub goes by: its own name, if it has one."""
+    """The name of a model from the hub in the cache: its name here, if it has one."""
     if file is not None:
         return cache.slug(Path(file).stem)
     return next((name for name, row in MODELS.items() if row.repo == repo), cache.slug(repo))
 
 
 def _note(repo: str, revision: str) -> Path:
-    """Where is noted which commit a revision stood for when it was converted."""
+    """The file that stores which commit a revision stood for when it was converted."""
     return cache.root() / "hub" / f"{cache.slug(repo)}-{cache.short(f'{repo}@{revision}')}.json"
 
 
 def _published(
     repo: str, file: str | None, at: str, half: bool, t5: bool, offline: bool, progress: Progress
 ) -> tuple[str, Callable[[Path], Path]]:
-    """The commit that `at` stands for, and what fetches the checkpoint, given a folder that will last as long as it."""
+    """The commit that `at` stands for, and a function that fetches the checkpoint. The function takes a folder that
+    must exist as long as the checkpoint is used."""
     from . import hub
 
     commit, held = hub.held(repo, at) if offline or hub.offline() else hub.listing(repo, at)
@@ -244,20 +245,20 @@ def _published(
         folder = hub.download(repo, at, commit, files, progress)
         if file is not None:
             return folder / file
-        own = place / _label(repo, None)
-        for name in files:  # only what was chosen: the snapshot may hold other, perhaps unfinished, variants
-            link = own / name
+        chosen = place / _label(repo, None)
+        for name in files:  # only the chosen files: the snapshot may hold other variants, perhaps unfinished ones
+            link = chosen / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to((folder / name).resolve())
-        return own
+        return chosen
 
     return commit, obtain
 
 
 def _asked(options: Options) -> list:
-    words = None if options.tokenizer is None else [str(options.tokenizer.resolve()), _marks(options.tokenizer)]
-    parts = [[kind, str(file.resolve()), _marks(file)] for kind, file in sorted(options.parts.items())]
-    return [asdict(options.recipe), options.prediction, options.t5, words, *parts]
+    tokenizer = None if options.tokenizer is None else [str(options.tokenizer.resolve()), _stamps(options.tokenizer)]
+    parts = [[kind, str(file.resolve()), _stamps(file)] for kind, file in sorted(options.parts.items())]
+    return [asdict(options.recipe), options.prediction, options.t5, tokenizer, *parts]
 
 
 def _target(label: str, identity: list, options: Options) -> Path:
@@ -265,7 +266,7 @@ def _target(label: str, identity: list, options: Options) -> Path:
 
 
 def _present(label: str, identity: list, options: Options) -> Path | None:
-    """The conversion, if there is one. One with T5 serves without it as well: what is not read is not loaded."""
+    """The conversion, if there is one. A conversion with T5 also serves a call without it: T5 is then not loaded."""
     ways = [options] if options.t5 else [replace(options, t5=True), options]
     targets = [_target(label, identity, o) for o in ways]
     made = next((target for target in targets if cache.complete(target)), None)
@@ -275,7 +276,7 @@ def _present(label: str, identity: list, options: Options) -> Path | None:
 
 
 def _make(label: str, identity: list, obtain: Callable[[Path], Path], options: Options) -> Path:
-    """Convert what `obtain` brings."""
+    """Convert the checkpoint that `obtain` fetches."""
     from .. import convert
 
     asked = _asked(options)
@@ -284,20 +285,21 @@ def _make(label: str, identity: list, obtain: Callable[[Path], Path], options: O
         checkpoint = convert.open(obtain(part), options.prediction, options.parts, options.t5)
         options.check(convert.describe(checkpoint, options.recipe))
         cache.check_room(checkpoint.path.name, _size(checkpoint, options.recipe))
-        words = options.tokenizer
-        if words is None:
-            words = tokenizer_for(checkpoint, options.offline, options.progress)
-        convert.save(checkpoint, part / "model", **asdict(options.recipe), tokenizer=words, progress=options.progress)
+        tokenizer = options.tokenizer
+        if tokenizer is None:
+            tokenizer = tokenizer_for(checkpoint, options.offline, options.progress)
+        how = asdict(options.recipe) | {"tokenizer": tokenizer, "progress": options.progress}
+        convert.save(checkpoint, part / "model", **how)
         cache.write_json(part / "model" / "source.json", {"identity": identity, "asked": asked})
 
     return cache.make(_target(label, identity, options), fill, lambda: options.progress("wait", 0, 0))
 
 
 def reachable(note: dict) -> bool:
-    """Whether `resolve` can still arrive at the conversion that has this `source.json`."""
-    (kind, place, seen, *_), (_, _, _, words, *parts) = note["identity"], note["asked"]
-    files = [entry[-2:] for entry in ([] if words is None else [words]) + parts]
-    if any(_marks(Path(file)) != marks for file, marks in files):
+    """Whether `resolve` can still return the conversion that has this `source.json`."""
+    (kind, place, seen, *_), (_, _, _, tokenizer, *parts) = note["identity"], note["asked"]
+    files = [entry[-2:] for entry in ([] if tokenizer is None else [tokenizer]) + parts]
+    if any(_stamps(Path(file)) != stamps for file, stamps in files):
         return False
     if kind == "path":
         return Path(place).exists() and _identity(Path(place)) == note["identity"]
@@ -306,7 +308,7 @@ def reachable(note: dict) -> bool:
 
 
 def _size(checkpoint: "Checkpoint", how: Recipe) -> float:
-    """Bytes that will be written. Quantized, the layers that are not count as if they were."""
+    """Bytes that the conversion will write. If it is quantized, all layers count as quantized."""
     need = 0.0
     for name, component in checkpoint.components.items():
         dtype = recipe.component_dtype(FAMILIES.get(checkpoint.family), name, how.dtype)
@@ -315,7 +317,7 @@ def _size(checkpoint: "Checkpoint", how: Recipe) -> float:
     return need
 
 
-# A preview's decoder is read where it is: of a few megabytes no converted copy is kept.
+# A decoder for previews is read where it is: it has a few megabytes, so no converted copy is kept.
 
 
 def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | None = None) -> nn.Module:
@@ -324,19 +326,19 @@ def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | N
 
     path = local(name)
     if path is None:
-        found = _HUB_ID.fullmatch(str(name))
-        if found is None:
-            raise Error(f"There is no TAESD, file or folder {str(name)!r}.", "Use auto for the model's own.")
-        file = "diffusion_pytorch_model.safetensors" if found[2] is None else found[2]
-        path = _one_file(found[1], file, offline, _silent if progress is None else progress)
+        match = _HUB_ID.fullmatch(str(name))
+        if match is None:
+            raise Error(f"There is no TAESD, file or folder {str(name)!r}.", "Use auto for the model's TAESD.")
+        file = "diffusion_pytorch_model.safetensors" if match[2] is None else match[2]
+        path = _one_file(match[1], file, offline, _silent if progress is None else progress)
     networks = convert.read(path, recipe.DTYPES[dtype])
     if "taesd" not in networks:
-        raise Error(f"{path} is no TAESD but {', '.join(networks)}.", "Use auto for the model's own.")
+        raise Error(f"{path} is not a TAESD but {', '.join(networks)}.", "Use auto for the model's TAESD.")
     return networks["taesd"]
 
 
 def _one_file(repo: str, file: str, offline: bool, progress: Progress) -> Path:
-    """One that is here already is not asked for again."""
+    """One file of a repository. A file that is already here is not requested again."""
     from . import hub
 
     here = hub.snapshots(file, repo)

@@ -1,4 +1,4 @@
-"""`mlxdiff cache`: the converted models that are kept, and a way to be rid of them."""
+"""`mlxdiff cache`: lists the converted models that are kept, and removes them."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from . import cache
 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff cache", description="List the converted models that are kept, or remove some.")
-    what = "remove what is of no more use; of the model NAME all that is kept; of all everything"
+    what = "remove what is of no more use; with NAME all copies of that model; with all everything"
     p.add_argument("--clean", nargs="?", const="", metavar="NAME", help=what)
     args = p.parse_args(argv)
     return run("mlxdiff cache", lambda: show() if args.clean is None else clean(args.clean))

@@ -1,5 +1,5 @@
-"""The cache of converted models, in $MLXDIFF_CACHE, else the user's cache folder: models/<name>-<recipe>-<key>, each
-either whole or absent, whoever is killed while making one."""
+"""The cache of converted models, in $MLXDIFF_CACHE, else in the user's cache folder: models/<name>-<recipe>-<key>. A
+conversion is either whole or absent, even if the process that makes it is killed."""
 
 import errno
 import fcntl
@@ -19,12 +19,12 @@ from .. import description
 from ..errors import Error
 from ..recipe import Recipe
 
-# The names of a conversion's folder, and of the scratch folder of one that is being made.
+# Matches the folder of a conversion, and the scratch folder of an unfinished one.
 _OURS = re.compile(r"(.+-[0-9a-f]{12})(\.\w+\.part)?")
 
 
 def root() -> Path:
-    """$MLXDIFF_CACHE, else where the system keeps what programs can make again."""
+    """$MLXDIFF_CACHE, else the system's folder for files that programs can make again."""
     named = os.environ.get("MLXDIFF_CACHE")
     if named:
         return Path(named).expanduser()
@@ -32,7 +32,8 @@ def root() -> Path:
 
 
 def folder(label: str, kind: str, identity: list) -> Path:
-    """Where the conversion of a source is, or will be: `identity` is all that makes it the right one."""
+    """The folder of a source's conversion, which may not exist yet. `identity` is everything the conversion depends
+    on."""
     return root() / "models" / f"{slug(label)}-{kind}-{short(json.dumps(identity))}"
 
 
@@ -45,7 +46,7 @@ def short(key: str) -> str:
 
 
 def complete(target: Path) -> bool:
-    """A conversion appears under its name only when it is whole; this finds what somebody has since taken out of it."""
+    """Whether a conversion still has all its files. A new one always has; somebody may have deleted some since."""
     try:
         model = description.read(target)
     except Error:
@@ -55,9 +56,9 @@ def complete(target: Path) -> bool:
 
 
 def named(name: str) -> list[Path]:
-    """The conversions of a model, by the name it goes by."""
-    found = sorted(p.parent for p in root().glob("models/*/model.json") if not p.parent.name.endswith(".part"))
-    return [p for p in found if complete(p) and description.read(p).name == name]
+    """The conversions of a model with this name."""
+    folders = sorted(p.parent for p in root().glob("models/*/model.json") if not p.parent.name.endswith(".part"))
+    return [p for p in folders if complete(p) and description.read(p).name == name]
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,16 @@ class Entry:
 
     folder: Path
     name: str
-    recipe: str  # "" of a scratch folder
-    source: str  # a hub id or a path; "" where it was not noted
+    recipe: str  # "" for a scratch folder
+    source: str  # a hub id or a path; "" if it was not stored
     size: int  # bytes
     made: float  # seconds since 1970
-    useless: str  # why no call of `resolve` will return it; "" if one may
-    busy: bool  # somebody is making it
+    useless: str  # why `resolve` will never return it; "" if it may
+    busy: bool  # another process is making it
 
 
 def entries(reachable: Callable[[dict], bool]) -> list[Entry]:
-    """What the cache holds. reachable: whether a source, as noted beside a conversion, is still what it was."""
+    """The contents of the cache. reachable: whether the source, as stored with a conversion, is unchanged."""
     found = []
     for folder in _folders():
         with suppress(FileNotFoundError):  # another process has just removed it
@@ -89,7 +90,7 @@ def _entry(folder: Path, reachable: Callable[[dict], bool]) -> Entry:
     if folder.name.endswith(".part"):
         useless = "" if busy else "unfinished"
     elif model["format"] != description.FORMAT:
-        useless = "of an older version" if model["format"] < description.FORMAT else ""  # a newer version's is its own
+        useless = "of an older version" if model["format"] < description.FORMAT else ""  # a newer one may use it
     elif not complete(folder):
         useless = "damaged"
     else:
@@ -107,7 +108,7 @@ def _entry(folder: Path, reachable: Callable[[dict], bool]) -> Entry:
 
 
 def remove(entry: Entry) -> bool:
-    """Delete a conversion, unless somebody is making it: links inside are removed, what they lead to is not."""
+    """Delete a conversion, unless another process is making it. Links inside are removed, but not their targets."""
     try:
         with _locked(_target(entry.folder), None), suppress(FileNotFoundError):
             shutil.rmtree(entry.folder)
@@ -119,7 +120,7 @@ def remove(entry: Entry) -> bool:
 
 
 def _folders() -> list[Path]:
-    """The folders that this module made: known by their names, and conversions by their description too."""
+    """The folders that this module made. It knows them by their names, and conversions also by their description."""
     return [
         path
         for path in sorted(root().glob("models/*"))
@@ -129,7 +130,7 @@ def _folders() -> list[Path]:
 
 
 def _target(folder: Path) -> Path:
-    """The conversion that a folder is, or is a scratch folder of."""
+    """The path of the conversion that a folder is, or whose scratch folder it is."""
     return folder.with_name(_OURS.fullmatch(folder.name)[1])
 
 
@@ -137,13 +138,13 @@ def _is_busy(folder: Path) -> bool:
     try:
         with _locked(_target(folder), None):
             return False
-    except OSError as e:  # a cache that cannot be written has nobody at work either
+    except OSError as e:  # if the cache cannot be written, nobody works in it
         return isinstance(e, BlockingIOError)
 
 
 def make(target: Path, fill: Callable[[Path], None], busy: Callable[[], None]) -> Path:
-    """Have `fill` write the model into a scratch folder's `model`. Of two processes one works; the other is told that
-    it is `busy`, and waits."""
+    """Have `fill` write the model into `model` inside a scratch folder. If another process does this already, `busy` is
+    called and this process waits."""
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep()
@@ -156,10 +157,10 @@ def make(target: Path, fill: Callable[[Path], None], busy: Callable[[], None]) -
                 fill(part)
                 try:
                     os.rename(part / "model", target)
-                except OSError:  # where a file system's locks do not hold, somebody else may have been first
+                except OSError:  # without working locks, another process may have been first
                     if not complete(target):
                         raise
-            except Error as e:  # in words of what the user knows: not where it was worked on
+            except Error as e:  # name the target, not the scratch folder
                 problem = e.problem.replace(str(part / "model"), str(target)).replace(f"{part}{os.sep}", "")
                 raise Error(problem, e.fix) from None
             finally:
@@ -169,8 +170,8 @@ def make(target: Path, fill: Callable[[Path], None], busy: Callable[[], None]) -
 
 @contextmanager
 def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[None]:
-    """Held by whoever works on `target`; the system lets go of it when that process ends, however it ends. Where it is
-    already held, `busy` is told and we wait; without it that is a BlockingIOError."""
+    """The lock of the process that works on `target`. The system releases it when that process ends, however it ends.
+    If another process has the lock, call `busy` and wait; without `busy`, raise BlockingIOError."""
     path = target.parent / ".locks" / target.name
     path.parent.mkdir(exist_ok=True)
     with open(path, "a") as file:
@@ -185,8 +186,8 @@ def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _sweep() -> None:
-    """Remove what processes that died have left behind, a part whose lock nobody holds; and what an older version
-    converted, which no version from here on reads."""
+    """Remove scratch folders of dead processes (nobody holds their lock), and conversions by older versions, which this
+    and later versions cannot read."""
     for folder in _folders():
         part = folder.name.endswith(".part")
         if part or read_note(folder / "model.json")["format"] < description.FORMAT:
@@ -195,7 +196,7 @@ def _sweep() -> None:
 
 
 def check_room(name: str, need: float) -> None:
-    """Before the work: whether so many bytes fit."""
+    """Raise before the work if the disk lacks this many bytes."""
     free = shutil.disk_usage(root()).free
     if free < need:
         raise Error(
@@ -205,7 +206,7 @@ def check_room(name: str, need: float) -> None:
 
 
 def read_note(path: Path) -> dict:
-    """What was noted, or {}: a note that cannot be read is only looked up again."""
+    """The contents of a JSON file, or {} if it cannot be read: its facts can be looked up again."""
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

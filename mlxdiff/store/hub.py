@@ -1,5 +1,6 @@
-"""Files of a hub repository, through huggingface_hub into its ordinary cache (HF_HOME, HF_ENDPOINT, HF_TOKEN count). A
-file that was cut off goes on where it stopped, also in a later process. Every failure becomes an Error with its fix."""
+"""Fetches files of a hub repository with huggingface_hub into its ordinary cache (HF_HOME, HF_ENDPOINT and HF_TOKEN
+work). An interrupted file continues where it stopped, also in a later process. Every failure becomes an Error with a
+fix."""
 
 import errno
 import hashlib
@@ -33,7 +34,7 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
     r"(?:\.index(?:\.(?P<shards_of>\w+))?\.json)?"
 )
-_SHA256 = re.compile(r"[0-9a-f]{64}")  # what the hub gives as ETag of every large file
+_SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's ETag of every large file
 
 
 def offline() -> bool:
@@ -42,14 +43,14 @@ def offline() -> bool:
 
 
 def listing(repo: str, revision: str) -> tuple[str, dict[str, int]]:
-    """The commit a revision stands for now, and its files with their sizes. One request."""
+    """The commit that a revision stands for now, and its files with their sizes. This takes one request."""
     with _explained(repo, revision):
         info = hf.HfApi(endpoint=constants.ENDPOINT).model_info(repo, revision=revision, files_metadata=True)
     return info.sha, {file.rfilename: file.size for file in info.siblings}
 
 
 def held(repo: str, revision: str) -> tuple[str, dict[str, int]]:
-    """What `listing` says, from the hub's cache alone."""
+    """The same as `listing`, but from the hub's cache alone."""
     ref = _folder(repo) / "refs" / revision
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
     folder = _folder(repo) / "snapshots" / commit
@@ -59,8 +60,8 @@ def held(repo: str, revision: str) -> tuple[str, dict[str, int]]:
 
 
 def select(repo: str, names: dict[str, int], half: bool, file: str | None, t5: bool = True) -> list[str]:
-    """The files of a repository that are needed: settings, tokenizers and one safetensors variant of each network;
-    without `t5` none of SD3's third text encoder."""
+    """The files of a repository that are needed: settings, tokenizers and one safetensors variant of each network.
+    Without `t5` this excludes SD3's third text encoder."""
     single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors"))
     if file is not None or "model_index.json" not in names:
         if file in names:
@@ -79,16 +80,16 @@ def select(repo: str, names: dict[str, int], half: bool, file: str | None, t5: b
 
 
 def _variant(repo: str, folder: str, inside: list[str], half: bool) -> list[str]:
-    """fp16 where half precision is enough and there is one, else the plain weights; pickles never."""
-    found: dict[str | None, list[str]] = {}
+    """The fp16 files if half precision is enough and they exist, else the plain weights; never pickles."""
+    variants: dict[str | None, list[str]] = {}
     for name in inside:
         match = _WEIGHTS.fullmatch(name.rpartition("/")[2])
         if match is not None:
-            found.setdefault(match["variant"] or match["shards_of"], []).append(name)
+            variants.setdefault(match["variant"] or match["shards_of"], []).append(name)
     order = ("fp16", None) if half else (None, "fp16")
     for variant in order:
-        if any(n.endswith(".safetensors") for n in found.get(variant, [])):
-            return found[variant]
+        if any(n.endswith(".safetensors") for n in variants.get(variant, [])):
+            return variants[variant]
     if any(n.endswith((".bin", ".ckpt", ".pt")) for n in inside):
         raise Error(
             f"{repo} has {folder} only as a pickle, which can run any code when it is opened; it is not read.",
@@ -98,7 +99,7 @@ def _variant(repo: str, folder: str, inside: list[str], half: bool) -> list[str]
 
 
 def download(repo: str, revision: str, commit: str, files: dict[str, int], progress: Progress) -> Path:
-    """The folder of the snapshot, holding at least `files` (name -> bytes)."""
+    """The folder of the snapshot, after all `files` (name -> bytes) are in it."""
     folder = _folder(repo) / "snapshots" / commit
     missing = {name: size for name, size in files.items() if not (folder / name).exists()}
     total = sum(files.values())
@@ -107,7 +108,7 @@ def download(repo: str, revision: str, commit: str, files: dict[str, int], progr
     with _explained(repo, revision), _no_bars():
         for name, size in missing.items():
             _fetch(repo, commit, name, size, lambda n, before=done: progress("download", before + n, total))
-            # The bytes are there: this only links them into the snapshot, and notes what the revision stands for.
+            # The bytes are here: this only links them into the snapshot, and stores the commit of the revision.
             path = hf.hf_hub_download(repo, name, revision=revision)
             if not Path(path).is_relative_to(folder):
                 raise Error(f"{repo} changed while it was being downloaded.", "Run the same command again.")
@@ -117,7 +118,7 @@ def download(repo: str, revision: str, commit: str, files: dict[str, int], progr
 
 
 def snapshots(pattern: str, repo: str = "*") -> list[Path]:
-    """What matches, of a repository in the hub's cache, or of all of them."""
+    """The paths that match a pattern, in one repository of the hub's cache, or in all of them."""
     return sorted(Path(constants.HF_HUB_CACHE).glob(f"{_folder(repo).name}/snapshots/*/{pattern}"))
 
 
@@ -126,7 +127,8 @@ def _folder(repo: str) -> Path:
 
 
 def _fetch(repo: str, commit: str, name: str, size: int, watch: Callable[[int], None]) -> None:
-    """Put one file among the cache's blobs. huggingface_hub 2 starts a file anew in each process; this does not."""
+    """Download one file into the cache's blobs. huggingface_hub 2 restarts a file in each process; this continues
+    it."""
     url = hf.hf_hub_url(repo, name, revision=commit, endpoint=constants.ENDPOINT)
     meta = hf.get_hf_file_metadata(url)
     etag, size = meta.etag, size if meta.size is None else meta.size
@@ -138,23 +140,23 @@ def _fetch(repo: str, commit: str, name: str, size: int, watch: Callable[[int], 
     with WeakFileLock(lock):
         if blob.exists():
             return
-        begun = part.stat().st_size if part.exists() else 0
-        if begun > size or not _SHA256.fullmatch(etag):  # goes on only where the result can be checked
+        have = part.stat().st_size if part.exists() else 0
+        if have > size or not _SHA256.fullmatch(etag):  # continue only if the result can be checked
             part.unlink(missing_ok=True)
-            begun = 0
-        if shutil.disk_usage(blob.parent).free < size - begun:
-            raise _full(repo, f"; {name} needs {(size - begun) / 1e9:.2f} GB")
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # compressed, a range would be of other bytes
+            have = 0
+        if shutil.disk_usage(blob.parent).free < size - have:
+            raise _full(repo, f"; {name} needs {(size - have) / 1e9:.2f} GB")
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed range would be other bytes
         with _Watched(part, watch) as file:
-            http_get(url, file, resume_size=begun, headers=headers, expected_size=size)
-        if begun and _sha256(part) != etag:  # a crash can leave a file longer than what reached the disk
+            http_get(url, file, resume_size=have, headers=headers, expected_size=size)
+        if have and _sha256(part) != etag:  # after a crash, a file can be longer than the data that reached the disk
             part.unlink()
-            raise Error(f"{name} of {repo} was damaged on its way.", "Run the same command again.")
+            raise Error(f"{name} of {repo} was damaged during the download.", "Run the same command again.")
         os.replace(part, blob)
 
 
 class _Watched(io.BufferedWriter):
-    """An open file, appended to, that tells how long it is after each write."""
+    """A file opened for appending that reports its length after each write."""
 
     def __init__(self, path: Path, watch: Callable[[int], None]):
         super().__init__(io.FileIO(path, "a"))
@@ -176,7 +178,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Whoever called shows the progress."""
+    """Hide huggingface_hub's bars: the caller shows the progress."""
     were_off = are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -187,7 +189,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def _transport() -> tuple[type[Exception], ...]:
-    """What the HTTP library raises: which library depends on huggingface_hub's version (requests, httpx, httpx2)."""
+    """The exceptions of the HTTP library; which one it is depends on huggingface_hub (requests, httpx or httpx2)."""
     names = {"requests": "RequestException", "httpx": "HTTPError", "httpx2": "HTTPError"}
     return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
 
@@ -200,7 +202,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         yield
     except errors.GatedRepoError:
         raise Error(
-            f"{repo} is gated: its licence has to be accepted.", f"Accept it at {site}/{repo}, then {log_in}."
+            f"{repo} is gated: you must accept its licence.", f"Accept it at {site}/{repo}, then {log_in}."
         ) from None
     except errors.RevisionNotFoundError:
         raise Error(f"{repo} has no revision {revision!r}.", "Name a branch, a tag or a commit that it has.") from None
@@ -213,7 +215,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         raise Error(f"{repo!r} is not a hub id: {e}.", "Hub ids look like some-org/some-repo.") from None
     except errors.OfflineModeIsEnabled:
         raise _absent(repo) from None
-    except errors.LocalEntryNotFoundError as e:  # how hf_hub_download tells that the network failed
+    except errors.LocalEntryNotFoundError as e:  # hf_hub_download raises this if the network fails
         raise _no_connection(site, e) from None
     except errors.EntryNotFoundError as e:
         raise Error(f"{repo} lacks a file that it lists: {e}.", "Run again; if it stays, use another model.") from None

@@ -1,4 +1,4 @@
-"""Words for checkpoints that bring no tokenizer, as single files: of any model on this machine, else from the hub."""
+"""Finds a tokenizer for checkpoints without one, such as single files: on this machine, else on the hub."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from ..convert import Checkpoint
     from .hub import Progress
 
-CLIP_WORDS = 49408  # every CLIP text encoder of these families was published with the one vocabulary
-T5_WORDS = 32128  # and every T5
+CLIP_WORDS = 49408  # all published CLIP text encoders of these families share one vocabulary
+T5_WORDS = 32128  # and so do all T5
 
 
 def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: "Progress") -> Path | None:
-    """The folder to take the words from. None where the checkpoint has its own, or cannot be converted anyway."""
+    """The folder of a suitable tokenizer. None if the checkpoint has one, or cannot be converted anyway."""
     from . import hub
 
     wrong = checkpoint.lacking or checkpoint.missing or checkpoint.unmapped
@@ -32,7 +32,7 @@ def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: "Progress")
                 f"{name} has no tokenizer, and its {encoder} knows {words} words where CLIP has {CLIP_WORDS}.",
                 "Give the tokenizer folder it was trained with: `tokenizer=DIR`.",
             )
-    # With T5 a whole model's folder is taken, which holds a tokenizer of either kind; else any tokenizer of CLIP.
+    # With T5, use the folder of a whole model, which holds both kinds of tokenizers; without it, any CLIP tokenizer.
     held = [*hub.snapshots("merges.txt"), *hub.snapshots("*/merges.txt"), *cache.root().glob("models/*/*/merges.txt")]
     for merges in held:
         if _is_clip(merges.parent):
@@ -55,6 +55,6 @@ def tokenizer_for(checkpoint: "Checkpoint", offline: bool, progress: "Progress")
 
 
 def _is_clip(folder: Path) -> bool:
-    """Whether this is CLIP's one published vocabulary, as far as its size and its last two words tell."""
+    """Whether this is CLIP's one published vocabulary, judged by its size and its last two words."""
     words = cache.read_note(folder / "vocab.json")
     return len(words) == CLIP_WORDS and words.get("<|startoftext|>") == 49406 and words.get("<|endoftext|>") == 49407

@@ -1,1 +1,1 @@
-"""Training: the storybook world, its tokenizer, and what teaches a model to draw it."""
+"""Training: the storybook world, its tokenizer, and the code that trains a model to draw it."""

@@ -1,4 +1,4 @@
-"""`python -m mlxdiff.train`: teach a storybook model from nothing, or measure one."""
+"""`python -m mlxdiff.train`: train a storybook model from nothing, or measure one."""
 
 import argparse
 import json
@@ -23,31 +23,31 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="mlxdiff train", description=__doc__.partition(": ")[2])
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
     s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
-    s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a run that is in it goes on")
-    s.add_argument("--pictures", type=int, default=60000, metavar="N", help="renders to learn from (default 60000)")
-    s.add_argument("--vae-steps", type=int, default=4000, metavar="N", help="of the VAE, which comes first (4000)")
-    s.add_argument("--steps", type=int, default=8000, metavar="N", help="of the U-Net and its text encoder (8000)")
+    s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder; an unfinished run continues")
+    s.add_argument("--pictures", type=int, default=60000, metavar="N", help="how many renders to learn from (60000)")
+    s.add_argument("--vae-steps", type=int, default=4000, metavar="N", help="steps of the VAE, the first stage (4000)")
+    s.add_argument("--steps", type=int, default=8000, metavar="N", help="steps of U-Net and text encoder (8000)")
     s.add_argument("--batch", type=int, default=64, metavar="N", help="pictures a step; the VAE takes a quarter (64)")
-    s.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the inner matrices (muon)")
+    s.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="for the inner matrices (muon)")
     s.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the U-Net learns to predict")
-    s.add_argument("--min-snr", type=float, metavar="GAMMA", help="weigh the losses by min-SNR, 5 is usual")
-    s.add_argument("--seed", type=int, default=0, help="of the pictures, the weights and their order (0)")
-    s = kinds.add_parser("judge", help="how much of its prompts a storybook model draws")
+    s.add_argument("--min-snr", type=float, metavar="GAMMA", help="weight the losses by min-SNR; 5 is usual")
+    s.add_argument("--seed", type=int, default=0, help="seed of pictures, weights and order (0)")
+    s = kinds.add_parser("judge", help="measure how well a storybook model follows its prompts")
     s.add_argument("model", metavar="MODEL", help="a name or a folder")
     s.add_argument("--judge", type=Path, required=True, metavar="FILE", help="weights of the judge")
-    s.add_argument("--scenes", type=int, default=192, metavar="N", help="prompts (default 192)")
-    s.add_argument("--unseen", action="store_true", help="pairs of words that were held out of training")
+    s.add_argument("--scenes", type=int, default=192, metavar="N", help="how many prompts (192)")
+    s.add_argument("--unseen", action="store_true", help="use pairs of words that were held out of training")
     s.add_argument("--guidance", type=float, nargs="+", metavar="G", default=[4.0], help="each in turn (4)")
     s.add_argument("--steps", type=int, nargs="+", metavar="N", default=[25], help="each in turn (25)")
     s.add_argument("--sampler", nargs="+", metavar="NAME", default=["ddim"], help="each in turn (ddim)")
-    s.add_argument("--quantize", type=bits_of, choices=BITS, metavar="BITS", help="judge it quantized so")
-    s.add_argument("--dtype", help="float32, float16 or bfloat16 (default: what suits this machine)")
-    s = kinds.add_parser("scenes", help="draw some of the pictures that are learned from, with their captions")
+    s.add_argument("--quantize", type=bits_of, choices=BITS, metavar="BITS", help="quantize the model")
+    s.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the dtype that suits this machine)")
+    s = kinds.add_parser("scenes", help="draw some training pictures, with their captions")
     s.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="PNG", help="of the sheet of twelve; never overwrites"
+        "-o", "--out", type=Path, required=True, metavar="PNG", help="file for the sheet of twelve; never overwrites"
     )
-    s.add_argument("--size", type=int, default=128, metavar="PX", help="edge of each (128)")
-    s.add_argument("--seed", type=int, default=0, help="of what they show (0)")
+    s.add_argument("--size", type=int, default=128, metavar="PX", help="edge of each picture (128)")
+    s.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
     return p
 
 
@@ -70,11 +70,11 @@ def train(args) -> int:
     _same_run(args.out, recipe)
     blas.use_all_cores()  # the networks are small, but a batch is not
     if (args.out / "scenes.json").exists():
-        print("Going on.")
+        print("The run in this folder continues.")
     else:
         size = recipe.pictures * 3 * 128**2 / 1e9
         print(f"Rendering {recipe.pictures} pictures first, {size:.2g} GB in {args.out}.")
-        print("Every stage has a bar that says how long it takes. Ctrl-C stops it, and the same command goes on.")
+        print("A bar shows how long each stage takes. Ctrl-C stops the run, and the same command continues it.")
     totals = {"vae": recipe.vae_steps, "denoiser": recipe.steps}
     sizes = {"vae": max(1, recipe.batch // 4), "denoiser": recipe.batch}
     bars: dict[str, tqdm] = {}
@@ -93,7 +93,7 @@ def train(args) -> int:
 
 
 def _same_run(folder: Path, recipe: Recipe) -> None:
-    """A folder holds one run: going on with other settings would be neither the one nor the other."""
+    """Raise unless the folder is empty or holds a run with the same settings: other settings would mix two runs."""
     file, settings = folder / "recipe.json", vars(recipe)
     if file.exists():
         try:
@@ -102,10 +102,10 @@ def _same_run(folder: Path, recipe: Recipe) -> None:
             raise Error(f"{file} cannot be read: {e}.", "Give a new folder.") from None
         changed = [k for k in settings if settings[k] != before.get(k)]
         if changed:
-            told = ", ".join(f"{k} {before.get(k)}" for k in changed)
-            raise Error(f"{folder} holds a run with {told}.", "Give the same settings, or another --out.")
+            stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
+            raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another --out.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Error(f"{folder} holds something else than a run.", "Give a new folder.")
+        raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -114,7 +114,7 @@ def _same_run(folder: Path, recipe: Recipe) -> None:
 
 
 def judge(args) -> int:
-    """A line for each combination of settings."""
+    """Print a line for each combination of settings."""
     from .. import load
     from . import judge as judges
     from . import measure
@@ -134,7 +134,7 @@ def _line(what: str, figures: dict[str, float]) -> None:
 
 
 def scenes(args) -> int:
-    images.kind_of(args.out)  # before the work
+    images.kind_of(args.out)  # raises before the work
     rng, rows = np.random.default_rng(args.seed), []
     for _ in range(3):
         row = []

@@ -1,5 +1,5 @@
-"""Learns a CLIP-format vocabulary: byte pairs over lower-case words, the end of a word marked `</w>`. The files read
-in any CLIPTokenizer. Sennrich et al. 2016."""
+"""Learns a vocabulary in CLIP's format: byte pairs over lower-case words; `</w>` marks the end of a word. Any
+CLIPTokenizer reads the files. Sennrich et al. 2016."""
 
 import json
 import re
@@ -13,7 +13,7 @@ WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_")  # CLIP's 
 
 
 def alphabet() -> list[str]:
-    """A printable character for each byte, in CLIP's order."""
+    """One printable character for each byte, in CLIP's order."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in shown]
     return [chr(b) for b in shown] + [chr(256 + k) for k in range(len(hidden))]
@@ -43,7 +43,7 @@ def learn(texts: Iterable[str], merges: int) -> list[tuple[str, str]]:
 
 
 def save(folder: Path, merges: list[tuple[str, str]], positions: int) -> None:
-    """The four files of a Hugging Face tokenizer folder."""
+    """Write the four files of a Hugging Face tokenizer folder."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = alphabet()
     tokens = [*letters, *(f"{c}</w>" for c in letters), *("".join(m) for m in merges), START, END]

@@ -1,4 +1,4 @@
-"""A trained model as the public diffusers folder, float16: what every other tool reads, and what `builtin` ships."""
+"""Writes a trained model as a public diffusers folder in float16, which other tools read and which `builtin` ships."""
 
 import json
 from pathlib import Path
@@ -107,7 +107,7 @@ def scheduler_config(prediction: str) -> dict:
 
 
 def write(folder: Path, autoencoder: vae.VAE, denoiser: unet.UNet, text: clip.CLIPText, prediction: str) -> None:
-    """All but the tokenizer, whose folder is written where the vocabulary is learned."""
+    """Write everything except the tokenizer; its folder is written where the vocabulary is learned."""
     size = 128 // autoencoder.factor
     parts = {
         "vae": (autoencoder, vae_config(autoencoder.config, 128), "diffusion_pytorch_model", "config.json"),

@@ -1,5 +1,5 @@
-"""The training loop. `fit` yields a Report a step. It saves as it goes and when it is left, by its end, Ctrl-C or an
-error, and goes on from what it finds. A step's batch follows from its number: a resumed run is the same run."""
+"""The training loop. `fit` yields one Report for each step. It saves regularly and when it stops, by its end, Ctrl-C or
+an error; it continues from a saved state. A step's batch follows from its number, so a resumed run is the same run."""
 
 import csv
 import math
@@ -16,7 +16,7 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from PIL import Image, ImageDraw
 
-# Muon is for matrices between hidden layers: the ends, the embeddings, norms and biases stay with AdamW.
+# Muon trains matrices between hidden layers; AdamW trains the first and last layers, embeddings, norms and biases.
 ENDS = ("conv_in", "conv_out", "quant_conv", "embedding.", "time_embedding.linear_1")
 
 
@@ -26,9 +26,9 @@ class Plan:
     rate: float
     optimizer: str  # "adamw" or "muon"
     warmup: int  # steps
-    decay: float  # from this share of the steps on, the rate falls to nothing
-    clip: float  # of the gradient's norm
-    ema: float  # the most that the average keeps of itself a step
+    decay: float  # after this share of the steps, the rate falls to 0
+    clip: float  # maximum of the gradient's norm
+    ema: float  # the largest share of the average that one step keeps
     save_every: int
 
 
@@ -36,7 +36,7 @@ class Report(NamedTuple):
     step: int  # done so far
     loss: float
     rate: float
-    seconds: float  # this step took
+    seconds: float  # duration of this step
 
 
 def optimizer(kind: str) -> opt.Optimizer:
@@ -48,7 +48,7 @@ def optimizer(kind: str) -> opt.Optimizer:
 
 
 def set_rate(chosen: opt.Optimizer, rate: float) -> None:
-    """Muon's steps are all of one size, AdamW's rate beside it is a seventh."""
+    """Set the learning rate. Muon's steps all have the same size; beside it, AdamW gets about a seventh."""
     if isinstance(chosen, opt.MultiOptimizer):
         chosen.optimizers[0].learning_rate, chosen.optimizers[1].learning_rate = rate, 0.15 * rate
     else:
@@ -104,7 +104,7 @@ def averaged(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, step: int) -> None:
-    """Whole or not at all: written beside the old state, then put in its place."""
+    """Write the state beside the old one, then replace the old one: it is written completely or not at all."""
     trees = {"model": model.parameters(), "optimizer": chosen.state, "mean": mean}
     arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
     mx.save_safetensors(str(folder / "state.new.safetensors"), arrays, {"step": str(step)})
@@ -124,14 +124,14 @@ def _restore(path: Path, model: nn.Module, chosen: opt.Optimizer) -> tuple[int, 
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Forget what was logged after the state that is gone on from."""
+    """Remove log lines that are newer than the saved state."""
     rows = path.read_text().splitlines()[1:] if path.exists() else []
     kept = [r for r in rows if int(r.split(",")[0]) <= step]
     path.write_text("\n".join(["step,loss,rate,seconds", *kept]) + "\n")
 
 
 def plot(log: Path, picture: Path) -> None:
-    """The loss over the steps, log scale upwards: single steps grey, their running mean red."""
+    """Plot the loss over the steps, with a logarithmic axis: single steps in grey, their running mean in red."""
     losses = [float(row["loss"]) for row in csv.DictReader(log.open())]
     if len(losses) < 2:
         return

@@ -1,5 +1,5 @@
-"""A small network that reads a storybook picture: which time, terrain, sky, object, colour, side. It measures how well
-a model follows its prompts, and its features give a Frechet distance. Pictures are (B, 128, 128, 3) uint8."""
+"""A small network that recognises time, terrain, sky, object, colour and side in a storybook picture. It measures how
+well a model follows its prompts; its features give a Frechet distance. Pictures are (B, 128, 128, 3) uint8."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ WORDS = {
     "colour": COLOURS,
     "position": POSITIONS,
 }
-SHAPES = ((3, 24, 2), (24, 48, 1), (48, 96, 1), (96, 96, 1))  # of each convolution: in, out, stride
+SHAPES = ((3, 24, 2), (24, 48, 1), (48, 96, 1), (96, 96, 1))  # each convolution: in, out, stride
 
 
 class Judge(nn.Module):
@@ -49,8 +49,8 @@ def load(path: Path) -> Judge:
     try:
         judge.load_weights(str(path))
     except (OSError, RuntimeError, ValueError) as e:
-        found = str(e).splitlines()[0]
-        raise Error(f"{path} is no judge: {found}.", "Give tests/data/judge.safetensors of the sources.") from None
+        reason = str(e).splitlines()[0]
+        raise Error(f"{path} is not a judge: {reason}.", "Give tests/data/judge.safetensors of the sources.") from None
     judge.apply(lambda w: w.astype(mx.float32))
     judge.eval()
     return judge
@@ -62,13 +62,14 @@ def labels(scenes: list[Scene]) -> np.ndarray:
 
 
 def read(judge: Judge, pictures: np.ndarray) -> np.ndarray:
-    """What the judge sees, (B, 6) indices into WORDS."""
+    """The words that the judge sees, as (B, 6) indices into WORDS."""
     answers = [judge(_signed(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
     return np.concatenate([np.stack([np.array(a.argmax(-1)) for a in part], 1) for part in answers])
 
 
 def adherence(judge: Judge, pictures: np.ndarray, scenes: list[Scene]) -> dict[str, float]:
-    """Share of the scenes' words found in their pictures, by kind, and of pictures with all six."""
+    """For each kind, the share of pictures in which the judge sees the scene's word; "all": the share with all six
+    words."""
     right = read(judge, pictures) == labels(scenes)
     return dict(zip(WORDS, right.mean(0).tolist(), strict=True)) | {"all": float(right.all(1).mean())}
 

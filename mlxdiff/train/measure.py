@@ -1,5 +1,6 @@
-"""How well a storybook model draws: plain captions of random scenes, seeds that count up from a fixed one, read by a
-judge. Renders of the same scenes give the judge's own ceiling. And how well it denoises: its loss by noise and word."""
+"""Measures how well a storybook model draws: it draws plain captions of random scenes, with seeds that count up from a
+fixed one, and a judge reads the pictures. Renders of the same scenes give the best score that the judge can give. Also
+measures how well the model denoises: its loss by noise level and by wrong word."""
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -13,7 +14,7 @@ from ..probe import encode, sides
 from . import judge
 from . import storybook as sb
 
-SEED = 1000  # of the first picture; fixed before any picture was seen
+SEED = 1000  # the first picture's seed; it was fixed before any picture was seen
 
 
 def scenes(count: int, unseen: bool = False) -> list[sb.Scene]:
@@ -36,7 +37,7 @@ def draw(pipe: Pipeline, chosen: list[sb.Scene], **settings) -> np.ndarray:
 
 
 def measure(pipe: Pipeline, referee: judge.Judge, chosen: list[sb.Scene], **settings) -> dict[str, float]:
-    """Shares of words found, and the Frechet distance from renders of the same scenes."""
+    """The shares of `judge.adherence`, and the Frechet distance from renders of the same scenes."""
     pictures = draw(pipe, chosen, **settings)
     distance = judge.frechet(referee, pictures, renders(chosen))
     return judge.adherence(referee, pictures, chosen) | {"frechet": distance}
@@ -45,33 +46,33 @@ def measure(pipe: Pipeline, referee: judge.Judge, chosen: list[sb.Scene], **sett
 def losses(
     pipe: Pipeline, chosen: list[sb.Scene], sigmas: list[float], seed: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Scene after scene, the loss at each noise level: the error in v, which the built-in model was taught to predict.
-    With the right caption, and with each kind of word wrong; under the same noise."""
+    """For each scene, the loss at each noise level: the error in v, which the built-in model was trained to predict.
+    The dict has the loss for the right caption and for captions with one kind of word wrong, under the same noise."""
     sigmas = np.array(sigmas)
     for k, (scene, pixels) in enumerate(zip(chosen, renders(chosen), strict=True)):
         x0 = encode(pipe, Image.fromarray(pixels))
         noise = np.random.default_rng([seed, k]).standard_normal((len(sigmas), *x0.shape)).astype(np.float32)
-        told = {"right": scene, **wrong(scene, np.random.default_rng([seed, k]))}
-        captions = [sb.plain(s) for s in told.values()]
+        versions = {"right": scene, **wrong(scene, np.random.default_rng([seed, k]))}
+        captions = [sb.plain(s) for s in versions.values()]
         looks = [
             look
             for a, b in zip(captions[::2], captions[1::2] + captions[-1:], strict=False)
             for look in sides(pipe, b, negative=a)
         ]
-        found = {}
-        for name, look in zip(told, looks, strict=False):
+        by_version = {}
+        for name, look in zip(versions, looks, strict=False):
             off = [np.square(look(x0 + s * n, float(s)) - x0).mean() for s, n in zip(sigmas, noise, strict=True)]
-            found[name] = np.array(off) * (1 + sigmas**2) / sigmas**2
-        yield found
+            by_version[name] = np.array(off) * (1 + sigmas**2) / sigmas**2
+        yield by_version
 
 
 def wrong(scene: sb.Scene, rng: np.random.Generator) -> dict[str, sb.Scene]:
-    """By kind of word: the same scene with another word there, of those that make a scene too."""
+    """For each kind of word: the same scene with another word of this kind that also makes a valid scene."""
     kinds = (sb.TIMES, sb.TERRAINS, sb.SKIES, sb.OBJECTS, sb.COLOURS, sb.POSITIONS)
-    found = {}
+    scenes_by_kind = {}
     for field, options in zip(fields(scene), kinds, strict=True):
         others = [replace(scene, **{field.name: word}) for word in options]
         others = [s for s in others if s != scene and sb.valid(s)]
-        if others:  # a boat is nowhere but on the water
-            found[field.name] = others[rng.integers(len(others))]
-    return found
+        if others:  # a boat is only on the water, so it has no other terrain
+            scenes_by_kind[field.name] = others[rng.integers(len(others))]
+    return scenes_by_kind

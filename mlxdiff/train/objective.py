@@ -1,4 +1,4 @@
-"""What a denoiser learns: a picture and noise mixed at a level, and what to predict of the mixture. The level is
+"""The training objective: mix a picture and noise at a level, and predict a target from the mixture. The level is
 alpha_bar for "eps", "v" and "x0" (Ho et al. 2020; Salimans and Ho 2022) and sigma for "flow" (Liu et al. 2022)."""
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ PREDICTIONS = ("eps", "v", "x0", "flow")
 
 
 def levels(prediction: str, alpha_bar: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Uniforms (B,) in [0, 1) -> the times the network is told, and their levels."""
+    """Uniforms (B,) in [0, 1) -> the times, which are the network's input, and their levels."""
     n = len(alpha_bar)
     if prediction == "flow":
         return 1000 * u, u
@@ -28,7 +28,7 @@ def mixture(prediction: str, x0: mx.array, noise: mx.array, level: mx.array) -> 
 
 
 def weights(prediction: str, level: mx.array, gamma: float | None) -> mx.array:
-    """min-SNR: the error in x0 counted min(SNR, gamma) times, whatever is predicted (Hang et al. 2023). None: ones."""
+    """min-SNR: for every prediction, the error in x0 has weight min(SNR, gamma) (Hang et al. 2023). None: all ones."""
     if gamma is None or prediction == "flow":
         return mx.ones_like(level)
     snr = level / (1 - level)
@@ -37,5 +37,5 @@ def weights(prediction: str, level: mx.array, gamma: float | None) -> mx.array:
 
 
 def stratified(rng: np.random.Generator, n: int) -> np.ndarray:
-    """n uniforms, one in each nth of [0, 1), shuffled: a batch sees every noise level."""
+    """n shuffled uniforms, one in each nth part of [0, 1), so that a batch has all noise levels."""
     return rng.permutation((np.arange(n) + rng.random()) / n)

@@ -1,5 +1,5 @@
-"""The storybook model from nothing: pictures, VAE, vocabulary and latents, U-Net with its text encoder, export. Each
-stage leaves a file in the folder and is not done twice."""
+"""Trains the storybook model from nothing: pictures, VAE, vocabulary and latents, U-Net with its text encoder, export.
+Each stage leaves a file in the folder and does not run twice."""
 
 import json
 from collections.abc import Iterator
@@ -20,11 +20,12 @@ from . import storybook as sb
 from .fit import Plan, Report, averaged, fit
 
 SIZE, FACTOR, CAPTIONS = 128, 8, 8
-SCALE = 0.18215  # what files of this layout say; the latents are whitened first, so that it holds by construction
-# Scenes are as often left as right, so nothing that tells the sides apart pays by itself, and the words for them can
-# only act through it: they were not learned at all. Leaning left for a few hundred steps breaks the symmetry.
+SCALE = 0.18215  # as in files of this layout; the latents are whitened first, so it is right by construction
+# Left and right are equally frequent, so features that separate the sides do not lower the loss by themselves, and the
+# words for the sides need such features: they were not learned at all. Leaning left for a few hundred steps breaks the
+# symmetry.
 LEANING, LEAN = range(600, 900), {"left": 0.62, "centre": 0.28, "right": 0.10}
-SAVE_EVERY, SAMPLES_EVERY = 250, 1000  # steps; samples are drawn from what was just saved
+SAVE_EVERY, SAMPLES_EVERY = 250, 1000  # steps; samples are drawn from the state that was just saved
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("scaled_linear", 1000, 0.00085, 0.012))
 
 _NETWORKS = MODELS["storybook"].networks
@@ -41,15 +42,15 @@ class Recipe:
     pictures: int
     vae_steps: int
     steps: int
-    batch: int  # of the denoiser; the VAE sees a quarter of it, in crops
+    batch: int  # samples a step of the denoiser; the VAE sees a quarter of that, in crops
     optimizer: str
     prediction: str
-    gamma: float | None  # of min-SNR
+    gamma: float | None  # for min-SNR
     seed: int
 
 
 class Denoiser(nn.Module):
-    """The U-Net and the text encoder it reads, trained together."""
+    """The U-Net and its text encoder, which are trained together."""
 
     def __init__(self, vocab: int):
         super().__init__()
@@ -63,7 +64,7 @@ class Denoiser(nn.Module):
 
 
 def pyramid(y: mx.array, x: mx.array) -> mx.array:
-    """Squared error, L1 at four scales, and L1 of neighbours' differences at the two finest: sharp edges."""
+    """Squared error, L1 at four scales, and for sharp edges L1 of neighbours' differences at the two finest scales."""
     total = 2 * mx.square(y - x).mean()
     for k in range(4):
         d = y - x
@@ -93,7 +94,7 @@ def denoiser_loss(model: Denoiser, x: mx.array, target: mx.array, t: mx.array, i
 
 
 def pictures(folder: Path, recipe: Recipe) -> tuple[np.ndarray, list[sb.Scene]]:
-    """Rendered once: (N, 128, 128, 3) uint8 on disk, and what is in them."""
+    """The training pictures, (N, 128, 128, 3) uint8 on disk, and their scenes. They are rendered once."""
     file, listing = folder / "pictures.npy", folder / "scenes.json"
     if not listing.exists():
         store = np.lib.format.open_memmap(file, "w+", np.uint8, (recipe.pictures, SIZE, SIZE, 3))
@@ -108,7 +109,7 @@ def pictures(folder: Path, recipe: Recipe) -> tuple[np.ndarray, list[sb.Scene]]:
 
 
 def train_vae(folder: Path, recipe: Recipe, shown: np.ndarray) -> Iterator[Report]:
-    """On crops of half the picture's side: as many edges for a quarter of the work."""
+    """Train the VAE on crops with half the picture's side: they have as many edges, for a quarter of the work."""
     side, n = SIZE // 2, max(1, recipe.batch // 4)
 
     def batch(step):
@@ -127,8 +128,8 @@ def train_vae(folder: Path, recipe: Recipe, shown: np.ndarray) -> Iterator[Repor
 
 
 def whitened(model: vae.VAE, mean: np.ndarray, covariance: np.ndarray) -> vae.VAE:
-    """The same autoencoder with uncorrelated latents of unit variance at the model's scale: the change of basis goes
-    into the 1x1 convolutions beside the latents."""
+    """The same autoencoder with uncorrelated latents of unit variance at the model's scale. The 1x1 convolutions beside
+    the latents contain the change of basis."""
     values, vectors = np.linalg.eigh(covariance)
     into, back = vectors / np.sqrt(values), np.sqrt(values)[:, None] * vectors.T  # white = (z - mean) @ into
     n = len(mean)
@@ -173,7 +174,7 @@ def padded(tokenizer: ClipTokenizer, text: str) -> list[int]:
 def train_denoiser(
     folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: list[sb.Scene]
 ) -> Iterator[Report]:
-    """One caption in ten is empty, for guidance."""
+    """Train the U-Net and the text encoder. One caption in ten is empty, for guidance."""
     values, vectors = np.linalg.eigh(data["covariance"])
     white = ((data["z"].astype(np.float32) - data["mean"]) @ (vectors / np.sqrt(values))).astype(np.float32)
     empty = np.array(padded(load(folder / "tokenizer"), ""))
@@ -205,7 +206,7 @@ def vocab_size(folder: Path) -> int:
 
 
 def finish(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) -> Path:
-    """The public folder `model`, of the averaged weights."""
+    """Write the public folder `model` from the averaged weights."""
     target = folder / "model"
     model = averaged(Denoiser(vocab_size(folder)), folder / "denoiser")
     autoencoder = whitened(averaged(vae.VAE(VAE), folder / "vae"), data["mean"], data["covariance"])
@@ -217,7 +218,7 @@ def finish(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) -> Path:
 
 
 def samples(folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: list[sb.Scene]) -> Image.Image:
-    """Scenes as the averaged weights draw them by now: 25 steps of Euler, guidance 4, always the same noise."""
+    """Scenes drawn with the current averaged weights: 25 steps of Euler, guidance 4, always the same noise."""
     model = averaged(Denoiser(vocab_size(folder)), folder / "denoiser")
     autoencoder = whitened(averaged(vae.VAE(VAE), folder / "vae"), data["mean"], data["covariance"])
     tokenizer, n = load(folder / "tokenizer"), len(scenes)
@@ -225,8 +226,8 @@ def samples(folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: l
     both = model.unet.prepare(None, model.text(mx.array(ids)).last)
     positive = both | {"kv": [(k[n:], v[n:]) for k, v in both["kv"]]}
     schedule = schedules.Discrete(ALPHA_BAR)
-    net = {"both": both, "scale": 4.0, "dtype": mx.float32}
-    denoise = guidance.denoiser(model.unet, schedule, recipe.prediction, positive, **net)
+    settings = {"both": both, "scale": 4.0, "dtype": mx.float32}
+    denoise = guidance.denoiser(model.unet, schedule, recipe.prediction, positive, **settings)
     sigmas = schedules.sigmas(schedule, "trailing", 25)
     x = mx.array(np.random.default_rng(recipe.seed).standard_normal((n, 16, 16, 4), np.float32)) * sigmas[0]
     for state, _ in samplers.euler(denoise, x, sigmas):
@@ -237,7 +238,7 @@ def samples(folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: l
 
 
 def storybook(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Report]]:
-    """The whole training, step by step, as (stage, Report). Leave it at any time; started again, it goes on."""
+    """The whole training, step by step, as (stage, Report). It may stop at any time; the next call continues it."""
     folder.mkdir(parents=True, exist_ok=True)
     shown, scenes = pictures(folder, recipe)
     for report in train_vae(folder, recipe, shown):

@@ -1,6 +1,6 @@
-"""Diffusion in the plane: points instead of pictures, all else as with pictures. A point is a picture of one pixel with
-two channels, so objectives, schedules, samplers and guidance.denoiser serve as they are. What the best possible
-denoiser of a finite set of points says is known in closed form."""
+"""Diffusion in the plane: points instead of pictures; all else is the same. A point is a picture of one pixel with two
+channels, so objectives, schedules, samplers and guidance.denoiser work unchanged. For a finite set of points, the
+output of the best possible denoiser is known in closed form."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +15,12 @@ from . import objective
 from .fit import Plan, Report, averaged, fit
 
 HIDDEN, WAVES, BATCH = 128, 8, 256
-TUNED = 6e-3, "adamw", 30, 0.3, 1.0, 0.99  # of fit.Plan: rate, optimizer, warmup, decay, clip, ema
+TUNED = 6e-3, "adamw", 30, 0.3, 1.0, 0.99  # fields of fit.Plan: rate, optimizer, warmup, decay, clip, ema
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("linear", 1000, 0.0001, 0.02))
 
 
 def two_moons(n: int, seed: int = 0, noise: float = 0.06) -> np.ndarray:
-    """(n, 2): two half circles of radius 1 that reach into each other, about the origin, of about unit spread."""
+    """(n, 2): two interlocking half circles of radius 1 around the origin, with about unit spread."""
     rng = np.random.default_rng(seed)
     angle, upper = rng.uniform(0, np.pi, n), rng.random(n) < 0.5
     x = np.where(upper, np.cos(angle), 1 - np.cos(angle)) - 0.5
@@ -29,7 +29,7 @@ def two_moons(n: int, seed: int = 0, noise: float = 0.06) -> np.ndarray:
 
 
 def off_moons(points: np.ndarray) -> np.ndarray:
-    """How far each point is from the two half circles, noise aside."""
+    """The distance of each point from the nearer half circle without noise."""
     x, y = points[:, 0] + 0.5, points[:, 1] + 0.25
     arcs = []
     for u, v in ((x, y), (1 - x, 0.5 - y)):
@@ -39,17 +39,17 @@ def off_moons(points: np.ndarray) -> np.ndarray:
 
 
 class Net(nn.Module):
-    """A point and its time in [0, 1], as waves, through three hidden layers."""
+    """Passes a point, and its time in [0, 1] as waves, through three hidden layers."""
 
     def __init__(self, time: float):
         super().__init__()
         self.conv_in = nn.Linear(2 + 2 * WAVES, HIDDEN)
         self.hidden = [nn.Linear(HIDDEN, HIDDEN) for _ in range(2)]
         self.conv_out = nn.Linear(HIDDEN, 2)
-        self.time = time  # what the schedule counts to
+        self.time = time  # the schedule's largest time
 
     def __call__(self, x: mx.array, t: float | mx.array) -> mx.array:
-        """x (B, 1, 1, 2) at time t, one for all or (B,)."""
+        """x (B, 1, 1, 2) at time t, one time for all or (B,)."""
         t = mx.broadcast_to(mx.array(t).reshape(-1, 1) / self.time, (len(x), 1))
         angles = (0.5 * mx.pi * t) * mx.arange(1, WAVES + 1)
         y = self.conv_in(mx.concatenate([x.reshape(-1, 2), mx.sin(angles), mx.cos(angles)], -1))  # (B, hidden)
@@ -59,7 +59,7 @@ class Net(nn.Module):
 
 
 class Toy:
-    """A net, what it learns to predict, and what samplers need."""
+    """A net, the quantity that it learns to predict, and the schedule and denoiser that samplers need."""
 
     def __init__(self, prediction: str, seed: int = 0):
         mx.random.seed(seed)
@@ -70,7 +70,7 @@ class Toy:
         self.denoise = guidance.denoiser(self.net, self.schedule, prediction, {}, dtype=mx.float32)
 
     def learn(self, points: np.ndarray, steps: int, seed: int = 0) -> Iterator[Report]:
-        """By the loop the built-in model's training has; at the end the net is the mean of its late weights."""
+        """Train with the same loop as the built-in model. At the end the net has the mean of its late weights."""
 
         def batch(step: int) -> tuple[mx.array, ...]:
             rng = np.random.default_rng([seed, step])
@@ -88,7 +88,7 @@ class Toy:
             averaged(self.net, Path(folder))
 
     def expected(self, x: np.ndarray, ratio: float) -> np.ndarray:
-        """The clean points it expects under x (B, 2) = points + ratio * noise, however it was taught to mix the two."""
+        """The clean points that the net expects for x (B, 2) = points + ratio * noise, for every kind of prediction."""
         scale, sigma = (1 / (1 + ratio), ratio / (1 + ratio)) if self.prediction == "flow" else (1.0, ratio)
         x0 = self.denoise(mx.array((scale * x).astype(np.float32).reshape(-1, 1, 1, 2)), sigma)
         return np.array(x0).reshape(-1, 2)
@@ -109,15 +109,15 @@ def loss(net: Net, x: mx.array, t: mx.array, target: mx.array) -> mx.array:
 
 
 def best(points: np.ndarray, x: np.ndarray, ratio: float) -> np.ndarray:
-    """What a perfect denoiser of these very points expects under x (B, 2) = points + ratio * noise: their mean, each
-    counted by how probable it makes x."""
+    """The output of a perfect denoiser of exactly these points for x (B, 2) = points + ratio * noise: the mean of the
+    points, each weighted by how probable it makes x."""
     far = ((x[:, None] - points) ** 2).sum(-1) / (2 * ratio**2)
     likely = np.exp(far.min(1, keepdims=True) - far)  # (B, N)
     return (likely @ points) / likely.sum(1, keepdims=True)
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Energy distance of two clouds of points: 0 where they are spread alike (Szekely and Rizzo 2013)."""
+    """Energy distance of two clouds of points: 0 if they have the same distribution (Szekely and Rizzo 2013)."""
 
     def between(p, q):
         return np.hypot(*(p[:, None] - q).transpose(2, 0, 1)).mean()

@@ -328,7 +328,7 @@ def test_what_these_families_refuse(oracles):
         (sd3, {"skip_layers": (3,)}, "names 3; .* has layers 0 to 2"),
         (sd3, {"skip_layers": (1, -1)}, "names -1"),
         (sd3, {"skip_layers": ("1",)}, "names '1'"),
-        (sd3, {"skip_layers": (1,), "guidance": 1.0}, "adds to guidance"),
+        (sd3, {"skip_layers": (1,), "guidance": 1.0}, "needs guidance"),
         (dev, {"skip_layers": (1,)}, "skip_layers is for SD3"),
     ):
         with pytest.raises(Error, match=said):

@@ -1,4 +1,4 @@
-"""A square float32 picture in [0, 1] with unit coordinates (x right, y down), and the few ways to put colour on it."""
+"""A square float32 picture in [0, 1] with unit coordinates (x right, y down), and methods that paint on it."""
 
 from collections.abc import Callable
 
@@ -24,11 +24,11 @@ class Canvas:
         self.image = np.zeros((size, size, 3), FLOAT)
 
     def edge(self, distance: np.ndarray) -> np.ndarray:
-        """Coverage of the side where distance (in picture widths) is positive, one pixel soft."""
+        """Coverage of the side where distance (in picture widths) is positive, with an edge one pixel soft."""
         return np.clip(distance * self.size + 0.5, 0, 1)
 
     def over(self, mask: np.ndarray, colour) -> None:
-        """mask: (S, S); colour: (3,) or anything that broadcasts to the picture."""
+        """Paint a colour through a mask (S, S). colour: (3,), or any shape that broadcasts to the picture."""
         self.image += mask[..., None] * (colour - self.image)
 
     def disc(self, x: float, y: float, r: float) -> np.ndarray:
@@ -43,14 +43,14 @@ class Canvas:
         self.over(self.edge(drop), mix(top, bottom, np.clip(drop / depth, 0, 1)[..., None]))
 
     def drawn(self, draw: Callable[[ImageDraw.ImageDraw, int], None], oversample: int = 2) -> np.ndarray:
-        """The mask of a PIL drawing; `draw` gets the pen and the side of its paper in pixels."""
+        """The mask of a PIL drawing; `draw` gets the pen and the side of the paper in pixels."""
         n = self.size * oversample
         paper = Image.new("L", (n, n), 0)
         draw(ImageDraw.Draw(paper), n)
         return np.asarray(paper.reduce(oversample), FLOAT) / 255
 
     def paste(self, rgba: np.ndarray, x: float, base: float, light: np.ndarray) -> None:
-        """A sprite (n, n, 4) standing on (x, base), its colours multiplied by `light`."""
+        """Paint a sprite (n, n, 4) that stands on (x, base), with its colours multiplied by `light`."""
         n, size = len(rgba), self.size
         left, top = round(x * size - n / 2), round(base * size - n)
         x0, x1, y0, y1 = max(0, left), min(size, left + n), max(0, top), min(size, top + n)
@@ -59,6 +59,6 @@ class Canvas:
         below += part[..., 3:] * (part[..., :3] * light - below)
 
     def glow(self, x: float, y: float, r: float, colour, strength: float) -> None:
-        """Light added as a soft round spot."""
+        """Add light as a soft round spot."""
         spot = strength * np.exp(-((self.x - x) ** 2 + (self.y - y) ** 2) / r**2)
         self.image += spot[..., None] * (1 - self.image) * colour

@@ -1,5 +1,5 @@
-"""Scene -> words. The side is always said when it is not the centre, so silence means the middle; the other things
-are now and then left out, and stray words put in, so that a short or strange prompt still draws a picture."""
+"""Scene -> words. A caption always names the side, except the centre, so a caption without a side means the middle. It
+sometimes leaves other things out and adds stray words, so that a short or strange prompt still draws a picture."""
 
 import numpy as np
 
@@ -44,7 +44,7 @@ OPENINGS = (
     "a picture of", "a painting of", "a drawing of", "an illustration of",
     "a storybook picture of", "a photo of", "there is", "this is",
 )  # fmt: skip
-# Words the pictures know nothing of: seen at random beside every scene, they come to mean nothing.
+# Words that no picture shows. They occur at random with every scene, so the model learns that they mean nothing.
 STRAY = tuple(
     """
     small big little large tiny huge old new cute lovely beautiful cozy quiet lonely magical pretty bright dark
@@ -68,18 +68,18 @@ def _article(phrase: str) -> str:
 
 
 def plain(scene: Scene) -> str:
-    """Everything said once, in the commonest words: what a model is measured on."""
+    """The caption that says everything once, in the most common words. Models are measured on it."""
     side = [] if scene.position == "centre" else [POSITION[scene.position][0]]
     words = [TERRAIN[scene.terrain][0], TIME[scene.time][0], SKY[scene.sky][0]]
     return " ".join([_article(f"{scene.colour} {NOUNS[scene.object][0]}"), *side, *words])
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of many ways to say the scene."""
+    """A random caption of the scene."""
     form = rng.random()
     if form < 0.04:
         return _single(scene, rng)
-    # Left out more often: what the rest of the words already tells, and what is not there.
+    # Words that the others imply, and words for a clear sky, are left out more often.
     drop_time = 0.4 if scene.time == "night" and scene.sky != "clear" else 0.1
     drop_sky = 0.6 if scene.sky == "clear" else 0.1
     keep = dict(zip(("terrain", "time", "sky"), rng.random(3) > (0.1, drop_time, drop_sky), strict=True))
@@ -112,13 +112,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _single(scene: Scene, rng) -> str:
-    """One thing alone: what a negative prompt looks like."""
+    """One word or phrase alone, like a negative prompt."""
     sky = () if scene.sky == "clear" else (_bare(pick(rng, SKY[scene.sky])),)
     return pick(rng, (scene.colour, scene.object, scene.time, _bare(pick(rng, TERRAIN[scene.terrain])), *sky))
 
 
 def _bare(phrase: str) -> str:
-    """Without its leading preposition and article: "under a full moon" -> "full moon"."""
+    """The phrase without its leading preposition and article: "under a full moon" -> "full moon"."""
     words = phrase.split()
     while len(words) > 1 and words[0] in LEADING:
         words = words[1:]
@@ -138,7 +138,7 @@ def _tags(scene: Scene, rng, keep: dict) -> list[str]:
 
 
 def vocabulary() -> dict[str, tuple[str, ...]]:
-    """What the model knows, for people: kind of word -> the words."""
+    """The words that the model knows, for people to read: kind of word -> the words."""
 
     def tidy(table):
         return tuple(dict.fromkeys(phrase for phrases in table.values() for phrase in phrases))

@@ -1,5 +1,5 @@
-"""The ten objects, each drawn in its own unit square (u to the right, v down, standing on v = 1), lit from the left.
-A drawing returns the places that glow at night as (u, v, radius)."""
+"""The ten objects. Each is drawn in a unit square (u to the right, v down), stands on v = 1 and is lit from the left. A
+drawing returns the places that glow at night as (u, v, radius)."""
 
 import math
 
@@ -10,7 +10,7 @@ RGB = {
     "red": (212, 36, 42), "orange": (244, 130, 24), "yellow": (252, 214, 44), "green": (48, 166, 76),
     "blue": (40, 104, 226), "purple": (130, 62, 192), "pink": (252, 130, 186), "white": (246, 246, 242),
 }  # fmt: skip
-# Side of the unit square in picture widths.
+# Side of the object's unit square, in picture widths.
 SIZES = {
     "house": 0.46, "castle": 0.53, "tree": 0.50, "boat": 0.50, "cactus": 0.48,
     "balloon": 0.50, "lighthouse": 0.60, "windmill": 0.56, "tent": 0.46, "mushroom": 0.46,
@@ -31,7 +31,7 @@ def tint(colour: Colour, amount: float) -> Colour:
 
 
 class Pen:
-    """PIL's drawing calls in unit coordinates. By night `lamps` are lit; `tilt` turns the sails of a windmill."""
+    """PIL's drawing calls in unit coordinates. At night `lamps` are lit; `tilt` turns a windmill's sails."""
 
     def __init__(self, pixels: int, lamps: bool, tilt: float):
         self.lamps, self.tilt = lamps, tilt
@@ -202,7 +202,7 @@ DRAWINGS = {
 def sprite(
     name: str, colour: Colour, pixels: int, lamps: bool, mirror: bool, tilt: float
 ) -> tuple[np.ndarray, list[Glow]]:
-    """(pixels, pixels, 4) float32 in [0, 1], and its glows. `mirror` moves the light to the right."""
+    """(pixels, pixels, 4) float32 in [0, 1], and the glows. `mirror` moves the light to the right."""
     pen = Pen(pixels, lamps, tilt)
     glows = DRAWINGS[name](pen, colour)
     rgba = np.asarray(pen.image.reduce(OVERSAMPLE), np.float32) / 255  # (n, n, 4)

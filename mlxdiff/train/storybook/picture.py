@@ -1,5 +1,5 @@
-"""Scene -> picture: sky, terrain and one object, painted back to front. All randomness is drawn in unit coordinates,
-so one seed is the same picture at any size."""
+"""Scene -> picture: sky, terrain and one object, painted back to front. All random numbers are in unit coordinates,
+so a seed gives the same picture at any size."""
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 128) -> np.ndarra
     canvas = Canvas(size)
     horizon = rng.uniform(0.58, 0.63)
     x = PLACE[scene.position] + rng.uniform(-0.03, 0.03)
-    # The sun or moon stands on the side the object leaves free. Never on either: a model that cannot tell draws two.
+    # The sun or moon is always on the free side, never on a random one: a model that cannot know the side draws two.
     away = -1 if scene.position == "right" else 1
     light_x = 0.5 + away * rng.uniform(0.24, 0.34)
     light = away if scene.sky in ("sun", "full moon", "crescent moon") else -1  # -1: from the left
@@ -107,7 +107,7 @@ def _object(canvas: Canvas, scene: Scene, rng, x: float, base: float, size: floa
     colour = tuple(int(c) for c in np.clip(np.array(RGB[scene.colour]) + rng.normal(0, 4, 3), 0, 255))
     pixels = max(8, round(size * canvas.size))
     rgba, glows = sprite(scene.object, colour, pixels, lamps, mirror=light > 0, tilt=rng.uniform(-0.2, 0.2))
-    canvas.paste(rgba, x, base, mix(LIGHT[scene.time], 1.0, 0.62))  # a third of the tint: a red house is red by night
+    canvas.paste(rgba, x, base, mix(LIGHT[scene.time], 1.0, 0.62))  # a third of the tint: red stays red at night
     for u, v, r in glows if lamps else ():
         canvas.glow(x + (u - 0.5) * size, base - (1 - v) * size, r * size, LAMP, 0.45)
 
@@ -116,7 +116,7 @@ def _object(canvas: Canvas, scene: Scene, rng, x: float, base: float, size: floa
 
 
 def _sky(canvas: Canvas, scene: Scene, rng, horizon: float, light_x: float) -> np.ndarray:
-    """Paints the sky and returns its colour at the horizon, the haze of all that is far away."""
+    """Paint the sky and return its colour at the horizon, which is the haze over distant things."""
     stops = rgb(SKY[scene.time][rng.integers(2)]) + rng.normal(0, 0.012, (4, 3)).astype(np.float32)
     v = np.clip(canvas.a / (horizon + 0.02), 0, 1) * 3
     k = np.minimum(v.astype(int), 2)
@@ -147,7 +147,7 @@ def _moon(canvas, scene, rng, x):
 
 
 def _stars(canvas, scene, rng, x):
-    """On a jittered grid: even, so that no corner is empty. Two in three have rays."""
+    """Stars with rays, on a jittered grid, so that no corner is empty."""
     columns, rows = 6, 4
     cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2)
     at = (cells + rng.uniform(0.2, 0.8, cells.shape)) / (columns, rows) * (1.0, 0.56)
@@ -240,7 +240,7 @@ def _hills(canvas, scene, rng, horizon, ground, haze, light):
 
 def _desert(canvas, scene, rng, horizon, ground, haze, light):
     for k, rise in enumerate((-0.03, 0.04, 0.12)):
-        u = ((0.8 + 0.4 * k) * canvas.a + rng.random()) % 1  # a long rise, a short fall
+        u = ((0.8 + 0.4 * k) * canvas.a + rng.random()) % 1  # a long slope up, a short slope down
         line = (horizon + rise - 0.08 * np.minimum(u / 0.62, (1 - u) / 0.38)).astype(np.float32)
         lee = np.clip((u[None] + 1.4 * (canvas.y - line[None]) - 0.60) / 0.04, 0, 1)[..., None]
         sand = mix(mix(ground[0], haze, 0.26 - 0.12 * k), mix(ground[1], haze, 0.18 - 0.09 * k), 0.15 + 0.55 * lee)
@@ -281,7 +281,7 @@ def _forest(canvas, scene, rng, horizon, ground, haze, light):
 
 
 def _sea(canvas, scene, rng, horizon, ground, haze, light):
-    """Nothing yet: the water is a mirror, so it is painted after what stands in it."""
+    """Paint nothing yet: the water is a mirror, so it is painted after the objects in it."""
 
 
 def _water(canvas, scene, rng, horizon):

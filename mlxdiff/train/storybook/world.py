@@ -1,5 +1,5 @@
-"""What can be in a picture. One object a scene: small networks swap the colours of two, so two are not in the world.
-Some pairs are never trained on; they measure whether a model combines what it has learned."""
+"""The contents of a picture. A scene has one object, because small networks swap the colours of two objects. Some pairs
+of words are never trained on; they measure whether a model can combine what it has learned."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Scene:
 
 
 def valid(scene: Scene) -> bool:
-    """Moons and stars by night, sun and rainbow by day, boats on water."""
+    """Whether the sky fits the time (moon and stars at night, sun and rainbow by day), and a boat is on water."""
     return (scene.sky in BY_NIGHT) == (scene.time == "night") and (scene.object != "boat" or scene.terrain == "sea")
 
 
@@ -49,7 +49,8 @@ def every() -> Iterator[Scene]:
 
 
 def sample(rng: np.random.Generator, unseen: bool = False) -> Scene:
-    """A valid scene from the training pairs, or with `unseen` from the held-out ones; all objects alike often."""
+    """A valid scene from the training pairs, or with `unseen` from the held-out pairs. It tries all objects
+    equally often."""
     while True:
         thing = OBJECTS[rng.integers(len(OBJECTS))]
         time = TIMES[rng.integers(len(TIMES))]
