@@ -45,11 +45,12 @@ SCHEDULES = {
     "lcm": "LCM",
 }
 DIFFUSERS = {cls: sampler for sampler, names in SAMPLERS.items() for cls in names.diffusers}
-_SAMPLER_OF = {
-    name.casefold(): sampler
+_NAMES = {
+    name: sampler
     for sampler, names in SAMPLERS.items()
     for name in (sampler, names.a1111, *names.diffusers, *names.comfyui)
 }
+_SAMPLER_OF = {name.casefold(): sampler for name, sampler in _NAMES.items()}
 _SCHEDULE_OF = {name.casefold(): schedule for schedule, name in SCHEDULES.items()}
 
 
@@ -59,7 +60,7 @@ def sampler(name: str) -> tuple[str, str | None]:
         head, schedule = _split(name)
         if head.casefold() in _SAMPLER_OF:
             return _SAMPLER_OF[head.casefold()], schedule
-    near = did_you_mean(name, _SAMPLER_OF) if isinstance(name, str) else ""
+    near = did_you_mean(name, _NAMES) if isinstance(name, str) else ""
     raise Error(f"There is no sampler {reprlib.repr(name)}.", f"{near}Use one of {', '.join(SAMPLERS)}.")
 
 

@@ -90,7 +90,7 @@ def test_quantized_layers_hold_what_mx_quantize_gives(tmp_path, bits):
         theirs = mx.quantize(tensors[f"encoder.layers.0.mlp.{name}.weight"].astype(mx.float16), **told, **group)
         parts = [layer[p] for p in ("weight", "scales", "biases") if layer.get(p) is not None]
         assert all(mx.array_equal(ours, part) for ours, part in zip(parts, theirs, strict=True))
-        x = mx.random.normal((3, layer.scales.shape[1] * layer.group_size)).astype(mx.float16)
+        x = mx.random.normal((3, layer.scales.shape[1] * layer.group_size), key=mx.random.key(0)).astype(mx.float16)
         want = x @ mx.dequantize(*theirs, **told, **group).astype(mx.float16).T + layer.bias
         # Sums of up to 96 products of float16, about 20 large, in two orders.
         assert mx.abs(layer(x) - want).max() < 0.1
