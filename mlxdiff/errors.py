@@ -16,7 +16,9 @@ class Error(Exception):
 def near(word: str, known: Iterable[str], least: float = 0.6) -> str:
     """The known word closest to a misspelt one; case is ignored; "" if no word is close. least: how alike the two must
     be; 1 means equal."""
-    names = {name.casefold(): name for name in known}
+    names: dict[str, str] = {}
+    for name in known:
+        names.setdefault(name.casefold(), name)  # of two spellings the first
     return next((names[n] for n in difflib.get_close_matches(word.casefold(), names, 1, least)), "")
 
 
