@@ -64,13 +64,16 @@ def _clip_words(folder: Path) -> int:
         )
     if not isinstance(words, dict) or not all(type(i) is int for i in words.values()):
         raise Error(f"The vocabulary in {folder} is malformed.", "Fetch the tokenizer again.")
-    return 1 + max(words.values(), default=-1)
+    added = load(folder).backend.get_vocab(with_added_tokens=True)  # past the vocabulary as well
+    return 1 + max([*words.values(), *added.values()], default=-1)
 
 
 def _t5_words(folder: Path) -> int:
     words = _vocab(folder)
     if isinstance(words, list):
-        return len(words)
+        added = read_json(folder / "tokenizer.json").get("added_tokens", [])
+        ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        return max([len(words), *(i + 1 for i in ids if type(i) is int)])
     if not (folder / "spiece.model").is_file():
         raise Error(
             f"{folder} holds no tokenizer of T5: neither spiece.model nor a tokenizer.json of its kind.",

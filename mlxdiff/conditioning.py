@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from . import tokenizers
 from .description import Description
+from .errors import Error
 from .families.base import EMBEDDED, INPUT, TextPlan, tokenizer_of
 from .models.layers import sinusoids
 from .models.t5 import T5Encoder
@@ -58,7 +59,7 @@ def read(text_plan: TextPlan, encoder: nn.Module, words: Words, clip_skip: int) 
     chunk."""
 
     def states_of(chunks: list[Chunk]) -> tuple[mx.array, mx.array | None]:
-        out = encoder(mx.array([c.ids for c in chunks], mx.int32))
+        out = encoder(mx.array(_known_ids(encoder, chunks), mx.int32))
         if isinstance(encoder, T5Encoder):
             return out, None
         return _layer(encoder, out, clip_skip, text_plan.final_norm), out.pooled[:1]
@@ -73,6 +74,19 @@ def read(text_plan: TextPlan, encoder: nn.Module, words: Words, clip_skip: int) 
             states = base + (states - base) * weights[..., None].astype(states.dtype)
         texts.append(Text(states.reshape(1, -1, states.shape[-1]), pooled))
     return texts
+
+
+def _known_ids(encoder: nn.Module, chunks: list[Chunk]) -> list[list[int]]:
+    """The token ids of chunks. Raises for one that the embedding does not have: MLX would read memory beyond it."""
+    ids, known = [c.ids for c in chunks], encoder.config.vocab
+    largest, longest = max(max(i) for i in ids), max(len(i) for i in ids)
+    fix = "The tokenizer does not belong to this model: convert the checkpoint again."
+    if largest >= known:
+        raise Error(f"The tokenizer gives the id {largest}; the text encoder knows ids below {known}.", fix)
+    positions = getattr(encoder.config, "positions", longest)
+    if longest > positions:
+        raise Error(f"The tokenizer makes chunks of {longest} tokens; the text encoder knows {positions}.", fix)
+    return ids
 
 
 def _layer(encoder: nn.Module, out, clip_skip: int, final_norm: bool) -> mx.array:

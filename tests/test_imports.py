@@ -63,6 +63,7 @@ MAY = {
         "mlxdiff.schedules",
     },
     "mlxdiff.conditioning": {
+        "mlxdiff.errors",
         "mlxdiff.description",
         "mlxdiff.families.base",
         "mlxdiff.models.layers",
