@@ -17,6 +17,7 @@ pytest.importorskip("nbformat", reason="the studio needs JupyterLab: pip install
 
 import nbformat
 import psutil
+from nbformat.sign import NotebookNotary
 
 from mlxdiff.console import install
 from mlxdiff.errors import Error
@@ -53,6 +54,33 @@ def test_a_notebook_that_is_there_keeps_what_its_owner_wrote(tmp_path):
     named = app._notebook(path, "folder/model")
     assert "Studio('folder/model')" in app._cell(named, path).source
     assert named.cells[-1].source == "mine = 1"
+
+
+FOREIGN = {
+    "code of its own": ("import os; os.system('touch ran')", []),
+    "code behind ours": (app.CELL.format(model="") + "\nimport os", []),
+    "code in the model's name": (app.CELL.format(model="'a'); import os; ('b'"), []),
+    "ours with a foreign output elsewhere": (
+        app.CELL.format(model=""),
+        [nbformat.v4.new_output("display_data", {"text/html": "<script>1</script>"})],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_notebook_of_somebody_else_is_neither_run_nor_signed(tmp_path, monkeypatch, case):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    code, outputs = FOREIGN[case]
+    path, cells = tmp_path / "studio.ipynb", [nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("1")]
+    cells[1].outputs = outputs
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    before = path.read_bytes()
+    with pytest.raises(Error, match="would run unasked"):
+        app.studio(path, None, browser=False)
+    assert path.read_bytes() == before
+    book = nbformat.read(path, as_version=4)
+    NotebookNotary().sign(book)  # as JupyterLab does when its owner saves it
+    assert app._notebook(path, None).cells == book.cells
 
 
 def test_a_notebook_is_called_one(tmp_path):

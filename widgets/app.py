@@ -4,6 +4,7 @@ import html
 import importlib.util
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -35,6 +36,7 @@ MORE = """# Everything is also here, in Python:
 # studio.images[-1]                                   the last picture, with .request and .save(...)
 # studio.prompt, studio.steps = "a red house", 30
 # studio.compare(seed=[1, 2, 3], guidance=[1, 3, 7])"""
+_OURS = re.compile(re.escape(CELL).replace(r"\{model\}", r"""('[^'\\\n]*'|"[^"\\\n]*")?"""))
 _PATIENCE = 60.0  # seconds that Jupyter may take to start, on a cold disk and an old machine
 _FAREWELL = 30.0  # seconds that Jupyter may take to end: it gives every kernel five
 
@@ -155,10 +157,25 @@ def _notebook(path: Path, model: str | None):
         book = nbformat.read(path, as_version=4)
     except (OSError, ValueError, AttributeError, nbformat.ValidationError) as e:  # nbformat raises these on odd JSON
         raise Error(f"{path} cannot be read as a notebook: {e}.", "Name another one.") from None
+    _check_trust(book, path)
     if model is not None:
         _cell(book, path).source = CELL.format(model=repr(model))
-    _cell(book, path)
     return book
+
+
+def _check_trust(book, path: Path) -> None:
+    """Raise unless the first code cell may run unasked and the outputs may be signed: this user's Jupyter has signed
+    the notebook, or the cell is, to the letter, what this module writes and no other cell has an output."""
+    from nbformat.sign import NotebookNotary
+
+    first = _cell(book, path)
+    others = [cell for cell in book.cells if cell is not first and cell.get("outputs")]
+    if NotebookNotary().check_signature(book) or (_OURS.fullmatch(first.source) and not others):
+        return
+    raise Error(
+        f"{path} was not made by `mlxdiff studio` here, and its first code cell would run unasked.",
+        "Look at it in JupyterLab and save it there if you trust it, or name another notebook.",
+    )
 
 
 def _cell(book, path: Path):
