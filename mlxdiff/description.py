@@ -133,7 +133,8 @@ class Description:
         for setting, used in SPECIAL.items():
             if used(request) and setting not in self.family.takes:
                 whose = " and ".join(f.title for f in FAMILIES.values() if setting in f.takes)
-                raise Error(f"{setting} is for {whose}; {self.name} is {self.family.title}.", f"Leave `{setting}` out.")
+                typed = "t5=False" if setting == "t5" else setting
+                raise Error(f"{setting} is for {whose}; {self.name} is {self.family.title}.", f"Leave `{typed}` out.")
         self._check_guidance(request)
         layers = min((self.components[e].layers for e in self.text.clip), default=math.inf)
         if request.clip_skip > layers:

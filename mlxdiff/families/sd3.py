@@ -35,9 +35,6 @@ def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
 
 
 def _check(name: str, net: Config, multiple: int, request: Request) -> None:
-    side = net.positions * multiple
-    if max(request.width, request.height) > side:
-        raise Error(f"{name} has positions for at most {side} pixels a side.", "Choose a smaller size.")
     if request.skip_layers and request.guidance <= 1:
         raise Error(f"skip_layers needs guidance, and guidance is {request.guidance:g}.", "Use `guidance` above 1.")
     for layer in request.skip_layers:
@@ -46,6 +43,9 @@ def _check(name: str, net: Config, multiple: int, request: Request) -> None:
                 f"skip_layers names {layer!r}; {name} has layers 0 to {net.layers - 1}.",
                 "For SD3.5 medium use `skip_layers=(7, 8, 9)`.",
             )
+    side = net.positions * multiple
+    if max(request.width, request.height) > side:
+        raise Error(f"{name} has positions for at most {side} pixels a side.", "Choose a smaller size.")
 
 
 _DEFAULTS = Defaults(size=1024, steps=28, guidance=7.0)

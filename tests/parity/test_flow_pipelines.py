@@ -114,7 +114,7 @@ def test_kontext_draws_from_a_prompt_alone(oracles, tmp_path):
     same = {"num_inference_steps": 3, "guidance_scale": 2.5, "max_area": SIZE["width"] * SIZE["height"]}
     want = kontext(prompt=PROMPT, generator=torch.Generator("cpu").manual_seed(SEED), **SIZE, **same).images[0]
     assert psnr(ours(tmp_path / "kontext", steps=3, guidance=2.5), np.asarray(want)) > DB
-    with pytest.raises(Error, match="is a Kontext model, which takes a picture to edit"):
+    with pytest.raises(Error, match="edits a picture instead of starting from one"):
         opened(tmp_path / "kontext").resolve(PROMPT, image=Image.new("RGB", (64, 64)))
 
 
@@ -317,19 +317,19 @@ def test_what_these_families_refuse(oracles):
         (schnell, {"guidance": 3.5}, "takes no guidance"),
         (dev, {"negative": "blurry"}, "no place for a negative prompt"),
         (dev, {"true_cfg": 3.0}, "no negative prompt to pull from"),
-        (dev, {"t5": False}, "is for SD3"),
+        (dev, {"t5": False}, "t5 is for Stable Diffusion 3"),
         (dev, {"sampler": "ddim"}, "not for models of rectified flow"),
         (dev, {"schedule": "leading"}, "does not exist for rectified flow"),
         (dev, {"width": 36}, "not a multiple of 8"),
         (sd3, {"true_cfg": 3.0}, "true_cfg is for FLUX"),
-        (sd3, {"width": 80}, "up to 72 pixels"),
+        (sd3, {"width": 80}, "at most 72 pixels"),
         (sd3, {"clip_skip": 4}, "3 layers"),
         (sd3, {"shift": 0.0}, "shift 0.0"),
         (sd3, {"skip_layers": (3,)}, "names 3; .* has layers 0 to 2"),
         (sd3, {"skip_layers": (1, -1)}, "names -1"),
         (sd3, {"skip_layers": ("1",)}, "names '1'"),
         (sd3, {"skip_layers": (1,), "guidance": 1.0}, "needs guidance"),
-        (dev, {"skip_layers": (1,)}, "skip_layers is for SD3"),
+        (dev, {"skip_layers": (1,)}, "skip_layers is for Stable Diffusion 3"),
     ):
         with pytest.raises(Error, match=said):
             pipe.resolve(PROMPT, **settings)
