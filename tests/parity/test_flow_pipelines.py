@@ -324,7 +324,7 @@ def test_what_these_families_refuse(oracles):
         (sd3, {"true_cfg": 3.0}, "true_cfg is for FLUX"),
         (sd3, {"width": 80}, "at most 72 pixels"),
         (sd3, {"clip_skip": 4}, "3 layers"),
-        (sd3, {"shift": 0.0}, "shift 0.0"),
+        (sd3, {"shift": 0.0}, "Shift must be a number"),
         (sd3, {"skip_layers": (3,)}, "names 3; .* has layers 0 to 2"),
         (sd3, {"skip_layers": (1, -1)}, "names -1"),
         (sd3, {"skip_layers": ("1",)}, "names '1'"),
