@@ -13,10 +13,12 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 _SYSTEM = "libopenblas.so.0"  # both the wheel's SONAME and the system's
 _THREADS = "OPENBLAS_NUM_THREADS"
 _loaded: list[ctypes.CDLL] = []
+_stubs: list[IO[bytes]] = []
 
 
 def preload() -> str | None:
@@ -74,11 +76,12 @@ def _load(library: Path | str) -> bool:
 
 def _lead(name: str, needs: str) -> bool:
     """Whoever needs the library `name` from now on is led to `needs`, which is loaded already."""
+    file = open(os.memfd_create(name), "wb")  # noqa: SIM115 (stays open: the next stub must not get the same path)
+    _stubs.append(file)
     try:
-        with open(os.memfd_create(name), "wb") as file:
-            file.write(_stub(name, needs))
-            file.flush()
-            _loaded.append(ctypes.CDLL(f"/proc/self/fd/{file.fileno()}"))
+        file.write(_stub(name, needs))
+        file.flush()
+        _loaded.append(ctypes.CDLL(f"/proc/self/fd/{file.fileno()}"))
     except OSError:
         return False
     return True

@@ -49,7 +49,12 @@ def child(code: str, **env: str | None) -> str:
 
 @wheel
 def test_the_wheel_comes_first_and_is_not_imported():
-    assert child("import mlxdiff; assert 'ngsolve_openblas' not in sys.modules; print(mlxdiff.BLAS); square()") == WHEEL
+    code = """
+    import mlxdiff; assert 'ngsolve_openblas' not in sys.modules
+    square(); assert mapped('memfd:libblas')
+    print(mlxdiff.BLAS)
+    """
+    assert child(code) == WHEEL
 
 
 def test_without_the_wheel_the_system_serves():
@@ -83,6 +88,7 @@ def test_a_system_without_fortran_is_lent_that_of_mlx():
     refuse({WHEEL!r}, times=1)
     import mlxdiff; assert mlxdiff.BLAS == {WHEEL!r}, mlxdiff.BLAS
     assert mapped("memfd:libgfortran.so.5")
+    assert mapped("memfd:libblas")
     assert not mapped("/libgfortran.so.5"), mapped("/libgfortran.so.5")
     import mlx.core as mx
     u, s, vt = mx.linalg.svd(mx.eye(3), stream=mx.cpu)  # LAPACK, which is what asks for Fortran
@@ -96,7 +102,8 @@ def test_a_system_without_fortran_is_lent_that_of_mlx():
 def test_its_threads_are_one_until_a_large_network_comes_or_as_many_as_asked_for():
     code = """
     import mlxdiff; square()
-    threads = mlxdiff.blas._loaded[0].openblas_get_num_threads
+    (library,) = (one for one in mlxdiff.blas._loaded if hasattr(one, "openblas_get_num_threads"))
+    threads = library.openblas_get_num_threads
     before = threads()
     mlxdiff.blas.use_all_cores(); square(1024)
     print(before, threads(), os.environ.get("OPENBLAS_NUM_THREADS"))
