@@ -102,7 +102,7 @@ def test_a_system_without_fortran_is_lent_that_of_mlx():
 def test_its_threads_are_one_until_a_large_network_comes_or_as_many_as_asked_for():
     code = """
     import mlxdiff; square()
-    (library,) = (one for one in mlxdiff.blas._loaded if hasattr(one, "openblas_get_num_threads"))
+    library = next(one for one in mlxdiff.blas._loaded if hasattr(one, "openblas_get_num_threads"))
     threads = library.openblas_get_num_threads
     before = threads()
     mlxdiff.blas.use_all_cores(); square(1024)
