@@ -36,18 +36,25 @@ def check(folder: Path, vocab: int, positions: int | None) -> None:
     """Raise unless the folder holds a tokenizer that works, and the text encoder knows all its words and, if it is
     CLIP's, all its positions. positions: None for T5."""
     count = _t5_words(folder) if positions is None else _clip_words(folder)
-    if count > vocab:
-        raise Error(
-            f"The tokenizer in {folder} has {count} words; the text encoder knows {vocab}.",
-            "Give the tokenizer of this model: `tokenizer=DIR`.",
-        )
+    _check_words(folder, count, vocab)
     if positions is None:
         load_t5(folder)
         return
-    length = load(folder).length
-    if not 2 < length <= positions:
+    tokenizer = load(folder)
+    added = tokenizer.backend.get_vocab(with_added_tokens=True)  # may lie past the vocabulary
+    _check_words(folder, 1 + max(added.values()), vocab)
+    if not 2 < tokenizer.length <= positions:
         raise Error(
-            f"The tokenizer in {folder} makes chunks of {length} tokens; the text encoder knows {positions} positions.",
+            f"The tokenizer in {folder} makes chunks of {tokenizer.length} tokens; the text encoder knows {positions} "
+            "positions.",
+            "Give the tokenizer of this model: `tokenizer=DIR`.",
+        )
+
+
+def _check_words(folder: Path, count: int, vocab: int) -> None:
+    if count > vocab:
+        raise Error(
+            f"The tokenizer in {folder} has {count} words; the text encoder knows {vocab}.",
             "Give the tokenizer of this model: `tokenizer=DIR`.",
         )
 
@@ -64,8 +71,7 @@ def _clip_words(folder: Path) -> int:
         )
     if not isinstance(words, dict) or not all(type(i) is int for i in words.values()):
         raise Error(f"The vocabulary in {folder} is malformed.", "Fetch the tokenizer again.")
-    added = load(folder).backend.get_vocab(with_added_tokens=True)  # past the vocabulary as well
-    return 1 + max([*words.values(), *added.values()], default=-1)
+    return 1 + max(words.values(), default=-1)
 
 
 def _t5_words(folder: Path) -> int:

@@ -1,11 +1,12 @@
 """What every test shares: OpenBLAS under MLX (by importing mlxdiff first), no network, and how tests share a machine.
 
-`pytest -n 2` runs two files at a time, each test on one thread. Tests marked `alone` measure clocks, peaks of memory or
-whole networks, which a neighbour would disturb: they come last, and while one of them runs, no other test does."""
+`pytest -n 2` runs two files at a time, each test on one thread. Tests marked `alone` measure clocks or whole networks,
+which a neighbour would disturb: they come last, on all cores, and while one of them runs, no other test does."""
 
 import fcntl
 import gc
 import os
+import sys
 
 import pytest
 
@@ -19,7 +20,7 @@ if SHARED:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
-import mlxdiff  # noqa: E402, F401
+import mlxdiff.blas  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -35,7 +36,18 @@ def pytest_collection_finish():
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """Set-up included, for fixtures measure too. The lock is the kernel's, and a process that dies lets go of it."""
+    alone = item.get_closest_marker("alone") is not None
     with open(__file__) as turn:
         if SHARED:
-            fcntl.flock(turn, fcntl.LOCK_EX if item.get_closest_marker("alone") is not None else fcntl.LOCK_SH)
+            fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            _work_in(os.cpu_count() if alone else 1)
         return (yield)
+
+
+def _work_in(threads: int) -> None:
+    """So many, in MLX's OpenBLAS and in torch."""
+    for library in mlxdiff.blas._loaded:
+        if hasattr(library, "openblas_set_num_threads"):
+            library.openblas_set_num_threads(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)

@@ -76,7 +76,7 @@ def test_a_notebook_of_somebody_else_is_neither_run_nor_signed(tmp_path, monkeyp
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     before = path.read_bytes()
     with pytest.raises(Error, match="would run unasked"):
-        app.studio(path, None, browser=False)
+        app._notebook(path, None)
     assert path.read_bytes() == before
     book = nbformat.read(path, as_version=4)
     NotebookNotary().sign(book)  # as JupyterLab does when its owner saves it

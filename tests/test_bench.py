@@ -61,9 +61,6 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-pytestmark = pytest.mark.alone
-
-
 def quick(*args: str) -> list[str]:
     return ["-W", "32", "-H", "32", "--steps", "2", "--repeat", "1", *args]
 
@@ -389,7 +386,7 @@ BAD = {
     "two sources": (["--random", "sd15", "-m", "x"], "not allowed with"),
     "model absent": (["-m", "./no/such/model"], "no/such/model"),
     "no such bits": (["--random", "sd15", "-q", "7"], "7"),
-    "no run": (["--random", "sd15", "--repeat", "0"], "--repeat 0"),
+    "no run": (["--random", "sd15", "--repeat", "0"], "--repeat must be at least 1; 0 was given"),
     "no step": (["--random", "sd15", "--steps", "0"], "Steps must be a whole number from 1 to 1000; 0 was given"),
     "no such size": (["--random", "sd15", "-W", "30"], "width 30"),
     "no such batch": (["--random", "sd15", "--batch", "3"], "3"),

@@ -27,7 +27,6 @@ from mlxdiff.request import Request
 
 from . import checkpoints
 
-pytestmark = pytest.mark.alone
 GB = 10**9
 FLUX = MODELS["flux-dev"].networks
 SMALL = Request("", width=128, height=128)
