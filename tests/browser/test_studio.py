@@ -168,7 +168,7 @@ def test_errors_are_read_out_and_the_next_run_clears_them(desk):
         s.press("Generate")
         expect(s.error).to_contain_text("The fake model broke in step 2. Ask for something else.")
         s.error.get_by_text("Details").click()
-        expect(s.error.locator("pre")).to_contain_text("in stream")
+        expect(s.error.locator("pre")).to_contain_text("in run")
         s.shot("studio-error")
         s.label("Prompt").fill("fine")
         s.press("Generate")
