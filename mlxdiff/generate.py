@@ -112,7 +112,7 @@ def draw(args: argparse.Namespace) -> int:
     if args.output == STDOUT:
         _one_to_stdout(requests, args.json)
     else:
-        if args.output is not None and not _is_folder(args.output):
+        if args.output is not None and not images.is_folder(args.output):
             images.kind_of(args.output)
         _writable(_folder(args.output), "-o")
     if args.preview_dir is not None:
@@ -271,18 +271,14 @@ def _writable(place: Path, flag: str) -> None:
 
 
 def _folder(output: Path | None) -> Path:
-    return Path() if output is None else output if _is_folder(output) else output.parent
-
-
-def _is_folder(output: Path) -> bool:
-    return output.is_dir() or str(output).endswith(("/", "\\")) or not output.suffix
+    return Path() if output is None else output if images.is_folder(output) else output.parent
 
 
 def _name(output: Path | None, requests: list[Request], single: Request) -> Path:
     """The path of one picture of a run. In a folder it is named after its prompt and seed. If the output is house.png,
     a single picture gets that name, several get their seed (house-7.png), and several prompts also get their first
     words (house-a-red-fox-7.png)."""
-    if output is None or _is_folder(output):
+    if output is None or images.is_folder(output):
         return _folder(output) / images.file_name(single)
     if sum(r.count for r in requests) == 1:
         return output
