@@ -60,8 +60,7 @@ def of_family(model: str, table: list[Row], **changed: build.Config) -> Layout:
     """The layout of a family's files. model: one of that family, whose networks have what no shape shows. changed:
     components that these files hold otherwise."""
     row = MODELS[model]
-    networks = {name: build.name_of(config) for name, config in row.networks.items()}
-    return Layout(row.family.title, [*DROPPED, *table], networks, row.networks | changed, row.family)
+    return Layout(row.family.title, [*DROPPED, *table], row.family.networks, row.networks | changed, row.family)
 
 
 def of_transformer(model: str, encoders: dict[str, str], vae: str, **changed: build.Config) -> Layout:

@@ -270,10 +270,7 @@ def read(folder: str | Path) -> Description:
 
 def _misplaced(family: Family, components: dict[str, build.Config]) -> str | None:
     """The first component whose network is not the one that the family has there; None if all fit."""
-    kinds = {family.denoiser: family.network, "vae": "vae", **dict.fromkeys(family.text.clip, "clip")}
-    if family.text.t5 is not None:
-        kinds[family.text.t5] = "t5"
-    return next((name for name, c in components.items() if kinds.get(name) != build.name_of(c)), None)
+    return next((name for name, c in components.items() if family.networks.get(name) != build.name_of(c)), None)
 
 
 def _schedule_is_sound(value) -> bool:

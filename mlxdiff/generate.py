@@ -182,7 +182,7 @@ def _one(
 ) -> None:
     mx.reset_peak_memory()
     drawn, made_by = 0, (pipe.name, str(pipe.description.recipe))
-    singles = [replace(request, seed=request.seed + i, count=1) for i in range(request.count)]
+    singles = request.singles()
     previews: list[Path] = []  # a folder for each picture, made with its first preview
     for event in pipe.run(request):
         bar.show(event)

@@ -173,7 +173,12 @@ class Request:
             fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
             raise Error(f"Schedule {self.schedule!r} is not known.", fix)
         if self.noise not in SOURCES:
-            raise Error(f"Noise {self.noise!r} is not known.", f"Use one of {', '.join(SOURCES)}.")
+            fix = f"{did_you_mean(str(self.noise), SOURCES)}Use one of {', '.join(SOURCES)}."
+            raise Error(f"Noise {self.noise!r} is not known.", fix)
+
+    def singles(self) -> list["Request"]:
+        """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""
+        return [replace(self, seed=self.seed + i, count=1) for i in range(self.count)]
 
     def to_json(self) -> str:
         """The settings as JSON. An image that is not a file becomes null; its hash stays."""

@@ -1,7 +1,7 @@
 """The events of a run, and its result."""
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,12 +50,8 @@ class Result:
         pictures adds its seed to it. No file is ever overwritten: if house.png exists, the new file is house-1.png."""
         return [
             images.save(image, self._name(path, request), request, self.model, self.recipe)
-            for image, request in zip(self.images, self._requests(), strict=True)
+            for image, request in zip(self.images, self.request.singles(), strict=True)
         ]
-
-    def _requests(self) -> list[Request]:
-        """The request of each single picture, with its seed."""
-        return [replace(self.request, seed=self.request.seed + i, count=1) for i in range(len(self.images))]
 
     def _name(self, path: str | Path | None, request: Request) -> Path:
         if path is None or images.is_folder(path):

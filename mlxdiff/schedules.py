@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from .errors import Error
+from .errors import Error, did_you_mean
 
 Array = TypeVar("Array")  # a numpy or MLX array
 
@@ -302,7 +302,8 @@ def sigmas(schedule: Schedule, spacing: str, steps: int) -> list[float]:
     """The steps + 1 noise levels of a run, descending to 0, or to sigma(0) if both the model and the sampler end
     there."""
     if spacing not in SPACINGS:
-        raise Error(f"There is no schedule {spacing!r}.", fix=f"Use one of {', '.join(SPACINGS)}.")
+        fix = f"{did_you_mean(spacing, SPACINGS)}Use one of {', '.join(SPACINGS)}."
+        raise Error(f"There is no schedule {spacing!r}.", fix)
     if not 1 <= steps <= schedule.n:
         raise Error(f"{steps} steps are not between 1 and {schedule.n}.", fix="Most pictures need 4 to 50.")
     if spacing not in schedule.spacings:

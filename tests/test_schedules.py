@@ -241,6 +241,8 @@ def test_start_equals_diffusers(name, grid, spacing):
 def test_bad_requests_name_the_value_and_the_fix():
     with pytest.raises(Error, match=r"'normal'.*karras"):
         sigmas(sd(), "normal", 20)
+    with pytest.raises(Error, match=r"'karas'\. Did you mean karras\?"):
+        sigmas(sd(), "karas", 20)
     for steps in (0, -1, 1001):
         with pytest.raises(Error, match=f"{steps} steps"):
             sigmas(sd(), "trailing", steps)

@@ -124,6 +124,12 @@ def test_every_request_field_can_be_set(studio):
     assert studio.more == {}
 
 
+def test_more_takes_the_names_of_settings_alone(studio):
+    studio.more = {"clip_skp": 2}
+    with pytest.raises(Error, match="A picture has no setting clip_skp"):
+        studio.request()
+
+
 def test_a_run_s_settings_travel_with_its_request(studio):
     """Lists send their index, the rest their value; a box without a value (an emptied number) changes nothing."""
     heun = [v for _, v in studio.controls.sampler.options].index("heun")

@@ -25,7 +25,7 @@ from .. import families, images
 from ..description import Description
 from ..errors import Error
 from ..families import DEFAULT, MODELS, Defaults
-from ..request import STRENGTH, Request
+from ..request import STRENGTH, Request, asked
 from .controls import FIELDS, MULTIPLE, Controls, presets, unusual
 from .gallery import Grid, Picture, thumbnail, writable
 from .start_picture import write_start_picture
@@ -96,7 +96,7 @@ class Studio(w.VBox):
         values["strength"] = None if self.image is None else self.strength
         if self._defaults is None:
             values |= {n: None for n in _BY_MODEL if values[n] == self._before[n]}
-        return Request(**values | self.more)
+        return asked(values.pop("prompt"), values | self.more)
 
     def generate(self) -> Job:
         """Queue a run with the current settings; `.result()` waits for it, `.cancel()` stops it."""

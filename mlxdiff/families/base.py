@@ -30,6 +30,11 @@ class TextPlan:
     clip_read: bool = True  # whether the denoiser reads CLIP's tokens, not only its pooled vector
 
     @property
+    def encoders(self) -> dict[str, str]:
+        """Text encoder -> its network, a key of models.build.NETWORKS."""
+        return dict.fromkeys(self.clip, "clip") | ({} if self.t5 is None else {self.t5: "t5"})
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The encoders that drawing needs. If CLIP is read too, T5 may be left out."""
         return self.clip if self.t5 is None or self.clip_read else (*self.clip, self.t5)
@@ -97,6 +102,11 @@ class Family:
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
     # (model name, denoiser, multiple of all edges, resolved request): raises if the family cannot draw the request.
     check: Callable[[str, Config, int, Request], None] | None = None
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Component -> its network, a key of models.build.NETWORKS."""
+        return self.text.encoders | {self.denoiser: self.network, "vae": "vae"}
 
     @property
     def flow(self) -> bool:
