@@ -13,6 +13,7 @@ NONE: set[str] = set()
 # module -> what of mlxdiff it may import
 MAY = {
     "mlxdiff.errors": NONE,
+    "mlxdiff.adapters": set(),
     "mlxdiff.arguments": {"mlxdiff.errors"},
     "mlxdiff.spelling": NONE,
     "mlxdiff.blas": NONE,
@@ -71,7 +72,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.tokenizers",
     },
-    "mlxdiff.networks": {"mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
+    "mlxdiff.networks": {"mlxdiff.adapters", "mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
     "mlxdiff.memory": {
         "mlxdiff.description",
         "mlxdiff.families",
@@ -90,6 +91,7 @@ MAY = {
         "mlxdiff.request",
     },
     "mlxdiff.convert.*": {
+        "mlxdiff.adapters",
         "mlxdiff.convert.*",
         "mlxdiff.description",
         "mlxdiff.dialects",
@@ -133,6 +135,7 @@ MAY = {
         "mlxdiff.store.hub",
     },
     "mlxdiff.store": {
+        "mlxdiff.adapters",
         "mlxdiff.builtin",
         "mlxdiff.convert.*",
         "mlxdiff.description",
@@ -148,11 +151,13 @@ MAY = {
         "mlxdiff.store.cache",
     },
     "mlxdiff.pipeline": {
+        "mlxdiff.adapters",
         "mlxdiff.advice",
         "mlxdiff.arguments",
         "mlxdiff.builtin",
         "mlxdiff.conditioning",
         "mlxdiff.description",
+        "mlxdiff.dialects",
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.guidance",
