@@ -190,7 +190,7 @@ class Request:
             )
         for text in self.loras or ():
             _text("LoRA", text)
-            _number("scale of a LoRA", lora(text)[1], -MAX_SCALE, MAX_SCALE)
+            _number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
 
     def singles(self) -> list["Request"]:
         """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""
