@@ -10,20 +10,22 @@ import mlx.nn as nn
 from . import tokenizers
 from .description import Description
 from .errors import Error
-from .families.base import EMBEDDED, INPUT, TextPlan, tokenizer_of
+from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
 from .models.layers import sinusoids
+from .models.qwen3 import Qwen3
 from .models.t5 import T5Encoder
 from .request import Request
-from .tokenizers import Chunk, ClipTokenizer, T5Tokenizer
+from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
 
-Tokenizers = dict[str, ClipTokenizer | T5Tokenizer]  # text encoder -> its tokenizer
+Tokenizers = dict[str, ClipTokenizer | T5Tokenizer | QwenTokenizer]  # text encoder -> its tokenizer
+_LOAD = {"clip": tokenizers.load, "t5": tokenizers.load_t5, "qwen3": tokenizers.load_qwen}
 
 
 class Words(NamedTuple):
     """The input of one text encoder."""
 
     chunks: list[list[Chunk]]  # the chunks of each prompt
-    empty: Chunk  # the chunk of an empty prompt
+    empty: Chunk | None  # the chunk of an empty prompt; None for an encoder without weights
 
 
 class Text(NamedTuple):
@@ -33,14 +35,12 @@ class Text(NamedTuple):
 
 def load_tokenizers(text_plan: TextPlan, folder: Path, t5: bool) -> Tokenizers:
     """The tokenizers of a model folder. t5: whether T5 reads the prompt too."""
-    toks: Tokenizers = {enc: tokenizers.load(folder / tokenizer_of(enc)) for enc in text_plan.clip}
-    if t5:
-        toks[text_plan.t5] = tokenizers.load_t5(folder / tokenizer_of(text_plan.t5))
-    return toks
+    read = {enc: network for enc, network in text_plan.encoders.items() if t5 or network != "t5"}
+    return {enc: _LOAD[network](folder / tokenizer_of(enc)) for enc, network in read.items()}
 
 
 def tokenize(text_plan: TextPlan, toks: Tokenizers, prompts: list[str]) -> dict[str, Words]:
-    """The Words of several prompts, all padded to the same length so that they can share a batch."""
+    """The Words of several prompts. If padding is read, all are padded to the same length: they can share a batch."""
     words = {}
     chunks = {enc: [toks[enc].encode(p) for p in prompts] for enc in text_plan.clip}
     longest = max((len(c) for by_prompt in chunks.values() for c in by_prompt), default=0)
@@ -51,6 +51,12 @@ def tokenize(text_plan: TextPlan, toks: Tokenizers, prompts: list[str]) -> dict[
         t5 = toks[text_plan.t5]
         length = max(len(t5.encode(p, text_plan.t5_tokens).ids) for p in prompts)
         words[text_plan.t5] = Words([[t5.encode(p, length)] for p in prompts], t5.encode("", length))
+    if text_plan.qwen in toks:
+        qwen, around = toks[text_plan.qwen], tuple(text_plan.template.split(PROMPT))
+        length = text_plan.qwen_tokens if text_plan.qwen_padded else 0
+        if text_plan.qwen_padded:
+            length = max(len(qwen.encode(p, around, length).ids) for p in prompts)
+        words[text_plan.qwen] = Words([[qwen.encode(p, around, length)] for p in prompts], None)
     return words
 
 
@@ -59,7 +65,11 @@ def read(text_plan: TextPlan, encoder: nn.Module, words: Words, clip_skip: int) 
     chunk."""
 
     def states_of(chunks: list[Chunk]) -> tuple[mx.array, mx.array | None]:
-        out = encoder(mx.array(_known_ids(encoder, chunks), mx.int32))
+        ids = mx.array(_known_ids(encoder, chunks), mx.int32)
+        if isinstance(encoder, Qwen3):
+            mask = [[i < c.visible for i in range(len(c.ids))] for c in chunks]
+            return encoder(ids, mx.array(mask)), None
+        out = encoder(ids)
         if isinstance(encoder, T5Encoder):
             return out, None
         return _layer(encoder, out, clip_skip, text_plan.final_norm), out.pooled[:1]
@@ -102,12 +112,14 @@ def join(text_plan: TextPlan, parts: dict[str, list[Text]], width: int) -> list[
         by = dict(zip(parts, shares, strict=True))
         pooled = [by[enc].pooled for enc in text_plan.pooled]
         contexts = []
-        if text_plan.clip_read:
+        if text_plan.clip and text_plan.clip_read:
             contexts.append(mx.concatenate([by[enc].context for enc in text_plan.clip], axis=-1))
         if text_plan.t5 is not None:
             contexts = [_widened(c, width) for c in contexts]
             left_out = mx.zeros((1, text_plan.t5_tokens, width), shares[0].context.dtype)
             contexts.append(by[text_plan.t5].context if text_plan.t5 in by else left_out)
+        if text_plan.qwen is not None:
+            contexts.append(by[text_plan.qwen].context)
         context = contexts[0] if len(contexts) == 1 else mx.concatenate(contexts, axis=1)
         texts.append(Text(context, mx.concatenate(pooled, axis=-1) if pooled else None))
     return texts
@@ -117,6 +129,11 @@ def _widened(context: mx.array, width: int) -> mx.array:
     """The context padded with zeros to a width, or cut to it, like the reference's negative padding."""
     context = context[..., :width]
     return mx.pad(context, [(0, 0), (0, 0), (0, width - context.shape[-1])])
+
+
+def _longer(context: mx.array, length: int) -> mx.array:
+    """The context padded with zeros to a length."""
+    return mx.pad(context, [(0, 0), (0, length - context.shape[1]), (0, 0)])
 
 
 def arguments(text_plan: TextPlan, text: Text, request: Request, negative: bool) -> dict[str, mx.array]:
@@ -147,12 +164,18 @@ def prepare(
     fixed = {"size": model.latent_size(request)} if model.flow else {}
     if model.guidance == INPUT:
         fixed["guidance"] = request.guidance
+    lengths = model.text.qwen is not None and not model.text.qwen_padded
 
     def prepared(*sides: dict) -> dict:
-        def batch(name: str) -> mx.array:
-            return mx.concatenate([mx.repeat(side[name], request.count, axis=0) for side in sides])
+        own = [side["context"].shape[1] for side in sides]
+        longest = max(own)
 
-        return net.prepare(ts, **{name: batch(name) for name in sides[0]}, **fixed)
+        def batch(name: str) -> mx.array:
+            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+            return mx.concatenate([mx.repeat(value, request.count, axis=0) for value in values])
+
+        told = {"lengths": tuple(n for n in own for _ in range(request.count))} if lengths else {}
+        return net.prepare(ts, **{name: batch(name) for name in sides[0]}, **fixed, **told)
 
     conds = {"cond": prepared(sides[-1])}
     if len(sides) == 2:

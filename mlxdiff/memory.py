@@ -88,7 +88,7 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
 
 def _reads(model: Description, request: Request) -> float:
     """Bytes of the largest text encoder while it works."""
-    encoders = [*model.text.clip, *([model.text.t5] if model.reads_t5(request) else [])]
+    encoders = [name for name in model.text.encoders if name != model.text.t5 or model.reads_t5(request)]
     return max(_weights(model, name).held + _reading(model, name) for name in encoders)
 
 

@@ -1,7 +1,8 @@
-"""CLIP's byte-level BPE, T5's sentencepiece, weights in the prompt and long prompts. A short prompt without weights
-gives exactly the padded ids of transformers' CLIPTokenizer (5.x: NFC, white space to one space, lower case; no ftfy, no
-accent stripping) and T5Tokenizer. Nothing is ever truncated: a prompt longer than one context of CLIP becomes several
-chunks of length - 2 tokens; T5 has no maximum length."""
+"""CLIP's and Qwen's byte-level BPE, T5's sentencepiece, weights in the prompt and long prompts. A short prompt without
+weights gives exactly the padded ids of transformers' CLIPTokenizer (5.x: NFC, white space to one space, lower case; no
+ftfy, no accent stripping), T5Tokenizer and Qwen2Tokenizer. Nothing is ever truncated: a prompt longer than one context
+of CLIP becomes several chunks of length - 2 tokens; T5 and Qwen have no maximum length. Qwen is a language model and
+reads the prompt as it is written: brackets and BREAK are text, and a weight with a number is refused."""
 
 import json
 import math
@@ -21,6 +22,11 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # with CLIPTokenizer's defaults
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 LENGTH = 77  # if tokenizer_config.json names no length; a length that was never set is stored as about 1e30
+QWEN_END = "<|endoftext|>"  # Qwen's padding
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 T5_SPECIAL = re.compile(r"(<pad>|</s>|<unk>|<extra_id_\d\d?>)")
 
 EMPHASIS = {"(": 1.1, "[": 1 / 1.1}
@@ -29,10 +35,12 @@ MARKS = re.compile(r"(\\[()\[\]]|[()\[\]]|:\s*[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9
 
 
 class Chunk(NamedTuple):
-    """One context of a text encoder. CLIP: begin, up to length - 2 tokens, end, padding. T5: the same without begin."""
+    """One context of a text encoder. CLIP: begin, up to length - 2 tokens, end, padding. T5: the same without begin.
+    Qwen: the prompt in its template, padding."""
 
     ids: list[int]
     weights: list[float]  # 1 for begin, end and padding
+    visible: int | None = None  # how many ids the encoder sees; None: all, also padding
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,23 @@ class T5Tokenizer:
         return Chunk([*ids, self.eos] + [self.pad] * rest, weights + [1.0] * (rest + 1))
 
 
+@dataclass(frozen=True)
+class QwenTokenizer:
+    backend: Tokenizer
+    pad: int
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of the text. A special token written in the text is that token, as in transformers."""
+        return self.backend.encode(_valid(text), add_special_tokens=False).ids
+
+    def encode(self, prompt: str, around: tuple[str, str], length: int) -> Chunk:
+        """The prompt, with the texts before and after it, padded to `length`; a longer prompt is not cut."""
+        before, after = around
+        ids = self.ids(before + unweighted(prompt) + after)
+        padded = ids + [self.pad] * (length - len(ids))
+        return Chunk(padded, [1.0] * len(padded), len(ids))
+
+
 def _valid(text: str) -> str:
     try:
         text.encode()
@@ -112,6 +137,20 @@ def parse_weights(prompt: str) -> list[tuple[str, float | None]]:
             pieces.append((weights[-1], part[1:] if i % 2 and part[0] == "\\" else part))
     runs = groupby(pieces, key=lambda piece: piece[0])
     return [("BREAK" if weight is None else "".join(text for _, text in run), weight) for weight, run in runs]
+
+
+def unweighted(prompt: str) -> str:
+    """The prompt as a text encoder without weights reads it. `\\(`, `\\)`, `\\[`, `\\]` are plain brackets here too.
+    Raises for a weight: the encoder would read its number as text."""
+    parts = MARKS.split(prompt)
+    closers = _pairs(parts)[1]
+    weight = next((parts[i] for i in sorted(closers) if parts[i][0] == ":"), None)
+    if weight is not None:
+        raise Error(
+            f"This model's text encoder knows no weights, and the prompt has one: {weight!r}.",
+            r"Say it in words, or write \( and \) for brackets that are text.",
+        )
+    return "".join(part[1:] if i % 2 and part[0] == "\\" else part for i, part in enumerate(parts))
 
 
 def _pairs(parts: list[str]) -> tuple[dict[int, float], set[int]]:
@@ -154,6 +193,43 @@ def load(folder: str | Path) -> ClipTokenizer:
     backend.add_tokens(list(tokens.values()))
     bos, eos, pad = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
     return ClipTokenizer(backend, bos, eos, pad, length)
+
+
+def load_qwen(folder: str | Path) -> QwenTokenizer:
+    """Read tokenizer.json, else vocab.json and merges.txt with the added tokens of tokenizer_config.json or
+    added_tokens.json."""
+    folder = Path(folder)
+    vocab, merges, added = _vocabulary(folder)
+    try:
+        tokens = _added_to(folder, added)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise Error(f"The special tokens in {folder} are malformed ({e!r}).", "Fetch the tokenizer again.") from None
+    backend = Tokenizer(BPE(vocab, merges))
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
+    backend.add_tokens([token for _, token in tokens])
+    wrong = next((token.content for i, token in tokens if backend.token_to_id(token.content) != i), None)
+    if wrong is not None:
+        fix = "Fetch the tokenizer again."
+        raise Error(f"The tokenizer in {folder} gives {wrong!r:.60} an id that does not follow its vocabulary.", fix)
+    pad = backend.token_to_id(QWEN_END)
+    if pad is None:
+        raise Error(f"The tokenizer in {folder} has no {QWEN_END}.", "Give the tokenizer of a Qwen3 text encoder.")
+    return QwenTokenizer(backend, pad)
+
+
+def _added_to(folder: Path, added: list[dict]) -> list[tuple[int, AddedToken]]:
+    """(id, token) of the tokens beyond the vocabulary, by their ids."""
+    listed = _json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    if listed is not None:
+        pairs = [(int(i), _added(token)) for i, token in listed.items()]
+    elif added:
+        pairs = [(token["id"], _added(token)) for token in added]
+    else:
+        pairs = [(i, _added(text)) for text, i in _json(folder / "added_tokens.json").items()]
+    return sorted(pairs, key=lambda pair: pair[0])
 
 
 def load_t5(folder: str | Path) -> T5Tokenizer:

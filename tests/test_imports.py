@@ -68,6 +68,7 @@ MAY = {
         "mlxdiff.description",
         "mlxdiff.families.base",
         "mlxdiff.models.layers",
+        "mlxdiff.models.qwen3",
         "mlxdiff.models.t5",
         "mlxdiff.request",
         "mlxdiff.tokenizers",

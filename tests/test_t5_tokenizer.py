@@ -57,7 +57,7 @@ def test_longer_prompts_are_not_cut_and_weights_stand_by_their_tokens(three):
     theirs, *both = three
     for ours in both:
         assert ours.encode("fox " * 20, 8).ids == theirs("fox " * 20).input_ids
-        ids, weights = ours.encode("a (red fox:1.5) snow BREAK moon", 32)
+        ids, weights, _ = ours.encode("a (red fox:1.5) snow BREAK moon", 32)
         n = [len(ours.ids(text)) for text in ("a ", "red fox", " snow ", " moon")]
         assert weights[: sum(n)] == [1.0] * n[0] + [1.5] * n[1] + [1.0] * (n[2] + n[3])
         assert len(ids) == len(weights) == 32

@@ -13,31 +13,46 @@ NONE = "none"  # the network was distilled to need no guidance; only `true_cfg` 
 EMBEDDED = "embedded"  # a consistency model has guidance in its time embedding; no second pass
 
 # Networks that people keep in separate files: setting -> its name for people.
-PARTS = {"vae": "a VAE", "clip": "the CLIP text encoder", "clip_g": "SD3's second CLIP", "t5": "T5"}
+PARTS = {
+    "vae": "a VAE",
+    "clip": "the CLIP text encoder",
+    "clip_g": "SD3's second CLIP",
+    "t5": "T5",
+    "text_encoder": "the Qwen3 text encoder",
+}
+
+
+PROMPT = "{prompt}"  # in a template
 
 
 @dataclass(frozen=True)
 class TextPlan:
     """Which text encoders read a prompt, and how their output reaches the denoiser."""
 
-    clip: tuple[str, ...]  # CLIP encoders, in the order in which their texts are joined
-    final_norm: bool  # whether a CLIP layer below the last also goes through the final norm
+    clip: tuple[str, ...] = ()  # CLIP encoders, in the order in which their texts are joined
+    final_norm: bool = True  # whether a CLIP layer below the last also goes through the final norm
     pooled: tuple[str, ...] = ()  # encoders whose pooled vectors are used, in the order in which they are joined
     sizes: bool = False  # whether the picture's size is an input of the network
     scores: tuple[float, float] | None = None  # aesthetic scores: inputs for the prompt and for the negative prompt
     t5: str | None = None
     t5_tokens: int = 0  # with padding; there is no mask, since the networks were trained with the padding visible
     clip_read: bool = True  # whether the denoiser reads CLIP's tokens, not only its pooled vector
+    qwen: str | None = None
+    template: str = ""  # what Qwen reads, with PROMPT in the place of the prompt
+    qwen_tokens: int = 0  # with the template and padding; without padding, as many as the memory estimate counts
+    qwen_padded: bool = False  # whether the denoiser reads padding too, which Qwen does not see
 
     @property
     def encoders(self) -> dict[str, str]:
         """Text encoder -> its network, a key of models.build.NETWORKS."""
-        return dict.fromkeys(self.clip, "clip") | ({} if self.t5 is None else {self.t5: "t5"})
+        one = {self.t5: "t5", self.qwen: "qwen3"}
+        return dict.fromkeys(self.clip, "clip") | {name: one[name] for name in one if name is not None}
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The encoders that drawing needs. If CLIP is read too, T5 may be left out."""
-        return self.clip if self.t5 is None or self.clip_read else (*self.clip, self.t5)
+        optional = self.t5 if self.clip and self.clip_read else None
+        return tuple(name for name in self.encoders if name != optional)
 
     @property
     def t5_optional(self) -> bool:
@@ -46,7 +61,7 @@ class TextPlan:
     @property
     def tokens(self) -> int:
         """How many tokens the denoiser reads for a short prompt."""
-        return 77 * self.clip_read + self.t5_tokens
+        return 77 * (self.clip_read and bool(self.clip)) + self.t5_tokens + self.qwen_tokens
 
 
 def tokenizer_of(encoder: str) -> str:

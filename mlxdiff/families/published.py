@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..models import clip, t5, unet, vae
+from ..models import clip, qwen3, t5, unet, vae
 from .base import EMBEDDED, Careful, Defaults, Variant
 
 CLIP_L = clip.Config(
@@ -30,6 +30,19 @@ T5_XXL = t5.Config(
     max_distance=128,
     eps=1e-6,
 )
+QWEN3_4B = qwen3.Config(  # whole: a family says which of its layers are read
+    vocab=151936,
+    width=2560,
+    layers=36,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    hidden=9728,
+    theta=1e6,
+    eps=1e-6,
+    taps=(36,),
+)
+QWEN3_8B = replace(QWEN3_4B, width=4096, hidden=12288)
 VAE = vae.Config(
     in_channels=3,
     out_channels=3,

@@ -5,18 +5,19 @@ from dataclasses import asdict
 import mlx.nn as nn
 
 from ..errors import Error
-from . import clip, flux, sd3, t5, taesd, unet, vae
+from . import clip, flux, qwen3, sd3, t5, taesd, unet, vae
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
     "t5": (t5.Config, t5.T5Encoder),
+    "qwen3": (qwen3.Config, qwen3.Qwen3),
     "unet": (unet.Config, unet.UNet),
     "sd3": (sd3.Config, sd3.SD3),
     "flux": (flux.Config, flux.Flux),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
 }
-Config = clip.Config | t5.Config | unet.Config | sd3.Config | flux.Config | vae.Config | taesd.Config
+Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config | vae.Config | taesd.Config
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
 
 

@@ -219,3 +219,20 @@ def adaptive_norm(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     if scale.shape[0] == 1:
         return mx.fast.layer_norm(x, scale.reshape(-1), shift.reshape(-1), eps=1e-6)
     return affine(mx.fast.layer_norm(x, None, None, eps=1e-6), scale, shift)
+
+
+# A text encoder's residual stream exceeds float16's range, and so does the output of its MLP. So the stream is float32,
+# and the input of the MLP's last layer is scaled down by a power of two; weights and matmuls keep the model's dtype.
+SHRINK = 2.0**-6  # the output may then reach 4e6 in float16, and numbers down to 4e-3 stay exact
+
+
+@mx.compile
+def add_shrunk(x: mx.array, y: mx.array) -> mx.array:
+    return x + y.astype(mx.float32) / SHRINK
+
+
+class StreamNorm(nn.RMSNorm):
+    """RMS norm from the float32 stream to the model's dtype."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(self.weight.dtype)

@@ -1,7 +1,6 @@
 """T5 v1.1 encoder. ids (B, N) -> (B, N, d). Raffel et al. 2020, Shazeer 2020; names as in transformers' T5EncoderModel.
 
-Its residual stream and the output of its `wo` exceed float16's range. So the stream is float32, and the input of `wo`
-is scaled down by a power of two; every weight and every matmul keeps the model's dtype."""
+Its residual stream and the output of its `wo` exceed float16's range: `layers.SHRINK` says what is done."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import gelu_tanh, split_heads
-
-SHRINK = 2.0**-6  # scales wo's input: its output may then reach 4e6 in float16, and numbers down to 4e-3 stay exact
+from .layers import SHRINK, StreamNorm, add_shrunk, gelu_tanh, split_heads
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,6 @@ def gated_gelu(x: mx.array, y: mx.array) -> mx.array:
     return (gelu_tanh(x.astype(mx.float32)) * (y.astype(mx.float32) * SHRINK)).astype(x.dtype)
 
 
-@mx.compile
-def add_shrunk(x: mx.array, y: mx.array) -> mx.array:
-    return x + y.astype(mx.float32) / SHRINK
-
-
-class RMSNorm(nn.RMSNorm):
-    """From the float32 stream to the model's dtype."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x).astype(self.weight.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -63,7 +48,7 @@ class Attention(nn.Module):
 class AttentionLayer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.layer_norm = RMSNorm(config.width, config.eps)
+        self.layer_norm = StreamNorm(config.width, config.eps)
         self.SelfAttention = Attention(config)
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
@@ -83,7 +68,7 @@ class GatedGELU(nn.Module):
 class MLPLayer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.layer_norm = RMSNorm(config.width, config.eps)
+        self.layer_norm = StreamNorm(config.width, config.eps)
         self.DenseReluDense = GatedGELU(config)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -105,7 +90,7 @@ class Encoder(nn.Module):
         self.block = [Block(config) for _ in range(config.layers)]
         # In the file, the first block holds the table of position biases for all blocks.
         self.block[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
-        self.final_layer_norm = RMSNorm(config.width, config.eps)
+        self.final_layer_norm = StreamNorm(config.width, config.eps)
 
 
 class T5Encoder(nn.Module):
