@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -46,6 +47,7 @@ _SPELLING: list[rules.Row] = [
     (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
 ]
 _AGAIN = "Use another copy of it."
+_WORDS = 8  # that are shown of a header
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,39 @@ def read(path: Path, model: Description) -> Adapter:
     return Adapter(path.stem, changes, layers, tuple(sorted(ranks)))
 
 
+def recognise(path: Path) -> bool:
+    """Whether a file is of this kind, from its names."""
+    return path.is_file() and any(_split(key)[1] not in (None, "value", "alpha") for key in source.read(path).tensors)
+
+
+def describe(path: Path) -> dict:
+    """What a file is: the named models that it fits, what it changes in them, and the words that it was trained on."""
+    fits, adapter, wrong = [], None, None
+    for name in MODELS:
+        try:
+            adapter = read(path, description.published(name, Recipe("float32", None)))
+        except Error as e:
+            wrong = e
+        else:
+            fits.append(name)
+    if adapter is None:
+        raise wrong
+    return {"path": str(path), "fits": fits, "layers": adapter.layers, "ranks": adapter.ranks, "words": _words(path)}
+
+
+def _words(path: Path) -> list[str]:
+    """The words that a trainer noted in the header: the trigger phrase, or the most frequent tags."""
+    notes = source.read(path).metadata
+    if "modelspec.trigger_phrase" in notes:
+        return [notes["modelspec.trigger_phrase"]]
+    try:
+        folders = json.loads(notes.get("ss_tag_frequency", "{}"))
+        counts = [(n, tag) for tags in folders.values() for tag, n in tags.items() if isinstance(n, int)]
+    except (ValueError, RecursionError, AttributeError):
+        return []
+    return [tag.strip() for _, tag in sorted(counts, key=lambda pair: -pair[0])[:_WORDS]]
+
+
 def _split(key: str) -> tuple[str, str | None]:
     """A key's layer, in the spelling that `_places` lists, and what its tensor is."""
     (key,) = rules.rename(key, _SPELLING)
@@ -133,6 +168,7 @@ def _places(model: Description) -> dict[str, _Place]:
     return places
 
 
+@cache
 def _layers(component: str, config: build.Config) -> dict[str, _Place]:
     """The layers of a network by our names and by those of other layouts."""
     module = MODULES[build.name_of(config)]

@@ -43,8 +43,9 @@ class Adapter:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {n}" for name, n in self.layers.items())
-        ranks = f"{self.ranks[0]}" if len(self.ranks) == 1 else f"{min(self.ranks)} to {max(self.ranks)}"
-        return f"{self.name}: {sum(self.layers.values())} layers ({parts})" + (f", rank {ranks}" if self.ranks else "")
+        ranks = " to ".join(str(rank) for rank in sorted({*self.ranks[:1], *self.ranks[-1:]}))
+        n = sum(self.layers.values())
+        return f"{self.name}: {n} layer{'s' * (n != 1)} ({parts})" + (f", rank {ranks}" if self.ranks else "")
 
 
 class SidePath(nn.Module):
@@ -64,11 +65,9 @@ def apply(network: nn.Module, component: str, adapters: list[tuple[Adapter, floa
     """Change a network by adapters, each with its scale. Every change is relative to the bare weights. Weights that are
     not quantized are added up, lazily. Beside a quantized layer, changes of low rank run as a SidePath; for those of
     full rank, the layer is no longer quantized."""
-    by: dict[str, list[tuple[Change, float]]] = {}
-    for adapter, scale in adapters:
-        for parameter, changes in adapter.changes.get(component, {}).items():
-            by.setdefault(parameter, []).extend((change, scale) for change in changes)
-    for parameter, changes in by.items():
+    touched = {parameter for adapter, _ in adapters for parameter in adapter.changes.get(component, {})}
+    for parameter in sorted(touched):
+        changes = _of(adapters, component, parameter)
         path, _, leaf = parameter.rpartition(".")
         parent, _, name = path.rpartition(".")
         holder = _at(network, parent)
@@ -85,6 +84,16 @@ def apply(network: nn.Module, component: str, adapters: list[tuple[Adapter, floa
             holder[int(name)] = new
         else:
             setattr(holder, name, new)
+
+
+def changed(bare: mx.array, component: str, parameter: str, adapters: list[tuple[Adapter, float]]) -> mx.array:
+    """A parameter that is not quantized, under adapters."""
+    changes = _of(adapters, component, parameter)
+    return _changed(bare, changes) if changes else bare
+
+
+def _of(adapters: list[tuple[Adapter, float]], component: str, parameter: str) -> list[tuple[Change, float]]:
+    return [(c, scale) for adapter, scale in adapters for c in adapter.changes.get(component, {}).get(parameter, ())]
 
 
 def _at(module, path: str):

@@ -1,6 +1,7 @@
 """Adapters on the built-in model. References: the dense weights that a change makes, and the file's own numbers; that
 files mean what they mean elsewhere is parity/test_lora.py's."""
 
+import json
 import re
 
 import mlx.core as mx
@@ -12,7 +13,8 @@ from mlx.utils import tree_flatten
 import mlxdiff
 from mlxdiff import generate, images
 from mlxdiff.adapters import SidePath
-from mlxdiff.convert import lora
+from mlxdiff.convert import __main__ as convert
+from mlxdiff.convert import inspect, lora
 from mlxdiff.errors import Error
 from tests.checkpoints import full, header, raw
 
@@ -150,6 +152,42 @@ def at(network, layer: str):
     for part in layer.split(".")[1:]:
         network = network[int(part)] if part.isdigit() else network[part]
     return network
+
+
+# ---- written into a model, and inspected
+
+
+def test_a_converted_model_holds_its_loras(pipe, tmp_path, monkeypatch):
+    """Its weights are those that the LoRA makes at loading; quantized, they are quantized with the change in them."""
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
+    file = full(tmp_path / "style.safetensors", pair(pipe, LAYER))
+    name = f"{LAYER.partition('.')[2]}.weight"
+    want = weight(pipe, name, (lora.read(file, pipe.description), 0.5))
+    for bits in (None, 8):
+        typed = ["storybook", "-o", str(tmp_path / f"{bits}"), "--lora", f"{file}:0.5", "--dtype", "float32"]
+        assert convert.main(typed + (["-q", f"{bits}"] if bits else [])) == 0
+    held = mlxdiff.load(tmp_path / "None")
+    np.testing.assert_allclose(weight(held, name), want, atol=1e-7)
+    layer = at(mlxdiff.load(tmp_path / "8").networks.open("unet"), LAYER)
+    dense = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits))
+    assert np.abs(dense - want).max() < 0.02 * np.abs(want).max() < np.abs(want - weight(pipe, name)).max()
+
+
+def test_inspect_says_what_a_lora_fits(pipe, tmp_path, capsys):
+    state = pair(pipe, LAYER)
+    notes = {"ss_tag_frequency": json.dumps({"10_moss": {"moss house": 9, "green": 3}})}
+    entries = header({k: v.shape for k, v in state.items()}, "F32", metadata=notes)
+    file = raw(tmp_path / "style.safetensors", entries, body=b"".join(v.tobytes() for v in state.values()))
+    assert inspect.main([str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}: a LoRA of 1 layer (unet 1), rank 4",
+        "  fits storybook and models of the same shapes",
+        "  trained on 'moss house', 'green'",
+    ]
+    assert inspect.main([str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"] == ["storybook"]
+    assert generate.main(["a house", "-m", str(file)]) == 1
+    assert "is a LoRA, which is no model by itself. Name the model that it changes" in capsys.readouterr().err
 
 
 # ---- files that are refused

@@ -122,6 +122,7 @@ MAY = {
         "mlxdiff.console",
         "mlxdiff.families",
         "mlxdiff.recipe",
+        "mlxdiff.request",
         "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.store.tokenizer",
