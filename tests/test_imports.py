@@ -61,6 +61,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.tokenizers",
     },
     "mlxdiff.conditioning": {
         "mlxdiff.errors",
@@ -103,7 +104,12 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.convert": {"mlxdiff.convert.*"},
-    "mlxdiff.convert.tokenizer": {"mlxdiff.convert.*", "mlxdiff.errors", "mlxdiff.tokenizers"},
+    "mlxdiff.convert.tokenizer": {
+        "mlxdiff.convert.*",
+        "mlxdiff.errors",
+        "mlxdiff.models.build",
+        "mlxdiff.tokenizers",
+    },
     "mlxdiff.convert.inspect": {
         "mlxdiff.convert.*",
         "mlxdiff.console",
@@ -132,6 +138,7 @@ MAY = {
         "mlxdiff.families",
         "mlxdiff.store.cache",
         "mlxdiff.store.hub",
+        "mlxdiff.tokenizers",
     },
     "mlxdiff.store": {
         "mlxdiff.builtin",
