@@ -25,7 +25,6 @@ _BESIDE = ("scheduler", *_TOKENIZERS, "feature_extractor", "safety_checker", "im
 PREDICTIONS = tuple(p for p in description.PREDICTIONS if p != "flow")  # those that a caller may say
 _STATED = {"epsilon": "eps", "v": "v"}  # modelspec's words for what a network predicts
 _OPTIONAL = {family.text.t5 for family in FAMILIES.values() if family.text.t5_optional}
-_NETWORKS = {pair for layout in LAYOUTS.values() if layout.family is not None for pair in layout.networks.items()}
 FULL = "Use the full checkpoint, or the diffusers folder that holds every part."
 
 
@@ -145,18 +144,24 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
         for name, entry in index.values.items()
         if isinstance(entry, list) and entry[-1:] not in ([], [None]) and name not in skipped
     }
-    for name, cls in networks.items():
-        if (name, CLASSES.get(cls)) not in _NETWORKS:
-            raise Error(f"{path} is a {index.cls} whose {name} is a {cls}, which is not supported yet.", KNOWN)
+    denoiser = next((n for n in ("unet", "transformer") if n in networks), None)
+    if denoiser is None:
+        raise Error(f"{path} has no unet and no transformer.", FULL)
+    module = MODULES.get(CLASSES.get(networks[denoiser]))
+    layouts = [] if module is None else [*module.LAYOUTS.values()]
+    known = {pair for layout in layouts for pair in layout.networks.items()}
+    for name in (denoiser, *networks):
+        if (name, CLASSES.get(networks[name])) not in known:
+            what = f"{path} is a {index.cls} whose {name} is a {networks[name]}"
+            raise Error(f"{what}, which is not supported yet.", KNOWN)
+    published = layouts[0].published  # all layouts of a denoiser read the same layers of an encoder
     for name, cls in networks.items():
         if not (path / name).is_dir():
             raise Error(f"{path} lacks the folder {name}.", "Download the missing folder.")
         tensors = files.read(path / name).tensors
-        components[name] = configured(name, Settings(path / name / "config.json"), cls, list(tensors.items()))
-    name = next((n for n in ("unet", "transformer") if n in components), None)
-    if name is None:
-        raise Error(f"{path} has no unet and no transformer.", FULL)
-    key = MODULES[CLASSES[networks[name]]].layout(components[name].config, components)
+        settings = Settings(path / name / "config.json")
+        components[name] = configured(name, settings, cls, list(tensors.items()), published.get(name))
+    key = module.layout(components[denoiser].config, components)
     layout, stated = LAYOUTS[key], None
     family = layout.family
     schedule = _schedule(family, _variant(family, components, index.cls))

@@ -35,12 +35,14 @@ class Component:
         return sum(math.prod(w.shape) for w in self.weights.values())
 
 
-def configured(name: str, settings: Settings, cls: str, tensors: rules.Named) -> Component:
-    """A network that a config.json describes."""
+def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, like: Config | None) -> Component:
+    """A network that a config.json describes. like: the network as published, if that is known."""
     if cls not in CLASSES:
         raise Error(f"{settings.path} describes a {cls}, which is not supported yet.", KNOWN)
     module = MODULES[CLASSES[cls]]
     config = module.from_json(settings, cls)
+    if hasattr(module, "kept"):
+        config = module.kept(config, like)
     return _fill(
         name, module, config, tensors, module.table([n for n, _ in tensors], config), "Use another checkpoint."
     )
@@ -52,7 +54,7 @@ def by_itself(name: str, layout: Layout, path: Path, tensors: rules.Named) -> Co
     settings = None if beside is None else Settings(beside)
     if settings is None or settings.cls in _WIDER:
         return measured(name, layout, tensors)
-    return configured(name, settings, settings.cls, tensors)
+    return configured(name, settings, settings.cls, tensors, layout.published.get(name))
 
 
 def measured(name: str, layout: Layout, tensors: rules.Named) -> Component:

@@ -25,7 +25,17 @@ _TRANSFORMER: list[Row] = [
     (r"^(vae|first_stage_model)\.", "vae."),
     (r"^((model\.)?diffusion_model\.|transformer\.|(?!text_encoder|vae\.))", "transformer."),
 ]
-_PARTS = {"clip_l": "clip", "clip_g": "clip_g", "t5xxl": "t5"}  # ComfyUI's name -> ours, in `families.PARTS`
+# ComfyUI's name of a text encoder -> ours, in `families.PARTS`, and how the names of its files begin
+_PARTS = {
+    "clip_l": ("clip", "clip_l"),
+    "clip_g": ("clip_g", "clip_g"),
+    "t5xxl": ("t5", "t5xxl"),
+    "qwen3_4b": ("text_encoder", "qwen_3_4b"),
+    "qwen3_8b": ("text_encoder", "qwen_3_8b"),
+}
+
+
+ENCODERS = ("clip", "t5", "qwen3")  # the networks that read text
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Layout:
 
     @property
     def encoders(self) -> list[str]:
-        return [name for name, network in self.networks.items() if network in ("clip", "t5")]
+        return [name for name, network in self.networks.items() if network in ENCODERS]
 
     @property
     def required(self) -> list[str]:
@@ -67,6 +77,7 @@ def of_transformer(model: str, encoders: dict[str, str], vae: str, **changed: bu
     """The same for a transformer, whose text encoders and VAE people also keep in files of their own. encoders: their
     names, which are those of ComfyUI, -> component. vae: the name of its file."""
     rows = [(rf"^text_encoders\.{name}\.transformer\.", f"{component}.") for name, component in encoders.items()]
-    parts = {_PARTS[name]: Part(component, f"{name}*.safetensors") for name, component in encoders.items()}
+    kinds = {name: _PARTS[name] for name in encoders}
+    parts = {part: Part(encoders[name], f"{file}*.safetensors") for name, (part, file) in kinds.items()}
     layout = of_family(model, [*rows, *_TRANSFORMER], **changed)
     return replace(layout, parts=parts | {"vae": Part("vae", vae)})

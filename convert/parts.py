@@ -11,7 +11,13 @@ from .layout import Layout
 from .registry import LAYOUTS
 
 # part -> the layouts that its file may have
-_LAYOUTS = {"vae": ("vae",), "clip": ("clip", "clip-g"), "clip_g": ("clip-g",), "t5": ("t5",)}
+_LAYOUTS = {
+    "vae": ("vae",),
+    "clip": ("clip", "clip-g"),
+    "clip_g": ("clip-g",),
+    "t5": ("t5",),
+    "text_encoder": ("qwen3",),
+}
 
 
 def with_parts(

@@ -10,6 +10,10 @@ network is its module and one row in MODULES. Each module has
     from_json(s, cls)          its Config, from a config.json
     divided(config)            widths that must be multiples of a number: (width, number, what it counts)
 
+an encoder's module of which a family reads some layers only also
+
+    kept(config, like)         the Config of the layers that are read
+
 and a denoiser's module also
 
     layout(config, components)   which of LAYOUTS a folder of diffusers has
@@ -20,9 +24,18 @@ and a denoiser's module also
 like: the network's Config as published, or None where it is not known. called: what a checkpoint calls itself.
 components, others: the networks of the checkpoint, by their components."""
 
-from . import clip, flux, sd3, t5, taesd, unet, vae
+from . import clip, flux, qwen3, sd3, t5, taesd, unet, vae
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser.
-MODULES = {"flux": flux, "sd3": sd3, "unet": unet, "t5": t5, "vae": vae, "taesd": taesd, "clip": clip}
+MODULES = {
+    "flux": flux,
+    "sd3": sd3,
+    "unet": unet,
+    "t5": t5,
+    "qwen3": qwen3,
+    "vae": vae,
+    "taesd": taesd,
+    "clip": clip,
+}
 LAYOUTS = {name: layout for module in MODULES.values() for name, layout in module.LAYOUTS.items()}
 CLASSES = {cls: name for name, module in MODULES.items() for cls in module.CLASSES}  # -> network

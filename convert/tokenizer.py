@@ -7,46 +7,50 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from ..errors import Error
-from ..tokenizers import load, load_t5
+from ..models.build import Config, name_of
+from ..tokenizers import LOAD
 from .source import read_json
 
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json", "added_tokens.json")
 _MAP = "special_tokens_map.json"
 
 
-def find(given: Path, name: str, t5: bool) -> Path:
+def find(given: Path, name: str, kind: str) -> Path:
     """In the folder that a user gives: the folder of this name, else one of the same kind, else the given one."""
     folders = [given / name, *(given / t for t in ("tokenizer", "tokenizer_2", "tokenizer_3"))]
-    return next((f for f in folders if f.is_dir() and _is_t5(f) == t5), given)
+    return next((f for f in folders if f.is_dir() and _kind(f) == kind), given)
 
 
-def _is_t5(folder: Path) -> bool:
+def _kind(folder: Path) -> str:
+    """The network that a folder's tokenizer is for. Only CLIP's byte-level BPE marks the end of a word."""
     if (folder / "spiece.model").is_file():
-        return True
-    return not (folder / "vocab.json").is_file() and isinstance(_vocab(folder), list)
+        return "t5"
+    words = read_json(folder / "vocab.json") if (folder / "vocab.json").is_file() else _vocab(folder)
+    if isinstance(words, list):
+        return "t5"
+    return "qwen3" if words and not any(str(word).endswith("</w>") for word in words) else "clip"
 
 
 def _vocab(folder: Path) -> object:
-    """The vocabulary in tokenizer.json: CLIP's is {word: id}, T5's [[word, score], ...]."""
+    """The vocabulary in tokenizer.json: CLIP's and Qwen's are {word: id}, T5's is [[word, score], ...]."""
     model = read_json(folder / "tokenizer.json").get("model") if (folder / "tokenizer.json").is_file() else None
     return model.get("vocab") if isinstance(model, dict) else None
 
 
-def check(folder: Path, vocab: int, positions: int | None) -> None:
+def check(folder: Path, encoder: Config) -> None:
     """Raise unless the folder holds a tokenizer that works, and the text encoder knows all its words and, if it is
-    CLIP's, all its positions. positions: None for T5."""
-    count = _t5_words(folder) if positions is None else _clip_words(folder)
-    _check_words(folder, count, vocab)
-    if positions is None:
-        load_t5(folder)
+    CLIP's, all its positions."""
+    kind = name_of(encoder)
+    _check_words(folder, _t5_words(folder) if kind == "t5" else _bpe_words(folder), encoder.vocab)
+    tokenizer = LOAD[kind](folder)
+    if kind == "t5":
         return
-    tokenizer = load(folder)
     added = tokenizer.backend.get_vocab(with_added_tokens=True)  # may lie past the vocabulary
-    _check_words(folder, 1 + max(added.values()), vocab)
-    if not 2 < tokenizer.length <= positions:
+    _check_words(folder, 1 + max(added.values()), encoder.vocab)
+    if kind == "clip" and not 2 < tokenizer.length <= encoder.positions:
         raise Error(
-            f"The tokenizer in {folder} makes chunks of {tokenizer.length} tokens; the text encoder knows {positions} "
-            "positions.",
+            f"The tokenizer in {folder} makes chunks of {tokenizer.length} tokens; the text encoder knows "
+            f"{encoder.positions} positions.",
             "Give the tokenizer of this model: `tokenizer=DIR`.",
         )
 
@@ -59,7 +63,7 @@ def _check_words(folder: Path, count: int, vocab: int) -> None:
         )
 
 
-def _clip_words(folder: Path) -> int:
+def _bpe_words(folder: Path) -> int:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         words = read_json(folder / "vocab.json")
     elif (folder / "tokenizer.json").is_file() and not isinstance(_vocab(folder), list):

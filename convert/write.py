@@ -126,19 +126,19 @@ def _tokenizers(checkpoint: Checkpoint, given: Path | None) -> dict[str, tuple[P
     """The folder that each tokenizer is copied from and, if it is another model's, the token that fills a text up."""
     tokenizers, layout = {}, checkpoint.layout
     for encoder in (e for e in layout.encoders if e in checkpoint.components):
-        name, t5 = tokenizer_of(encoder), layout.networks[encoder] == "t5"
+        name, kind = tokenizer_of(encoder), layout.networks[encoder]
         if name in checkpoint.tokenizers:
             tokenizers[name] = checkpoint.tokenizers[name], None
         elif given is not None:
-            folder = copying.find(given, name, t5)
-            tokenizers[name] = folder, None if t5 or folder == given / name else PADS[layout.published[encoder].act]
+            folder = copying.find(given, name, kind)
+            borrowed = kind == "clip" and folder != given / name
+            tokenizers[name] = folder, PADS[layout.published[encoder].act] if borrowed else None
         else:
             raise Error(
                 f"{checkpoint.path} has no tokenizer.",
                 "Give `tokenizer=DIR`, the tokenizer folder of a model in diffusers layout.",
             )
-        config = checkpoint.components[encoder].config
-        copying.check(tokenizers[name][0], config.vocab, None if t5 else config.positions)
+        copying.check(tokenizers[name][0], checkpoint.components[encoder].config)
     return tokenizers
 
 

@@ -18,7 +18,6 @@ from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
 
 Tokenizers = dict[str, ClipTokenizer | T5Tokenizer | QwenTokenizer]  # text encoder -> its tokenizer
-_LOAD = {"clip": tokenizers.load, "t5": tokenizers.load_t5, "qwen3": tokenizers.load_qwen}
 
 
 class Words(NamedTuple):
@@ -36,7 +35,7 @@ class Text(NamedTuple):
 def load_tokenizers(text_plan: TextPlan, folder: Path, t5: bool) -> Tokenizers:
     """The tokenizers of a model folder. t5: whether T5 reads the prompt too."""
     read = {enc: network for enc, network in text_plan.encoders.items() if t5 or network != "t5"}
-    return {enc: _LOAD[network](folder / tokenizer_of(enc)) for enc, network in read.items()}
+    return {enc: tokenizers.LOAD[network](folder / tokenizer_of(enc)) for enc, network in read.items()}
 
 
 def tokenize(text_plan: TextPlan, toks: Tokenizers, prompts: list[str]) -> dict[str, Words]:

@@ -16,6 +16,7 @@ from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
 from .request import Defaults, Request
 from .schedules import Schedule
+from .tokenizers import unweighted
 
 FORMAT = 4  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
 PREDICTIONS = ("eps", "v", "x0", "flow")
@@ -136,6 +137,9 @@ class Description:
                 typed = "t5=False" if setting == "t5" else setting
                 raise Error(f"{setting} is for {whose}; {self.name} is {self.family.title}.", f"Leave `{typed}` out.")
         self._check_guidance(request)
+        if self.text.qwen is not None:
+            for prompt in (request.prompt, request.negative or ""):
+                unweighted(prompt)
         layers = min((self.components[e].layers for e in self.text.clip), default=math.inf)
         if request.clip_skip > layers:
             raise Error(

@@ -22,7 +22,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # with CLIPTokenizer's defaults
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 LENGTH = 77  # if tokenizer_config.json names no length; a length that was never set is stored as about 1e30
-QWEN_END = "<|endoftext|>"  # Qwen's padding
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")  # padding, and what templates use
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -195,43 +195,6 @@ def load(folder: str | Path) -> ClipTokenizer:
     return ClipTokenizer(backend, bos, eos, pad, length)
 
 
-def load_qwen(folder: str | Path) -> QwenTokenizer:
-    """Read tokenizer.json, else vocab.json and merges.txt with the added tokens of tokenizer_config.json or
-    added_tokens.json."""
-    folder = Path(folder)
-    vocab, merges, added = _vocabulary(folder)
-    try:
-        tokens = _added_to(folder, added)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise Error(f"The special tokens in {folder} are malformed ({e!r}).", "Fetch the tokenizer again.") from None
-    backend = Tokenizer(BPE(vocab, merges))
-    backend.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
-    backend.add_tokens([token for _, token in tokens])
-    wrong = next((token.content for i, token in tokens if backend.token_to_id(token.content) != i), None)
-    if wrong is not None:
-        fix = "Fetch the tokenizer again."
-        raise Error(f"The tokenizer in {folder} gives {wrong!r:.60} an id that does not follow its vocabulary.", fix)
-    pad = backend.token_to_id(QWEN_END)
-    if pad is None:
-        raise Error(f"The tokenizer in {folder} has no {QWEN_END}.", "Give the tokenizer of a Qwen3 text encoder.")
-    return QwenTokenizer(backend, pad)
-
-
-def _added_to(folder: Path, added: list[dict]) -> list[tuple[int, AddedToken]]:
-    """(id, token) of the tokens beyond the vocabulary, by their ids."""
-    listed = _json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    if listed is not None:
-        pairs = [(int(i), _added(token)) for i, token in listed.items()]
-    elif added:
-        pairs = [(token["id"], _added(token)) for token in added]
-    else:
-        pairs = [(i, _added(text)) for text, i in _json(folder / "added_tokens.json").items()]
-    return sorted(pairs, key=lambda pair: pair[0])
-
-
 def load_t5(folder: str | Path) -> T5Tokenizer:
     """Read tokenizer.json, else spiece.model."""
     fast, model = Path(folder) / "tokenizer.json", Path(folder) / "spiece.model"
@@ -262,6 +225,47 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
     if eos is None or pad is None or min(eos, pad) < 0:
         raise Error(f"The tokenizer in {folder} has no </s> or no <pad>.", again)
     return T5Tokenizer(pieces, eos, pad)
+
+
+def load_qwen(folder: str | Path) -> QwenTokenizer:
+    """Read tokenizer.json, else vocab.json and merges.txt with the added tokens of tokenizer_config.json or
+    added_tokens.json."""
+    folder = Path(folder)
+    vocab, merges, added = _vocabulary(folder)
+    try:
+        tokens = _added_to(folder, added)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise Error(f"The special tokens in {folder} are malformed ({e!r}).", "Fetch the tokenizer again.") from None
+    backend = Tokenizer(BPE(vocab, merges))
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
+    backend.add_tokens([token for _, token in tokens])
+    wrong = next((token.content for i, token in tokens if backend.token_to_id(token.content) != i), None)
+    if wrong is not None:
+        fix = "Fetch the tokenizer again."
+        raise Error(f"The tokenizer in {folder} gives {wrong!r:.60} an id that does not follow its vocabulary.", fix)
+    lacking = next((name for name in QWEN_SPECIAL if name not in [token.content for _, token in tokens]), None)
+    if lacking is not None:  # it would be read letter by letter
+        raise Error(f"The tokenizer in {folder} has no {lacking}.", "Give the tokenizer of a Qwen3 text encoder.")
+    return QwenTokenizer(backend, backend.token_to_id(QWEN_SPECIAL[0]))
+
+
+# text encoder's network -> what reads its tokenizer
+LOAD = {"clip": load, "t5": load_t5, "qwen3": load_qwen}
+
+
+def _added_to(folder: Path, added: list[dict]) -> list[tuple[int, AddedToken]]:
+    """(id, token) of the tokens beyond the vocabulary, by their ids."""
+    listed = _json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    if listed is not None:
+        pairs = [(int(i), _added(token)) for i, token in listed.items()]
+    elif added:
+        pairs = [(token["id"], _added(token)) for token in added]
+    else:
+        pairs = [(i, _added(text)) for text, i in _json(folder / "added_tokens.json").items()]
+    return sorted(pairs, key=lambda pair: pair[0])
 
 
 def _special(folder: Path, vocab: dict, added: list[dict]) -> tuple[dict[str, str], dict[str, AddedToken], int]:

@@ -62,6 +62,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.tokenizers",
     },
     "mlxdiff.conditioning": {
         "mlxdiff.errors",
@@ -105,7 +106,12 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.convert": {"mlxdiff.convert.*"},
-    "mlxdiff.convert.tokenizer": {"mlxdiff.convert.*", "mlxdiff.errors", "mlxdiff.tokenizers"},
+    "mlxdiff.convert.tokenizer": {
+        "mlxdiff.convert.*",
+        "mlxdiff.errors",
+        "mlxdiff.models.build",
+        "mlxdiff.tokenizers",
+    },
     "mlxdiff.convert.inspect": {
         "mlxdiff.convert.*",
         "mlxdiff.console",
@@ -135,6 +141,7 @@ MAY = {
         "mlxdiff.families",
         "mlxdiff.store.cache",
         "mlxdiff.store.hub",
+        "mlxdiff.tokenizers",
     },
     "mlxdiff.store": {
         "mlxdiff.adapters",
