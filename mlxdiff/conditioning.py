@@ -8,9 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import tokenizers
+from .adapters import Word
 from .description import Description
 from .errors import Error
 from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
+from .models.clip import CLIPText
 from .models.layers import sinusoids
 from .models.qwen3 import Qwen3
 from .models.t5 import T5Encoder
@@ -36,6 +38,24 @@ def load_tokenizers(text_plan: TextPlan, folder: Path, t5: bool) -> Tokenizers:
     """The tokenizers of a model folder. t5: whether T5 reads the prompt too."""
     read = {enc: network for enc, network in text_plan.encoders.items() if t5 or network != "t5"}
     return {enc: tokenizers.LOAD[network](folder / tokenizer_of(enc)) for enc, network in read.items()}
+
+
+def teach_tokenizers(toks: Tokenizers, words: list[Word], components: dict) -> None:
+    """Let tokenizers read taught words. Their ids follow those of the text encoder's own embeddings."""
+    for enc in {enc for word in words for enc in word.vectors}:
+        first = components[enc].vocab
+        for word in words:
+            n = len(word.vectors[enc])
+            toks[enc].teach(word.word, [*range(first, first + n)])
+            first += n
+
+
+def teach(encoder: nn.Module, name: str, words: list[Word]) -> None:
+    """Give a text encoder the embeddings of taught words, in the same order."""
+    vectors = [word.vectors[name] for word in words if name in word.vectors]
+    if vectors:
+        embedding = encoder.embeddings.token_embedding
+        embedding.weight = mx.concatenate([embedding.weight, *(v.astype(embedding.weight.dtype) for v in vectors)])
 
 
 def tokenize(text_plan: TextPlan, toks: Tokenizers, prompts: list[str]) -> dict[str, Words]:
@@ -87,7 +107,8 @@ def read(text_plan: TextPlan, encoder: nn.Module, words: Words, clip_skip: int) 
 
 def _known_ids(encoder: nn.Module, chunks: list[Chunk]) -> list[list[int]]:
     """The token ids of chunks. Raises for one that the embedding does not have: MLX would read memory beyond it."""
-    ids, known = [c.ids for c in chunks], encoder.config.vocab
+    ids = [c.ids for c in chunks]
+    known = encoder.embeddings.words if isinstance(encoder, CLIPText) else encoder.config.vocab
     largest, longest = max(max(i) for i in ids), max(len(i) for i in ids)
     fix = "The tokenizer does not belong to this model: convert the checkpoint again."
     if largest >= known:

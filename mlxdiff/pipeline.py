@@ -27,13 +27,13 @@ from . import (
     samplers,
     schedules,
 )
-from .adapters import Adapter
+from .adapters import Adapter, Word
 from .arguments import check_options
 from .errors import Error
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
-from .request import SETTINGS, Request, Settings, asked, lora, takes_settings
+from .request import SETTINGS, Request, Settings, asked, embedding, lora, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
 
@@ -61,6 +61,7 @@ def load(
     parts: dict[str, str | Path] | None = None,
     t5: bool = True,
     loras: list[str] | tuple[str, ...] = (),
+    embeddings: list[str] | tuple[str, ...] = (),
     progress: Callable[[str, int, int], None] | None = None,
     **unknown: NoReturn,
 ) -> "Pipeline":
@@ -78,14 +79,20 @@ def load(
     parts: files of "vae", "clip", "clip_g" and "t5" for a checkpoint that lacks them.
     t5: False leaves SD3's T5 out and does not fetch it.
     loras: LoRA files for every picture that does not say, such as ["style.safetensors:0.8"].
+    embeddings: the same for words that are taught to CLIP (textual inversion), such as ["moss.safetensors=<moss>"].
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
     from . import store
 
     def check(model: description.Description, **others) -> None:
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
-        named = [*loras, *(request.loras or () if request is not None else ())]
-        store.check_loras([name for name, _ in map(lora, named)], model)
+        for name, _ in map(lora, [*loras, *(request.loras or () if request is not None else ())]):
+            if store.local(name) is not None:  # what is here can be checked before a model is fetched
+                store.lora(store.adapter_file(name, "LoRA", offline=True), model)
+        for text in [*embeddings, *(request.embeddings or () if request is not None else ())]:
+            name, word = embedding(text)
+            if store.local(name) is not None:
+                store.embedding(store.adapter_file(name, "embedding", offline=True), model, word)
 
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype), check)
@@ -97,7 +104,7 @@ def load(
         return Pipeline(Networks(folder, description.read(folder)), low_memory, force, offline)
 
     pipe = opened(model, check=check)
-    pipe.loras = tuple(loras)
+    pipe.loras, pipe.embeddings = tuple(loras), tuple(embeddings)
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
@@ -123,7 +130,8 @@ class Pipeline:
         self.description.check_draws()
         self.low_memory, self.force, self.offline = low_memory, force, offline
         self.loras: tuple[str, ...] = ()  # of requests that do not say
-        self._opened: dict[str, tuple] = {}  # LoRA -> its file's time and size, then (Adapter, fingerprint)
+        self.embeddings: tuple[str, ...] = ()
+        self._opened: dict[tuple, tuple] = {}  # adapter -> its file's time and size, then what it holds
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
@@ -154,7 +162,7 @@ class Pipeline:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
         request = asked(prompt, settings)
-        request = self._with_loras(request)
+        request = self._with_adapters(request)
         if request.image is None:
             return self.description.resolve(request)
         image = images.read(request.image)
@@ -164,30 +172,60 @@ class Pipeline:
         self._start = fingerprint, image
         return self.description.resolve(replace(request, image_hash=fingerprint), image.size)
 
-    def _with_loras(self, request: Request) -> Request:
-        """The request with the LoRAs that its prompt names, and the fingerprints of all."""
-        request.check_loras()
+    def _with_adapters(self, request: Request) -> Request:
+        """The request with the LoRAs that its prompt names, those that the model was loaded with, and the fingerprints
+        of all files."""
+        request.check_adapters()
         prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
         given = [*(self.loras if request.loras is None else request.loras), *named]
-        given = [f"{name}:{scale:g}" for name, scale in map(lora, given)]
-        hashes = tuple(self._adapter(name)[1] for name, _ in map(lora, given))
-        if request.lora_hashes and hashes != request.lora_hashes:
-            raise Error("The LoRA files are not those of these settings.", "Give those files as `loras=[FILE]`.")
-        return replace(request, prompt=prompt, loras=tuple(given), lora_hashes=hashes)
+        words = tuple(self.embeddings if request.embeddings is None else request.embeddings)
+        if words:  # a word that cannot be taught is refused here, not in the run
+            toks = conditioning.load_tokenizers(self.description.text, self.networks.folder, t5=False)
+            learned = [self._word(*embedding(text))[0] for text in words]
+            conditioning.teach_tokenizers(toks, learned, self.description.components)
+        files = {
+            "lora_hashes": [self._adapter(name)[1] for name, _ in map(lora, given)],
+            "embedding_hashes": [self._word(*embedding(text))[1] for text in words],
+        }
+        for field, hashes in files.items():
+            known = getattr(request, field)
+            if known and tuple(hashes) != tuple(known):
+                what = "LoRA" if field == "lora_hashes" else "embedding"
+                fix = f"Give those files as `{'loras' if what == 'LoRA' else 'embeddings'}=[FILE]`."
+                raise Error(f"The {what} files are not those of these settings.", fix)
+        loras = tuple(f"{name}:{scale:g}" for name, scale in map(lora, given))
+        files = {field: tuple(hashes) for field, hashes in files.items()}
+        return replace(request, prompt=prompt, loras=loras, embeddings=words, **files)
 
     def adapters(self, request: Request) -> list[tuple[Adapter, float]]:
         """The LoRAs of a resolved request, with their scales."""
         return [(self._adapter(name)[0], scale) for name, scale in map(lora, request.loras or ())]
 
+    def words(self, request: Request) -> list[Word]:
+        """The taught words of a resolved request."""
+        return [self._word(*embedding(text))[0] for text in request.embeddings or ()]
+
     def _adapter(self, name: str) -> tuple[Adapter, str]:
-        """A LoRA and its fingerprint. It is read once, and again if its file has changed."""
+        """A LoRA and its fingerprint."""
         from . import store
 
-        path = store.lora_file(name, offline=self.offline)
+        return self._once(store.lora, name, "LoRA")
+
+    def _word(self, name: str, word: str | None) -> tuple[Word, str]:
+        """A taught word and its fingerprint."""
+        from . import store
+
+        return self._once(store.embedding, name, "embedding", word)
+
+    def _once(self, read: Callable, name: str, what: str, *more) -> tuple:
+        """What `read` makes of a file, which is read once, and again if it has changed."""
+        from . import store
+
+        path, key = store.adapter_file(name, what, offline=self.offline), (name, *more)
         stamp = path.stat().st_mtime_ns, path.stat().st_size
-        if self._opened.get(name, (None,))[0] != stamp:
-            self._opened[name] = stamp, store.lora(path, self.description)
-        return self._opened[name][1]
+        if self._opened.get(key, (None,))[0] != stamp:
+            self._opened[key] = stamp, read(path, self.description, *more)
+        return self._opened[key][1]
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
@@ -293,13 +331,15 @@ class Pipeline:
         prompts = [request.prompt]
         if guided and not zeros:
             prompts.insert(0, "" if request.negative is None else request.negative)
-        key = (prompts, request.clip_skip, zeros, t5, request.loras)
+        key = (prompts, request.clip_skip, zeros, t5, request.loras, request.embeddings)
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
-            toks = conditioning.load_tokenizers(text_plan, self.networks.folder, t5)
+            toks, learned = conditioning.load_tokenizers(text_plan, self.networks.folder, t5), self.words(request)
+            conditioning.teach_tokenizers(toks, learned, model.components)
             parts = {}
             for name, words in conditioning.tokenize(text_plan, toks, prompts).items():
+                conditioning.teach(self.networks.get(name), name, learned)  # it is released below
                 parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
                 mx.eval(parts[name])
                 self.networks.release(name)  # one encoder at a time: T5 alone is larger than all the others

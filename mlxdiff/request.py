@@ -68,6 +68,9 @@ class Request:
     loras: LoRA files or hub ids that change the model, each with a scale if it is not 1: "style.safetensors:0.8". None
     stands for those that the model was loaded with. A prompt may name them too: <lora:style:0.8>.
     lora_hashes: fingerprints of these files, set by `Pipeline.resolve`: a replay needs the same files.
+    embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
+    "moss.safetensors=<moss>". None stands for those that the model was loaded with.
+    embedding_hashes: fingerprints of these files, as for LoRA.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
     prompt: str
@@ -96,6 +99,8 @@ class Request:
     strength: float | None = None
     loras: tuple[str, ...] | None = None
     lora_hashes: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] | None = None
+    embedding_hashes: tuple[str, ...] = ()
     noise: str = "torch"
 
     def resolve(
@@ -175,7 +180,7 @@ class Request:
         _span("skip_interval", self.skip_interval)
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} is not a list of layers.", "Give a few, such as (7, 8, 9).")
-        self.check_loras()
+        self.check_adapters()
         if self.schedule not in schedules.SPACINGS:
             fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
             raise Error(f"Schedule {self.schedule!r} is not known.", fix)
@@ -183,13 +188,14 @@ class Request:
             fix = f"{did_you_mean(str(self.noise), SOURCES)}Use one of {', '.join(SOURCES)}."
             raise Error(f"Noise {self.noise!r} is not known.", fix)
 
-    def check_loras(self) -> None:
-        if not isinstance(self.loras, tuple | list | None):
-            raise Error(
-                f"loras {reprlib.repr(self.loras)} is not a list.", 'Give a list, such as ["a.safetensors:0.8"].'
-            )
+    def check_adapters(self) -> None:
+        """Raise unless the LoRAs and the embeddings are lists of texts, before their files are read."""
+        for name, value in (("loras", self.loras), ("embeddings", self.embeddings)):
+            if not isinstance(value, tuple | list | None):
+                raise Error(f"{name} {reprlib.repr(value)} is not a list.", 'Give a list, such as ["a.safetensors"].')
+            for text in value or ():
+                _text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
-            _text("LoRA", text)
             _number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
 
     def singles(self) -> list["Request"]:
@@ -249,6 +255,8 @@ class Settings(TypedDict, total=False):
     strength: float | None
     loras: tuple[str, ...] | None
     lora_hashes: tuple[str, ...]
+    embeddings: tuple[str, ...] | None
+    embedding_hashes: tuple[str, ...]
     noise: str
 
 
@@ -262,6 +270,8 @@ def asked(prompt: str | Request, settings: dict) -> Request:
         settings = {"image_hash": None} | settings
     if "loras" in settings:
         settings = {"lora_hashes": ()} | settings
+    if "embeddings" in settings:
+        settings = {"embedding_hashes": ()} | settings
     return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
 
 
@@ -272,6 +282,12 @@ def lora(text: str) -> tuple[str, float]:
         return (name, float(scale)) if name else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def embedding(text: str) -> tuple[str, str | None]:
+    """An embedding's file and its word: moss.safetensors=<moss>. None: the word that the file has."""
+    name, found, word = text.partition("=")
+    return name, word if found else None
 
 
 def takes_settings(call: Call) -> Call:
