@@ -1,6 +1,7 @@
 """From a prompt to the conditions of the denoiser: tokenize it, read it with one text encoder after the other, join the
 results. The differences between families (which layer, pooled vector, size ids, T5) are in their TextPlan."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,16 +175,24 @@ def guidance_embedding(guidance: float, width: int) -> mx.array:
 
 
 def prepare(
-    model: Description, net: nn.Module, request: Request, ts: list[float], texts: list[Text], both: bool
+    model: Description,
+    net: nn.Module,
+    request: Request,
+    ts: list[float],
+    texts: list[Text],
+    both: bool,
+    references: Sequence[mx.array] = (),
 ) -> dict[str, dict]:
     """A denoiser's arguments besides x and t, under the names of `guidance.denoiser`'s parameters. both: whether the
-    two passes of a guided run share a batch."""
+    two passes of a guided run share a batch. references: the latents of pictures to edit, the same for all passes."""
     sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
     if model.guidance == EMBEDDED:
         sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)
     fixed = {"size": model.latent_size(request)} if model.flow else {}
     if model.guidance == INPUT:
         fixed["guidance"] = request.guidance
+    if references:
+        fixed["references"] = references
     lengths = model.text.qwen is not None and not model.text.qwen_padded
 
     def prepared(*sides: dict) -> dict:

@@ -37,8 +37,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed; their seeds count up from it")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, or of 16 for SD3 and FLUX")
-    g.add_argument("-i", "--image", metavar="FILE", help="start image; it keeps its shape, or is cropped to -W, -H")
-    g.add_argument("--strength", type=float, metavar="F", help=f"how much of it to redraw; 1 is all ({STRENGTH})")
+    what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
+    g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
+    what = f"how much of a start image to redraw; 1 is all ({STRENGTH})"
+    g.add_argument("--strength", type=float, metavar="F", help=what)
     g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
 
     g = p.add_argument_group("how to draw it")

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -135,7 +136,8 @@ class Pipeline:
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        self._start: tuple[str, Image.Image] | None = None  # the last start image and its fingerprint
+        self._pictures: tuple[tuple, list[Image.Image]] = (), []  # the last request's, after their fingerprints
+        self._references: tuple[tuple, list[mx.array]] = (), []  # the latents of the last ones, the same
 
     def __repr__(self) -> str:
         model = self.description
@@ -165,12 +167,21 @@ class Pipeline:
         request = self._with_adapters(request)
         if request.image is None:
             return self.description.resolve(request)
-        image = images.read(request.image)
-        fingerprint = images.fingerprint(image)
-        if request.image_hash not in (None, fingerprint):
-            raise Error("The image is not the start image of these settings.", "Give that image as `image=FILE`.")
-        self._start = fingerprint, image
-        return self.description.resolve(replace(request, image_hash=fingerprint), image.size)
+        pictures = [images.read(picture) for picture in request.pictures]
+        hashes = tuple(images.fingerprint(picture) for picture in pictures)
+        for i, (found, wanted) in enumerate(zip_longest(hashes, request.hashes)):
+            if request.hashes and found != wanted:
+                which = f"Image {i + 1}" if len(request.hashes) > 1 else "The image"
+                raise Error(f"{which} is not the one that these settings name.", "Give that image as `image=FILE`.")
+        self._pictures = hashes, pictures
+        full = replace(request, image_hash=hashes)
+        return self.description.resolve(full, [picture.size for picture in pictures])
+
+    def _read(self, request: Request) -> list[Image.Image]:
+        """The pictures of a resolved request."""
+        hashes, pictures = self._pictures
+        held = hashes != () and hashes == request.hashes
+        return pictures if held else [images.read(picture) for picture in request.pictures]
 
     def _with_adapters(self, request: Request) -> Request:
         """The request with the LoRAs that its prompt names, those that the model was loaded with, and the fingerprints
@@ -230,7 +241,8 @@ class Pipeline:
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
         refiner = None if self.refiner is None else self.refiner.description
-        return memory.Workload(self.description, request, self.low_memory, refiner)
+        sizes = tuple(picture.size for picture in self._read(request))
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -265,16 +277,18 @@ class Pipeline:
         spec, schedule = samplers.SAMPLERS[request.sampler], model.noise_levels(request)
         fn = samplers.of_flow(request.sampler) if model.flow else spec.fn
         whole = schedules.sigmas(schedule, request.schedule, request.steps)
-        steps = request.steps if request.image is None else schedule.taken(request.steps, request.strength)
+        steps = schedule.taken(request.steps, request.strength) if model.starts(request) else request.steps
         sigmas = whole[-1 - steps :]
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
         texts = []
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
 
-        draw, start_latents = self.noise(request), None
-        if request.image is not None:  # the seed's first draw goes to the VAE, as in diffusers
-            start_latents = yield from self._encode_image(request, draw())
+        draw, start_latents, references = self.noise(request), None, []
+        if model.starts(request):  # the seed's first draw goes to the VAE, as in diffusers
+            start_latents = yield from self._encode_start(request, draw())
+        elif request.image is not None:
+            references = yield from self._encode_references(request)
         first = draw()  # drawn even if not used: the noise of a noisy sampler continues here
         first = first if given is None else mx.array(given)
         if start_latents is None:
@@ -283,7 +297,8 @@ class Pipeline:
             x = schedule.noised(start_latents, first, sigmas[0])
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole)
+            read = references if pipe is self else []
+            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole, read)
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
@@ -351,24 +366,50 @@ class Pipeline:
             yield Event("encode", 1, 1, time.perf_counter() - begin)
         return self._texts[1]
 
-    def _encode_image(self, request: Request, noise: mx.array) -> Iterator[Event]:
+    def _encode_start(self, request: Request, noise: mx.array) -> Iterator[Event]:
         """Latents of the start image, (B, h, w, c): one sample for each picture."""
-        yield Event("encode", 0, 1, 0.0)
-        begin = time.perf_counter()
-        held = self._start is not None and self._start[0] == request.image_hash
-        image = images.fit(self._start[1] if held else images.read(request.image), request.width, request.height)
-        tile = memory.TILE if self.low_memory else None
-        x0 = self.networks.get("vae").sample(mx.array(images.to_pixels(image))[None], noise, tile)
-        mx.eval(x0)
-        self._check_finite(mx.isfinite(x0).all())
-        if self.low_memory:
-            self.networks.release("vae")
-        yield Event("encode", 1, 1, time.perf_counter() - begin)
+        image = images.fit(self._read(request)[0], request.width, request.height)
+        (x0,) = yield from self._encode([image], lambda vae, pixels, tile: vae.sample(pixels, noise, tile))
         return x0
 
-    def denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, sigmas: list[float]):
+    def _encode_references(self, request: Request) -> Iterator[Event]:
+        """Latents of the pictures to edit, (1, h, w, c) each: the mean, not a sample. They are kept for the next
+        seed."""
+        if self._references[0] != request.hashes:
+            pictures = self._read(request)
+            cuts = self.description.cuts([picture.size for picture in pictures])
+            cut = [images.cut(picture, *how) for picture, how in zip(pictures, cuts, strict=True)]
+            latents = yield from self._encode(cut, lambda vae, pixels, tile: vae.encode(pixels, tile)[0])
+            self._references = request.hashes, latents
+        return self._references[1]
+
+    def _encode(self, pictures: list[Image.Image], how: Callable) -> Iterator[Event]:
+        """The latents that `how(vae, pixels, tile)` gives of each picture."""
+        yield Event("encode", 0, len(pictures), 0.0)
+        latents, tile = [], memory.TILE if self.low_memory else None
+        for i, picture in enumerate(pictures):
+            begin = time.perf_counter()
+            x0 = how(self.networks.get("vae"), mx.array(images.to_pixels(picture))[None], tile)
+            mx.eval(x0)
+            self._check_finite(mx.isfinite(x0).all())
+            latents.append(x0)
+            yield Event("encode", i + 1, len(pictures), time.perf_counter() - begin)
+        if self.low_memory:
+            self.networks.release("vae")
+        return latents
+
+    def denoiser(
+        self,
+        request: Request,
+        schedule: Schedule,
+        visits: list[float],
+        texts: list,
+        sigmas: list[float],
+        references: Sequence[mx.array] = (),
+    ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
-        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals."""
+        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; references: the
+        latents of pictures to edit."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -381,7 +422,8 @@ class Pipeline:
         net = self.networks.get(name)
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
-        conds = conditioning.prepare(model, self.networks.open(name) if model.flow else net, request, ts, texts, both)
+        source = self.networks.open(name) if model.flow else net
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references)
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
         # all of its conditions, not once for each layer.

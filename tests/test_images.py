@@ -125,7 +125,7 @@ def with_text(path: Path, key: str, text: str) -> Path:
         ('{"prompt": "x", "guidance": "7"}', "guidance is '7'"),
         ('{"prompt": "x", "interval": 5}', "interval is 5"),
         ('{"prompt": "x", "interval": ["a", []]}', "interval is"),
-        ('{"prompt": "x", "image": ["' + "a" * 10_000 + '"]}', "image is"),
+        ('{"prompt": "x", "image": [["' + "a" * 10_000 + '"]]}', "image is"),
         ('{"prompt": "x", "' + "a" * 10_000 + '": 1}', "does not know"),
         ('{"prompt": "' + "x" * 2**20 + '"}', "more than 1048576"),
     ],
