@@ -80,7 +80,6 @@ def test_qwen3_equals_transformers(config, n):
     assert error(ours(mx.array(ids.astype(np.int32)), mx.array(mask)), want) < 1e-5
 
 
-# Also the head's norm of queries and keys scales scores by up to 3, so rounding moves weights by several eps.
 @pytest.mark.parametrize(
     ("dtype", "torch_dtype", "eps"), [(mx.float16, torch.float16, 2**-11), (mx.bfloat16, torch.bfloat16, 2**-8)]
 )
@@ -91,7 +90,7 @@ def test_half_precision_loses_only_rounding(dtype, torch_dtype, eps):
     ids, mask = prompts(config, 3, 20)
     out = ours(mx.array(ids.astype(np.int32)), mx.array(mask))
     assert out.dtype == mx.float32  # the stream, which may exceed float16
-    assert error(out, theirs_of(theirs, config, ids, mask)) < 24 * eps
+    assert error(out, theirs_of(theirs, config, ids, mask)) < 4 * eps  # 1.7 eps is seen
 
 
 def test_float16_survives_states_beyond_its_range():
@@ -108,7 +107,6 @@ def test_float16_survives_states_beyond_its_range():
     give(rounded(theirs, torch.float16), ours, mx.float16, read(config))
     ids, mask = prompts(config, 5, 20)
     reference = theirs_of(theirs, config, ids, mask)
-    print(streams, products)
     assert min(streams) > 4 * 65504
     assert max(products) > 65504 / 2
     out = ours(mx.array(ids.astype(np.int32)), mx.array(mask))
