@@ -243,6 +243,11 @@ def rotations(config: Config, text: int, h: int, w: int) -> Pair:
     tokens are at (0, 0, 0) and do not rotate; a patch is at (0, row, column)."""
     ids = np.zeros((text + h * w, len(config.axes)))
     ids[text:, 1:] = np.indices((h, w)).reshape(2, -1).T
+    return turns(config, ids)
+
+
+def turns(config: Config, ids: np.ndarray) -> Pair:
+    """The rotations of tokens at these coordinates, (N, axes)."""
     freqs = [config.theta ** -(np.arange(0, d, 2) / d) for d in config.axes]
     angles = np.concatenate([ids[:, i, None] * f for i, f in enumerate(freqs)], axis=1)[..., None]
     cos, sin = np.cos(angles), np.sin(angles) * np.array([-1, 1])
