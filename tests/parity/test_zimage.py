@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
-from mlx.utils import tree_flatten
 
 from mlxdiff.models import zimage
 
