@@ -9,6 +9,7 @@ from .. import store
 from ..console import Parser, run
 from ..families import PARTS
 from ..recipe import BITS, DTYPES, SMALLER, bits_of, default_dtype
+from ..request import lora
 from ..spelling import flag
 from ..store.tokenizer import tokenizer_for
 from . import PREDICTIONS, open, save
@@ -25,6 +26,8 @@ def parser() -> Parser:
     p.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer folder for a single-file checkpoint")
     for part, what in PARTS.items():
         p.add_argument(flag(part), metavar="FILE", type=Path, help=f"{what} to use, if MODEL has none or another")
+    many = "a LoRA that changes the weights before they are quantized; may be given several times"
+    p.add_argument("--lora", dest="loras", action="append", default=[], metavar="FILE[:SCALE]", help=many)
     p.add_argument("--no-t5", action="store_true", help="SD3: leave T5 out, for less memory")
     p.add_argument("--offline", action="store_true", help="never use the network, not even for a tokenizer")
     p.add_argument("--check", action="store_true", help="write nothing: say what `mlxdiff inspect MODEL` says")
@@ -61,7 +64,8 @@ def _convert(args, options: dict) -> int:
             words = args.tokenizer
             if words is None:
                 words = tokenizer_for(checkpoint, args.offline, show)
-            save(checkpoint, args.output, args.quantize, dtype, words, show)
+            loras = [(store.lora_file(name, offline=args.offline), scale) for name, scale in map(lora, args.loras)]
+            save(checkpoint, args.output, args.quantize, dtype, words, show, loras)
     print(describe(of_folder(args.output)))
     return 0
 

@@ -34,6 +34,8 @@ FOREIGN = [
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
 ]
 
+USE = {"a LoRA": "Name the model that it changes, and give the file as `loras=[FILE]`."}
+
 # The same for files whose numbers other programs have packed.
 PACKED = [
     (r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|comfy_quant)$", "a file of scaled 8-bit numbers"),
@@ -48,6 +50,8 @@ def layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, bool]:
     keys = Shapes({name: tensor.shape for name, tensor in tensors.items()})
     for pattern, what in FOREIGN:
         if keys.has(pattern):
+            if what in USE:
+                raise Error(f"{path} is {what}, which is no model by itself.", USE[what])
             raise Error(f"{path} is {what}, which is not supported yet.", KNOWN)
     for pattern, what in PACKED:
         if keys.has(pattern):

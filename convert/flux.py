@@ -101,6 +101,23 @@ def from_json(s: Settings, cls: str) -> Config:
     )
 
 
+def layers(config: Config) -> list[str]:
+    """The layers' names in diffusers."""
+    streams = [("attn.to_q", "attn.add_q_proj"), ("attn.to_k", "attn.add_k_proj"), ("attn.to_v", "attn.add_v_proj")]
+    streams += [("attn.to_out.0", "attn.to_add_out"), ("ff.net.0.proj", "ff_context.net.0.proj")]
+    streams += [("ff.net.2", "ff_context.net.2"), ("norm1.linear", "norm1_context.linear")]
+    norms = ["attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"]
+    double = [*(name for pair in streams for name in pair), *norms]
+    single = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "norm.linear", *norms[:2]]
+    timed = ["timestep_embedder", "text_embedder", *["guidance_embedder"] * config.guidance]
+    return [
+        *(f"transformer_blocks.{i}.{name}" for i in range(config.double) for name in double),
+        *(f"single_transformer_blocks.{i}.{name}" for i in range(config.single) for name in single),
+        *(f"time_text_embed.{name}.linear_{n}" for name in timed for n in (1, 2)),
+        *("x_embedder", "context_embedder", "proj_out", "norm_out.linear"),
+    ]
+
+
 def divided(config: Config) -> list[tuple[int, int, str]]:
     return [(config.width, config.heads, "heads")]
 

@@ -15,7 +15,7 @@ from ..errors import Error
 from ..families import FAMILIES
 from ..models import build
 from ..recipe import Recipe, component_dtype
-from . import Checkpoint, Component, check, open
+from . import Checkpoint, Component, check, lora, open
 from .registry import LAYOUTS
 
 _SHOWN = 20  # how many unmapped or missing tensors the text for people names; --json has all
@@ -47,6 +47,9 @@ def look(model: str, as_json: bool, **options) -> int:
         else:
             if (path / "model.json").is_file():
                 copies = [path]
+            elif lora.recognise(path):
+                facts = lora.describe(path)
+                print(json.dumps(facts) if as_json else describe_lora(facts))
             else:
                 checkpoint = open(path, **options)
                 print(shown(of_checkpoint(checkpoint) | {"path": model}))
@@ -107,6 +110,17 @@ def of_folder(folder: Path) -> dict:
     same = {key: getattr(model, key) for key in ("variant", "prediction", "schedule")}
     same |= {"family": model.family.name, "tokenizers": list(model.tokenizers)}
     return {"path": str(folder), "layout": "converted", "components": components} | same
+
+
+def describe_lora(facts: dict) -> str:
+    layers = ", ".join(f"{name} {n}" for name, n in facts["layers"].items())
+    ranks = f", rank {', '.join(map(str, facts['ranks']))}" if facts["ranks"] else ""
+    n = sum(facts["layers"].values())
+    lines = [f"{facts['path']}: a LoRA of {n} layer{'s' * (n != 1)} ({layers}){ranks}"]
+    lines.append(f"  fits {', '.join(facts['fits'])} and models of the same shapes")
+    if facts["words"]:
+        lines.append(f"  trained on {', '.join(f'{word!r:.60}' for word in facts['words'])}")
+    return "\n".join(lines)
 
 
 _NAMES = {"single-file": "original names", "diffusers": "diffusers names", "converted": "converted"}

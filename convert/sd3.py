@@ -105,6 +105,19 @@ def from_json(s: Settings, cls: str) -> Config:
     )
 
 
+def layers(config: Config) -> list[str]:
+    """The layers' original names."""
+    block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1", "attn.ln_q", "attn.ln_k"]
+    last = f"joint_blocks.{config.layers - 1}.context_block"
+    names = [f"joint_blocks.{i}.{s}_block.{n}" for i in range(config.layers) for s in ("x", "context") for n in block]
+    names = [n for n in names if not n.startswith(last) or n.endswith((".qkv", "modulation.1", ".ln_q", ".ln_k"))]
+    second = [
+        f"joint_blocks.{i}.x_block.attn2.{n.partition('.')[2]}" for i in config.dual for n in block if "attn" in n
+    ]
+    ends = ["context_embedder", "x_embedder.proj", "final_layer.linear", "final_layer.adaLN_modulation.1"]
+    return [*names, *second, *ends, *(f"{n}_embedder.mlp.{i}" for n in "ty" for i in (0, 2))]
+
+
 def divided(config: Config) -> list[tuple[int, int, str]]:
     return []
 

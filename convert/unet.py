@@ -228,6 +228,43 @@ def _attends(s: Settings, key: str, default: list[str], n: int) -> list[bool]:
     return [k.startswith("CrossAttn") for k in kinds]
 
 
+_RESNET = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
+_ATTENTION = [f"attn{n}.to_{part}" for n in (1, 2) for part in ("q", "k", "v", "out.0")]
+_TRANSFORMER = [*_ATTENTION, "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"]
+
+
+def layers(config: Config) -> list[str]:
+    """The layers' original names."""
+    names = ["time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.0", "out.2"]
+
+    def attention(place: str, depth: int) -> list[str]:
+        inner = [f"transformer_blocks.{k}.{name}" for k in range(depth) for name in _TRANSFORMER]
+        return [f"{place}.{name}" for name in ("norm", "proj_in", *inner, "proj_out")]
+
+    def block(place: str, depth: int | None) -> list[str]:
+        rest = [] if depth is None else attention(f"{place}.1", depth)
+        return [f"{place}.0.{name}" for name in _RESNET] + rest
+
+    i, last = 1, len(config.layers) - 1
+    for level, (n, depth) in enumerate(zip(config.layers, config.depth, strict=True)):
+        for j in range(n):
+            names += block(f"input_blocks.{i}", depth[j] if depth else None)
+            i += 1
+        if level < last:
+            names.append(f"input_blocks.{i}.0.op")
+            i += 1
+    names += [f"middle_block.{j}.{name}" for j in (0, 2) for name in _RESNET]
+    names += attention("middle_block.1", config.mid_depth or 0)
+    i = 0
+    for level, (n, depth) in enumerate(zip(reversed(config.layers), config.up_depth, strict=True)):
+        for j in range(n + 1):
+            names += block(f"output_blocks.{i}", depth[j] if depth else None)
+            if j == n and level < last:
+                names.append(f"output_blocks.{i}.{2 if depth else 1}.conv")
+            i += 1
+    return names
+
+
 def divided(config: Config) -> list[tuple[int, int, str]]:
     attends = [bool(a or b) for a, b in zip(config.depth, reversed(config.up_depth), strict=True)]
     attends[-1] |= bool(config.mid_depth)

@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import weights
+from .. import adapters, weights
+from ..adapters import Adapter
 from ..description import Description
 from ..errors import Error
 from ..families import FAMILIES
@@ -21,7 +22,7 @@ from ..families.base import tokenizer_of
 from ..models import build
 from ..recipe import DTYPES, Recipe, component_dtype
 from ..recipe import recipe as checked
-from . import rules
+from . import lora, rules
 from . import tokenizer as copying
 from .checkpoint import FULL, Checkpoint, check, open
 from .clip import PADS
@@ -50,20 +51,23 @@ def save(
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    loras: list[tuple[str | Path, float]] | None = None,
 ) -> Path:
     """Write a model folder at `target`, which appears whole or not at all.
 
     bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: float32, float16 or bfloat16; by default what
     suits this machine. tokenizer: a tokenizer folder, for a checkpoint that has none. progress is called with
-    ("convert", bytes done, bytes in all)."""
+    ("convert", bytes done, bytes in all). loras: LoRA files and their scales, which change the weights before they are
+    quantized."""
     target = Path(target)
     recipe = checked(bits, dtype)
     try:
         _vacant(target)
         model = describe(checkpoint, recipe)
         tokenizers = _tokenizers(checkpoint, None if tokenizer is None else Path(tokenizer))
+        changes = [(lora.read(Path(path), model), scale) for path, scale in loras or ()]
         with _appearing(target) as folder:
-            _write(checkpoint, model, folder, tokenizers, (lambda *_: None) if progress is None else progress)
+            _write(checkpoint, model, folder, tokenizers, (lambda *_: None) if progress is None else progress, changes)
     except OSError as e:
         raise Error(f"{target} cannot be written: {e.strerror}.", "Check the free space and the permissions.") from None
     return target
@@ -154,7 +158,14 @@ def describe(checkpoint: Checkpoint, recipe: Recipe) -> Description:
     )
 
 
-def _write(checkpoint: Checkpoint, model: Description, folder: Path, tokenizers: dict, progress: Callable) -> None:
+def _write(
+    checkpoint: Checkpoint,
+    model: Description,
+    folder: Path,
+    tokenizers: dict,
+    progress: Callable,
+    changes: list[tuple[Adapter, float]],
+) -> None:
     writers = []
     for name, part in checkpoint.components.items():
         kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
@@ -168,10 +179,11 @@ def _write(checkpoint: Checkpoint, model: Description, folder: Path, tokenizers:
         )
     done, total = 0, sum(p.parameters * kind.size for p, _, kind in writers)
     for part, writer, kind in writers:
+        name = writer.path.stem
         with writer:
             for key, weight in part.weights.items():
                 progress("convert", done, total)
-                writer.put(key, _sound(weight, kind))
+                writer.put(key, adapters.changed(_sound(weight, kind), name, key, changes))
                 done += math.prod(weight.shape) * kind.size
     progress("convert", total, total)
     for name, (place, pad) in tokenizers.items():

@@ -4,6 +4,7 @@ A1111 writes into its pictures. Settings are dicts with the field names of `Requ
 import re
 import reprlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import __version__
 from .errors import Error, did_you_mean
@@ -77,7 +78,7 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def parameters(settings: dict, model: str, recipe: str) -> str:
     """The settings of a resolved request as A1111 writes them: prompt, negative prompt, then one line of pairs."""
-    lines = [settings["prompt"]]
+    lines = [" ".join([settings["prompt"], *map(_tag, settings["loras"] or ())])]
     if settings["negative"] is not None:
         lines.append(f"Negative prompt: {settings['negative']}")
     pairs = {
@@ -98,8 +99,23 @@ def parameters(settings: dict, model: str, recipe: str) -> str:
     return "\n".join(lines)
 
 
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([-+.\d]+))?[^<>]*>")
+
+
+def loras(prompt: str) -> tuple[str, list[str]]:
+    """A prompt without A1111's <lora:name:scale>, and these LoRAs as a request has them."""
+    named = [f"{name}:{scale or 1}" for name, scale in _LORA.findall(prompt)]
+    return (_LORA.sub("", prompt).strip(), named) if named else (prompt, named)
+
+
 def _quoted(text: str) -> str:
     return f'"{text}"' if re.search(r"[,:\n]", text) else text
+
+
+def _tag(lora: str) -> str:
+    """A LoRA of a request as A1111 writes it into the prompt."""
+    name, _, scale = lora.rpartition(":")
+    return f"<lora:{Path(name).stem}:{scale}>"
 
 
 def parse_parameters(text: str) -> tuple[dict, str | None]:

@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--skip-layers", type=int, nargs="+", metavar="N", help="SD3.5 medium: 7 8 9 draws firmer shapes")
     g.add_argument("--skip-scale", type=float, metavar="G", help="how far to push from the pass without them (2.8)")
     g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in which steps (0.01 0.2)")
+    many = "a file that changes the model, at a scale if it is not 1; may be given several times"
+    g.add_argument("--lora", dest="loras", action="append", metavar="FILE[:SCALE]", help=many)
     g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: leave T5 out, for less memory")
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
@@ -106,6 +108,8 @@ def draw(args: argparse.Namespace) -> int:
     model = args.model if args.model is not None else _known(model)
     if base is not None and args.image is not None:
         base = replace(base, image_hash=None)
+    if base is not None and args.loras is not None:
+        base = replace(base, lora_hashes=())
     requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
@@ -147,6 +151,8 @@ def draw(args: argparse.Namespace) -> int:
         if args.verbose:
             bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
+        for adapter, scale in pipe.adapters(requests[0]):
+            bar.write(f"{adapter}, scale {scale:g}")
         for request in requests:
             if request.negative and pipe.description.passes(request) == 1:
                 why = (

@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import blas, weights
+from . import adapters, blas, weights
+from .adapters import Adapter
 from .description import Description
 
 _LARGE = 64 * 2**20  # bytes; a larger network is worth all cores and compiled kernels
@@ -16,6 +17,7 @@ class Networks:
     def __init__(self, folder: Path, description: Description):
         self.folder, self.description = folder, description
         self._held: dict[str, nn.Module] = {}
+        self._adapters: list[tuple[Adapter, float]] = []  # with their scales
 
     def __contains__(self, name: str) -> bool:
         """Whether this network is open now."""
@@ -37,7 +39,15 @@ class Networks:
     def open(self, name: str) -> nn.Module:
         """A fresh copy of the network, which is not kept."""
         model = self.description
-        return weights.load(self.folder / f"{name}.safetensors", model.family, model.components[name], model.recipe)
+        network = weights.load(self.folder / f"{name}.safetensors", model.family, model.components[name], model.recipe)
+        adapters.apply(network, name, self._adapters)
+        return network
+
+    def adapt(self, changed: list[tuple[Adapter, float]]) -> None:
+        """Use these adapters and no others. Networks for which that makes a difference are released."""
+        before, self._adapters = self._adapters, changed
+        if changed != before:
+            self.release(*{name for adapter, _ in before + changed for name in adapter.changes})
 
     def release(self, *names: str) -> None:
         for name in names:

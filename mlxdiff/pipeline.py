@@ -14,13 +14,26 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from . import advice, builtin, conditioning, description, families, guidance, images, memory, samplers, schedules
+from . import (
+    advice,
+    builtin,
+    conditioning,
+    description,
+    dialects,
+    families,
+    guidance,
+    images,
+    memory,
+    samplers,
+    schedules,
+)
+from .adapters import Adapter
 from .arguments import check_options
 from .errors import Error
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
-from .request import SETTINGS, Request, Settings, asked, takes_settings
+from .request import SETTINGS, Request, Settings, asked, lora, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
 
@@ -47,6 +60,7 @@ def load(
     prediction: str | None = None,
     parts: dict[str, str | Path] | None = None,
     t5: bool = True,
+    loras: list[str] | tuple[str, ...] = (),
     progress: Callable[[str, int, int], None] | None = None,
     **unknown: NoReturn,
 ) -> "Pipeline":
@@ -63,11 +77,16 @@ def load(
     tokenizer: a folder, for a checkpoint without a tokenizer. prediction: "eps" or "v", if the checkpoint does not say.
     parts: files of "vae", "clip", "clip_g" and "t5" for a checkpoint that lacks them.
     t5: False leaves SD3's T5 out and does not fetch it.
+    loras: LoRA files for every picture that does not say, such as ["style.safetensors:0.8"].
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
     from . import store
 
-    check = partial(advice.check_request, request=request, low_memory=low_memory, force=force, t5=t5)
+    def check(model: description.Description, **others) -> None:
+        advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
+        named = [*loras, *(request.loras or () if request is not None else ())]
+        store.check_loras([name for name, _ in map(lora, named)], model)
+
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype), check)
     options = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
@@ -75,9 +94,10 @@ def load(
 
     def opened(name: str | Path, **check) -> Pipeline:
         folder = store.resolve(name, **options, **check)
-        return Pipeline(Networks(folder, description.read(folder)), low_memory, force)
+        return Pipeline(Networks(folder, description.read(folder)), low_memory, force, offline)
 
     pipe = opened(model, check=check)
+    pipe.loras = tuple(loras)
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
@@ -98,10 +118,12 @@ def stream(
 class Pipeline:
     """A model that draws. Text encoders are released before the denoiser is loaded."""
 
-    def __init__(self, networks: Networks, low_memory: bool = False, force: bool = False):
+    def __init__(self, networks: Networks, low_memory: bool = False, force: bool = False, offline: bool = False):
         self.networks, self.description = networks, networks.description
         self.description.check_draws()
-        self.low_memory, self.force = low_memory, force
+        self.low_memory, self.force, self.offline = low_memory, force, offline
+        self.loras: tuple[str, ...] = ()  # of requests that do not say
+        self._opened: dict[str, tuple] = {}  # LoRA -> its file's time and size, then (Adapter, fingerprint)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
@@ -132,6 +154,7 @@ class Pipeline:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
         request = asked(prompt, settings)
+        request = self._with_loras(request)
         if request.image is None:
             return self.description.resolve(request)
         image = images.read(request.image)
@@ -140,6 +163,31 @@ class Pipeline:
             raise Error("The image is not the start image of these settings.", "Give that image as `image=FILE`.")
         self._start = fingerprint, image
         return self.description.resolve(replace(request, image_hash=fingerprint), image.size)
+
+    def _with_loras(self, request: Request) -> Request:
+        """The request with the LoRAs that its prompt names, and the fingerprints of all."""
+        request.check_loras()
+        prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
+        given = [*(self.loras if request.loras is None else request.loras), *named]
+        given = [f"{name}:{scale:g}" for name, scale in map(lora, given)]
+        hashes = tuple(self._adapter(name)[1] for name, _ in map(lora, given))
+        if request.lora_hashes and hashes != request.lora_hashes:
+            raise Error("The LoRA files are not those of these settings.", "Give those files as `loras=[FILE]`.")
+        return replace(request, prompt=prompt, loras=tuple(given), lora_hashes=hashes)
+
+    def adapters(self, request: Request) -> list[tuple[Adapter, float]]:
+        """The LoRAs of a resolved request, with their scales."""
+        return [(self._adapter(name)[0], scale) for name, scale in map(lora, request.loras or ())]
+
+    def _adapter(self, name: str) -> tuple[Adapter, str]:
+        """A LoRA and its fingerprint. It is read once, and again if its file has changed."""
+        from . import store
+
+        path = store.lora_file(name, offline=self.offline)
+        stamp = path.stat().st_mtime_ns, path.stat().st_size
+        if self._opened.get(name, (None,))[0] != stamp:
+            self._opened[name] = stamp, store.lora(path, self.description)
+        return self._opened[name][1]
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
@@ -175,6 +223,7 @@ class Pipeline:
             advice.check(self.workload(request))
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
+        self.networks.adapt(self.adapters(request))
         spec, schedule = samplers.SAMPLERS[request.sampler], model.noise_levels(request)
         fn = samplers.of_flow(request.sampler) if model.flow else spec.fn
         whole = schedules.sigmas(schedule, request.schedule, request.steps)
@@ -244,7 +293,7 @@ class Pipeline:
         prompts = [request.prompt]
         if guided and not zeros:
             prompts.insert(0, "" if request.negative is None else request.negative)
-        key = (prompts, request.clip_skip, zeros, t5)
+        key = (prompts, request.clip_skip, zeros, t5, request.loras)
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()

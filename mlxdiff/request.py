@@ -20,6 +20,7 @@ from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
 MAX_EDGE = 16384
+MAX_SCALE = 10  # of a LoRA
 STRENGTH = 0.6
 
 Call = TypeVar("Call", bound=Callable)
@@ -64,6 +65,9 @@ class Request:
     image: the start image: a path or a PIL image. A PNG stores the path as it was typed, never the pixels.
     image_hash: a fingerprint of the start image, set by `Pipeline.resolve`: a replay needs the same image.
     strength: the part of the steps that redraws the image; 1 ignores the image, as in diffusers.
+    loras: LoRA files or hub ids that change the model, each with a scale if it is not 1: "style.safetensors:0.8". None
+    stands for those that the model was loaded with. A prompt may name them too: <lora:style:0.8>.
+    lora_hashes: fingerprints of these files, set by `Pipeline.resolve`: a replay needs the same files.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
     prompt: str
@@ -90,6 +94,8 @@ class Request:
     image: str | Path | Image | None = None
     image_hash: str | None = None
     strength: float | None = None
+    loras: tuple[str, ...] | None = None
+    lora_hashes: tuple[str, ...] = ()
     noise: str = "torch"
 
     def resolve(
@@ -169,12 +175,22 @@ class Request:
         _span("skip_interval", self.skip_interval)
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} is not a list of layers.", "Give a few, such as (7, 8, 9).")
+        self.check_loras()
         if self.schedule not in schedules.SPACINGS:
             fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
             raise Error(f"Schedule {self.schedule!r} is not known.", fix)
         if self.noise not in SOURCES:
             fix = f"{did_you_mean(str(self.noise), SOURCES)}Use one of {', '.join(SOURCES)}."
             raise Error(f"Noise {self.noise!r} is not known.", fix)
+
+    def check_loras(self) -> None:
+        if not isinstance(self.loras, tuple | list | None):
+            raise Error(
+                f"loras {reprlib.repr(self.loras)} is not a list.", 'Give a list, such as ["a.safetensors:0.8"].'
+            )
+        for text in self.loras or ():
+            _text("LoRA", text)
+            _number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
 
     def singles(self) -> list["Request"]:
         """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""
@@ -231,6 +247,8 @@ class Settings(TypedDict, total=False):
     image: str | Path | Image | None
     image_hash: str | None
     strength: float | None
+    loras: tuple[str, ...] | None
+    lora_hashes: tuple[str, ...]
     noise: str
 
 
@@ -242,7 +260,18 @@ def asked(prompt: str | Request, settings: dict) -> Request:
     arguments.check_settings(settings, SETTINGS)
     if "image" in settings:  # this image replaces the one of an earlier request
         settings = {"image_hash": None} | settings
+    if "loras" in settings:
+        settings = {"lora_hashes": ()} | settings
     return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
+
+
+def lora(text: str) -> tuple[str, float]:
+    """A LoRA and its scale: style.safetensors:0.8. Without a scale it is 1."""
+    name, _, scale = text.rpartition(":")
+    try:
+        return (name, float(scale)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def takes_settings(call: Call) -> Call:

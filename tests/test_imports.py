@@ -13,6 +13,7 @@ NONE: set[str] = set()
 # module -> what of mlxdiff it may import
 MAY = {
     "mlxdiff.errors": NONE,
+    "mlxdiff.adapters": set(),
     "mlxdiff.arguments": {"mlxdiff.errors"},
     "mlxdiff.spelling": NONE,
     "mlxdiff.blas": NONE,
@@ -73,7 +74,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.tokenizers",
     },
-    "mlxdiff.networks": {"mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
+    "mlxdiff.networks": {"mlxdiff.adapters", "mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
     "mlxdiff.memory": {
         "mlxdiff.description",
         "mlxdiff.families",
@@ -92,6 +93,7 @@ MAY = {
         "mlxdiff.request",
     },
     "mlxdiff.convert.*": {
+        "mlxdiff.adapters",
         "mlxdiff.convert.*",
         "mlxdiff.description",
         "mlxdiff.dialects",
@@ -126,6 +128,7 @@ MAY = {
         "mlxdiff.console",
         "mlxdiff.families",
         "mlxdiff.recipe",
+        "mlxdiff.request",
         "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.store.tokenizer",
@@ -141,6 +144,7 @@ MAY = {
         "mlxdiff.tokenizers",
     },
     "mlxdiff.store": {
+        "mlxdiff.adapters",
         "mlxdiff.builtin",
         "mlxdiff.convert.*",
         "mlxdiff.description",
@@ -156,11 +160,13 @@ MAY = {
         "mlxdiff.store.cache",
     },
     "mlxdiff.pipeline": {
+        "mlxdiff.adapters",
         "mlxdiff.advice",
         "mlxdiff.arguments",
         "mlxdiff.builtin",
         "mlxdiff.conditioning",
         "mlxdiff.description",
+        "mlxdiff.dialects",
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.guidance",

@@ -22,7 +22,7 @@ from mlxdiff.errors import Error
 from mlxdiff.families import MODELS
 from mlxdiff.memory import Peaks, Workload, peak, peaks
 from mlxdiff.models import build
-from mlxdiff.recipe import recipe
+from mlxdiff.recipe import BITS, recipe
 from mlxdiff.request import Request
 
 from . import checkpoints
@@ -193,6 +193,12 @@ def test_options_fit_and_are_needed(gigabytes, name):
         assert peak(again, True) == size <= machine.budget
         if settings.keys() == {"bits"} and settings["bits"] < 8:
             assert not fits(asked(name, {3: 4, 4: 5, 5: 6, 6: 8}[settings["bits"]]), machine)
+
+
+def test_no_bits_are_offered_that_are_there_already():
+    for bits in (8, 6, 4, "mxfp8"):
+        offered = [s["bits"] for s, _ in options(asked("flux-dev", bits), limited(8, gpu=True)) if "bits" in s]
+        assert all(b < BITS[bits] for b in offered), (bits, offered)
 
 
 def test_sd3_is_told_of_doing_without_t5():

@@ -1,9 +1,11 @@
 """The cache of converted models, and what a name means, with a converter that only copies; then with the real one.
 Reference: the promises in the docstring of store. tests/test_hub.py has what touches the network."""
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -384,3 +386,14 @@ def test_other_vocabularies_are_not_taken_for_clip(cache, tmp_path, monkeypatch)
     (tmp_path / "single.safetensors").write_bytes(b"x")
     with pytest.raises(Error, match="has no tokenizer, none is on this machine"):
         store.resolve("single.safetensors", offline=True)
+
+
+def test_a_full_disk_says_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path))
+    free = shutil.disk_usage(tmp_path).free / 1e9
+    with (
+        pytest.raises(Error, match=r"The disk is full: .* has [\d.]+ GB free\.") as e,
+        mlxdiff.store.cache.writing(tmp_path / "a"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert float(re.search(r"has ([\d.]+) GB", str(e.value))[1]) == pytest.approx(free, rel=0.2)

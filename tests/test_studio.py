@@ -14,7 +14,7 @@ pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidg
 from mlxdiff import advice, families, images, samplers, schedules
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
-from mlxdiff.request import Request
+from mlxdiff.request import MAX_EDGE, Request
 from mlxdiff.widgets import Studio, controls, gallery
 from mlxdiff.widgets.view import line
 from mlxdiff.widgets.worker import Cancelled, Update, Worker
@@ -122,6 +122,11 @@ def test_every_request_field_can_be_set(studio):
     assert "clip skip 2, noise nv" in studio.controls.more.value
     studio.controls.forget.click()
     assert studio.more == {}
+
+
+def test_the_smallest_and_the_largest_edge_are_a_request_s(studio):
+    for edge in (studio.controls.width, studio.controls.height):
+        assert (edge.min, edge.max) == (8, MAX_EDGE)
 
 
 def test_more_takes_the_names_of_settings_alone(studio):

@@ -1,6 +1,7 @@
 """Name, hub id, folder or file -> a model folder ready to read. A checkpoint is converted once, into the cache. A
 converted model never needs the network again, and its original may be deleted. Only this module calls convert."""
 
+import hashlib
 import os
 import re
 import tempfile
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.nn as nn
 
 from .. import builtin, description, recipe
+from ..adapters import Adapter
 from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import FAMILIES, MODELS
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 # convert and hub take most of a second to load: they are imported only where a cached model is not enough.
 
 Progress = Callable[[str, int, int], None]
+_LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.ckpt))(?:/(.+\.safetensors))?")
 
 
@@ -335,6 +338,49 @@ def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | N
     if "taesd" not in networks:
         raise Error(f"{path} is not a TAESD but {', '.join(networks)}.", "Use auto for the model's TAESD.")
     return networks["taesd"]
+
+
+def lora_file(name: str, *, offline: bool) -> Path:
+    """The file of a LoRA: a path, a name in the folder MLXDIFF_LORAS, or a hub repository (`org/repo`, or
+    `org/repo/file.safetensors`), from which it is fetched once."""
+    path, folder = local(name), os.environ.get("MLXDIFF_LORAS")
+    if path is None and folder:
+        path = next(
+            (p for end in ("", ".safetensors") if (p := Path(folder).expanduser() / f"{name}{end}").is_file()), None
+        )
+    if path is not None and path.is_dir():
+        found = [path / usual for usual in _LORA_NAMES if (path / usual).is_file()] or sorted(
+            path.glob("*.safetensors")
+        )
+        if len(found) != 1:
+            raise Error(f"{path} holds {len(found)} .safetensors files.", "Give the path of one of them.")
+        path = found[0]
+    match = _HUB_ID.fullmatch(name) if path is None else None
+    if path is None and match is None:
+        fix = "Give a .safetensors file, a hub id, or a name in the folder of the environment variable MLXDIFF_LORAS."
+        raise Error(f"There is no LoRA {name!r}.", fix)
+    if path is None:
+        path = _one_file(match[1], match[2] or _LORA_NAMES[0], offline, _silent)
+    return path
+
+
+def lora(path: Path, model: Description) -> tuple[Adapter, str]:
+    """What a LoRA file changes in a model, and the file's fingerprint."""
+    from ..convert import lora
+
+    adapter = lora.read(path, model)
+    seen = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            seen.update(block)
+    return adapter, seen.hexdigest()[:16]
+
+
+def check_loras(names: list[str], model: Description) -> None:
+    """Raise for a LoRA that does not fit a model. Only files that are here are checked."""
+    for name in names:
+        if local(name) is not None:
+            lora(lora_file(name, offline=True), model)
 
 
 def _one_file(repo: str, file: str, offline: bool, progress: Progress) -> Path:

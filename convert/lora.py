@@ -1,0 +1,428 @@
+"""LoRA files and their relatives: every public spelling of a layer's name, and every public kind of change, to changes
+of our parameters. A name is never taken apart: all spellings of all layers of the model are listed and looked up."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .. import description
+from ..adapters import Adapter, Change
+from ..description import Description
+from ..errors import Error
+from ..families import MODELS
+from ..models import build
+from ..recipe import Recipe
+from . import rules, source
+from .registry import MODULES
+
+# The end of a key -> what its tensor is: kohya's, peft's, diffusers' old and new, LyCORIS'. Those of LoHa and LoKr keep
+# their names.
+_ENDS = {
+    "down": r"\.lora(_down|_A|\.down|_linear_layer\.down)(\.default)?\.weight",
+    "up": r"\.lora(_up|_B|\.up|_linear_layer\.up)(\.default)?\.weight",
+    "bias": r"\.(lora_B(\.default)?\.bias|diff_b|b_norm)",
+    "mid": r"\.lora_mid\.weight",
+    "alpha": r"\.alpha",
+    "columns": r"\.dora_scale",
+    "magnitude": r"\.lora_magnitude_vector(\.default)?(\.weight)?",
+    "diff": r"\.(diff|w_norm)",
+    "value": r"\.scale|(?<=_norm)\.weight",  # replaces the scale of a norm, in control LoRAs of Black Forest Labs
+    **{n: rf"\.{n}(\.default)?" for n in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
+    **{f"lokr_{n}": rf"\.lokr_{n}(\.default)?" for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+_ENDS = {kind: re.compile(rf"({pattern})$") for kind, pattern in _ENDS.items()}
+# XLabs numbers the two streams of a block; diffusers once kept LoRA in attention processors.
+_SPELLING: list[rules.Row] = [
+    (r"^(base_model\.model\.|model\.(?=diffusion_model\.))", ""),
+    (r"\.processor\.(qkv|proj)_lora1\.", r".img_attn.\1.lora."),
+    (r"\.processor\.(qkv|proj)_lora2\.", r".txt_attn.\1.lora."),
+    (r"\.processor\.to_out_lora\.", ".to_out.0.lora."),
+    (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
+]
+_AGAIN = "Use another copy of it."
+_WORDS = 8  # that are shown of a header
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one of our parameters, and which of the equal parts of the stored tensor goes there."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    first: int
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A layer of the model by one of its names: where its weight and its bias go."""
+
+    component: str
+    weight: tuple[_Rows, ...]
+    bias: tuple[_Rows, ...]
+
+
+def read(path: Path, model: Description) -> Adapter:
+    """The changes that a file makes to a model. Raises unless every tensor of the file has a place in it."""
+    file, places = source.read(path), _places(model)
+    stored: dict[str, dict[str, source.Tensor]] = {}  # layer -> what is stored of it
+    strange = []
+    for key, tensor in file.tensors.items():
+        name, kind = _split(key)
+        if name not in places:
+            strange.append(key)
+        elif tensor.dtype not in source.FLOATS:
+            raise Error(f"{key!r} in {path} is {tensor.dtype}, where a floating-point type is needed.", _AGAIN)
+        elif kind in stored.setdefault(name, {}):
+            raise Error(f"{path} holds two tensors for {kind!r} of {name!r}.", _AGAIN)
+        else:
+            stored[name][kind] = tensor
+    if strange or not stored:
+        raise _no_place(path, model, strange, file.tensors)
+    alphas = _Alphas(path, file.metadata)
+    changes: dict[str, dict[str, list[Change]]] = {}
+    layers: dict[str, int] = {}
+    ranks = set()
+    moves = False
+    for name, tensors in stored.items():
+        place, layer = places[name], _Layer(path, name, tensors)
+        layers[place.component] = layers.get(place.component, 0) + 1
+        ranks |= {tensors["down"].shape[0]} if "down" in tensors else set()
+        for rows, change in layer.changes(place, alphas):
+            changes.setdefault(place.component, {}).setdefault(rows.parameter, []).append(change)
+        moves |= layer.moves
+    if not moves:
+        raise Error(f"{path} changes nothing: all of its numbers are 0.", _AGAIN)
+    return Adapter(path.stem, changes, layers, tuple(sorted(ranks)))
+
+
+def recognise(path: Path) -> bool:
+    """Whether a file is of this kind, from its names."""
+    return path.is_file() and any(_split(key)[1] not in (None, "value", "alpha") for key in source.read(path).tensors)
+
+
+def describe(path: Path) -> dict:
+    """What a file is: the named models that it fits, what it changes in them, and the words that it was trained on."""
+    fits, adapter, wrong = [], None, None
+    for name in MODELS:
+        try:
+            adapter = read(path, description.published(name, Recipe("float32", None)))
+        except Error as e:
+            wrong = e
+        else:
+            fits.append(name)
+    if adapter is None:
+        raise wrong
+    return {"path": str(path), "fits": fits, "layers": adapter.layers, "ranks": adapter.ranks, "words": _words(path)}
+
+
+def _words(path: Path) -> list[str]:
+    """The words that a trainer noted in the header: the trigger phrase, or the most frequent tags."""
+    notes = source.read(path).metadata
+    if "modelspec.trigger_phrase" in notes:
+        return [notes["modelspec.trigger_phrase"]]
+    try:
+        folders = json.loads(notes.get("ss_tag_frequency", "{}"))
+        counts = [(n, tag) for tags in folders.values() for tag, n in tags.items() if isinstance(n, int)]
+    except (ValueError, RecursionError, AttributeError):
+        return []
+    return [tag.strip() for _, tag in sorted(counts, key=lambda pair: -pair[0])[:_WORDS]]
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """A key's layer, in the spelling that `_places` lists, and what its tensor is."""
+    (key,) = rules.rename(key, _SPELLING)
+    return next(((key[: m.start()], kind) for kind, end in _ENDS.items() if (m := end.search(key))), (key, None))
+
+
+# ---- the names of a model's layers
+
+
+def _places(model: Description) -> dict[str, _Place]:
+    """Every spelling of every layer."""
+    places: dict[str, _Place] = {}
+    encoders = [*model.text.encoders]
+    for component, config in model.components.items():
+        if component == "vae":
+            continue
+        dotted, scored = [f"{component}."], []
+        if component == model.family.denoiser:
+            dotted += ["", "unet.", "transformer.", "diffusion_model."]
+            scored += ["lora_unet_", "lora_transformer_", "lycoris_"]
+        else:
+            n = encoders.index(component) + 1
+            scored += [f"lora_te{n}_", *["lora_te_"] * (n == 1)]
+            dotted += [f"{component}.text_model."]
+            scored += [f"{prefix}text_model_" for prefix in scored]
+        for name, place in _layers(component, config).items():
+            places |= {f"{prefix}{name}": place for prefix in dotted}
+            places |= {f"{prefix}{name.replace('.', '_')}": place for prefix in scored}
+    return places
+
+
+@cache
+def _layers(component: str, config: build.Config) -> dict[str, _Place]:
+    """The layers of a network by our names and by those of other layouts."""
+    module = MODULES[build.name_of(config)]
+    shapes = {name: tuple(v.shape) for name, v in tree_flatten(build.build(config).parameters())}
+    ours = [name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".scale"))]
+    others = module.layers(config) if hasattr(module, "layers") else []
+    table = module.table([f"{name}.weight" for name in others], config)
+    pieces: dict[str, int] = {}  # parameter -> how many pieces other layouts have of it
+
+    def targets(name: str, leaf: str) -> list[tuple[str, int, int, int]]:
+        to = [rules.target(t) for t in rules.rename(f"{name}.{leaf}", table)]
+        return [(t, n, i, len(to)) for i, (t, n, _) in enumerate(to) if t in shapes]
+
+    found = {name: {leaf: targets(name, leaf) for leaf in ("weight", "bias")} for name in others}
+    for to in (t for leaves in found.values() for ts in leaves.values() for t in ts):
+        pieces[to[0]] = max(pieces.get(to[0], 1), to[1] + 1)
+
+    def rows(parameter: str, n: int, part: int, parts: int) -> _Rows:
+        """The n-th piece. All but the last have as many rows as the layer has columns."""
+        shape = shapes[parameter]
+        if pieces.get(parameter, 1) == 1:
+            return _Rows(parameter, shape, 0, part, parts)
+        size = shapes[f"{parameter.rpartition('.')[0]}.weight"][1]
+        last = n == pieces[parameter] - 1
+        return _Rows(parameter, (shape[0] - n * size if last else size, *shape[1:]), n * size, part, parts)
+
+    layers = {}
+    for name in ours:
+        weight = f"{name}.weight" if f"{name}.weight" in shapes else f"{name}.scale"
+        whole = [(_Rows(p, shapes[p], 0, 0, 1),) if p in shapes else () for p in (weight, f"{name}.bias")]
+        layers[name] = _Place(component, *whole)
+    for name, to in found.items():
+        if to["weight"]:
+            layers[name] = _Place(component, *(tuple(rows(*t) for t in to[leaf]) for leaf in ("weight", "bias")))
+    return layers
+
+
+def _no_place(path: Path, model: Description, strange: list[str], keys) -> Error:
+    """The error for keys without a place. It names the family in which most of the keys have one."""
+    what = f"{len(strange)} of the {len(keys)} tensors of {path} have no place in {model.name}"
+    example = f" (such as {strange[0]!r})" if strange else ""
+    fits = {}
+    for name, row in MODELS.items():
+        if row.family is not model.family and row.family.title not in fits:
+            places = _places(description.published(name, Recipe("float32", None)))
+            fits[row.family.title] = sum(_split(key)[0] in places for key in keys)
+    best = max(fits, key=fits.get, default=None)
+    if best is not None and fits[best] > len(keys) - len(strange):
+        return Error(f"{what}{example}.", f"It seems to be made for {best}: use it with such a model.")
+    return Error(f"{what}{example}.", "Use a LoRA that was made for this family of models.")
+
+
+# ---- what is stored of one layer
+
+
+class _Alphas:
+    """What a file says of its scales beside its tensors: peft's settings, in the header or in a file beside it."""
+
+    def __init__(self, path: Path, metadata: dict[str, str]):
+        beside = path.parent / "adapter_config.json"
+        text = metadata.get("lora_adapter_metadata")
+        try:
+            values = json.loads(text) if text is not None else {}
+        except (ValueError, RecursionError):
+            raise Error(f"The header of {path} has a lora_adapter_metadata that is not JSON.", _AGAIN) from None
+        if text is None and beside.is_file():
+            values = source.read_json(beside)
+        self.path, self.values = path, values if isinstance(values, dict) else {}
+
+    def scale(self, name: str, rank: int | None) -> float:
+        """The factor of a layer that stores no alpha. rank: None if no tensor shows it."""
+        component, _, rest = name.partition(".")
+        own = f"{component}.lora_alpha" in self.values  # diffusers keeps the settings of several networks
+        prefix, layer = (f"{component}.", rest) if own else ("", name)
+        alpha = self._number(prefix, "lora_alpha" if f"{prefix}lora_alpha" in self.values else "alpha", layer)
+        rank = self._number(prefix, "r", layer) if rank is None else rank
+        if alpha is None or rank is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.values.get(f"{prefix}use_rslora") is True else rank)
+
+    def _number(self, prefix: str, key: str, layer: str) -> float | None:
+        value = self.values.get(f"{prefix}{key}")
+        patterns = self.values.get(f"{prefix}{'rank' if key == 'r' else 'alpha'}_pattern")
+        for pattern, other in patterns.items() if isinstance(patterns, dict) else ():
+            value = other if f".{layer}".endswith(f".{pattern}") else value
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value) or value == 0):
+            raise Error(f"{self.path}: its settings say {key} {value!r:.40}, which cannot be.", _AGAIN)
+        return value
+
+
+class _Layer:
+    """What a file stores of one layer."""
+
+    def __init__(self, path: Path, name: str, tensors: dict[str, source.Tensor]):
+        self.path, self.name, self.shapes = path, name, {kind: t.shape for kind, t in tensors.items()}
+        self.values = {kind: self._sound(kind, t) for kind, t in tensors.items()}
+
+    def _sound(self, kind: str, tensor: source.Tensor) -> mx.array:
+        value = tensor.read().astype(mx.float32)
+        if not mx.isfinite(value).all().item():
+            raise Error(f"{tensor.name!r} in {self.path} has numbers that are NaN or infinite.", _AGAIN)
+        return value
+
+    @property
+    def moves(self) -> bool:
+        """Whether it changes anything."""
+        last = [k for k in self.values if k not in ("alpha", "down", "mid", "columns", "magnitude", "value")]
+        pairs = [k for k in last if not k.startswith("hada") or k in ("hada_w1_b", "hada_w2_b")]
+        return "value" in self.values or any(bool((self.values[k] != 0).any().item()) for k in pairs)
+
+    def wrong(self, what: str) -> Error:
+        return Error(f"{self.path}: {self.name} {what}.", _AGAIN)
+
+    def changes(self, place: _Place, alphas: _Alphas) -> Iterator[tuple[_Rows, Change]]:
+        left = set(self.values)
+        if "value" in left:
+            yield from self._spread(place.weight, self.values["value"], replaces=True)
+            left.discard("value")
+        if "bias" in left:
+            if not place.bias:
+                raise self.wrong("has a change of its bias, but in this model it has no bias")
+            yield from self._spread(place.bias, self.values["bias"])
+            left.discard("bias")
+        if left:
+            yield from self._weight(place.weight, left, alphas)
+
+    def _weight(self, places: tuple[_Rows, ...], left: set[str], alphas: _Alphas) -> Iterator[tuple[_Rows, Change]]:
+        v, used = self.values, set()
+        magnitude = next((k for k in ("columns", "magnitude") if k in left), None)
+
+        def takes(*kinds: str) -> bool:
+            found = all(k in left for k in kinds)
+            used.update(kinds if found else ())
+            return found
+
+        if takes("down", "up"):
+            scale = self._scale(left, v["down"].shape[0], alphas)
+            linear = all(len(rows.shape) == 2 for rows in places)
+            low = [x.reshape(*x.shape[:2]) if math.prod(x.shape[2:]) == 1 else x for x in (v["down"], v["up"])]
+            if linear and not takes("mid") and all(x.ndim == 2 for x in low):
+                self._agree(low[1].shape[1] == low[0].shape[0], "down", "up")
+                yield from self._low(places, low[0], scale * low[1], magnitude)
+            else:
+                takes("mid")
+                yield from self._spread(places, scale * self._convolved(), magnitude)
+        elif takes("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"):
+            scale = self._scale(left, v["hada_w1_b"].shape[0], alphas)
+            parts = [self._tucker(f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}", takes(f"hada_t{n}")) for n in (1, 2)]
+            self._agree(parts[0].shape == parts[1].shape, "hada_w1_a", "hada_w2_a")
+            yield from self._spread(places, scale * parts[0] * parts[1], magnitude)
+        elif any(k.startswith("lokr") for k in left):
+            factors, ranks = [], []
+            for n in ("1", "2"):
+                if takes(f"lokr_w{n}"):
+                    factors.append(v[f"lokr_w{n}"])
+                elif takes(f"lokr_w{n}_a", f"lokr_w{n}_b"):
+                    core = n == "2" and takes("lokr_t2")
+                    factors.append(self._tucker(f"lokr_w{n}_a", f"lokr_w{n}_b", "lokr_t2", core))
+                    ranks.append(v[f"lokr_w{n}_b"].shape[0])
+                else:
+                    raise self.wrong(f"lacks lokr_w{n}")
+            whole = not ranks and "alpha" in left  # LyCORIS stores an alpha for whole factors too, and ignores it
+            scale = 1.0 if whole else self._scale(left, ranks[-1] if ranks else None, alphas)
+            one, two = factors
+            one = one.reshape(*one.shape, *[1] * (two.ndim - one.ndim))
+            yield from self._spread(places, scale * mx.kron(one, two), magnitude)
+        elif takes("diff"):
+            yield from self._spread(places, v["diff"], magnitude)
+        else:
+            raise self.wrong(f"lacks the other half of {', '.join(sorted(left))}")
+        if rest := left - used - {"alpha", magnitude}:
+            raise self.wrong(f"also has {', '.join(sorted(rest))}, which do not belong together")
+
+    def _scale(self, left: set[str], rank: int | None, alphas: _Alphas) -> float:
+        if "alpha" not in left:
+            return alphas.scale(self.name, rank)
+        if self.values["alpha"].size != 1:
+            raise self.wrong(f"has an alpha of shape {self.shapes['alpha']}, which is no number")
+        return self.values["alpha"].item() / rank
+
+    def _agree(self, fits: bool, *kinds: str) -> None:
+        if not fits:
+            raise self.wrong(" and ".join(f"has {k} of shape {self.shapes[k]}" for k in kinds) + ", which do not fit")
+
+    def _convolved(self) -> mx.array:
+        """The change of a convolution, (out, in, h, w)."""
+        down, up = self.values["down"], self.values["up"]
+        mid = self.values.get("mid")
+        fits = down.ndim == up.ndim == 4 and up.shape[2:] == (1, 1)
+        if mid is None:
+            self._agree(fits and up.shape[1] == down.shape[0], "down", "up")
+            return mx.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+        fits = fits and mid.ndim == 4 and down.shape[2:] == (1, 1)
+        self._agree(fits and mid.shape[:2] == (up.shape[1], down.shape[0]), "down", "up", "mid")
+        return mx.einsum("oa,abhw,bi->oihw", up[:, :, 0, 0], mid, down[:, :, 0, 0])
+
+    def _tucker(self, a: str, b: str, t: str, core: bool) -> mx.array:
+        """a @ b, or with a core (r, r, h, w): LoHa's and LoKr's forms of a convolution."""
+        left, right = self.values[a], self.values[b]
+        if not core:
+            flat = right.reshape(right.shape[0], -1) if right.ndim > 1 else right
+            self._agree(left.ndim == 2 and flat.ndim == 2 and left.shape[1] == flat.shape[0], a, b)
+            return left @ flat if right.ndim == 2 else (left @ flat).reshape(left.shape[0], *right.shape[1:])
+        middle = self.values[t]
+        fits = left.ndim == right.ndim == 2 and middle.ndim == 4
+        if t == "lokr_t2" or left.shape[0] == middle.shape[1]:  # a (r, out), b (r, in)
+            self._agree(fits and middle.shape[:2] == (left.shape[0], right.shape[0]), a, b, t)
+            return mx.einsum("ijhw,jq,ip->pqhw", middle, right, left)
+        raise self.wrong(f"has {a} of shape {self.shapes[a]}, which does not fit {t} {self.shapes[t]}")
+
+    def _low(self, places, down: mx.array, up: mx.array, magnitude: str | None) -> Iterator[tuple[_Rows, Change]]:
+        for rows in places:
+            cut = self._part(up, rows, (up.shape[0], down.shape[1]))
+            if (cut.shape[0], down.shape[1]) != rows.shape:
+                raise self._misfit((up.shape[0] // rows.parts, down.shape[1]), rows)
+            yield rows, Change(rows.first, rows.shape[0], (down, cut), magnitude=self._magnitude(magnitude, rows))
+
+    def _spread(
+        self, places, value: mx.array, magnitude: str | None = None, replaces: bool = False
+    ) -> Iterator[tuple[_Rows, Change]]:
+        for rows in places:
+            cut = self._part(value, rows, value.shape)
+            size = math.prod(rows.shape)
+            if cut.ndim == 2 and len(rows.shape) == 4 and cut.size == size:  # LoHa and LoKr may store a flat kernel
+                o, h, w, i = rows.shape
+                cut = cut.reshape(o, i, h, w)
+            full = rules.fit(cut, rows.shape)
+            if full is None:
+                raise self._misfit(cut.shape, rows)
+            change = self._magnitude(magnitude, rows)
+            yield rows, Change(rows.first, rows.shape[0], full=full, magnitude=change, replaces=replaces)
+
+    def _part(self, value: mx.array, rows: _Rows, shape: tuple[int, ...]) -> mx.array:
+        if rows.parts == 1:
+            return value
+        if value.shape[0] % rows.parts:
+            raise self._misfit(shape, rows)
+        size = value.shape[0] // rows.parts
+        return value[rows.part * size : (rows.part + 1) * size]
+
+    def _magnitude(self, kind: str | None, rows: _Rows) -> mx.array | None:
+        """DoRA's lengths, ready to multiply our rows. LyCORIS may store one for each column instead."""
+        if kind is None:
+            return None
+        value, ones = self.values[kind], [1] * (len(rows.shape) - 1)
+        by_rows = kind == "magnitude" or value.shape[0] == rows.shape[0] * rows.parts
+        if by_rows and value.size == rows.shape[0] * rows.parts:
+            return self._part(value.reshape(-1), rows, value.shape).reshape(-1, *ones)
+        if not by_rows and value.size == rows.shape[-1] and rows.parts == 1:
+            return value.reshape(1, *ones[1:], -1)
+        raise self._misfit(value.shape, rows)
+
+    def _misfit(self, shape: tuple[int, ...], rows: _Rows) -> Error:
+        return Error(
+            f"{self.path}: {self.name} has a change of shape {tuple(shape)}; {rows.parameter} takes {rows.shape}.",
+            "Use a LoRA that was made for this family of models.",
+        )

@@ -1,0 +1,318 @@
+"""LoRA and its relatives. References: diffusers and peft on the same random weights (pictures: 40 dB as for whole
+pipelines; changes of weights: 1e-5, since both sides multiply in float32); closed forms where peft has no kind."""
+
+import copy
+import json
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+
+import mlxdiff
+from mlxdiff.adapters import Adapter
+from mlxdiff.convert import lora
+from tests import original
+
+from . import bfl, tiny
+from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, oracle, psnr
+
+pytestmark = pytest.mark.usefixtures("cache")
+KINDS = {"sd1": tiny.sd1, "sdxl": tiny.sdxl, "flux": tiny.flux, "sd3": lambda folder: tiny.sd3(folder, "3.5")}
+CFG = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": NEGATIVE}
+PLAIN = {"num_inference_steps": 4, "max_sequence_length": 512}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict:
+    """name -> (diffusers pipeline, our pipeline)"""
+    root, made = tmp_path_factory.mktemp("lora"), {}
+    for name, make in KINDS.items():
+        theirs = make(root / f"{name}-words")
+        theirs.set_progress_bar_config(disable=True)
+        theirs.save_pretrained(root / name)
+        made[name] = theirs, mlxdiff.load(root / name, dtype="float32")
+    return made
+
+
+def layers(theirs: torch.nn.Module, kinds=(torch.nn.Linear,)) -> dict[str, torch.nn.Module]:
+    found = {n: m for n, m in theirs.named_modules() if isinstance(m, kinds)}
+    return {n: m for n, m in found.items() if min(m.weight.shape[:2]) > 1}
+
+
+def low_rank(theirs: torch.nn.Module, prefix: str, seed: int, rank: int = 4, size: float = 0.5) -> dict:
+    """A random change of every layer, in peft's spelling. size: how large, relative to the weights."""
+    g, state = torch.Generator().manual_seed(seed), {}
+    for name, layer in layers(theirs).items():
+        out, columns = layer.weight.shape
+        up, down = torch.randn(out, rank, generator=g), torch.randn(rank, columns, generator=g)
+        up *= size * layer.weight.norm() / (up @ down).norm()
+        state |= {f"{prefix}{name}.lora_A.weight": down, f"{prefix}{name}.lora_B.weight": up}
+    return state
+
+
+def drawn(pipe, *loras: str, **settings) -> np.ndarray:
+    return np.asarray(pipe(PROMPT, seed=SEED, loras=loras, **(SIZE | settings)).image)
+
+
+SETTINGS = {
+    "sd1": {"steps": 4, "guidance": 5.0, "negative": NEGATIVE},
+    "sdxl": {"steps": 4, "guidance": 5.0, "negative": NEGATIVE},
+    "sd3": {"steps": 4, "guidance": 5.0, "negative": NEGATIVE},
+    "flux": {"steps": 4},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_lora_of_denoiser_and_text_draws_as_in_diffusers(models, name, tmp_path):
+    theirs, ours = models[name]
+    denoiser = "unet" if hasattr(theirs, "unet") else "transformer"
+    state = low_rank(getattr(theirs, denoiser), f"{denoiser}.", 1)
+    for encoder in ("text_encoder", "text_encoder_2") if name == "sdxl" else ("text_encoder",):
+        state |= low_rank(getattr(theirs, encoder), f"{encoder}.", 2)
+    save_file(state, tmp_path / "style.safetensors")
+    settings = PLAIN if name == "flux" else CFG
+    bare = oracle(theirs, **settings)
+    theirs.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
+    try:
+        theirs.set_adapters(["style"], [0.6])
+        want = oracle(theirs, **settings)
+    finally:
+        theirs.unload_lora_weights()
+    assert psnr(want, bare) < DB - 10  # else the comparison proves nothing
+    file = tmp_path / "style.safetensors"
+    assert sum(lora.read(file, ours.description).layers.values()) == len(state) // 2
+    assert psnr(drawn(ours, f"{file}:0.6", **SETTINGS[name]), want) > DB
+    assert psnr(drawn(ours, **SETTINGS[name]), bare) > DB  # taken off again
+
+
+# ---- every kind of change
+
+
+def weights(pipe, component: str, *adapters: tuple[Adapter, float]) -> dict[str, np.ndarray]:
+    """The parameters of a network under adapters."""
+    pipe.networks.adapt(list(adapters))
+    try:
+        return {n: np.array(v.astype(mx.float32)) for n, v in tree_flatten(pipe.networks.open(component).parameters())}
+    finally:
+        pipe.networks.adapt([])
+
+
+CONVS = (torch.nn.Linear, torch.nn.Conv2d)
+PEFT = {
+    "lora": LoraConfig(r=3, lora_alpha=5),
+    "rslora": LoraConfig(r=3, lora_alpha=5, use_rslora=True),
+    "dora": LoraConfig(r=3, lora_alpha=5, use_dora=True),
+    "loha": LoHaConfig(r=3, alpha=5),
+    "loha with a core": LoHaConfig(r=3, alpha=5, use_effective_conv2d=True),
+    "lokr": LoKrConfig(r=3, alpha=5),
+    "lokr, both factored": LoKrConfig(r=2, alpha=5, decompose_both=True, decompose_factor=4),
+    "lokr with a core": LoKrConfig(r=2, alpha=5, use_effective_conv2d=True),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_a_kind_changes_weights_as_in_peft(models, kind, tmp_path):
+    """alpha is not the rank, and stored as each kind of file stores it: peft's in the header, LyCORIS' per layer."""
+    theirs, ours = models["sd1"]
+    net, config = copy.deepcopy(theirs.unet), copy.deepcopy(PEFT[kind])
+    names = [*layers(net, CONVS)]
+    config.target_modules = names
+    inject_adapter_in_model(config, net)
+    torch.manual_seed(3)
+    state, metadata = {}, None
+    for name, parameter in net.named_parameters():
+        if any(part in name for part in ("lora_", "hada", "lokr")):
+            if "magnitude" not in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+            state[name.replace(".default", "")] = parameter.data.clone()
+    if isinstance(config, LoraConfig):  # its settings in the header
+        state = {f"unet.{name}": value for name, value in state.items()}
+        said = {"unet.lora_alpha": 5, "unet.r": 3, "unet.use_rslora": config.use_rslora}
+        metadata = {"lora_adapter_metadata": json.dumps(said)}
+    elif isinstance(config, LoHaConfig):  # an alpha for each layer
+        state = {f"unet.{name}": value for name, value in state.items()}
+        state |= {f"unet.{name}.alpha": torch.tensor(5.0) for name in names}
+    else:  # its settings beside it
+        state = {f"base_model.model.{name}": value for name, value in state.items()}
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha": 5, "r": config.r}))
+    save_file(state, tmp_path / "a.safetensors", metadata)
+    for module in net.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    adapter = lora.read(tmp_path / "a.safetensors", ours.description)
+    changed, bare = weights(ours, "unet", (adapter, 1.0)), weights(ours, "unet")
+    merged = {n.replace(".base_layer", ""): p for n, p in net.state_dict().items()}
+    for name in names:
+        want = merged[f"{name}.weight"].numpy()
+        want = want.transpose(0, 2, 3, 1).reshape(changed[f"{name}.weight"].shape) if want.ndim == 4 else want
+        assert np.abs(want - bare[f"{name}.weight"]).max() > 0.01 * np.abs(want).max()
+        np.testing.assert_allclose(changed[f"{name}.weight"], want, atol=1e-5 * np.abs(want).max())
+
+
+# ---- every spelling of one change
+
+
+def kohya(state: dict, names: dict) -> dict:
+    """names: our prefix and layer -> theirs. Their alpha is twice the rank, so their factors are half as large."""
+    out = {}
+    for key, value in state.items():
+        name, _, kind = key.removesuffix(".weight").rpartition(".lora_")
+        down = kind == "A"
+        out[f"{names[name]}.lora_{'down' if down else 'up'}.weight"] = value.clone() if down else value / 2
+        out[f"{names[name]}.alpha"] = torch.tensor(2.0 * state[f"{name}.lora_A.weight"].shape[0])
+    return out
+
+
+def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
+    out = {}
+    for key, value in state.items():
+        for old, new in pairs:
+            key = re.sub(old, new, key)
+        out[key] = value
+    return out
+
+
+def spellings_of_sd(state: dict) -> dict[str, dict]:
+    names = sorted({key.rpartition(".lora_")[0] for key in state})
+    net = [n.removeprefix("unet.") for n in names if n.startswith("unet.")]
+    theirs = [n.removesuffix(".weight") for n in original.unet({f"{n}.weight": 0 for n in net})]
+    original_names = dict(zip(net, theirs, strict=True))
+    text = {n: f"lora_te_text_model_{n.removeprefix('text_encoder.').replace('.', '_')}" for n in names if "text" in n}
+    flat = {f"unet.{n}": f"lora_unet_{n.replace('.', '_')}" for n in net}
+    numbered = {f"unet.{n}": f"lora_unet_{o.replace('.', '_')}" for n, o in original_names.items()}
+    dotted = {f"unet.{n}": f"diffusion_model.{o}" for n, o in original_names.items()}
+    return {
+        "kohya": kohya(state, flat | text),
+        "kohya of SDXL": kohya(state, numbered | text),
+        "ComfyUI": kohya(state, dotted | {n: n for n in text}),
+        "diffusers, old": renamed(state, (r"lora_A", "lora.down"), (r"lora_B", "lora.up")),
+        "diffusers, older": renamed(state, (r"lora_A", "lora_linear_layer.down"), (r"lora_B", "lora_linear_layer.up")),
+        "peft": renamed(state, (r"\.weight$", ".default.weight"), (r"^unet\.", "base_model.model.unet.")),
+        "processors": renamed(
+            state,
+            (r"\.to_([qkv])\.lora_A", r".processor.to_\1_lora.down"),
+            (r"\.to_([qkv])\.lora_B", r".processor.to_\1_lora.up"),
+            (r"\.to_out\.0\.lora_A", ".processor.to_out_lora.down"),
+            (r"\.to_out\.0\.lora_B", ".processor.to_out_lora.up"),
+        ),
+    }
+
+
+def spellings_of_flux(state: dict) -> dict[str, dict]:
+    """Fused: the factors of several layers side by side, on the diagonal. XLabs' files have attention alone."""
+    fused, left = {}, {key.rpartition(".lora_")[0] for key in state if key.startswith("transformer.")}
+    blocks = [(f"transformer_blocks.{i}.", f"double_blocks.{i}.", bfl.DOUBLE) for i in range(1)]
+    blocks += [(f"single_transformer_blocks.{i}.", f"single_blocks.{i}.", bfl.SINGLE) for i in range(2)]
+    for prefix, to, rows in [*blocks, ("", "", bfl.TOP)]:
+        for ours, sources in rows:
+            names = [f"transformer.{prefix}{s}" for s in sources]
+            if names[0] not in left:
+                continue
+            ups = [state[f"{n}.lora_B.weight"] for n in names]
+            if ours == "final_layer.adaLN_modulation.1":  # scale and shift
+                ups = [torch.cat(ups[0].chunk(2)[::-1])]
+            fused[f"{to}{ours}.lora_A.weight"] = torch.cat([state[f"{n}.lora_A.weight"] for n in names])
+            fused[f"{to}{ours}.lora_B.weight"] = torch.block_diag(*ups)
+            left -= set(names)
+    assert not left
+    text = {key: value for key, value in state.items() if key.startswith("text_encoder.")}
+    names = {key.rpartition(".lora_")[0] for key in fused}
+    flat = {n: f"lora_unet_{n.replace('.', '_')}" for n in names}
+    one = {n: f"lora_te1_text_model_{n.removeprefix('text_encoder.').replace('.', '_')}" for n in
+           {key.rpartition(".lora_")[0] for key in text}}  # fmt: skip
+    other = {n: f"lora_transformer_{n.removeprefix('transformer.').replace('.', '_')}" for n in
+             {key.rpartition(".lora_")[0] for key in state if key.startswith("transformer.")}}  # fmt: skip
+    return {
+        "kohya": kohya(fused | text, flat | one),
+        "BFL": fused | text,
+        "ComfyUI": {f"diffusion_model.{k}": v for k, v in fused.items()} | text,
+        "OneTrainer": kohya(state, other | one),
+        "XLabs": renamed(
+            {k: v for k, v in fused.items() if re.search(r"^double.*attn\.(qkv|proj)\.", k)},
+            (r"\.img_attn\.(qkv|proj)\.lora_A", r".processor.\1_lora1.down"),
+            (r"\.img_attn\.(qkv|proj)\.lora_B", r".processor.\1_lora1.up"),
+            (r"\.txt_attn\.(qkv|proj)\.lora_A", r".processor.\1_lora2.down"),
+            (r"\.txt_attn\.(qkv|proj)\.lora_B", r".processor.\1_lora2.up"),
+        ),
+    }
+
+
+def spellings_of_sd3(state: dict) -> dict[str, dict]:
+    """The original names, fused, in kohya's form."""
+    fused, used = {}, set()
+    for key in [k for k in state if k.startswith("transformer.") and k.endswith("lora_A.weight")]:
+        name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+        block = re.match(r"transformer_blocks\.(\d+)\.(attn2?)\.(to|add)_?([qkv])(_proj)?$", name)
+        if block and block[4] == "q":
+            group = [name.replace("to_q", f"to_{p}").replace("add_q", f"add_{p}") for p in "qkv"]
+            side = "x_block" if block[3] == "to" else "context_block"
+            new = f"joint_blocks.{block[1]}.{side}.{block[2]}.qkv"
+        elif block:
+            continue
+        else:
+            group, new = [name], sd3_name(name)
+        used |= set(group)
+        ups = [state[f"transformer.{n}.lora_B.weight"] for n in group]
+        if new.startswith("final_layer.adaLN") or (new.endswith("adaLN_modulation.1") and "2.context" in new):
+            ups = [torch.cat(ups[0].chunk(2)[::-1])]
+        fused[f"{new}.lora_A.weight"] = torch.cat([state[f"transformer.{n}.lora_A.weight"] for n in group])
+        fused[f"{new}.lora_B.weight"] = torch.block_diag(*ups)
+    assert len(used) == len([k for k in state if k.startswith("transformer.")]) // 2
+    names = {key.rpartition(".lora_")[0] for key in fused}
+    return {"kohya": kohya(fused, {n: f"lora_unet_{n.replace('.', '_')}" for n in names})}
+
+
+def sd3_name(name: str) -> str:
+    for old, new in (
+        (r"^transformer_blocks\.(\d+)\.norm1\.linear$", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
+        (r"^transformer_blocks\.(\d+)\.norm1_context\.linear$", r"joint_blocks.\1.context_block.adaLN_modulation.1"),
+        (r"^transformer_blocks\.(\d+)\.(attn2?)\.to_out\.0$", r"joint_blocks.\1.x_block.\2.proj"),
+        (r"^transformer_blocks\.(\d+)\.attn\.to_add_out$", r"joint_blocks.\1.context_block.attn.proj"),
+        (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj$", r"joint_blocks.\1.x_block.mlp.fc1"),
+        (r"^transformer_blocks\.(\d+)\.ff\.net\.2$", r"joint_blocks.\1.x_block.mlp.fc2"),
+        (r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj$", r"joint_blocks.\1.context_block.mlp.fc1"),
+        (r"^transformer_blocks\.(\d+)\.ff_context\.net\.2$", r"joint_blocks.\1.context_block.mlp.fc2"),
+        (r"^time_text_embed\.timestep_embedder\.linear_1$", "t_embedder.mlp.0"),
+        (r"^time_text_embed\.timestep_embedder\.linear_2$", "t_embedder.mlp.2"),
+        (r"^time_text_embed\.text_embedder\.linear_1$", "y_embedder.mlp.0"),
+        (r"^time_text_embed\.text_embedder\.linear_2$", "y_embedder.mlp.2"),
+        (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1"),
+        (r"^proj_out$", "final_layer.linear"),
+    ):
+        name = re.sub(old, new, name)
+    return name
+
+
+SPELLINGS = {"sd1": spellings_of_sd, "flux": spellings_of_flux, "sd3": spellings_of_sd3}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_is_the_same_change(models, name, tmp_path):
+    theirs, ours = models[name]
+    denoiser = "unet" if name == "sd1" else "transformer"
+    state = low_rank(getattr(theirs, denoiser), f"{denoiser}.", 5)
+    state |= low_rank(theirs.text_encoder, "text_encoder.", 6) if name != "sd3" else {}
+    components = {key.partition(".")[0] for key in state}
+
+    def after(spelled: dict) -> tuple[Adapter, dict]:
+        save_file({k: v.contiguous() for k, v in spelled.items()}, tmp_path / "a.safetensors")
+        adapter = lora.read(tmp_path / "a.safetensors", ours.description)
+        return adapter, {f"{c}.{n}": v for c in components for n, v in weights(ours, c, (adapter, 1.0)).items()}
+
+    _, want = after(state)
+    bare = {f"{c}.{n}": v for c in components for n, v in weights(ours, c).items()}
+    for spelling, spelled in SPELLINGS[name](state).items():
+        adapter, got = after(spelled)
+        touched = {f"{c}.{n}" for c, changes in adapter.changes.items() for n in changes}
+        assert touched, spelling
+        if spelling not in ("XLabs",):
+            assert touched == {n for n in want if np.abs(want[n] - bare[n]).max() > 0}, spelling
+        for n in touched:
+            tolerance = 1e-5 * np.abs(want[n]).max()
+            np.testing.assert_allclose(got[n], want[n], atol=tolerance, err_msg=f"{spelling}: {n}")

@@ -1,0 +1,251 @@
+"""Adapters on the built-in model. References: the dense weights that a change makes, and the file's own numbers; that
+files mean what they mean elsewhere is parity/test_lora.py's."""
+
+import json
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlxdiff
+from mlxdiff import generate, images
+from mlxdiff.adapters import SidePath
+from mlxdiff.convert import __main__ as convert
+from mlxdiff.convert import inspect, lora
+from mlxdiff.errors import Error
+from tests.checkpoints import full, header, raw
+
+LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return mlxdiff.load("storybook", dtype="float32")
+
+
+def shape(pipe, layer: str) -> tuple[int, ...]:
+    component, _, name = layer.partition(".")
+    parameters = dict(tree_flatten(pipe.networks.open(component).parameters()))
+    return parameters[f"{name}.weight"].shape
+
+
+def pair(pipe, layer: str, rank: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
+    out, columns = shape(pipe, layer)
+    g = np.random.default_rng(seed)
+    down, up = (g.normal(size=size).astype(np.float32) for size in ((rank, columns), (out, rank)))
+    return {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": 0.1 * up}
+
+
+# ---- drawing
+
+
+def test_a_picture_keeps_its_loras_and_draws_again(pipe, tmp_path):
+    file = full(tmp_path / "style.safetensors", pair(pipe, LAYER))
+    bare = pipe("a red house", seed=1, steps=3)
+    result = pipe("a red house", seed=1, steps=3, loras=[f"{file}:0.5"])
+    assert result.request.loras == (f"{file}:0.5",)
+    assert (np.asarray(result.image) != np.asarray(bare.image)).any()
+    again = pipe(images.read_settings(result.save(tmp_path / "a.png")[0])[0])
+    assert (np.asarray(again.image) == np.asarray(result.image)).all()
+    off = pipe("a red house", seed=1, steps=3)
+    assert (np.asarray(off.image) == np.asarray(bare.image)).all()  # bit for bit, once it is taken off
+    full(file, pair(pipe, LAYER, seed=1))
+    with pytest.raises(Error, match="The LoRA files are not those of these settings"):
+        pipe(images.read_settings(tmp_path / "a.png")[0])
+
+
+def test_a_prompt_names_loras_of_a_folder(pipe, tmp_path, monkeypatch):
+    full(tmp_path / "style.safetensors", pair(pipe, LAYER))
+    monkeypatch.setenv("MLXDIFF_LORAS", str(tmp_path))
+    request = pipe.resolve("a red house <lora:style:0.5>", seed=1)
+    assert (request.prompt, request.loras) == ("a red house", ("style:0.5",))
+    with pytest.raises(Error, match=r"There is no LoRA 'styl'\. Give a .safetensors file, a hub id"):
+        pipe.resolve("a red house <lora:styl:0.5>")
+
+
+def test_a_model_is_loaded_with_loras(pipe, tmp_path):
+    file = str(full(tmp_path / "style.safetensors", pair(pipe, LAYER)))
+    changed = mlxdiff.load("storybook", dtype="float32", loras=[file])
+    assert changed.resolve("a house").loras == (f"{file}:1",)
+    assert changed.resolve("a house", loras=[]).loras == ()
+
+
+def test_scales_add_up(pipe, tmp_path):
+    """Two LoRAs are the sum of their changes, and a scale of -1 takes one off again."""
+    one, two = (full(tmp_path / f"{i}.safetensors", pair(pipe, LAYER, seed=i)) for i in (1, 2))
+    first, second = (lora.read(path, pipe.description) for path in (one, two))
+    name = f"{LAYER.partition('.')[2]}.weight"
+    bare, a, b, both, none = (
+        weight(pipe, name, *adapters)
+        for adapters in (
+            (),
+            ((first, 0.5),),
+            ((second, -2.0),),
+            ((first, 0.5), (second, -2.0)),
+            ((first, 1.0), (first, -1.0)),
+        )
+    )
+    np.testing.assert_allclose(both - bare, (a - bare) + (b - bare), atol=1e-6)
+    np.testing.assert_allclose(none, bare, atol=1e-6)
+
+
+def weight(pipe, name: str, *adapters) -> np.ndarray:
+    pipe.networks.adapt(list(adapters))
+    try:
+        return np.array(dict(tree_flatten(pipe.networks.open("unet").parameters()))[name])
+    finally:
+        pipe.networks.adapt([])
+
+
+# ---- beside quantized layers
+
+
+@pytest.mark.parametrize("bits", [8, 4, "mxfp4"])
+def test_a_change_beside_a_quantized_layer_is_not_lost(pipe, tmp_path, bits, quantized):
+    """Against the dense layer of the dequantized weights and the change, in float32 on both sides."""
+    small = quantized(bits)
+    adapter = lora.read(full(tmp_path / "a.safetensors", pair(pipe, LAYER)), small.description)
+    small.networks.adapt([(adapter, 0.7)])
+    bare_layer, layer = (at(net, LAYER) for net in (quantized(bits, fresh=True), small.networks.open("unet")))
+    assert isinstance(layer, SidePath)
+    ((change,),) = adapter.changes["unet"].values()
+    x = mx.random.normal((2, 5, change.low[0].shape[1]), key=mx.random.key(0))
+    how = {"group_size": bare_layer.group_size, "bits": bare_layer.bits, "mode": bare_layer.mode}
+    dense = mx.dequantize(bare_layer.weight, bare_layer.scales, bare_layer.get("biases"), **how)
+    want = x @ (dense + 0.7 * change.low[1] @ change.low[0]).T
+    np.testing.assert_allclose(np.array(layer(x)), np.array(want), atol=1e-3 * np.abs(np.array(want)).max())
+
+
+def test_a_change_of_full_rank_leaves_its_layer_unquantized(pipe, tmp_path, quantized):
+    small = quantized(4)
+    value = np.full(shape(pipe, LAYER), 0.01, np.float32)
+    adapter = lora.read(full(tmp_path / "a.safetensors", {f"{LAYER}.diff": value}), small.description)
+    small.networks.adapt([(adapter, 1.0)])
+    assert type(at(small.networks.open("unet"), LAYER)) is nn.Linear
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        pipes: dict = {}
+
+        def get(bits, fresh: bool = False):
+            if bits not in pipes:
+                pipes[bits] = mlxdiff.load("storybook", bits=bits, dtype="float32")
+            if fresh:
+                before, pipes[bits].networks._adapters = pipes[bits].networks._adapters, []
+                try:
+                    return pipes[bits].networks.open("unet")
+                finally:
+                    pipes[bits].networks._adapters = before
+            pipes[bits].networks.adapt([])
+            return pipes[bits]
+
+        yield get
+
+
+def at(network, layer: str):
+    for part in layer.split(".")[1:]:
+        network = network[int(part)] if part.isdigit() else network[part]
+    return network
+
+
+# ---- written into a model, and inspected
+
+
+def test_a_converted_model_holds_its_loras(pipe, tmp_path, monkeypatch):
+    """Its weights are those that the LoRA makes at loading; quantized, they are quantized with the change in them."""
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
+    file = full(tmp_path / "style.safetensors", pair(pipe, LAYER))
+    name = f"{LAYER.partition('.')[2]}.weight"
+    want = weight(pipe, name, (lora.read(file, pipe.description), 0.5))
+    for bits in (None, 8):
+        typed = ["storybook", "-o", str(tmp_path / f"{bits}"), "--lora", f"{file}:0.5", "--dtype", "float32"]
+        assert convert.main(typed + (["-q", f"{bits}"] if bits else [])) == 0
+    held = mlxdiff.load(tmp_path / "None")
+    np.testing.assert_allclose(weight(held, name), want, atol=1e-7)
+    layer = at(mlxdiff.load(tmp_path / "8").networks.open("unet"), LAYER)
+    dense = np.array(mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits))
+    assert np.abs(dense - want).max() < 0.02 * np.abs(want).max() < np.abs(want - weight(pipe, name)).max()
+
+
+def test_inspect_says_what_a_lora_fits(pipe, tmp_path, capsys):
+    state = pair(pipe, LAYER)
+    notes = {"ss_tag_frequency": json.dumps({"10_moss": {"moss house": 9, "green": 3}})}
+    entries = header({k: v.shape for k, v in state.items()}, "F32", metadata=notes)
+    file = raw(tmp_path / "style.safetensors", entries, body=b"".join(v.tobytes() for v in state.values()))
+    assert inspect.main([str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}: a LoRA of 1 layer (unet 1), rank 4",
+        "  fits storybook and models of the same shapes",
+        "  trained on 'moss house', 'green'",
+    ]
+    assert inspect.main([str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"] == ["storybook"]
+    assert generate.main(["a house", "-m", str(file)]) == 1
+    assert "is a LoRA, which is no model by itself. Name the model that it changes" in capsys.readouterr().err
+
+
+# ---- files that are refused
+
+
+def changed(key: str, value):
+    return lambda state: state | {key: value}
+
+
+UP, DOWN = f"{LAYER}.lora_B.weight", f"{LAYER}.lora_A.weight"
+BAD = {
+    "another family's names": (
+        lambda s: {"double_blocks.0.img_attn.proj.lora_A.weight": s[DOWN]},
+        "1 of the 1 tensors of .* have no place in storybook .* It seems to be made for FLUX.1",
+    ),
+    "a key without a place": (changed("unet.nowhere.lora_A.weight", np.ones((4, 8))), "'unet.nowhere.lora_A.weight'"),
+    "a kind that is not read": (changed(f"{LAYER}.oft_diag", np.ones(4)), "have no place"),
+    "no tensors": (lambda s: {}, "0 of the 0 tensors"),
+    "down without up": (lambda s: {DOWN: s[DOWN]}, "attn2.to_k lacks the other half of down"),
+    "up without down": (lambda s: {UP: s[UP]}, "lacks the other half of up"),
+    "another width": (lambda s: s | {DOWN: s[DOWN][:, 1:]}, r"has a change of shape \(96, 127\); .* takes \(96, 128\)"),
+    "factors that do not fit": (lambda s: s | {DOWN: s[DOWN][1:]}, "up of shape .* which do not fit"),
+    "not finite": (lambda s: s | {UP: s[UP] * np.nan}, "NaN or infinite"),
+    "all zeros": (lambda s: s | {UP: s[UP] * 0}, "changes nothing: all of its numbers are 0"),
+    "whole numbers": (lambda s: s | {UP: s[UP].astype(np.int64)}, "I64, where a floating-point type is needed"),
+    "an alpha of several numbers": (changed(f"{LAYER}.alpha", np.ones(3)), r"alpha of shape \(3,\)"),
+    "two spellings": (changed(f"{LAYER}.lora.up.weight", np.ones((64, 4))), "holds two tensors for 'up'"),
+    "a bias that is not there": (changed(f"{LAYER}.diff_b", np.ones(64)), "in this model it has no bias"),
+    "two kinds in one": (changed(f"{LAYER}.lokr_w1", np.ones((2, 2))), "do not belong together"),
+    "half a LoKr": (lambda s: {f"{LAYER}.lokr_w1": np.ones((2, 2))}, "lacks lokr_w2"),
+    "lengths of another layer": (changed(f"{LAYER}.dora_scale", np.ones(3)), r"change of shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_one_line(pipe, tmp_path, case, capsys):
+    damage, message = BAD[case]
+    state = {k: v if v.dtype == np.int64 else v.astype(np.float32) for k, v in damage(pair(pipe, LAYER)).items()}
+    file = full(tmp_path / "bad.safetensors", state)
+    code = generate.main(["a red house", "--lora", str(file), "-o", str(tmp_path / "out.png"), "--steps", "1"])
+    said = capsys.readouterr().err
+    assert code == 1
+    assert re.search(message, said)
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("said", ["[", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 0}'])
+def test_settings_of_peft_are_checked(pipe, tmp_path, said):
+    state = pair(pipe, LAYER)
+    entries = header({k: v.shape for k, v in state.items()}, "F32", metadata={"lora_adapter_metadata": said})
+    file = raw(tmp_path / "a.safetensors", entries, body=b"".join(v.tobytes() for v in state.values()))
+    with pytest.raises(Error, match=r"lora_adapter_metadata|its settings say lora_alpha"):
+        lora.read(file, pipe.description)
+
+
+def test_a_lora_is_checked_before_its_model_is_fetched(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
+    file = full(tmp_path / "style.safetensors", pair(pipe, LAYER))
+    with pytest.raises(Error, match=r"tensors of .* have no place in sdxl|takes \("):
+        mlxdiff.load("sdxl", loras=[str(file)], force=True, offline=True)
