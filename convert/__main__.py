@@ -64,7 +64,9 @@ def _convert(args, options: dict) -> int:
             words = args.tokenizer
             if words is None:
                 words = tokenizer_for(checkpoint, args.offline, show)
-            loras = [(store.lora_file(name, offline=args.offline), scale) for name, scale in map(lora, args.loras)]
+            loras = [
+                (store.adapter_file(name, "LoRA", offline=args.offline), scale) for name, scale in map(lora, args.loras)
+            ]
             save(checkpoint, args.output, args.quantize, dtype, words, show, loras)
     print(describe(of_folder(args.output)))
     return 0

@@ -48,6 +48,14 @@ class Adapter:
         return f"{self.name}: {n} layer{'s' * (n != 1)} ({parts})" + (f", rank {ranks}" if self.ranks else "")
 
 
+@dataclass(frozen=True, eq=False)
+class Word:
+    """A word that a text encoder is taught (textual inversion; Gal et al. 2022)."""
+
+    word: str
+    vectors: dict[str, mx.array]  # text encoder -> the embeddings of its tokens, (n, d)
+
+
 class SidePath(nn.Module):
     """A quantized layer and low-rank changes that run beside it: they would be lost if they were quantized with it."""
 

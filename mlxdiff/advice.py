@@ -51,8 +51,14 @@ def mac(gigabytes: int) -> Machine:
 
 def named(name: str, recipe: Recipe, low_memory: bool = False, request: Request | None = None) -> Workload:
     """The workload of a published model that draws a picture, by default with the model's size and steps."""
-    model = published(name, recipe)
-    return Workload(model, model.resolve(Request("") if request is None else request), low_memory)
+    model, request = published(name, recipe), Request("") if request is None else request
+    sizes = _sizes(request)
+    return Workload(model, model.resolve(request, sizes), low_memory, pictures=sizes)
+
+
+def _sizes(request: Request) -> tuple[tuple[int, int], ...]:
+    """Width and height of each picture of a request."""
+    return tuple(images.size(picture) for picture in request.pictures)
 
 
 def fits(workload: Workload, machine: Machine) -> bool:
@@ -93,14 +99,16 @@ def check_request(
     """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory.
     None: what will be drawn is not known yet, and counts as a small picture."""
     model.check_draws()
+    sizes = ()
     if request is None:
         full = model.fill(Request("", width=128, height=128, t5=t5))
     else:
         if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
             request = replace(request, eta=None)
-        full = model.resolve(request, None if request.image is None else images.size(request.image))
+        sizes = _sizes(request)
+        full = model.resolve(request, sizes)
     if not force:
-        check(Workload(model, full, low_memory, refiner))
+        check(Workload(model, full, low_memory, refiner, sizes))
 
 
 def check_named(models: list[str | None], recipe: Recipe, check: Callable) -> None:

@@ -1,6 +1,7 @@
 """From a prompt to the conditions of the denoiser: tokenize it, read it with one text encoder after the other, join the
 results. The differences between families (which layer, pooled vector, size ids, T5) are in their TextPlan."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,9 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import tokenizers
+from .adapters import Word
 from .description import Description
 from .errors import Error
 from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
+from .models.clip import CLIPText
 from .models.layers import sinusoids
 from .models.qwen3 import Qwen3
 from .models.t5 import T5Encoder
@@ -36,6 +39,24 @@ def load_tokenizers(text_plan: TextPlan, folder: Path, t5: bool) -> Tokenizers:
     """The tokenizers of a model folder. t5: whether T5 reads the prompt too."""
     read = {enc: network for enc, network in text_plan.encoders.items() if t5 or network != "t5"}
     return {enc: tokenizers.LOAD[network](folder / tokenizer_of(enc)) for enc, network in read.items()}
+
+
+def teach_tokenizers(toks: Tokenizers, words: list[Word], components: dict) -> None:
+    """Let tokenizers read taught words. Their ids follow those of the text encoder's own embeddings."""
+    for enc in {enc for word in words for enc in word.vectors}:
+        first = components[enc].vocab
+        for word in words:
+            n = len(word.vectors[enc])
+            toks[enc].teach(word.word, [*range(first, first + n)])
+            first += n
+
+
+def teach(encoder: nn.Module, name: str, words: list[Word]) -> None:
+    """Give a text encoder the embeddings of taught words, in the same order."""
+    vectors = [word.vectors[name] for word in words if name in word.vectors]
+    if vectors:
+        embedding = encoder.embeddings.token_embedding
+        embedding.weight = mx.concatenate([embedding.weight, *(v.astype(embedding.weight.dtype) for v in vectors)])
 
 
 def tokenize(text_plan: TextPlan, toks: Tokenizers, prompts: list[str]) -> dict[str, Words]:
@@ -87,7 +108,8 @@ def read(text_plan: TextPlan, encoder: nn.Module, words: Words, clip_skip: int) 
 
 def _known_ids(encoder: nn.Module, chunks: list[Chunk]) -> list[list[int]]:
     """The token ids of chunks. Raises for one that the embedding does not have: MLX would read memory beyond it."""
-    ids, known = [c.ids for c in chunks], encoder.config.vocab
+    ids = [c.ids for c in chunks]
+    known = encoder.embeddings.words if isinstance(encoder, CLIPText) else encoder.config.vocab
     largest, longest = max(max(i) for i in ids), max(len(i) for i in ids)
     fix = "The tokenizer does not belong to this model: convert the checkpoint again."
     if largest >= known:
@@ -153,16 +175,24 @@ def guidance_embedding(guidance: float, width: int) -> mx.array:
 
 
 def prepare(
-    model: Description, net: nn.Module, request: Request, ts: list[float], texts: list[Text], both: bool
+    model: Description,
+    net: nn.Module,
+    request: Request,
+    ts: list[float],
+    texts: list[Text],
+    both: bool,
+    references: Sequence[mx.array] = (),
 ) -> dict[str, dict]:
     """A denoiser's arguments besides x and t, under the names of `guidance.denoiser`'s parameters. both: whether the
-    two passes of a guided run share a batch."""
+    two passes of a guided run share a batch. references: the latents of pictures to edit, the same for all passes."""
     sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
     if model.guidance == EMBEDDED:
         sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)
     fixed = {"size": model.latent_size(request)} if model.flow else {}
     if model.guidance == INPUT:
         fixed["guidance"] = request.guidance
+    if references:
+        fixed["references"] = references
     lengths = model.text.qwen is not None and not model.text.qwen_padded
 
     def prepared(*sides: dict) -> dict:

@@ -3,18 +3,18 @@ passes and its noise levels. Every model folder has one, and so has every publis
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from . import samplers, schedules
 from .errors import Error
 from .families import FAMILIES, MODELS, Family, find
-from .families.base import EMBEDDED, INPUT, NONE, SECOND_PASS, TextPlan, Variant
+from .families.base import EMBEDDED, INPUT, NONE, SECOND_PASS, Cut, TextPlan, Variant
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
-from .request import Defaults, Request
+from .request import STRENGTH, Defaults, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
@@ -114,20 +114,44 @@ class Description:
             return schedules.flow(self.schedule, h * w // self.family.patch**2, request.shift)
         return schedules.discrete(self.schedule, samplers.SAMPLERS[request.sampler].grid)
 
-    def resolve(self, request: Request, image: tuple[int, int] | None = None) -> Request:
-        """The request with every open setting filled from this model's defaults, and checked. image: width and height
-        of the start picture."""
-        full = self.fill(request, image)
+    def starts(self, request: Request) -> bool:
+        """Whether a request's picture is a start image, which runs begin with, and not a picture to edit."""
+        return request.image is not None and not self.row.edits
+
+    def cuts(self, pictures: Sequence[tuple[int, int]]) -> list[Cut]:
+        """How each picture to edit, given its width and height, reaches the networks."""
+        return [self.family.cut(*size, self.multiple) for size in pictures] if self.row.edits else []
+
+    def resolve(self, request: Request, pictures: Sequence[tuple[int, int]] = ()) -> Request:
+        """The request with every open setting filled from this model's defaults, and checked. pictures: width and
+        height of each of its pictures."""
+        self._check_pictures(request)
+        full = self.fill(request, pictures)
         self._check(full)
         return full
 
-    def fill(self, request: Request, image: tuple[int, int] | None = None) -> Request:
+    def fill(self, request: Request, pictures: Sequence[tuple[int, int]] = ()) -> Request:
         """As `resolve`, but without checking whether this model can do what is asked."""
-        if image is not None:
-            request = request.sized(image, self.defaults.size**2, self.multiple)
+        if pictures and self.row.edits:
+            shape = self.cuts(pictures[:1])[0].size
+            request = request.sized(shape, math.prod(shape), self.multiple)
+        elif pictures:
+            request = request.sized(pictures[0], self.defaults.size**2, self.multiple)
         schedule = self.schedule
         pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
-        return request.resolve(self.defaults, pair, schedule["spacing"], self.family.clip_skip, self.multiple)
+        spacing, strength = schedule["spacing"], None if self.row.edits else STRENGTH
+        return request.resolve(self.defaults, pair, spacing, self.family.clip_skip, self.multiple, strength)
+
+    def _check_pictures(self, request: Request) -> None:
+        """Raise if this model cannot take that many pictures, or a strength beside them."""
+        count, edits = len(request.pictures), self.row.edits
+        if edits and request.strength is not None:
+            raise Error(f"{self.name} edits: it takes no strength.", "Leave `strength` out.")
+        if edits and count > edits:
+            raise Error(f"{self.name} takes at most {edits} to edit; {count} pictures were given.", "Give fewer.")
+        if not edits and count > 1:
+            fix = "Give one, or use a model that edits."
+            raise Error(f"{self.name} begins with one picture; {count} were given.", fix)
 
     def _check(self, request: Request) -> None:
         """Raise before the work if this model cannot do what the request asks."""
@@ -149,12 +173,7 @@ class Description:
             samplers.of_flow(request.sampler)
         schedule = self.noise_levels(request)
         schedules.sigmas(schedule, request.schedule, request.steps)
-        if request.image is not None and self.row.edits:
-            raise Error(
-                f"{self.name} edits a picture instead of starting from one, and that is not supported yet.",
-                "Leave the image out, or use another model.",
-            )
-        if request.image is not None and schedule.taken(request.steps, request.strength) == 0:
+        if self.starts(request) and schedule.taken(request.steps, request.strength) == 0:
             none = f"Strength {request.strength:g} of {request.steps} steps leaves no step to take."
             raise Error(none, "Raise the strength or the steps.")
         if self.family.check is not None:

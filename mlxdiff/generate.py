@@ -37,8 +37,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed; their seeds count up from it")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, or of 16 for SD3 and FLUX")
-    g.add_argument("-i", "--image", metavar="FILE", help="start image; it keeps its shape, or is cropped to -W, -H")
-    g.add_argument("--strength", type=float, metavar="F", help=f"how much of it to redraw; 1 is all ({STRENGTH})")
+    what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
+    g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
+    what = f"how much of a start image to redraw; 1 is all ({STRENGTH})"
+    g.add_argument("--strength", type=float, metavar="F", help=what)
     g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
 
     g = p.add_argument_group("how to draw it")
@@ -57,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in which steps (0.01 0.2)")
     many = "a file that changes the model, at a scale if it is not 1; may be given several times"
     g.add_argument("--lora", dest="loras", action="append", metavar="FILE[:SCALE]", help=many)
+    many = "a word that is taught to CLIP (textual inversion); may be given several times"
+    g.add_argument("--embedding", dest="embeddings", action="append", metavar="FILE[=WORD]", help=many)
     g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: leave T5 out, for less memory")
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
@@ -110,6 +114,8 @@ def draw(args: argparse.Namespace) -> int:
         base = replace(base, image_hash=None)
     if base is not None and args.loras is not None:
         base = replace(base, lora_hashes=())
+    if base is not None and args.embeddings is not None:
+        base = replace(base, embedding_hashes=())
     requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
@@ -153,6 +159,9 @@ def draw(args: argparse.Namespace) -> int:
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for adapter, scale in pipe.adapters(requests[0]):
             bar.write(f"{adapter}, scale {scale:g}")
+        for word in pipe.words(requests[0]):
+            n = max(map(len, word.vectors.values()))
+            bar.write(f"{word.word}: {n} token{'s' * (n > 1)}, for {', '.join(word.vectors)}")
         for request in requests:
             if request.negative and pipe.description.passes(request) == 1:
                 why = (

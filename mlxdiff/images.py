@@ -41,7 +41,7 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def read(source: str | Path | Image.Image) -> Image.Image:
-    """A start picture, in RGB: turned upright as its camera noted, what is transparent on white."""
+    """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on white."""
     with _readable(source) as (name, image):
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -85,6 +85,14 @@ def open_file(file: Path | io.BytesIO) -> Image.Image:
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     """The image scaled until it fills the size, then cropped around its middle."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def cut(image: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    """The image stretched to one size, then cropped around its middle to another."""
+    if image.size != scaled:
+        image = image.resize(scaled, Image.Resampling.LANCZOS)
+    left, top = ((a - b) // 2 for a, b in zip(scaled, size, strict=True))
+    return image.crop((left, top, left + size[0], top + size[1]))
 
 
 def fingerprint(image: Image.Image) -> str:

@@ -47,6 +47,7 @@ class Workload:
     request: Request  # resolved
     low_memory: bool = False
     refiner: Description | None = None  # the model that finishes the picture
+    pictures: tuple[tuple[int, int], ...] = ()  # width and height of each picture of the request
 
     def but(self, bits: int | str | None = None, **settings) -> "Workload":
         """The same workload with other settings: of the weights, of the run, or of the request."""
@@ -69,20 +70,23 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     model, request, low = workload.model, workload.request, workload.low_memory
     models = [model] if workload.refiner is None else [model, workload.refiner]
     vae, channels = _weights(model, "vae").held, model.components["vae"].channels
-    pixels = request.width * request.height
-    pixels = min(pixels, (TILE * model.factor) ** 2) if low else pixels
-    numbers = pixels * channels[0] * _item(model, "vae")
+    drawn = request.width * request.height
+    references = [math.prod(cut.size) for cut in model.cuts(workload.pictures)]
+
+    def numbers(pixels: int) -> float:
+        return (min(pixels, (TILE * model.factor) ** 2) if low else pixels) * channels[0] * _item(model, "vae")
+
     encode = max(_reads(m, request) for m in models)
     if request.image is not None:
-        encode = max(encode, vae + _ENCODER[gpu] * numbers)
+        encode = max(encode, vae + _ENCODER[gpu] * numbers(max(references, default=drawn)))
 
     kept, denoise, stays = vae if request.image is not None and not low else 0, 0, []
     for m in models:
-        held, passing = _draws(m, request, low, gpu)
+        held, passing = _draws(m, request, low, gpu, sum(references) if m is model else 0)
         stays.append(held)
         denoise = max(denoise, kept + held + passing)
         kept += 0 if low else held
-    decode = vae + _DECODER[gpu] * numbers + (0 if low else stays[0])
+    decode = vae + _DECODER[gpu] * numbers(drawn) + (0 if low else stays[0])
     return Peaks(int(encode), int(denoise), int(decode))
 
 
@@ -100,14 +104,15 @@ def _reading(model: Description, name: str) -> int:
     return tokens * (wide * config.hidden + scores * config.heads * tokens) * _item(model, name)
 
 
-def _draws(model: Description, request: Request, low: bool, gpu: bool) -> tuple[float, float]:
-    """Bytes that stay (the denoiser and its prepared conditions), and bytes of the activations of one step."""
+def _draws(model: Description, request: Request, low: bool, gpu: bool, references: int) -> tuple[float, float]:
+    """Bytes that stay (the denoiser and its prepared conditions), and bytes of the activations of one step.
+    references: pixels of the pictures to edit, which each sample reads beside its own."""
     name, text, passes = model.family.denoiser, model.text.tokens, model.passes(request)
     weights, samples, item = _weights(model, name), request.count * passes, _item(model, name)
     prepared = (weights.of_step * request.steps + weights.of_word * text) * samples
     if passes == 2 and not low:  # both halves run as one batch, and the prompt alone in unguided steps
         prepared += prepared // 2
-    latents = request.width * request.height // model.factor**2
+    latents = (request.width * request.height + references) // model.factor**2
     numbers = model.family.activations(model.net, latents, text, gpu) * (request.count if low else samples)
     return weights.held + prepared * item, numbers * item
 

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,13 +28,13 @@ from . import (
     samplers,
     schedules,
 )
-from .adapters import Adapter
+from .adapters import Adapter, Word
 from .arguments import check_options
 from .errors import Error
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
-from .request import SETTINGS, Request, Settings, asked, lora, takes_settings
+from .request import SETTINGS, Request, Settings, asked, embedding, lora, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
 
@@ -61,6 +62,7 @@ def load(
     parts: dict[str, str | Path] | None = None,
     t5: bool = True,
     loras: list[str] | tuple[str, ...] = (),
+    embeddings: list[str] | tuple[str, ...] = (),
     progress: Callable[[str, int, int], None] | None = None,
     **unknown: NoReturn,
 ) -> "Pipeline":
@@ -78,14 +80,20 @@ def load(
     parts: files of "vae", "clip", "clip_g" and "t5" for a checkpoint that lacks them.
     t5: False leaves SD3's T5 out and does not fetch it.
     loras: LoRA files for every picture that does not say, such as ["style.safetensors:0.8"].
+    embeddings: the same for words that are taught to CLIP (textual inversion), such as ["moss.safetensors=<moss>"].
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
     from . import store
 
     def check(model: description.Description, **others) -> None:
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
-        named = [*loras, *(request.loras or () if request is not None else ())]
-        store.check_loras([name for name, _ in map(lora, named)], model)
+        for name, _ in map(lora, [*loras, *(request.loras or () if request is not None else ())]):
+            if store.local(name) is not None:  # what is here can be checked before a model is fetched
+                store.lora(store.adapter_file(name, "LoRA", offline=True), model)
+        for text in [*embeddings, *(request.embeddings or () if request is not None else ())]:
+            name, word = embedding(text)
+            if store.local(name) is not None:
+                store.embedding(store.adapter_file(name, "embedding", offline=True), model, word)
 
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype), check)
@@ -97,7 +105,7 @@ def load(
         return Pipeline(Networks(folder, description.read(folder)), low_memory, force, offline)
 
     pipe = opened(model, check=check)
-    pipe.loras = tuple(loras)
+    pipe.loras, pipe.embeddings = tuple(loras), tuple(embeddings)
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
@@ -123,11 +131,13 @@ class Pipeline:
         self.description.check_draws()
         self.low_memory, self.force, self.offline = low_memory, force, offline
         self.loras: tuple[str, ...] = ()  # of requests that do not say
-        self._opened: dict[str, tuple] = {}  # LoRA -> its file's time and size, then (Adapter, fingerprint)
+        self.embeddings: tuple[str, ...] = ()
+        self._opened: dict[tuple, tuple] = {}  # adapter -> its file's time and size, then what it holds
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        self._start: tuple[str, Image.Image] | None = None  # the last start image and its fingerprint
+        self._pictures: tuple[tuple, list[Image.Image]] = (), []  # the last request's, after their fingerprints
+        self._references: tuple[tuple, list[mx.array]] = (), []  # the latents of the last ones, the same
 
     def __repr__(self) -> str:
         model = self.description
@@ -154,45 +164,85 @@ class Pipeline:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
         request = asked(prompt, settings)
-        request = self._with_loras(request)
+        request = self._with_adapters(request)
         if request.image is None:
             return self.description.resolve(request)
-        image = images.read(request.image)
-        fingerprint = images.fingerprint(image)
-        if request.image_hash not in (None, fingerprint):
-            raise Error("The image is not the start image of these settings.", "Give that image as `image=FILE`.")
-        self._start = fingerprint, image
-        return self.description.resolve(replace(request, image_hash=fingerprint), image.size)
+        pictures = [images.read(picture) for picture in request.pictures]
+        hashes = tuple(images.fingerprint(picture) for picture in pictures)
+        for i, (found, wanted) in enumerate(zip_longest(hashes, request.hashes)):
+            if request.hashes and found != wanted:
+                which = f"Image {i + 1}" if len(request.hashes) > 1 else "The image"
+                raise Error(f"{which} is not the one that these settings name.", "Give that image as `image=FILE`.")
+        self._pictures = hashes, pictures
+        full = replace(request, image_hash=hashes)
+        return self.description.resolve(full, [picture.size for picture in pictures])
 
-    def _with_loras(self, request: Request) -> Request:
-        """The request with the LoRAs that its prompt names, and the fingerprints of all."""
-        request.check_loras()
+    def _read(self, request: Request) -> list[Image.Image]:
+        """The pictures of a resolved request."""
+        hashes, pictures = self._pictures
+        held = hashes != () and hashes == request.hashes
+        return pictures if held else [images.read(picture) for picture in request.pictures]
+
+    def _with_adapters(self, request: Request) -> Request:
+        """The request with the LoRAs that its prompt names, those that the model was loaded with, and the fingerprints
+        of all files."""
+        request.check_adapters()
         prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
         given = [*(self.loras if request.loras is None else request.loras), *named]
-        given = [f"{name}:{scale:g}" for name, scale in map(lora, given)]
-        hashes = tuple(self._adapter(name)[1] for name, _ in map(lora, given))
-        if request.lora_hashes and hashes != request.lora_hashes:
-            raise Error("The LoRA files are not those of these settings.", "Give those files as `loras=[FILE]`.")
-        return replace(request, prompt=prompt, loras=tuple(given), lora_hashes=hashes)
+        words = tuple(self.embeddings if request.embeddings is None else request.embeddings)
+        if words:  # a word that cannot be taught is refused here, not in the run
+            toks = conditioning.load_tokenizers(self.description.text, self.networks.folder, t5=False)
+            learned = [self._word(*embedding(text))[0] for text in words]
+            conditioning.teach_tokenizers(toks, learned, self.description.components)
+        files = {
+            "lora_hashes": [self._adapter(name)[1] for name, _ in map(lora, given)],
+            "embedding_hashes": [self._word(*embedding(text))[1] for text in words],
+        }
+        for field, hashes in files.items():
+            known = getattr(request, field)
+            if known and tuple(hashes) != tuple(known):
+                what = "LoRA" if field == "lora_hashes" else "embedding"
+                fix = f"Give those files as `{'loras' if what == 'LoRA' else 'embeddings'}=[FILE]`."
+                raise Error(f"The {what} files are not those of these settings.", fix)
+        loras = tuple(f"{name}:{scale:g}" for name, scale in map(lora, given))
+        files = {field: tuple(hashes) for field, hashes in files.items()}
+        return replace(request, prompt=prompt, loras=loras, embeddings=words, **files)
 
     def adapters(self, request: Request) -> list[tuple[Adapter, float]]:
         """The LoRAs of a resolved request, with their scales."""
         return [(self._adapter(name)[0], scale) for name, scale in map(lora, request.loras or ())]
 
+    def words(self, request: Request) -> list[Word]:
+        """The taught words of a resolved request."""
+        return [self._word(*embedding(text))[0] for text in request.embeddings or ()]
+
     def _adapter(self, name: str) -> tuple[Adapter, str]:
-        """A LoRA and its fingerprint. It is read once, and again if its file has changed."""
+        """A LoRA and its fingerprint."""
         from . import store
 
-        path = store.lora_file(name, offline=self.offline)
+        return self._once(store.lora, name, "LoRA")
+
+    def _word(self, name: str, word: str | None) -> tuple[Word, str]:
+        """A taught word and its fingerprint."""
+        from . import store
+
+        return self._once(store.embedding, name, "embedding", word)
+
+    def _once(self, read: Callable, name: str, what: str, *more) -> tuple:
+        """What `read` makes of a file, which is read once, and again if it has changed."""
+        from . import store
+
+        path, key = store.adapter_file(name, what, offline=self.offline), (name, *more)
         stamp = path.stat().st_mtime_ns, path.stat().st_size
-        if self._opened.get(name, (None,))[0] != stamp:
-            self._opened[name] = stamp, store.lora(path, self.description)
-        return self._opened[name][1]
+        if self._opened.get(key, (None,))[0] != stamp:
+            self._opened[key] = stamp, read(path, self.description, *more)
+        return self._opened[key][1]
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
         refiner = None if self.refiner is None else self.refiner.description
-        return memory.Workload(self.description, request, self.low_memory, refiner)
+        sizes = tuple(picture.size for picture in self._read(request))
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -227,16 +277,18 @@ class Pipeline:
         spec, schedule = samplers.SAMPLERS[request.sampler], model.noise_levels(request)
         fn = samplers.of_flow(request.sampler) if model.flow else spec.fn
         whole = schedules.sigmas(schedule, request.schedule, request.steps)
-        steps = request.steps if request.image is None else schedule.taken(request.steps, request.strength)
+        steps = schedule.taken(request.steps, request.strength) if model.starts(request) else request.steps
         sigmas = whole[-1 - steps :]
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
         texts = []
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
 
-        draw, start_latents = self.noise(request), None
-        if request.image is not None:  # the seed's first draw goes to the VAE, as in diffusers
-            start_latents = yield from self._encode_image(request, draw())
+        draw, start_latents, references = self.noise(request), None, []
+        if model.starts(request):  # the seed's first draw goes to the VAE, as in diffusers
+            start_latents = yield from self._encode_start(request, draw())
+        elif request.image is not None:
+            references = yield from self._encode_references(request)
         first = draw()  # drawn even if not used: the noise of a noisy sampler continues here
         first = first if given is None else mx.array(given)
         if start_latents is None:
@@ -245,7 +297,8 @@ class Pipeline:
             x = schedule.noised(start_latents, first, sigmas[0])
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole)
+            read = references if pipe is self else []
+            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole, read)
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
@@ -293,13 +346,15 @@ class Pipeline:
         prompts = [request.prompt]
         if guided and not zeros:
             prompts.insert(0, "" if request.negative is None else request.negative)
-        key = (prompts, request.clip_skip, zeros, t5, request.loras)
+        key = (prompts, request.clip_skip, zeros, t5, request.loras, request.embeddings)
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
-            toks = conditioning.load_tokenizers(text_plan, self.networks.folder, t5)
+            toks, learned = conditioning.load_tokenizers(text_plan, self.networks.folder, t5), self.words(request)
+            conditioning.teach_tokenizers(toks, learned, model.components)
             parts = {}
             for name, words in conditioning.tokenize(text_plan, toks, prompts).items():
+                conditioning.teach(self.networks.get(name), name, learned)  # it is released below
                 parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
                 mx.eval(parts[name])
                 self.networks.release(name)  # one encoder at a time: T5 alone is larger than all the others
@@ -311,24 +366,50 @@ class Pipeline:
             yield Event("encode", 1, 1, time.perf_counter() - begin)
         return self._texts[1]
 
-    def _encode_image(self, request: Request, noise: mx.array) -> Iterator[Event]:
+    def _encode_start(self, request: Request, noise: mx.array) -> Iterator[Event]:
         """Latents of the start image, (B, h, w, c): one sample for each picture."""
-        yield Event("encode", 0, 1, 0.0)
-        begin = time.perf_counter()
-        held = self._start is not None and self._start[0] == request.image_hash
-        image = images.fit(self._start[1] if held else images.read(request.image), request.width, request.height)
-        tile = memory.TILE if self.low_memory else None
-        x0 = self.networks.get("vae").sample(mx.array(images.to_pixels(image))[None], noise, tile)
-        mx.eval(x0)
-        self._check_finite(mx.isfinite(x0).all())
-        if self.low_memory:
-            self.networks.release("vae")
-        yield Event("encode", 1, 1, time.perf_counter() - begin)
+        image = images.fit(self._read(request)[0], request.width, request.height)
+        (x0,) = yield from self._encode([image], lambda vae, pixels, tile: vae.sample(pixels, noise, tile))
         return x0
 
-    def denoiser(self, request: Request, schedule: Schedule, visits: list[float], texts: list, sigmas: list[float]):
+    def _encode_references(self, request: Request) -> Iterator[Event]:
+        """Latents of the pictures to edit, (1, h, w, c) each: the mean, not a sample. They are kept for the next
+        seed."""
+        if self._references[0] != request.hashes:
+            pictures = self._read(request)
+            cuts = self.description.cuts([picture.size for picture in pictures])
+            cut = [images.cut(picture, *how) for picture, how in zip(pictures, cuts, strict=True)]
+            latents = yield from self._encode(cut, lambda vae, pixels, tile: vae.encode(pixels, tile)[0])
+            self._references = request.hashes, latents
+        return self._references[1]
+
+    def _encode(self, pictures: list[Image.Image], how: Callable) -> Iterator[Event]:
+        """The latents that `how(vae, pixels, tile)` gives of each picture."""
+        yield Event("encode", 0, len(pictures), 0.0)
+        latents, tile = [], memory.TILE if self.low_memory else None
+        for i, picture in enumerate(pictures):
+            begin = time.perf_counter()
+            x0 = how(self.networks.get("vae"), mx.array(images.to_pixels(picture))[None], tile)
+            mx.eval(x0)
+            self._check_finite(mx.isfinite(x0).all())
+            latents.append(x0)
+            yield Event("encode", i + 1, len(pictures), time.perf_counter() - begin)
+        if self.low_memory:
+            self.networks.release("vae")
+        return latents
+
+    def denoiser(
+        self,
+        request: Request,
+        schedule: Schedule,
+        visits: list[float],
+        texts: list,
+        sigmas: list[float],
+        references: Sequence[mx.array] = (),
+    ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
-        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals."""
+        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; references: the
+        latents of pictures to edit."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -341,7 +422,8 @@ class Pipeline:
         net = self.networks.get(name)
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
-        conds = conditioning.prepare(model, self.networks.open(name) if model.flow else net, request, ts, texts, both)
+        source = self.networks.open(name) if model.flow else net
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references)
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
         # all of its conditions, not once for each layer.

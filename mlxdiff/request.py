@@ -23,6 +23,7 @@ MAX_EDGE = 16384
 MAX_SCALE = 10  # of a LoRA
 STRENGTH = 0.6
 
+Picture = str | Path | Image
 Call = TypeVar("Call", bound=Callable)
 
 
@@ -62,12 +63,16 @@ class Request:
     skip_scale: how far to push away from that pass.
     skip_interval: the part of the steps that has this pass.
     t5: SD3: whether T5 reads the prompt too.
-    image: the start image: a path or a PIL image. A PNG stores the path as it was typed, never the pixels.
-    image_hash: a fingerprint of the start image, set by `Pipeline.resolve`: a replay needs the same image.
-    strength: the part of the steps that redraws the image; 1 ignores the image, as in diffusers.
+    image: the start image, a path or a PIL image; for a model that edits, what to edit: an image, or a list of several.
+    A PNG stores the paths as they were typed, never the pixels.
+    image_hash: a fingerprint of each image, set by `Pipeline.resolve`: a replay needs the same images.
+    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers.
     loras: LoRA files or hub ids that change the model, each with a scale if it is not 1: "style.safetensors:0.8". None
     stands for those that the model was loaded with. A prompt may name them too: <lora:style:0.8>.
     lora_hashes: fingerprints of these files, set by `Pipeline.resolve`: a replay needs the same files.
+    embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
+    "moss.safetensors=<moss>". None stands for those that the model was loaded with.
+    embedding_hashes: fingerprints of these files, as for LoRA.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
     prompt: str
@@ -91,19 +96,44 @@ class Request:
     skip_scale: float = 2.8
     skip_interval: tuple[float, float] = (0.01, 0.2)
     t5: bool = True
-    image: str | Path | Image | None = None
-    image_hash: str | None = None
+    image: Picture | list[Picture] | tuple[Picture, ...] | None = None
+    image_hash: str | tuple[str, ...] | None = None
     strength: float | None = None
     loras: tuple[str, ...] | None = None
     lora_hashes: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] | None = None
+    embedding_hashes: tuple[str, ...] = ()
     noise: str = "torch"
 
+    def __post_init__(self):
+        """One spelling for each number of pictures: None, the picture alone, or a tuple of several."""
+        for name in ("image", "image_hash"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, tuple(value) if len(value) > 1 else value[0] if value else None)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The images, however many there are."""
+        return _several(self.image)
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Their fingerprints, if they are known."""
+        return _several(self.image_hash)
+
     def resolve(
-        self, defaults: Defaults, scheduler: tuple[str, str], spacing: str, clip_skip: int, multiple: int
+        self,
+        defaults: Defaults,
+        scheduler: tuple[str, str],
+        spacing: str,
+        clip_skip: int,
+        multiple: int,
+        strength: float | None = STRENGTH,
     ) -> "Request":
         """The request with a value for every setting. `scheduler`: the sampler and schedule to use when no sampler is
         named; `spacing`: the schedule for a sampler that the user chose; `multiple`: both edges must be divisible by
-        it."""
+        it; `strength`: how much of a start image is redrawn."""
         for name in ("sampler", "schedule", "noise"):  # these names are looked up before `check` runs
             if (value := getattr(self, name)) is not None:
                 _text(name, value)
@@ -123,7 +153,7 @@ class Request:
             schedule=_first(self.schedule, schedule),
             clip_skip=_first(self.clip_skip, clip_skip),
             eta=_first(self.eta, samplers.SAMPLERS[sampler].eta),
-            strength=_first(self.strength, None if self.image is None else STRENGTH),
+            strength=_first(self.strength, None if self.image is None else strength),
         )
         full.check(multiple)
         return full
@@ -175,7 +205,7 @@ class Request:
         _span("skip_interval", self.skip_interval)
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} is not a list of layers.", "Give a few, such as (7, 8, 9).")
-        self.check_loras()
+        self.check_adapters()
         if self.schedule not in schedules.SPACINGS:
             fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
             raise Error(f"Schedule {self.schedule!r} is not known.", fix)
@@ -183,13 +213,14 @@ class Request:
             fix = f"{did_you_mean(str(self.noise), SOURCES)}Use one of {', '.join(SOURCES)}."
             raise Error(f"Noise {self.noise!r} is not known.", fix)
 
-    def check_loras(self) -> None:
-        if not isinstance(self.loras, tuple | list | None):
-            raise Error(
-                f"loras {reprlib.repr(self.loras)} is not a list.", 'Give a list, such as ["a.safetensors:0.8"].'
-            )
+    def check_adapters(self) -> None:
+        """Raise unless the LoRAs and the embeddings are lists of texts, before their files are read."""
+        for name, value in (("loras", self.loras), ("embeddings", self.embeddings)):
+            if not isinstance(value, tuple | list | None):
+                raise Error(f"{name} {reprlib.repr(value)} is not a list.", 'Give a list, such as ["a.safetensors"].')
+            for text in value or ():
+                _text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
-            _text("LoRA", text)
             _number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
 
     def singles(self) -> list["Request"]:
@@ -197,8 +228,10 @@ class Request:
         return [replace(self, seed=self.seed + i, count=1) for i in range(self.count)]
 
     def to_json(self) -> str:
-        """The settings as JSON. An image that is not a file becomes null; its hash stays."""
+        """The settings as JSON. If an image is not a file, `image` becomes null; the hashes stay."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if any(isinstance(picture, Image) for picture in self.pictures):
+            values["image"] = None
         return json.dumps(values, ensure_ascii=False, default=lambda v: str(v) if isinstance(v, Path) else None)
 
     @classmethod
@@ -244,11 +277,13 @@ class Settings(TypedDict, total=False):
     skip_scale: float
     skip_interval: tuple[float, float]
     t5: bool
-    image: str | Path | Image | None
-    image_hash: str | None
+    image: Picture | list[Picture] | tuple[Picture, ...] | None
+    image_hash: str | tuple[str, ...] | None
     strength: float | None
     loras: tuple[str, ...] | None
     lora_hashes: tuple[str, ...]
+    embeddings: tuple[str, ...] | None
+    embedding_hashes: tuple[str, ...]
     noise: str
 
 
@@ -258,10 +293,12 @@ SETTINGS = tuple(f.name for f in fields(Request) if f.name != "prompt")
 def asked(prompt: str | Request, settings: dict) -> Request:
     """The request of a call: a prompt or an earlier request, whose settings the given settings replace."""
     arguments.check_settings(settings, SETTINGS)
-    if "image" in settings:  # this image replaces the one of an earlier request
+    if "image" in settings:  # it replaces the image of an earlier request
         settings = {"image_hash": None} | settings
     if "loras" in settings:
         settings = {"lora_hashes": ()} | settings
+    if "embeddings" in settings:
+        settings = {"embedding_hashes": ()} | settings
     return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
 
 
@@ -272,6 +309,12 @@ def lora(text: str) -> tuple[str, float]:
         return (name, float(scale)) if name else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def embedding(text: str) -> tuple[str, str | None]:
+    """An embedding's file and its word: moss.safetensors=<moss>. None: the word that the file has."""
+    name, found, word = text.partition("=")
+    return name, word if found else None
 
 
 def takes_settings(call: Call) -> Call:
@@ -287,6 +330,10 @@ def takes_settings(call: Call) -> Call:
     meanings = inspect.getdoc(Request).partition("\n\n")[2].partition("\n")[2]  # without the line about the prompt
     call.__doc__ = f"{inspect.getdoc(call)}\n\n{meanings}"
     return call
+
+
+def _several(value) -> tuple:
+    return () if value is None else value if isinstance(value, tuple) else (value,)
 
 
 def _first(*values):

@@ -9,9 +9,11 @@ from collections.abc import Callable
 FLAGS = {
     "bits": "-q",
     "count": "-b",
+    "embeddings": "--embedding",
     "guidance": "-g",
     "height": "-H",
     "image": "-i",
+    "loras": "--lora",
     "model": "-m",
     "negative": "-n",
     "output": "-o",
@@ -70,7 +72,8 @@ def _spelled(text: str, spell: Callable[[str, str | None], str]) -> str:
 
 
 def _plain(value: str) -> str:
-    """A Python value as people type it: text without quotes, unless empty; a tuple without brackets and commas."""
-    if value[0] == "(":
+    """A Python value as people type it: text without quotes, unless empty; a tuple or list without brackets and
+    commas."""
+    if value[0] in "([":
         return value[1:-1].replace(",", "")
     return value[1:-1] if len(value) > 2 and value[0] == value[-1] and value[0] in "'\"" else value

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -50,10 +50,22 @@ class ClipTokenizer:
     eos: int
     pad: int
     length: int
+    taught: dict[int, list[int]] = field(default_factory=dict)  # a taught word's id in the backend -> its tokens
 
     def ids(self, text: str) -> list[int]:
         """The tokens of the text, without begin, end and padding. A special token written in the text is that token."""
-        return self.backend.encode(_valid(text), add_special_tokens=False).ids
+        ids = self.backend.encode(_valid(text), add_special_tokens=False).ids
+        return [token for i in ids for token in self.taught.get(i, (i,))]
+
+    def teach(self, word: str, tokens: list[int]) -> None:
+        """Read a word as these tokens from now on."""
+        fix = "Give it a word without spaces that is not known yet: `embeddings=[FILE=WORD]`."
+        if not word or any(c.isspace() for c in word):
+            raise Error(f"A word that is taught cannot be {word!r}.", fix)
+        if self.backend.token_to_id(word) is not None:
+            raise Error(f"The tokenizer knows the word {word!r} already.", fix)
+        self.backend.add_tokens([AddedToken(word, normalized=True)])
+        self.taught[self.backend.token_to_id(word)] = tokens
 
     def encode(self, prompt: str, weighted: bool = True) -> list[Chunk]:
         """At least one chunk, so `encode("")` is the empty one. `weighted=False` takes brackets and BREAK literally."""

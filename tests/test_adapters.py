@@ -249,3 +249,51 @@ def test_a_lora_is_checked_before_its_model_is_fetched(pipe, tmp_path, monkeypat
     file = full(tmp_path / "style.safetensors", pair(pipe, LAYER))
     with pytest.raises(Error, match=r"tensors of .* have no place in sdxl|takes \("):
         mlxdiff.load("sdxl", loras=[str(file)], force=True, offline=True)
+
+
+# ---- taught words
+
+
+@pytest.fixture(scope="module")
+def width(pipe) -> int:
+    return pipe.description.components["text_encoder"].width
+
+
+def test_a_taught_word_is_kept_with_the_picture(pipe, width, tmp_path):
+    file = full(tmp_path / "moss.safetensors", {"emb_params": np.ones((2, width), np.float32)})
+    result = pipe("a moss house", seed=1, steps=2, embeddings=[str(file)])
+    plain = pipe("a moss house", seed=1, steps=2)
+    assert (np.asarray(result.image) != np.asarray(plain.image)).any()
+    again = pipe(images.read_settings(result.save(tmp_path / "a.png")[0])[0])
+    assert (np.asarray(again.image) == np.asarray(result.image)).all()
+    full(file, {"emb_params": np.zeros((2, width), np.float32)})
+    with pytest.raises(Error, match="The embedding files are not those of these settings"):
+        pipe(images.read_settings(tmp_path / "a.png")[0])
+
+
+BAD_WORDS = {
+    "another width": (lambda d: {"emb_params": np.ones((1, d + 1))}, "", r"takes rows of"),
+    "no rows": (lambda d: {"emb_params": np.ones((0, d))}, "", r"takes rows of"),
+    "too many rows": (lambda d: {"emb_params": np.ones((76, d))}, "", r"takes rows of"),
+    "three axes": (lambda d: {"emb_params": np.ones((1, 1, d))}, "", r"takes rows of"),
+    "not finite": (lambda d: {"emb_params": np.full((1, d), np.inf)}, "", "NaN or infinite"),
+    "SDXL's": (lambda d: {"clip_l": np.ones((1, d)), "clip_g": np.ones((1, d))}, "", "has 1 CLIP text encoder"),
+    "nothing": (lambda d: {}, "", "holds nothing"),
+    "several": (lambda d: {"a": np.ones(d), "b": np.ones(d)}, "", "holds a, b"),
+    "a LoRA": (lambda d: {DOWN: np.ones((4, d)), UP: np.ones((d, 4))}, "", "holds unet"),
+    "a word with spaces": (lambda d: {"a b": np.ones(d)}, "", "cannot be 'a b'"),
+    "a known word": (lambda d: {"emb_params": np.ones(d)}, "=a", "knows the word 'a' already"),
+    "no word": (lambda d: {"emb_params": np.ones(d)}, "=", "cannot be ''"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_a_bad_embedding_is_one_line(width, tmp_path, case, capsys):
+    state, word, message = BAD_WORDS[case]
+    file = full(tmp_path / "moss.safetensors", {k: v.astype(np.float32) for k, v in state(width).items()})
+    code = generate.main(["a house", "--embedding", f"{file}{word}", "-o", str(tmp_path / "out.png"), "--steps", "1"])
+    said = capsys.readouterr().err
+    assert code == 1
+    assert re.search(message, said)
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out.png").exists()

@@ -89,7 +89,7 @@ def test_a_picture_begins_with_another_and_replays_only_with_it(here, model, cap
     Image.new("RGB", (30, 14), "red").save("begin.png")
     capsys.readouterr()
     assert main([*again, "-o", "d.png"]) == 1
-    assert "not the start image of these settings" in capsys.readouterr().err
+    assert "The image is not the one that these settings name" in capsys.readouterr().err
 
 
 def test_an_image_from_memory_is_drawn_from_but_not_replayed(here, model, capsys):

@@ -125,7 +125,7 @@ def with_text(path: Path, key: str, text: str) -> Path:
         ('{"prompt": "x", "guidance": "7"}', "guidance is '7'"),
         ('{"prompt": "x", "interval": 5}', "interval is 5"),
         ('{"prompt": "x", "interval": ["a", []]}', "interval is"),
-        ('{"prompt": "x", "image": ["' + "a" * 10_000 + '"]}', "image is"),
+        ('{"prompt": "x", "image": [["' + "a" * 10_000 + '"]]}', "image is"),
         ('{"prompt": "x", "' + "a" * 10_000 + '": 1}', "does not know"),
         ('{"prompt": "' + "x" * 2**20 + '"}', "more than 1048576"),
     ],
@@ -143,7 +143,7 @@ def test_every_field_reads_back_from_json():
     """With none of them at its default."""
     full = Request("x", "n", 1, 2, 3, 64, 72, "ddim", "karras", 2, 1, 0.5, (0, 0.5), 2, 1, 2, 3, (7,), 1, (0.1, 1))
     full = replace(full, t5=False, image="a.png", image_hash="1f", strength=1, noise="nv")
-    full = replace(full, loras=("a.safetensors:0.8",), lora_hashes=("2e",))
+    full = replace(full, loras=("a.safetensors:0.8",), lora_hashes=("2e",), embeddings=("b",), embedding_hashes=("3",))
     plain = Request("")
     assert all(getattr(full, f.name) != getattr(plain, f.name) for f in fields(Request))
     assert Request.from_json(full.to_json()) == full

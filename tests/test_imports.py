@@ -66,6 +66,7 @@ MAY = {
         "mlxdiff.tokenizers",
     },
     "mlxdiff.conditioning": {
+        "mlxdiff.adapters",
         "mlxdiff.errors",
         "mlxdiff.description",
         "mlxdiff.families.base",
@@ -74,6 +75,7 @@ MAY = {
         "mlxdiff.models.t5",
         "mlxdiff.request",
         "mlxdiff.tokenizers",
+        "mlxdiff.models.clip",
     },
     "mlxdiff.networks": {"mlxdiff.adapters", "mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
     "mlxdiff.memory": {

@@ -2,6 +2,7 @@
 before the network is asked for anything, and what only a checkpoint can tell right after its headers."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from mlxdiff.errors import Error
 from mlxdiff.request import Request
 from mlxdiff.store import cache
 
+PICTURE = str(Path(__file__).parent / "data" / "lesson.png")
 BEFORE = {
     "a sampler of diffusion for rectified flow": ("flux-dev", {"sampler": "ddim"}, "ddim is not for models of rect"),
     "an unknown sampler": ("sd15", {"sampler": "nope"}, "no sampler 'nope'"),
@@ -30,6 +32,19 @@ BEFORE = {
     "guidance of a model without": ("flux-schnell", {"guidance": 3.0}, "takes no guidance"),
     "eta of a sampler without noise": ("sd15", {"sampler": "euler", "eta": 0.5}, "eta has no meaning for euler"),
     "a picture that is not there": ("sd15", {"image": "nowhere.png"}, "no picture at nowhere.png"),
+    "one of two pictures that is not there": ("sd15", {"image": [PICTURE, "nowhere.png"]}, "no picture at nowhere.png"),
+    "two pictures to begin with": ("sd15", {"image": [PICTURE] * 2}, "sd15 begins with one picture; 2 were given"),
+    "two pictures for a model that edits one": (
+        "flux-kontext",
+        {"image": [PICTURE] * 2},
+        "flux-kontext takes at most 1 to edit; 2 pictures were given",
+    ),
+    "strength of an edit": (
+        "flux-kontext",
+        {"image": PICTURE, "strength": 0.5},
+        r"flux-kontext edits: it takes no strength. Leave `strength` out",
+    ),
+    "strength of an edit without a picture": ("flux-kontext", {"strength": 0.5}, "edits: it takes no strength"),
 }
 
 
@@ -72,6 +87,8 @@ def test_an_option_is_refused_before_the_network_is_asked(options, says):
         (["-m", "flux-dev", "--sampler", "ddim"], "not for models of rectified flow"),
         (["-m", "sd15", "--sampler", "nope"], "no sampler 'nope'"),
         (["-m", "flux-dev", "-W", "1000"], "width 1000"),
+        (["-m", "flux-kontext", "-i", PICTURE, "--strength", "0.5"], "Leave --strength out"),
+        (["-m", "flux-kontext", "-i", PICTURE, "-i", PICTURE], "takes at most 1 to edit"),
         (["-m", "sdxl", "--refiner", "flux-dev"], "other latents"),
         (["-m", "flux-dev", "-n", "trees"], "Add --true-cfg 4"),
     ],

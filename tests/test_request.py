@@ -80,6 +80,21 @@ def test_an_image_has_a_strength_and_a_strength_an_image():
         resolve(replayed)
 
 
+def test_several_images_have_one_spelling_for_each_number():
+    shown = Image.new("RGB", (8, 8))
+    assert Request("x", image=[]) == Request("x", image=()) == Request("x")
+    assert Request("x", image=["a.png"], image_hash=["1f"]) == Request("x", image="a.png", image_hash="1f")
+    two = Request("x", image=["a.png", Path("b.png")], image_hash=("1f", "2e"))
+    assert two == Request("x", image=("a.png", Path("b.png")), image_hash=["1f", "2e"])
+    assert (two.pictures, two.hashes) == (("a.png", Path("b.png")), ("1f", "2e"))
+    assert Request("x", image=shown).pictures == (shown,)
+    assert (Request("x").pictures, Request("x").hashes) == ((), ())
+    again = Request.from_json(two.to_json())
+    assert again == replace(two, image=("a.png", "b.png"))
+    replayed = Request.from_json(replace(two, image=["a.png", shown]).to_json())  # no file holds the second
+    assert (replayed.image, replayed.hashes) == (None, ("1f", "2e"))
+
+
 BAD = [
     ({"prompt": 3}, "prompt"),
     ({"negative": b"x"}, "negative"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..models.build import Config
 from ..request import Defaults, Request
@@ -77,6 +78,14 @@ class Careful:
     eight: tuple[str, ...] = ()  # quantized to 8 bits: the modulations of a transformer, a quarter of FLUX
 
 
+class Cut(NamedTuple):
+    """How a picture reaches a network: scaled by Lanczos to one size, then cropped around its middle to another.
+    Each is (width, height)."""
+
+    scaled: tuple[int, int]
+    size: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Variant:
     """Checkpoints of a family with other inputs or other defaults. None: the same as the family. Variants are
@@ -90,7 +99,7 @@ class Variant:
     t5_tokens: int | None = None
     defaults: Defaults | None = None
     schedule: dict | None = None
-    edits: bool = False  # takes a picture to edit, which is not a start image
+    edits: int = 0  # how many pictures it takes to edit; 0: a picture is a start image
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,9 @@ class Family:
     zero_negative: bool = False  # zeros, not an empty text, replace a missing negative prompt
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
+    # (width, height, multiple of all edges) of a picture to edit -> its cut, which is also the size of the result.
+    # Raises if the family cannot read a picture of this size.
+    cut: Callable[[int, int, int], Cut] | None = None
     # (model name, denoiser, multiple of all edges, resolved request): raises if the family cannot draw the request.
     check: Callable[[str, Config, int, Request], None] | None = None
 

@@ -3,8 +3,22 @@
 from dataclasses import replace
 
 from ..models.flux import Config
-from .base import INPUT, NONE, Careful, Defaults, Family, Model, TextPlan, Variant
+from .base import INPUT, NONE, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
 from .published import CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX
+
+
+# The sizes of the pictures that Kontext was trained on (Labs et al. 2025), width and height; each also turned around.
+KONTEXT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
+KONTEXT += ((1024, 1024), *((h, w) for w, h in reversed(KONTEXT)))
+
+
+def _cut(width: int, height: int, multiple: int) -> Cut:
+    """A picture for Kontext is stretched to the size whose shape is nearest. As in diffusers, its own shape is that of
+    its edges rounded down."""
+    w, h = (max(multiple, edge // multiple * multiple) for edge in (width, height))
+    _, *nearest = min((abs(w / h - kw / kh), kw, kh) for kw, kh in KONTEXT)
+    size = tuple(edge // multiple * multiple for edge in nearest)
+    return Cut(size, size)
 
 
 def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
@@ -44,6 +58,7 @@ FLUX = Family(
     guidance=INPUT,
     patch=2,
     takes=("shift", "true_cfg"),
+    cut=_cut,
     variants={
         "base": Variant(),
         "schnell": Variant(
@@ -53,7 +68,7 @@ FLUX = Family(
             schedule=_SCHEDULE | {"shift": 1.0, "dynamic": None},
         ),
         # Kontext has the same shapes as dev; only the checkpoint's name for its pipeline shows it.
-        "kontext": Variant(edits=True),
+        "kontext": Variant(edits=1),
         "control": Variant(beside=64, needs=("a control picture",)),  # patches of the control picture
         "fill": Variant(beside=320, needs=("a picture", "a mask")),  # patches of picture and mask (8 x 8 a latent)
     },
@@ -110,6 +125,17 @@ MODELS = {
         download=33.74,
         networks=_DEV,
         defaults=replace(_DEFAULTS, guidance=4.5),
+        gated=True,
+    ),
+    "flux-kontext": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-Kontext-dev",
+        title="FLUX.1 Kontext dev: edits a picture",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV,
+        defaults=replace(_DEFAULTS, guidance=2.5),
+        variant="kontext",
         gated=True,
     ),
 }

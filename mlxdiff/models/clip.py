@@ -73,6 +73,11 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab, config.width)
         self.position_embedding = nn.Embedding(config.positions, config.width)
 
+    @property
+    def words(self) -> int:
+        """How many ids have an embedding; taught words have come to those of the file."""
+        return self.token_embedding.weight.shape[0]
+
     def __call__(self, ids: mx.array) -> mx.array:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
@@ -99,7 +104,7 @@ class CLIPText(nn.Module):
             states.append(layer(states[-1]))
         last = self.final_layer_norm(states[-1])
         # The text ends at the first eos; without an eos, at the highest id, as in early CLIP files.
-        end = mx.where(ids == self.config.eos, self.config.vocab, ids).argmax(axis=1)
+        end = mx.where(ids == self.config.eos, self.embeddings.words, ids).argmax(axis=1)
         pooled = last[mx.arange(ids.shape[0]), end]  # (B, d)
         if "text_projection" in self:
             pooled = self.text_projection(pooled)

@@ -1,6 +1,7 @@
 """FLUX.1: velocity flux(x, t, **flux.prepare(...)), x (B, h, w, c) with even sides, t a sigma in [0, 1]. Packing into
 2 x 2 patches and positions happen inside. Names, orders and rotations are those of Black Forest Labs' code (2024)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -163,6 +164,7 @@ class Flux(nn.Module):
         t: float | mx.array,
         *,
         txt: mx.array,
+        refs: list[mx.array],
         pe: Pair,
         vec: mx.array,
         times: dict[float, int],
@@ -176,12 +178,15 @@ class Flux(nn.Module):
         double, single, final = mods
 
         img = self.img_in(pack(x))  # (B, N, d)
+        B, N, _ = img.shape
+        img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
         for block, m in zip(self.double_blocks, double, strict=True):
             img, txt = block(img, txt, m, pe)
         both = mx.concatenate([txt, img], axis=1)
         for block, m in zip(self.single_blocks, single, strict=True):
             both = block(both, m, pe)
-        return unpack(self.final_layer(both[:, txt.shape[1] :], final), *x.shape[1:3])
+        M = txt.shape[1]
+        return unpack(self.final_layer(both[:, M : M + N], final), *x.shape[1:3])
 
     def prepare(
         self,
@@ -190,16 +195,19 @@ class Flux(nn.Module):
         pooled: mx.array,
         size: tuple[int, int],
         guidance: float | mx.array | None = None,
+        references: Sequence[mx.array] = (),
     ) -> dict:
         """All inputs that do not depend on x, made once per picture: the text, the rotations for x's size (h, w), and
-        each block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p)."""
+        each block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p).
+        references: latents of pictures to edit, (1, h_k, w_k, c), which all samples share."""
         dtype = self.img_in.bias.dtype
         vec = self.vector_in(pooled.astype(dtype))  # (B, d)
         if self.config.guidance:
             vec = vec + self.guidance_in(self.waves(mx.array(guidance).reshape(-1)))
         return {
             "txt": self.txt_in(context.astype(dtype)),
-            "pe": rotations(self.config, context.shape[1], size[0] // 2, size[1] // 2),
+            "refs": [self.img_in(pack(z.astype(dtype))) for z in references],
+            "pe": rotations(self.config, context.shape[1], size, *(z.shape[1:3] for z in references)),
             "vec": vec,
             "times": {} if ts is None else {t: i for i, t in enumerate(ts)},
             "mods": None if ts is None else self.mods(mx.array(ts)[:, None], vec),  # (T, B, 1, d) each
@@ -238,12 +246,14 @@ def unpack(x: mx.array, h: int, w: int) -> mx.array:
     return x.reshape(x.shape[0], h, w, -1)
 
 
-def rotations(config: Config, text: int, h: int, w: int) -> Pair:
+def rotations(config: Config, text: int, *sizes: tuple[int, int]) -> Pair:
     """The rotation of each pair of a head's numbers, as cos (N, d/2, 1) and signed sin (N, d/2, 2) in float32. Text
-    tokens are at (0, 0, 0) and do not rotate; a patch is at (0, row, column)."""
-    ids = np.zeros((text + h * w, len(config.axes)))
-    ids[text:, 1:] = np.indices((h, w)).reshape(2, -1).T
-    return turns(config, ids)
+    tokens are at (0, 0, 0) and do not rotate. A patch is at (k, row, column), where k counts the pictures of these
+    sizes (h, w) in latents: 0 for the one that is drawn."""
+    ids = [np.zeros((text, 3))]
+    for k, (h, w) in enumerate(sizes):
+        ids.append(np.stack([a.reshape(-1) for a in np.mgrid[k : k + 1, : h // 2, : w // 2]], axis=-1))
+    return turns(config, np.concatenate(ids))
 
 
 def turns(config: Config, ids: np.ndarray) -> Pair:

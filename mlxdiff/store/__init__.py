@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.nn as nn
 
 from .. import builtin, description, recipe
-from ..adapters import Adapter
+from ..adapters import Adapter, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import FAMILIES, MODELS
@@ -340,9 +340,9 @@ def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | N
     return networks["taesd"]
 
 
-def lora_file(name: str, *, offline: bool) -> Path:
-    """The file of a LoRA: a path, a name in the folder MLXDIFF_LORAS, or a hub repository (`org/repo`, or
-    `org/repo/file.safetensors`), from which it is fetched once."""
+def adapter_file(name: str, what: str, *, offline: bool) -> Path:
+    """The file of a LoRA or an embedding: a path, a name in the folder MLXDIFF_LORAS, or a hub repository (`org/repo`,
+    or `org/repo/file.safetensors`), from which it is fetched once."""
     path, folder = local(name), os.environ.get("MLXDIFF_LORAS")
     if path is None and folder:
         path = next(
@@ -358,7 +358,7 @@ def lora_file(name: str, *, offline: bool) -> Path:
     match = _HUB_ID.fullmatch(name) if path is None else None
     if path is None and match is None:
         fix = "Give a .safetensors file, a hub id, or a name in the folder of the environment variable MLXDIFF_LORAS."
-        raise Error(f"There is no LoRA {name!r}.", fix)
+        raise Error(f"There is no {what} {name!r}.", fix)
     if path is None:
         path = _one_file(match[1], match[2] or _LORA_NAMES[0], offline, _silent)
     return path
@@ -368,19 +368,22 @@ def lora(path: Path, model: Description) -> tuple[Adapter, str]:
     """What a LoRA file changes in a model, and the file's fingerprint."""
     from ..convert import lora
 
-    adapter = lora.read(path, model)
+    return lora.read(path, model), _fingerprint(path)
+
+
+def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:
+    """What a textual inversion teaches a model, and the file's fingerprint."""
+    from ..convert import embedding
+
+    return embedding.read(path, model, word), _fingerprint(path)
+
+
+def _fingerprint(path: Path) -> str:
     seen = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(2**20):
             seen.update(block)
-    return adapter, seen.hexdigest()[:16]
-
-
-def check_loras(names: list[str], model: Description) -> None:
-    """Raise for a LoRA that does not fit a model. Only files that are here are checked."""
-    for name in names:
-        if local(name) is not None:
-            lora(lora_file(name, offline=True), model)
+    return seen.hexdigest()[:16]
 
 
 def _one_file(repo: str, file: str, offline: bool, progress: Progress) -> Path:

@@ -12,7 +12,7 @@ import torch
 from mlx.utils import tree_flatten
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mlxdiff
 from mlxdiff.adapters import Adapter
@@ -316,3 +316,53 @@ def test_every_spelling_is_the_same_change(models, name, tmp_path):
         for n in touched:
             tolerance = 1e-5 * np.abs(want[n]).max()
             np.testing.assert_allclose(got[n], want[n], atol=tolerance, err_msg=f"{spelling}: {n}")
+
+
+# ---- textual inversion
+
+
+def taught(tmp_path, *widths: int, n: int, form: str) -> str:
+    g = torch.Generator().manual_seed(9)
+    vectors = [2 * torch.randn(n, width, generator=g) for width in widths]
+    keys = ("clip_l", "clip_g") if len(widths) == 2 else ("<moss>" if form == "diffusers" else "emb_params",)
+    save_file(dict(zip(keys, vectors, strict=True)), tmp_path / "moss.safetensors")
+    return str(tmp_path / "moss.safetensors")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("form", ["diffusers", "A1111"])
+def test_a_taught_word_draws_as_in_diffusers(models, tmp_path, n, form):
+    theirs, ours = models["sd1"]
+    prompt, file = "a <moss> house, <moss>s", taught(tmp_path, 48, n=n, form=form)
+    settings = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "<moss> fog", **SIZE}
+    untaught = theirs(prompt, generator=torch.Generator().manual_seed(SEED), **settings).images[0]
+    theirs.load_textual_inversion(file, token="<moss>")
+    try:
+        want = theirs(prompt, generator=torch.Generator().manual_seed(SEED), **settings).images[0]
+    finally:
+        theirs.unload_textual_inversion()
+    assert psnr(np.asarray(want), np.asarray(untaught)) < DB - 10
+    given = file if form == "diffusers" else f"{file}=<moss>"
+    same = {"seed": SEED, "steps": 4, "guidance": 5.0, "negative": "<moss> fog"} | SIZE
+    assert psnr(np.asarray(ours(prompt, embeddings=[given], **same).image), np.asarray(want)) > DB
+    assert psnr(np.asarray(ours(prompt, **same).image), np.asarray(untaught)) > DB
+
+
+def test_a_word_is_taught_to_both_encoders_of_sdxl(models, tmp_path):
+    """The second one's pooled vector is read at the end of the text, not at the taught word, whose id is higher."""
+    theirs, ours = models["sdxl"]
+    prompt, file = "a <moss> house", taught(tmp_path, 32, 48, n=2, form="SDXL")
+    state = load_file(file)
+    settings = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": NEGATIVE, **SIZE}
+    both = (("clip_l", theirs.text_encoder, theirs.tokenizer), ("clip_g", theirs.text_encoder_2, theirs.tokenizer_2))
+    for key, encoder, tok in both:
+        theirs.load_textual_inversion({"<moss>": state[key]}, text_encoder=encoder, tokenizer=tok)
+    try:
+        want = theirs(prompt, generator=torch.Generator().manual_seed(SEED), **settings).images[0]
+    finally:
+        for _, encoder, tok in both:
+            theirs.unload_textual_inversion(text_encoder=encoder, tokenizer=tok)
+    same = {"seed": SEED, "steps": 4, "guidance": 5.0, "negative": NEGATIVE} | SIZE
+    got = np.asarray(ours(prompt, embeddings=[f"{file}=<moss>"], **same).image)
+    assert psnr(got, np.asarray(want)) > DB
+    assert psnr(np.asarray(ours(prompt, **same).image), np.asarray(want)) < DB - 10
