@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from . import recipe
 from .description import Description
 from .families import FAMILIES
-from .models import build, t5
+from .models import build
 from .request import Request
 
 SURE = 1.15  # the estimate may exceed the truth by this factor (tests check it); a run is refused only beyond it
@@ -28,7 +28,8 @@ TILE = 64  # latents along a tile's edge under low_memory: 512 pixels; every VAE
 
 _DECODER = {False: 84, True: 12.5}  # per pixel and channel of the first level; False: CPU, True: GPU
 _ENCODER = {False: 58, True: 6.6}  # the same
-_T5 = 10, 3  # per token and hidden width; and a factor of one layer's attention scores
+# Text encoders: per token and hidden width; and a factor of one layer's attention scores. CLIP's are too few to count.
+_READ = {"clip": (0, 0), "t5": (10, 3), "qwen3": (7, 1.3)}
 
 
 class Peaks(NamedTuple):
@@ -97,11 +98,10 @@ def _reads(model: Description, request: Request) -> float:
 
 
 def _reading(model: Description, name: str) -> int:
-    """Bytes of a text encoder's activations; CLIP's are too few to count."""
-    config, (wide, scores), tokens = model.components[name], _T5, model.text.t5_tokens
-    if not isinstance(config, t5.Config):
-        return 0
-    return tokens * (wide * config.hidden + scores * config.heads * tokens) * _item(model, name)
+    """Bytes of a text encoder's activations."""
+    config, tokens = model.components[name], max(model.text.t5_tokens, model.text.qwen_tokens)
+    wide, scores = _READ[build.name_of(config)]
+    return int(tokens * (wide * config.hidden + scores * config.heads * tokens) * _item(model, name))
 
 
 def _draws(model: Description, request: Request, low: bool, gpu: bool, references: int) -> tuple[float, float]:

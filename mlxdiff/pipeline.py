@@ -77,7 +77,7 @@ def load(
     request: the picture that will be drawn, so that a wrong setting is refused before a download.
     offline: never use the network. revision: a branch, tag or commit of the hub repository.
     tokenizer: a folder, for a checkpoint without a tokenizer. prediction: "eps" or "v", if the checkpoint does not say.
-    parts: files of "vae", "clip", "clip_g" and "t5" for a checkpoint that lacks them.
+    parts: files of "vae", "clip", "clip_g", "t5" and "text_encoder" for a checkpoint that lacks them.
     t5: False leaves SD3's T5 out and does not fetch it.
     loras: LoRA files for every picture that does not say, such as ["style.safetensors:0.8"].
     embeddings: the same for words that are taught to CLIP (textual inversion), such as ["moss.safetensors=<moss>"].

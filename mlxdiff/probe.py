@@ -168,13 +168,20 @@ class Token(NamedTuple):
     role: str  # begin, text, end or padding
 
 
+def _clip(pipe: Pipeline) -> str:
+    """The first text encoder, which is a CLIP: only CLIP's tokens are shown."""
+    if not pipe.description.text.clip:
+        raise Error(f"{pipe.name} reads no prompt with CLIP.", "Use a model of Stable Diffusion to see its tokens.")
+    return pipe.description.text.clip[0]
+
+
 def tokens(pipe: Pipeline, prompt: str | Request, **settings) -> list[list[Token]]:
     """The prompt's chunks as the first text encoder reads them, with the empty chunks that this run adds."""
     request = pipe.resolve(prompt, **settings)
     negative = (request.negative or "") if pipe.description.passes(request) == 2 else ""
-    text_plan = pipe.description.text
+    text_plan, first = pipe.description.text, _clip(pipe)
     toks = conditioning.load_tokenizers(text_plan, pipe.networks.folder, t5=False)
-    words, first = conditioning.tokenize(text_plan, toks, [request.prompt, negative]), text_plan.clip[0]
+    words = conditioning.tokenize(text_plan, toks, [request.prompt, negative])
     return [_described(toks[first], chunk) for chunk in words[first].chunks[0]]
 
 
@@ -188,7 +195,7 @@ def _described(tokenizer: tokenizers.ClipTokenizer, chunk: tokenizers.Chunk) -> 
 def merges(pipe: Pipeline, prompt: str) -> list[list[list[str]]]:
     """How the letters of each word of a prompt become tokens of the first text encoder: the letters, then the pieces
     after each merge. Of all neighbouring pairs, the pair that was learned first is merged (Sennrich et al. 2016)."""
-    backend = tokenizers.load(pipe.networks.folder / tokenizer_of(pipe.description.text.clip[0])).backend
+    backend = tokenizers.load(pipe.networks.folder / tokenizer_of(_clip(pipe))).backend
     learned = json.loads(backend.to_str())["model"]["merges"]
     rank = {tuple(pair): k for k, pair in enumerate(learned)}
     text = " ".join(text for text, weight in tokenizers.parse_weights(prompt) if weight is not None)

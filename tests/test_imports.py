@@ -82,7 +82,6 @@ MAY = {
         "mlxdiff.description",
         "mlxdiff.families",
         "mlxdiff.models.build",
-        "mlxdiff.models.t5",
         "mlxdiff.recipe",
         "mlxdiff.request",
     },

@@ -37,6 +37,7 @@ ALONE = {
     "flux_schnell_transformer": ("flux", "schnell", "transformer"),
     "flux_text_encoder_2": ("t5", "base", "text_encoder"),
     "flux_vae": ("vae", "base", "vae"),
+    "qwen3_4b_text_encoder": ("qwen3", "base", "text_encoder"),
     "sd35_large_transformer": ("sd3", "base", "transformer"),
     "sd35_medium_transformer": ("sd3", "base", "transformer"),
     "sd3_medium_transformer": ("sd3", "base", "transformer"),
@@ -86,6 +87,8 @@ def count(name: str) -> dict[str, int]:
     """Tensors and parameters of a component's manifest, buffers left out."""
     held = manifest(LIKE.get(name, name))["tensors"]
     dropped = (*BUFFERS, "encoder.layers.") if name.startswith("tae") else BUFFERS  # of a TAESD, the decoder is read
+    if name.startswith("qwen3"):  # the last layer and the norm after it are not read
+        dropped = (*BUFFERS, "model.layers.35.", "model.norm.")
     held = [s for k, s in held.items() if not any(b in k for b in dropped)]
     return {"tensors": len(held), "parameters": sum(int(np.prod(s)) for s in held)}
 
@@ -370,6 +373,16 @@ DERIVED = {
     "T5 taken out of ComfyUI's one file": (
         lambda: original.under("text_encoders.t5xxl.transformer.", facts("comfy_t5xxl_fp16")),
         "t5", "base", {"text_encoder": "t5xxl_encoder"},
+    ),
+    "Qwen3 without its prefix, and its head": (
+        lambda: {k.removeprefix("model."): s for k, s in facts("qwen3_4b_text_encoder").items()}
+        | {"lm_head.weight": (151936, 2560), "logit_scale": ()},
+        "qwen3", "base", {"text_encoder": "qwen3_4b_text_encoder"},
+    ),
+    "Qwen3 taken out of ComfyUI's one file": (
+        lambda: original.under("text_encoders.qwen3_4b.transformer.", facts("qwen3_4b_text_encoder"))
+        | {"text_encoders.qwen3_4b.logit_scale": ()},
+        "qwen3", "base", {"text_encoder": "qwen3_4b_text_encoder"},
     ),
     "CLIP-G taken out of ComfyUI's one file": (
         lambda: original.under("text_encoders.clip_g.transformer.", facts("comfy_clip_g"))

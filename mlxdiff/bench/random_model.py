@@ -22,7 +22,7 @@ from ..models.build import Config
 from ..networks import Networks
 from ..pipeline import Pipeline
 from ..recipe import DTYPES, component_dtype, quantization_plan, recipe
-from ..tokenizers import BOS, EOS
+from ..tokenizers import BOS, EOS, QWEN_SPECIAL
 
 
 class RandomNetworks(Networks):
@@ -33,10 +33,9 @@ class RandomNetworks(Networks):
         self._making = 0.0
         self._place = tempfile.TemporaryDirectory(prefix="mlxdiff-")
         super().__init__(Path(self._place.name), description)
-        for name in (*description.text.clip, description.text.t5):
+        for name, kind in description.text.encoders.items():
             if name in description.components:
-                alphabet = _t5_alphabet if name == description.text.t5 else _alphabet
-                alphabet(self.folder / tokenizer_of(name))
+                _ALPHABETS[kind](self.folder / tokenizer_of(name))
 
     def get(self, name: str) -> nn.Module:
         """Make the weights now and subtract their time. A transformer's weights are made in the load stage, which has
@@ -68,7 +67,7 @@ def random_pipeline(
     force: bool = False,
     bits: int | str | None = None,
 ) -> Pipeline:
-    """A named model with random weights. blocks: how many of each kind to keep, in the transformers and T5."""
+    """A named model with random weights. blocks: how many of each kind to keep, in the transformers, T5 and Qwen3."""
     model = published(name, recipe(bits, dtype))
     return Pipeline(RandomNetworks(replace(model, components=shallow(name, blocks))), low_memory, force)
 
@@ -85,6 +84,8 @@ def shallow(name: str, blocks: int | None) -> dict[str, Config]:
         depth = {k: min(blocks, v) for k, v in vars(config).items() if k in ("double", "single", "layers")}
         if hasattr(config, "dual"):
             depth["dual"] = tuple(i for i in config.dual if i < blocks)
+        if hasattr(config, "taps"):  # as many states as before, though of the same layer
+            depth["taps"] = tuple(min(blocks, k) for k in config.taps)
         return replace(config, **depth)
 
     return {n: c if build.name_of(c) in ("vae", "clip") else cut(c) for n, c in networks.items()}
@@ -117,3 +118,15 @@ def _t5_alphabet(folder: Path) -> None:
     made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.save(str(folder / "tokenizer.json"))
+
+
+def _qwen_alphabet(folder: Path) -> None:
+    folder.mkdir()
+    letters = _letters()
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(letters)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    added = {len(letters) + i: {"content": name, "special": True} for i, name in enumerate(QWEN_SPECIAL)}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}), encoding="utf-8")
+
+
+_ALPHABETS = {"clip": _alphabet, "t5": _t5_alphabet, "qwen3": _qwen_alphabet}

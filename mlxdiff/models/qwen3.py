@@ -97,6 +97,5 @@ class Qwen3(nn.Module):
         x = self.embed_tokens(ids).astype(mx.float32)
         for k, layer in enumerate(self.layers, 1):
             x = layer(x, visible)
-            if k in self.config.taps:
-                taps.append(x)
+            taps += [x] * self.config.taps.count(k)
         return taps[0] if len(taps) == 1 else mx.concatenate(taps, axis=-1)

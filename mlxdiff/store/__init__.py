@@ -64,9 +64,9 @@ def resolve(
 
     bits, dtype: how to store the weights. offline: never use the network. revision: a branch, tag or commit of the hub
     repository; by default the commit that was seen first is kept. tokenizer: a folder, for checkpoints without one.
-    prediction: "eps" or "v", if a checkpoint does not say. parts: files of "vae", "clip", "clip_g" and "t5", for SD3
-    and FLUX checkpoints that lack them and have no such files beside them. t5: False neither fetches nor converts SD3's
-    T5. progress(stage, done, total) is called with bytes. check: called with the model's description as soon as it is
+    prediction: "eps" or "v", if a checkpoint does not say. parts: files of what `families.PARTS` names, for transformers
+    that lack them and have no such files beside them. t5: False neither fetches nor converts SD3's T5.
+    progress(stage, done, total) is called with bytes. check: called with the model's description as soon as it is
     known, which is before a conversion; an exception from it ends the call."""
     asked, how = {"dtype": dtype, "bits": bits, "prediction": prediction}, recipe.recipe(bits, dtype)
     tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()

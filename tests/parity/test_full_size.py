@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 
 from mlxdiff import memory
 from mlxdiff.families import FAMILIES, MODELS
-from mlxdiff.models import flux, sd3, t5, unet, vae
+from mlxdiff.families.published import QWEN3_4B
+from mlxdiff.models import flux, qwen3, sd3, t5, unet, vae
 
 from . import test_unet, test_vae
 from .oracle import error, nchw, nhwc
@@ -155,8 +156,17 @@ def of_t5(numbers: np.ndarray) -> tuple[Callable, float]:
     config = replace(MODELS["flux-dev"].networks["text_encoder_2"], layers=2, vocab=9000)
     net, ids = fill(t5.T5Encoder(config), numbers), mx.zeros((1, 256), mx.int32)
     mx.eval(net.parameters(), ids)
-    wide, scores = memory._T5
+    wide, scores = memory._READ["t5"]
     return lambda: net(ids), 256 * (wide * config.hidden + scores * config.heads * 256)
+
+
+def of_qwen3(numbers: np.ndarray) -> tuple[Callable, float]:
+    """As klein reads it: padded, and with three states side by side."""
+    config = replace(QWEN3_4B, layers=3, taps=(1, 2, 3), vocab=9000)
+    net, ids, mask = fill(qwen3.Qwen3(config), numbers), mx.zeros((1, 512), mx.int32), mx.arange(512)[None] < 40
+    mx.eval(net.parameters(), ids, mask)
+    wide, scores = memory._READ["qwen3"]
+    return lambda: net(ids, mask), 512 * (wide * config.hidden + scores * config.heads * 512)
 
 
 ACTIVE = {
@@ -167,6 +177,7 @@ ACTIVE = {
     "sdxl": lambda numbers: of_unet(numbers, "sdxl"),
     "vae": of_vae,
     "t5": of_t5,
+    "qwen3": of_qwen3,
 }
 
 

@@ -4,11 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx.utils import tree_flatten
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mlxdiff.models import qwen3
 
-from .oracle import error, give, randomize
+from ..checkpoints import manifest
+from .oracle import error, give, randomize, rounded
 
 CASES = {
     # As klein reads the 4B: three of the layers, 4 query heads to a key head, inner width 1.6 times the width.
@@ -76,3 +78,61 @@ def test_qwen3_equals_transformers(config, n):
     ids, mask = prompts(config, n, n)
     want = theirs_of(theirs, config, ids, mask)
     assert error(ours(mx.array(ids.astype(np.int32)), mx.array(mask)), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype", "eps"), [(mx.float16, torch.float16, 2**-11), (mx.bfloat16, torch.bfloat16, 2**-8)]
+)
+def test_half_precision_loses_only_rounding(dtype, torch_dtype, eps):
+    config = CASES["8B"]
+    theirs, ours = pair(config, 2)
+    give(rounded(theirs, torch_dtype), ours, dtype, read(config))
+    ids, mask = prompts(config, 3, 20)
+    out = ours(mx.array(ids.astype(np.int32)), mx.array(mask))
+    assert out.dtype == mx.float32  # the stream, which may exceed float16
+    assert error(out, theirs_of(theirs, config, ids, mask)) < 4 * eps  # 1.7 eps is seen
+
+
+def test_float16_survives_states_beyond_its_range():
+    """Weights with which the gated product, the output of down_proj and the residual stream pass float16's 65504, as
+    those of a large language model may at single tokens and channels."""
+    config = CASES["8B"]
+    theirs, ours = pair(config, 4)
+    streams, products = [], []
+    for layer in theirs.model.layers[: config.layers]:
+        layer.mlp.up_proj.weight.mul_(1e4)
+        layer.mlp.down_proj.weight.mul_(40)
+        layer.register_forward_hook(lambda module, args, out: streams.append(out.abs().max().item()))
+        layer.mlp.down_proj.register_forward_hook(lambda module, args, out: products.append(args[0].abs().max().item()))
+    give(rounded(theirs, torch.float16), ours, mx.float16, read(config))
+    ids, mask = prompts(config, 5, 20)
+    reference = theirs_of(theirs, config, ids, mask)
+    assert min(streams) > 4 * 65504
+    assert max(products) > 65504 / 2
+    out = ours(mx.array(ids.astype(np.int32)), mx.array(mask))
+    assert error(out, reference) < 24 * 2**-11
+
+
+def test_padding_is_not_seen_and_later_tokens_neither():
+    """What stands at padded places, and what follows a token, must not move it."""
+    config = CASES["Z-Image"]
+    _, ours = pair(config, 6)
+    mx.eval(ours.parameters())
+    ids, mask = prompts(config, 7, 12)
+    n = int(mask[0].sum())
+    whole = np.array(ours(mx.array(ids.astype(np.int32)), mx.array(mask)))
+    alone = np.array(ours(mx.array(ids[:1, :n].astype(np.int32))))
+    np.testing.assert_allclose(whole[:1, :n], alone, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    changed = ids.copy()
+    changed[0, n:] = (ids[0, n:] + 1) % config.vocab
+    again = np.array(ours(mx.array(changed.astype(np.int32)), mx.array(mask)))
+    np.testing.assert_array_equal(whole[0, :n], again[0, :n])
+    assert np.abs(whole[0, n:] - again[0, n:]).max() > 0.1
+
+
+def test_parameters_are_those_of_the_published_file():
+    """Names and shapes of Qwen3-4B's layers that Z-Image reads; none is made, for ours are lazy."""
+    net = qwen3.Qwen3(qwen3.Config(151936, 2560, 35, 32, 8, 128, 9728, 1e6, 1e-6, (35,)))
+    published = {k.removeprefix("model."): s for k, s in manifest("qwen3_4b_text_encoder")["tensors"].items()}
+    held = {k: s for k, s in published.items() if not k.startswith(("layers.35.", "norm."))}
+    assert {name: list(p.shape) for name, p in tree_flatten(net.parameters())} == held
