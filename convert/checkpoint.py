@@ -41,7 +41,7 @@ class Checkpoint:
     zero_negative: bool
     tokenizers: dict[str, Path]
     stated: str | None  # the prediction, if the caller or the file says it
-    called: str  # what it calls itself: a folder its pipeline, a file its architecture; "" if neither does
+    called: str  # what it calls itself: a folder its pipeline, a file its architecture and its name
 
     @property
     def layout(self) -> Layout:
@@ -69,7 +69,7 @@ class Checkpoint:
     @property
     def variant(self) -> str:
         """One of the family's variants, or, if it has none of so many input channels, their number."""
-        return _variant(self.layout.family, self.components, self.called)
+        return _variant(self.layout.family, self.components, self.called, self.schedule)
 
     @cached_property
     def prediction(self) -> str | None:
@@ -81,14 +81,14 @@ class Checkpoint:
         return self.layout.family.prediction
 
 
-def _variant(family: Family | None, components: dict[str, Component], called: str) -> str:
+def _variant(family: Family | None, components: dict[str, Component], called: str, schedule: dict | None) -> str:
     denoiser = None if family is None else components.get(family.denoiser)
     if denoiser is None or denoiser.config is None:
         return "base"
     config = denoiser.config
     extra = config.in_channels - config.out_channels
     if extra == 0:
-        return MODULES[family.network].variant(config, called)
+        return MODULES[family.network].variant(config, called, schedule)
     return next((n for n, v in family.variants.items() if v.beside == extra), f"{config.in_channels}-channel")
 
 
@@ -164,7 +164,7 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
     key = module.layout(components[denoiser].config, components)
     layout, stated = LAYOUTS[key], None
     family = layout.family
-    schedule = _schedule(family, _variant(family, components, index.cls))
+    schedule = _schedule(family, _variant(family, components, index.cls, None))
     if index.get("scheduler", None) is not None:
         settings = Settings(path / "scheduler" / "scheduler_config.json")
         if family.flow:
@@ -205,8 +205,8 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
     if "unet" in configs and configs["unet"].added is not None and "text_encoder_2" in configs:
         config = sized(configs["unet"], configs["text_encoder_2"], sizes(layout.family))
         components["unet"] = replace(components["unet"], config=config)
-    called = file.metadata.get("modelspec.architecture", "")
-    schedule = _schedule(layout.family, _variant(layout.family, components, called))
+    called = " ".join((file.metadata.get("modelspec.architecture", ""), path.stem)).strip()
+    schedule = _schedule(layout.family, _variant(layout.family, components, called, None))
     if "ztsnr" in file.tensors:  # Lin et al. 2024: start at the very last step
         schedule = schedule | {"zero_snr": True, "spacing": "trailing"}
     words = file.metadata.get("modelspec.prediction_type", file.metadata.get("modelspec.predict_key"))

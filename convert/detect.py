@@ -19,13 +19,15 @@ FOREIGN = [
     ),
     (r"^(ip_adapter|image_proj|ip_adapter_proj_model)\.|\.ip_adapter_\w+_proj\.", "an IP-Adapter"),
     (
-        r"^control_model\.|^controlnet_(cond_embedding|down_blocks|blocks|x_embedder)\.|^(input_hint_block|zero_convs)\.",
+        r"^control_(model|layers|all_x_embedder)\.|^controlnet_(cond_embedding|down_blocks|blocks|x_embedder)\.|^(input_hint_block|zero_convs)\.",
         "a ControlNet",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),
     (r"^redux_(up|down)\.", "a FLUX Redux image embedder"),
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma model"),
     (r"(^|\.)double_stream_modulation_", "a FLUX.2 model"),
+    (r"(^|\.)siglip_embedder\.", "a Z-Image Omni model, which also reads pictures"),
+    (r"(^|\.)time_caption_embed\.", "a Lumina-Image 2 model"),
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo model"),
     (r"(^|\.)transformer_blocks\.\d+\.img_mod\.", "a Qwen-Image model"),
     (r"^1\.conv\.0\.", "the encoder of a TAESD, whose decoder alone is used"),  # in a decoder's file, 1 is no block
@@ -65,6 +67,8 @@ def layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, bool]:
             return name, keys.has(module.ORIGINAL)
     if keys.has(r"^(vision_model|visual|visual_projection)\."):
         raise Error(f"{path} is a CLIP vision model, which is not supported yet.", KNOWN)
+    if keys.has(r"(^|\.)cap_embedder\.0\."):  # Z-Image, which has such a layer too, is recognised by then
+        raise Error(f"{path} is a Lumina-Image 2 model, which is not supported yet.", KNOWN)
     raise Error(
         f"{path} is no checkpoint that is known here; its first tensor is {min(tensors, default='none')!r}.",
         KNOWN,

@@ -126,9 +126,9 @@ def layout(config: Config, components: dict) -> str:
     return "flux"
 
 
-def variant(config: Config, called: str) -> str:
+def variant(config: Config, called: str, schedule: dict | None) -> str:
     """Kontext and Krea have the same shapes as dev. Kontext, which was trained to edit, is recognised where the
-    checkpoint says so (FluxKontextPipeline, or SwarmUI's Flux.1-dev/kontext)."""
+    checkpoint says so (FluxKontextPipeline, SwarmUI's Flux.1-dev/kontext, or a file's name)."""
     if not config.guidance:
         return "schnell"
     return "kontext" if "kontext" in called.lower() else "base"

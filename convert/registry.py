@@ -17,19 +17,22 @@ an encoder's module of which a family reads some layers only also
 and a denoiser's module also
 
     layout(config, components)   which of LAYOUTS a folder of diffusers has
-    variant(config, called)      which of the family's variants that have no further input channels
+    variant(config, called, schedule)
+                                 which of the family's variants that have no further input channels
     reads(config, others)        what it takes from other networks: (which, what of it, the width it takes, the width
                                  that they give)
 
 like: the network's Config as published, or None where it is not known. called: what a checkpoint calls itself.
-components, others: the networks of the checkpoint, by their components."""
+schedule: what its scheduler file says, or None. components, others: the networks of the checkpoint, by their
+components."""
 
-from . import clip, flux, qwen3, sd3, t5, taesd, unet, vae
+from . import clip, flux, qwen3, sd3, t5, taesd, unet, vae, zimage
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser.
 MODULES = {
     "flux": flux,
     "sd3": sd3,
+    "zimage": zimage,
     "unet": unet,
     "t5": t5,
     "qwen3": qwen3,

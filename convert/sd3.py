@@ -126,7 +126,7 @@ def layout(config: Config, components: dict) -> str:
     return "sd3"
 
 
-def variant(config: Config, called: str) -> str:
+def variant(config: Config, called: str, schedule: dict | None) -> str:
     """Turbo has the same shapes as large."""
     return "base"
 

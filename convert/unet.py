@@ -278,7 +278,7 @@ def layout(config: Config, components: dict) -> str:
     return "sd2" if config.linear_projection else "sd1"
 
 
-def variant(config: Config, called: str) -> str:
+def variant(config: Config, called: str, schedule: dict | None) -> str:
     return "base" if config.time_cond is None else "lcm"
 
 

@@ -23,6 +23,7 @@ MAY = {
     "mlxdiff.models": NONE,
     "mlxdiff.models.layers": NONE,
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
+    "mlxdiff.models.zimage": {"mlxdiff.models.flux", "mlxdiff.models.layers", "mlxdiff.models.qwen3"},
     "mlxdiff.models.build": {"mlxdiff.errors", "mlxdiff.models.*"},
     "mlxdiff.noise": {"mlxdiff.errors"},
     "mlxdiff.schedules": {"mlxdiff.errors"},

@@ -89,8 +89,8 @@ class Cut(NamedTuple):
 @dataclass(frozen=True)
 class Variant:
     """Checkpoints of a family with other inputs or other defaults. None: the same as the family. Variants are
-    recognised by their tensors, not by their names; if two have the same tensors, by the checkpoint's own name for its
-    pipeline or architecture."""
+    recognised by their tensors, not by their names; if two have the same tensors, by the scheduler, or by what the
+    checkpoint calls itself: its pipeline, its architecture, its file."""
 
     beside: int = 0  # input channels of the denoiser beyond those of its output
     needs: tuple[str, ...] = ()  # inputs besides a prompt, in words; such variants cannot draw yet

@@ -4,28 +4,7 @@ from dataclasses import replace
 
 from ..models.flux import Config
 from .base import INPUT, NONE, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
-from .published import CLIP_L, DYNAMIC, FLOW, T5_XXL, VAE_FLOW
-
-_PREVIEW = (
-    (-0.0346, 0.0244, 0.0681),
-    (0.0034, 0.0210, 0.0687),
-    (0.0275, -0.0668, -0.0433),
-    (-0.0174, 0.0160, 0.0617),
-    (0.0859, 0.0721, 0.0329),
-    (0.0004, 0.0383, 0.0115),
-    (0.0405, 0.0861, 0.0915),
-    (-0.0236, -0.0185, -0.0259),
-    (-0.0245, 0.0250, 0.1180),
-    (0.1008, 0.0755, -0.0421),
-    (-0.0515, 0.0201, 0.0011),
-    (0.0428, -0.0012, -0.0036),
-    (0.0817, 0.0765, 0.0749),
-    (-0.1264, -0.0522, -0.1103),
-    (-0.0280, -0.0881, -0.0499),
-    (-0.1262, -0.0982, -0.0778),
-    (-0.0329, -0.0718, -0.0851),
-)
-
+from .published import CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX
 
 # The sizes of the pictures that Kontext was trained on (Labs et al. 2025), width and height; each also turned around.
 KONTEXT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
@@ -69,7 +48,7 @@ FLUX = Family(
     clip_skip=1,
     vae_float16=False,
     taesd="madebyollin/taef1",
-    preview=_PREVIEW,
+    preview=PREVIEW_FLUX,
     careful=Careful(
         whole=("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer"),
         eight=("_mod.", ".modulation."),
@@ -112,7 +91,7 @@ _NETWORK = Config(
 _REST = {
     "text_encoder": CLIP_L,
     "text_encoder_2": T5_XXL,
-    "vae": replace(VAE_FLOW, scale=0.3611, shift=0.1159),
+    "vae": VAE_FLUX,
 }
 _DEV = {"transformer": _NETWORK, **_REST}
 MODELS = {

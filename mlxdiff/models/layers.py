@@ -69,7 +69,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None
     attend = partial(mx.fast.scaled_dot_product_attention, k=k, v=v, scale=d**-0.5, mask=mask)
     fused = q.shape[-1] in FUSED and mx.default_device() == mx.gpu
     rows = max(1, SCORES // (B * heads * k.shape[2] * q.itemsize))
-    out = attend(q) if fused or mask is not None or rows >= N else in_turn(attend, q, rows)
+    by_row = isinstance(mask, str) or (mask is not None and mask.shape[-2] > 1)  # then a part would need its own rows
+    out = attend(q) if fused or by_row or rows >= N else in_turn(attend, q, rows)
     return out[..., :d].swapaxes(1, 2).reshape(B, N, heads * d)
 
 

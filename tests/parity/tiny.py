@@ -17,18 +17,23 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
-from tests import clip_vocab, t5_vocab
+from tests import clip_vocab, qwen_vocab, t5_vocab
 
 from .oracle import randomize
 
@@ -186,4 +191,42 @@ def flux(folder: Path, kind: str = "dev", axes: tuple = (4, 6, 10), width: int =
         FlowMatchEulerDiscreteScheduler(**shift), vae(31, 0.3611, 16, shift_factor=0.1159, **PLAIN),
         text_encoder(words, 32, 32), words, t5(words2, 33, width), words2,
         louder(randomize(net, 34), 4, ("context_embedder.weight",)),
+    )  # fmt: skip
+
+
+# ---- Qwen3
+
+# Of the published template, what it does with one message of a user.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def qwen_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    tok = Qwen2Tokenizer.from_pretrained(qwen_vocab.write(folder))
+    tok.chat_template = TEMPLATE
+    return tok
+
+
+def qwen3(tok: Qwen2Tokenizer, seed: int, width: int, layers: int) -> Qwen3Model:
+    config = Qwen3Config(
+        vocab_size=len(tok), hidden_size=width, num_hidden_layers=layers, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, intermediate_size=2 * width + 4, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+    return randomize(Qwen3Model(config), seed)
+
+
+def zimage(folder: Path, kind: str = "turbo", axes: tuple = (4, 6, 10), width: int = 36) -> ZImagePipeline:
+    words = qwen_tokenizer(folder / "words")
+    net = ZImageTransformer2DModel(
+        dim=3 * sum(axes), n_layers=2, n_refiner_layers=1, n_heads=3, n_kv_heads=3, cap_feat_dim=width,
+        axes_dims=list(axes), axes_lens=[1024, 64, 64],
+    )  # fmt: skip
+    net = louder(randomize(net, 44), 3, ("attention_norm2", "final_layer.2-1.linear"))
+    for token in (net.x_pad_token, net.cap_pad_token):
+        torch.nn.init.normal_(token)
+    return ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0 if kind == "turbo" else 6.0),
+        vae(41, 0.3611, 16, shift_factor=0.1159, **PLAIN), qwen3(words, 42, width, 3), words, net,
     )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Z-Image's pipelines against diffusers: same weights, prompt, seed and settings, same picture. Bound: 40 dB, as for
+the other families; float32 on both sides, so it is far above."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImageImg2ImgPipeline
+
+from tests import original
+from tests.checkpoints import full
+from tests.test_convert import arrays
+
+from . import tiny
+from .test_flow_pipelines import ours
+from .test_image_to_image import image
+from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, command, psnr
+
+pytestmark = pytest.mark.usefixtures("cache")
+KINDS = ("turbo", "base")
+LONG = "a red fox in the snow, " * 8  # more than 32 tokens, where an empty negative prompt has fewer
+
+
+@pytest.fixture(scope="module")
+def oracles(tmp_path_factory) -> dict:
+    """kind -> (diffusers pipeline, folder it was saved in)"""
+    root, made = tmp_path_factory.mktemp("zimage"), {}
+    for kind in KINDS:
+        pipe = tiny.zimage(root / f"{kind}-words", kind)
+        pipe.vae.encoder.conv_out.weight.data.mul_(8)  # else another image would change the picture by 40 dB only
+        pipe.set_progress_bar_config(disable=True)
+        pipe.save_pretrained(root / kind)
+        made[kind] = pipe, root / kind
+    return made
+
+
+def theirs(pipe, prompt: str = PROMPT, guidance: float = 1.0, **settings) -> np.ndarray:
+    """guidance: the usual number, which is one more than theirs."""
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    drawn = pipe(prompt, generator=generator, guidance_scale=guidance - 1, **SIZE | settings)
+    return np.asarray(drawn.images[0])
+
+
+def test_the_oracles_listen_to_their_prompts(oracles):
+    """Else the tests below could not fail on a mistake in the text."""
+    for kind in KINDS:
+        pipe, same = oracles[kind][0], {"num_inference_steps": 4}
+        assert psnr(theirs(pipe, **same), theirs(pipe, "a blue boat", **same)) < 30
+    same |= {"guidance": 5.0}
+    plain = theirs(pipe, negative_prompt=NEGATIVE, **same)
+    assert psnr(plain, theirs(pipe, negative_prompt="", **same)) < 30
+    assert psnr(plain, theirs(pipe, negative_prompt=NEGATIVE, **same | {"guidance": 4.0})) < 30
+
+
+def test_turbo(oracles, cache, tmp_path):
+    """Through the command line; nothing about steps, guidance and shift is typed."""
+    pipe, folder = oracles["turbo"]
+    drawn, said = command(cache, tmp_path / "a.png", PROMPT, "-m", str(folder), process=True)
+    request = said["request"]
+    assert (request["sampler"], request["schedule"], request["steps"]) == ("euler", "trailing", 8)
+    assert psnr(drawn, theirs(pipe, num_inference_steps=8)) > DB
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, LONG])
+def test_guidance_with_a_negative_prompt(oracles, cache, tmp_path, prompt):
+    """Both halves in one batch, whose texts have the same padded length, or not; and one after the other."""
+    pipe, folder = oracles["base"]
+    want = theirs(pipe, prompt, negative_prompt=NEGATIVE, num_inference_steps=4, guidance=5.0)
+    typed = (prompt, "-n", NEGATIVE, "-m", str(folder), "--steps", "4", "-g", "5")
+    drawn, _ = command(cache, tmp_path / "a.png", *typed)
+    print("PSNR", psnr(drawn, want))
+    assert psnr(drawn, want) > DB
+    assert psnr(ours(folder, prompt, True, negative=NEGATIVE, steps=4, guidance=5.0), drawn) > 50
+
+
+def test_the_default_guidance_is_theirs(oracles, cache, tmp_path):
+    """Their default of 5 is 6 here; no negative prompt is an empty one."""
+    pipe, folder = oracles["base"]
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    want = pipe(PROMPT, generator=generator, num_inference_steps=5, **SIZE).images[0]
+    drawn, said = command(cache, tmp_path / "a.png", PROMPT, "-m", str(folder), "--steps", "5", process=True)
+    assert said["request"]["guidance"] == 6.0
+    assert psnr(drawn, np.asarray(want)) > DB
+
+
+def test_guidance_of_one_is_one_pass(oracles):
+    pipe, folder = oracles["base"]
+    want = theirs(pipe, num_inference_steps=4, guidance=1.0)
+    assert psnr(ours(folder, steps=4, guidance=1.0), want) > DB
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_to_begin_with(oracles, kind):
+    own, folder = oracles[kind]
+    pipe = ZImageImg2ImgPipeline(**own.components)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"strength": 0.6, "num_inference_steps": 7} | ({"guidance": 4.0} if kind == "base" else {})
+    want = theirs(pipe, image=image(1), **settings)
+    assert psnr(want, theirs(pipe, image=image(2), **settings)) < 30  # the oracle looks at its image
+    same = {"image": image(1), "strength": 0.6, "steps": 7} | ({"guidance": 4.0} if kind == "base" else {})
+    assert psnr(ours(folder, **same), want) > DB
+
+
+# ---- single files
+
+
+def comfy(module) -> dict[str, np.ndarray]:
+    """The transformer under ComfyUI's names."""
+    held, made = arrays(module), {"norm_final.weight": np.ones(module.config.dim, np.float32)}
+    for name, x in held.items():
+        if ".attention.to_q." in name:
+            made[name.replace("to_q", "qkv")] = np.concatenate([held[name.replace("to_q", f"to_{p}")] for p in "qkv"])
+        elif ".attention.to_k." not in name and ".attention.to_v." not in name:
+            for theirs, ours in (("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer"),
+                                 ("norm_q", "q_norm"), ("norm_k", "k_norm"), ("to_out.0", "out")):  # fmt: skip
+                name = name.replace(theirs, ours)
+            made[name] = x
+    return made
+
+
+def apart(root, pipe, name: str = "z_image_turbo_bf16"):
+    """ComfyUI's three files."""
+    full(root / "ae.safetensors", original.vae(arrays(pipe.vae)))
+    full(root / "text_encoders" / "qwen_3_4b.safetensors", original.under("model.", arrays(pipe.text_encoder)))
+    return full(root / f"{name}.safetensors", comfy(pipe.transformer))
+
+
+def test_files_of_its_parts(oracles, cache, tmp_path):
+    pipe, folder = oracles["turbo"]
+    want = theirs(pipe, num_inference_steps=8)
+    file = apart(tmp_path / "beside", pipe)
+    typed = (PROMPT, "--tokenizer", str(folder / "tokenizer"), "-m")
+    drawn, _ = command(cache, tmp_path / "a.png", *typed, str(file), process=True)
+    print("PSNR", psnr(drawn, want))
+    assert psnr(drawn, want) > DB
+    alone = file.rename(tmp_path / "my-turbo.safetensors")
+    given = ("--vae", str(tmp_path / "beside" / "ae.safetensors"), "--text-encoder")
+    given += (str(tmp_path / "beside" / "text_encoders" / "qwen_3_4b.safetensors"),)
+    drawn, _ = command(cache, tmp_path / "b.png", *typed, str(alone), *given)
+    print("PSNR", psnr(drawn, want))
+    assert psnr(drawn, want) > DB
