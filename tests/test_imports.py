@@ -309,6 +309,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.images",
+        "mlxdiff.recipe",
         "mlxdiff.request",
         "mlxdiff.widgets.*",
     },
