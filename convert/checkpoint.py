@@ -168,7 +168,7 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
     if index.get("scheduler", None) is not None:
         settings = Settings(path / "scheduler" / "scheduler_config.json")
         if family.flow:
-            schedule = scheduler.flow_from_json(settings, schedule["ends"])
+            schedule = scheduler.flow_from_json(settings, schedule)
         else:
             schedule, stated = scheduler.from_json(settings)
     tokenizers = {t: path / t for t in map(tokenizer_of, layout.encoders) if (path / t).is_dir()}
