@@ -18,8 +18,9 @@ from .registry import CLASSES, LAYOUTS, MODULES
 from .settings import Settings
 from .unet import sized, sizes
 
-# What is in folders of diffusers beside networks.
+# What is in folders of diffusers beside networks that are read.
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_UNREAD = ("Mistral3ForConditionalGeneration",)  # FLUX.2 dev converts without it, and does not draw
 _BESIDE = ("scheduler", *_TOKENIZERS, "feature_extractor", "safety_checker", "image_encoder")
 
 PREDICTIONS = tuple(p for p in description.PREDICTIONS if p != "flow")  # those that a caller may say
@@ -41,7 +42,8 @@ class Checkpoint:
     zero_negative: bool
     tokenizers: dict[str, Path]
     stated: str | None  # the prediction, if the caller or the file says it
-    called: str  # what it calls itself: a folder its pipeline, a file its architecture; "" if neither does
+    called: str  # what it calls itself: a folder its pipeline, and whether that is distilled; a file its architecture or,
+    # without one, its name
 
     @property
     def layout(self) -> Layout:
@@ -142,7 +144,7 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
     networks = {
         name: entry[-1]
         for name, entry in index.values.items()
-        if isinstance(entry, list) and entry[-1:] not in ([], [None]) and name not in skipped
+        if isinstance(entry, list) and entry[-1:] not in ([], [None], *([c] for c in _UNREAD)) and name not in skipped
     }
     denoiser = next((n for n in ("unet", "transformer") if n in networks), None)
     if denoiser is None:
@@ -164,7 +166,8 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
     key = module.layout(components[denoiser].config, components)
     layout, stated = LAYOUTS[key], None
     family = layout.family
-    schedule = _schedule(family, _variant(family, components, index.cls))
+    called = f"{index.cls} is_distilled" if index.flag("is_distilled", False) else index.cls
+    schedule = _schedule(family, _variant(family, components, called))
     if index.get("scheduler", None) is not None:
         settings = Settings(path / "scheduler" / "scheduler_config.json")
         if family.flow:
@@ -182,7 +185,7 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
         zero_negative=index.flag("force_zeros_for_empty_prompt", family.text.sizes),  # by default in SDXL's pipelines
         tokenizers=tokenizers,
         stated=stated if prediction is None else prediction,
-        called=index.cls,
+        called=called,
     )
 
 
@@ -205,7 +208,7 @@ def _single(path: Path, prediction: str | None) -> Checkpoint:
     if "unet" in configs and configs["unet"].added is not None and "text_encoder_2" in configs:
         config = sized(configs["unet"], configs["text_encoder_2"], sizes(layout.family))
         components["unet"] = replace(components["unet"], config=config)
-    called = file.metadata.get("modelspec.architecture", "")
+    called = file.metadata.get("modelspec.architecture", path.stem)
     schedule = _schedule(layout.family, _variant(layout.family, components, called))
     if "ztsnr" in file.tensors:  # Lin et al. 2024: start at the very last step
         schedule = schedule | {"zero_snr": True, "spacing": "trailing"}

@@ -25,7 +25,6 @@ FOREIGN = [
     (r"motion_modules\.", "an AnimateDiff motion module"),
     (r"^redux_(up|down)\.", "a FLUX Redux image embedder"),
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma model"),
-    (r"(^|\.)double_stream_modulation_", "a FLUX.2 model"),
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo model"),
     (r"(^|\.)transformer_blocks\.\d+\.img_mod\.", "a Qwen-Image model"),
     (r"^1\.conv\.0\.", "the encoder of a TAESD, whose decoder alone is used"),  # in a decoder's file, 1 is no block

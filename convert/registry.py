@@ -24,10 +24,12 @@ and a denoiser's module also
 like: the network's Config as published, or None where it is not known. called: what a checkpoint calls itself.
 components, others: the networks of the checkpoint, by their components."""
 
-from . import clip, flux, qwen3, sd3, t5, taesd, unet, vae
+from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae
 
-# In the order in which they are looked for: a whole checkpoint is recognised by its denoiser.
+# In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2 has names of FLUX.1
+# and others.
 MODULES = {
+    "flux2": flux2,
     "flux": flux,
     "sd3": sd3,
     "unet": unet,

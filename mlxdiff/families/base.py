@@ -142,3 +142,4 @@ class Model:
     variant: str = "base"
     prediction: str | None = None  # if it differs from the family's
     gated: bool = False  # whether users must first accept its licence on the hub
+    parts: dict[str, float] = field(default_factory=dict)  # GB of the components that single files of it may lack

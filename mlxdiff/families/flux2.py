@@ -126,6 +126,7 @@ _KLEIN = Model(
     networks=_4B,
     defaults=_DISTILLED,
     variant="distilled",
+    parts={"text_encoder": 8.04, "vae": 0.17},
 )
 _KLEIN_9B = replace(
     _KLEIN,
@@ -135,6 +136,7 @@ _KLEIN_9B = replace(
     download=34.72,
     networks=_9B,
     gated=True,
+    parts={"text_encoder": 16.38, "vae": 0.17},
 )
 MODELS = {
     "flux2-klein": _KLEIN,
