@@ -119,7 +119,7 @@ def variant(config: Config, called: str) -> str:
     """Base has the same shapes as what was distilled from it. A folder's pipeline says which it is, and a file's
     architecture or, without one, its name."""
     if config.guidance:
-        return "base"
+        return "dev"
     says_base = "Pipeline" in called or re.search(r"(?<![a-z])base(?![a-z])", called.lower())
     return "base" if says_base and "is_distilled" not in called else "distilled"
 

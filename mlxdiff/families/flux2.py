@@ -92,7 +92,7 @@ DEV = replace(
     title="FLUX.2 dev",
     text=TextPlan(),
     guidance=INPUT,
-    variants={"base": Variant(needs=("its text encoder, Mistral Small of 24B parameters",))},
+    variants={"dev": Variant(needs=("its text encoder, Mistral Small of 24B parameters",))},
 )
 FAMILIES = (FLUX2, DEV)
 
