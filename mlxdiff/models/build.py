@@ -5,7 +5,7 @@ from dataclasses import asdict
 import mlx.nn as nn
 
 from ..errors import Error
-from . import clip, flux, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
@@ -14,12 +14,13 @@ NETWORKS = {
     "unet": (unet.Config, unet.UNet),
     "sd3": (sd3.Config, sd3.SD3),
     "flux": (flux.Config, flux.Flux),
+    "flux2": (flux2.Config, flux2.Flux2),
     "zimage": (zimage.Config, zimage.ZImage),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
-Config |= zimage.Config | vae.Config | taesd.Config
+Config |= flux2.Config | zimage.Config | vae.Config | taesd.Config
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
 
 
