@@ -12,6 +12,7 @@ from .errors import Error
 from .families import FAMILIES, MODELS, Family, find
 from .families.base import EMBEDDED, INPUT, NONE, SECOND_PASS, Cut, TextPlan, Variant
 from .families.published import DYNAMIC, EMPIRICAL
+from .foreign import read_json
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
@@ -267,13 +268,9 @@ def published(name: str, recipe: Recipe) -> Description:
 def read(folder: str | Path) -> Description:
     """The description in a model folder, every value of it checked."""
     path = Path(folder) / "model.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise Error(f"{path} cannot be read as a model description: {e}.", _AGAIN) from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise Error(f"{path} has format {found!r:.60}; this version reads {FORMAT}.", _AGAIN)
+    values = read_json(path, _AGAIN)
+    if values.get("format") != FORMAT:
+        raise Error(f"{path} has format {values.get('format')!r:.60}; this version reads {FORMAT}.", _AGAIN)
     for key, sound in _SOUND.items():
         if not sound(values.get(key)):
             raise Error(f"{path} has {key} {values.get(key)!r:.60}.", _AGAIN)
