@@ -1,10 +1,12 @@
 """FLUX.2 (Black Forest Labs 2025): klein, which is distilled, its base, and dev. This file holds everything that is true
 of these families alone."""
 
+import math
 from dataclasses import replace
 
+from ..errors import Error
 from ..models.flux2 import Config
-from .base import INPUT, NONE, PROMPT, Careful, Defaults, Family, Model, TextPlan, Variant
+from .base import INPUT, NONE, PROMPT, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
 from .published import EMPIRICAL, FLOW, QWEN3_4B, QWEN3_8B, VAE
 
 # ComfyUI's figures are for each of the four latents in a patch. Their mean is the patch's colour.
@@ -45,6 +47,22 @@ _LATENT = (
 _PREVIEW = (*(tuple(v / 4 for v in row) for row in _LATENT for _ in range(4)), (-0.0329, -0.0718, -0.0851))
 
 
+_AREA, _LEAST, _LONGEST = 1024**2, 64, 8  # of a picture to edit: pixels at most, a shortest edge, a longest shape
+
+
+def _cut(width: int, height: int, multiple: int) -> Cut:
+    """A picture keeps its size, unless it has too many pixels, and loses at its edges what fills no multiple."""
+    short, long = sorted((width, height))
+    if short < _LEAST or long > _LONGEST * short:
+        raise Error(
+            f"A picture of {width}x{height} is too small or too long to edit.",
+            f"Give one with edges of at least {_LEAST} pixels, the longer at most {_LONGEST} times the shorter.",
+        )
+    grow = min(1.0, math.sqrt(_AREA / (width * height)))
+    scaled = int(width * grow), int(height * grow)
+    return Cut(scaled, tuple(edge // multiple * multiple for edge in scaled))
+
+
 def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
     """Measured numbers per token and width: see `memory`."""
     return 43 * net.width * (latents + tokens)
@@ -79,10 +97,11 @@ FLUX2 = Family(
     ),
     activations=_activations,
     takes=("shift",),
+    cut=_cut,
     variants={
-        "base": Variant(edits=True),
+        "base": Variant(edits=4),  # as many pictures as Black Forest Labs' own service takes
         # It has the same shapes as base; only what a checkpoint is called shows it.
-        "distilled": Variant(guidance=NONE, defaults=_DISTILLED, edits=True),
+        "distilled": Variant(guidance=NONE, defaults=_DISTILLED, edits=4),
     },
 )
 # Its text encoder, Mistral Small 3.2 of 24B parameters, is not read.
