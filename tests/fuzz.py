@@ -53,7 +53,7 @@ def damaged(rng: random.Random, data: bytes, is_json: bool) -> bytes:
             try:
                 data = json.dumps(_changed(rng, json.loads(data))).encode()
                 continue
-            except ValueError:  # no JSON any more, after a change of bytes
+            except (ValueError, RecursionError):  # no JSON any more, after a change of bytes
                 pass
         at = rng.randrange(len(data) + 1)
         data = rng.choice(
