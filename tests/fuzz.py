@@ -152,7 +152,7 @@ class Fuzz:
         data = out.getvalue() if rng.random() < 0.8 else damaged(rng, out.getvalue(), False)
         self.picture.write_bytes(data)
         request, _ = images.read_settings(self.picture)
-        request.check_loras()
+        request.check_adapters()
         images.read(self.picture)
 
     def index(self, rng: random.Random) -> None:
