@@ -43,11 +43,14 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def read(source: str | Path | Image.Image) -> Image.Image:
-    """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on white."""
+    """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on white, 16 bits
+    rounded to 8, and of an animation the first frame."""
     with _readable(source) as (name, image):
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise Error(f"{name} has more than 8 bits a channel.", "Save it with 8 bits a channel, as PNG or JPEG.")
+        kind, image = image.format, ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # 16 bits in both cases
+            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):  # 32 bits, whose range nothing says
+            raise Error(f"{name} has more than 16 bits a channel.", "Save it with 8 bits a channel, as PNG or JPEG.")
         if 0 in image.size:
             raise Error(f"{name} has no pixels: it is {image.width} x {image.height}.", "Give another picture.")
         if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time

@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"ETag": f'"{repo.etag}"'} if repo.etag else {}
             headers = headers if repo.etag else {"X-Repo-Commit": commit}
             return self.send(200, data, headers, body)
-        if body:
+        if body and (on_cdn or not large):
             data = repo.instead.pop(name, data)
         if large and not on_cdn:
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}

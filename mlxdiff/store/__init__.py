@@ -186,21 +186,22 @@ def _identity(path: Path) -> list:
 
 
 def _stamps(path: Path) -> list:
-    """Name, size, time and sample of a file (and of the settings and an index's shards beside it), or of every file in a
-    folder, two levels deep, that can belong to a model."""
+    """Name, size, time and sample of a file (and of the settings and an index's shards beside it), or of every file in
+    a folder, two levels deep, that can belong to a model."""
     ends = (".json", ".safetensors", ".txt", ".model")
     if path.is_file():
         files = [path, path.with_name("config.json")]
         files += sorted(path.parent.glob("*.safetensors")) if path.suffix == ".json" else []
     else:
         files = sorted(f for g in ("*", "*/*") for f in path.glob(g) if f.suffix in ends)
-    return [[f.name, f.parent.name, f.stat().st_size, f.stat().st_mtime_ns, _sample(f)] for f in files if f.is_file()]
+    stats = [(f, f.stat()) for f in files if f.is_file()]
+    return [[f.name, f.parent.name, s.st_size, s.st_mtime_ns, _sample(f, s.st_size)] for f, s in stats]
 
 
-def _sample(file: Path) -> str:
+def _sample(file: Path, size: int) -> str:
     """A fingerprint of blocks of a file: all of a small one, and of a large one sixteen, spread evenly. A file that was
     replaced may have the old one's size and time. "" if it cannot be read, which conversion reports."""
-    size, seen = file.stat().st_size, hashlib.sha256()
+    seen = hashlib.sha256()
     try:
         with open(file, "rb") as f:
             for i in range(_BLOCKS):
