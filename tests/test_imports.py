@@ -332,6 +332,7 @@ THIRD_PARTY = {
     "PIL",
     "huggingface_hub",
     "safetensors",
+    "gguf",
     "tokenizers",
     "tqdm",
     "ipywidgets",
