@@ -42,8 +42,8 @@ class Checkpoint:
     zero_negative: bool
     tokenizers: dict[str, Path]
     stated: str | None  # the prediction, if the caller or the file says it
-    called: str  # what it calls itself: a folder its pipeline, and whether that is distilled; a file its architecture and
-    # its name
+    # What it calls itself: a folder its pipeline, and whether that is distilled; a file its architecture and its name.
+    called: str
 
     @property
     def layout(self) -> Layout:

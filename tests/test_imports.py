@@ -63,6 +63,7 @@ MAY = {
         "mlxdiff.recipe",
     },
     "mlxdiff.description": {
+        "mlxdiff.families.published",
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.families.base",
@@ -89,6 +90,7 @@ MAY = {
     },
     "mlxdiff.networks": {"mlxdiff.adapters", "mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
     "mlxdiff.memory": {
+        "mlxdiff.models.vae",
         "mlxdiff.description",
         "mlxdiff.families",
         "mlxdiff.models.build",
@@ -111,8 +113,7 @@ MAY = {
         "mlxdiff.dialects",
         "mlxdiff.errors",
         "mlxdiff.families",
-        "mlxdiff.families.base",
-        "mlxdiff.families.published",
+        "mlxdiff.families.*",
         "mlxdiff.foreign",
         "mlxdiff.models.*",
         "mlxdiff.recipe",
