@@ -424,6 +424,7 @@ class Pipeline:
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
         conds = conditioning.prepare(model, source, request, ts, texts, both, references)
+        del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
         # all of its conditions, not once for each layer.
