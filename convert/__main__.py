@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import store
-from ..console import Parser, run
+from ..console import Parser, run, say
 from ..families import PARTS
 from ..recipe import BITS, DTYPES, SMALLER, bits_of, default_dtype
 from ..request import lora
@@ -68,7 +68,7 @@ def _convert(args, options: dict) -> int:
                 (store.adapter_file(name, "LoRA", offline=args.offline), scale) for name, scale in map(lora, args.loras)
             ]
             save(checkpoint, args.output, args.quantize, dtype, words, show, loras)
-    print(describe(of_folder(args.output)))
+    say(describe(of_folder(args.output)))
     return 0
 
 

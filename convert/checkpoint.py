@@ -18,8 +18,9 @@ from .registry import CLASSES, LAYOUTS, MODULES
 from .settings import Settings
 from .unet import sized, sizes
 
-# What is in folders of diffusers beside networks.
+# What is in folders of diffusers beside networks that are read.
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_UNREAD = ("Mistral3ForConditionalGeneration",)  # FLUX.2 dev converts without it, and does not draw
 _BESIDE = ("scheduler", *_TOKENIZERS, "feature_extractor", "safety_checker", "image_encoder")
 
 PREDICTIONS = tuple(p for p in description.PREDICTIONS if p != "flow")  # those that a caller may say
@@ -41,7 +42,8 @@ class Checkpoint:
     zero_negative: bool
     tokenizers: dict[str, Path]
     stated: str | None  # the prediction, if the caller or the file says it
-    called: str  # what it calls itself: a folder its pipeline, a file its architecture and its name
+    called: str  # what it calls itself: a folder its pipeline, and whether that is distilled; a file its architecture and
+    # its name
 
     @property
     def layout(self) -> Layout:
@@ -142,7 +144,7 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
     networks = {
         name: entry[-1]
         for name, entry in index.values.items()
-        if isinstance(entry, list) and entry[-1:] not in ([], [None]) and name not in skipped
+        if isinstance(entry, list) and entry[-1:] not in ([], [None], *([c] for c in _UNREAD)) and name not in skipped
     }
     denoiser = next((n for n in ("unet", "transformer") if n in networks), None)
     if denoiser is None:
@@ -164,11 +166,12 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
     key = module.layout(components[denoiser].config, components)
     layout, stated = LAYOUTS[key], None
     family = layout.family
-    schedule = _schedule(family, _variant(family, components, index.cls, None))
+    called = f"{index.cls} is_distilled" if index.flag("is_distilled", False) else index.cls
+    schedule = _schedule(family, _variant(family, components, called, None))
     if index.get("scheduler", None) is not None:
         settings = Settings(path / "scheduler" / "scheduler_config.json")
         if family.flow:
-            schedule = scheduler.flow_from_json(settings, schedule["ends"])
+            schedule = scheduler.flow_from_json(settings, schedule)
         else:
             schedule, stated = scheduler.from_json(settings)
     tokenizers = {t: path / t for t in map(tokenizer_of, layout.encoders) if (path / t).is_dir()}
@@ -182,7 +185,7 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
         zero_negative=index.flag("force_zeros_for_empty_prompt", family.text.sizes),  # by default in SDXL's pipelines
         tokenizers=tokenizers,
         stated=stated if prediction is None else prediction,
-        called=index.cls,
+        called=called,
     )
 
 

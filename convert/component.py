@@ -41,6 +41,10 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, li
         raise Error(f"{settings.path} describes a {cls}, which is not supported yet.", KNOWN)
     module = MODULES[CLASSES[cls]]
     config = module.from_json(settings, cls)
+    try:
+        build.check_size(config)
+    except Error as e:
+        raise Error(f"{settings.path}: {e.problem}", e.fix) from None
     if hasattr(module, "kept"):
         config = module.kept(config, like)
     return _fill(

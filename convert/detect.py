@@ -25,7 +25,6 @@ FOREIGN = [
     (r"motion_modules\.", "an AnimateDiff motion module"),
     (r"^redux_(up|down)\.", "a FLUX Redux image embedder"),
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma model"),
-    (r"(^|\.)double_stream_modulation_", "a FLUX.2 model"),
     (r"(^|\.)siglip_embedder\.", "a Z-Image Omni model, which also reads pictures"),
     (r"(^|\.)time_caption_embed\.", "a Lumina-Image 2 model"),
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo model"),

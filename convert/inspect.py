@@ -1,7 +1,6 @@
 """`mlxdiff inspect MODEL`: what a checkpoint or a converted model holds, and whether every tensor of it is understood.
 It reads headers only."""
 
-import json
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -10,7 +9,7 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from .. import description, store, weights
-from ..console import Parser, run
+from ..console import Parser, run, say, say_json
 from ..errors import Error
 from ..families import FAMILIES
 from ..models import build
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def look(model: str, as_json: bool, **options) -> int:
     """Print what is on this machine: the original and its conversions, or one of them. options: see `open`."""
-    copies, shown = store.conversions(model), json.dumps if as_json else describe
+    copies, show = store.conversions(model), say_json if as_json else lambda facts: say(describe(facts))
     with ExitStack() as stack:
         try:
             path = stack.enter_context(store.original(model, half=True, offline=True))
@@ -49,13 +48,13 @@ def look(model: str, as_json: bool, **options) -> int:
                 copies = [path]
             elif lora.recognise(path):
                 facts = lora.describe(path)
-                print(json.dumps(facts) if as_json else describe_lora(facts))
+                say_json(facts) if as_json else say(describe_lora(facts))
             else:
                 checkpoint = open(path, **options)
-                print(shown(of_checkpoint(checkpoint) | {"path": model}))
+                show(of_checkpoint(checkpoint) | {"path": model})
                 check(checkpoint)
         for folder in copies:
-            print(shown(of_folder(folder)))
+            show(of_folder(folder))
     return 0
 
 

@@ -26,10 +26,12 @@ like: the network's Config as published, or None where it is not known. called: 
 schedule: what its scheduler file says, or None. components, others: the networks of the checkpoint, by their
 components."""
 
-from . import clip, flux, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
 
-# In the order in which they are looked for: a whole checkpoint is recognised by its denoiser.
+# In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2 has names of FLUX.1
+# and others.
 MODULES = {
+    "flux2": flux2,
     "flux": flux,
     "sd3": sd3,
     "zimage": zimage,

@@ -69,8 +69,9 @@ _FLOW_CLASSES = {
 }
 
 
-def flow_from_json(s: Settings, ends: str) -> dict:
-    """The schedule of a rectified flow model. ends: the spacing of its pipeline."""
+def flow_from_json(s: Settings, like: dict) -> dict:
+    """The schedule of a rectified flow model. like: its family's, for what the pipeline sets: the spacing, and the
+    shift that grows with the picture if that is not the scheduler's own."""
     cls = s.one("_class_name", None, list(_FLOW_CLASSES))
     spacing = _FLOW_CLASSES[cls]
     key = "shift"
@@ -81,19 +82,20 @@ def flow_from_json(s: Settings, ends: str) -> dict:
     only = {"invert_sigmas": False, "shift_terminal": None, "time_shift_type": "exponential"}
     for name, value in (only | {"stochastic_sampling": False}).items():
         s.one(name, value, [value])
-    spacing = ends if spacing is None else spacing
+    spacing = like["ends"] if spacing is None else spacing
     for name in ("karras", "exponential", "beta"):
         spacing = name if s.flag(f"use_{name}_sigmas", False) else spacing
     dynamic = None
     if s.flag("use_dynamic_shifting", False):
-        dynamic = {k: (s.whole if k.endswith("len") else s.number)(k, default) for k, default in DYNAMIC.items()}
-        if dynamic["max_image_seq_len"] <= dynamic["base_image_seq_len"]:
-            s.refuse("max_image_seq_len", dynamic["max_image_seq_len"])
+        own = {k: (s.whole if k.endswith("len") else s.number)(k, default) for k, default in DYNAMIC.items()}
+        if own["max_image_seq_len"] <= own["base_image_seq_len"]:
+            s.refuse("max_image_seq_len", own["max_image_seq_len"])
+        dynamic = own if like["dynamic"] is None or like["dynamic"].keys() == own.keys() else like["dynamic"]
     return {
         "steps": s.whole("num_train_timesteps", 1000),
         "shift": s.positive(key, 1.0),
         "dynamic": dynamic,
         "spacing": spacing,
-        "ends": ends,
+        "ends": like["ends"],
         "sampler": DIFFUSERS[cls],
     }

@@ -4,9 +4,9 @@ names it. Other keys are ignored, as in diffusers and transformers."""
 from pathlib import Path
 
 from ..errors import Error
+from ..models.build import MOST_LAYERS
 from .source import read_json
 
-MOST_LAYERS = 1000  # of one kind in a network: building one with more would take all memory
 _FIX = "Use a checkpoint of a supported model; `mlxdiff inspect FILE` says what a file is."
 
 
@@ -56,7 +56,7 @@ class Settings:
         """A list of positive integers; a single one means `n` equal ones."""
         value = self.get(key, default)
         value = [value] * n if n is not None and type(value) is int else value
-        if not isinstance(value, list) or not value or (n is not None and len(value) != n):
+        if not isinstance(value, list) or not 0 < len(value) <= MOST_LAYERS or (n is not None and len(value) != n):
             self.refuse(key, value)
         return tuple(self._whole(key, v, 1, most) for v in value)
 

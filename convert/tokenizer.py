@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from .. import foreign
 from ..errors import Error
 from ..models.build import Config, name_of
 from ..tokenizers import LOAD
@@ -90,15 +91,28 @@ def _t5_words(folder: Path) -> int:
             "Give `tokenizer=DIR`, the folder of a whole model in diffusers layout, which holds one for each encoder.",
         )
     try:
-        return SentencePieceProcessor(model_file=str(folder / "spiece.model")).get_piece_size()
+        return SentencePieceProcessor(
+            model_proto=foreign.read(folder / "spiece.model", "Fetch the tokenizer again.")
+        ).get_piece_size()
     except (OSError, RuntimeError):
         raise Error(f"{folder / 'spiece.model'} is damaged.", "Fetch the tokenizer again.") from None
+
+
+def _check_link(file: Path) -> None:
+    """Raise for a link that leads out of the checkpoint: a copy of any file on this machine would be kept. The links
+    in the hub's cache lead to its blobs."""
+    real, around = file.resolve(), file.parent.resolve()
+    around = around.parent if (around.parent / "model_index.json").is_file() else around
+    blob = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if not blob and not real.is_relative_to(around):
+        raise Error(f"{file} is a link that leads out of its folder, to {real}.", "Put the file itself there.")
 
 
 def copy(folder: Path, target: Path) -> None:
     target.mkdir()
     for name in (*_FILES, _MAP):
         if (folder / name).is_file():
+            _check_link(folder / name)
             shutil.copyfile(folder / name, target / name)
 
 

@@ -17,7 +17,7 @@ from .. import adapters, weights
 from ..adapters import Adapter
 from ..description import Description
 from ..errors import Error
-from ..families import FAMILIES
+from ..families import FAMILIES, MODELS
 from ..families.base import tokenizer_of
 from ..models import build
 from ..recipe import DTYPES, Recipe, component_dtype
@@ -94,7 +94,7 @@ def _whole(checkpoint: Checkpoint) -> None:
         if checkpoint.part_of is not None:
             fix = f"Use the model that it is a part of, {checkpoint.part_of}."
         elif len(parts) == len(lacking) > 0:
-            fix = f"Give {', '.join(parts)}, or put files of such names beside it."
+            fix = f"Give {', '.join(parts)}, or put files of such names beside it.{_published(checkpoint)}"
         else:
             fix = FULL
         raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", fix)
@@ -112,6 +112,16 @@ def _whole(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is of the {checkpoint.variant} variant of {checkpoint.family}, which cannot draw yet.",
             "Use a text-to-image checkpoint.",
         )
+
+
+def _published(checkpoint: Checkpoint) -> str:
+    """A sentence about who publishes what a checkpoint lacks, and how large that is; empty if it is not known."""
+    denoiser = checkpoint.components.get(checkpoint.layout.family.denoiser)
+    for model in MODELS.values():
+        if model.parts and denoiser is not None and model.networks[model.family.denoiser] == denoiser.config:
+            sizes = [f"{name} ({model.parts[name]:.1f} GB)" for name in checkpoint.lacking if name in model.parts]
+            return f" {model.repo} has {' and '.join(sizes)}."
+    return ""
 
 
 def _giver(checkpoint: Checkpoint, name: str) -> str:

@@ -5,10 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 from urllib.parse import unquote, urlsplit
 
 from .errors import Error, did_you_mean
+from .foreign import shown
 from .spelling import as_flags
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -23,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
         """Report unknown flags here: a parser above this one would suggest flags of its own."""
+        open_streams()
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
@@ -34,26 +38,86 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         stop = "" if message.endswith("?") else "."
-        sys.stderr.write(f"{self.prog}: {message}{stop} See {self.prog} --help.\n")
+        warn(f"{self.prog}: {message}{stop} See {self.prog} --help.")
         sys.exit(2)
 
 
 def run(prog: str, body: Callable[[], int]) -> int:
     """Run `body` and return its exit code. An Error prints one line and returns 1, Ctrl-C returns 130, and a closed
     pipe prints nothing."""
+    open_streams()
     try:
-        code = body()
-        sys.stdout.flush()
+        try:
+            code = body()
+        finally:
+            _flush(sys.stdout)
         return code
     except Error as e:
-        print(f"{prog}: {' '.join(as_flags(str(e)).split())}", file=sys.stderr)
+        warn(f"{prog}: {' '.join(as_flags(str(e)).split())}")
         return 1
     except KeyboardInterrupt:
-        print(f"{prog}: stopped.", file=sys.stderr)
+        warn(f"{prog}: stopped.")
         return INTERRUPTED
     except BrokenPipeError:  # `mlxdiff models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line, or several, that may hold foreign text. file: standard output by default. What its encoding lacks
+    is escaped. If it cannot be written, nothing more goes there, and an Error says so, or BrokenPipeError."""
+    file = sys.stdout if file is None else file
+    kind = getattr(file, "encoding", None) or "utf-8"
+    lines = "\n".join(shown(line) for line in text.split("\n"))
+    _print(lines.encode(kind, "backslashreplace").decode(kind), file)
+
+
+def say_json(facts: dict, file: TextIO | None = None) -> None:
+    """`say` for machines: one line of JSON in ASCII, uncut."""
+    _print(json.dumps(facts), sys.stdout if file is None else file)
+
+
+def warn(text: str) -> None:
+    """Say something on standard error, if it can be written."""
+    with suppress(Error, BrokenPipeError):
+        say(text, sys.stderr)
+
+
+def open_streams() -> None:
+    """Standard streams that were closed before the start lead nowhere. Without this, the next file that is opened would
+    become one of them, and receive what other libraries print."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open until the process ends)
+
+
+def _print(text: str, file: TextIO) -> None:
+    try:
+        print(text, file=file)
+    except OSError as e:
+        _give_up(file, e)
+    _flush(file)
+
+
+def _flush(file: TextIO) -> None:
+    try:
+        file.flush()
+    except OSError as e:
+        _give_up(file, e)
+
+
+def _give_up(file: TextIO, error: OSError) -> None:
+    """Lead a stream that cannot be written nowhere: Python would try to write its buffer again at exit. Then raise."""
+    with suppress(OSError):  # a stream without a file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
+    if isinstance(error, BrokenPipeError):
+        raise error
+    name = "Standard error" if file is sys.stderr else "Standard output"
+    raise Error(f"{name} cannot be written: {error.strerror or error}.", "Lead it to another place.") from None
 
 
 def install(extra: str) -> str:

@@ -11,6 +11,8 @@ from . import samplers, schedules
 from .errors import Error
 from .families import FAMILIES, MODELS, Family, find
 from .families.base import EMBEDDED, INPUT, NONE, SECOND_PASS, Cut, TextPlan, Variant
+from .families.published import DYNAMIC, EMPIRICAL
+from .foreign import read_json
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
@@ -18,7 +20,7 @@ from .request import STRENGTH, Defaults, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
-FORMAT = 4  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
+FORMAT = 5  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
 PREDICTIONS = ("eps", "v", "x0", "flow")
 _AGAIN = "Convert the checkpoint again."
 
@@ -79,7 +81,8 @@ class Description:
     @property
     def factor(self) -> int:
         """How many pixels one latent covers along an edge."""
-        return factor(self.components["vae"].channels)
+        vae = self.components["vae"]
+        return factor(vae.channels) * vae.patch
 
     @property
     def multiple(self) -> int:
@@ -88,7 +91,7 @@ class Description:
 
     @property
     def latent_channels(self) -> int:
-        return self.components["vae"].latent_channels
+        return self.components["vae"].seen
 
     def latent_size(self, request: Request) -> tuple[int, int]:
         """(h, w)"""
@@ -111,7 +114,7 @@ class Description:
         """The schedule of a resolved request."""
         if self.flow:
             h, w = self.latent_size(request)
-            return schedules.flow(self.schedule, h * w // self.family.patch**2, request.shift)
+            return schedules.flow(self.schedule, h * w // self.family.patch**2, request.steps, request.shift)
         return schedules.discrete(self.schedule, samplers.SAMPLERS[request.sampler].grid)
 
     def starts(self, request: Request) -> bool:
@@ -187,9 +190,10 @@ class Description:
                 "Leave `guidance` out, or use another model.",
             )
         if self.guidance in (INPUT, NONE) and request.negative and request.true_cfg <= 1:
+            add = "Add `true_cfg=4` for a second pass, or leave" if "true_cfg" in self.family.takes else "Leave"
             raise Error(
                 f"{self.name} draws in one pass, which has no place for a negative prompt.",
-                "Add `true_cfg=4` for a second pass, or leave the negative prompt out.",
+                f"{add} the negative prompt out.",
             )
         if request.negative is None and request.true_cfg > 1:
             fix = 'Give a negative prompt, or an empty one: `negative=""`.'
@@ -213,12 +217,19 @@ class Description:
                 f"{refiner.name} works on other latents than {self.name}.", "Use the refiner made for this model."
             )
 
+    @property
+    def taesd(self) -> str:
+        """The hub id of the tiny decoder. Raises if there is none for this family."""
+        if self.family.taesd is None:
+            raise Error(f"mlxdiff reads no TAESD for {self.family.title}.", "Leave `taesd` out.")
+        return self.family.taesd
+
     def check_taesd(self, channels: int) -> None:
         """Raise unless a tiny decoder reads latents of this many channels."""
         if channels != self.latent_channels:
             raise Error(
                 f"This TAESD reads latents of {channels} channels; {self.name} has {self.latent_channels}.",
-                f"Use {self.family.taesd}.",
+                f"Use {self.taesd}.",
             )
 
     def not_finite(self) -> Error:
@@ -257,13 +268,9 @@ def published(name: str, recipe: Recipe) -> Description:
 def read(folder: str | Path) -> Description:
     """The description in a model folder, every value of it checked."""
     path = Path(folder) / "model.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise Error(f"{path} cannot be read as a model description: {e}.", _AGAIN) from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise Error(f"{path} has format {found!r:.60}; this version reads {FORMAT}.", _AGAIN)
+    values = read_json(path, _AGAIN)
+    if values.get("format") != FORMAT:
+        raise Error(f"{path} has format {values.get('format')!r:.60}; this version reads {FORMAT}.", _AGAIN)
     for key, sound in _SOUND.items():
         if not sound(values.get(key)):
             raise Error(f"{path} has {key} {values.get(key)!r:.60}.", _AGAIN)
@@ -306,8 +313,11 @@ def _schedule_is_sound(value) -> bool:
 
 def _alike(value, model, key: str) -> bool:
     if key == "dynamic":
-        numbers = value.values() if isinstance(value, dict) else ()
-        return value is None or (len(numbers) == 4 and all(_is_number(n) for n in numbers))
+        if not isinstance(value, dict | None):
+            return False
+        numbers = () if value is None else value.values()
+        known = value is None or any(value.keys() == dynamic.keys() for dynamic in (DYNAMIC, EMPIRICAL))
+        return known and all(_is_number(n) for n in numbers)
     if key == "sampler":
         return value is None or value in [*samplers.SAMPLERS]
     if isinstance(model, bool | str):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from . import BLAS, builtin, images, samplers, schedules
-from .console import Parser, run
+from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
 from .families.base import SECOND_PASS
@@ -123,7 +124,7 @@ def draw(args: argparse.Namespace) -> int:
         _one_to_stdout(requests, args.json)
     else:
         if args.output is not None and not images.is_folder(args.output):
-            images.kind_of(args.output)
+            images.check_name(args.output)
         _writable(_folder(args.output), "-o")
     if args.preview_dir is not None:
         _writable(args.preview_dir, "--preview-dir")
@@ -174,6 +175,8 @@ def draw(args: argparse.Namespace) -> int:
             if unknown:
                 bar.write(f"{unknown} `mlxdiff models {pipe.name}` lists the words that it knows.")
             _one(args, pipe, request, partial(_name, args.output, requests), bar)
+        if bar.unreported is not None:
+            raise bar.unreported
     return 0
 
 
@@ -259,6 +262,8 @@ def _one_to_stdout(requests: list[Request], as_json: bool) -> None:
         raise Error("--json and -o - both write to standard output.", "Use one of them.")
     if len(requests) > 1 or requests[0].count != 1:
         raise Error("Standard output takes one picture, but several were requested.", "Give a folder: -o DIR/.")
+    if sys.stdout.name == os.devnull:  # by `console.open_streams`
+        raise Error("Standard output is closed.", "Choose a file with -o.")
     if sys.stdout.isatty():
         raise Error("Standard output is a terminal, which cannot show a picture.", "Redirect it: -o - > house.png.")
 
@@ -278,8 +283,8 @@ def _write_stdout(data: bytes) -> None:
 
 def _writable(place: Path, flag: str) -> None:
     """Fail before the work, not after it."""
-    there = next(p for p in (place, *place.absolute().parents) if p.exists())  # missing folders are made later
     try:
+        there = next(p for p in (place, *place.absolute().parents) if p.exists())  # missing folders are made later
         tempfile.TemporaryFile(dir=there).close()
     except OSError as e:
         raise Error(f"{place} cannot be written to: {e.strerror}.", f"Choose another place with {flag}.") from None
@@ -299,7 +304,7 @@ def _name(output: Path | None, requests: list[Request], single: Request) -> Path
         return output
     one_prompt = all(r.prompt == single.prompt for r in requests)
     which = single.seed if one_prompt else images.stem(single)
-    return output.with_name(f"{output.stem}-{which}{output.suffix}")
+    return images.numbered(output, which)
 
 
 class Bar:
@@ -307,6 +312,7 @@ class Bar:
 
     def __init__(self, quiet: bool, out: TextIO):
         self.quiet, self.out, self.bar, self.stage = quiet, out, None, None
+        self.unreported: Error | BrokenPipeError | None = None  # why a report of a picture could not be printed
         self.began = time.perf_counter()
 
     def __enter__(self) -> "Bar":
@@ -332,13 +338,19 @@ class Bar:
         seconds = now - self.began
         if self.quiet:
             facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak, **made}
-            print(json.dumps(facts | {"request": json.loads(request.to_json())}, ensure_ascii=False), flush=True)
+            self._report(say_json, facts | {"request": json.loads(request.to_json())})
         else:
-            said = f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak"
-            print(said, file=self.out, flush=True)
+            self._report(say, f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak")
 
     def write(self, text: str) -> None:
-        print(text, file=sys.stderr)
+        warn(text)
+
+    def _report(self, print_it: Callable, what: str | dict) -> None:
+        """The picture is written by now, and others follow: a report that fails is told once they are drawn."""
+        try:
+            print_it(what, self.out)
+        except (Error, BrokenPipeError) as e:
+            self.unreported = e
 
     def _open(self, stage: str, total: int, **style) -> None:
         if not self.quiet and stage != self.stage:

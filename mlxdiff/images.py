@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from . import dialects
+from . import dialects, foreign
 from .errors import Error
 from .request import Request
 
@@ -23,6 +24,7 @@ MAX_TEXT = 2**20  # characters of settings; real ones have hundreds
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
 _CHUNK = "mlxdiff"
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
+_MOST_NAME = 255  # bytes of a file name, on every common file system
 _MOST = 100_000  # pictures of one name in a folder
 
 
@@ -41,11 +43,14 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def read(source: str | Path | Image.Image) -> Image.Image:
-    """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on white."""
+    """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on white, 16 bits
+    rounded to 8, and of an animation the first frame."""
     with _readable(source) as (name, image):
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise Error(f"{name} has more than 8 bits a channel.", "Save it with 8 bits a channel, as PNG or JPEG.")
+        kind, image = image.format, ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # 16 bits in both cases
+            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):  # 32 bits, whose range nothing says
+            raise Error(f"{name} has more than 16 bits a channel.", "Save it with 8 bits a channel, as PNG or JPEG.")
         if 0 in image.size:
             raise Error(f"{name} has no pixels: it is {image.width} x {image.height}.", "Give another picture.")
         if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time
@@ -68,7 +73,7 @@ def _readable(source: str | Path | Image.Image) -> Iterator[tuple[str, Image.Ima
         raise Error(f"The image is {type(source).__name__}, not a picture.", "Give a path or a PIL image.")
     name = "The image" if isinstance(source, Image.Image) else str(source)
     try:
-        yield name, source if isinstance(source, Image.Image) else open_file(Path(source).expanduser())
+        yield name, source if isinstance(source, Image.Image) else open_file(foreign.path(source))
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check the path.") from None
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
@@ -79,6 +84,8 @@ def _readable(source: str | Path | Image.Image) -> Iterator[tuple[str, Image.Ima
 
 def open_file(file: Path | io.BytesIO) -> Image.Image:
     """A picture of a format that only reading its bytes decodes: for others Pillow may start a program, as for EPS."""
+    if isinstance(file, Path):
+        foreign.check_regular(file)
     return Image.open(file, formats=FORMATS)
 
 
@@ -126,7 +133,7 @@ def save(image: Image.Image, path: Path, request: Request, model: str, recipe: s
 def write(image: Image.Image, path: Path, **options) -> Path:
     """Write a picture under the first free name. options: for PIL's `save`."""
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temp = path.with_name(f".{secrets.token_hex(8)}.part")  # of this call alone: threads and machines share folders
     kind = kind_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +179,7 @@ def new_folder(path: Path) -> Path:
 
 def is_folder(path: str | Path) -> bool:
     """Whether a path means a folder of pictures rather than one picture file. The path need not exist yet."""
-    return Path(path).expanduser().is_dir() or str(path).endswith(("/", "\\")) or not Path(path).suffix
+    return foreign.path(path).is_dir() or str(path).endswith(("/", "\\")) or not Path(path).suffix
 
 
 def kind_of(path: Path) -> str:
@@ -183,10 +190,30 @@ def kind_of(path: Path) -> str:
     return kind
 
 
+def check_name(path: Path) -> None:
+    """Raise before the work if no picture can have this name."""
+    kind_of(path)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise Error(f"{path} cannot be written: {why}.", "Choose another place with `output`.") from None
+
+
+def numbered(path: Path, word: str | int) -> Path:
+    """house.png -> house-7.png. A long name is cut, so that the new one is no longer than a file system allows."""
+    stem, end = path.stem, f"-{word}{path.suffix}"
+    while stem and len(os.fsencode(stem + end)) > _MOST_NAME:
+        stem = stem[:-1]
+    return path.with_name(stem + end)
+
+
 def _claim(temp: Path, path: Path) -> Path:
     """Give the finished file its name; a hard link fails if the name is taken, so two processes never collide."""
     for i in range(_MOST):
-        target = path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}")
+        target = path if i == 0 else numbered(path, i)
         try:
             os.link(temp, target)
             return target
@@ -200,7 +227,8 @@ def _claim(temp: Path, path: Path) -> Path:
 
 
 def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
-    text = dialects.parameters(vars(request), model, recipe)
+    text = _encodable(dialects.parameters(vars(request), model, recipe))
+    model = _encodable(model)
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("parameters", text)
@@ -211,6 +239,11 @@ def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")  # UserComment, as A1111 writes it
     return {"exif": exif.tobytes(), "quality": 95}
+
+
+def _encodable(text: str) -> str:
+    """The text with what is not Unicode escaped: a path may hold any bytes, and no name may cost a finished picture."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:

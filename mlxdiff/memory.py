@@ -21,6 +21,7 @@ from . import recipe
 from .description import Description
 from .families import FAMILIES
 from .models import build
+from .models.vae import factor
 from .request import Request
 
 SURE = 1.15  # the estimate may exceed the truth by this factor (tests check it); a run is refused only beyond it
@@ -70,12 +71,14 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     refiner does not, and the VAE stays once it has encoded a start image."""
     model, request, low = workload.model, workload.request, workload.low_memory
     models = [model] if workload.refiner is None else [model, workload.refiner]
-    vae, channels = _weights(model, "vae").held, model.components["vae"].channels
+    vae, config = _weights(model, "vae").held, model.components["vae"]
     drawn = request.width * request.height
     references = [math.prod(cut.size) for cut in model.cuts(workload.pictures)]
+    wider = 1 if config.decoder_channels is None else config.decoder_channels[0] / config.channels[0]
 
     def numbers(pixels: int) -> float:
-        return (min(pixels, (TILE * model.factor) ** 2) if low else pixels) * channels[0] * _item(model, "vae")
+        pixels = min(pixels, (TILE * factor(config.channels)) ** 2) if low else pixels
+        return pixels * config.channels[0] * _item(model, "vae")
 
     encode = max(_reads(m, request) for m in models)
     if request.image is not None:
@@ -87,7 +90,7 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
         stays.append(held)
         denoise = max(denoise, kept + held + passing)
         kept += 0 if low else held
-    decode = vae + _DECODER[gpu] * numbers(drawn) + (0 if low else stays[0])
+    decode = vae + _DECODER[gpu] * wider * numbers(drawn) + (0 if low else stays[0])
     return Peaks(int(encode), int(denoise), int(decode))
 
 

@@ -109,7 +109,7 @@ def load(
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
-        name = pipe.description.family.taesd if taesd == "auto" else taesd
+        name = pipe.description.taesd if taesd == "auto" else taesd
         pipe.attach_taesd(store.taesd(name, dtype=pipe.description.recipe.dtype, offline=offline, progress=progress))
     return pipe
 

@@ -9,13 +9,13 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import TypedDict, TypeVar, get_args, get_origin
+from typing import TypedDict, TypeVar
 
 from PIL.Image import Image
 
 from . import arguments, dialects, samplers, schedules
 from .errors import Error, did_you_mean
+from .foreign import fits
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
@@ -232,7 +232,9 @@ class Request:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if any(isinstance(picture, Image) for picture in self.pictures):
             values["image"] = None
-        return json.dumps(values, ensure_ascii=False, default=lambda v: str(v) if isinstance(v, Path) else None)
+        text = json.dumps(values, ensure_ascii=False, default=lambda v: str(v) if isinstance(v, Path) else None)
+        # A path that is not UTF-8 has lone surrogates, which JSON escapes, and which come back when it is read.
+        return "".join(f"\\u{ord(c):04x}" if "\ud800" <= c <= "\udfff" else c for c in text)
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
@@ -249,7 +251,7 @@ class Request:
             if name not in types:
                 problem = f"The settings hold {reprlib.repr(name)}, which this version does not know."
                 raise Error(problem, "Update mlxdiff.")
-            if not _is(value, types[name]):
+            if not fits(value, types[name]):
                 raise ValueError(f"{name} is {reprlib.repr(value)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -340,18 +342,13 @@ def _first(*values):
     return next((v for v in values if v is not None), None)
 
 
-def _is(value, kind) -> bool:
-    """Whether a value from JSON fits the type of a field; JSON has lists where a field has tuples."""
-    if isinstance(kind, UnionType):
-        return any(_is(value, k) for k in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(_is(v, get_args(kind)[0]) for v in value)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
 def _text(name: str, value) -> None:
     if not isinstance(value, str):
         raise Error(f"The {name} is {type(value).__name__}, not text.", f"Give the {name} as a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # Python puts such characters in the place of bytes that are not UTF-8
+        raise Error(f"The {name} {reprlib.repr(value)} is not valid UTF-8.", "Type it again.") from None
 
 
 def _whole(name: str, value, low: int, high: int) -> None:

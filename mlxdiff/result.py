@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import images
+from . import foreign, images
 from .request import Request
 
 _SHOWN = 40  # characters of the prompt in a repr
@@ -55,9 +55,9 @@ class Result:
 
     def _name(self, path: str | Path | None, request: Request) -> Path:
         if path is None or images.is_folder(path):
-            return Path("" if path is None else path).expanduser() / images.file_name(request)
-        file = Path(path).expanduser()
-        return file if len(self.images) == 1 else file.with_name(f"{file.stem}-{request.seed}{file.suffix}")
+            return foreign.path("" if path is None else path) / images.file_name(request)
+        file = foreign.path(path)
+        return file if len(self.images) == 1 else images.numbered(file, request.seed)
 
     def __repr__(self) -> str:
         prompt, n = self.request.prompt, len(self.images)

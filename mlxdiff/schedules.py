@@ -174,13 +174,21 @@ Schedule = Discrete | Flow
 Spacing = Callable[[Schedule, int], np.ndarray]
 
 
-def flow(row: dict, tokens: int, shift: float | None = None) -> Flow:
-    """The schedule of a model folder, for a picture of `tokens` patches. shift: replaces the model's shift."""
+def flow(row: dict, tokens: int, steps: int, shift: float | None = None) -> Flow:
+    """The schedule of a model folder, for a picture of `tokens` patches drawn in so many steps. shift: replaces the
+    model's shift."""
     d = row["dynamic"] if shift is None else None
-    if d is not None:  # FLUX dev: log shift is linear in the number of patches
-        slope = (d["max_shift"] - d["base_shift"]) / (d["max_image_seq_len"] - d["base_image_seq_len"])
-        shift = math.exp(d["base_shift"] + slope * (tokens - d["base_image_seq_len"]))
+    if d is not None:
+        shift = math.exp(_log_shift(d, tokens, steps))
     return Flow(row["shift"] if shift is None else shift, row["ends"], row["steps"], d is not None)
+
+
+def _log_shift(d: dict, tokens: int, steps: int) -> float:
+    if "max_shift" in d:  # FLUX.1 dev: linear in the number of patches
+        slope = (d["max_shift"] - d["base_shift"]) / (d["max_image_seq_len"] - d["base_image_seq_len"])
+        return d["base_shift"] + slope * (tokens - d["base_image_seq_len"])
+    few, many = (d[f"slope_{n}"] * tokens + d[f"shift_{n}"] for n in (10, 200))  # FLUX.2: see `published.EMPIRICAL`
+    return many if tokens > d["tokens"] else many + (few - many) * (200 - steps) / 190
 
 
 def discrete(row: dict, grid: Grid) -> Discrete:

@@ -4,7 +4,6 @@ ftfy, no accent stripping), T5Tokenizer and Qwen2Tokenizer. Nothing is ever trun
 of CLIP becomes several chunks of length - 2 tokens; T5 and Qwen have no maximum length. Qwen is a language model and
 reads the prompt as it is written: brackets and BREAK are text, and a weight with a number is refused."""
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -16,7 +15,9 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from . import foreign
 from .errors import Error
+from .foreign import fits
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # with CLIPTokenizer's defaults
@@ -223,7 +224,7 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
         else:
             from sentencepiece import SentencePieceProcessor  # slow to import (0.05 s), and most models have no T5
 
-            spm = SentencePieceProcessor(model_proto=model.read_bytes())
+            spm = SentencePieceProcessor(model_proto=foreign.read(model, again))
             eos, pad = spm.eos_id(), spm.pad_id()
             special = {spm.id_to_piece(i): i for i in (pad, eos, spm.unk_id()) if i >= 0}
             special |= {f"<extra_id_{i}>": len(spm) + 99 - i for i in range(100)}  # T5 adds these after the file's
@@ -232,6 +233,8 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
                 parts = T5_SPECIAL.split(text)
                 return [i for p in parts for i in ([special[p]] if p in special else spm.encode(p))]
 
+    except Error:
+        raise
     except Exception as e:  # for damaged files, both libraries raise no narrower type
         raise Error(f"The tokenizer in {folder} cannot be read: {e}.", again) from None
     if eos is None or pad is None or min(eos, pad) < 0:
@@ -306,8 +309,8 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], li
     if (folder / "tokenizer.json").is_file():
         source = folder / "tokenizer.json"
         content = _json(source)
-        model, added = content.get("model", {}), content.get("added_tokens", [])
-        vocab, merges = model.get("vocab"), model.get("merges")
+        model, added = content.get("model"), content.get("added_tokens", [])
+        vocab, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         source = folder / "merges.txt"
         vocab, added = _json(folder / "vocab.json"), []
@@ -319,6 +322,8 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], li
         )
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise Error(f"{source} is not a byte-level BPE.", "Give the tokenizer of a CLIP text encoder.")
+    if not all(isinstance(merge, str) or fits(merge, tuple[str, ...]) for merge in merges):
+        raise Error(f"{source} has a merge that is not text.", "Fetch the tokenizer again.")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
     bad = [p for p in pairs if len(p) != 2 or p[0] not in vocab or p[1] not in vocab or p[0] + p[1] not in vocab]
     if bad:
@@ -336,20 +341,9 @@ def _added(token: str | dict) -> AddedToken:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise Error(f"{path} cannot be read: {e}.", "Fetch the tokenizer again.") from None
+    return foreign.read_text(path, "Fetch the tokenizer again.")
 
 
 def _json(path: Path) -> dict:
     """The object in a JSON file; {} if there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(_text(path))
-    except ValueError as e:
-        raise Error(f"{path} is not JSON: {e}.", "Fetch the tokenizer again.") from None
-    if not isinstance(content, dict):
-        raise Error(f"{path} is not a JSON object.", "Fetch the tokenizer again.")
-    return content
+    return foreign.read_json(path, "Fetch the tokenizer again.") if path.exists() else {}

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from .errors import Error
 from .families import Family
+from .foreign import check_regular
 from .models import build
 from .recipe import DTYPES, Recipe, component_dtype, quantization_plan
 
@@ -118,6 +119,7 @@ def load(path: Path, family: Family, config: build.Config, recipe: Recipe) -> nn
     module = build.build(config)
     quantized(module, quantization_plan(family, path.stem, module, recipe.bits))
     try:
+        check_regular(path)
         arrays = mx.load(str(path))
     except (RuntimeError, OSError, ValueError) as e:
         raise Error(f"{path} cannot be read: {e}.", "Convert the checkpoint again.") from None

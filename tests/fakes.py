@@ -13,6 +13,7 @@ from mlxdiff import images
 from mlxdiff.description import Description, published
 from mlxdiff.errors import Error
 from mlxdiff.families import Defaults
+from mlxdiff.families.base import Cut
 from mlxdiff.images import to_image
 from mlxdiff.pipeline import Event
 from mlxdiff.recipe import recipe
@@ -27,6 +28,14 @@ def describe(name: str, model: str = "sd15") -> Description:
     return replace(like, name=name, family=replace(like.family, defaults=DEFAULTS, variants=_variants(like)))
 
 
+def editor() -> Description:
+    """A model that edits at most two pictures, and cuts them to multiples."""
+    plain = describe("editor")
+    cut = lambda w, h, multiple: Cut((w, h), (w // multiple * multiple, h // multiple * multiple))  # noqa: E731
+    edits = {k: replace(v, edits=2) for k, v in plain.family.variants.items()}
+    return replace(plain, family=replace(plain.family, variants=edits, cut=cut))
+
+
 def _variants(model: Description) -> dict:
     return {k: replace(v, defaults=None) for k, v in model.family.variants.items()}
 
@@ -35,11 +44,13 @@ class Pipe:
     """Stands where a Pipeline would. pace: seconds a step. gate: steps wait for it, so that a test sees them run."""
 
     def __init__(self, name: str = "fake", pace: float = 0.0, gate: threading.Event | None = None):
-        self.description = describe(name)
+        self.description = editor() if name == "editor" else describe(name)
         self.name, self.pace, self.gate = name, pace, gate
         self.steps = 0  # taken in its life
 
     def resolve(self, request: Request) -> Request:
+        if self.description.row.edits:
+            return self.description.resolve(request, [images.read(picture).size for picture in request.pictures])
         if request.image is not None:
             request = request.sized(images.read(request.image).size, DEFAULTS.size**2, self.description.multiple)
         return request.resolve(DEFAULTS, ("euler", "leading"), "leading", 1, self.description.multiple)

@@ -50,6 +50,9 @@ class Repo:
     status: int | None = None  # answered to everything, e.g. 503
     cut: dict[str, int] = field(default_factory=dict)  # file -> bytes after which the connection is dropped, once
     held: dict[str, int] = field(default_factory=dict)  # file -> bytes after which the server waits for `release`
+    instead: dict[str, bytes] = field(default_factory=dict)  # file -> bytes that are sent in its place, once
+    info: bytes | None = None  # sent in place of the list of files
+    etag: str | None = None  # of every file; "" for none
 
 
 class Hub:
@@ -116,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         if api:
             siblings = [{"rfilename": n, "size": len(b)} for n, b in repo.files.items()]
             info = {"id": "/".join(parts[:2]), "sha": repo.commit, "siblings": siblings}
-            return self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+            text = json.dumps(info).encode() if repo.info is None else repo.info
+            return self.send(200, text, {"Content-Type": "application/json"}, body)
         if repo.gated:
             return self.refuse(403 if "Authorization" in self.headers else 401, "GatedRepo")
         if name not in repo.files:
@@ -129,6 +133,12 @@ class _Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(data).hexdigest()
         large = name.endswith(".safetensors")
         headers = {"X-Repo-Commit": commit, "ETag": f'"{digest if large else digest[:40]}"'}
+        if repo.etag is not None:
+            headers |= {"ETag": f'"{repo.etag}"'} if repo.etag else {}
+            headers = headers if repo.etag else {"X-Repo-Commit": commit}
+            return self.send(200, data, headers, body)
+        if body and (on_cdn or not large):
+            data = repo.instead.pop(name, data)
         if large and not on_cdn:
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
             headers["Location"] = f"http://localhost:{self.hub.port}/cdn{self.path}"

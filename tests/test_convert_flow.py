@@ -438,7 +438,7 @@ def test_pieces_that_do_not_fit_are_told(shape, why):
 )
 def test_flow_schedulers_in_our_terms(tmp_path, made, want):
     made.save_pretrained(tmp_path)
-    schedule = scheduler.flow_from_json(Settings(tmp_path / "scheduler_config.json"), "trailing")
+    schedule = scheduler.flow_from_json(Settings(tmp_path / "scheduler_config.json"), FAMILIES["flux"].schedule)
     assert schedule.items() >= want.items()
     assert schedule.keys() == FAMILIES["flux"].schedule.keys()
 
@@ -455,7 +455,7 @@ def test_flow_schedulers_in_our_terms(tmp_path, made, want):
 def test_flow_schedulers_that_are_refused(tmp_path, values):
     (tmp_path / "s.json").write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"} | values))
     with pytest.raises(Error, match=r"s\.json has "):
-        scheduler.flow_from_json(Settings(tmp_path / "s.json"), "linspace")
+        scheduler.flow_from_json(Settings(tmp_path / "s.json"), FAMILIES["sd3"].schedule)
 
 
 # ---- what is wrong

@@ -632,6 +632,13 @@ class Looking(Lesson):
     words = Growing.words
 
 
+def test_an_error_is_no_html():
+    lesson = Looking()
+    lesson._fail(Error("<img src=x onerror=alert(1)> is not a model."))
+    assert "<img" not in lesson.said.value
+    assert "&lt;img" in lesson.said.value
+
+
 def test_a_lesson_that_was_stopped_or_failed_works_when_it_is_shown_again():
     lesson = Looking()
     for state in ("cancelled", "failed"):

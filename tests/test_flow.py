@@ -44,7 +44,7 @@ def test_sd3_equals_diffusers(shift, dynamic, steps):
     theirs = FlowMatchEulerDiscreteScheduler(steps, shift=shift, use_dynamic_shifting=dynamic is not None)
     for n in STEPS:
         theirs.set_timesteps(n, mu=1.15)  # of 4096 patches; looked at where shifting is dynamic
-        schedule = schedules.flow(row(shift, dynamic, steps=steps), 4096)
+        schedule = schedules.flow(row(shift, dynamic, steps=steps), 4096, 28)
         ours = schedules.sigmas(schedule, "linspace", n)
         np.testing.assert_allclose(ours, theirs.sigmas.numpy(), rtol=ROUNDED, atol=1e-9)
         told = [1000 * schedule.t(s) for s in ours[:-1]]
@@ -60,7 +60,7 @@ def test_flux_equals_diffusers(dynamic, tokens):
     mu = calculate_shift(tokens, d["base_image_seq_len"], d["max_image_seq_len"], d["base_shift"], d["max_shift"])
     for n in STEPS:
         theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / n, n), mu=mu)  # as FluxPipeline does
-        ours = schedules.sigmas(schedules.flow(row(1.0, dynamic, "trailing"), tokens), "trailing", n)
+        ours = schedules.sigmas(schedules.flow(row(1.0, dynamic, "trailing"), tokens, n), "trailing", n)
         np.testing.assert_allclose(ours, theirs.sigmas.numpy(), rtol=ROUNDED, atol=1e-9)
 
 
@@ -77,9 +77,9 @@ def test_spacings_between_the_models_own_ends_equal_diffusers(spacing, ends):
 
 
 def test_a_shift_that_was_asked_for_replaces_the_models_own():
-    assert schedules.flow(row(3.0, DEV), 4096, 2.5).shift == 2.5
-    assert schedules.flow(row(3.0, DEV), 4096).shift == pytest.approx(math.exp(1.15))
-    assert schedules.flow(row(3.0), 4096).shift == 3.0
+    assert schedules.flow(row(3.0, DEV), 4096, 28, 2.5).shift == 2.5
+    assert schedules.flow(row(3.0, DEV), 4096, 28).shift == pytest.approx(math.exp(1.15))
+    assert schedules.flow(row(3.0), 4096, 28).shift == 3.0
 
 
 def test_x_is_what_the_network_sees():

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxdiff.models import flux, layers, sd3, t5
+from mlxdiff.models import flux, layers, qwen3, sd3, t5
 
 from .test_graph import HALVES, counts, cpu_only, graph, of_dtype, strays
 
@@ -39,6 +39,7 @@ SD3 = sd3.Config(
     qk_norm=True,
 )
 T5 = t5.Config(99, 32, 3, 2, 16, 64, 8, 16, 1e-6)
+QWEN3 = qwen3.Config(99, 32, 3, 4, 2, 64, 80, 1e6, 1e-6, (1, 3))
 NETS = {"flux": (flux.Flux, FLUX), "sd3": (sd3.SD3, SD3)}
 
 
@@ -106,6 +107,15 @@ def test_t5_multiplies_in_half_precision(dtype):
     assert net(mx.zeros((2, 7), mx.int32)).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_qwen3_multiplies_in_half_precision(dtype):
+    """Its residual stream alone is float32, and with it the states that are read from it."""
+    net = of_dtype(qwen3.Qwen3(QWEN3), dtype)
+    step = graph(lambda ids: net(ids, mx.ones((2, 7))), mx.zeros((2, 7), mx.int32))
+    assert {o[2] for r in step if r["name"] in ("AddMM", "Matmul") for o in r["outputs"]} == {dtype}
+    assert net(mx.zeros((2, 7), mx.int32)).dtype == mx.float32
+
+
 def test_the_audit_sees_an_upcast():
     """A float32 latent, a float32 weight, a rotation that promotes: each is found."""
     net, x = of_dtype(flux.Flux(FLUX), mx.bfloat16), mx.zeros((1, 4, 6, 4), mx.bfloat16)
@@ -128,6 +138,8 @@ def test_nothing_needs_float64_or_the_cpu(name):
     net, x = of_dtype(kind(config), mx.float32), mx.zeros((2, 4, 6, 4))
     assert cpu_only(lambda x: net(x, 0.5, **net.prepare([0.5], **conditions(config, mx.float32, 2))), x) == []
     text = of_dtype(t5.T5Encoder(T5), mx.float32)
+    assert cpu_only(lambda ids: text(ids, mx.ones((2, 7))), mx.zeros((2, 7), mx.int32)) == []
+    text = of_dtype(qwen3.Qwen3(QWEN3), mx.float32)
     assert cpu_only(lambda ids: text(ids, mx.ones((2, 7))), mx.zeros((2, 7), mx.int32)) == []
 
 

@@ -570,3 +570,40 @@ def test_a_taesd_is_fetched_once(hub, start, tmp_path):
     assert len(hub.log) == before
     assert "has no file" in worker("madebyollin/taesd/other.safetensors", **ask)["problem"]
     assert "not on this machine" in worker("madebyollin/taef1", **ask | {"offline": True})["problem"]
+
+
+# A hub that is damaged or is none.
+
+
+def test_bytes_of_another_sha256_are_refused_and_deleted(hub, worker):
+    files = diffusers_repo()
+    name = "unet/diffusion_pytorch_model.fp16.safetensors"
+    other = noise(len(files[name]), 99)
+    hub.repos["org/exchanged"] = Repo(files, instead={name: other})
+    answer = worker("org/exchanged", dtype="float16")
+    assert "was damaged during the download" in answer["problem"]
+    blobs = (worker.home / "hf").rglob("*")
+    assert not any(f.is_file() and f.read_bytes() == other for f in blobs)
+    assert content(worker("org/exchanged", dtype="float16"))  # the next run fetches it again
+
+
+_FILES = b'[{"rfilename": "model_index.json", "size": 2}]'
+STRANGE = {
+    "a web page": Repo(diffusers_repo(), info=b"<!DOCTYPE html><title>Log in</title>"),
+    "a list": Repo(diffusers_repo(), info=b"[1]"),
+    "no files": Repo(diffusers_repo(), info=b'{"id": "a/b", "sha": "c0ffee"}'),
+    "no sizes": Repo(diffusers_repo(), info=b'{"id": "a/b", "sha": "c0ffee", "siblings": [{"rfilename": "a.json"}]}'),
+    "a commit that climbs": Repo(diffusers_repo(), info=b'{"id": "a/b", "sha": "../../x", "siblings": %s}' % _FILES),
+    "a file that climbs": Repo(
+        diffusers_repo(), info=b'{"id": "a", "sha": "c0ffee", "siblings": [{"rfilename": "vae/../../x", "size": 2}]}'
+    ),
+    "no ETag": Repo(diffusers_repo(), etag=""),
+    "an ETag that climbs": Repo(diffusers_repo(), etag="../../../x"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_strange_answers_are_one_clear_error(hub, worker, case):
+    repo = f"org/{case.replace(' ', '-')}"
+    hub.repos[repo] = STRANGE[case]
+    assert "which no hub does" in worker(repo, dtype="float16")["problem"]

@@ -192,6 +192,64 @@ def test_a_picture_is_read_upright_opaque_and_in_colour(tmp_path):
     assert np.array_equal(plain, np.asarray(picture()))
 
 
+# EXIF's orientation -> how the upright rows lie to the stored ones (the standard's table)
+TURNS = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_picture_is_turned_by_its_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture().convert("RGB")
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(images.read(tmp_path / "a.png")), TURNS[orientation](np.asarray(stored)))
+
+
+def two(mode: str, first, second) -> Image.Image:
+    """A picture of two pixels."""
+    image = Image.new(mode, (2, 1), first)
+    if mode == "P":
+        image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), second)
+    return image
+
+
+WHITE, BLACK, RED, BROWN = [255] * 3, [0] * 3, [255, 0, 0], [10, 20, 30]
+GREY16 = Image.fromarray(np.array([[7 * 257, 65535]], np.uint16))
+FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (2, 1), "blue")]}
+FIRST = Image.new("RGB", (2, 1), "red")
+# file -> the picture that is saved, how it is saved, and its colours by the formats' definitions
+KINDS = {
+    "palette.png": (two("P", 0, 1), {}, [BROWN, [200, 100, 50]]),
+    "clear.png": (two("P", 0, 1), {"transparency": 1}, [BROWN, WHITE]),
+    "grey16.png": (GREY16, {}, [[7] * 3, WHITE]),
+    "grey16.tiff": (GREY16, {}, [[7] * 3, WHITE]),
+    "ink.tiff": (two("CMYK", (255, 0, 0, 0), (0, 0, 0, 255)), {}, [[0, 255, 255], BLACK]),
+    "alpha.png": (two("LA", (0, 51), (255, 0)), {}, [[204] * 3, WHITE]),
+    "alpha.webp": (two("RGBA", (255, 0, 0, 0), (255, 0, 0, 255)), {"lossless": True}, [WHITE, RED]),
+    "frames.gif": (FIRST, FRAMES, [RED, RED]),
+    "frames.png": (FIRST, FRAMES, [RED, RED]),
+    "frames.tiff": (FIRST, FRAMES, [RED, RED]),
+    "frames.webp": (FIRST, FRAMES | {"lossless": True}, [RED, RED]),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_picture_is_read_to_its_colours(tmp_path, name):
+    image, options, colours = KINDS[name]
+    image.save(tmp_path / name, **options)
+    assert np.asarray(images.read(tmp_path / name)).tolist() == [colours]
+
+
 def test_a_picture_fills_the_size_and_is_cropped_about_its_middle():
     """A white band in the middle third of black: at the band's shape only the band is left."""
     bands = np.zeros((30, 90, 3), np.uint8)
@@ -227,7 +285,7 @@ def test_a_picture_of_more_pixels_than_pillow_opens_is_one_error(tmp_path, monke
         (".", "cannot be read"),
         ("text.png", "cannot be read"),
         ("cut.png", "cannot be read"),
-        ("deep.png", "more than 8 bits"),
+        ("deep.tiff", "more than 16 bits"),
         (np.zeros((8, 8, 3), np.uint8), "is ndarray"),
         (Image.new("RGB", (0, 5)), "no pixels: it is 0 x 5"),
     ],
@@ -237,7 +295,7 @@ def test_what_cannot_be_begun_with_is_one_error(tmp_path, monkeypatch, given, sa
     (tmp_path / "text.png").write_bytes(b"hello")
     whole = images.save(picture(), tmp_path / "whole.png", FULL, "m", "float32").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) * 2 // 3])
-    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "deep.tiff")
     with pytest.raises(Error, match=says) as e:
         images.read(given)
     assert len(str(e.value).splitlines()) == 1

@@ -67,6 +67,16 @@ def test_the_key_holds_all_that_matters(cache, tmp_path):
     assert "4bit" in seen[1].name
 
 
+def test_a_source_replaced_by_one_of_equal_size_and_time_is_converted_again(cache, tmp_path):
+    source = folder(tmp_path / "model")
+    file, made = source / "vae" / "config.json", store.resolve(source)
+    before = file.stat()
+    file.write_text(file.read_text(encoding="utf-8").swapcase()[::-1], encoding="utf-8")
+    os.utime(file, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert store.resolve(source) != made
+
+
 def test_our_own_folder_is_used_in_place(cache, tmp_path):
     ours = store.resolve(folder(tmp_path / "model"), bits=4, dtype="float16")
     assert store.resolve(ours) == ours

@@ -431,7 +431,7 @@ def test_a_picture_without_settings_becomes_the_start_picture(studio, tmp_path):
     assert (request.image, request.strength) == (studio.image, 0.35)
     assert images.read_settings(studio.images[-1].path)[0].image == str(studio.image)
     assert not list(tmp_path.rglob("*.part"))
-    studio.controls.start_picture.remove.click()
+    studio.controls.start_picture.remove[0].click()
     assert studio.controls.start_picture.layout.display == "none"
     request = draw(studio).request
     assert (request.image, request.strength) == (None, None)
@@ -478,6 +478,44 @@ def test_restoring_brings_back_the_start_picture(studio):
     heard(studio, do="restore", key=1)
     assert "There is no picture at" in studio.view.error["problem"]
     assert studio.image is None
+
+
+def test_a_model_that_edits_takes_several_pictures(studio):
+    """Dropped or chosen one after the other; each has its own button; the result has the shape of the first."""
+    shown, why = studio.controls.start_picture, studio.controls.why
+    draw(studio, model="editor")
+    for width in (96, 48):
+        heard(studio, do="drop", part=0, parts=1, begin=False, data=bare(width))
+        assert studio.status == "The next picture edits this one"
+    first, second = studio.image
+    assert (len(shown.remove), shown.sizes) == (2, [(96, 48), (48, 48)])
+    assert [w.value.split('"')[1] for w in shown.children[:4:2]] == ["Picture 1 to edit", "Picture 2 to edit"]
+    assert (studio.controls.strength.disabled, why.value) == (True, "This model edits: it takes no strength.")
+    with pytest.raises(Error, match="editor takes at most 2 pictures to edit"):
+        heard(studio, do="drop", part=0, parts=1, begin=True, data=bare(40))
+    request = draw(studio).request
+    assert (request.image, request.strength) == ((first, second), None)
+    assert (request.width, request.height) == (96, 48)
+    stored, _ = images.read_settings(studio.images[-1].path)
+    assert stored.image == (str(first), str(second))
+    shown.remove[0].click()
+    assert (studio.image, shown.sizes) == ([second], [(48, 48)])
+    shown.remove[0].click()
+    assert (studio.image, shown.layout.display, why.value) == (None, "none", "")
+    heard(studio, do="restore", key=1)
+    assert (studio.image, len(shown.remove)) == ((first, second), 2)
+    studio.model = "fake"
+    draw(studio, image=[first])
+    assert (studio.controls.strength.disabled, why.value) == (False, "")
+    assert 'alt="The start picture"' in shown.children[0].value
+
+
+def test_a_named_model_that_edits_is_known_to_before_it_is_open(studio):
+    """A picture becomes the next result's size as Kontext was trained on it."""
+    studio.model, studio.image = "flux-kontext", Image.new("RGB", (400, 100))
+    assert (studio.width, studio.height) == (1568, 672)
+    assert studio.controls.strength.disabled
+    assert studio.request().strength is None
 
 
 def test_strengths_are_compared(studio):

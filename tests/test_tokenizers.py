@@ -309,8 +309,8 @@ def test_lone_surrogate_is_an_error(clip):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("vocab.json", "<html>", "vocab.json is not JSON"),
-        ("vocab.json", "[1, 2]", "vocab.json is not a JSON object"),
+        ("vocab.json", "<html>", "vocab.json is not valid JSON"),
+        ("vocab.json", "[1, 2]", "vocab.json holds list, not a JSON object"),
         ("vocab.json", '{"a": 0}', "merges.txt has a merge unknown"),
         ("merges.txt", "a b c\n", "merges.txt has a merge unknown"),
         ("merges.txt", "<!DOCTYPE html>\n", "merges.txt has a merge unknown"),

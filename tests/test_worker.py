@@ -213,6 +213,23 @@ def test_a_listener_that_fails_does_not_stop_the_thread(capsys):
     assert worker.submit("fake", Request("a", steps=1), quiet).result(WAIT).images
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("when", ["open", "denoise", "done", "failed", "cancelled"])
+def test_nothing_that_a_listener_raises_ends_the_thread(capsys, kind, when):
+    def broken(job, update):
+        if update.stage == when:
+            raise kind
+        if update.stage == "encode" and when == "failed":
+            raise ValueError("fails here")
+        if update.stage == "encode" and when == "cancelled":
+            job.cancel()
+
+    worker = Worker(fakes.load)
+    job = worker.submit("fake", Request("a", steps=1), broken)
+    assert job._ended.wait(WAIT)
+    assert worker.submit("fake", Request("a", steps=1), quiet).result(WAIT).images
+
+
 def test_interrupting_the_wait_cancels(monkeypatch):
     """What Jupyter's interrupt does: KeyboardInterrupt inside the cell that waits."""
     gate = threading.Event()

@@ -73,7 +73,7 @@ def _name_in(folder: Path, model: str) -> str:
     from .. import store
 
     store.check_name(model)
-    file = Path(model).expanduser()
+    file = Path(os.path.expanduser(model))
     return str(file.absolute()) if store.local(model) == file and folder != Path.cwd() else model
 
 

@@ -173,10 +173,20 @@ class Controls(w.VBox):
         self.schedule.options = _with_default(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
     def judge(
-        self, model: Description | None, defaults: Defaults | None, prompt: str, guidance: float, more: dict
+        self,
+        model: Description | None,
+        defaults: Defaults | None,
+        edits: bool,
+        prompt: str,
+        guidance: float,
+        more: dict,
     ) -> None:
-        """Disable controls that would change nothing now and say why; name the settings that have no control."""
+        """Disable controls that would change nothing now and say why; name the settings that have no control. edits:
+        whether the model edits its pictures."""
         reasons = ignored(model, guidance, more.get("true_cfg", 1.0))
+        self.strength.disabled = edits
+        if edits and self.start_picture.sizes:
+            reasons["strength"] = "This model edits: it takes no strength."
         if model is not None and model.name == builtin.NAME and (unknown := builtin.notice(prompt)):
             reasons["prompt"] = unknown
         self.negative.disabled = "negative" in reasons

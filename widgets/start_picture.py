@@ -1,7 +1,9 @@
-"""The start picture, which runs begin with instead of noise alone: its control, the size it needs, and its file."""
+"""The pictures that a run takes: the start picture, with which it begins instead of noise alone, or those that it
+edits. Their control, the size of the result, and their files."""
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as w
@@ -14,29 +16,38 @@ from .gallery import thumbnail
 
 
 class StartPicture(w.HBox):
-    """Shows the start picture and how much of it is redrawn. It is hidden while there is no start picture."""
+    """Shows the start picture and how much of it is redrawn, or the pictures to edit. It is hidden while there are
+    none. Every picture has a button that calls `drop` with its number."""
 
     def __init__(self):
-        self.picture = w.HTML()
+        self.drop: Callable[[int], None] | None = None
+        self.sizes: list[tuple[int, int]] = []
+        self.remove: list[w.Button] = []
         self.strength = w.FloatSlider(description="Strength", min=0, max=1, step=0.05, readout_format=".2f")
         self.strength.tooltip = "How much of the picture is redrawn: 1 ignores it"
-        self.remove = w.Button(icon="times", tooltip="Begin with noise alone")
-        super().__init__([self.picture, self.strength, self.remove])
+        super().__init__()
         self.add_class("mlxdiff-start-picture")
-        self.show(None)
+        self.show([], edits=False)
 
-    def show(self, image: Image.Image | None) -> None:
-        self._size = None if image is None else image.size
-        if image is not None:
-            data = base64.b64encode(thumbnail(image)).decode()
-            self.picture.value = f'<img alt="The start picture" src="data:image/jpeg;base64,{data}">'
-        self.layout.display = "none" if image is None else None
+    def show(self, pictures: list[Image.Image], edits: bool) -> None:
+        """edits: whether the model edits them; else the first is the start picture."""
+        self.sizes, self.remove, shown = [picture.size for picture in pictures], [], []
+        for i, picture in enumerate(pictures):
+            data = base64.b64encode(thumbnail(picture)).decode()
+            what = "The start picture" if not edits else f"Picture {i + 1} to edit"
+            shown.append(w.HTML(f'<img alt="{what}" src="data:image/jpeg;base64,{data}">'))
+            tooltip = "Begin with noise alone" if not edits else f"Leave picture {i + 1} out"
+            self.remove.append(w.Button(icon="times", tooltip=tooltip))
+            self.remove[i].on_click(lambda _, i=i: self.drop(i))
+        pairs = [part for pair in zip(shown, self.remove, strict=True) for part in pair]
+        self.children = (*pairs, self.strength)
+        self.layout.display = None if pictures else "none"
 
     def shape(self, size: int, multiple: int) -> dict[str, int]:
-        """Width and height in its shape, with at most size² pixels; empty if there is no start picture."""
-        if self._size is None:
+        """Width and height in the start picture's shape, with at most size² pixels; empty if there is none."""
+        if not self.sizes:
             return {}
-        request = Request("").sized(self._size, size**2, multiple)
+        request = Request("").sized(self.sizes[0], size**2, multiple)
         return {"width": request.width, "height": request.height}
 
 

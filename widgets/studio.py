@@ -22,9 +22,10 @@ import traitlets as t
 from PIL import Image
 
 from .. import families, images
-from ..description import Description
+from ..description import Description, published
 from ..errors import Error
 from ..families import DEFAULT, MODELS, Defaults
+from ..recipe import recipe
 from ..request import STRENGTH, Request, asked
 from .controls import FIELDS, MULTIPLE, Controls, presets, unusual
 from .gallery import Grid, Picture, thumbnail, writable
@@ -50,7 +51,7 @@ class Studio(w.VBox):
     seed = t.Int(0)
     locked = t.Bool(False, help="keep the seed; otherwise every run draws a fresh one")
     count = t.Int(1)
-    image = t.Any(None, help="the start picture, a path or a PIL image; None: begin with noise alone")
+    image = t.Any(None, help="the start picture, a path or a PIL image; for a model that edits, one or a list to edit")
     strength = t.Float(STRENGTH, help="the part of the steps that redraws the start picture; 1 ignores it")
     more = t.Dict(help="the Request's fields that have no control, such as {'clip_skip': 2}")
     folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
@@ -85,15 +86,14 @@ class Studio(w.VBox):
         self.view.controls = {name: control.model_id for name, control in self.controls.entries().items()}
         self._wire()
         self._count()
-        self._judge()
-        self._show_start_picture()
+        self._show_pictures()
 
     # --- for cells
 
     def request(self) -> Request:
         """The current settings. Those left to a model whose defaults are unknown are None."""
         values = {n: getattr(self, n) for n in (*FIELDS, "count", "image")}
-        values["strength"] = None if self.image is None else self.strength
+        values["strength"] = None if self.image is None or self._edits else self.strength
         if self._defaults is None:
             values |= {n: None for n in _BY_MODEL if values[n] == self._before[n]}
         return asked(values.pop("prompt"), values | self.more)
@@ -235,7 +235,7 @@ class Studio(w.VBox):
             self._apply("standard")
         if Path(self.model).exists() if row is None else row.repo is None:
             self._submit(None, self._on_update)
-        self._judge()
+        self._show_pictures()
 
     def _learn(self, model: Description) -> None:
         """The model is open. Settings that were not touched since it was named become the model's defaults."""
@@ -252,6 +252,8 @@ class Studio(w.VBox):
                 setattr(self, name, value)
         self._defaults = model.defaults
         self.controls.width.step = self.controls.height.step = model.multiple
+        if model.row.edits:
+            self._show_pictures()
         self._judge()
 
     def _apply(self, preset: str) -> None:
@@ -263,26 +265,60 @@ class Studio(w.VBox):
         return presets(defaults)[name] | self._shape(defaults)
 
     def _judge(self) -> None:
-        self.controls.judge(self._description, self._defaults, self.prompt, self.guidance, self.more)
+        edits = self._edits > 0
+        self.controls.judge(self._description, self._defaults, edits, self.prompt, self.guidance, self.more)
 
-    # --- the start picture
+    @property
+    def _edits(self) -> int:
+        """How many pictures the model edits, as far as it is known."""
+        model = self._known
+        return 0 if model is None else model.row.edits
 
-    def _show_start_picture(self) -> None:
-        """Show the start picture, and take over its shape."""
+    @property
+    def _known(self) -> Description | None:
+        """The model's description: its own once it is open, the published one of a named model."""
+        if self._description is not None:
+            return self._description
+        return published(self.model, recipe()) if self.model in MODELS else None
+
+    # --- the start picture, or the pictures to edit
+
+    def _show_pictures(self) -> None:
+        """Show the pictures that the next run takes, and take over the shape of the first."""
         try:
-            image = None if self.image is None else images.read(self.image)
+            pictures = [images.read(picture) for picture in self._taken]
         except Error:
             self.image = None
             raise
-        self.controls.start_picture.show(image)
-        if image is not None and self._defaults is not None:
+        self.controls.start_picture.show(pictures, edits=self._edits > 0)
+        if pictures and self._defaults is not None:
             for name, value in self._shape(self._defaults).items():
                 setattr(self, name, value)
+        self._judge()
+
+    @property
+    def _taken(self) -> tuple:
+        """The pictures that the next run takes."""
+        return Request("", image=self.image).pictures
 
     def _shape(self, defaults: Defaults) -> dict[str, int]:
-        return self.controls.start_picture.shape(
-            defaults.size, MULTIPLE if self._description is None else self._description.multiple
-        )
+        shown, model = self.controls.start_picture, self._known
+        if self._edits and shown.sizes:
+            size = model.cuts(shown.sizes[:1])[0].size
+            return dict(zip(("width", "height"), size, strict=True))
+        return shown.shape(defaults.size, MULTIPLE if self._description is None else self._description.multiple)
+
+    def _add(self, picture: Path) -> None:
+        """Give the next run this picture: instead of the last, or beside others to edit if the model takes several."""
+        if self._edits <= 1:
+            self.image = picture
+        elif len(self._taken) < self._edits:
+            self.image = [*self._taken, picture]
+        else:
+            raise Error(f"{self.model} takes at most {self._edits} pictures to edit.", "Remove one of them first.")
+
+    def _drop(self, i: int) -> None:
+        self.image = [p for j, p in enumerate(self._taken) if j != i] or None
 
     def _take(self, data: bytes, begin: bool) -> None:
         """Restore the settings of a picture from the page. With `begin`, or without any, it is the start picture."""
@@ -290,8 +326,8 @@ class Studio(w.VBox):
             with suppress(images.NoSettings):
                 self.load(data)
                 return self._say("Settings restored")
-        self.image = write_start_picture(data, writable(self.folder))
-        return self._say("The next picture begins with this one")
+        self._add(write_start_picture(data, writable(self.folder)))
+        return self._say(f"The next picture {'edits' if self._edits else 'begins with'} this one")
 
     # --- from the page
 
@@ -300,7 +336,8 @@ class Studio(w.VBox):
         self.observe(lambda _: self._try(self._on_model), "model")
         self.observe(lambda _: self._judge(), ["prompt", "guidance", "more"])
         self.observe(lambda _: self._forget("eta"), "sampler")
-        self.observe(lambda _: self._try(self._show_start_picture), "image")
+        self.observe(lambda _: self._try(self._show_pictures), "image")
+        c.start_picture.drop = lambda i: self._try(self._drop, i)
         self.view.on_msg(lambda _, message, buffers: self._try(self._on_message, message, buffers))
         buttons = {
             c.generate: self.generate,
@@ -309,7 +346,6 @@ class Studio(w.VBox):
             c.dice: lambda: self.set_trait("seed", secrets.randbelow(2**32)),
             c.reuse: lambda: self._reuse(self.images[-1]),
             c.forget: lambda: self._forget(*self.more),
-            c.start_picture.remove: lambda: self.set_trait("image", None),
             c.compare.draw: self._draw_grid,
         }
         for name, button in c.presets.items():
@@ -339,7 +375,7 @@ class Studio(w.VBox):
         elif do == "seed":
             self._reuse(self._history[key])
         elif do == "begin":
-            self.image = self._history[key].path
+            self._add(self._history[key].path)
         elif do == "restore":
             self.restore(self._history[key].request, self._history[key].model)
             self._say("Settings restored")

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,8 +185,11 @@ class Worker:
         job.state = state
         try:
             job.report(state, seconds=seconds)
-        except Exception:  # the listener's error is printed on the kernel's terminal, since the job itself is over
-            traceback.print_exc()
+        except BaseException as e:  # of the listener, which must not end this thread; the job itself is over
+            if not isinstance(e, Exception) and threading.current_thread() is not self._thread:
+                raise  # a user's Ctrl-C
+            with suppress(OSError, ValueError):  # the kernel's terminal may be closed
+                traceback.print_exc()
         finally:
             job._ended.set()
 

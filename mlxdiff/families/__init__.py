@@ -1,9 +1,9 @@
 """The families of models, and the named models. A family's file holds everything that is true of this family alone."""
 
-from . import flux, sd, sd3, sdxl, zimage
+from . import flux, flux2, sd, sd3, sdxl, zimage
 from .base import PARTS, Defaults, Family, Model
 
-_FILES = (sd, sdxl, sd3, flux, zimage)  # a new family's file goes here
+_FILES = (sd, sdxl, sd3, flux, flux2, zimage)  # a new family's file goes here
 
 FAMILIES: dict[str, Family] = {family.name: family for file in _FILES for family in file.FAMILIES}
 MODELS: dict[str, Model] = {name: model for file in _FILES for name, model in file.MODELS.items()}

@@ -115,7 +115,7 @@ class Family:
     schedule: dict  # the schedule of checkpoints without one
     clip_skip: int  # the text layer that is read, counted from the end: 1 is the last
     vae_float16: bool  # whether the VAE is known not to overflow in float16
-    taesd: str  # hub id of the tiny decoder for this family's latents
+    taesd: str | None  # hub id of the tiny decoder for this family's latents; None if none is read here
     preview: tuple[tuple[float, ...], ...]  # latents to RGB: a row per channel, then the bias (ComfyUI's figures)
     careful: Careful
     activations: Callable[[Config, int, int, bool], float]  # (network, latents, tokens, gpu) -> numbers per sample
@@ -154,3 +154,4 @@ class Model:
     variant: str = "base"
     prediction: str | None = None  # if it differs from the family's
     gated: bool = False  # whether users must first accept its licence on the hub
+    parts: dict[str, float] = field(default_factory=dict)  # GB of the components that single files of it may lack

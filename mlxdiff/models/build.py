@@ -1,11 +1,14 @@
 """The networks by name. model.json stores the settings of a component: the name of its network and its Config."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import get_type_hints
 
 import mlx.nn as nn
 
 from ..errors import Error
-from . import clip, flux, qwen3, sd3, t5, taesd, unet, vae, zimage
+from ..foreign import fits
+from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
@@ -14,12 +17,17 @@ NETWORKS = {
     "unet": (unet.Config, unet.UNet),
     "sd3": (sd3.Config, sd3.SD3),
     "flux": (flux.Config, flux.Flux),
+    "flux2": (flux2.Config, flux2.Flux2),
     "zimage": (zimage.Config, zimage.ZImage),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
-Config |= zimage.Config | vae.Config | taesd.Config
+Config |= flux2.Config | zimage.Config | vae.Config | taesd.Config
+MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
+_LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "blocks")  # fields that count layers
+_MAY_BE_0 = (*_LAYERS, "dual", "eos", "freq_shift")
+_MOST = 2**24  # of any number of a Config
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
 
 
@@ -34,16 +42,38 @@ def settings(config: Config) -> dict:
 
 
 def config(settings: dict) -> Config:
-    """The Config of stored settings."""
-    values = {k: _tuples(v) for k, v in settings.items() if k != "network"}
-    kind = NETWORKS[settings["network"]][0] if settings.get("network") in [*NETWORKS] else None
+    """The Config of stored settings, every value of it checked."""
+    named = settings.get("network")
+    kind = NETWORKS[named][0] if named in [*NETWORKS] else None
+    values = {k: v for k, v in settings.items() if k != "network"}
     if kind is None or kind.__dataclass_fields__.keys() != values.keys():
-        raise Error(f"{settings.get('network')!r:.60} and its settings describe no known network.", _AGAIN)
-    return kind(**values)
+        raise Error(f"{named!r:.60} and its settings describe no known network.", _AGAIN)
+    for key, hint in get_type_hints(kind).items():
+        if not fits(values[key], hint) or not all(_in_range(key, v) for v in _numbers(values[key])):
+            raise Error(f"{named} has {key} {values[key]!r:.60}, which cannot be.", _AGAIN)
+    made = kind(**{k: _tuples(v) for k, v in values.items()})
+    check_size(made)
+    wrong = _mismatch(made)
+    if wrong:
+        raise Error(f"{named} has {wrong}.", _AGAIN)
+    return made
+
+
+def check_size(config: Config) -> None:
+    """Raise if a network has too many layers, before it is built: every layer takes memory, even without weights."""
+    values = vars(config)
+    n = sum(sum(_numbers(values[key])) for key in _LAYERS if key in values)
+    if type(values.get("layers")) is int:  # in each of the levels, if there are any
+        n *= len(values.get("channels", "1"))
+    if n > MOST_LAYERS:
+        raise Error(
+            f"{name_of(config)} has {n:,} layers, more than {MOST_LAYERS:,}.", "Use a sound copy of this model."
+        )
 
 
 def build(config: Config) -> nn.Module:
-    """The network of a Config. Its parameters are lazy: building it allocates nothing."""
+    """The network of a Config. Its parameters are lazy: building it allocates nothing but the layers' objects."""
+    check_size(config)
     return NETWORKS[name_of(config)][1](config)
 
 
@@ -52,3 +82,46 @@ _AGAIN = "Convert the checkpoint again."
 
 def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _mismatch(config: Config) -> str:
+    """What in a Config contradicts itself, so that its network could be built but would not run; "" if all fits."""
+    values = vars(config)
+    channels, heads, groups = (values.get(key) for key in ("channels", "heads", "groups"))
+    levels = {key: len(values[key]) for key in ("channels", "layers", "depth", "up_depth", "heads", "blocks")
+              if isinstance(values.get(key), tuple)}  # fmt: skip
+    if len({*levels.values()}) > 1 or 0 in levels.values():
+        return f"levels {levels}"
+    if isinstance(heads, int) and "width" in values and "head_dim" not in values and values["width"] % heads:
+        return f"{heads} heads in a width of {values['width']}"
+    if "kv_heads" in values and heads % values["kv_heads"]:
+        return f"{heads} heads over {values['kv_heads']}"
+    if groups is not None and any(c % groups for c in channels):
+        return f"{groups} groups in channels {channels}"
+    if "axes" in values and (sum(values["axes"]) * heads != values["width"] or any(n % 2 for n in values["axes"])):
+        return f"axes {values['axes']} of {heads} heads in a width of {values['width']}"
+    if "taps" in values and (not values["taps"] or values["taps"][-1] != values["layers"]):
+        return f"taps {values['taps']} of {values['layers']} layers"
+    if "depth" in values:
+        attends = [bool(a or b) for a, b in zip(config.depth, reversed(config.up_depth), strict=True)]
+        attends[-1] |= bool(config.mid_depth)
+        down = zip(config.depth, config.layers, strict=True)
+        up = zip(reversed(config.up_depth), config.layers, strict=True)
+        if any(len(d) not in (0, n) for d, n in down) or any(len(d) not in (0, n + 1) for d, n in up):
+            return f"depth {config.depth} of layers {config.layers}"
+        if any(a and c % h for a, c, h in zip(attends, channels, heads, strict=True)):
+            return f"{heads} heads in channels {channels}"
+    return ""
+
+
+def _numbers(value) -> Iterator[int | float]:
+    """The numbers in a value, however deep they lie in lists."""
+    if isinstance(value, list | tuple):
+        for v in value:
+            yield from _numbers(v)
+    elif type(value) in (int, float):
+        yield value
+
+
+def _in_range(key: str, value: int | float) -> bool:
+    return (0 if key in _MAY_BE_0 else -_MOST if key == "shift" else 1e-30) <= value <= _MOST

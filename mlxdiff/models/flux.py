@@ -30,18 +30,18 @@ class Config:
 
 
 class Embedder(nn.Module):
-    def __init__(self, dim: int, width: int):
+    def __init__(self, dim: int, width: int, bias: bool):
         super().__init__()
-        self.in_layer, self.out_layer = nn.Linear(dim, width), nn.Linear(width, width)
+        self.in_layer, self.out_layer = (nn.Linear(n, width, bias=bias) for n in (dim, width))
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.out_layer(nn.silu(self.in_layer(x)))
 
 
 class Modulation(nn.Module):
-    def __init__(self, width: int, n: int):
+    def __init__(self, width: int, n: int, bias: bool):
         super().__init__()
-        self.lin = nn.Linear(width, 3 * n * width)
+        self.lin = nn.Linear(width, 3 * n * width, bias=bias)
         self.n = n
 
     def __call__(self, vec: mx.array) -> list:
@@ -71,11 +71,11 @@ class QKNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, bias: bool):
         super().__init__()
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=bias)
         self.norm = QKNorm(config)
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = nn.Linear(config.width, config.width, bias=bias)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, ...]:
         return self.norm(self.qkv(x))
@@ -88,8 +88,8 @@ class DoubleBlock(nn.Module):
         super().__init__()
         d, hidden = config.width, config.hidden
         for name in ("img", "txt"):
-            self[f"{name}_mod"] = Modulation(d, 2)
-            self[f"{name}_attn"] = Attention(config)
+            self[f"{name}_mod"] = Modulation(d, 2, bias=True)
+            self[f"{name}_attn"] = Attention(config, bias=True)
             self[f"{name}_mlp"] = [nn.Linear(d, hidden), nn.Identity(), nn.Linear(hidden, d)]  # index 1 is the GELU
 
     def mods(self, vec: mx.array) -> tuple[list, list]:
@@ -103,11 +103,13 @@ class DoubleBlock(nn.Module):
         txt_y, img_y = mx.split(y, [txt.shape[1]], axis=1)
         img = gated(img, img_gate, self.img_attn.proj(img_y))
         txt = gated(txt, txt_gate, self.txt_attn.proj(txt_y))
-        return add_mlp(img, self.img_mlp, *img_mlp), add_mlp(txt, self.txt_mlp, *txt_mlp)
+        return self.add_mlp(img, self.img_mlp, *img_mlp), self.add_mlp(txt, self.txt_mlp, *txt_mlp)
 
+    def act(self, x: mx.array) -> mx.array:
+        return gelu_tanh(x)
 
-def add_mlp(x: mx.array, mlp: list[nn.Module], norm: Pair, gate: mx.array) -> mx.array:
-    return gated(x, gate, mlp[2](gelu_tanh(mlp[0](adaptive_norm(x, *norm)))))
+    def add_mlp(self, x: mx.array, mlp: list[nn.Module], norm: Pair, gate: mx.array) -> mx.array:
+        return gated(x, gate, mlp[2](self.act(mlp[0](adaptive_norm(x, *norm)))))
 
 
 class SingleBlock(nn.Module):
@@ -116,7 +118,7 @@ class SingleBlock(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         d, hidden = config.width, config.hidden
-        self.modulation = Modulation(d, 1)
+        self.modulation = Modulation(d, 1, bias=True)
         self.linear1 = nn.Linear(d, 3 * d + hidden)
         self.norm = QKNorm(config)
         self.linear2 = nn.Linear(d + hidden, d)
@@ -126,14 +128,18 @@ class SingleBlock(nn.Module):
         qkv, hidden = mx.split(self.linear1(adaptive_norm(x, *norm)), [3 * x.shape[-1]], axis=-1)
         q, k, v = self.norm(qkv)
         y = attention(rotate(q, pe), rotate(k, pe), v)
-        return gated(x, gate, self.linear2(mx.concatenate([y, gelu_tanh(hidden)], axis=-1)))
+        return gated(x, gate, self.linear2(mx.concatenate([y, self.act(hidden)], axis=-1)))
+
+    def act(self, x: mx.array) -> mx.array:
+        return gelu_tanh(x)
 
 
 class LastLayer(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, bias: bool):
         super().__init__()
-        self.adaLN_modulation = [nn.Identity(), nn.Linear(config.width, 2 * config.width)]  # index 0 is the SiLU
-        self.linear = nn.Linear(config.width, config.out_channels)
+        d = config.width
+        self.adaLN_modulation = [nn.Identity(), nn.Linear(d, 2 * d, bias=bias)]  # index 0 is the SiLU
+        self.linear = nn.Linear(d, config.out_channels, bias=bias)
 
     def mods(self, vec: mx.array) -> Pair:
         shift, scale = mx.split(self.adaLN_modulation[1](vec)[..., None, :], 2, axis=-1)
@@ -150,13 +156,13 @@ class Flux(nn.Module):
         d = config.width
         self.img_in = nn.Linear(config.in_channels, d)
         self.txt_in = nn.Linear(config.context, d)
-        self.time_in = Embedder(256, d)
-        self.vector_in = Embedder(config.pooled, d)
+        self.time_in = Embedder(256, d, bias=True)
+        self.vector_in = Embedder(config.pooled, d, bias=True)
         if config.guidance:
-            self.guidance_in = Embedder(256, d)
+            self.guidance_in = Embedder(256, d, bias=True)
         self.double_blocks = [DoubleBlock(config) for _ in range(config.double)]
         self.single_blocks = [SingleBlock(config) for _ in range(config.single)]
-        self.final_layer = LastLayer(config)
+        self.final_layer = LastLayer(config, bias=True)
 
     def __call__(
         self,

@@ -3,12 +3,13 @@ Rombach et al. 2022; names as in diffusers' AutoencoderKL, with its newer names 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .flux import pack, unpack
 from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
 
 EPS = 1e-6  # eps of every norm
@@ -27,10 +28,23 @@ class Config:
     quant_conv: bool
     post_quant_conv: bool
     mid_attention: bool
+    decoder_channels: tuple[int, ...] | None = None  # if they are not the encoder's
+    # The eps of a batch norm. With it, the diffusion model sees patches of 2 x 2 latents, normalised, as its latents.
+    bn_eps: float | None = None
+
+    @property
+    def patch(self) -> int:
+        """How many latents along an edge are one latent for the diffusion model."""
+        return 1 if self.bn_eps is None else 2
+
+    @property
+    def seen(self) -> int:
+        """The channels of a latent that the diffusion model sees."""
+        return self.latent_channels * self.patch**2
 
 
 def factor(channels: Sequence[int]) -> int:
-    """How many pixels one latent covers along an edge: every level but the last halves the picture."""
+    """How many pixels one latent covers along an edge, without patches: every level but the last halves the picture."""
     return 2 ** (len(channels) - 1)
 
 
@@ -129,13 +143,31 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
+class Statistics(nn.Module):
+    """The mean and variance that a batch norm gathered in training."""
+
+    def __init__(self, n: int, eps: float):
+        super().__init__()
+        self.running_mean, self.running_var = mx.zeros(n), mx.ones(n)
+        self.eps = eps
+
+    def normalise(self, x: mx.array) -> mx.array:
+        return ((x - self.running_mean) * mx.rsqrt(self.running_var + self.eps)).astype(x.dtype)
+
+    def restore(self, x: mx.array) -> mx.array:
+        return (x * mx.sqrt(self.running_var + self.eps) + self.running_mean).astype(x.dtype)
+
+
 class VAE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         n = config.latent_channels
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        channels = config.channels if config.decoder_channels is None else config.decoder_channels
+        self.decoder = Decoder(replace(config, channels=channels))
+        if config.bn_eps is not None:
+            self.bn = Statistics(config.seen, config.bn_eps)
         if config.quant_conv:
             self.quant_conv = nn.Linear(2 * n, 2 * n)  # this and the next are 1x1 convolutions in the file
         if config.post_quant_conv:
@@ -146,8 +178,8 @@ class VAE(nn.Module):
         return factor(self.config.channels)
 
     def encode(self, image: mx.array, tile: int | None = None) -> tuple[mx.array, mx.array]:
-        """(B, H, W, 3) in [-1, 1] -> the mean at the model's scale and the unscaled log variance, (B, h, w, c) each.
-        tile: as in `decode`."""
+        """(B, H, W, 3) in [-1, 1] -> the mean, which is also the mode, at the model's scale, (B, h, w, c), and the
+        unscaled log variance of the latents without patches. tile: as in `decode`."""
         x = image.astype(self.encoder.conv_in.weight.dtype)
         if tile is None or max(x.shape[1:3]) <= tile * self.factor:
             x = self.encoder(x)
@@ -156,7 +188,11 @@ class VAE(nn.Module):
         if "quant_conv" in self:
             x = self.quant_conv(x)
         mean, logvar = mx.split(x, 2, axis=-1)
-        return (mean - self.config.shift) * self.config.scale, logvar
+        mean = (mean - self.config.shift) * self.config.scale
+        if "bn" in self:
+            B, h, w, _ = mean.shape
+            mean = self.bn.normalise(pack(mean).reshape(B, h // 2, w // 2, -1))
+        return mean, logvar
 
     def sample(self, image: mx.array, noise: mx.array, tile: int | None = None) -> mx.array:
         """A latent drawn from the distribution of `encode`, with standard noise of its shape. The bounds of the
@@ -166,7 +202,10 @@ class VAE(nn.Module):
 
     def decode(self, z: mx.array, tile: int | None = None) -> mx.array:
         """z (B, h, w, c) at the model's scale -> (B, H, W, 3) in about [-1, 1]. tile: work in overlapping tiles with
-        this many latents a side, so that memory does not grow with the picture."""
+        this many latents a side, counted without patches, so that memory does not grow with the picture."""
+        if "bn" in self:
+            B, h, w, c = z.shape
+            z = unpack(self.bn.restore(z).reshape(B, h * w, c), 2 * h, 2 * w)
         z = (z / self.config.scale + self.config.shift).astype(self.decoder.conv_in.weight.dtype)
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)

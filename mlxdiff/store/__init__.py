@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from .. import builtin, description, recipe
+from .. import builtin, description, foreign, recipe
 from ..adapters import Adapter, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # convert and hub take most of a second to load: they are imported only where a cached model is not enough.
 
 Progress = Callable[[str, int, int], None]
+_BLOCKS, _BLOCK = 16, 2**12  # of a file's sample: how many, and bytes of each
 _LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.ckpt))(?:/(.+\.safetensors))?")
 
@@ -64,13 +65,13 @@ def resolve(
 
     bits, dtype: how to store the weights. offline: never use the network. revision: a branch, tag or commit of the hub
     repository; by default the commit that was seen first is kept. tokenizer: a folder, for checkpoints without one.
-    prediction: "eps" or "v", if a checkpoint does not say. parts: files of what `families.PARTS` names, for transformers
-    that lack them and have no such files beside them. t5: False neither fetches nor converts SD3's T5.
+    prediction: "eps" or "v", if a checkpoint does not say. parts: files of what `families.PARTS` names, for a
+    transformer that lacks them and has no such files beside it. t5: False neither fetches nor converts SD3's T5.
     progress(stage, done, total) is called with bytes. check: called with the model's description as soon as it is
     known, which is before a conversion; an exception from it ends the call."""
     asked, how = {"dtype": dtype, "bits": bits, "prediction": prediction}, recipe.recipe(bits, dtype)
-    tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
-    given = {kind: Path(file).expanduser() for kind, file in (parts or {}).items()}
+    tokenizer = None if tokenizer is None else foreign.path(tokenizer)
+    given = {kind: foreign.path(file) for kind, file in (parts or {}).items()}
     options = Options(
         recipe=how,
         prediction=prediction,
@@ -174,8 +175,8 @@ def _from_path(path: Path, options: Options) -> Path:
 
 
 def _identity(path: Path) -> list:
-    """A checkpoint on disk is the same as long as its files keep their path, size and time. The files beside it from
-    which it may take parts count too."""
+    """A checkpoint on disk is the same as long as its files keep their path, size, time and a sample of their contents.
+    The files beside it from which it may take parts count too."""
     identity = ["path", str(path.resolve()), _stamps(path)]
     if path.is_file():
         from .. import convert
@@ -185,15 +186,30 @@ def _identity(path: Path) -> list:
 
 
 def _stamps(path: Path) -> list:
-    """Name, size and time of a file (and of the settings and an index's shards beside it), or of every file in a
-    folder, two levels deep, that can belong to a model."""
+    """Name, size, time and sample of a file (and of the settings and an index's shards beside it), or of every file in
+    a folder, two levels deep, that can belong to a model."""
     ends = (".json", ".safetensors", ".txt", ".model")
     if path.is_file():
         files = [path, path.with_name("config.json")]
         files += sorted(path.parent.glob("*.safetensors")) if path.suffix == ".json" else []
     else:
         files = sorted(f for g in ("*", "*/*") for f in path.glob(g) if f.suffix in ends)
-    return [[f.name, f.parent.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    stats = [(f, f.stat()) for f in files if f.is_file()]
+    return [[f.name, f.parent.name, s.st_size, s.st_mtime_ns, _sample(f, s.st_size)] for f, s in stats]
+
+
+def _sample(file: Path, size: int) -> str:
+    """A fingerprint of blocks of a file: all of a small one, and of a large one sixteen, spread evenly. A file that was
+    replaced may have the old one's size and time. "" if it cannot be read, which conversion reports."""
+    seen = hashlib.sha256()
+    try:
+        with open(file, "rb") as f:
+            for i in range(_BLOCKS):
+                f.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
+                seen.update(f.read(_BLOCK))
+    except OSError:
+        return ""
+    return seen.hexdigest()[:16]
 
 
 def _from_hub(repo: str, file: str | None, revision: str | None, options: Options) -> Path:
@@ -345,9 +361,7 @@ def adapter_file(name: str, what: str, *, offline: bool) -> Path:
     or `org/repo/file.safetensors`), from which it is fetched once."""
     path, folder = local(name), os.environ.get("MLXDIFF_LORAS")
     if path is None and folder:
-        path = next(
-            (p for end in ("", ".safetensors") if (p := Path(folder).expanduser() / f"{name}{end}").is_file()), None
-        )
+        path = next((p for end in ("", ".safetensors") if (p := foreign.path(folder) / f"{name}{end}").is_file()), None)
     if path is not None and path.is_dir():
         found = [path / usual for usual in _LORA_NAMES if (path / usual).is_file()] or sorted(
             path.glob("*.safetensors")

@@ -4,7 +4,7 @@ import sys
 import time
 
 from .. import store
-from ..console import Parser, run
+from ..console import Parser, run, say
 from ..errors import Error, did_you_mean
 from . import cache
 
@@ -21,16 +21,16 @@ def show() -> int:
     held = cache.entries(store.reachable)
     if held:
         wide = max(len(e.name) for e in held)
-        print(f"{'name':{wide}}  {'weights':13} {'size':>9}  {'made':10}  source")
+        say(f"{'name':{wide}}  {'weights':13} {'size':>9}  {'made':10}  source")
     for e in held:
         made = time.strftime("%Y-%m-%d", time.localtime(e.made))
         state = "being made" if e.busy else e.useless
         source = f"{e.source or '-'} ({state})" if state else e.source or "-"
-        print(f"{e.name:{wide}}  {e.recipe or '-':13} {_size(e.size):>9}  {made}  {source}")
-    print(f"{_size(sum(e.size for e in held))} in {cache.root()}.")
+        say(f"{e.name:{wide}}  {e.recipe or '-':13} {_size(e.size):>9}  {made}  {source}")
+    say(f"{_size(sum(e.size for e in held))} in {cache.root()}.")
     useless = sum(e.size for e in held if e.useless)
     if useless:
-        print(f"{_size(useless)} of it is of no more use: mlxdiff cache --clean removes that.")
+        say(f"{_size(useless)} of it is of no more use: mlxdiff cache --clean removes that.")
     return 0
 
 
@@ -49,10 +49,10 @@ def clean(name: str) -> int:
         what = f"{e.name} {e.recipe}".strip()
         if cache.remove(e):
             freed += e.size
-            print(f"Removed {what}, {_size(e.size)}" + (f": {e.useless}." if e.useless else "."))
+            say(f"Removed {what}, {_size(e.size)}" + (f": {e.useless}." if e.useless else "."))
         else:
-            print(f"Left {what}: it is being made.")
-    print(f"{_size(freed)} freed in {cache.root()}.")
+            say(f"Left {what}: it is being made.")
+    say(f"{_size(freed)} freed in {cache.root()}.")
     return 0
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import description
+from .. import description, foreign
 from ..errors import Error
 from ..recipe import Recipe
 
@@ -27,8 +27,14 @@ def root() -> Path:
     """$MLXDIFF_CACHE, else the system's folder for files that programs can make again."""
     named = os.environ.get("MLXDIFF_CACHE")
     if named:
-        return Path(named).expanduser()
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlxdiff"
+        return foreign.path(named)
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise Error(
+            "This user has no home folder.", "Let MLXDIFF_CACHE point to a folder for converted models."
+        ) from None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mlxdiff"
 
 
 def folder(label: str, kind: str, identity: list) -> Path:
@@ -208,10 +214,9 @@ def check_room(name: str, need: float) -> None:
 def read_note(path: Path) -> dict:
     """The contents of a JSON file, or {} if it cannot be read: its facts can be looked up again."""
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return foreign.read_json(path, "")
+    except Error:
         return {}
-    return noted if isinstance(noted, dict) else {}
 
 
 def write_note(path: Path, note: dict) -> None:

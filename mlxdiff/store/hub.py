@@ -34,6 +34,7 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
     r"(?:\.index(?:\.(?P<shards_of>\w+))?\.json)?"
 )
+_PLAIN = re.compile(r"\w[\w.-]{0,127}")  # commits and ETags, which become names in the cache
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's ETag of every large file
 
 
@@ -45,8 +46,21 @@ def offline() -> bool:
 def listing(repo: str, revision: str) -> tuple[str, dict[str, int]]:
     """The commit that a revision stands for now, and its files with their sizes. This takes one request."""
     with _explained(repo, revision):
-        info = hf.HfApi(endpoint=constants.ENDPOINT).model_info(repo, revision=revision, files_metadata=True)
-    return info.sha, {file.rfilename: file.size for file in info.siblings}
+        try:
+            info = hf.HfApi(endpoint=constants.ENDPOINT).model_info(repo, revision=revision, files_metadata=True)
+            commit, files = info.sha, {file.rfilename: file.size for file in info.siblings}
+        except errors.HFValidationError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError):  # a web page in place of JSON, or other JSON
+            raise _strange(repo, "no list of files") from None
+    if not isinstance(commit, str) or not _PLAIN.fullmatch(commit):
+        raise _strange(repo, f"the commit {commit!r:.60}")
+    for name, size in files.items():
+        if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/"):
+            raise _strange(repo, f"a file {name!r:.60}")
+        if type(size) is not int or size < 0:
+            raise _strange(repo, f"no size of {name!r:.60}")
+    return commit, files
 
 
 def held(repo: str, revision: str) -> tuple[str, dict[str, int]]:
@@ -132,6 +146,8 @@ def _fetch(repo: str, commit: str, name: str, size: int, watch: Callable[[int], 
     url = hf.hf_hub_url(repo, name, revision=commit, endpoint=constants.ENDPOINT)
     meta = hf.get_hf_file_metadata(url)
     etag, size = meta.etag, size if meta.size is None else meta.size
+    if etag is None or not _PLAIN.fullmatch(etag):  # it becomes a file's name
+        raise _strange(repo, f"the ETag {etag!r:.60} for {name}")
     blob = _folder(repo) / "blobs" / etag
     part = blob.with_name(f"{etag}.incomplete")
     lock = Path(constants.HF_HUB_CACHE, ".locks", _folder(repo).name, f"{etag}.lock")
@@ -149,9 +165,13 @@ def _fetch(repo: str, commit: str, name: str, size: int, watch: Callable[[int], 
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed range would be other bytes
         with _Watched(part, watch) as file:
             http_get(url, file, resume_size=have, headers=headers, expected_size=size)
-        if have and _sha256(part) != etag:  # after a crash, a file can be longer than the data that reached the disk
+        # What arrives may be damaged, and after a crash a file can be longer than the data that reached the disk.
+        if _SHA256.fullmatch(etag) and _sha256(part) != etag:
             part.unlink()
-            raise Error(f"{name} of {repo} was damaged during the download.", "Run the same command again.")
+            problem = (
+                f"{name} of {repo} was damaged during the download: its SHA-256 is not the one listed; it was deleted."
+            )
+            raise Error(problem, "Run the same command again.")
         os.replace(part, blob)
 
 
@@ -230,6 +250,11 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(repo) from None
         raise Error(f"Downloading {repo} failed: {e}.", "Run again: it goes on where it stopped.") from None
+
+
+def _strange(repo: str, what: str) -> Error:
+    problem = f"{constants.ENDPOINT} answered with {what} for {repo}, which no hub does."
+    return Error(problem, "Check HF_ENDPOINT, and whether a network login page stands in between.")
 
 
 def _full(repo: str, wants: str = "") -> Error:

@@ -218,15 +218,18 @@ class Hand:
         )
         return w, h, bytes(data)
 
-    def distinct(self, until) -> set[str]:
-        """The different pictures seen on the canvas until something holds."""
-        seen, end = set(), time.perf_counter() + 60
-        while not until():
-            assert time.perf_counter() < end, self.status.inner_text()
-            if self.frames():
-                seen.add(self.canvas.evaluate("c => c.toDataURL()"))
-            self.page.wait_for_timeout(50)
-        return seen
+    def record(self) -> None:
+        """From now on the page itself notes each picture as it is drawn. A test that polls would miss some: Playwright
+        looks once a second after the first ones, and a preview lasts a fifth of a second."""
+        self.canvas.evaluate(
+            """c => { c.record = []; c.observer?.disconnect();
+            c.observer = new MutationObserver(() => c.record.push([performance.now() / 1000, c.toDataURL()]));
+            c.observer.observe(c, { attributeFilter: ["data-frames"] }); }"""
+        )
+
+    def recorded(self) -> list[tuple[float, str]]:
+        """Seconds on the page's clock and the picture, of each since `record()`."""
+        return [(seconds, picture) for seconds, picture in self.canvas.evaluate("c => c.record")]
 
     def shot(self, name: str) -> None:
         SHOTS.mkdir(parents=True, exist_ok=True)

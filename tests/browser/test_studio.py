@@ -42,18 +42,21 @@ def test_from_a_prompt_to_a_picture(desk, lab):
     lab.timings["first widget"] = time.perf_counter() - begin
     s.shot("studio-empty")
     for prompt in ("a blue boat", "a green boat"):
-        before, frames = len(drawn(lab)), s.frames()
+        before = len(drawn(lab))
         s.label("Prompt").fill(prompt)
-        begin = time.perf_counter()
+        s.record()
+        begin = s.page.evaluate("performance.now() / 1000")
         s.press("Generate")
-        expect(s.canvas).to_have_attribute("data-frames", str(frames + 1))
-        lab.timings[f"first preview of {prompt}"] = time.perf_counter() - begin
-        assert len(s.distinct(lambda: "Done in" in s.status.inner_text())) > 3  # the last one is the picture
+        expect(s.canvas).to_have_attribute("aria-label", prompt)
+        s.says("Done in")
+        seen = s.recorded()
+        lab.timings[f"first preview of {prompt}"] = seen[0][0] - begin
+        # A run of 1.6 s has a preview every 0.2 s, fewer on a busy machine; the last one is the picture.
+        assert len({picture for _, picture in seen}) > 3
         file = drawn(lab)[before]
         request, _ = images.read_settings(file)
         assert request.prompt == prompt
         expect(s.root.locator(".mlxdiff-caption")).to_contain_text(f"seed {request.seed}")
-        expect(s.canvas).to_have_attribute("aria-label", prompt)
         np.testing.assert_array_equal(rgb(s), np.asarray(fakes.picture(request)))  # exact: a PNG all the way
 
 

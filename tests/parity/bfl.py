@@ -1,4 +1,4 @@
-"""FLUX in diffusers' names to Black Forest Labs' own: what each of our parameters is made of."""
+"""FLUX.1 and FLUX.2 in diffusers' names to Black Forest Labs' own: what each of our parameters is made of."""
 
 import re
 
@@ -20,11 +20,15 @@ DOUBLE = [
     ("img_mlp.2", ["ff.net.2"]),
     ("txt_mlp.0", ["ff_context.net.0.proj"]),
     ("txt_mlp.2", ["ff_context.net.2"]),
+    *[(f"{our}_mlp.{n}", [f"{their}.linear_{end}"]) for our, their in (("img", "ff"), ("txt", "ff_context"))
+      for n, end in ((0, "in"), (2, "out"))],
 ]
 SINGLE = [
     ("modulation.lin", ["norm.linear"]),
     ("linear1", ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]),
     ("linear2", ["proj_out"]),
+    ("linear1", ["attn.to_qkv_mlp_proj"]),
+    ("linear2", ["attn.to_out"]),
     ("norm.query_norm", ["attn.norm_q"]),
     ("norm.key_norm", ["attn.norm_k"]),
 ]
@@ -36,6 +40,13 @@ TOP = [
         for ours, theirs in (("time", "timestep"), ("guidance", "guidance"), ("vector", "text"))
         for i, layer in ((1, "in"), (2, "out"))
     ],
+    *[
+        (f"{kind}_in.{layer}_layer", [f"time_guidance_embed.{theirs}_embedder.linear_{i}"])
+        for kind, theirs in (("time", "timestep"), ("guidance", "guidance"))
+        for i, layer in ((1, "in"), (2, "out"))
+    ],
+    *[(f"{n}.lin", [f"{n}.linear"]) for n in (
+        "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")],
     ("final_layer.adaLN_modulation.1", ["norm_out.linear"]),
     ("final_layer.linear", ["proj_out"]),
 ]
@@ -63,5 +74,6 @@ def from_diffusers(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     assert not left, left.keys()
     for end in ("weight", "bias"):  # diffusers: scale, shift; BFL: shift, scale
         name = f"final_layer.adaLN_modulation.1.{end}"
-        ours[name] = torch.cat(ours[name].chunk(2)[::-1])
+        if name in ours:
+            ours[name] = torch.cat(ours[name].chunk(2)[::-1])
     return ours

@@ -110,7 +110,7 @@ def test_float16_survives_states_beyond_its_range():
     assert min(streams) > 4 * 65504
     assert max(products) > 65504 / 2
     out = ours(mx.array(ids.astype(np.int32)), mx.array(mask))
-    assert error(out, reference) < 24 * 2**-11
+    assert error(out, reference) < 16 * 2**-11  # 7 eps are seen
 
 
 def test_padding_is_not_seen_and_later_tokens_neither():

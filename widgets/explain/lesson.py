@@ -6,6 +6,7 @@ of all controls in `asks` as arguments. When any other control moves, the lesson
 
 import base64
 import functools
+import html
 import io
 import threading
 import time
@@ -156,7 +157,7 @@ class Lesson(w.VBox):
 
     def _fail(self, error: BaseException) -> None:
         self.error = error
-        self.said.value = f'<span style="color:var(--jp-error-color1, {RED})">{error}</span>'
+        self.said.value = f'<span style="color:var(--jp-error-color1, {RED})">{html.escape(str(error))}</span>'
 
     def redraw(self) -> None:
         """Show the data as the controls say."""

@@ -157,19 +157,19 @@ def lighthouse(pen: Pen, c: Colour) -> list[Glow]:
 
 
 def windmill(pen: Pen, c: Colour) -> list[Glow]:
-    pen.polygon(c, (0.36, 0.34), (0.64, 0.34), (0.76, 1), (0.24, 1))
-    pen.polygon(shade(c, 0.78), (0.54, 0.34), (0.64, 0.34), (0.76, 1), (0.58, 1))
-    pen.polygon(shade(c, 0.5) if min(c) < 200 else (120, 84, 70), (0.5, 0.18), (0.32, 0.36), (0.68, 0.36))
+    pen.polygon(c, (0.36, 0.44), (0.64, 0.44), (0.76, 1), (0.24, 1))
+    pen.polygon(shade(c, 0.78), (0.54, 0.44), (0.64, 0.44), (0.76, 1), (0.58, 1))
+    pen.polygon(shade(c, 0.5) if min(c) < 200 else (120, 84, 70), (0.5, 0.27), (0.31, 0.46), (0.69, 0.46))
     pen.box(DOOR, 0.43, 0.80, 0.57, 1.02, radius=0.05)
     sail = (252, 246, 230) if min(c) < 200 else (214, 184, 150)
     for k in range(4):
         angle = pen.tilt + math.pi * (0.25 + 0.5 * k)
         x, y = math.cos(angle), math.sin(angle)
-        outline = (0.06, -0.02), (0.45, -0.02), (0.45, 0.13), (0.06, 0.08)
-        corners = [(0.5 + r * x - q * y, 0.36 + r * y + q * x) for r, q in outline]
+        outline = (0.06, -0.02), (0.43, -0.02), (0.43, 0.13), (0.06, 0.08)
+        corners = [(0.5 + r * x - q * y, 0.46 + r * y + q * x) for r, q in outline]
         pen.polygon(sail, *corners)
-        pen.line(DOOR, 0.03, (0.5, 0.36), (0.5 + 0.46 * x, 0.36 + 0.46 * y))
-    pen.disc(DOOR, 0.5, 0.36, 0.055)
+        pen.line(DOOR, 0.03, (0.5, 0.46), (0.5 + 0.45 * x, 0.46 + 0.45 * y))
+    pen.disc(DOOR, 0.5, 0.46, 0.055)
     return []
 
 

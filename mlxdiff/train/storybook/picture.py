@@ -215,18 +215,18 @@ def _wave(rng, a: np.ndarray, height: float, frequencies) -> np.ndarray:
 
 def _mountains(canvas, scene, rng, horizon, ground, haze, light):
     lit, dark = rgb((158, 162, 190)) * LIGHT[scene.time], rgb((102, 108, 150)) * LIGHT[scene.time]
+    veil = np.clip((canvas.y - 0.45) / 0.35, 0, 0.5)[..., None]
     for k, (top, count) in enumerate(((0.27, 4), (0.40, 5))):
         peaks = (np.arange(count) + rng.uniform(0.1, 0.9, count)) / count * 1.1 - 0.05
         heights, slopes = top + rng.uniform(0, 0.11, count), rng.uniform(1.0, 1.4, count)
-        flanks = heights[:, None] + np.abs(canvas.a - peaks[:, None]) * slopes[:, None]  # (peaks, S)
-        nearest, line = flanks.argmin(0), flanks.min(0)
-        away = ((canvas.a - peaks[nearest]) * light < 0)[None, :, None]  # the shaded flank
-        rock = mix(np.where(away, dark, lit), haze, 0.42 - 0.24 * k)
-        rock = mix(rock, haze, np.clip((canvas.y - 0.45) / 0.35, 0, 0.5)[..., None])
-        canvas.over(canvas.edge(canvas.y - line[None]), rock)
-        cap = (heights[nearest] + 0.08 + 0.018 * np.sin(2 * np.pi * (11 * canvas.a + rng.random())))[None]
-        snow = np.where(away, rgb((200, 210, 238)), rgb((252, 252, 255))) * LIGHT[scene.time]
-        canvas.over(0.95 * canvas.edge(canvas.y - line[None]) * canvas.edge(cap - canvas.y), snow)
+        rim = 0.08 + 0.018 * np.sin(2 * np.pi * (11 * canvas.x + rng.random()))  # how far down the snow reaches
+        for n in np.argsort(heights):  # a lower mountain stands before a higher one
+            drop, side = canvas.y - heights[n], canvas.x - peaks[n]
+            rock = canvas.edge(drop - np.abs(side) * slopes[n])
+            away = canvas.edge(-light * side - 0.2 * drop)[..., None]  # the shaded flank; the ridge slants
+            canvas.over(rock, mix(mix(mix(lit, dark, away), haze, 0.42 - 0.24 * k), haze, veil))
+            snow = mix(rgb((252, 252, 255)), rgb((200, 210, 238)), away) * LIGHT[scene.time]
+            canvas.over(0.95 * rock * canvas.edge(rim - drop), snow)
     line = horizon + 0.04 + _wave(rng, canvas.a, 0.015, (1, 2))
     canvas.below(line, mix(ground[0], haze, 0.15), ground[1] * 0.86, 0.30)
 
@@ -242,10 +242,12 @@ def _desert(canvas, scene, rng, horizon, ground, haze, light):
     for k, rise in enumerate((-0.03, 0.04, 0.12)):
         u = ((0.8 + 0.4 * k) * canvas.a + rng.random()) % 1  # a long slope up, a short slope down
         line = (horizon + rise - 0.08 * np.minimum(u / 0.62, (1 - u) / 0.38)).astype(np.float32)
-        lee = np.clip((u[None] + 1.4 * (canvas.y - line[None]) - 0.60) / 0.04, 0, 1)[..., None]
+        drop = canvas.y - line[None]
+        lee = np.clip((u[None] + 1.4 * drop - 0.60) / 0.04, 0, 1)  # the shade fades to the dune's foot, on both sides
+        lee = (lee * np.clip((1 - u[None]) / 0.38, 0, 1) * np.clip(1 - drop / 0.25, 0, 1))[..., None]
         sand = mix(mix(ground[0], haze, 0.26 - 0.12 * k), mix(ground[1], haze, 0.18 - 0.09 * k), 0.15 + 0.55 * lee)
         sand = mix(sand, ground[1], np.clip((canvas.y - horizon - 0.1) / 0.6, 0, 0.5)[..., None])
-        canvas.over(canvas.edge(canvas.y - line[None]), sand)
+        canvas.over(canvas.edge(drop), sand)
 
 
 def _pines(canvas, rng, foot: float, count: int, low: float, high: float, colour, snow=None):
@@ -289,8 +291,9 @@ def _water(canvas, scene, rng, horizon):
     rows = np.arange(top, size)
     depth = ((rows - top + 0.5) / (size - top))[:, None]  # 0 at the horizon .. 1
     sway = np.sin(2 * np.pi * (7 * depth**0.6 + rng.random())) * (0.004 + 0.012 * depth) * size
-    columns = np.clip(np.arange(size)[None] + np.round(sway).astype(int), 0, size - 1)
-    mirrored = canvas.image[np.clip(2 * top - 1 - rows, 0, size - 1)[:, None], columns]
+    columns = np.clip(np.arange(size, dtype=np.float32)[None] + sway, 0, size - 1.001).astype(np.float32)
+    left, source = columns.astype(int), np.clip(2 * top - 1 - rows, 0, size - 1)[:, None]
+    mirrored = mix(canvas.image[source, left], canvas.image[source, left + 1], (columns - left)[..., None])
     canvas.image[top:] = mix(mirrored, rgb(WATER[scene.time]), (0.38 + 0.42 * depth)[..., None])
     xs, ys = rng.random(9), (np.arange(9) + rng.random(9)) / 9
 

@@ -1,0 +1,189 @@
+"""Damaged files, made at random from good ones: each must be read or be refused with one Error. `test_fuzz` tries a few
+of them; `python -m tests.fuzz --minutes 60` tries many. An input is known by its number: `--first N --count 1` repeats
+it."""
+
+import argparse
+import io
+import json
+import random
+import shutil
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from mlxdiff import builtin, convert, description, images, tokenizers
+from mlxdiff.convert import source, write
+from mlxdiff.errors import Error
+from mlxdiff.recipe import recipe
+
+SLOW = 5.0  # seconds that one input may take
+_VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    7,
+    10**9,
+    2**63,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    "",
+    "x",
+    "\x1b[31m",
+    "../../x",
+    "a" * 999,
+]
+_VALUES += [[], {}, [0], [[1]], {"a": 1}, ["a", "b"], [10**6] * 4, float("nan"), float("inf")]
+_PARAMETERS = "a fox\nNegative prompt: rain\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 3, Size: 64x64, Model: x"
+
+
+def damaged(rng: random.Random, data: bytes, is_json: bool) -> bytes:
+    """One to three changes: of values in the JSON, or of bytes."""
+    for _ in range(rng.randint(1, 3)):
+        if is_json and rng.random() < 0.8:
+            try:
+                data = json.dumps(_changed(rng, json.loads(data))).encode()
+                continue
+            except (ValueError, RecursionError):  # no JSON any more, after a change of bytes
+                pass
+        at = rng.randrange(len(data) + 1)
+        data = rng.choice(
+            [
+                data[:at],
+                data[:at] + rng.randbytes(4) + data[at:],
+                data[:at] + data[at + rng.randint(1, 9) :],
+                data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :],
+                data + data,
+                b"[" * 100_000,
+            ]
+        )
+    return data
+
+
+def _changed(rng: random.Random, value):
+    """The JSON value with one place of it replaced, removed, or put twice."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice([*value])
+        if rng.random() < 0.15:
+            return {k: v for k, v in value.items() if k != key}
+        if rng.random() < 0.1:
+            return value | {f"{key}2": value[key]}
+        return value | {key: _changed(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        i = rng.randrange(len(value))
+        return [*value[:i], _changed(rng, value[i]), *value[i + 1 :]]
+    return rng.choice(_VALUES)
+
+
+def _with_header(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """Weights whose header is changed, and with it, mostly, its length."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header = change(data[8 : 8 + length])
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+class Fuzz:
+    """The good files, in a folder of this run, and what has happened so far."""
+
+    def __init__(self, folder: Path):
+        self.model = shutil.copytree(builtin.FOLDER, folder / "model")
+        files = sorted(f for f in self.model.rglob("*") if f.suffix in (".json", ".txt", ".safetensors"))
+        self.files = {f: f.read_bytes() for f in files}
+        self.picture = folder / "a.png"
+        checkpoint = convert.open(self.model)
+        self.notes = folder / "converted"
+        self.notes.mkdir()
+        convert.describe(checkpoint, recipe(None, "float32")).write(self.notes)
+        self.note = (self.notes / "model.json").read_bytes()
+        self.ends: Counter[str] = Counter()
+
+    def one(self, number: int) -> None:
+        """Make the input of this number and read it. Anything but success or an Error is raised."""
+        rng = random.Random(number)
+        kind = rng.choice([self.checkpoint, self.description, self.settings, self.index])
+        begin = time.perf_counter()
+        try:
+            kind(rng)
+            end = "read"
+        except Error:
+            end = "refused"
+        assert time.perf_counter() - begin < SLOW, f"input {number} took {time.perf_counter() - begin:.1f} s"
+        self.ends[f"{kind.__name__} {end}"] += 1
+
+    def checkpoint(self, rng: random.Random) -> None:
+        file = rng.choice([*self.files])
+        good = self.files[file]
+        if file.suffix == ".safetensors":
+            file.write_bytes(_with_header(good, lambda header: damaged(rng, header, True)))
+        else:
+            file.write_bytes(damaged(rng, good, file.suffix == ".json"))
+        try:
+            checkpoint = convert.open(self.model)
+            convert.describe(checkpoint, recipe(None, "float32"))
+            write._tokenizers(checkpoint, None)
+            tokenizers.load(self.model / "tokenizer")("a red fox")
+        finally:
+            file.write_bytes(good)
+
+    def description(self, rng: random.Random) -> None:
+        (self.notes / "model.json").write_bytes(damaged(rng, self.note, True))
+        model = description.read(self.notes)
+        for config in model.components.values():
+            description.build.build(config)
+
+    def settings(self, rng: random.Random) -> None:
+        info = PngImagePlugin.PngInfo()
+        ours = json.dumps({"prompt": "a fox", "seed": 1, "steps": 4, "width": 64, "loras": ["a:1"], "image": "a.png"})
+        good = {"mlxdiff": ours} if rng.random() < 0.5 else {"parameters": _PARAMETERS}
+        for key, text in good.items():
+            changed = damaged(rng, text.encode(), key == "mlxdiff").decode("utf-8", "replace").replace("\0", "")
+            info.add_itxt(key, changed)
+        out = io.BytesIO()
+        Image.new("L", (8, 8)).save(out, "PNG", pnginfo=info)
+        data = out.getvalue() if rng.random() < 0.8 else damaged(rng, out.getvalue(), False)
+        self.picture.write_bytes(data)
+        request, _ = images.read_settings(self.picture)
+        request.check_adapters()
+        images.read(self.picture)
+
+    def index(self, rng: random.Random) -> None:
+        file = self.model / "unet" / "model.safetensors.index.json"
+        names = [*source.read(next((self.model / "unet").glob("*.safetensors"))).tensors]
+        placed = dict.fromkeys(names, "diffusion_pytorch_model.safetensors")
+        file.write_bytes(damaged(rng, json.dumps({"weight_map": placed}).encode(), True))
+        try:
+            source.read(file)
+        finally:
+            file.unlink()
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Read damaged files for some minutes.")
+    p.add_argument("--minutes", type=float, default=1.0)
+    p.add_argument("--first", type=int, default=0, metavar="N", help="number of the first input")
+    p.add_argument("--count", type=int, metavar="N", help="stop after so many inputs")
+    args = p.parse_args()
+    stop, number = time.monotonic() + 60 * args.minutes, args.first
+    with tempfile.TemporaryDirectory() as folder:
+        fuzz = Fuzz(Path(folder))
+        while time.monotonic() < stop and number - args.first != args.count:
+            try:
+                fuzz.one(number)
+            except BaseException:
+                print(f"Input {number} failed: repeat it with --first {number} --count 1.")
+                raise
+            number += 1
+    print(f"{number - args.first} inputs: {', '.join(f'{n} {end}' for end, n in sorted(fuzz.ends.items()))}.")
+
+
+if __name__ == "__main__":
+    main()

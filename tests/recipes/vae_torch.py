@@ -1,0 +1,239 @@
+"""Autoencoders for storybook pictures of 256 pixels, trained and compared: torch on one CPU core.
+
+    python -m tests.recipes.vae_torch render RUN --shards 4              pictures to learn from, and 32 to measure with
+    python -m tests.recipes.vae_torch train RUN NAME --latents 16 --steps 2000
+    python -m tests.recipes.vae_torch train RUN MORE --latents 16 --steps 8000 --start NAME --rate 0.01
+    python -m tests.recipes.vae_torch table RUN                          the last line of each run's log
+
+`train` saves every ten minutes and continues from there when it is started again; a finished run returns at once. A
+row of the log is written after five minutes of CPU time or more."""
+
+import argparse
+import copy
+import csv
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from mlxdiff.train import storybook as sb
+from tests.recipes import cpu
+from tests.recipes.storybook_torch import picture_batch, pyramid_loss, save
+
+SHARD, SEED, KEPT, KEPT_SEED = 1024, 10_000_000, 32, 6_000_000
+CROP, CROPS, WHOLE_FROM = 128, 4, 0.75  # four crops cost as much as a whole picture of 256
+SAVE_EVERY, MEASURE_EVERY = 600, 5  # seconds of wall time, minutes of CPU time: measuring costs a third of a minute
+COLUMNS = "step", "minutes", "loss", "rate", "dB", "worst", "crispness"
+
+
+@dataclass(frozen=True)
+class Settings:
+    latents: int = 16  # channels of a latent
+    channels: tuple[int, ...] = (16, 32, 64, 96)
+    attention: bool = True  # in the middle of encoder and decoder
+    size: int = 256  # of the pictures that are learned from
+    steps: int = 2000
+    rate: float = 0.022
+    square: float = 0.0  # weight of the squared error beside the pyramid's
+    edges: float = 0.0  # weight of the error near edges
+    start: str | None = None  # the run whose averaged weights this one starts from
+
+
+def new_vae(s: Settings) -> AutoencoderKL:
+    levels = len(s.channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=s.channels,
+        layers_per_block=1,
+        latent_channels=s.latents,
+        norm_num_groups=8,
+        sample_size=256,
+        scaling_factor=1.0,
+        mid_block_add_attention=s.attention,
+    ).to(memory_format=torch.channels_last)
+
+
+# --- pictures
+
+
+def drawn(seed: int, count: int, size: int) -> np.ndarray:
+    """(count, size, size, 3) uint8."""
+    pictures = np.empty((count, size, size, 3), np.uint8)
+    for k in range(count):
+        rng = np.random.default_rng(seed + k)
+        pictures[k] = sb.render(sb.sample(rng), rng, size)
+    return pictures
+
+
+def render(run: Path, shards: int, size: int) -> None:
+    """pictures_SIZE_NNN.npy, and kept.npy, which has 256 pixels at every SIZE. What is there already stays."""
+    run.mkdir(parents=True, exist_ok=True)
+    plan = {f"pictures_{size}_{k:03d}.npy": (SEED + k * SHARD, SHARD, size) for k in range(shards)}
+    for name, of in {"kept.npy": (KEPT_SEED, KEPT, 256), **plan}.items():
+        if not (run / name).exists():
+            temporary = run / f"new_{name}"
+            np.save(temporary, drawn(*of))
+            temporary.replace(run / name)
+
+
+# --- loss and figures
+
+
+def edge_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The absolute error weighted by how steep the picture is within a pixel; the weights' mean is about one."""
+    grey = x.mean(1, keepdim=True)
+    steep = F.pad(grey.diff(dim=3).abs(), (0, 1)) + F.pad(grey.diff(dim=2).abs(), (0, 0, 0, 1))
+    steep = F.max_pool2d(steep, 3, 1, 1)
+    return ((y - x).abs() * steep).mean() / (steep.mean() + 1e-3)
+
+
+def loss_of(vae: AutoencoderKL, x: torch.Tensor, s: Settings) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=cpu.BFLOAT16):
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+    y, mean, logvar = y.float(), posterior.mean.float(), posterior.logvar.float()
+    loss = pyramid_loss(y, x) + 1e-4 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    if s.square:
+        loss = loss + s.square * F.mse_loss(y, x)
+    return loss + s.edges * edge_loss(y, x) if s.edges else loss
+
+
+def steepness(pictures: np.ndarray) -> float:
+    """The 99th percentile of the luma's gradient, over all pixels of (B, H, W, 3) uint8."""
+    luma = pictures.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return float(np.percentile(np.hypot(np.diff(luma, axis=1)[:, :, :-1], np.diff(luma, axis=2)[:, :-1]), 99))
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKL, pictures: np.ndarray) -> tuple[float, float, float]:
+    """Mean and worst dB of the reconstructions, and their crispness: 1 is as steep as the pictures."""
+    seen = [vae.decode(vae.encode(picture_batch(p[None])).latent_dist.mode()).sample for p in pictures]
+    seen = torch.cat(seen).permute(0, 2, 3, 1).clamp(-1, 1).numpy()
+    seen = ((seen + 1) * 127.5).round().astype(np.uint8)
+    error = np.square((seen.astype(np.float32) - pictures) / 255).mean((1, 2, 3))
+    decibels = -10 * np.log10(error)
+    return float(decibels.mean()), float(decibels.min()), steepness(seen) / steepness(pictures)
+
+
+# --- training
+
+
+def batch(shards: list[np.ndarray], s: Settings, step: int) -> torch.Tensor:
+    """Crops, and in the last quarter whole pictures, because the norms' statistics are those of what is seen."""
+    rng = np.random.default_rng([0, step])
+    pictures = shards[rng.integers(len(shards))]
+    if step >= WHOLE_FROM * s.steps:
+        return picture_batch(pictures[rng.integers(len(pictures))][None])
+    picks, corners = rng.integers(0, len(pictures), CROPS), rng.integers(0, s.size - CROP + 1, (CROPS, 2))
+    return picture_batch(
+        np.stack([pictures[i, y : y + CROP, x : x + CROP] for i, (y, x) in zip(picks, corners, strict=True)])
+    )
+
+
+def train(run: Path, name: str, s: Settings) -> Iterator[int]:
+    """Yield the number of each finished step. A step's batch and noise follow from its number, so a resumed run is the
+    same run. minutes are of CPU time."""
+    folder = run / name
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_settings(folder / "settings.json", s)
+    shards = [np.load(f, mmap_mode="r") for f in sorted(run.glob(f"pictures_{s.size}_*.npy"))]
+    kept = np.load(run / "kept.npy")
+    torch.manual_seed(0)
+    vae = new_vae(s)
+    if s.start:
+        vae.load_state_dict(torch.load(run / s.start / "state.pt")["mean"])
+    mean, params = copy.deepcopy(vae).requires_grad_(False), list(vae.parameters())
+    muon, adam = cpu.optimizers([vae], s.rate, momentum=0.9, decay=0.0)
+    parts = {"vae": vae, "mean": mean, "muon": muon, "adam": adam}
+    step, minutes, total, since = 0, 0.0, 0.0, 0
+    if (folder / "state.pt").exists():
+        stored = torch.load(folder / "state.pt")
+        step, minutes = stored.pop("step"), stored.pop("minutes")
+        for key, part in parts.items():
+            part.load_state_dict(stored[key])
+
+    saved, began, measured = time.monotonic(), time.process_time(), minutes
+    while step < s.steps:
+        torch.manual_seed(step)
+        rate = s.rate * min(1, (step + 1) / 40, 2 * (1 - step / s.steps))
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = rate, rate / 20
+        loss = loss_of(vae, batch(shards, s, step), s)
+        vae.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        muon.step()
+        adam.step()
+        step, since, total = step + 1, since + 1, total + loss.item()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(mean.parameters()), params, 1 - min(0.995, (step + 1) / (step + 20)))
+        if time.monotonic() - saved > SAVE_EVERY or step == s.steps:
+            minutes += (time.process_time() - began) / 60
+            print(f"{name}: step {step}, {minutes:.1f} minutes, loss {total / since:.4f}", flush=True)
+            if minutes - measured >= MEASURE_EVERY or step == s.steps:
+                _log(folder / "log.csv", (step, minutes, total / since, rate, *measure(mean, kept)))
+                measured, total, since = minutes, 0.0, 0
+            state = {key: part.state_dict() for key, part in parts.items()}
+            save(state | {"step": step, "minutes": minutes}, folder / "state.pt")
+            saved, began = time.monotonic(), time.process_time()
+        yield step
+
+
+def _same_settings(file: Path, s: Settings) -> None:
+    text = json.dumps(asdict(s))
+    if file.exists() and file.read_text() != text:
+        raise SystemExit(f"{file.parent} holds a run with {file.read_text()}: give the same settings or another name.")
+    file.write_text(text)
+
+
+def _log(file: Path, figures: tuple[float, ...]) -> None:
+    new = not file.exists()
+    with open(file, "a", newline="") as out:
+        writer = csv.writer(out)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow([f"{v:.5g}" if isinstance(v, float) else v for v in figures])
+
+
+def table(run: Path) -> None:
+    print(" ".join(f"{c:>9}" for c in COLUMNS))
+    for file in sorted(run.glob("*/log.csv")):
+        print(" ".join(f"{v:>9}" for v in list(csv.reader(file.open()))[-1]), file.parent.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds, usual = parser.add_subparsers(dest="command", required=True), Settings()
+    for command in ("render", "train", "table"):
+        kinds.add_parser(command).add_argument("run", type=Path)
+    p = kinds.choices["render"]
+    p.add_argument("--shards", type=int, default=4)
+    p.add_argument("--size", type=int, default=usual.size)
+    p = kinds.choices["train"]
+    p.add_argument("name")
+    p.add_argument("--channels", type=int, nargs="+", default=usual.channels)
+    p.add_argument("--no-attention", dest="attention", action="store_false")
+    p.add_argument("--start")
+    for field in ("latents", "size", "steps", "rate", "square", "edges"):
+        p.add_argument(f"--{field}", type=type(getattr(usual, field)), default=getattr(usual, field))
+    args = vars(parser.parse_args())
+    command, run = args.pop("command"), args.pop("run")
+    if command == "train":
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        cpu.patch()
+        name = args.pop("name")
+        for _ in train(run, name, Settings(**args | {"channels": tuple(args["channels"])})):
+            pass
+    else:
+        {"render": render, "table": table}[command](run, **args)
+
+
+if __name__ == "__main__":
+    main()

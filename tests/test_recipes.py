@@ -1,0 +1,100 @@
+"""The recipes that train the built-in model. References: an uninterrupted run for a resumed one, closed forms for what
+is measured, torch's own GroupNorm for ours."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from tests.recipes import cpu, vae_torch  # noqa: E402
+
+TINY = vae_torch.Settings(latents=2, channels=(8, 8), attention=False, size=32, steps=8)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Two shards of four pictures, and two pictures to measure with; crops of 16."""
+    for name, value in {"SHARD": 4, "KEPT": 2, "CROP": 16}.items():
+        monkeypatch.setattr(vae_torch, name, value)
+    vae_torch.render(tmp_path, 2, 32)
+    np.save(tmp_path / "kept.npy", vae_torch.drawn(0, 2, 32))
+    return tmp_path
+
+
+def weights(run, name):
+    return torch.load(run / name / "state.pt")["mean"]
+
+
+def test_a_resumed_run_is_the_same_run(run, monkeypatch):
+    """Left after a save among the crops and started again, against one that was not: equal to the last bit."""
+    assert list(vae_torch.train(run, "whole", TINY)) == list(range(1, 9))
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_torch, "SAVE_EVERY", -1)
+        for step in vae_torch.train(run, "parts", TINY):
+            if step == 3:
+                break
+    assert list(vae_torch.train(run, "parts", TINY)) == [4, 5, 6, 7, 8]
+    whole, parts = weights(run, "whole"), weights(run, "parts")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert list(vae_torch.train(run, "parts", TINY)) == []
+    with pytest.raises(SystemExit, match="same settings"):
+        next(vae_torch.train(run, "parts", vae_torch.Settings()))
+
+
+def test_another_run_starts_from_the_averaged_weights(run):
+    list(vae_torch.train(run, "first", TINY))
+    still = vae_torch.Settings(**vars(TINY) | {"start": "first", "rate": 0.0, "steps": 1})
+    list(vae_torch.train(run, "second", still))
+    first, second = weights(run, "first"), weights(run, "second")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_measures_by_hand():
+    """A step of 100 grey levels over two pixels is half as steep as over one; the decibels of 26 of 255."""
+    picture = np.zeros((1, 32, 32, 3), np.uint8)
+    picture[:, :, 16:] = 100
+    blurred = picture.copy()
+    blurred[:, :, 16] = 50
+    assert vae_torch.steepness(picture) == pytest.approx(100, abs=1e-3)
+    assert vae_torch.steepness(blurred) == pytest.approx(50, abs=1e-3)
+
+    class Off:
+        def encode(self, x):
+            self.latent_dist, self.x = self, x
+            return self
+
+        def mode(self):
+            return self.x
+
+        def decode(self, x):
+            self.sample = x + 26 / 127.5
+            return self
+
+    mean, worst, crispness = vae_torch.measure(Off(), picture)
+    assert mean == worst == pytest.approx(-20 * np.log10(26 / 255), abs=1e-3)
+    assert crispness == pytest.approx(1, abs=1e-3)
+
+
+def test_edges_count_where_the_picture_is_steep():
+    """A step of 1 between columns 3 and 4 is steep in columns 2 to 4: three of eight."""
+    x = torch.zeros(1, 3, 8, 8)
+    x[..., 4:] = 1
+    for column, expected in {0: 0.0, 1: 0.0, 2: 0.1 / 8 / (3 / 8 + 1e-3), 4: 0.1 / 8 / (3 / 8 + 1e-3), 5: 0.0}.items():
+        y = x.clone()
+        y[..., column] += 0.1
+        assert vae_torch.edge_loss(y, x).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_norm_for_narrow_layers_equals_torch():
+    """Values and all three gradients; float32 sums in another order."""
+    x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    target, norm = torch.randn(2, 16, 6, 6), torch.nn.GroupNorm(8, 16)
+    torch.nn.init.normal_(norm.weight)
+    results = []
+    for fn in (norm, lambda x: cpu.GroupNorm.apply(x, norm.weight, norm.bias, 8, norm.eps)):
+        given = x.clone().requires_grad_()
+        y = fn(given)
+        results.append((y, *torch.autograd.grad((y * target).sum(), (given, norm.weight, norm.bias))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
