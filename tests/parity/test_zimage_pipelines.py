@@ -1,17 +1,23 @@
 """Z-Image's pipelines against diffusers: same weights, prompt, seed and settings, same picture. Bound: 40 dB, as for
 the other families; float32 on both sides, so it is far above."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from diffusers import ZImageImg2ImgPipeline
+from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
+from mlx.utils import tree_flatten
 
+from mlxdiff import convert
+from mlxdiff.errors import Error
 from tests import original
 from tests.checkpoints import full
 from tests.test_convert import arrays
+from tests.test_convert_flow import vae
 
 from . import tiny
-from .test_flow_pipelines import ours
+from .test_flow_pipelines import opened, ours
 from .test_image_to_image import image
 from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, command, psnr
 
@@ -67,7 +73,6 @@ def test_guidance_with_a_negative_prompt(oracles, cache, tmp_path, prompt):
     want = theirs(pipe, prompt, negative_prompt=NEGATIVE, num_inference_steps=4, guidance=5.0)
     typed = (prompt, "-n", NEGATIVE, "-m", str(folder), "--steps", "4", "-g", "5")
     drawn, _ = command(cache, tmp_path / "a.png", *typed)
-    print("PSNR", psnr(drawn, want))
     assert psnr(drawn, want) > DB
     assert psnr(ours(folder, prompt, True, negative=NEGATIVE, steps=4, guidance=5.0), drawn) > 50
 
@@ -125,16 +130,82 @@ def apart(root, pipe, name: str = "z_image_turbo_bf16"):
 
 
 def test_files_of_its_parts(oracles, cache, tmp_path):
-    pipe, folder = oracles["turbo"]
+    """With a VAE whose norms have as many groups as the published one, since no shape shows their number."""
+    own, folder = oracles["turbo"]
+    pipe = ZImagePipeline(
+        **own.components | {"vae": vae(45, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)}
+    )
+    pipe.set_progress_bar_config(disable=True)
     want = theirs(pipe, num_inference_steps=8)
     file = apart(tmp_path / "beside", pipe)
     typed = (PROMPT, "--tokenizer", str(folder / "tokenizer"), "-m")
     drawn, _ = command(cache, tmp_path / "a.png", *typed, str(file), process=True)
-    print("PSNR", psnr(drawn, want))
     assert psnr(drawn, want) > DB
     alone = file.rename(tmp_path / "my-turbo.safetensors")
     given = ("--vae", str(tmp_path / "beside" / "ae.safetensors"), "--text-encoder")
     given += (str(tmp_path / "beside" / "text_encoders" / "qwen_3_4b.safetensors"),)
     drawn, _ = command(cache, tmp_path / "b.png", *typed, str(alone), *given)
-    print("PSNR", psnr(drawn, want))
     assert psnr(drawn, want) > DB
+
+
+def test_what_a_file_is_called_shows_turbo_and_a_scheduler_before_that(oracles, tmp_path):
+    """A file has no scheduler. A folder has one, whatever it is called."""
+    pipe, folder = oracles["turbo"]
+    for name, variant, shift in (("z_image_turbo_bf16", "turbo", 3.0), ("z_image_bf16", "base", 6.0)):
+        found = convert.open(apart(tmp_path, pipe, name))
+        assert (found.family, found.variant, found.schedule["shift"]) == ("zimage", variant, shift)
+        assert (found.unmapped, found.missing) == ({}, [])
+    assert convert.open(folder.rename(folder.with_name("plain"))).variant == "turbo"
+    folder.with_name("plain").rename(folder)
+    assert convert.open(oracles["base"][1]).variant == "base"
+
+
+def test_missing_parts_are_named(oracles, tmp_path):
+    file = apart(tmp_path, oracles["turbo"][0])
+    (tmp_path / "ae.safetensors").unlink()
+    with pytest.raises(Error, match=r"without vae. Give `vae=ae.safetensors`"):
+        convert.convert(file, tmp_path / "out")
+    (tmp_path / "text_encoders" / "qwen_3_4b.safetensors").unlink()
+    with pytest.raises(Error, match=r"without text_encoder, vae. Give `text_encoder=qwen_3_4b"):
+        convert.convert(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_it_refuses(oracles):
+    turbo, base = (opened(oracles[kind][1]) for kind in KINDS)
+    for pipe, settings, said in (
+        (turbo, {"guidance": 3.5}, "takes no guidance"),
+        (turbo, {"negative": "blurry"}, "no place for a negative prompt"),
+        (base, {"true_cfg": 3.0, "negative": ""}, "true_cfg is for FLUX"),
+        (base, {"sampler": "ddim"}, "not for models of rectified flow"),
+        (base, {"width": 36}, "not a multiple of 8"),
+    ):
+        with pytest.raises(Error, match=said):
+            pipe.resolve(PROMPT, **settings)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "a blue boat", LONG])
+def test_eight_bits_draw_nearly_the_same(wide, prompt):
+    folder = wide
+    want = ours(folder, prompt, steps=3)
+    small = opened(folder, bits=8)(prompt, seed=SEED, steps=3, **SIZE).image
+    assert psnr(np.asarray(small), want) > 35
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Widths that groups of 32 divide."""
+    root = tmp_path_factory.mktemp("wide")
+    tiny.zimage(root / "words", axes=(8, 12, 12), width=64).save_pretrained(root / "m")
+    return root / "m"
+
+
+def test_modulation_is_released_and_a_batch_draws_its_members(oracles):
+    pipe = opened(oracles["base"][1])
+    request = pipe.resolve(LONG, seed=5, steps=2, guidance=3.0, count=2, **SIZE)
+    batch = [np.asarray(i) for i in pipe(request).images]
+    kept = {k for k, _ in tree_flatten(pipe.networks.get("transformer").parameters())}
+    assert not any(part in k for k in kept for part in ("adaLN", "t_embedder", "cap_", "context_refiner", "norm1"))
+    alone = np.asarray(pipe(replace(request, seed=6, count=1)).image)
+    assert psnr(batch[1], alone) > 50  # a batched matmul may round differently from a single one
+    assert psnr(batch[0], batch[1]) < DB

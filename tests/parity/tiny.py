@@ -198,7 +198,8 @@ def flux(folder: Path, kind: str = "dev", axes: tuple = (4, 6, 10), width: int =
 
 # Of the published template, what it does with one message of a user.
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
 )
 
 
@@ -217,7 +218,7 @@ def qwen3(tok: Qwen2Tokenizer, seed: int, width: int, layers: int) -> Qwen3Model
     return randomize(Qwen3Model(config), seed)
 
 
-def zimage(folder: Path, kind: str = "turbo", axes: tuple = (4, 6, 10), width: int = 36) -> ZImagePipeline:
+def zimage(folder: Path, kind: str = "turbo", axes: tuple = (4, 6, 6), width: int = 36) -> ZImagePipeline:
     words = qwen_tokenizer(folder / "words")
     net = ZImageTransformer2DModel(
         dim=3 * sum(axes), n_layers=2, n_refiner_layers=1, n_heads=3, n_kv_heads=3, cap_feat_dim=width,
