@@ -68,7 +68,7 @@ def load(
 ) -> "Pipeline":
     """Open a model: load("sdxl", bits=8). It is downloaded and converted once, if it must be.
 
-    model: a name (`mlxdiff models` lists them), a hub id (`org/repo`), a folder, or a .safetensors file.
+    model: a name (`mlxdiff models` lists them), a hub id (`org/repo`), a folder, or a .safetensors or .gguf file.
     bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize.
     dtype: "float16", "bfloat16" or "float32"; by default the one that suits this machine.
     refiner: a second model that finishes each picture, such as "sdxl-refiner".

@@ -345,6 +345,7 @@ THIRD_PARTY = {
     "PIL",
     "huggingface_hub",
     "safetensors",
+    "gguf",
     "tokenizers",
     "tqdm",
     "ipywidgets",
