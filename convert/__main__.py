@@ -18,7 +18,7 @@ from .inspect import describe, look, of_folder
 
 def parser() -> Parser:
     p = Parser(prog="mlxdiff convert", description="Turn a public checkpoint into a model folder.")
-    p.add_argument("source", metavar="MODEL", help="name, hub id, folder in diffusers layout or .safetensors file")
+    p.add_argument("source", metavar="MODEL", help="name, hub id, diffusers folder, .safetensors or .gguf file")
     p.add_argument("-o", "--output", metavar="DIR", type=Path, help="the folder; an older model's is replaced")
     p.add_argument("-q", "--quantize", metavar="BITS", type=bits_of, choices=BITS, help=SMALLER)
     p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")

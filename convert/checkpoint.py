@@ -42,8 +42,8 @@ class Checkpoint:
     zero_negative: bool
     tokenizers: dict[str, Path]
     stated: str | None  # the prediction, if the caller or the file says it
-    called: str  # what it calls itself: a folder its pipeline, and whether that is distilled; a file its architecture and
-    # its name
+    # What it calls itself: a folder its pipeline, and whether that is distilled; a file its architecture and its name.
+    called: str
 
     @property
     def layout(self) -> Layout:
@@ -110,11 +110,12 @@ def open(
 ) -> Checkpoint:
     """Say what a checkpoint is and where each of its tensors goes, from headers and config files alone.
 
-    source: a .safetensors file, an index of shards, a folder in diffusers layout, or the folder of one component.
-    prediction: "eps", "v" or "x0", if the checkpoint does not say it or is wrong. parts: files (or folders) of what
-    `families.PARTS` names, which are used instead of the checkpoint's. Parts that a transformer's file lacks and nobody
-    gives are looked for beside it, and in text_encoders/ there, under their usual names: clip_l*.safetensors,
-    clip_g*.safetensors, t5xxl*.safetensors, qwen_3_4b*.safetensors, and the name of the family's VAE.
+    source: a .safetensors or .gguf file, an index of shards, a folder in diffusers layout, or the folder of one
+    component. prediction: "eps", "v" or "x0", if the checkpoint does not say it or is wrong. parts: files (or folders)
+    of what `families.PARTS` names, which are used instead of the checkpoint's. Parts that a transformer's file lacks
+    and nobody gives are looked for beside it, and in text_encoders/ there, under their usual names:
+    clip_l*.safetensors, clip_g*.safetensors, t5xxl*.safetensors, qwen_3_4b*.safetensors, and the name of the family's
+    VAE, or the same with .gguf.
     t5: False leaves SD3's T5 out, whether the checkpoint has it or not."""
     path, parts = Path(source), {} if parts is None else parts
     if prediction not in (None, *PREDICTIONS):

@@ -42,7 +42,7 @@ def read(path: Path, model: Description, word: str | None = None) -> Word:
 
 def _vectors(path: Path, tensor: source.Tensor, width: int) -> mx.array:
     shape = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)
-    if tensor.dtype not in source.FLOATS or len(shape) != 2 or shape[1] != width or not 1 <= shape[0] <= _MOST:
+    if not tensor.floating or len(shape) != 2 or shape[1] != width or not 1 <= shape[0] <= _MOST:
         raise Error(
             f"{tensor.name!r} in {path} is {tensor.dtype} of shape {tensor.shape}; the text encoder takes rows of "
             f"{width}.",

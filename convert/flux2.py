@@ -24,7 +24,9 @@ TABLE: list[Row] = [
     *flux.TABLE,
 ]
 
-_KLEIN = of_transformer("flux2-klein", {"qwen3_4b": "text_encoder", "qwen3_8b": "text_encoder"}, "flux2-vae*.safetensors")
+_KLEIN = of_transformer(
+    "flux2-klein", {"qwen3_4b": "text_encoder", "qwen3_8b": "text_encoder"}, "flux2-vae*.safetensors"
+)
 _ENCODER = Part("text_encoder", "qwen_3_[48]b*.safetensors")  # 4B's and 9B's
 LAYOUTS = {
     "flux2": replace(_KLEIN, parts=_KLEIN.parts | {"text_encoder": _ENCODER}),

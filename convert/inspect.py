@@ -22,7 +22,7 @@ _SHOWN = 20  # how many unmapped or missing tensors the text for people names; -
 
 def parser() -> Parser:
     p = Parser(prog="mlxdiff inspect", description="Say what a model on this machine is, and what it holds.")
-    p.add_argument("model", metavar="MODEL", help="name, hub id, folder or .safetensors file")
+    p.add_argument("model", metavar="MODEL", help="name, hub id, folder, .safetensors or .gguf file")
     p.add_argument(
         "--json", action="store_true", help="for machines: a line for the checkpoint and each converted copy"
     )

@@ -79,7 +79,7 @@ def read(path: Path, model: Description) -> Adapter:
         name, kind = _split(key)
         if name not in places:
             strange.append(key)
-        elif tensor.dtype not in source.FLOATS:
+        elif not tensor.floating:
             raise Error(f"{key!r} in {path} is {tensor.dtype}, where a floating-point type is needed.", _AGAIN)
         elif kind in stored.setdefault(name, {}):
             raise Error(f"{path} holds two tensors for {kind!r} of {name!r}.", _AGAIN)

@@ -41,8 +41,8 @@ def with_parts(
 
 
 def _beside(path: Path, name: str) -> Path | None:
-    folders = (path.parent, path.parent / "text_encoders")
-    return next((file for folder in folders for file in sorted(folder.glob(name))), None)
+    folders, names = (path.parent, path.parent / "text_encoders"), (name, name.replace(".safetensors", ".gguf"))
+    return next((file for n in names for folder in folders for file in sorted(folder.glob(n))), None)
 
 
 def beside(path: Path) -> list[Path]:

@@ -28,8 +28,8 @@ components."""
 
 from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
 
-# In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2 has names of FLUX.1
-# and others.
+# In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
+# of FLUX.1 and some more.
 MODULES = {
     "flux2": flux2,
     "flux": flux,

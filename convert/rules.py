@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .source import FLOATS, Tensor
+from .source import Tensor
 
 Row = tuple[str, str | tuple[str, ...] | None]
 Named = list[tuple[str, Tensor]]  # a name can occur twice: then one of the two is reported, not lost
@@ -154,7 +154,7 @@ def fill(
                 unmapped[tensor.name] = "no such parameter"
             elif n in pieces:
                 unmapped[tensor.name] = f"{ours} is filled already by {pieces[n].tensor.name}"
-            elif tensor.dtype not in FLOATS:
+            elif not tensor.floating:
                 unmapped[tensor.name] = f"{tensor.dtype} where a floating-point type is needed"
             else:
                 pieces[n] = Piece(tensor, i, len(targets), transposed)

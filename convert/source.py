@@ -1,6 +1,6 @@
-"""Safe reading of safetensors: single files, indexes of shards and the folder of one component. Each header is checked
+"""Safe reading of weights: single files, indexes of shards and the folder of one component. Each header is checked
 completely (length, JSON, dtypes, sizes, offsets) before any weight is read, and nothing is ever unpickled.
-Format: https://github.com/huggingface/safetensors."""
+Format: https://github.com/huggingface/safetensors; for GGUF see gguf.py."""
 
 import json
 import math
@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import foreign
 from ..errors import Error
+from . import gguf
 
 _E4M3 = np.array(
     [
@@ -65,17 +66,33 @@ class Tensor:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * _SIZES[self.dtype]
+        numbers, size = gguf.BLOCKS.get(self.dtype) or (1, _SIZES[self.dtype])
+        return math.prod(self.shape) // numbers * size
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype in FLOATS or self.dtype in gguf.BLOCKS
 
     def read(self) -> mx.array:
-        kind, table = FLOATS[self.dtype]
+        return self._unpacked() if self.dtype in gguf.BLOCKS else self._plain()
+
+    def _unpacked(self) -> mx.array:
+        array = mx.zeros(self.shape, mx.float32)
+        if array.size:
+            gguf.unpack(self._stored(np.uint8, (self.size,)), self.dtype, np.array(array, copy=False).reshape(-1))
+        return array
+
+    def _stored(self, kind: type, shape: tuple[int, ...]) -> np.ndarray:
+        if 0 in shape:
+            return np.empty(shape, kind)
         try:
-            if 0 in self.shape:
-                raw = np.empty(self.shape, kind)
-            else:
-                raw = np.memmap(self.file, kind, "r", self.offset, self.shape)
+            return np.memmap(self.file, kind, "r", self.offset, shape)
         except (OSError, ValueError) as e:
             raise Error(f"{self.file} can no longer be read at {self.name!r}: {e}.", _AGAIN) from None
+
+    def _plain(self) -> mx.array:
+        kind, table = FLOATS[self.dtype]
+        raw = self._stored(kind, self.shape)
         if self.dtype == "F64":
             raw = raw.astype(np.float32)
         array = mx.array(np.asarray(raw if table is None else table[raw]))
@@ -92,7 +109,7 @@ class Weights:
 
 
 def read(path: Path) -> Weights:
-    """A .safetensors file, an index of shards, or the folder of one component."""
+    """A .safetensors or .gguf file, an index of shards, or the folder of one component."""
     if _SHARD.search(path.name):
         raise Error(f"{path} is one of several shards of a network.", f"Give their folder, {path.parent}.")
     if path.is_dir():
@@ -143,6 +160,7 @@ def _pick(folder: Path) -> Path:
             if name in names:
                 return folder / name
     others = sorted(n for n in names if n.endswith(".safetensors") and "-of-" not in n)
+    others = others or sorted(n for n in names if n.endswith(".gguf"))
     if len(others) == 1:
         return folder / others[0]
     if others:
@@ -154,7 +172,9 @@ def _pick(folder: Path) -> Path:
         raise Error(
             f"{folder} holds shards of weights but no index of them.", "Download its .safetensors.index.json too."
         )
-    raise Error(f"{folder} holds no .safetensors weights.", "Give a checkpoint file, or a folder in diffusers layout.")
+    raise Error(
+        f"{folder} holds no .safetensors or .gguf weights.", "Give a checkpoint file, or a folder in diffusers layout."
+    )
 
 
 def _shards(path: Path) -> Weights:
@@ -185,7 +205,7 @@ def _stat(path: Path) -> os.stat_result:
     except ValueError:  # a NUL in the name
         raise Error(f"{str(path)!r} is not a file name.", "Check the path.") from None
     if not path.is_file():
-        raise Error(f"{path} is not a file.", "Give a .safetensors file or a folder in diffusers layout.")
+        raise Error(f"{path} is not a file.", "Give a .safetensors or .gguf file, or a folder in diffusers layout.")
     return status
 
 
@@ -196,6 +216,9 @@ def _file(path: Path) -> Weights:
     try:
         with open(path, "rb") as f:
             start = f.read(512)
+            if start.startswith(gguf.MAGIC):
+                entries, metadata = gguf.read(path, f, size)
+                return Weights({e.name: Tensor(path, e.name, e.dtype, e.shape, e.offset) for e in entries}, metadata)
             _recognise(path, size, start)
             length = int.from_bytes(start[:8], "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
@@ -223,14 +246,13 @@ def _recognise(path: Path, size: int, start: bytes) -> None:
         raise Error(f"{path} is empty.", _AGAIN)
     if start.startswith(b"version https://git-lfs"):
         raise Error(f"{path} is a Git LFS pointer, not the weights.", "Run `git lfs pull`, or download it again.")
-    if start.startswith(b"GGUF"):
-        raise Error(f"{path} is a GGUF file, which is not supported.", "Use the .safetensors file of the same model.")
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         _refuse_pickle(path)
     if start.lstrip()[:1] == b"<":
         raise Error(f"{path} is a web page (HTML), not weights.", "Download it again; the link may need a login.")
     if path.suffix.lower() != ".safetensors":
-        raise Error(f"{path} is not a .safetensors file.", "Give a .safetensors file or a folder in diffusers layout.")
+        what = "a GGUF file" if path.suffix.lower() == ".gguf" else "a .safetensors or .gguf file"
+        raise Error(f"{path} is not {what}.", "Give a .safetensors or .gguf file, or a folder in diffusers layout.")
     if size < 10:
         raise Error(f"{path} is cut short: {size} bytes are no safetensors file.", _AGAIN)
 

@@ -1,4 +1,4 @@
-"""The VAE (AutoencoderKL, and FLUX.2's): the original names, and diffusers' with its newer and its older attention names."""
+"""The VAE (AutoencoderKL, and FLUX.2's): the original names, and diffusers' with newer and older attention names."""
 
 import re
 
@@ -80,7 +80,9 @@ def from_json(s: Settings, cls: str) -> Config:
         if s.get("decoder_block_out_channels", None) is not None:
             decoder = s.wholes("decoder_block_out_channels", [], len(channels))
     s.one("act_fn", "silu", ["silu"])
-    s.one("down_block_types", ["DownEncoderBlock2D"] * (4 if batch_norm else 1), [["DownEncoderBlock2D"] * len(channels)])
+    s.one(
+        "down_block_types", ["DownEncoderBlock2D"] * (4 if batch_norm else 1), [["DownEncoderBlock2D"] * len(channels)]
+    )
     s.one("up_block_types", ["UpDecoderBlock2D"] * (4 if batch_norm else 1), [["UpDecoderBlock2D"] * len(channels)])
     s.one("latents_mean", None, [None])
     s.one("latents_std", None, [None])

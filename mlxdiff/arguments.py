@@ -55,7 +55,7 @@ NEITHER = {
     "return_dict": "leave it out: a call returns a Result",
     "safety_checker": "leave it out: there is none",
     "token": "log in with `hf auth login`",
-    "use_safetensors": "leave it out: only .safetensors files are read",
+    "use_safetensors": "leave it out: pickles are never read",
     "variant": "leave it out: of several, the file without a suffix is read, then fp16",
 }
 _KINDS = {bool: "True or False", int: "a whole number", str: "text", Path: "a path", dict: "a dict"}

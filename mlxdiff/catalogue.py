@@ -32,7 +32,7 @@ def everything() -> int:
     titles = ", ".join(f.title for f in FAMILIES.values())
     print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
     print("mlxdiff models NAME says what fits this machine.")
-    print(f"\nBesides these, mlxdiff draws with any hub repository, folder or .safetensors file of\n{titles}.")
+    print(f"\nBesides these, mlxdiff draws with any hub repository, folder, .safetensors or .gguf file of\n{titles}.")
     return 0
 
 

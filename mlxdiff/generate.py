@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
     g = p.add_argument_group("with which model")
-    g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder or .safetensors (default {DEFAULT})")
+    g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder, .safetensors or .gguf ({DEFAULT})")
     g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
     g.add_argument("--refine-at", type=float, metavar="F", help="fraction of the steps before the refiner begins (0.8)")
     g.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help=SMALLER)

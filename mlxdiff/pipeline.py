@@ -68,7 +68,7 @@ def load(
 ) -> "Pipeline":
     """Open a model: load("sdxl", bits=8). It is downloaded and converted once, if it must be.
 
-    model: a name (`mlxdiff models` lists them), a hub id (`org/repo`), a folder, or a .safetensors file.
+    model: a name (`mlxdiff models` lists them), a hub id (`org/repo`), a folder, or a .safetensors or .gguf file.
     bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize.
     dtype: "float16", "bfloat16" or "float32"; by default the one that suits this machine.
     refiner: a second model that finishes each picture, such as "sdxl-refiner".
@@ -424,6 +424,7 @@ class Pipeline:
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
         conds = conditioning.prepare(model, source, request, ts, texts, both, references)
+        del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
         # all of its conditions, not once for each layer.

@@ -610,7 +610,6 @@ BAD = {
     "a piece missing": (piece_gone, "single_blocks.1.linear1.bias"),
     "guidance where there is none": (changed("schnell", put("guidance_in.in_layer.weight", 48, 256)), "guidance_in."),
     "Chroma": (changed("dev", put("distilled_guidance_layer.in_proj.bias", 2)), "a Chroma model"),
-    "FLUX.2": (changed("dev", put("double_stream_modulation_img.lin.weight", 2, 2)), "a FLUX.2 model"),
     "bitsandbytes": (changed("dev", put("img_in.weight.absmax", 2)), "quantized by bitsandbytes"),
     "axes of no head": (in_folder("dev", "transformer/config.json", axes_dims_rope=[4, 6, 8]), "axes_dims_rope"),
     "odd axes": (in_folder("dev", "transformer/config.json", axes_dims_rope=[4, 5, 7]), "axes_dims_rope"),

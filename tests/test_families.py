@@ -45,10 +45,10 @@ def mentions(path: Path, name: str) -> list[int]:
 
 
 # network -> other networks that are built of its layers
-REUSED = {"flux": {"mlxdiff/models/zimage.py"}}
+REUSED = {"flux": {"mlxdiff/models/flux2.py", "mlxdiff/models/zimage.py"}}
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "zimage"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "zimage"])
 def test_a_transformer_family_is_known_to_its_own_files_and_the_registries_alone(name):
     known = {path.relative_to(ROOT).as_posix() for path in modules().values() if mentions(path, name)}
     assert known - {file.format(name) for file in TOUCHED} - set(REGISTRIES) == REUSED.get(name, set())

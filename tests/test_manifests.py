@@ -31,6 +31,11 @@ ALONE = {
     "flux1-dev": ("flux", "base", "transformer"),
     "flux1-fill-dev": ("flux", "fill", "transformer"),
     "flux1-schnell": ("flux", "schnell", "transformer"),
+    "flux2_dev": ("flux2-dev", "dev", "transformer"),
+    "flux2_dev_transformer": ("flux2-dev", "dev", "transformer"),
+    "flux2_klein_4b": ("flux2", "distilled", "transformer"),
+    "flux2_klein_4b_transformer": ("flux2", "distilled", "transformer"),
+    "flux2_vae": ("vae", "base", "vae"),
     "flux_ae": ("vae", "base", "vae"),
     "flux_dev_transformer": ("flux", "base", "transformer"),
     "flux_fill_dev_transformer": ("flux", "fill", "transformer"),
@@ -72,10 +77,12 @@ ALONE = {
     "taesdxl": ("taesd", "base", "taesd"),
     "taesdxl_decoder_single": ("taesd", "base", "taesd"),
 }
-BUFFERS = ("position_ids", "model_ema.", "alphas_cumprod", "betas")
+BUFFERS = ("num_batches_tracked", "position_ids", "model_ema.", "alphas_cumprod", "betas")
 # By what our parameters are counted: such files take fused layers apart, or hold the words twice.
 LIKE = {
     "comfy_t5xxl_fp16": "t5xxl_encoder",
+    "flux2_dev_transformer": "flux2_dev",
+    "flux2_klein_4b_transformer": "flux2_klein_4b",
     "flux_dev_transformer": "flux1-dev",
     "flux_fill_dev_transformer": "flux1-fill-dev",
     "flux_schnell_transformer": "flux1-schnell",

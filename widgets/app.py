@@ -44,7 +44,7 @@ _FAREWELL = 30.0  # seconds that Jupyter may take to end: it gives every kernel 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff studio", description="Draw in the browser: opens JupyterLab on a ready notebook.")
     p.add_argument("notebook", nargs="?", type=Path, default=Path("studio.ipynb"), help="created if it does not exist")
-    p.add_argument("-m", "--model", metavar="MODEL", help="name, hub id, folder or .safetensors")
+    p.add_argument("-m", "--model", metavar="MODEL", help="name, hub id, folder, .safetensors or .gguf")
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     args = p.parse_args(argv)
     return run("mlxdiff studio", lambda: studio(args.notebook.resolve(), args.model, not args.no_browser))

@@ -106,7 +106,7 @@ class Controls(w.VBox):
         self.other = w.Text(
             description="Another model",
             continuous_update=False,
-            placeholder="hub id, folder or .safetensors file",
+            placeholder="hub id, folder, .safetensors or .gguf file",
             layout=w.Layout(width="auto", display="none"),
         )
         names = ("quick", "standard", "fine")

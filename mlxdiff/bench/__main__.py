@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="mlxdiff bench", description="Measure time, memory and kernels.", add_help=False)
     g = p.add_argument_group("what to measure")
     which = g.add_mutually_exclusive_group()
-    which.add_argument("-m", "--model", default=DEFAULT, help=f"name, hub id, folder or .safetensors ({DEFAULT})")
+    which.add_argument("-m", "--model", default=DEFAULT, help=f"a name, hub id, folder or file ({DEFAULT})")
     which.add_argument(
         "--random", choices=MODELS, metavar="NAME", help="a named model's networks with random weights; needs no file"
     )

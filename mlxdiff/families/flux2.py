@@ -1,5 +1,5 @@
-"""FLUX.2 (Black Forest Labs 2025): klein, which is distilled, its base, and dev. This file holds everything that is true
-of these families alone."""
+"""FLUX.2 (Black Forest Labs 2025): klein, which is distilled, its base, and dev. This file holds everything that is
+true of these families alone."""
 
 import math
 from dataclasses import replace

@@ -135,8 +135,9 @@ DISCRETE = {
 FLOW = {"steps": 1000, "shift": 3.0, "dynamic": None, "spacing": "linspace", "ends": "linspace", "sampler": "euler"}
 # A shift that grows with the picture, with diffusers' defaults: log shift is linear in the number of tokens.
 DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-# The same as Black Forest Labs measured it for FLUX.2: log shift is linear in the number of tokens, with one line for 10
-# steps and one for 200, and linear in the steps between and beyond them. With more than `tokens` the line of 200 holds.
+# The same as Black Forest Labs measured it for FLUX.2: log shift is linear in the number of tokens, with one line for
+# 10 steps and one for 200, and linear in the steps between and beyond them. With more than `tokens` the line of 200
+# holds.
 EMPIRICAL = {
     "slope_10": 8.73809524e-05,
     "shift_10": 1.89833333,

@@ -8,7 +8,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import adaptive_norm, attention, gated, gelu_tanh, modulation, of_time, sinusoids, split_heads
+from .layers import (
+    adaptive_norm,
+    attention,
+    gated,
+    gelu_tanh,
+    modulation,
+    of_time,
+    pack,
+    sinusoids,
+    split_heads,
+    unpack,
+)
 
 Pair = tuple[mx.array, mx.array]
 
@@ -238,18 +249,6 @@ class Flux(nn.Module):
 
     def waves(self, t: mx.array) -> mx.array:
         return sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(self.img_in.bias.dtype)
-
-
-def pack(x: mx.array) -> mx.array:
-    """(B, h, w, c) -> (B, h/2 * w/2, 4 c): 2 x 2 patches; each begins with the four values of its first channel."""
-    B, h, w, c = x.shape
-    x = x.reshape(B, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(B, (h // 2) * (w // 2), 4 * c)
-
-
-def unpack(x: mx.array, h: int, w: int) -> mx.array:
-    x = x.reshape(x.shape[0], h // 2, w // 2, -1, 2, 2).transpose(0, 1, 4, 2, 5, 3)
-    return x.reshape(x.shape[0], h, w, -1)
 
 
 def rotations(config: Config, text: int, *sizes: tuple[int, int]) -> Pair:

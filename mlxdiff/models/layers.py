@@ -237,3 +237,15 @@ class StreamNorm(nn.RMSNorm):
 
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x).astype(self.weight.dtype)
+
+
+def pack(x: mx.array) -> mx.array:
+    """(B, h, w, c) -> (B, h/2 * w/2, 4 c): 2 x 2 patches; each begins with the four values of its first channel."""
+    B, h, w, c = x.shape
+    x = x.reshape(B, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(B, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(x: mx.array, h: int, w: int) -> mx.array:
+    x = x.reshape(x.shape[0], h // 2, w // 2, -1, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(x.shape[0], h, w, -1)

@@ -9,8 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .flux import pack, unpack
-from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
+from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample, pack, unpack
 
 EPS = 1e-6  # eps of every norm
 

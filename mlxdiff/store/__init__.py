@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 _BLOCKS, _BLOCK = 16, 2**12  # of a file's sample: how many, and bytes of each
 _LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.ckpt))(?:/(.+\.safetensors))?")
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.gguf)(?<!\.ckpt))(?:/(.+\.(?:safetensors|gguf)))?")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def _repo(model: str | Path) -> tuple[str, str | None]:
     match = _HUB_ID.fullmatch(name) if isinstance(model, str) else None
     if match is not None:
         return match[1], match[2]
-    known = f"Named models are {', '.join(MODELS)}; or give a hub id (org/repo), a folder or a .safetensors file."
+    known = (
+        f"Named models are {', '.join(MODELS)}; or give a hub id (org/repo), a folder, a .safetensors or .gguf file."
+    )
     raise Error(f"There is no model, file or folder {name!r}.", did_you_mean(name, MODELS) + known)
 
 
@@ -188,7 +190,7 @@ def _identity(path: Path) -> list:
 def _stamps(path: Path) -> list:
     """Name, size, time and sample of a file (and of the settings and an index's shards beside it), or of every file in
     a folder, two levels deep, that can belong to a model."""
-    ends = (".json", ".safetensors", ".txt", ".model")
+    ends = (".json", ".safetensors", ".gguf", ".txt", ".model")
     if path.is_file():
         files = [path, path.with_name("config.json")]
         files += sorted(path.parent.glob("*.safetensors")) if path.suffix == ".json" else []

@@ -76,7 +76,7 @@ def held(repo: str, revision: str) -> tuple[str, dict[str, int]]:
 def select(repo: str, names: dict[str, int], half: bool, file: str | None, t5: bool = True) -> list[str]:
     """The files of a repository that are needed: settings, tokenizers and one safetensors variant of each network.
     Without `t5` this excludes SD3's third text encoder."""
-    single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors"))
+    single = sorted(n for n in names if "/" not in n and n.endswith((".safetensors", ".gguf")))
     if file is not None or "model_index.json" not in names:
         if file in names:
             return [file]

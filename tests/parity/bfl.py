@@ -20,8 +20,11 @@ DOUBLE = [
     ("img_mlp.2", ["ff.net.2"]),
     ("txt_mlp.0", ["ff_context.net.0.proj"]),
     ("txt_mlp.2", ["ff_context.net.2"]),
-    *[(f"{our}_mlp.{n}", [f"{their}.linear_{end}"]) for our, their in (("img", "ff"), ("txt", "ff_context"))
-      for n, end in ((0, "in"), (2, "out"))],
+    *[
+        (f"{our}_mlp.{n}", [f"{their}.linear_{end}"])
+        for our, their in (("img", "ff"), ("txt", "ff_context"))
+        for n, end in ((0, "in"), (2, "out"))
+    ],
 ]
 SINGLE = [
     ("modulation.lin", ["norm.linear"]),
@@ -45,8 +48,10 @@ TOP = [
         for kind, theirs in (("time", "timestep"), ("guidance", "guidance"))
         for i, layer in ((1, "in"), (2, "out"))
     ],
-    *[(f"{n}.lin", [f"{n}.linear"]) for n in (
-        "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")],
+    *[
+        (f"{n}.lin", [f"{n}.linear"])
+        for n in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+    ],
     ("final_layer.adaLN_modulation.1", ["norm_out.linear"]),
     ("final_layer.linear", ["proj_out"]),
 ]

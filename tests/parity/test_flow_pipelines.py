@@ -25,7 +25,8 @@ from mlxdiff.models.t5 import T5Encoder
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.recipe import BITS
 from tests import clip_vocab, t5_vocab
-from tests.test_convert_flow import apart, nets, single
+from tests.test_convert_flow import apart, nets, single, t5_state, transformer_state
+from tests.test_gguf import blocky, packed, unpacked, written
 
 from . import tiny
 from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, command, oracle, psnr
@@ -389,6 +390,35 @@ def test_flux_in_files_of_its_parts(words, cache, tmp_path):
     given += (str(tmp_path / "beside" / "text_encoders" / "clip_l.safetensors"),)
     drawn, _ = command(cache, tmp_path / "b.png", *args, str(alone), *given, process=True)
     assert psnr(drawn, want) > DB
+
+
+def test_flux_in_gguf_files(words, cache, tmp_path):
+    """Transformer and T5 of four bits. Reference: the pipeline with the numbers that their blocks hold; those that they
+    were made of draw another picture."""
+    parts = blocky()
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        tokenizer=CLIPTokenizer.from_pretrained(words / "flux" / "tokenizer", model_max_length=77),
+        tokenizer_2=T5Tokenizer.from_pretrained(words / "flux" / "tokenizer_2"),
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    same = {"num_inference_steps": 4, "guidance_scale": 3.5}
+    plain = oracle(pipe, **same)
+    apart(tmp_path, "dev", parts).unlink()
+    states = {"net": transformer_state("dev", parts["transformer"]), "t5xxl": t5_state(parts["text_encoder_2"])}
+    for name, state in states.items():
+        written(tmp_path / f"{name}.gguf", state, kinds=packed(state, "Q4_0"))
+    for old in tmp_path.glob("t5xxl_*"):
+        old.unlink()
+    for module in (parts["transformer"], parts["text_encoder_2"]):
+        state = {n: x.numpy() for n, x in module.state_dict().items()}
+        module.load_state_dict({n: torch.tensor(x) for n, x in unpacked(state, packed(state, "Q4_0")).items()})
+    want = oracle(pipe, **same)
+    args = (PROMPT, "--tokenizer", str(words / "flux"), "--steps", "4", "-m", str(tmp_path / "net.gguf"))
+    drawn, _ = command(cache, tmp_path / "a.png", *args)
+    assert psnr(drawn, want) > DB
+    assert psnr(drawn, plain) < DB - 10
 
 
 def test_sd3_in_one_file(words, tmp_path):

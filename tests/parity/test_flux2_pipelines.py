@@ -13,9 +13,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -31,7 +31,7 @@ from tests import original
 from tests.checkpoints import full, manifest, sparse
 
 from .bfl import from_diffusers
-from .oracle import error, give, nchw, nhwc, randomize
+from .oracle import error, nchw, nhwc, randomize
 from .test_pipelines import DB, PROMPT, SEED, SIZE, command, psnr
 from .tiny import louder, stir
 
@@ -181,23 +181,24 @@ def test_from_a_folder(klein, cache, tmp_path, kind):
     guided = {"guidance_scale": 4.0} if kind == "base" else {}
     want = oracle(pipe, num_inference_steps=4, **guided)
     typed = ["-m", str(folder), PROMPT, "--steps", "4"]
-    drawn, said = command(cache, tmp_path / "a.png", *typed, process=True)
+    drawn, said = command(cache, tmp_path / "a.png", *typed, process=kind == "distilled")
     assert psnr(drawn, want) > DB
     assert said["request"]["guidance"] == (4.0 if kind == "base" else 0.0)
     assert psnr(want, oracle(pipe, OTHER, num_inference_steps=4, **guided)) < DB - 10
     if kind == "base":
         assert psnr(want, oracle(pipe, num_inference_steps=4, guidance_scale=1.0)) < DB - 10
-        low = np.asarray(opened(folder, low_memory=True)(PROMPT, seed=SEED, steps=4, **SIZE).image)
-        assert psnr(low, want) > DB
     else:
         assert opened(folder).resolve(PROMPT).steps == 4
 
 
-def test_an_odd_size_and_a_batch(klein):
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_an_odd_size_and_a_batch(klein, low_memory):
+    """Both passes in one batch and, to spare memory, one after the other."""
     pipe, folder = klein["base"]
     size = {"width": 56, "height": 8}
-    want = oracle(pipe, num_inference_steps=3, guidance_scale=3.0, **size)
-    drawn = opened(folder)(PROMPT, seed=SEED - 1, count=2, steps=3, guidance=3.0, **size).images
+    want = oracle(pipe, num_inference_steps=2, guidance_scale=3.0, **size)
+    pipe = opened(folder, low_memory=low_memory)
+    drawn = pipe(PROMPT, seed=SEED - 1, count=2, steps=2, guidance=3.0, **size).images
     assert psnr(np.asarray(drawn[1]), want) > DB
 
 
@@ -228,7 +229,7 @@ def test_8_bits_are_near(tmp_path):
     whole, small = opened(tmp_path / "wide"), opened(tmp_path / "wide", bits=8)
     assert {"text_encoder", "transformer"} <= small.description.error.keys()
     for prompt in (PROMPT, OTHER, "a red house"):
-        a, b = (np.asarray(p(prompt, seed=SEED, steps=2, guidance=4.0, **SIZE).image) for p in (whole, small))
+        a, b = (np.asarray(p(prompt, seed=SEED, steps=2, guidance=1.0, **SIZE).image) for p in (whole, small))
         assert psnr(a, b) > 35
 
 
@@ -258,8 +259,8 @@ def test_parts_that_do_not_belong(klein, tmp_path):
     pipe, folder = klein["base"]
     net = {k: x.numpy() for k, x in from_diffusers(pipe.transformer.state_dict()).items()}
     file = full(tmp_path / "klein.safetensors", net)
-    own = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=16,
-                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    own = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=16, **kinds)
     own.save_pretrained(tmp_path / "ae")
     parts = {"text_encoder": folder / "text_encoder", "vae": tmp_path / "ae"}
     with pytest.raises(Error, match=r"takes latents 32 wide and a vae .* gives 16"):

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlxdiff import memory
 from mlxdiff.families import FAMILIES, MODELS
 from mlxdiff.families.published import QWEN3_4B
-from mlxdiff.models import flux, qwen3, sd3, t5, unet, vae
+from mlxdiff.models import flux, flux2, qwen3, sd3, t5, unet, vae
 
 from . import test_unet, test_vae
 from .oracle import error, nchw, nhwc
@@ -131,6 +131,14 @@ def of_flux(numbers: np.ndarray) -> tuple[Callable, float]:
     return call, FAMILIES["flux"].activations(config, 32 * 32, 512, False)
 
 
+def of_flux2(numbers: np.ndarray) -> tuple[Callable, float]:
+    config = replace(MODELS["flux2-klein"].networks["transformer"], double=1, single=1)
+    net, x = fill(flux2.Flux2(config), numbers), mx.zeros((1, 24, 24, 128))
+    cond = net.prepare([0.5], mx.ones((1, 512, config.context)), (24, 24))
+    mx.eval(net.parameters(), x, cond)
+    return lambda: net(x, 0.5, **cond), FAMILIES["flux2"].activations(config, 24 * 24, 512, False)
+
+
 def of_sd3(numbers: np.ndarray, **change) -> tuple[Callable, float]:
     config = replace(MODELS["sd3-medium"].networks["transformer"], layers=2, **change)
     call = prepared(fill(sd3.SD3(config), numbers), config, 48, 333)
@@ -171,6 +179,7 @@ def of_qwen3(numbers: np.ndarray) -> tuple[Callable, float]:
 
 ACTIVE = {
     "flux": of_flux,
+    "flux2": of_flux2,
     "sd3": of_sd3,
     "sd3.5": lambda numbers: of_sd3(numbers, dual=(0, 1), qk_norm=True),
     "sd15": lambda numbers: of_unet(numbers, "sd15"),
