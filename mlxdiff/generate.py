@@ -158,9 +158,9 @@ def draw(args: argparse.Namespace) -> int:
         if args.verbose:
             bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
-        for adapter, scale in pipe.adapters(requests[0]):
+        for adapter, scale in pipe.attached.adapters(requests[0]):
             bar.write(f"{adapter}, scale {scale:g}")
-        for word in pipe.words(requests[0]):
+        for word in pipe.attached.words(requests[0]):
             n = max(map(len, word.vectors.values()))
             bar.write(f"{word.word}: {n} token{'s' * (n > 1)}, for {', '.join(word.vectors)}")
         for request in requests:

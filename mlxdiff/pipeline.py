@@ -17,10 +17,10 @@ from PIL import Image
 
 from . import (
     advice,
+    attached,
     builtin,
     conditioning,
     description,
-    dialects,
     families,
     guidance,
     images,
@@ -28,13 +28,13 @@ from . import (
     samplers,
     schedules,
 )
-from .adapters import Adapter, Word
 from .arguments import check_options
+from .attached import Attached
 from .errors import Error
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
-from .request import SETTINGS, Request, Settings, asked, embedding, lora, takes_settings
+from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
 
@@ -87,13 +87,7 @@ def load(
 
     def check(model: description.Description, **others) -> None:
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
-        for name, _ in map(lora, [*loras, *(request.loras or () if request is not None else ())]):
-            if store.local(name) is not None:  # what is here can be checked before a model is fetched
-                store.lora(store.adapter_file(name, "LoRA", offline=True), model)
-        for text in [*embeddings, *(request.embeddings or () if request is not None else ())]:
-            name, word = embedding(text)
-            if store.local(name) is not None:
-                store.embedding(store.adapter_file(name, "embedding", offline=True), model, word)
+        attached.check(loras, embeddings, request, model)
 
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype), check)
@@ -105,7 +99,7 @@ def load(
         return Pipeline(Networks(folder, description.read(folder)), low_memory, force, offline)
 
     pipe = opened(model, check=check)
-    pipe.loras, pipe.embeddings = tuple(loras), tuple(embeddings)
+    pipe.attached.loras, pipe.attached.embeddings = tuple(loras), tuple(embeddings)
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
@@ -129,10 +123,8 @@ class Pipeline:
     def __init__(self, networks: Networks, low_memory: bool = False, force: bool = False, offline: bool = False):
         self.networks, self.description = networks, networks.description
         self.description.check_draws()
-        self.low_memory, self.force, self.offline = low_memory, force, offline
-        self.loras: tuple[str, ...] = ()  # of requests that do not say
-        self.embeddings: tuple[str, ...] = ()
-        self._opened: dict[tuple, tuple] = {}  # adapter -> its file's time and size, then what it holds
+        self.low_memory, self.force = low_memory, force
+        self.attached = Attached(networks.folder, networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
@@ -164,7 +156,7 @@ class Pipeline:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
         request = asked(prompt, settings)
-        request = self._with_adapters(request)
+        request = self.attached.resolve(request)
         if request.image is None:
             return self.description.resolve(request)
         pictures = [images.read(picture) for picture in request.pictures]
@@ -182,61 +174,6 @@ class Pipeline:
         hashes, pictures = self._pictures
         held = hashes != () and hashes == request.hashes
         return pictures if held else [images.read(picture) for picture in request.pictures]
-
-    def _with_adapters(self, request: Request) -> Request:
-        """The request with the LoRAs that its prompt names, those that the model was loaded with, and the fingerprints
-        of all files."""
-        request.check_adapters()
-        prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
-        given = [*(self.loras if request.loras is None else request.loras), *named]
-        words = tuple(self.embeddings if request.embeddings is None else request.embeddings)
-        if words:  # a word that cannot be taught is refused here, not in the run
-            toks = conditioning.load_tokenizers(self.description.text, self.networks.folder, t5=False)
-            learned = [self._word(*embedding(text))[0] for text in words]
-            conditioning.teach_tokenizers(toks, learned, self.description.components)
-        files = {
-            "lora_hashes": [self._adapter(name)[1] for name, _ in map(lora, given)],
-            "embedding_hashes": [self._word(*embedding(text))[1] for text in words],
-        }
-        for field, hashes in files.items():
-            known = getattr(request, field)
-            if known and tuple(hashes) != tuple(known):
-                what = "LoRA" if field == "lora_hashes" else "embedding"
-                fix = f"Give those files as `{'loras' if what == 'LoRA' else 'embeddings'}=[FILE]`."
-                raise Error(f"The {what} files are not those of these settings.", fix)
-        loras = tuple(f"{name}:{scale:g}" for name, scale in map(lora, given))
-        files = {field: tuple(hashes) for field, hashes in files.items()}
-        return replace(request, prompt=prompt, loras=loras, embeddings=words, **files)
-
-    def adapters(self, request: Request) -> list[tuple[Adapter, float]]:
-        """The LoRAs of a resolved request, with their scales."""
-        return [(self._adapter(name)[0], scale) for name, scale in map(lora, request.loras or ())]
-
-    def words(self, request: Request) -> list[Word]:
-        """The taught words of a resolved request."""
-        return [self._word(*embedding(text))[0] for text in request.embeddings or ()]
-
-    def _adapter(self, name: str) -> tuple[Adapter, str]:
-        """A LoRA and its fingerprint."""
-        from . import store
-
-        return self._once(store.lora, name, "LoRA")
-
-    def _word(self, name: str, word: str | None) -> tuple[Word, str]:
-        """A taught word and its fingerprint."""
-        from . import store
-
-        return self._once(store.embedding, name, "embedding", word)
-
-    def _once(self, read: Callable, name: str, what: str, *more) -> tuple:
-        """What `read` makes of a file, which is read once, and again if it has changed."""
-        from . import store
-
-        path, key = store.adapter_file(name, what, offline=self.offline), (name, *more)
-        stamp = path.stat().st_mtime_ns, path.stat().st_size
-        if self._opened.get(key, (None,))[0] != stamp:
-            self._opened[key] = stamp, read(path, self.description, *more)
-        return self._opened[key][1]
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
@@ -273,7 +210,7 @@ class Pipeline:
             advice.check(self.workload(request))
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
-        self.networks.adapt(self.adapters(request))
+        self.networks.adapt(self.attached.adapters(request))
         spec, schedule = samplers.SAMPLERS[request.sampler], model.noise_levels(request)
         fn = samplers.of_flow(request.sampler) if model.flow else spec.fn
         whole = schedules.sigmas(schedule, request.schedule, request.steps)
@@ -350,7 +287,8 @@ class Pipeline:
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
-            toks, learned = conditioning.load_tokenizers(text_plan, self.networks.folder, t5), self.words(request)
+            toks = conditioning.load_tokenizers(text_plan, self.networks.folder, t5)
+            learned = self.attached.words(request)
             conditioning.teach_tokenizers(toks, learned, model.components)
             parts = {}
             for name, words in conditioning.tokenize(text_plan, toks, prompts).items():
