@@ -130,7 +130,7 @@ class Fuzz:
             checkpoint = convert.open(self.model)
             convert.describe(checkpoint, recipe(None, "float32"))
             write._tokenizers(checkpoint, None)
-            tokenizers.load(self.model / "tokenizer")("a red fox")
+            tokenizers.load(self.model / "tokenizer").encode("a red fox")
         finally:
             file.write_bytes(good)
 

@@ -18,6 +18,7 @@ import mlxdiff
 from mlxdiff import builtin, console, convert, description, foreign, images, store
 from mlxdiff.convert import source
 from mlxdiff.errors import Error
+from mlxdiff.families import MODELS
 from mlxdiff.models import build
 from mlxdiff.request import Request
 from tests import checkpoints
@@ -108,6 +109,12 @@ def test_a_damaged_model_json_is_an_error_before_a_network_is_built(converted, t
     monkeypatch.setattr(build, "build", None)
     with pytest.raises(Error, match=r"model\.json"):
         description.read(tmp_path)
+
+
+@pytest.mark.parametrize("model", [name for name, row in MODELS.items() if row.networks])
+def test_every_published_network_passes_the_checks(model):
+    for config in MODELS[model].networks.values():
+        assert build.config(json.loads(json.dumps(build.settings(config)))) == config
 
 
 def test_no_network_of_too_many_layers_is_built():

@@ -11,10 +11,11 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import T5Config, T5EncoderModel
+from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
 from mlxdiff import Error, convert
 from mlxdiff.convert import gguf as ours
@@ -155,6 +156,25 @@ def test_names_of_text_encoders_become_those_of_transformers(tmp_path):
         assert len(set(theirs.values())) == len(names)
         path = written(tmp_path / "a.gguf", dict.fromkeys(theirs.values(), one), gguf.MODEL_ARCH_NAMES[arch])
         assert source.read(path).tensors.keys() == set(names)
+
+
+def test_a_qwen3_of_llama_cpp_is_read_as_that_of_transformers(tmp_path):
+    """Every number of every parameter; the layers that no family reads are left out of both."""
+    torch.manual_seed(0)
+    kinds = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 3}
+    net = Qwen3ForCausalLM(Qwen3Config(hidden_size=64, intermediate_size=96, vocab_size=50, **kinds))
+    state = {n: np.ascontiguousarray(x.numpy()) for n, x in net.state_dict().items()}
+    state = {n: x for n, x in state.items() if n != "lm_head.weight"}
+    names, types = renamed(list(state), gguf.MODEL_ARCH.QWEN3, 3), packed(state, "Q8_0")
+    held = {names[n]: x for n, x in state.items()}
+    path = written(tmp_path / "a.gguf", held, "qwen3", {names[n]: k for n, k in types.items()})
+    a, b = convert.open(path), convert.open(full(tmp_path / "a.safetensors", unpacked(state, types)))
+    assert (a.family, a.missing, a.unmapped) == (b.family, [], {})
+    (one,), (other,) = a.components.values(), b.components.values()
+    assert (one.config, one.weights.keys()) == (other.config, other.weights.keys())
+    assert len(one.weights) > 20
+    for key, weight in one.weights.items():
+        assert np.array_equal(weight.array(), other.weights[key].array()), key
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1"])

@@ -25,8 +25,8 @@ NETWORKS = {
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
 Config |= flux2.Config | zimage.Config | vae.Config | taesd.Config
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
-# fields that count layers
-_LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "blocks", "refiners")
+# The fields of Configs that count layers.
+_LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks")
 _MAY_BE_0 = (*_LAYERS, "dual", "eos", "freq_shift")
 _MOST = 2**24  # of any number of a Config
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
