@@ -44,8 +44,8 @@ def mentions(path: Path, name: str) -> list[int]:
     return found
 
 
-# network -> other networks that are built of its layers
-REUSED = {"flux": {"mlxdiff/models/flux2.py", "mlxdiff/models/zimage.py"}}
+# network -> files of other networks that are built of its layers, or read with its rules
+REUSED = {"flux": {"convert/flux2.py", "mlxdiff/models/flux2.py", "mlxdiff/models/zimage.py"}}
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "zimage"])

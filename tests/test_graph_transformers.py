@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxdiff.models import flux, flux2, layers, qwen3, sd3, t5
+from mlxdiff.models import flux, flux2, layers, qwen3, sd3, t5, zimage
 
 from .test_graph import HALVES, counts, cpu_only, graph, of_dtype, strays
 
@@ -41,7 +41,13 @@ SD3 = sd3.Config(
 )
 T5 = t5.Config(99, 32, 3, 2, 16, 64, 8, 16, 1e-6)
 QWEN3 = qwen3.Config(99, 32, 3, 4, 2, 64, 80, 1e6, 1e-6, (1, 3))
-NETS = {"flux": (flux.Flux, FLUX), "flux2": (flux2.Flux2, FLUX2), "sd3": (sd3.SD3, SD3)}
+ZIMAGE = zimage.Config(16, 16, 20, 48, 2, 96, 3, 2, (8, 8, 8), 256.0, 1e-5)
+NETS = {
+    "flux": (flux.Flux, FLUX),
+    "flux2": (flux2.Flux2, FLUX2),
+    "sd3": (sd3.SD3, SD3),
+    "zimage": (zimage.ZImage, ZIMAGE),
+}
 
 
 def conditions(config, dtype: mx.Dtype, batch: int) -> dict:
@@ -49,6 +55,9 @@ def conditions(config, dtype: mx.Dtype, batch: int) -> dict:
     context = mx.zeros((batch, 5, config.context), dtype)
     if isinstance(config, flux2.Config):
         return {"context": context, "size": (4, 6), "references": [mx.zeros((1, 2, 3, 4), dtype)]}
+    if isinstance(config, zimage.Config):
+        lengths = tuple(range(5, 5 - batch, -1))
+        return {"context": context, "lengths": lengths, "size": (4, 6)}
     return {"context": context, "pooled": mx.zeros((batch, config.pooled), dtype), "size": (4, 6), **guidance}
 
 
@@ -58,7 +67,8 @@ def cut_float32_places(monkeypatch):
     stay in the dtype. MLX's norms are kernels on a GPU; only on the CPU they are spelled out in float32."""
 
     def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
-        return x if weight is None else x * weight + bias
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
 
     monkeypatch.setattr(mx.fast, "layer_norm", layer_norm)
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: x * weight)
@@ -67,6 +77,9 @@ def cut_float32_places(monkeypatch):
         monkeypatch.setattr(module, "gelu_tanh", lambda x: x)
         monkeypatch.setattr(module, "gated", lambda x, gate, y: x + gate * y)
         monkeypatch.setattr(module, "sinusoids", lambda t, dim, **_: mx.zeros((*t.shape, dim), mx.float16))
+    monkeypatch.setattr(zimage, "gated", lambda x, gate, y: x + gate * y)
+    monkeypatch.setattr(zimage, "gated_silu", lambda gate, y: gate * y)
+    monkeypatch.setattr(zimage, "sinusoids", lambda t, dim, **_: mx.zeros((*t.shape, dim), mx.float16))
     monkeypatch.setattr(flux2, "sinusoids", lambda t, dim, **_: mx.zeros((*t.shape, dim), mx.float16))
     monkeypatch.setattr(flux2, "swiglu", lambda gate, x: gate * x)
     monkeypatch.setattr(flux, "turn", lambda x, swapped, cos, sin: x * cos.astype(x.dtype) + swapped)
@@ -164,6 +177,9 @@ def test_the_loop_holds_only_what_sees_x(name):
         modulations = 2 * config.double + config.single + 1
     elif name == "flux2":  # the blocks share their modulations
         expected, modulations = 2 + config.double * (2 * 4 + 2) + config.single * (2 + 2), 3 + 1
+    elif name == "zimage":
+        blocks = config.layers + config.refiners
+        expected, modulations = 2 + blocks * (4 + 2 + 3), blocks + 1  # the second 2: the attention
     else:
         expected = 1 + config.layers * (2 * 6 + 2) - 3 + len(config.dual) * (4 + 2)  # the last text goes nowhere
         modulations = 2 * config.layers + 1
@@ -185,7 +201,11 @@ def test_weights_released_before_they_are_read_stream(name, tmp_path):
     kind, config = NETS[name]
     if name == "flux2":
         pytest.skip("Its modulations are three layers, whatever its depth.")
-    deep = {"width": 192, "double": 12, "single": 24} if name == "flux" else {"head_dim": 96, "layers": 24}
+    deep = {
+        "flux": {"width": 192, "double": 12, "single": 24},
+        "sd3": {"head_dim": 96, "layers": 24},
+        "zimage": {"width": 192, "axes": (32, 32, 32), "layers": 48},
+    }[name]
     config = replace(config, **deep)
     mx.save_safetensors(str(tmp_path / "net.safetensors"), dict(tree_flatten(kind(config).parameters())))
     peaks = {}

@@ -43,6 +43,7 @@ ALONE = {
     "flux_text_encoder_2": ("t5", "base", "text_encoder"),
     "flux_vae": ("vae", "base", "vae"),
     "qwen3_4b_text_encoder": ("qwen3", "base", "text_encoder"),
+    "z_image_transformer": ("zimage", "base", "transformer"),
     "sd35_large_transformer": ("sd3", "base", "transformer"),
     "sd35_medium_transformer": ("sd3", "base", "transformer"),
     "sd3_medium_transformer": ("sd3", "base", "transformer"),
@@ -227,7 +228,21 @@ def without(held: dict, *words: str) -> dict:
 LDM = "model.diffusion_model."
 CLIP_L, CLIP_G = "conditioner.embedders.0.", "conditioner.embedders.1.model."
 
+
 # name -> (shapes, family, variant, component -> the manifest that counts it)
+def z_image() -> dict[str, tuple]:
+    """The published transformer's shapes under ComfyUI's names."""
+    made = {}
+    for name, shape in facts("z_image_transformer").items():
+        name = name.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")
+        name = name.replace("norm_q", "q_norm").replace("norm_k", "k_norm").replace("to_out.0", "out")
+        if ".to_q." in name:
+            made[name.replace("to_q", "qkv")] = (3 * shape[0], shape[1])
+        elif ".to_k." not in name and ".to_v." not in name:
+            made[name] = shape
+    return made
+
+
 DERIVED = {
     "v1-5-pruned, with its full EMA": (lambda: ema(v15()), "sd1", "base", SD1_COUNTS),
     "SD1 without buffers": (
@@ -408,6 +423,17 @@ DERIVED = {
         lambda: without(facts("flux1-dev"), *(f"double_blocks.{i}." for i in range(8, 19))),
         "flux", "base", {},
     ),
+    "Z-Image in ComfyUI's names": (
+        lambda: z_image() | {"norm_final.weight": (3840,)},
+        "zimage", "base", {"transformer": "z_image_transformer"},
+    ),
+    "Z-Image in ComfyUI's prefix, with its encoder": (
+        lambda: original.under(LDM, z_image())
+        | original.under("text_encoders.qwen3_4b.transformer.", facts("qwen3_4b_text_encoder"))
+        | original.under("vae.", facts("flux_ae")),
+        "zimage", "base",
+        {"transformer": "z_image_transformer", "text_encoder": "qwen3_4b_text_encoder", "vae": "flux_vae"},
+    ),
     "SDXL without text encoders": (
         lambda: without(xl(), "conditioner."),
         "sdxl", "base", {k: SDXL_COUNTS[k] for k in ("unet", "vae")},
@@ -461,6 +487,12 @@ REFUSED = {
     "an embedding": (lambda: {"emb_params": (4, 768)}, "a textual inversion"),
     "an embedding for SDXL": (lambda: {"clip_g": (4, 1280), "clip_l": (4, 768)}, "a textual inversion"),
     "AnimateDiff": (lambda: {"down_blocks.0.motion_modules.0.temporal_transformer.norm.bias": (320,)}, "AnimateDiff"),
+    "Lumina-Image 2": (
+        lambda: {k: v for k, v in z_image().items() if "pad_token" not in k},
+        "a Lumina-Image 2 model",
+    ),
+    "Z-Image Omni": (lambda: z_image() | {"siglip_embedder.0.weight": (1152,)}, "a Z-Image Omni model"),
+    "a Z-Image ControlNet": (lambda: {"control_layers.0.before_proj.weight": (3840, 3840)}, "a ControlNet"),
     "a language model": (lambda: {"model.layers.0.self_attn.q_proj.weight": (8, 8)}, "no checkpoint that is known"),
 }
 

@@ -10,7 +10,7 @@ from .published import FLOW, PREVIEW_FLUX, QWEN3_4B, VAE_FLUX
 def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
     """Measured numbers per token and width: see `memory`."""
     patches = latents // 4  # of 2 x 2
-    return 30 * net.width * (patches + -patches % MULTIPLE + tokens)
+    return 29 * net.width * (patches + -patches % MULTIPLE + tokens)
 
 
 # Its authors and diffusers write guidance as pos + g (pos - neg), which is one less than the usual number. Here it is

@@ -31,8 +31,10 @@ def oracles(tmp_path_factory) -> dict:
     """kind -> (diffusers pipeline, folder it was saved in)"""
     root, made = tmp_path_factory.mktemp("zimage"), {}
     for kind in KINDS:
-        pipe = tiny.zimage(root / f"{kind}-words", kind)
-        pipe.vae.encoder.conv_out.weight.data.mul_(8)  # else another image would change the picture by 40 dB only
+        # No shape shows how many groups the VAE's norms have: here as many as in the published one.
+        own = vae(45, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)
+        pipe = ZImagePipeline(**tiny.zimage(root / f"{kind}-words", kind).components | {"vae": own})
+        pipe.vae.encoder.conv_out.weight.data.mul_(12)  # else another image would change the picture by 40 dB only
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(root / kind)
         made[kind] = pipe, root / kind
@@ -54,7 +56,7 @@ def test_the_oracles_listen_to_their_prompts(oracles):
     same |= {"guidance": 5.0}
     plain = theirs(pipe, negative_prompt=NEGATIVE, **same)
     assert psnr(plain, theirs(pipe, negative_prompt="", **same)) < 30
-    assert psnr(plain, theirs(pipe, negative_prompt=NEGATIVE, **same | {"guidance": 4.0})) < 30
+    assert psnr(plain, theirs(pipe, negative_prompt=NEGATIVE, **same | {"guidance": 3.0})) < 30
 
 
 def test_turbo(oracles, cache, tmp_path):
@@ -178,7 +180,7 @@ def test_what_it_refuses(oracles):
         (turbo, {"negative": "blurry"}, "no place for a negative prompt"),
         (base, {"true_cfg": 3.0, "negative": ""}, "true_cfg is for FLUX"),
         (base, {"sampler": "ddim"}, "not for models of rectified flow"),
-        (base, {"width": 36}, "not a multiple of 8"),
+        (base, {"width": 38}, "not a multiple of 4"),
     ):
         with pytest.raises(Error, match=said):
             pipe.resolve(PROMPT, **settings)
