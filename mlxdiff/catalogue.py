@@ -28,8 +28,10 @@ def everything() -> int:
     for name, m in MODELS.items():
         low, four, eight, sixteen = map(gigabytes, on_a_mac(name))
         figures = f"{low:>6} {four:>5} {eight:>5} {sixteen:>8}"
-        print(f"{name:18} {m.defaults.size:7} {_download(name):>10}  {figures}   {m.licence}")
-    titles = ", ".join(f.title for f in FAMILIES.values())
+        edits = "; edits pictures" if m.family.variants[m.variant].edits else ""
+        print(f"{name:18} {m.defaults.size:7} {_download(name):>10}  {figures}   {m.licence}{edits}")
+    drawn = [f for f in FAMILIES.values() if any(not v.needs for v in f.variants.values())]
+    titles = ", ".join(f.title for f in drawn)
     print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
     print("mlxdiff models NAME says what fits this machine.")
     print(f"\nBesides these, mlxdiff draws with any hub repository, folder, .safetensors or .gguf file of\n{titles}.")
@@ -46,6 +48,9 @@ def one(name: str) -> int:
     place = "in the package" if m.repo is None else f"{_download(name)} from {m.repo}"
     print(f"{'download':10} {place}{', gated: accept its licence there first' if m.gated else ''}")
     print(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, guidance {d.guidance:g}")
+    edits = m.family.variants[m.variant].edits
+    if edits:
+        print(f"{'edits':10} {'a picture' if edits == 1 else f'up to {edits} pictures'}: -i FILE")
     if name == builtin.NAME:
         for kind, words in builtin.vocabulary().items():
             print(f"{kind:10} {', '.join(words)}")

@@ -139,7 +139,7 @@ _9B = {
 _KLEIN = Model(
     FLUX2,
     repo="black-forest-labs/FLUX.2-klein-4B",
-    title="FLUX.2 klein 4B: four steps",
+    title="FLUX.2 klein 4B: draws and edits in four steps",
     licence="Apache 2.0",
     download=15.98,
     networks=_4B,
@@ -150,7 +150,7 @@ _KLEIN = Model(
 _KLEIN_9B = replace(
     _KLEIN,
     repo="black-forest-labs/FLUX.2-klein-9B",
-    title="FLUX.2 klein 9B: four steps",
+    title="FLUX.2 klein 9B: draws and edits in four steps",
     licence="FLUX Non-Commercial",
     download=34.72,
     networks=_9B,
