@@ -165,6 +165,8 @@ def started(tmp_path):
     """`mlxdiff studio` in a Jupyter of its own, with a browser that notes how it was started: the process, its
     children's ids, that note."""
     pytest.importorskip("jupyterlab")
+    from nbformat.sign import NotebookNotary
+
     browser, note = tmp_path / "browser", tmp_path / "note"
     browser.write_text(f'#!/bin/sh\nprintf "%s" "$*" > "{note}.part" && mv "{note}.part" "{note}"\n')
     browser.chmod(0o755)
@@ -176,6 +178,9 @@ def started(tmp_path):
     book = app._notebook(tmp_path / "books" / "studio.ipynb", None)
     app._cell(book, tmp_path).source = "print('hello')"
     app._write(book, tmp_path / "books" / "studio.ipynb")
+    with pytest.MonkeyPatch.context() as patch:  # as if this user's Jupyter had saved it
+        patch.setenv("JUPYTER_DATA_DIR", env["JUPYTER_DATA_DIR"])
+        NotebookNotary().sign(book)
     out = open(tmp_path / "out", "w+")  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path / "books", env=env, stdout=out, stderr=out, start_new_session=True

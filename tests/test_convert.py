@@ -233,7 +233,11 @@ PROTOCOL = {
     "from_json": ["s", "cls"],
     "divided": ["config"],
 }
-OF_DENOISERS = {"layout": ["config", "components"], "variant": ["config", "called"], "reads": ["config", "others"]}
+OF_DENOISERS = {
+    "layout": ["config", "components"],
+    "variant": ["config", "called", "schedule"],
+    "reads": ["config", "others"],
+}
 
 
 def test_every_network_has_a_module_with_the_protocol():

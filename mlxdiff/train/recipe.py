@@ -167,8 +167,7 @@ def encode(folder: Path, recipe: Recipe, shown: np.ndarray, scenes: list[sb.Scen
 
 
 def padded(tokenizer: ClipTokenizer, text: str) -> list[int]:
-    (ids, _), *_ = tokenizer.encode(text, weighted=False)
-    return ids
+    return tokenizer.encode(text, weighted=False)[0].ids
 
 
 def train_denoiser(
