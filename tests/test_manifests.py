@@ -624,3 +624,11 @@ def test_without_what_tells_the_size_says_so(tmp_path, capsys):
     path = sparse(tmp_path / "a.safetensors", without(shapes(hollow("sd15_vae")), "encoder.conv_in.weight"))
     assert main([str(path), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["missing"] == ["vae.encoder.conv_in.weight"]
+
+
+def test_what_a_transformer_lacks_is_named_with_its_publisher_and_size(tmp_path):
+    held = {name: tuple(shape) for name, shape in manifest("z_image_transformer")["tensors"].items()}
+    checkpoint = convert.open(sparse(tmp_path / "z_image_turbo_bf16.safetensors", held, dtype="BF16"))
+    with pytest.raises(Error, match=r"Tongyi-MAI/Z-Image-Turbo has text_encoder \(8.0 GB\) and vae \(0.2 GB\)"):
+        convert.save(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

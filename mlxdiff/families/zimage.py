@@ -68,6 +68,7 @@ _NETWORKS = {
     ),
     "vae": VAE_FLUX,
 }
+_PARTS = {"text_encoder": 8.04, "vae": 0.17}
 MODELS = {
     "z-image-turbo": Model(
         ZIMAGE,
@@ -78,6 +79,7 @@ MODELS = {
         networks=_NETWORKS,
         defaults=_TURBO,
         variant="turbo",
+        parts=_PARTS,
     ),
     "z-image": Model(
         ZIMAGE,
@@ -87,5 +89,6 @@ MODELS = {
         download=20.52,
         networks=_NETWORKS,
         defaults=_DEFAULTS,
+        parts=_PARTS,
     ),
 }
