@@ -2,6 +2,7 @@
 words."""
 
 import sys
+import textwrap
 
 from . import advice, builtin, memory
 from .console import Parser, run
@@ -23,15 +24,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def everything() -> int:
-    print(f"{'':18} {'default':>7} {'':>10}   estimated GB of memory at")
-    print(f"{'name':18} {'size':>7} {'download':>10}  {'4 low':>6} {'4':>5} {'8':>5} {'16 bits':>8}   licence")
+    print(f"{'':20} {'default':>13} {'':>10}   estimated GB of memory at")
+    columns = f"{'size':>7} {'steps':>5} {'download':>10}  {'4 low':>6} {'4':>5} {'8':>5} {'16 bits':>8}   licence"
+    print(f"{'name':20} {columns}")
     for name, m in MODELS.items():
         low, four, eight, sixteen = map(gigabytes, on_a_mac(name))
         figures = f"{low:>6} {four:>5} {eight:>5} {sixteen:>8}"
         edits = "; edits pictures" if m.family.variants[m.variant].edits else ""
-        print(f"{name:18} {m.defaults.size:7} {_download(name):>10}  {figures}   {m.licence}{edits}")
-    drawn = [f for f in FAMILIES.values() if any(not v.needs for v in f.variants.values())]
-    titles = ", ".join(f.title for f in drawn)
+        drawn = f"{m.defaults.size:7} {m.defaults.steps:5}"
+        print(f"{name:20} {drawn} {_download(name):>10}  {figures}   {m.licence}{edits}")
+    families = [f for f in FAMILIES.values() if any(not v.needs for v in f.variants.values())]
+    titles = textwrap.fill(", ".join(f.title for f in families), 100)
     print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
     print("mlxdiff models NAME says what fits this machine.")
     print(f"\nBesides these, mlxdiff draws with any hub repository, folder, .safetensors or .gguf file of\n{titles}.")
@@ -47,7 +50,8 @@ def one(name: str) -> int:
     print(f"{'licence':10} {m.licence}")
     place = "in the package" if m.repo is None else f"{_download(name)} from {m.repo}"
     print(f"{'download':10} {place}{', gated: accept its licence there first' if m.gated else ''}")
-    print(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, guidance {d.guidance:g}")
+    guidance = f"guidance {d.guidance:g}" if d.guidance else "no guidance"
+    print(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, {guidance}")
     edits = m.family.variants[m.variant].edits
     if edits:
         print(f"{'edits':10} {'a picture' if edits == 1 else f'up to {edits} pictures'}: -i FILE")
@@ -95,7 +99,13 @@ def _advice(name: str) -> list[str]:
     if best is None:
         return [*lines, "\nNone of these fits. A smaller picture takes less: -W 512 -H 512."]
     model = "" if name == DEFAULT else f" -m {name}"
-    return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{model}{" " if best else ""}{best}']
+    editing = MODELS[name].family.variants[MODELS[name].variant].edits
+    also = (
+        [f'To edit: mlxdiff generate "make it winter" -i photo.png{model}{" " if best else ""}{best}']
+        if editing
+        else []
+    )
+    return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{model}{" " if best else ""}{best}', *also]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-s", "--seed", type=int, nargs="+", metavar="N", help="one picture for each seed (default: fresh)")
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed; their seeds count up from it")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
-    g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, or of 16 for SD3 and FLUX")
+    g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
     what = f"how much of a start image to redraw; 1 is all ({STRENGTH})"
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--schedule", metavar="NAME", help=", ".join(schedules.SPACINGS))
     g.add_argument("--eta", type=float, metavar="E", help="how much noise a stochastic sampler puts back")
     g.add_argument("--clip-skip", type=int, metavar="N", help="which text layer is read, counted from the end")
-    g.add_argument("--shift", type=float, metavar="S", help="SD3, FLUX: above 1 moves the steps to larger noise")
+    g.add_argument("--shift", type=float, metavar="S", help="SD3, FLUX, Z-Image: above 1 moves steps to larger noise")
     g.add_argument("--true-cfg", type=float, metavar="G", help="FLUX: push from the negative prompt by a second pass")
     g.add_argument("--skip-layers", type=int, nargs="+", metavar="N", help="SD3.5 medium: 7 8 9 draws firmer shapes")
     g.add_argument("--skip-scale", type=float, metavar="G", help="how far to push from the pass without them (2.8)")
@@ -96,6 +96,8 @@ STDOUT = Path("-")
 _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
+  mlxdiff generate "make it winter" -m flux2-klein -i photo.png
+  mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """
 

@@ -48,7 +48,7 @@ class Request:
     seed: the seed of the first picture; picture i of `count` has seed + i. None draws a fresh one.
     steps: more steps are slower and finer.
     guidance: how strongly to follow the prompt; 1 is no guidance.
-    width, height: pixels, in multiples of 8 for most models and of 16 for SD3 and FLUX.
+    width, height: pixels, in multiples of 8, or of 16 for SD3, FLUX and Z-Image.
     sampler: a name of `mlxdiff.samplers.SAMPLERS`, or diffusers' or A1111's name for it.
     schedule: how the steps divide the noise, a name of `mlxdiff.schedules.SPACINGS`.
     count: how many pictures to draw at once.
@@ -57,7 +57,7 @@ class Request:
     interval: the part of the steps with guidance: (0.1, 0.8) leaves out the first tenth and the last fifth.
     clip_skip: which layer of the text encoder is read, counted from the end; 1 is the last.
     refine_at: the part of the steps after which a refiner takes over, if one is loaded.
-    shift: SD3 and FLUX: a value above 1 moves the steps to larger noise.
+    shift: SD3, FLUX and Z-Image: a value above 1 moves the steps to larger noise.
     true_cfg: FLUX, where guidance is an input: how strongly a second pass pushes away from the negative prompt.
     skip_layers: SD3: blocks to leave out of a third pass, from which guidance pushes away; (7, 8, 9) for SD3.5 medium.
     skip_scale: how far to push away from that pass.

@@ -61,9 +61,16 @@ def test_the_list_has_every_model_and_storybook_its_words(capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert all(f"{name} " in out for name in MODELS)
+    editing = {line.split()[0] for line in out.splitlines() if line.endswith("; edits pictures")}
+    assert editing == {name for name in MODELS if "klein" in name or "kontext" in name}
+    assert "FLUX.2 dev" not in out  # it converts, but does not draw
     assert main(["models", "storybook"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for words in captions.vocabulary().values() for word in words)
+    assert main(["models", "flux2-klein"]) == 0
+    out = capsys.readouterr().out
+    assert "up to 4 pictures: -i FILE" in out
+    assert 'To edit: mlxdiff generate "make it winter" -i photo.png -m flux2-klein' in out
     assert main(["models", "nothing"]) == 1
     assert "'nothing'" in capsys.readouterr().err
 

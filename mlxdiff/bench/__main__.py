@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a run (4)")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
-    g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, or of 16 for SD3 and FLUX")
+    g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
     g.add_argument("--batch", type=int, choices=(1, 2), help="1: no guidance, 2: guidance (default: the model's)")
     g.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help=SMALLER)
     g.add_argument("--dtype", choices=DTYPES, help="default: the dtype that suits this machine")
