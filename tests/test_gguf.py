@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
-from mlxdiff import Error, convert
+from mlxdiff import Error, convert, store
 from mlxdiff.convert import gguf as ours
 from mlxdiff.convert import source
 from mlxdiff.convert.inspect import main as inspect
+from mlxdiff.store import hub
 
 from . import original
 from .checkpoints import full
@@ -222,6 +223,17 @@ def test_strictness_is_that_of_safetensors(parts, words, tmp_path):
         with pytest.raises(Error, match=said):
             convert.convert(path, tmp_path / "out", dtype="float32", tokenizer=words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_a_hub_repository_can_be_named():
+    assert store._repo("org/some.gguf-repo/part/net-Q4_K_S.gguf") == ("org/some.gguf-repo", "part/net-Q4_K_S.gguf")
+    files = {"net-Q8_0.gguf": 9, "net-F16.gguf": 9}
+    assert hub.select("org/repo", files, True, "net-Q8_0.gguf") == ["net-Q8_0.gguf"]
+    with pytest.raises(Error) as e:
+        hub.select("org/repo", files, True, None)
+    assert "org/repo/net-F16.gguf, org/repo/net-Q8_0.gguf" in e.value.fix
+    with pytest.raises(Error, match=r"no model, file or folder 'net/x\.gguf'"):  # an absent file is no repository
+        store._repo("net/x.gguf")
 
 
 # ---- headers made by hand
