@@ -29,6 +29,10 @@ class Attached:
         request.check_adapters()
         prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
         loras = [*map(lora, [*(self.loras if request.loras is None else request.loras), *named])]
+        names = [name for name, _ in loras]
+        if len(set(names)) < len(names):
+            again = next(name for i, name in enumerate(names) if name in names[:i])
+            raise Error(f"The LoRA {again} is named twice.", "Name it once, with the scale that it should have.")
         words = tuple(self.embeddings if request.embeddings is None else request.embeddings)
         taught = [self._word(*embedding(text)) for text in words]
         if taught:  # a word that cannot be taught is refused here, not in the run
