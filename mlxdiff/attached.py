@@ -59,6 +59,10 @@ class Attached:
         """The taught words of a resolved request."""
         return [self._word(*embedding(text))[0] for text in request.embeddings or ()]
 
+    def taught(self, request: Request) -> list[str]:
+        """What these words are called."""
+        return [word.word for word in self.words(request)]
+
     def _lora(self, name: str) -> tuple[Adapter, str]:
         """A LoRA and its fingerprint."""
         from . import store

@@ -168,7 +168,8 @@ def draw(args: argparse.Namespace) -> int:
                     else f"As {pipe.name} draws in one pass,"
                 )
                 bar.write(f"{why} a negative prompt does nothing.")
-            unknown = builtin.notice(request.prompt) if pipe.name == builtin.NAME else ""
+            taught = pipe.attached.taught(request)
+            unknown = builtin.notice(request.prompt, taught) if pipe.name == builtin.NAME else ""
             if unknown:
                 bar.write(f"{unknown} `mlxdiff models {pipe.name}` lists the words that it knows.")
             _one(args, pipe, request, partial(_name, args.output, requests), bar)

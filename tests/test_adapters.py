@@ -3,6 +3,7 @@ files mean what they mean elsewhere is parity/test_lora.py's."""
 
 import json
 import re
+import warnings
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -305,7 +306,9 @@ def width(pipe) -> int:
 
 def test_a_taught_word_is_kept_with_the_picture(pipe, width, tmp_path):
     file = full(tmp_path / "moss.safetensors", {"emb_params": np.ones((2, width), np.float32)})
-    result = pipe("a moss house", seed=1, steps=2, embeddings=[str(file)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it knows this word now
+        result = pipe("a moss house", seed=1, steps=2, embeddings=[str(file)])
     plain = pipe("a moss house", seed=1, steps=2)
     assert (np.asarray(result.image) != np.asarray(plain.image)).any()
     again = pipe(images.read_settings(result.save(tmp_path / "a.png")[0])[0])
@@ -327,6 +330,9 @@ BAD_WORDS = {
     "a LoRA": (lambda d: {DOWN: np.ones((4, d)), UP: np.ones((d, 4))}, "", "holds unet"),
     "a word with spaces": (lambda d: {"a b": np.ones(d)}, "", "cannot be 'a b'"),
     "a known word": (lambda d: {"emb_params": np.ones(d)}, "=a", "knows the word 'a' already"),
+    "a word of one token": (lambda d: {"emb_params": np.ones(d)}, "=house", "knows the word 'house' already"),
+    "a word that moves the cursor": (lambda d: {"\x1b[2J": np.ones(d)}, "", r"cannot be '\\x1b\[2J'"),
+    "a word without end": (lambda d: {"w" * 10_000: np.ones(d)}, "", "cannot be 'wwww"),
     "no word": (lambda d: {"emb_params": np.ones(d)}, "=", "cannot be ''"),
 }
 
