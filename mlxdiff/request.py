@@ -233,6 +233,11 @@ class Request:
             _number("eta", self.eta, 0, 10)
         if self.eta is not None and not samplers.SAMPLERS[self.sampler].noisy:
             raise Error(f"eta has no meaning for {self.sampler}, which adds no noise.", "Leave `eta` out, or use ddim.")
+        self.check_mask()
+        for n in self.outpaint:
+            if n % multiple:
+                problem = f"outpaint adds {n} pixels, which is not a multiple of {multiple}."
+                raise Error(problem, f"Add {n // multiple * multiple or multiple}, or another multiple.")
         for name, value in (("width", self.width), ("height", self.height)):
             _whole(name, value, multiple, MAX_EDGE)
             if value % multiple:
@@ -243,11 +248,6 @@ class Request:
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} is not a list of layers.", "Give a few, such as (7, 8, 9).")
         self.check_adapters()
-        self.check_mask()
-        for n in self.outpaint:
-            if n % multiple:
-                problem = f"outpaint adds {n} pixels, which is not a multiple of {multiple}."
-                raise Error(problem, f"Add {n // multiple * multiple or multiple}, or another multiple.")
         if self.schedule not in schedules.SPACINGS:
             fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
             raise Error(f"Schedule {self.schedule!r} is not known.", fix)

@@ -127,6 +127,17 @@ MODELS = {
         defaults=replace(_DEFAULTS, guidance=4.5),
         gated=True,
     ),
+    "flux-fill": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-Fill-dev",
+        title="FLUX.1 Fill dev: needs a picture and a mask",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=384)},
+        defaults=_FILL,
+        variant="fill",
+        gated=True,
+    ),
     "flux-kontext": Model(
         FLUX,
         repo="black-forest-labs/FLUX.1-Kontext-dev",
