@@ -145,12 +145,18 @@ class Description:
             request = request.sized(pictures[0], self.defaults.size**2, self.multiple)
         schedule = self.schedule
         pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
-        spacing, strength = schedule["spacing"], None if self.row.edits else STRENGTH
-        return request.resolve(self.defaults, pair, spacing, self.family.clip_skip, self.multiple, strength)
+        whole = "masked" in self.row.reads or any(request.outpaint)
+        strength = None if self.row.edits else 1.0 if whole else STRENGTH
+        spacing, clip_skip = schedule["spacing"], self.family.clip_skip
+        return request.resolve(self.defaults, pair, spacing, clip_skip, self.multiple, strength)
 
     def _check_pictures(self, request: Request) -> None:
-        """Raise if this model cannot take that many pictures, or a strength beside them."""
+        """Raise if this model cannot take that many pictures, or a strength or a mask beside them, or lacks one."""
+        request.check_mask()
         count, edits = len(request.pictures), self.row.edits
+        if edits and request.masked:
+            fix = "Say in the prompt what to change, or use a model that does not edit."
+            raise Error(f"{self.name} edits: it takes no mask.", fix)
         if edits and request.strength is not None:
             raise Error(f"{self.name} edits: it takes no strength.", "Leave `strength` out.")
         if edits and count > edits:
@@ -158,6 +164,9 @@ class Description:
         if not edits and count > 1:
             fix = "Give one, or use a model that edits."
             raise Error(f"{self.name} begins with one picture; {count} were given.", fix)
+        if "masked" in self.row.reads and not request.masked:
+            problem = f"{self.name} draws a part of a picture anew: it needs a picture and a mask."
+            raise Error(problem, "Give them as `image=FILE` and `mask=FILE`, or use a base model.")
 
     def _check(self, request: Request) -> None:
         """Raise before the work if this model cannot do what the request asks."""
@@ -210,7 +219,7 @@ class Description:
         if self.row.needs:
             raise Error(
                 f"{self.name} is a {self.variant} model, which also needs {' and '.join(self.row.needs)}.",
-                "It converts, but cannot draw yet: use a base model.",
+                "It converts, but cannot draw yet: use another model.",
             )
 
     def check_refiner(self, refiner: "Description") -> None:
@@ -219,6 +228,10 @@ class Description:
             raise Error(
                 f"{refiner.name} works on other latents than {self.name}.", "Use the refiner made for this model."
             )
+        for model in (self, refiner):
+            if model.row.reads:
+                problem = f"{model.name} reads a mask beside the latents: it has no refiner, and is none."
+                raise Error(problem, "Leave `refiner` out, or use a base model.")
 
     @property
     def taesd(self) -> str:
