@@ -104,10 +104,7 @@ _EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        return run("mlxdiff generate", lambda: draw(args))
-    finally:
-        mx.enable_compile()  # `draw` may have turned it off
+    return run("mlxdiff generate", lambda: draw(args))
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -151,8 +148,6 @@ def draw(args: argparse.Namespace) -> int:
             parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
             progress=bar.progress,
         )
-        if pipe.networks.small and mx.default_device() == mx.Device(mx.cpu):
-            mx.disable_compile()  # compiling with g++ would take longer than the picture, and its kernels are no faster
         requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
