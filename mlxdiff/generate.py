@@ -127,9 +127,9 @@ def draw(args: argparse.Namespace) -> int:
     else:
         if args.output is not None and not images.is_folder(args.output):
             images.check_name(args.output)
-        _writable(_folder(args.output), "-o")
+        check_writable(_folder(args.output), "-o")
     if args.preview_dir is not None:
-        _writable(args.preview_dir, "--preview-dir")
+        check_writable(args.preview_dir, "--preview-dir")
     elif args.taesd is not None:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
@@ -283,7 +283,7 @@ def _write_stdout(data: bytes) -> None:
         raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
 
 
-def _writable(place: Path, flag: str) -> None:
+def check_writable(place: Path, flag: str) -> None:
     """Fail before the work, not after it."""
     try:
         there = next(p for p in (place, *place.absolute().parents) if p.exists())  # missing folders are made later
