@@ -1,5 +1,5 @@
-"""ESRGAN upscalers: BasicSR's names (Real-ESRGAN), those of its forerunners (BSRGAN, RealSR) and the numbered ones of the
-first ESRGAN, which most files of the community have."""
+"""ESRGAN upscalers: BasicSR's names (Real-ESRGAN), those of its forerunners (BSRGAN, RealSR) and the numbered ones of
+the first ESRGAN, which most files of the community have."""
 
 import math
 import re

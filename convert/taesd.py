@@ -14,7 +14,10 @@ TABLE: list[Row] = [
 ]
 LAYOUTS = {
     "taesd": Layout(
-        "a TAESD decoder, for previews", [(r"^", "taesd.")], {"taesd": "taesd"}, use="Draw previews by it: `taesd=FILE`."
+        "a TAESD decoder, for previews",
+        [(r"^", "taesd.")],
+        {"taesd": "taesd"},
+        use="Draw previews by it: `taesd=FILE`.",
     )
 }
 CLASSES = ("AutoencoderTiny",)

@@ -42,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
     what = f"how much of a start image to redraw; 1 is all ({STRENGTH})"
     g.add_argument("--strength", type=float, metavar="F", help=what)
+    what = "draw it, enlarge it and draw on: SCALE 2 doubles its edges; STRENGTH of the second pass is 0 to 1"
+    form = ("SCALE", "STRENGTH")
+    g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
+    what = "enlarge by this upscaler (mlxdiff upscale --help lists some): the finished picture, or that of --hires"
+    g.add_argument("--upscale", dest="upscaler", metavar="MODEL", help=what)
     g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
 
     g = p.add_argument_group("how to draw it")
@@ -97,6 +102,7 @@ _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
   mlxdiff generate "make it winter" -m flux2-klein -i photo.png
+  mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """
@@ -119,6 +125,8 @@ def draw(args: argparse.Namespace) -> int:
         base = replace(base, lora_hashes=())
     if base is not None and args.embeddings is not None:
         base = replace(base, embedding_hashes=())
+    if base is not None and args.upscaler is not None:
+        base = replace(base, upscaler_hash=None)
     requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
@@ -208,8 +216,10 @@ def _one(
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
             previews = previews or [images.new_folder(args.preview_dir / images.stem(single)) for single in singles]
-            for rough, folder, single in zip(pipe.preview(event.x0), previews, singles, strict=True):
-                images.save(rough, folder / f"{event.step:03}.png", single, *made_by)
+            shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
+            step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
+            for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
+                images.save(rough, folder / step, single, *made_by)
         if event.image is not None:
             single = singles[drawn]
             if args.output == STDOUT:

@@ -162,7 +162,9 @@ def check_fits(path: Path, size: tuple[int, int], mode: str) -> None:
     """Raise before the work if the format of a name cannot hold such a picture."""
     kind = kind_of(path)
     if max(size) > _MOST_EDGE.get(kind, math.inf):
-        problem = f"{path} would have {size[0]} x {size[1]} pixels; {kind} has at most {_MOST_EDGE[kind]} along an edge."
+        problem = (
+            f"{path} would have {size[0]} x {size[1]} pixels; {kind} has at most {_MOST_EDGE[kind]} along an edge."
+        )
         raise Error(problem, "End the name in .png.")
     if mode == "RGBA" and kind == "JPEG":
         raise Error(f"{path} cannot be transparent, which the picture is in part.", "End the name in .png.")
@@ -250,7 +252,9 @@ def _claim(temp: Path, path: Path) -> Path:
 
 def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
     text = dialects.parameters(vars(request), model, recipe)
-    return _with(kind, {"parameters": text, _CHUNK: request.to_json(), "mlxdiff-model": model, "mlxdiff-recipe": recipe})
+    return _with(
+        kind, {"parameters": text, _CHUNK: request.to_json(), "mlxdiff-model": model, "mlxdiff-recipe": recipe}
+    )
 
 
 def _with(kind: str, texts: dict[str, str]) -> dict:

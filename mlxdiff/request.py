@@ -21,6 +21,7 @@ from .noise import SOURCES
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
 MAX_EDGE = 16384
 MAX_SCALE = 10  # of a LoRA
+MAX_HIRES = 8  # times
 STRENGTH = 0.6
 
 Picture = str | Path | Image
@@ -73,6 +74,11 @@ class Request:
     embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
     "moss.safetensors=<moss>". None stands for those that the model was loaded with.
     embedding_hashes: fingerprints of these files, as for LoRA.
+    hires: draw in two passes: the picture as it is without this, then that picture, enlarged, as a start image with the
+    same seed. How many times to enlarge its edges, or a pair of that and the strength of the second pass: (2, 0.5).
+    upscaler: the network that enlarges: a name of `mlxdiff upscale --help` or a .safetensors file. With `hires` it
+    enlarges before the second pass, where otherwise a filter (Lanczos) does; else it enlarges the finished picture.
+    upscaler_hash: a fingerprint of its file, set by `Pipeline.resolve`: a replay needs the same file.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
     prompt: str
@@ -103,10 +109,15 @@ class Request:
     lora_hashes: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
     embedding_hashes: tuple[str, ...] = ()
+    hires: float | tuple[float, ...] | None = None
+    upscaler: str | Path | None = None
+    upscaler_hash: str | None = None
     noise: str = "torch"
 
     def __post_init__(self):
-        """One spelling for each number of pictures: None, the picture alone, or a tuple of several."""
+        """One spelling for each number of pictures: None, the picture alone, or a tuple of several; and for hires."""
+        if isinstance(self.hires, int | float):
+            object.__setattr__(self, "hires", (self.hires,))
         for name in ("image", "image_hash"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -155,6 +166,9 @@ class Request:
             eta=_first(self.eta, samplers.SAMPLERS[sampler].eta),
             strength=_first(self.strength, None if self.image is None else strength),
         )
+        full.check_hires()
+        if full.hires is not None:
+            full = replace(full, hires=(*full.hires, STRENGTH)[:2])
         full.check(multiple)
         return full
 
@@ -212,6 +226,20 @@ class Request:
         if self.noise not in SOURCES:
             fix = f"{did_you_mean(str(self.noise), SOURCES)}Use one of {', '.join(SOURCES)}."
             raise Error(f"Noise {self.noise!r} is not known.", fix)
+
+    def check_hires(self) -> None:
+        """Raise unless hires is one or two numbers in range, and the upscaler a name or a path."""
+        if self.hires is not None:
+            if not isinstance(self.hires, tuple | list) or len(self.hires) not in (1, 2):
+                fix = "Give how many times to enlarge, or that and a strength, such as (2, 0.5)."
+                raise Error(f"hires {reprlib.repr(self.hires)} is not one or two numbers.", fix)
+            _number("hires", self.hires[0], 1, MAX_HIRES)
+            if len(self.hires) > 1:
+                _number("the strength of hires", self.hires[1], 0, 1)
+        if not isinstance(self.upscaler, str | Path | None):
+            raise Error(f"The upscaler is {type(self.upscaler).__name__}, not a name or a path.", "Give text.")
+        if self.upscaler_hash is not None and self.upscaler is None:
+            raise Error("These settings need an upscaler, and none was given.", "Give it as `upscaler=FILE`.")
 
     def check_adapters(self) -> None:
         """Raise unless the LoRAs and the embeddings are lists of texts, before their files are read."""
@@ -286,6 +314,9 @@ class Settings(TypedDict, total=False):
     lora_hashes: tuple[str, ...]
     embeddings: tuple[str, ...] | None
     embedding_hashes: tuple[str, ...]
+    hires: float | tuple[float, ...] | None
+    upscaler: str | Path | None
+    upscaler_hash: str | None
     noise: str
 
 
@@ -301,6 +332,8 @@ def asked(prompt: str | Request, settings: dict) -> Request:
         settings = {"lora_hashes": ()} | settings
     if "embeddings" in settings:
         settings = {"embedding_hashes": ()} | settings
+    if "upscaler" in settings:
+        settings = {"upscaler_hash": None} | settings
     return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
 
 

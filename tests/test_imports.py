@@ -184,6 +184,25 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.store",
     },
+    "mlxdiff.upscale": {
+        "mlxdiff.advice",
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.memory",
+        "mlxdiff.networks",
+        "mlxdiff.recipe",
+        "mlxdiff.store",
+    },
+    "mlxdiff.upscale.__main__": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.generate",
+        "mlxdiff.images",
+        "mlxdiff.recipe",
+        "mlxdiff.result",
+        "mlxdiff.upscale",
+    },
     "mlxdiff.pipeline": {
         "mlxdiff.attached",
         "mlxdiff.advice",
@@ -204,6 +223,7 @@ MAY = {
         "mlxdiff.samplers",
         "mlxdiff.schedules",
         "mlxdiff.store",
+        "mlxdiff.upscale",
     },
     "mlxdiff.probe": {
         "mlxdiff.conditioning",

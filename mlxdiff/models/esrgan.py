@@ -1,6 +1,6 @@
-"""ESRGAN: enlarges pictures (B, H, W, 3) in [0, 1] -> (B, scale H, scale W, 3) in about [0, 1]. Wang et al. 2018 and, for
-pictures that are folded first, 2021 (Real-ESRGAN). It has convolutions only, no norms, so that a part of a picture with
-enough around it gives the same pixels as in the whole. Names as in BasicSR's RRDBNet."""
+"""ESRGAN enlarges pictures: (B, H, W, 3) in [0, 1] -> (B, scale H, scale W, 3) in about [0, 1]. Wang et al. 2018; 2021
+(Real-ESRGAN) for those that fold pictures first. It has convolutions and no norms, so that a part of a picture, with
+enough around it, gives the same pixels as in the whole. Names as in BasicSR's RRDBNet."""
 
 from dataclasses import dataclass
 

@@ -350,9 +350,7 @@ def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | N
 _ALONE = {"a TAESD": "taesd", "an upscaler": "upscaler"}  # what people call such a network -> its component
 
 
-def network_file(
-    name: str | Path, what: str, fix: str, *, offline: bool, progress: Progress | None = None
-) -> Path:
+def network_file(name: str | Path, what: str, fix: str, *, offline: bool, progress: Progress | None = None) -> Path:
     """The file or folder of a small network, fetched once if it is on the hub. what: what people call it. fix: what to
     do if there is none of this name."""
     path = local(name)

@@ -11,13 +11,12 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .. import images
+from .. import images, memory
 from ..advice import this_machine
 from ..errors import Error, did_you_mean
 from ..networks import dtype_of
 from ..recipe import default_dtype
 
-TILE = 768  # pixels along the edge of an enlarged tile: about 1.7 GB on a CPU for published networks
 # Pixels around a tile, as the network sees them, that it reads and does not keep. Without norms, only what lies farther
 # away makes a difference, and it grows small fast: see tests/parity/test_esrgan.py.
 AROUND = 16
@@ -80,11 +79,11 @@ class Upscaler:
     def size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of an enlarged picture. Raises if this machine could not hold it."""
         w, h = (edge * self.scale for edge in size)
-        need, memory = 8 * w * h, this_machine().memory  # bytes of the picture, twice
-        if need > memory:
+        need, held = 8 * w * h, this_machine().memory  # bytes of the picture, twice
+        if need > held:
             raise Error(
                 f"A picture of {size[0]} x {size[1]}, enlarged {self.scale} times, takes {need / 1e9:.1f} GB; this "
-                f"machine has {memory / 1e9:.1f}.",
+                f"machine has {held / 1e9:.1f}.",
                 "Enlarge a part of it, or a smaller copy.",
             )
         return w, h
@@ -97,7 +96,8 @@ class Upscaler:
         x = np.pad(x, [*spare, (0, 0)], "symmetric" if 1 in x.shape[:2] else "reflect")
         canvas = np.empty((x.shape[0] * s, x.shape[1] * s, 3), np.uint8)
         around = AROUND * fold
-        rows, columns = (_spans(n, max(fold * AROUND, TILE // s - 2 * around), around) for n in x.shape[:2])
+        core = max(around, tile_edge() // s - 2 * around)
+        rows, columns = (_spans(n, core, around) for n in x.shape[:2])
         total = len(rows) * len(columns)
         yield Tile(0, total, 0.0)
         for i, (top, bottom, above, below) in enumerate(rows):
@@ -123,6 +123,10 @@ class Upscaler:
         if not finite.item():
             raise Error(f"{self.name} gave values that are not finite.", 'Use `dtype="float32"`.')
         return np.array(y)
+
+
+def tile_edge() -> int:
+    return memory.upscale_tile(mx.default_device() == mx.Device(mx.gpu))
 
 
 def _spans(n: int, core: int, around: int) -> list[tuple[int, int, int, int]]:

@@ -19,7 +19,9 @@ from . import DEFAULT, NAMES, Upscaler
 def parser() -> argparse.ArgumentParser:
     lines = [f"  {name:24} {n.title}; {n.licence}, {n.download * 1000:.0f} MB" for name, n in NAMES.items()]
     p = Parser(prog="mlxdiff upscale", epilog="\n".join(["upscalers that have a name:", *lines]))
-    p.description = "Enlarge pictures with an upscaler of the ESRGAN family. A picture keeps the settings that it carries."
+    p.description = (
+        "Enlarge pictures with an upscaler of the ESRGAN family. A picture keeps the settings that it carries."
+    )
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("pictures", nargs="+", metavar="PICTURE", help="PNG, JPEG, WebP, TIFF, BMP or GIF")
     p.add_argument("-m", "--model", default=DEFAULT, help=f"a name, a .safetensors file, org/repo/file ({DEFAULT})")
@@ -41,7 +43,9 @@ def enlarge(args: argparse.Namespace) -> int:
     into = args.output is not None and images.is_folder(args.output)
     if args.output is not None and not into:
         if len(pictures) > 1:
-            raise Error(f"{args.output} is one file, and there are {len(pictures)} pictures.", "Give a folder: -o DIR/.")
+            raise Error(
+                f"{args.output} is one file, and there are {len(pictures)} pictures.", "Give a folder: -o DIR/."
+            )
         images.check_name(args.output)
     folders = {p.parent for p in pictures} if args.output is None else {args.output if into else args.output.parent}
     for picture in pictures:

@@ -9,36 +9,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mlxdiff import store
-from mlxdiff.upscale import AROUND, Upscaler
 from mlxdiff.models.esrgan import folded
-from tests.checkpoints import full
+from mlxdiff.upscale import AROUND, Upscaler
+from tests.checkpoints import esrgan, full
 
 from .oracle import error, nchw, nhwc
 
 
-def weights(fold: int, width: int, growth: int, blocks: int, doublings: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random ones of the scale that keeps what they are given, by BasicSR's names."""
-    torch.manual_seed(seed)
-    held = {}
-
-    def conv(name: str, c_in: int, c_out: int) -> None:
-        held[f"{name}.weight"] = torch.randn(c_out, c_in, 3, 3) * (9 * c_in) ** -0.5
-        held[f"{name}.bias"] = 0.3 * torch.randn(c_out)
-
-    conv("conv_first", 3 * fold**2, width)
-    for b in range(blocks):
-        for d in (1, 2, 3):
-            for i in range(5):
-                conv(f"body.{b}.rdb{d}.conv{i + 1}", width + i * growth, growth if i < 4 else width)
-    for name in ("conv_body", *(f"conv_up{i + 1}" for i in range(doublings)), "conv_hr"):
-        conv(name, width, width)
-    conv("conv_last", width, 3)
-    return held
-
-
-def reference(w: dict[str, torch.Tensor], x: torch.Tensor, fold: int, blocks: int, doublings: int) -> torch.Tensor:
+def reference(w: dict[str, np.ndarray], x: torch.Tensor, fold: int, blocks: int, doublings: int) -> torch.Tensor:
     def conv(name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=1)
+        return F.conv2d(x, *(torch.tensor(w[f"{name}.{leaf}"]) for leaf in ("weight", "bias")), padding=1)
 
     def lrelu(x: torch.Tensor) -> torch.Tensor:
         return F.leaky_relu(x, 0.2)
@@ -99,9 +79,9 @@ KINDS = {  # fold, width, growth, blocks, doublings
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_equals_the_reference_in_every_spelling(tmp_path, kind, spelling):
-    fold, width, growth, blocks, doublings = KINDS[kind]
-    w = weights(*KINDS[kind])
-    named = {SPELLINGS[spelling](name, blocks, doublings): t.numpy() for name, t in w.items()}
+    fold, _, _, blocks, doublings = KINDS[kind]
+    w = esrgan(*KINDS[kind])
+    named = {SPELLINGS[spelling](name, blocks, doublings): x for name, x in w.items()}
     net = store.network(full(tmp_path / "up.safetensors", named), "an upscaler", "", dtype="float32")
     assert net.config.scale == 2**doublings // fold
     x = np.random.default_rng(1).random((2, 3, 4 * fold, 3 * fold), np.float32)
@@ -117,8 +97,8 @@ def test_a_picture_is_folded_as_torch_folds_it():
 
 
 def upscaler(tmp_path, *kind: int) -> tuple[Upscaler, dict]:
-    w = weights(*kind)
-    file = full(tmp_path / "up.safetensors", {k: t.numpy() for k, t in w.items()})
+    w = esrgan(*kind)
+    file = full(tmp_path / "up.safetensors", w)
     return Upscaler(file, dtype="float32"), w
 
 
@@ -148,7 +128,7 @@ def test_tiles_make_the_whole_picture(tmp_path, monkeypatch, kind, size):
     whole = whole.clamp(0, 1).mul(255).round().numpy().astype(np.uint8)
     whole = Image.fromarray(whole[: s * size[1], : s * size[0]])
     assert decibels(ours(image), whole) > 60  # one tile: rounding to 8 bits alone
-    monkeypatch.setattr("mlxdiff.upscale.TILE", (32 + 2 * AROUND * fold) * s)
+    monkeypatch.setattr("mlxdiff.upscale.tile_edge", lambda: (32 + 2 * AROUND * fold) * s)
     tiles = list(ours.tiles(image))
     assert [t.done for t in tiles] == list(range(len(tiles)))
     assert len(tiles) - 1 == {1: 6, 2: 6, 4: 2}[fold] if size == (83, 61) else 1
@@ -156,18 +136,19 @@ def test_tiles_make_the_whole_picture(tmp_path, monkeypatch, kind, size):
     assert decibels(tiles[-1].image, whole) > 50  # 90 is seen, as of the whole: random weights do not reach far
     if size == (83, 61) and fold == 1:
         monkeypatch.setattr("mlxdiff.upscale.AROUND", 0)
-        monkeypatch.setattr("mlxdiff.upscale.TILE", 32 * s)
+        monkeypatch.setattr("mlxdiff.upscale.tile_edge", lambda: 32 * s)
         assert decibels(ours(image), whole) < 45  # there are seams without what lies around
 
 
 def test_half_precision_loses_only_rounding(tmp_path):
-    file = full(tmp_path / "up.safetensors", {k: t.numpy() for k, t in weights(*KINDS["x4"]).items()})
+    file = full(tmp_path / "up.safetensors", esrgan(*KINDS["x4"]))
     a, b = (Upscaler(file, dtype=dtype)(photo(24, 20)) for dtype in ("float16", "float32"))
     assert decibels(a, b) > 50  # 11 bits and more, then 8
 
 
 def test_numbers_that_overflow_stop_the_run(tmp_path):
-    w = {k: t.numpy() * (3e4 if k in ("conv_hr.weight", "conv_last.weight") else 1) for k, t in weights(*KINDS["x4"]).items()}
+    loud = ("conv_hr.weight", "conv_last.weight")
+    w = {name: x * np.float32(3e4 if name in loud else 1) for name, x in esrgan(*KINDS["x4"]).items()}
     file = full(tmp_path / "up.safetensors", w)
     with pytest.raises(Exception, match=r'not finite. Use `dtype="float32"`'):
         Upscaler(file, dtype="float16")(photo(8, 8))
@@ -175,6 +156,6 @@ def test_numbers_that_overflow_stop_the_run(tmp_path):
 
 
 def test_compute_stays_in_the_weights_dtype(tmp_path):
-    file = full(tmp_path / "up.safetensors", {k: t.numpy() for k, t in weights(*KINDS["x2 of folded pictures"]).items()})
+    file = full(tmp_path / "up.safetensors", esrgan(*KINDS["x2 of folded pictures"]))
     net = store.network(file, "an upscaler", "", dtype="float16")
     assert net(mx.zeros((1, 8, 8, 3))).dtype == mx.float16
