@@ -190,6 +190,20 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.store",
     },
+    "mlxdiff.detect": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.models.depth",
+        "mlxdiff.store",
+    },
+    "mlxdiff.detect.__main__": {
+        "mlxdiff.console",
+        "mlxdiff.detect",
+        "mlxdiff.foreign",
+        "mlxdiff.generate",
+        "mlxdiff.images",
+    },
     "mlxdiff.upscale": {
         "mlxdiff.advice",
         "mlxdiff.errors",
@@ -388,6 +402,7 @@ THIRD_PARTY = {
     "anywidget",
     "traitlets",
     "matplotlib",
+    "cv2",
     "IPython",
     "jupyterlab",
     "jupyter_client",

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import Upsample
+from .layers import Upsample, fused
 
 COLOURS = 3
-SLOPE = 0.2  # of the leaky ReLUs
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,12 @@ class Config:
         return 2**self.doublings // self.fold
 
 
-@mx.compile
+@fused
+def leaky(x: mx.array) -> mx.array:
+    return mx.maximum(x, 0.2 * x)
+
+
+@fused
 def fifth(x: mx.array, y: mx.array) -> mx.array:
     return x + 0.2 * y
 
@@ -42,7 +46,7 @@ class DenseBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         seen = x
         for i in range(1, 5):
-            seen = mx.concatenate([seen, nn.leaky_relu(self[f"conv{i}"](seen), SLOPE)], axis=-1)
+            seen = mx.concatenate([seen, leaky(self[f"conv{i}"](seen))], axis=-1)
         return fifth(x, self.conv5(seen))
 
 
@@ -75,8 +79,8 @@ class ESRGAN(nn.Module):
             y = block(y)
         x = x + self.conv_body(y)
         for up in self.conv_up:
-            x = nn.leaky_relu(up(x, 2 * x.shape[1], 2 * x.shape[2]), SLOPE)
-        return self.conv_last(nn.leaky_relu(self.conv_hr(x), SLOPE))
+            x = leaky(up(x, 2 * x.shape[1], 2 * x.shape[2]))
+        return self.conv_last(leaky(self.conv_hr(x)))
 
 
 def folded(x: mx.array, n: int) -> mx.array:

@@ -347,7 +347,11 @@ def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | N
     return network(path, "a TAESD", "Use auto for the model's TAESD.", dtype=dtype)
 
 
-_ALONE = {"a TAESD": "taesd", "an upscaler": "upscaler"}  # what people call such a network -> its component
+_ALONE = {
+    "a TAESD": "taesd",
+    "an upscaler": "upscaler",
+    "a depth model": "depth",
+}  # what people call such a network -> its component
 
 
 def network_file(name: str | Path, what: str, fix: str, *, offline: bool, progress: Progress | None = None) -> Path:
