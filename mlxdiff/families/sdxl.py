@@ -4,7 +4,7 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import Defaults, Family, Model, TextPlan
+from .base import Beside, Defaults, Family, Model, TextPlan
 from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
 
 _PREVIEW = (
@@ -99,4 +99,9 @@ MODELS = {
         networks=_NETWORKS,
         defaults=Defaults(size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
     ),
+}
+
+ADAPTERS = {
+    (SDXL.name, name): Beside("ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5)
+    for name in ("canny", "depth")
 }

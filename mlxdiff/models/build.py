@@ -8,13 +8,14 @@ import mlx.nn as nn
 
 from ..errors import Error
 from ..foreign import fits
-from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import clip, controlnet, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
     "t5": (t5.Config, t5.T5Encoder),
     "qwen3": (qwen3.Config, qwen3.Qwen3),
     "unet": (unet.Config, unet.UNet),
+    "controlnet": (controlnet.Config, controlnet.ControlNet),
     "sd3": (sd3.Config, sd3.SD3),
     "flux": (flux.Config, flux.Flux),
     "flux2": (flux2.Config, flux2.Flux2),
@@ -23,7 +24,9 @@ NETWORKS = {
     "taesd": (taesd.Config, taesd.Decoder),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
-Config |= flux2.Config | zimage.Config | vae.Config | taesd.Config
+Config |= controlnet.Config | flux2.Config | zimage.Config | vae.Config | taesd.Config
+# Networks that guide a denoiser -> what keeps them from one, by both Configs, in words; "" if nothing does.
+GUIDES = {"controlnet": controlnet.misfit}
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
 # The fields of Configs that count layers.
 _LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks")
