@@ -6,7 +6,7 @@ from ..families.published import UNET
 from ..models.controlnet import Config
 from ..models.unet import HalfConfig
 from . import unet
-from .layout import Layout
+from .layout import DROPPED, Layout
 from .rules import Row, Shapes
 from .settings import Settings
 
@@ -20,10 +20,12 @@ TABLE: list[Row] = [
 ]
 _SHARED = {f.name: getattr(UNET, f.name) for f in fields(HalfConfig)}
 _LIKE = Config(**(_SHARED | {"added_time": 256}), hint_channels=3, hint=(16, 32, 96, 256), pooled=False)
+# The first files that their authors published hold the model too that was trained with.
+_MODEL: Row = (r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.", None)
 LAYOUTS = {
     "controlnet": Layout(
         "a ControlNet",
-        [(r"^(control_model\.)?", "controlnet.")],
+        [*DROPPED, _MODEL, (r"^(control_model\.)?", "controlnet.")],
         {"controlnet": "controlnet"},
         {"controlnet": _LIKE},
         use="Name the model that it guides, and give it with its picture: `controls=[(FILE, PICTURE)]`.",

@@ -248,6 +248,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.families.base",
+        "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",
