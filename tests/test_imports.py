@@ -94,7 +94,13 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.models.clip",
     },
-    "mlxdiff.networks": {"mlxdiff.adapters", "mlxdiff.blas", "mlxdiff.description", "mlxdiff.weights"},
+    "mlxdiff.networks": {
+        "mlxdiff.adapters",
+        "mlxdiff.blas",
+        "mlxdiff.description",
+        "mlxdiff.models.layers",
+        "mlxdiff.weights",
+    },
     "mlxdiff.memory": {
         "mlxdiff.models.vae",
         "mlxdiff.description",

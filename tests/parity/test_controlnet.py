@@ -1,8 +1,10 @@
 """ControlNets against diffusers on the same random weights: residuals (1e-4, float32 in another order) and whole
 pictures (40 dB as for whole pipelines)."""
 
+import re
 from dataclasses import fields, replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,14 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from mlx.utils import tree_flatten
 from PIL import Image
+from safetensors.torch import save_file
 
 import mlxdiff
+from mlxdiff import convert
 from mlxdiff.models import controlnet, unet
+from tests import original
 
 from . import tiny
 from .oracle import error, give, nchw, nhwc, randomize
@@ -80,6 +86,33 @@ def test_residuals_equal_diffusers(case, pooled):
 def depth_of(base: unet.Config) -> tuple:
     """That of a ControlNet in diffusers, which has as many residual blocks in every level as in the first."""
     return tuple((d[0],) * base.layers[0] if d else () for d in base.depth)
+
+
+def test_the_original_names_mean_the_same(tmp_path):
+    theirs = ControlNetModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=16,
+        conditioning_embedding_out_channels=(4, 6, 8, 10),
+    )
+    theirs = randomize(theirs, 1)
+    theirs.save_pretrained(tmp_path / "folder")
+    names, state = theirs.state_dict(), {}
+    guides = {n: w for n, w in names.items() if n.startswith("controlnet_")}
+    for name, w in guides.items():
+        if m := re.match(r"controlnet_cond_embedding\.(conv_in|conv_out|blocks\.(\d))\.(.*)", name):
+            number = {"conv_in": 0, "conv_out": 14}.get(m[1], 2 + 2 * int(m[2] or 0))
+            state[f"input_hint_block.{number}.{m[3]}"] = w
+        elif m := re.match(r"controlnet_down_blocks\.(\d)\.(.*)", name):
+            state[f"zero_convs.{m[1]}.0.{m[2]}"] = w
+        else:
+            state[name.replace("controlnet_mid_block", "middle_block_out.0")] = w
+    state |= original.unet({n: w for n, w in names.items() if n not in guides})
+    save_file({f"control_model.{n}": w for n, w in state.items()}, tmp_path / "single.safetensors")
+    (one,), (other,) = (convert.read(tmp_path / name, mx.float32).values() for name in ("folder", "single.safetensors"))
+    held = dict(tree_flatten(other.parameters()))
+    assert one.config == other.config
+    assert all((w == held[n]).all() for n, w in tree_flatten(one.parameters()))
 
 
 # ---- pictures
