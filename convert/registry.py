@@ -26,7 +26,7 @@ like: the network's Config as published, or None where it is not known. called: 
 schedule: what its scheduler file says, or None. components, others: the networks of the checkpoint, by their
 components."""
 
-from . import clip, controlnet, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import clip, controlnet, flux, flux2, qwen3, sd3, t2i, t5, taesd, unet, vae, zimage
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
 # of FLUX.1 and some more, and a ControlNet's those of a U-Net and some more.
@@ -36,6 +36,7 @@ MODULES = {
     "sd3": sd3,
     "zimage": zimage,
     "controlnet": controlnet,
+    "t2i": t2i,
     "unet": unet,
     "t5": t5,
     "qwen3": qwen3,

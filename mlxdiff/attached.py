@@ -112,6 +112,15 @@ class Attached:
             self._networks.pop(path, None)
         return self._opened[key][1]
 
+    def check_size(self, request: Request) -> None:
+        """Raise unless the networks that guide can read pictures of a resolved request's size."""
+        for guide in request.controls:
+            n = 1 if guide.model is None else self.control(guide)[1].multiple
+            if request.width % n or request.height % n:
+                w, h = (max(n, edge // n * n) for edge in (request.width, request.height))
+                problem = f"{guide.model} reads edges in multiples of {n}; the picture has"
+                raise Error(f"{problem} {request.width}x{request.height}.", f"Use {w}x{h}.")
+
     def networks(self, request: Request) -> list[Path]:
         """Where the networks are that a resolved request's controls need and that are not open. Others are closed."""
         needed = [self.control(guide)[0] for guide in request.controls if guide.model is not None]

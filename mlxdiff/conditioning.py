@@ -18,6 +18,7 @@ from .models.clip import CLIPText
 from .models.controlnet import Control
 from .models.layers import sinusoids
 from .models.qwen3 import Qwen3
+from .models.t2i import Features, T2IAdapter
 from .models.t5 import T5Encoder
 from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
@@ -224,9 +225,14 @@ def control(
     texts: list[Text],
     both: bool,
     times: tuple[float, float],
-) -> dict[str, Control]:
-    """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text. pixels: its
-    picture, (1, H, W, 3) in [0, 1]; times: it is on from the first down to the second."""
+) -> dict[str, Control | Features]:
+    """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text, a
+    T2I-Adapter none. pixels: its picture, (1, H, W, 3) in [0, 1]; times: it is on from the first down to the
+    second."""
+    if isinstance(net, T2IAdapter):
+        features, other = [guide.scale * f for f in net(pixels)], "both" if both else "uncond"
+        sides = ["cond", *([other] if len(texts) == 2 and (both or not request.guess) else [])]
+        return {side: Features(features, times, request.guess and side == "both") for side in sides}
     conds, hint = prepare(model, net, request, ts, texts, both), net.hint(pixels)
     half = request.guess or net.config.pooled
     graded = request.guess and not net.config.pooled

@@ -162,7 +162,9 @@ class Pipeline:
         request = asked(prompt, settings)
         request = self.attached.resolve(request)
         if request.image is None:
-            return self.description.resolve(request)
+            full = self.description.resolve(request)
+            self.attached.check_size(full)
+            return full
         pictures = [images.read(picture) for picture in request.pictures]
         hashes = tuple(images.fingerprint(picture) for picture in pictures)
         for i, (found, wanted) in enumerate(zip_longest(hashes, request.hashes)):
@@ -171,7 +173,9 @@ class Pipeline:
                 raise Error(f"{which} is not the one that these settings name.", "Give that image as `image=FILE`.")
         self._pictures = hashes, pictures
         full = replace(request, image_hash=hashes)
-        return self.description.resolve(full, [picture.size for picture in pictures])
+        full = self.description.resolve(full, [picture.size for picture in pictures])
+        self.attached.check_size(full)
+        return full
 
     def _read(self, request: Request) -> list[Image.Image]:
         """The pictures of a resolved request."""
@@ -413,7 +417,7 @@ class Pipeline:
             net, both = self.attached.network(guide), not self.low_memory
             found = conditioning.control(self.description, net, guide, request, pixels, ts, texts, both, times)
             for side, control in found.items():
-                mx.eval(control.cond)
+                mx.eval(vars(control))
                 sides.setdefault(side, []).append(control)
         return sides
 

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ..errors import Error
 from ..foreign import fits
-from . import clip, controlnet, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import clip, controlnet, flux, flux2, qwen3, sd3, t2i, t5, taesd, unet, vae, zimage
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
@@ -20,13 +20,15 @@ NETWORKS = {
     "flux": (flux.Config, flux.Flux),
     "flux2": (flux2.Config, flux2.Flux2),
     "zimage": (zimage.Config, zimage.ZImage),
+    "t2i": (t2i.Config, t2i.T2IAdapter),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
-Config |= controlnet.Config | flux2.Config | zimage.Config | vae.Config | taesd.Config
-# Networks that guide a denoiser -> what keeps them from one, by both Configs, in words; "" if nothing does.
-GUIDES = {"controlnet": controlnet.misfit}
+Config |= controlnet.Config | t2i.Config | flux2.Config | zimage.Config | vae.Config | taesd.Config
+# Networks that guide a denoiser -> a function of their Config, the denoiser's, and the pixels that one latent covers:
+# what keeps the two from each other, in words; "" if nothing does.
+GUIDES = {"controlnet": controlnet.misfit, "t2i": t2i.misfit}
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
 # The fields of Configs that count layers.
 _LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks")

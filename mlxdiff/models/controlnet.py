@@ -19,9 +19,15 @@ class Config(unet.HalfConfig):
     hint: tuple[int, ...]  # widths of the convolutions that read it; between two of them it is halved
     pooled: bool  # whether residuals are averages over the picture: the one kind that shows content, not lines
 
+    @property
+    def multiple(self) -> int:
+        """A picture's edges must be multiples of this."""
+        return 2 ** (len(self.hint) - 1)
 
-def misfit(config: Config, net: object) -> str:
-    """What keeps a control network from a denoiser, both by their Configs, in words; "" if nothing does."""
+
+def misfit(config: Config, net: object, factor: int) -> str:
+    """What keeps a ControlNet from a denoiser, both by their Configs, in words; "" if nothing does. factor: pixels
+    that a latent covers."""
     if not isinstance(net, unet.Config):
         return "is for a U-Net"
     if config.context != net.context and (any(config.depth) or config.mid_depth):
@@ -32,6 +38,8 @@ def misfit(config: Config, net: object) -> str:
             return f"has {name} {_spelt(ours)}, not {_spelt(theirs)}"
     if config.in_channels != net.out_channels:
         return f"reads latents of {config.in_channels} channels, not {net.out_channels}"
+    if config.multiple != factor:
+        return f"makes one of {config.multiple} pixels of its picture, not of {factor}"
     return ""
 
 
@@ -99,22 +107,26 @@ class Control:
     guess: bool  # whether it is for the second half of the samples alone
     graded: bool  # whether residuals from high up in the network count less
 
-    def residuals(self, x: mx.array, t: float) -> list[mx.array]:
+    def adds(self, x: mx.array, t: float) -> tuple[str, list[mx.array]]:
+        """The argument of the denoiser that it adds to, and what."""
         half = x[x.shape[0] // 2 :] if self.guess else x
         outs = self.net(half, t, **self.cond)
         last = max(1, len(outs) - 1)
         grades = [10 ** (i / last - 1) if self.graded else 1.0 for i in range(len(outs))]
         outs = [self.scale * grade * out for grade, out in zip(grades, outs, strict=True)]
-        return [mx.concatenate([mx.zeros_like(out), out]) for out in outs] if self.guess else outs
+        return "residuals", [mx.concatenate([mx.zeros_like(out), out]) for out in outs] if self.guess else outs
 
 
 def controlled(net: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """A denoiser that also takes `controls`, and is again net(x, t, **cond). Of several, the residuals add up."""
+    """A denoiser that also takes `controls` (ControlNets and T2I-Adapters), and is again net(x, t, **cond). What
+    several add to the same argument is summed."""
 
-    def call(x: mx.array, t: float, *, controls: list[Control] = (), **cond) -> mx.array:
-        on = [control.residuals(x, t) for control in controls if control.times[0] >= t > control.times[1]]
-        if not on:
-            return net(x, t, **cond)
-        return net(x, t, residuals=[sum(outs[1:], outs[0]) for outs in zip(*on, strict=True)], **cond)
+    def call(x: mx.array, t: float, *, controls: list = (), **cond) -> mx.array:
+        added: dict[str, list[mx.array]] = {}
+        for control in controls:
+            if control.times[0] >= t > control.times[1]:
+                name, outs = control.adds(x, t)
+                added[name] = [a + b for a, b in zip(added[name], outs, strict=True)] if name in added else outs
+        return net(x, t, **added, **cond)
 
     return call

@@ -116,15 +116,22 @@ class DownBlock(Block):
         super().__init__(config, c_in, c, depth, heads)
         self.downsamplers = [Downsample(c, padding=1)] if down else []
 
-    def __call__(self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator) -> mx.array:
+    def __call__(
+        self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator, feature: mx.array | None = None
+    ) -> mx.array:
+        """feature: what a T2I-Adapter adds, before the map is halved if there is attention, else after that."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
             x = resnet(x, next(shifts))
             if transformer is not None:
                 x = transformer(x, kv)
             skips.append(x)
+        if feature is not None and self.attentions:
+            x = skips[-1] = x + feature
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
+        if feature is not None and not self.attentions:
+            x = skips[-1] = x + feature
         return x
 
 
@@ -225,12 +232,16 @@ class HalfUNet(nn.Module):
             return iter(self.shifts(mx.array(t).reshape(-1), added, guidance))
         return iter(times[t])
 
-    def down(self, x: mx.array, shifts: Iterator, kv: Iterator) -> tuple[mx.array, list[mx.array]]:
-        """What `conv_in` gives -> what the middle gives, and the maps that the way down leaves, (B, h, w, c) each."""
-        skips = [x]
+    def down(
+        self, x: mx.array, shifts: Iterator, kv: Iterator, features: list[mx.array] = ()
+    ) -> tuple[mx.array, list[mx.array]]:
+        """What `conv_in` gives -> what the middle gives, and the maps that the way down leaves, (B, h, w, c) each.
+        features: what a T2I-Adapter adds in each level and, if there is one more, to the middle."""
+        skips, features = [x], iter(features)
         for block in self.down_blocks:
-            x = block(x, skips, shifts, kv)
-        return self.mid_block(x, shifts, kv) if "mid_block" in self else x, skips
+            x = block(x, skips, shifts, kv, next(features, None))
+        x = self.mid_block(x, shifts, kv) if "mid_block" in self else x
+        return sum(features, x), skips
 
 
 class UNet(HalfUNet):
@@ -258,11 +269,12 @@ class UNet(HalfUNet):
         added: mx.array | None,
         guidance: mx.array | None,
         residuals: list[mx.array] | None = None,
+        features: list[mx.array] = (),
     ) -> mx.array:
         """x (B, h, w, in) at time t, a float or one per sample (B,) -> (B, h, w, out). `prepare` makes the rest.
-        residuals: what a ControlNet adds to each skip and, last, to the middle."""
+        residuals: what a ControlNet adds to each skip and, last, to the middle; features: see `down`."""
         shifts, kv = self.shifts_at(t, times, added, guidance), iter(kv)
-        x, skips = self.down(self.conv_in(x), shifts, kv)
+        x, skips = self.down(self.conv_in(x), shifts, kv, features)
         if residuals is not None:
             skips = [skip + r for skip, r in zip(skips, residuals[:-1], strict=True)]
             x = x + residuals[-1]

@@ -412,10 +412,10 @@ def control(path: Path, model: Description) -> tuple[build.Config, str]:
         alone = checkpoint is not None and checkpoint.layout.family is None
         what = checkpoint.layout.title if alone else "a model"
         problem = f"{path} is {what}, not a network that reads a control picture."
-        raise Error(problem, "Give a ControlNet; a model to draw with is given as `model=FILE`.")
+        raise Error(problem, "Give a ControlNet or a T2I-Adapter; a model to draw with is given as `model=FILE`.")
     convert.check(checkpoint)
     component = checkpoint.components[kind]
-    wrong = build.GUIDES[kind](component.config, model.net)
+    wrong = build.GUIDES[kind](component.config, model.net, model.factor)
     if wrong:
         made_for = f"Use one that was made for {model.family.title}."
         raise Error(f"{path} is {checkpoint.layout.title} that {wrong}: it does not fit {model.name}.", made_for)
