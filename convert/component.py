@@ -55,7 +55,7 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, li
 def by_itself(name: str, layout: Layout, path: Path, tensors: rules.Named) -> Component:
     """A network that `path` holds alone. If it has a config.json, that says more than shapes do."""
     beside = source.settings(path)
-    settings = None if beside is None else Settings(beside)
+    settings = None if beside is None or not MODULES[layout.networks[name]].CLASSES else Settings(beside)
     if settings is None or settings.cls in _WIDER:
         return measured(name, layout, tensors)
     return configured(name, settings, settings.cls, tensors, layout.published.get(name))

@@ -408,14 +408,14 @@ class Pipeline:
             begin = time.perf_counter()
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
-        for guide in request.controls:
-            on = steps_on(guide.interval, taken)
+        for guides in self.attached.together(request.controls):
+            net, both = self.attached.network(guides[0]), not self.low_memory
+            on = steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
-            picture = images.fit(self.attached.picture(guide), request.width, request.height)
-            pixels = mx.array(images.to_pixels(picture))[None] / 2 + 0.5
-            net, both = self.attached.network(guide), not self.low_memory
-            found = conditioning.control(self.description, net, guide, request, pixels, ts, texts, both, times)
+            cut = [images.fit(self.attached.picture(guide), request.width, request.height) for guide in guides]
+            pixels = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
+            found = conditioning.control(self.description, net, guides, request, pixels, ts, texts, both, times)
             for side, control in found.items():
                 mx.eval(vars(control))
                 sides.setdefault(side, []).append(control)

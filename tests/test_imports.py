@@ -201,6 +201,7 @@ MAY = {
         "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.models.build",
+        "mlxdiff.models.controlnet",
         "mlxdiff.request",
         "mlxdiff.store",
     },

@@ -149,6 +149,7 @@ class Beside:
     licence: str
     size: float  # GB at 16 bits
     file: str | None = None  # of the repository; None: its network in diffusers layout
+    mode: str | None = None  # the kind of picture that the name means, of a network for several
 
 
 @dataclass(frozen=True)

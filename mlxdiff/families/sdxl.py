@@ -105,3 +105,20 @@ ADAPTERS = {
     (SDXL.name, name): Beside("ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5)
     for name in ("canny", "depth")
 }
+_UNION = Beside(
+    "ControlNet", "xinsir/controlnet-union-sdxl-1.0", "Apache 2.0", 2.51, "diffusion_pytorch_model.safetensors"
+)
+ADAPTERS |= {
+    (SDXL.name, name): replace(_UNION, mode=name)
+    for name in ("openpose", "scribble", "softedge", "lineart", "mlsd", "normal", "seg")
+}
+ADAPTERS |= {
+    (SDXL.name, f"t2i-{name}"): Beside("T2I-Adapter", f"TencentARC/t2i-adapter-{repo}-sdxl-1.0", "Apache 2.0", 0.16)
+    for name, repo in {
+        "canny": "canny",
+        "depth": "depth-midas",
+        "lineart": "lineart",
+        "openpose": "openpose",
+        "sketch": "sketch",
+    }.items()
+}

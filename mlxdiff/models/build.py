@@ -20,15 +20,18 @@ NETWORKS = {
     "flux": (flux.Config, flux.Flux),
     "flux2": (flux2.Config, flux2.Flux2),
     "zimage": (zimage.Config, zimage.ZImage),
+    "union": (controlnet.UnionConfig, controlnet.Union),
     "t2i": (t2i.Config, t2i.T2IAdapter),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
-Config |= controlnet.Config | t2i.Config | flux2.Config | zimage.Config | vae.Config | taesd.Config
+Config |= (
+    controlnet.Config | controlnet.UnionConfig | t2i.Config | flux2.Config | zimage.Config | vae.Config | taesd.Config
+)
 # Networks that guide a denoiser -> a function of their Config, the denoiser's, and the pixels that one latent covers:
 # what keeps the two from each other, in words; "" if nothing does.
-GUIDES = {"controlnet": controlnet.misfit, "t2i": t2i.misfit}
+GUIDES = {"controlnet": controlnet.misfit, "union": controlnet.misfit, "t2i": t2i.misfit}
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
 # The fields of Configs that count layers.
 _LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks")
