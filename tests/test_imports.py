@@ -299,13 +299,13 @@ MAY = {
     },
     "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
     "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request"},
+    "mlxdiff.widgets.previews": {"mlxdiff.images", "mlxdiff.pipeline"},
     "mlxdiff.widgets.worker": {
         "mlxdiff.description",
         "mlxdiff.errors",
-        "mlxdiff.images",
         "mlxdiff.pipeline",
         "mlxdiff.request",
-        "mlxdiff.widgets.gallery",
+        "mlxdiff.widgets.previews",
     },
     "mlxdiff.widgets.start_picture": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request", "mlxdiff.widgets.gallery"},
     "mlxdiff.widgets.controls": {
@@ -345,8 +345,17 @@ MAY = {
         "mlxdiff.train.*",
         "mlxdiff.widgets.explain.*",
     },
-    "mlxdiff.widgets.app": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store"},
-    "mlxdiff.widgets.lessons": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.app"},
+    "mlxdiff.widgets.server": set(),
+    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store"},
+    "mlxdiff.widgets.app": {
+        "mlxdiff.console",
+        "mlxdiff.store",
+        "mlxdiff.widgets",
+        "mlxdiff.widgets.lab",
+        "mlxdiff.widgets.server",
+        "mlxdiff.widgets.studio",
+    },
+    "mlxdiff.widgets.lessons": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.lab"},
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {
@@ -360,6 +369,8 @@ THIRD_PARTY = {
     "tqdm",
     "ipywidgets",
     "anywidget",
+    "comm",
+    "tornado",
     "traitlets",
     "matplotlib",
     "IPython",

@@ -123,9 +123,9 @@ class Controls(w.VBox):
         self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=wide)
         # A text field, because a browser's numbers lose the last digits of large seeds.
         self.seed = w.Text(description="Seed", continuous_update=False, layout=wide)
-        self.locked = w.ToggleButton(icon="lock", tooltip="Keep this seed for every picture")
-        self.dice = w.Button(icon="random", tooltip="Another seed")
-        self.reuse = w.Button(icon="history", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
+        self.locked = w.ToggleButton(description="Keep", tooltip="Keep this seed for every picture")
+        self.dice = w.Button(description="New", tooltip="Another seed")
+        self.reuse = w.Button(description="Last", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
         self.more = w.HTML().add_class("mlxdiff-why")
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
         self.compare = Compare()
@@ -294,5 +294,5 @@ def _with_default(names) -> list[tuple[str, str]]:
 
 def _fold(title: str, *children: w.Widget) -> w.VBox:
     """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion."""
-    button = w.ToggleButton(description=title, icon="caret-right").add_class("mlxdiff-unfold")
+    button = w.ToggleButton(description=title).add_class("mlxdiff-unfold")
     return w.VBox([button, w.VBox(children)]).add_class("mlxdiff-fold")

@@ -49,6 +49,20 @@ class Picture:
             return self.title
         return f"seed {r.seed} · {r.width} × {r.height} · {r.steps} steps of {r.sampler} · guidance {r.guidance:g}"
 
+    def words(self) -> list[tuple[str, str]]:
+        """What it was drawn from, each with a name: the prompts, and the pictures that it began with or edited."""
+        r, out = self.request, []
+        if r.prompt:
+            out.append(("Prompt", r.prompt))
+        if r.negative:
+            out.append(("Negative prompt", r.negative))
+        names = [Path(p).name if isinstance(p, str | Path) else "a picture" for p in r.pictures]
+        if names:
+            edited = r.strength is None
+            out.append(("Edited", ", ".join(names)) if edited else ("Start picture", names[0]))
+            out += [] if edited else [("Strength", f"{r.strength:g}")]
+        return out
+
     def _repr_png_(self) -> bytes:
         try:
             return self.path.read_bytes()

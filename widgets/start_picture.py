@@ -37,7 +37,7 @@ class StartPicture(w.HBox):
             what = "The start picture" if not edits else f"Picture {i + 1} to edit"
             shown.append(w.HTML(f'<img alt="{what}" src="data:image/jpeg;base64,{data}">'))
             tooltip = "Begin with noise alone" if not edits else f"Leave picture {i + 1} out"
-            self.remove.append(w.Button(icon="times", tooltip=tooltip))
+            self.remove.append(w.Button(description="Remove", tooltip=tooltip))
             self.remove[i].on_click(lambda _, i=i: self.drop(i))
         pairs = [part for pair in zip(shown, self.remove, strict=True) for part in pair]
         self.children = (*pairs, self.strength)

@@ -29,9 +29,10 @@ from ..recipe import recipe
 from ..request import STRENGTH, Request, asked
 from .controls import FIELDS, MULTIPLE, Controls, presets, unusual
 from .gallery import Grid, Picture, thumbnail, writable
+from .previews import jpeg
 from .start_picture import write_start_picture
 from .view import View, line, seconds, size
-from .worker import Job, Update, Worker, jpeg, shared
+from .worker import Job, Update, Worker, shared
 
 _BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
 
@@ -265,7 +266,7 @@ class Studio(w.VBox):
         return presets(defaults)[name] | self._shape(defaults)
 
     def _judge(self) -> None:
-        edits = self._edits > 0
+        edits = self.view.edits = self._edits > 0
         self.controls.judge(self._description, self._defaults, edits, self.prompt, self.guidance, self.more)
 
     @property

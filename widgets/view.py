@@ -35,8 +35,9 @@ class View(anywidget.AnyWidget):
     spoken = t.Unicode("").tag(sync=True)  # for screen readers: the stages of a run, not every step
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 if unknown
     running = t.Bool(False).tag(sync=True)
+    edits = t.Bool(False).tag(sync=True)  # whether the model edits the pictures it is given
     error = t.Dict().tag(sync=True)  # problem, fix, trace
-    shown = t.Dict().tag(sync=True)  # key, png, title, caption, name, path: the picture on the canvas
+    shown = t.Dict().tag(sync=True)  # key, png, title, words, caption, name, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
     _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
@@ -76,6 +77,7 @@ class View(anywidget.AnyWidget):
             "key": key,
             "png": picture._repr_png_(),
             "title": picture.title or picture.request.prompt or "no prompt",
+            "words": picture.words(),
             "caption": picture.caption(),
             "name": path.name,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
