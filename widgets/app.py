@@ -4,6 +4,7 @@ import sys
 import webbrowser
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from threading import Thread
 
 from ..console import Parser, run
 from . import lab
@@ -50,8 +51,13 @@ def studio(model: str | None, folder: str | None, browser: bool) -> int:
             if browser:
                 webbrowser.open(stack.enter_context(lab.private_page(address)))
 
+        def make() -> Studio:
+            made = Studio(**settings)
+            Thread(target=made.recall, daemon=True).start()  # many large pictures take seconds
+            return made
+
         with suppress(KeyboardInterrupt):
-            serve(lambda: Studio(**settings), tell)
+            serve(make, tell)
     return 0
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ..images import sheet, to_image, to_pixels
 from ..pipeline import Event, Pipeline
 
-_APART = 0.12  # seconds between two previews
+_APART = 0.15  # seconds between two previews
 _SHARE = 10  # a decoding that took t seconds is followed by none for 10 t: it slows a run by a tenth at most
 _SLOW = 0.02  # seconds of a decoding after which guesses are worth their trouble
 _EDGE = 256  # pixels: smaller previews, such as one pixel for each latent, are enlarged to about this

@@ -11,8 +11,9 @@ from PIL import Image
 
 from .. import images
 from ..errors import Error
-from ..request import Request
 from .gallery import thumbnail
+
+START = "begin-"  # how the names of their files begin
 
 
 class StartPicture(w.HBox):
@@ -43,13 +44,6 @@ class StartPicture(w.HBox):
         self.children = (*pairs, self.strength)
         self.layout.display = None if pictures else "none"
 
-    def shape(self, size: int, multiple: int) -> dict[str, int]:
-        """Width and height in the start picture's shape, with at most size² pixels; empty if there is none."""
-        if not self.sizes:
-            return {}
-        request = Request("").sized(self.sizes[0], size**2, multiple)
-        return {"width": request.width, "height": request.height}
-
 
 def write_start_picture(data: bytes, folder: Path) -> Path:
     """Save a picture from the page beside the pictures that will be drawn from it: their settings name this file."""
@@ -57,7 +51,7 @@ def write_start_picture(data: bytes, folder: Path) -> Path:
         image = images.open_file(io.BytesIO(data))
     except (OSError, Image.DecompressionBombError):
         raise Error("The file cannot be read as a picture.", "Give a PNG, JPEG or WebP file.") from None
-    path = folder / f"begin-{images.fingerprint(images.read(image))}.{image.format.lower()}"
+    path = folder / f"{START}{images.fingerprint(images.read(image))}.{image.format.lower()}"
     part = path.with_suffix(".part")
     part.write_bytes(data)
     return part.replace(path)

@@ -141,10 +141,15 @@ function render({ model, el }) {
       thumb.setAttribute("aria-label", it.title);
       thumb.dataset.key = it.key;
       thumbs.set(it.key, thumb);
-      strip.prepend(thumb);
     }
     const kept = new Set(model.get("history").map((it) => it.key));
     for (const [key, thumb] of thumbs) if (!kept.has(key)) { thumb.remove(); thumbs.delete(key); }
+    let next = null; // the newest is the first
+    for (const it of model.get("history")) {
+      const thumb = thumbs.get(it.key);
+      if (!thumb.isConnected || thumb.nextSibling !== next) strip.insertBefore(thumb, next);
+      next = thumb;
+    }
     strip.hidden = thumbs.size === 0;
     setCurrent(current);
   }
@@ -208,8 +213,18 @@ function render({ model, el }) {
   }
 
   function clicks(event) {
-    if (event.target.closest(".mlxdiff-generate")) act(event, "generate");
+    const chip = event.target.closest(".mlxdiff-chip");
+    if (chip) say(chip.textContent);
+    else if (event.target.closest(".mlxdiff-generate")) act(event, "generate");
     else if (event.target.closest(".mlxdiff-compare")) act(event, "compare");
+  }
+
+  // Put words at the end of the prompt, as if they were typed.
+  function say(words) {
+    const prompt = el.closest(".mlxdiff-studio").querySelector("textarea");
+    prompt.value = `${prompt.value.trimEnd()} ${words}`.trimStart();
+    prompt.dispatchEvent(new Event("input", { bubbles: true }));
+    prompt.dispatchEvent(new Event("change", { bubbles: true }));
   }
 
   // Jupyter may pass the messages of two widgets to two threads of the kernel, so that a click is read before the text

@@ -15,7 +15,7 @@ from ..spelling import as_controls
 from .gallery import Picture
 from .worker import Update
 
-_STRIP = 100  # thumbnails kept on the page
+STRIP = 100  # thumbnails kept on the page
 _STAGES = {
     "open": "Opening the model",
     "download": "Downloading",
@@ -62,14 +62,15 @@ class View(anywidget.AnyWidget):
         self.say(" ".join(plain).strip(), aloud=False)
         self.error = {"problem": plain[0], "fix": plain[1], "trace": "".join(traceback.format_exception(error))}
 
+    def clear(self) -> None:
+        """Take the error away: the person has done something else."""
+        if self.error:
+            self.error = {}
+            self.say("Ready", aloud=False)
+
     def frame(self, jpeg: bytes, title: str) -> None:
         """Show a preview."""
         self.send({"do": "frame", "title": title}, [jpeg])
-
-    def keep(self, key: int, picture: Picture, thumb: bytes) -> None:
-        """Add to the history."""
-        title = picture.title or f"{picture.request.prompt or 'no prompt'}, seed {picture.request.seed}"
-        self.history = [*self.history, {"key": key, "title": title, "thumb": thumb}][-_STRIP:]
 
     def show(self, key: int, picture: Picture) -> None:
         path, here = picture.path, Path.cwd()
