@@ -197,7 +197,7 @@ class Memory(w.VBox):
         super().__init__([w.HBox(row).add_class("mlxdiff-memory") for row in rows])
 
     def tell(self, estimate: str) -> None:
-        self.need.value = html.escape(f"It takes {estimate}.") if estimate else ""
+        self.need.value = html.escape(estimate)
 
     def bind(self, studio: t.HasTraits) -> None:
         """Tie both controls to the studio's options, which hold more than these two."""

@@ -80,7 +80,7 @@ class Known:
 
 
 def estimate(workload: Workload, machine: Machine) -> str:
-    return f"about {_gb(peak(workload, machine.gpu))} of {_gb(machine.budget)}"
+    return f"about {peak(workload, machine.gpu) / 1e9:.1f} of {machine.budget / 1e9:.1f} GB"
 
 
 def fit(workload: Workload, machine: Machine) -> dict | None:
@@ -88,7 +88,3 @@ def fit(workload: Workload, machine: Machine) -> dict | None:
     if advice.fits(workload, machine):
         return {}
     return next((settings for settings, _ in advice.options(workload, machine)), None)
-
-
-def _gb(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"

@@ -73,7 +73,8 @@ class Wire:
         if head["data"].get("method") != "echo_update":  # an echo is for the pages that did not send it
             sender = None
         text, parts = json.dumps(head | {"buffers": len(buffers)}), [bytes(b) for b in buffers]
-        self._loop.call_soon_threadsafe(self._post, text, parts, only, sender)
+        with suppress(RuntimeError):  # the server has ended, the worker's thread not yet
+            self._loop.call_soon_threadsafe(self._post, text, parts, only, sender)
 
     def _post(self, text: str, parts: list[bytes], only: "_Socket | None", sender: "_Socket | None") -> None:
         for page in [*self.pages] if only is None else [only]:

@@ -3,7 +3,7 @@ they become a Request."""
 
 import io
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import traitlets as t
@@ -187,7 +187,10 @@ class Settings(t.HasTraits):
     # --- memory
 
     def _workload(self) -> Workload | None:
-        return self._known.workload(self.request(), self.options)
+        request = self.request()
+        if "negative" in ignored(self._known.description, self.guidance, self.more.get("true_cfg", 1.0)):
+            request = replace(request, negative=None)
+        return self._known.workload(request, self.options)
 
     def _estimate(self) -> str:
         try:

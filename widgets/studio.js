@@ -213,6 +213,7 @@ function render({ model, el }) {
   }
 
   function clicks(event) {
+    if (!help.contains(event.target)) help.open = false;
     const chip = event.target.closest(".mlxdiff-chip");
     if (chip) say(chip.textContent);
     else if (event.target.closest(".mlxdiff-generate")) act(event, "generate");
