@@ -7,9 +7,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import attention, split_heads
+from .layers import attention, gelu, quick_gelu, split_heads
 
-ACTS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu}
+ACTS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 @dataclass(frozen=True)
