@@ -126,6 +126,13 @@ class Canvas:
         image = images.to_pixels(self.image)
         return {"image": image} if self.mask is None else {"image": image, "masked": image * ~self.anew[..., None]}
 
+    def cut(self, picture: Image.Image) -> Image.Image:
+        """Another picture of the same things, from the same place."""
+        if self.whole is None:
+            return images.fit(picture, *self.image.size)
+        part = images.fit(picture, *self.whole.image.size).crop(self.box)
+        return part.resize(self.image.size, Image.Resampling.LANCZOS)
+
     def finish(self, drawn: Image.Image, keep: bool) -> Image.Image:
         """The result for what was drawn: in its place in the whole picture, if this is a crop. keep: under the mask
         alone, so that all other pixels stay as they were."""

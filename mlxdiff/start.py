@@ -51,6 +51,12 @@ class Starts:
         known = len(request.hashes) == len(request.pictures)  # a second pass begins with a picture that is in no file
         return self._taken[1] if held and known else pictures.read(request)
 
+    def aligned(self, request: Request, picture: Image.Image) -> Image.Image:
+        """A control picture of the size that is drawn, cut as the start image is."""
+        if request.mask_crop is None:
+            return images.fit(picture, request.width, request.height)
+        return pictures.canvas(request, self.pictures(request)).cut(picture)
+
     def begin(
         self, request: Request, schedule: Schedule, sigma: float, draw: Callable[[], mx.array], given: np.ndarray | None
     ) -> Iterator:
