@@ -81,7 +81,7 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
         return pixels * config.channels[0] * _item(model, "vae")
 
     encode = max(_reads(m, request) for m in models)
-    encodes = request.image is not None or "masked" in model.row.reads
+    encodes = request.image is not None or model.row.inpaints
     if encodes:
         encode = max(encode, vae + _ENCODER[gpu] * numbers(max(references, default=drawn)))
 
