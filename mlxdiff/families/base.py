@@ -17,7 +17,7 @@ EMBEDDED = "embedded"  # a consistency model has guidance in its time embedding;
 PARTS = {
     "vae": "a VAE",
     "clip": "the CLIP text encoder",
-    "clip_g": "SD3's second CLIP",
+    "clip_g": "the second CLIP of SDXL and SD3",
     "t5": "T5",
     "text_encoder": "the Qwen3 text encoder",
 }

@@ -143,17 +143,15 @@ def _repo(model: str | Path) -> tuple[str, str | None]:
     match = _HUB_ID.fullmatch(name) if isinstance(model, str) else None
     if match is not None:
         return match[1], match[2]
-    known = (
-        f"Named models are {', '.join(MODELS)}; or give a hub id (org/repo), a folder, a .safetensors or .gguf file."
-    )
-    raise Error(f"There is no model, file or folder {name!r}.", did_you_mean(name, MODELS) + known)
+    known = "Give a name that `mlxdiff models` lists, a hub id (org/repo), a folder, a .safetensors or a .gguf file."
+    raise Error(f"There is no model, file or folder {name!r}.", did_you_mean(name, MODELS, 3) + known)
 
 
 def _as_it_is(folder: Path, asked: dict, options: Options) -> Path:
     """A model folder is used where it is; it cannot be converted again."""
     if options.parts:
         names = ", ".join(options.parts)
-        fix = f"Leave {names} out. SD3 and FLUX take it when the original checkpoint is converted."
+        fix = f"Leave {names} out; such parts are taken when the original checkpoint is converted."
         raise Error(f"{folder} is already converted; its {names} cannot be replaced.", fix)
     model = description.read(folder)
     has = {"dtype": model.recipe.dtype, "bits": model.recipe.bits, "prediction": model.prediction}
