@@ -35,6 +35,17 @@ FOREIGN = [
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
 ]
 
+# Upscalers of other architectures than ESRGAN.
+UPSCALERS = [
+    (r"(^|\.)layers\.0\.residual_group\.overlap_attn\.|^relative_position_index_OCA$", "a HAT"),
+    (r"(^|\.)layers\.0\.residual_group\.blocks\.0\.", "a SwinIR"),
+    (r"(^|\.)layers\.0\.blocks\.\d+\.attn\.attns\.\d\.", "a DAT"),
+    (r"^(params(_ema)?\.)?body\.0\.weight$", "a compact Real-ESRGAN (SRVGG)"),
+    (r"(^|\.)block_1\.c1_r\.(sk|eval_conv)\.", "a SPAN"),
+    (r"(^|\.)feats\.1\.(channe_mixer|channel_mixer|lk)\.", "a PLKSR"),
+    (r"\.RDB\d\.conv1x1\.", "an ESRGAN+"),
+]
+
 USE = {"a LoRA": "Name the model that it changes, and give the file as `loras=[FILE]`."}
 
 # The same for files whose numbers other programs have packed.
@@ -54,6 +65,12 @@ def layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, bool]:
             if what in USE:
                 raise Error(f"{path} is {what}, which is no model by itself.", USE[what])
             raise Error(f"{path} is {what}, which is not supported yet.", KNOWN)
+    for pattern, what in UPSCALERS:
+        if keys.has(pattern):
+            raise Error(
+                f"{path} is {what} upscaler, which is not supported.",
+                "Use one of the ESRGAN family, such as RealESRGAN_x4plus.",
+            )
     for pattern, what in PACKED:
         if keys.has(pattern):
             raise Error(

@@ -85,8 +85,8 @@ def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
 
 def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
-    if checkpoint.family == "taesd":
-        raise Error(f"{checkpoint.path} is a TAESD, which is used as it is.", "Draw previews by it: `taesd=FILE`.")
+    if checkpoint.layout.use:
+        raise Error(f"{checkpoint.path} is {checkpoint.layout.title}, and no model.", checkpoint.layout.use)
     held, lacking = list(checkpoint.components), checkpoint.lacking
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""

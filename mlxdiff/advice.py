@@ -74,7 +74,9 @@ def check(workload: Workload, machine: Machine | None = None) -> None:
         smaller = [n for n in MODELS if fits(named(n, plain, low_memory=True), machine)]
         others = f"{', '.join(smaller)} would, with `low_memory=True`" if smaller else "nor does any other named model"
         fix = f"It fits at no setting; {others}."
-    size = f"{request.width}x{request.height}" + (f", {request.count} at once" if request.count > 1 else "")
+    size = f"{request.width}x{request.height}"
+    size += "" if request.hires is None else f", enlarged {request.hires[0]:g} times,"
+    size += f", {request.count} at once" if request.count > 1 else ""
     also = "" if workload.refiner is None else " and its refiner"
     raise Error(
         f"{workload.model.name}{also} at {size} takes about {need / 1e9:.1f} GB; this machine has "

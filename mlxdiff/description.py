@@ -18,7 +18,7 @@ from .foreign import read_json
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
-from .request import OUTPAINT, STRENGTH, Defaults, Request
+from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Picture, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
@@ -134,7 +134,20 @@ class Description:
         self._check_pictures(request)
         full = self.fill(request, pictures)
         self._check(full)
+        if full.hires is not None:
+            self._check(self.second_pass(full))
         return full
+
+    def second_pass(self, request: Request, picture: Picture = Path("the picture of the first pass")) -> Request:
+        """The request of the second pass of a resolved one with `hires`. picture: the enlarged one."""
+        scale, strength = request.hires
+        edges = {"width": request.width, "height": request.height}
+        edges = {name: max(1, round(edge * scale / self.multiple)) * self.multiple for name, edge in edges.items()}
+        if max(edges.values()) > MAX_EDGE:
+            w, h = edges.values()
+            raise Error(f"hires {scale:g} makes it {w} x {h}; an edge has at most {MAX_EDGE}.", "Use a smaller scale.")
+        alone = {"hires": None, "upscaler": None, "upscaler_hash": None}
+        return replace(request, image=picture, image_hash=None, strength=strength, **edges, **alone)
 
     def fill(self, request: Request, pictures: Sequence[tuple[int, int]] = ()) -> Request:
         """As `resolve`, but without checking whether this model can do what is asked."""
@@ -157,6 +170,11 @@ class Description:
         if edits and request.masked:
             fix = "Say in the prompt what to change, or use a model that does not edit."
             raise Error(f"{self.name} edits: it takes no mask.", fix)
+        if edits and request.hires is not None:
+            fix = "Enlarge the finished picture: `upscaler=MODEL`."
+            raise Error(f"{self.name} edits: it begins with no picture, as hires would do.", fix)
+        if request.hires is not None and (request.masked or self.row.reads):
+            raise Error("hires draws the whole picture on, a mask a part of it.", "Enlarge the finished picture.")
         if edits and request.strength is not None:
             raise Error(f"{self.name} edits: it takes no strength.", "Leave `strength` out.")
         if edits and count > edits:

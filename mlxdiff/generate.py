@@ -51,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--no-keep", dest="keep", action="store_false", default=None, help=what)
     sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
     g.add_argument("--outpaint", type=int, nargs=4, metavar=sides, help="pixels to add around the start image")
+    what = "draw it, enlarge it and draw on: SCALE 2 doubles its edges; STRENGTH of the second pass is 0 to 1"
+    form = ("SCALE", "STRENGTH")
+    g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
+    what = "enlarge by this upscaler (mlxdiff upscale --help lists some): the finished picture, or that of --hires"
+    g.add_argument("--upscale", dest="upscaler", metavar="MODEL", help=what)
     g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
 
     g = p.add_argument_group("how to draw it")
@@ -107,6 +112,7 @@ _EXAMPLES = """examples:
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
   mlxdiff generate "make it winter" -m flux2-klein -i photo.png
   mlxdiff generate "a red door" -m sdxl -i photo.png --mask door.png
+  mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """
@@ -128,9 +134,9 @@ def draw(args: argparse.Namespace) -> int:
     else:
         if args.output is not None and not images.is_folder(args.output):
             images.check_name(args.output)
-        _writable(_folder(args.output), "-o")
+        check_writable(_folder(args.output), "-o")
     if args.preview_dir is not None:
-        _writable(args.preview_dir, "--preview-dir")
+        check_writable(args.preview_dir, "--preview-dir")
     elif args.taesd is not None:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
@@ -208,8 +214,10 @@ def _one(
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
             previews = previews or [images.new_folder(args.preview_dir / images.stem(single)) for single in singles]
-            for rough, folder, single in zip(pipe.preview(event.x0), previews, singles, strict=True):
-                images.save(rough, folder / f"{event.step:03}.png", single, *made_by)
+            shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
+            step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
+            for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
+                images.save(rough, folder / step, single, *made_by)
         if event.image is not None:
             single = singles[drawn]
             if args.output == STDOUT:
@@ -283,7 +291,7 @@ def _write_stdout(data: bytes) -> None:
         raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
 
 
-def _writable(place: Path, flag: str) -> None:
+def check_writable(place: Path, flag: str) -> None:
     """Fail before the work, not after it."""
     try:
         there = next(p for p in (place, *place.absolute().parents) if p.exists())  # missing folders are made later

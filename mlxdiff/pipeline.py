@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -29,6 +30,7 @@ from . import (
 )
 from .arguments import check_options
 from .attached import Attached
+from .errors import Error
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
@@ -36,6 +38,7 @@ from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
 from .start import Start, Starts
+from .upscale import Upscaler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,6 +91,8 @@ def load(
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
         attached.check(loras, embeddings, request, model)
         pictures.check(request, model)
+        if request is not None and request.upscaler is not None and store.local(request.upscaler) is not None:
+            Upscaler(request.upscaler, offline=True)  # one that is wrong is refused here
 
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype), check)
@@ -127,6 +132,7 @@ class Pipeline:
         self.attached = Attached(networks.folder, networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
+        self._upscaler: Upscaler | None = None  # the last one
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
         self.starts = Starts(networks, low_memory)
 
@@ -154,7 +160,8 @@ class Pipeline:
     def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
-        return self.starts.resolve(self.attached.resolve(asked(prompt, settings)))
+        request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
+        return self.starts.resolve(request)
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
@@ -185,9 +192,57 @@ class Pipeline:
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to use in place of the seed's first
         noise."""
-        model = self.description
         if not self.force:
             advice.check(self.workload(request))
+        if request.hires is not None:
+            yield from self._two_passes(request, given)
+            return
+        for event in self._pass(request, given):
+            if event.image is None or request.upscaler is None:
+                yield event
+            else:
+                yield event._replace(image=None)
+                yield from self._upscale(request, event.image)
+
+    def _two_passes(self, request: Request, given: np.ndarray | None) -> Iterator[Event]:
+        """Draw, enlarge, and draw on, one picture at a time: each equals what it gives by the commands one by one."""
+        drawn = []
+        for event in self._pass(replace(request, hires=None, upscaler=None), given):
+            drawn += [] if event.image is None else [event.image]
+            yield event._replace(image=None)
+        for i, (picture, single) in enumerate(zip(drawn, request.singles(), strict=True)):
+            second = self.description.second_pass(single)
+            if request.upscaler is not None:
+                for event in self._upscale(request, picture):
+                    picture = picture if event.image is None else event.image
+                    yield event._replace(image=None, hires=i)
+            picture = picture.resize((second.width, second.height), Image.Resampling.LANCZOS)
+            for event in self._pass(replace(second, image=picture)):
+                yield event._replace(hires=i)
+
+    def _upscale(self, request: Request, image: Image.Image) -> Iterator[Event]:
+        for tile in self._open_upscaler(request).tiles(image):
+            yield Event("upscale", tile.done, tile.tiles, tile.seconds, image=tile.image)
+
+    def _upscaled(self, request: Request) -> Request:
+        """The request with the fingerprint of its upscaler, which is opened here, before the work."""
+        request.check_hires()
+        if request.upscaler is None:
+            return request
+        found = self._open_upscaler(request).hash
+        if request.upscaler_hash not in (None, found):
+            problem = f"The upscaler {request.upscaler} is not the one that these settings name."
+            raise Error(problem, "Give that file as `upscaler=FILE`.")
+        return replace(request, upscaler_hash=found)
+
+    def _open_upscaler(self, request: Request) -> Upscaler:
+        if self._upscaler is None or self._upscaler.name != str(request.upscaler):
+            self._upscaler = Upscaler(request.upscaler, offline=self.attached.offline)
+        return self._upscaler
+
+    def _pass(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
+        """One pass of a resolved request."""
+        model = self.description
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
         self.networks.adapt(self.attached.adapters(request))

@@ -18,6 +18,7 @@ FLAGS = {
     "negative": "-n",
     "output": "-o",
     "seed": "-s",
+    "upscaler": "--upscale",
     "width": "-W",
 }
 # Settings with a value that a flag without a value stands for.

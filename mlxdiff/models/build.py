@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..errors import Error
 from ..foreign import fits
-from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import clip, depth, esrgan, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
@@ -22,12 +22,14 @@ NETWORKS = {
     "zimage": (zimage.Config, zimage.ZImage),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
+    "esrgan": (esrgan.Config, esrgan.ESRGAN),
+    "depth": (depth.Config, depth.DepthAnything),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
-Config |= flux2.Config | zimage.Config | vae.Config | taesd.Config
+Config |= flux2.Config | zimage.Config | vae.Config | taesd.Config | esrgan.Config | depth.Config
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
 # The fields of Configs that count layers.
-_LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks")
+_LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks", "rrdb", "doublings")
 _MAY_BE_0 = (*_LAYERS, "dual", "eos", "freq_shift")
 _MOST = 2**24  # of any number of a Config
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
