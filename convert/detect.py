@@ -19,7 +19,7 @@ FOREIGN = [
     ),
     (r"^(ip_adapter|image_proj|ip_adapter_proj_model)\.|\.ip_adapter_\w+_proj\.", "an IP-Adapter"),
     (
-        r"^control_(model|layers|all_x_embedder)\.|^controlnet_(cond_embedding|down_blocks|blocks|x_embedder)\.|^(input_hint_block|zero_convs)\.",
+        r"^control_(layers|all_x_embedder)\.|^controlnet_(blocks|x_embedder)\.",
         "a ControlNet",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),

@@ -22,6 +22,7 @@ from .description import Description
 from .families import FAMILIES
 from .models import build
 from .models.vae import factor
+from .recipe import BITS
 from .request import Request
 
 SURE = 1.15  # the estimate may exceed the truth by this factor (tests check it); a run is refused only beyond it
@@ -51,6 +52,7 @@ class Workload:
     low_memory: bool = False
     refiner: Description | None = None  # the model that finishes the picture
     pictures: tuple[tuple[int, int], ...] = ()  # width and height of each picture of the request
+    beside: tuple[build.Config | int, ...] = ()  # the networks that guide it, or their bytes in 16 bits
 
     def but(self, bits: int | str | None = None, **settings) -> "Workload":
         """The same workload with other settings: of the weights, of the run, or of the request."""
@@ -84,9 +86,11 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     if encodes:
         encode = max(encode, _encodes(workload, max(references, default=drawn), gpu))
 
+    guides = sum(_guides(model, beside, request, low) for beside in workload.beside)
     kept, denoise, stays = vae if encodes and not low else 0, 0, []
     for m in models:
         held, passing = _draws(m, request, low, gpu, sum(references) if m is model else 0)
+        held += guides if m is model else 0
         stays.append(held)
         denoise = max(denoise, kept + held + passing)
         kept += 0 if low else held
@@ -155,6 +159,17 @@ def _draws(model: Description, request: Request, low: bool, gpu: bool, reference
     latents = (request.width * request.height + references) // model.factor**2
     numbers = model.family.activations(model.net, latents, text, gpu) * (request.count if low else samples)
     return weights.held + prepared * item, numbers * item
+
+
+def _guides(model: Description, network: build.Config | int, request: Request, low: bool) -> float:
+    """Bytes of a network that guides, and of its prepared conditions. Its activations are no larger than the
+    denoiser's, and are gone when that begins."""
+    name = model.family.denoiser
+    if isinstance(network, int):
+        return network * (_item(model, name) / 2 if model.recipe.bits is None else BITS[model.recipe.bits] / 16)
+    weights = _counted(model.family.name, name, network, model.recipe)
+    samples = request.count * (model.passes(request) + (0 if low else 1))
+    return weights.held + weights.of_word * model.text.tokens * samples * _item(model, name)
 
 
 class Weights(NamedTuple):

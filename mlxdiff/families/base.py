@@ -150,6 +150,18 @@ class Family:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A published network that guides a family's models, and has a name here."""
+
+    kind: str  # for people
+    repo: str  # hub id
+    licence: str
+    size: float  # GB at 16 bits
+    file: str | None = None  # of the repository; None: its network in diffusers layout
+    mode: str | None = None  # the kind of picture that the name means, of a network for several
+
+
+@dataclass(frozen=True)
 class Model:
     """A published model that has a name here."""
 

@@ -97,7 +97,9 @@ UNET = unet.Config(  # SD 1.x
     flip_sin_to_cos=True,
     freq_shift=0,
 )
-UNET_CAREFUL = Careful(whole=("time_embedding", "add_embedding", "time_emb_proj"))
+UNET_CAREFUL = Careful(
+    whole=("time_embedding", "add_embedding", "time_emb_proj", "controlnet_down_blocks", "controlnet_mid_block")
+)
 
 
 def unet_activations(net: unet.Config, latents: int, tokens: int, gpu: bool) -> float:

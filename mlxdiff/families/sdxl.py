@@ -4,7 +4,7 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import Defaults, Family, Model, TextPlan
+from .base import Beside, Defaults, Family, Model, TextPlan
 from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
 
 _PREVIEW = (
@@ -109,4 +109,26 @@ MODELS = {
         networks=_NETWORKS,
         defaults=Defaults(size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
     ),
+}
+
+ADAPTERS = {
+    (SDXL.name, name): Beside("ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5)
+    for name in ("canny", "depth")
+}
+_UNION = Beside(
+    "ControlNet", "xinsir/controlnet-union-sdxl-1.0", "Apache 2.0", 2.51, "diffusion_pytorch_model.safetensors"
+)
+ADAPTERS |= {
+    (SDXL.name, name): replace(_UNION, mode=name)
+    for name in ("openpose", "scribble", "softedge", "lineart", "mlsd", "normal", "seg")
+}
+ADAPTERS |= {
+    (SDXL.name, f"t2i-{name}"): Beside("T2I-Adapter", f"TencentARC/t2i-adapter-{repo}-sdxl-1.0", "Apache 2.0", 0.16)
+    for name, repo in {
+        "canny": "canny",
+        "depth": "depth-midas",
+        "lineart": "lineart",
+        "openpose": "openpose",
+        "sketch": "sketch",
+    }.items()
 }
