@@ -42,8 +42,8 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float32) / 255 * 2 - 1
 
 
-def read(source: str | Path | Image.Image) -> Image.Image:
-    """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on white, 16 bits
+def read(source: str | Path | Image.Image, ground: str = "white") -> Image.Image:
+    """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on a ground, 16 bits
     rounded to 8, and of an animation the first frame."""
     with _readable(source) as (name, image):
         kind, image = image.format, ImageOps.exif_transpose(image)
@@ -54,8 +54,16 @@ def read(source: str | Path | Image.Image) -> Image.Image:
         if 0 in image.size:
             raise Error(f"{name} has no pixels: it is {image.width} x {image.height}.", "Give another picture.")
         if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
         return image.convert("RGB")
+
+
+def transparency(source: str | Path | Image.Image) -> Image.Image:
+    """How transparent a picture is, in grey: white is transparent."""
+    with _readable(source) as (name, image):
+        if not image.has_transparency_data:
+            raise Error(f"{name} has no transparent part, which is to be its mask.", "Give a mask as `mask=FILE`.")
+        return ImageOps.invert(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
 
 
 def size(source: str | Path | Image.Image) -> tuple[int, int]:

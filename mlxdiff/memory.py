@@ -81,10 +81,11 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
         return pixels * config.channels[0] * _item(model, "vae")
 
     encode = max(_reads(m, request) for m in models)
-    if request.image is not None:
+    encodes = request.image is not None or "masked" in model.row.reads
+    if encodes:
         encode = max(encode, vae + _ENCODER[gpu] * numbers(max(references, default=drawn)))
 
-    kept, denoise, stays = vae if request.image is not None and not low else 0, 0, []
+    kept, denoise, stays = vae if encodes and not low else 0, 0, []
     for m in models:
         held, passing = _draws(m, request, low, gpu, sum(references) if m is model else 0)
         stays.append(held)
