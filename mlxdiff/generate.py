@@ -40,8 +40,17 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
-    what = f"how much of a start image to redraw; 1 is all ({STRENGTH})"
+    what = f"how much of a start image to redraw; 1 is all ({STRENGTH}; 1 to outpaint, and in a model for inpainting)"
     g.add_argument("--strength", type=float, metavar="F", help=what)
+    what = "white where the start image is drawn anew; alpha: where it is transparent"
+    g.add_argument("--mask", metavar="FILE|alpha", help=what)
+    g.add_argument("--mask-blur", type=float, metavar="PX", help="soften the edge of the mask (0)")
+    what = "draw only the part that holds the mask, with PAD pixels around it, and put it back into the picture"
+    g.add_argument("--mask-crop", type=int, metavar="PAD", help=what)
+    what = "do not paste back the pixels outside the mask"
+    g.add_argument("--no-keep", dest="keep", action="store_false", default=None, help=what)
+    sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
+    g.add_argument("--outpaint", type=int, nargs=4, metavar=sides, help="pixels to add around the start image")
     what = "draw it, enlarge it and draw on: SCALE 2 doubles its edges; STRENGTH of the second pass is 0 to 1"
     form = ("SCALE", "STRENGTH")
     g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
@@ -103,6 +112,7 @@ _EXAMPLES = """examples:
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
   mlxdiff generate "make it winter" -m flux2-klein -i photo.png
   mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
+  mlxdiff generate "a red door" -m sdxl -i photo.png --mask door.png
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """
@@ -116,15 +126,7 @@ def main(argv: list[str] | None = None) -> int:
 def draw(args: argparse.Namespace) -> int:
     base, model = (None, None) if args.from_image is None else images.read_settings(args.from_image)
     model = args.model if args.model is not None else _known(model)
-    if base is not None and args.image is not None:
-        base = replace(base, image_hash=None)
-    if base is not None and args.loras is not None:
-        base = replace(base, lora_hashes=())
-    if base is not None and args.embeddings is not None:
-        base = replace(base, embedding_hashes=())
-    if base is not None and args.upscaler is not None:
-        base = replace(base, upscaler_hash=None)
-    requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
+    requests = [r.but(_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
     if args.output == STDOUT:

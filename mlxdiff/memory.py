@@ -80,10 +80,11 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     wider = 1 if config.decoder_channels is None else config.decoder_channels[0] / config.channels[0]
 
     encode = max(_reads(m, request) for m in models)
-    if request.image is not None:
+    encodes = request.image is not None or "masked" in model.row.reads
+    if encodes:
         encode = max(encode, _encodes(workload, max(references, default=drawn), gpu))
 
-    kept, denoise, stays = vae if request.image is not None and not low else 0, 0, []
+    kept, denoise, stays = vae if encodes and not low else 0, 0, []
     for m in models:
         held, passing = _draws(m, request, low, gpu, sum(references) if m is model else 0)
         stays.append(held)

@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,6 +24,7 @@ from . import (
     guidance,
     images,
     memory,
+    pictures,
     samplers,
     schedules,
 )
@@ -37,6 +37,7 @@ from .recipe import recipe
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
+from .start import Start, Starts
 from .upscale import Upscaler
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def load(
     def check(model: description.Description, **others) -> None:
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
         attached.check(loras, embeddings, request, model)
+        pictures.check(request, model)
         if request is not None and request.upscaler is not None and store.local(request.upscaler) is not None:
             Upscaler(request.upscaler, offline=True)  # one that is wrong is refused here
 
@@ -132,8 +134,7 @@ class Pipeline:
         self._taesd: nn.Module | None = None
         self._upscaler: Upscaler | None = None  # the last one
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        self._pictures: tuple[tuple, list[Image.Image]] = (), []  # the last request's, after their fingerprints
-        self._references: tuple[tuple, list[mx.array]] = (), []  # the latents of the last ones, the same
+        self.starts = Starts(networks, low_memory)
 
     def __repr__(self) -> str:
         model = self.description
@@ -159,31 +160,12 @@ class Pipeline:
     def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
-        request = asked(prompt, settings)
-        request = self._upscaled(self.attached.resolve(request))
-        if request.image is None:
-            return self.description.resolve(request)
-        pictures = [images.read(picture) for picture in request.pictures]
-        hashes = tuple(images.fingerprint(picture) for picture in pictures)
-        for i, (found, wanted) in enumerate(zip_longest(hashes, request.hashes)):
-            if request.hashes and found != wanted:
-                which = f"Image {i + 1}" if len(request.hashes) > 1 else "The image"
-                raise Error(f"{which} is not the one that these settings name.", "Give that image as `image=FILE`.")
-        self._pictures = hashes, pictures
-        full = replace(request, image_hash=hashes)
-        return self.description.resolve(full, [picture.size for picture in pictures])
-
-    def _read(self, request: Request) -> list[Image.Image]:
-        """The pictures of a resolved request."""
-        hashes, pictures = self._pictures
-        held = hashes != () and hashes == request.hashes
-        return pictures if held else [images.read(picture) for picture in request.pictures]
+        return self.starts.resolve(self._upscaled(self.attached.resolve(asked(prompt, settings))))
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
         refiner = None if self.refiner is None else self.refiner.description
-        sizes = tuple(picture.size for picture in self._read(request))
-        return memory.Workload(self.description, request, self.low_memory, refiner, sizes)
+        return memory.Workload(self.description, request, self.low_memory, refiner, self.starts.pictures(request).sizes)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -273,21 +255,15 @@ class Pipeline:
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
 
-        draw, start_latents, references = self.noise(request), None, []
-        if model.starts(request):  # the seed's first draw goes to the VAE, as in diffusers
-            start_latents = yield from self._encode_start(request, draw())
-        elif request.image is not None:
-            references = yield from self._encode_references(request)
-        first = draw()  # drawn even if not used: the noise of a noisy sampler continues here
-        first = first if given is None else mx.array(given)
-        if start_latents is None:
-            x = first * schedule.start(sigmas[0], request.schedule)
-        else:
-            x = schedule.noised(start_latents, first, sigmas[0])
+        draw = self.noise(request)
+        start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given)
+        x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            read = references if pipe is self else []
+            read = start if pipe is self else None
             denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole, read)
+            if start.mask is not None:
+                denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
@@ -300,7 +276,10 @@ class Pipeline:
             del denoise  # it holds the network
             if pipe is not self or self.low_memory:
                 pipe.networks.release(pipe.description.family.denoiser)
-        yield from self._decode(x / schedule.spread(sigmas[-1]))
+        z = x / schedule.spread(sigmas[-1])
+        if start.mask is not None:  # a run that ends above 0 leaves noise outside the mask too
+            z = start.mask * z + (1 - start.mask) * start.z
+        yield from self._decode(z, start.finish)
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         """Rough pictures of predicted latents (B, h, w, c). The TAESD makes them if there is one, the VAE if it is
@@ -356,38 +335,6 @@ class Pipeline:
             yield Event("encode", 1, 1, time.perf_counter() - begin)
         return self._texts[1]
 
-    def _encode_start(self, request: Request, noise: mx.array) -> Iterator[Event]:
-        """Latents of the start image, (B, h, w, c): one sample for each picture."""
-        image = images.fit(self._read(request)[0], request.width, request.height)
-        (x0,) = yield from self._encode([image], lambda vae, pixels, tile: vae.sample(pixels, noise, tile))
-        return x0
-
-    def _encode_references(self, request: Request) -> Iterator[Event]:
-        """Latents of the pictures to edit, (1, h, w, c) each: the mean, not a sample. They are kept for the next
-        seed."""
-        if self._references[0] != request.hashes:
-            pictures = self._read(request)
-            cuts = self.description.cuts([picture.size for picture in pictures])
-            cut = [images.cut(picture, *how) for picture, how in zip(pictures, cuts, strict=True)]
-            latents = yield from self._encode(cut, lambda vae, pixels, tile: vae.encode(pixels, tile)[0])
-            self._references = request.hashes, latents
-        return self._references[1]
-
-    def _encode(self, pictures: list[Image.Image], how: Callable) -> Iterator[Event]:
-        """The latents that `how(vae, pixels, tile)` gives of each picture."""
-        yield Event("encode", 0, len(pictures), 0.0)
-        latents, tile = [], memory.TILE if self.low_memory else None
-        for i, picture in enumerate(pictures):
-            begin = time.perf_counter()
-            x0 = how(self.networks.get("vae"), mx.array(images.to_pixels(picture))[None], tile)
-            mx.eval(x0)
-            self._check_finite(mx.isfinite(x0).all())
-            latents.append(x0)
-            yield Event("encode", i + 1, len(pictures), time.perf_counter() - begin)
-        if self.low_memory:
-            self.networks.release("vae")
-        return latents
-
     def denoiser(
         self,
         request: Request,
@@ -395,11 +342,11 @@ class Pipeline:
         visits: list[float],
         texts: list,
         sigmas: list[float],
-        references: Sequence[mx.array] = (),
+        start: Start | None = None,
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
-        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; references: the
-        latents of pictures to edit."""
+        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
+        run starts with."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -413,6 +360,7 @@ class Pipeline:
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
+        references, beside = ((), None) if start is None else (start.references, start.beside)
         conds = conditioning.prepare(model, source, request, ts, texts, both, references)
         del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
@@ -426,6 +374,7 @@ class Pipeline:
             schedule,
             model.prediction,
             **conds,
+            beside=beside,
             scale=model.cfg(request) if len(texts) == 2 else 1.0,
             rescale=request.rescale,
             interval=tuple(sigmas[round(f * request.steps)] for f in request.interval),
@@ -435,7 +384,7 @@ class Pipeline:
             dtype=dtype_of(net),
         )
 
-    def _decode(self, z: mx.array) -> Iterator[Event]:
+    def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""
         yield Event("decode", 0, z.shape[0], 0.0)
         vae, tile = self.networks.get("vae"), memory.TILE if self.low_memory else None
@@ -444,7 +393,7 @@ class Pipeline:
             pixels = vae.decode(z[i : i + 1].astype(dtype_of(vae)), tile=tile)[0].astype(mx.float32)
             mx.eval(pixels)
             self._check_finite(mx.isfinite(pixels).all())
-            image = images.to_image(np.array(pixels))
+            image = finish(images.to_image(np.array(pixels)))
             yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
 
     def _check_finite(self, finite: mx.array) -> None:

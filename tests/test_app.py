@@ -96,7 +96,7 @@ def test_an_impossible_model_is_refused_before_anything_starts(tmp_path, monkeyp
         assert app.main(["-m", name]) == 1
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith(f"mlxdiff studio: There is no model, file or folder {name!r}. Named models are ")
+        assert err.startswith(f"mlxdiff studio: There is no model, file or folder {name!r}. Give a name that ")
         assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

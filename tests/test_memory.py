@@ -39,7 +39,7 @@ def limited(gigabytes: float, gpu: bool = False) -> Machine:
 def asked(name, bits=None, dtype="bfloat16", request=None, low_memory=False) -> Workload:
     """A named model, by default at its own size and steps."""
     model = description.published(name, recipe(bits, dtype))
-    return Workload(model, model.resolve(Request("") if request is None else request), low_memory)
+    return Workload(model, model.fill(Request("") if request is None else request), low_memory)
 
 
 # ---- the published networks (SD3 and FLUX, which are folders: tests/test_manifests.py)

@@ -81,6 +81,16 @@ MODELS = {
         networks=_NETWORKS,
         defaults=_DEFAULTS,
     ),
+    "sdxl-inpaint": Model(
+        SDXL,
+        repo="diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+        title="Stable Diffusion XL for inpainting: needs a picture and a mask",
+        licence="CreativeML OpenRAIL++-M",
+        download=6.94,
+        networks=_NETWORKS | {"unet": replace(_UNET, in_channels=9)},
+        defaults=_DEFAULTS,
+        variant="inpaint",
+    ),
     "sdxl-refiner": Model(
         REFINER,
         repo="stabilityai/stable-diffusion-xl-refiner-1.0",

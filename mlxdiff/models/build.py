@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import get_type_hints
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import Error
@@ -77,7 +78,11 @@ def check_size(config: Config) -> None:
 def build(config: Config) -> nn.Module:
     """The network of a Config. Its parameters are lazy: building it allocates nothing but the layers' objects."""
     check_size(config)
-    return NETWORKS[name_of(config)][1](config)
+    network = NETWORKS[name_of(config)][1](config)
+    # MLX draws initial weights from the process's one key. Nobody evaluates these weights, so the key would become a
+    # chain of splits that grows with every network: by 80 kB for a small one.
+    mx.eval(mx.random.state)
+    return network
 
 
 _AGAIN = "Convert the checkpoint again."
