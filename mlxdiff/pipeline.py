@@ -216,7 +216,7 @@ class Pipeline:
                     picture = picture if event.image is None else event.image
                     yield event._replace(image=None, hires=i)
             picture = picture.resize((second.width, second.height), Image.Resampling.LANCZOS)
-            for event in self._pass(replace(second, image=picture)):
+            for event in self._pass(replace(second, image=picture, image_hash=images.fingerprint(picture))):
                 yield event._replace(hires=i)
 
     def _upscale(self, request: Request, image: Image.Image) -> Iterator[Event]:

@@ -251,6 +251,7 @@ MAY = {
         "mlxdiff.builtin",
         "mlxdiff.conditioning",
         "mlxdiff.description",
+        "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.guidance",
         "mlxdiff.images",
