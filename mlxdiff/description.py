@@ -167,15 +167,14 @@ class Description:
         """Raise if this model cannot take that many pictures, or a strength or a mask beside them, or lacks one."""
         request.check_mask()
         count, edits = len(request.pictures), self.row.edits
-        if edits and request.hires is not None:
-            fix = "Enlarge the finished picture: `upscaler=MODEL`."
-            raise Error(f"{self.name} edits: it begins with no picture, as hires would do.", fix)
-        if request.masked and request.hires is not None:
-            fix = "Enlarge the finished picture: `upscaler=MODEL`."
-            raise Error("hires draws the whole picture anew, and a mask only a part.", fix)
         if edits and request.masked:
             fix = "Say in the prompt what to change, or use a model that does not edit."
             raise Error(f"{self.name} edits: it takes no mask.", fix)
+        if edits and request.hires is not None:
+            fix = "Enlarge the finished picture: `upscaler=MODEL`."
+            raise Error(f"{self.name} edits: it begins with no picture, as hires would do.", fix)
+        if request.hires is not None and (request.masked or self.row.reads):
+            raise Error("hires draws the whole picture on, a mask a part of it.", "Enlarge the finished picture.")
         if edits and request.strength is not None:
             raise Error(f"{self.name} edits: it takes no strength.", "Leave `strength` out.")
         if edits and count > edits:

@@ -111,8 +111,8 @@ _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
   mlxdiff generate "make it winter" -m flux2-klein -i photo.png
-  mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
   mlxdiff generate "a red door" -m sdxl -i photo.png --mask door.png
+  mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """

@@ -44,9 +44,9 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float32) / 255 * 2 - 1
 
 
-def read(source: str | Path | Image.Image, ground: str | None = "white") -> Image.Image:
+def read(source: str | Path | Image.Image, ground: str = "white", alpha: bool = False) -> Image.Image:
     """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on a ground, 16 bits
-    rounded to 8, and of an animation the first frame. ground None: what is transparent stays so, in RGBA."""
+    rounded to 8, and of an animation the first frame. alpha: what is transparent stays so, in RGBA."""
     with _readable(source) as (name, image):
         kind, image = image.format, ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # 16 bits in both cases
@@ -55,7 +55,7 @@ def read(source: str | Path | Image.Image, ground: str | None = "white") -> Imag
             raise Error(f"{name} has more than 16 bits a channel.", "Save it with 8 bits a channel, as PNG or JPEG.")
         if 0 in image.size:
             raise Error(f"{name} has no pixels: it is {image.width} x {image.height}.", "Give another picture.")
-        if image.has_transparency_data and ground is None:
+        if image.has_transparency_data and alpha:
             return image.convert("RGBA")
         if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time
             image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))

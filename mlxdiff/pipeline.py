@@ -160,7 +160,8 @@ class Pipeline:
     def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
-        return self.starts.resolve(self._upscaled(self.attached.resolve(asked(prompt, settings))))
+        request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
+        return self.starts.resolve(request)
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
@@ -216,7 +217,7 @@ class Pipeline:
                     picture = picture if event.image is None else event.image
                     yield event._replace(image=None, hires=i)
             picture = picture.resize((second.width, second.height), Image.Resampling.LANCZOS)
-            for event in self._pass(replace(second, image=picture, image_hash=images.fingerprint(picture))):
+            for event in self._pass(replace(second, image=picture)):
                 yield event._replace(hires=i)
 
     def _upscale(self, request: Request, image: Image.Image) -> Iterator[Event]:

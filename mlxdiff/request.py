@@ -21,8 +21,8 @@ from .noise import SOURCES
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
 MAX_EDGE = 16384
 MAX_SCALE = 10  # of a LoRA
-MAX_HIRES = 8  # times
 MAX_BLUR = 256
+MAX_HIRES = 8  # times
 STRENGTH = 0.6
 ALPHA = "alpha"  # as a mask: what is transparent in the start image
 
@@ -143,7 +143,8 @@ class Request:
     def but(self, settings: dict) -> "Request":
         """The request with other settings. Fingerprints of files that these replace are dropped."""
         files = {"image_hash": {"image"}, "mask_hash": {"mask", "image"}}
-        files |= {"lora_hashes": {"loras"}, "embedding_hashes": {"embeddings"}, "upscaler_hash": {"upscaler"}}
+        files |= {"lora_hashes": {"loras"}, "embedding_hashes": {"embeddings"}}
+        files |= {"upscaler_hash": {"upscaler"}}
         dropped = {f.name: f.default for f in fields(self) if files.get(f.name, set()) & settings.keys()}
         return replace(self, **dropped | settings)
 
@@ -269,20 +270,6 @@ class Request:
             fix = f"{did_you_mean(str(self.noise), SOURCES)}Use one of {', '.join(SOURCES)}."
             raise Error(f"Noise {self.noise!r} is not known.", fix)
 
-    def check_hires(self) -> None:
-        """Raise unless hires is one or two numbers in range, and the upscaler a name or a path."""
-        if self.hires is not None:
-            if not isinstance(self.hires, tuple | list) or len(self.hires) not in (1, 2):
-                fix = "Give how many times to enlarge, or that and a strength, such as (2, 0.5)."
-                raise Error(f"hires {reprlib.repr(self.hires)} is not one or two numbers.", fix)
-            _number("hires", self.hires[0], 1, MAX_HIRES)
-            if len(self.hires) > 1:
-                _number("the strength of hires", self.hires[1], 0, 1)
-        if not isinstance(self.upscaler, str | Path | None):
-            raise Error(f"The upscaler is {type(self.upscaler).__name__}, not a name or a path.", "Give text.")
-        if self.upscaler_hash is not None and self.upscaler is None:
-            raise Error("These settings need an upscaler, and none was given.", "Give it as `upscaler=FILE`.")
-
     def check_mask(self) -> None:
         """Raise if the settings of a mask contradict one another, before its file is read."""
         if not isinstance(self.mask, Picture | None):
@@ -307,6 +294,20 @@ class Request:
             raise Error(f"{name.split('=')[0]} has no meaning without a mask.", f"Leave `{name}` out, or add a mask.")
         if self.mask_crop is not None and any(self.outpaint):
             raise Error("mask_crop draws a part, outpaint adds to the whole.", "Leave `mask_crop` or `outpaint` out.")
+
+    def check_hires(self) -> None:
+        """Raise unless hires is one or two numbers in range, and the upscaler a name or a path."""
+        if self.hires is not None:
+            if not isinstance(self.hires, tuple | list) or len(self.hires) not in (1, 2):
+                fix = "Give how many times to enlarge, or that and a strength, such as (2, 0.5)."
+                raise Error(f"hires {reprlib.repr(self.hires)} is not one or two numbers.", fix)
+            _number("hires", self.hires[0], 1, MAX_HIRES)
+            if len(self.hires) > 1:
+                _number("the strength of hires", self.hires[1], 0, 1)
+        if not isinstance(self.upscaler, str | Path | None):
+            raise Error(f"The upscaler is {type(self.upscaler).__name__}, not a name or a path.", "Give text.")
+        if self.upscaler_hash is not None and self.upscaler is None:
+            raise Error("These settings need an upscaler, and none was given.", "Give it as `upscaler=FILE`.")
 
     def check_adapters(self) -> None:
         """Raise unless the LoRAs and the embeddings are lists of texts, before their files are read."""

@@ -48,7 +48,8 @@ class Starts:
     def pictures(self, request: Request) -> pictures.Taken:
         """The pictures of a resolved request."""
         held = self._taken is not None and self._taken[0] == (request.hashes, request.mask_hash)
-        return self._taken[1] if held else pictures.read(request)
+        known = len(request.hashes) == len(request.pictures)  # a second pass begins with a picture that is in no file
+        return self._taken[1] if held and known else pictures.read(request)
 
     def begin(
         self, request: Request, schedule: Schedule, sigma: float, draw: Callable[[], mx.array], given: np.ndarray | None

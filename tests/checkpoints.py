@@ -53,6 +53,15 @@ def full(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     return raw(path, entries, body=b"".join(v.tobytes() for v in arrays.values()))
 
 
+def seal_again(folder: Path) -> None:
+    """Let a changed model folder pass for one that a conversion wrote."""
+    file = folder / "model.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["seal"] = seal.of(folder, lambda done, total: None)
+    values["hash"] = description.hash_of(values)
+    file.write_text(json.dumps(values), encoding="utf-8")
+
+
 def esrgan(fold: int, width: int, growth: int, blocks: int, doublings: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights of an upscaler by BasicSR's names, of the scale that keeps what they are given."""
     rng, held = np.random.default_rng(seed), {}
@@ -70,12 +79,3 @@ def esrgan(fold: int, width: int, growth: int, blocks: int, doublings: int, seed
         conv(name, width, width)
     conv("conv_last", width, 3)
     return held
-
-
-def seal_again(folder: Path) -> None:
-    """Let a changed model folder pass for one that a conversion wrote."""
-    file = folder / "model.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    values["seal"] = seal.of(folder, lambda done, total: None)
-    values["hash"] = description.hash_of(values)
-    file.write_text(json.dumps(values), encoding="utf-8")

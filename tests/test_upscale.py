@@ -404,7 +404,7 @@ def test_previews_of_both_passes(here):
 BAD_HIRES = [
     (
         {"hires": 2, "image": Image.new("RGB", (64, 64)), "outpaint": (64, 0, 0, 0)},
-        "hires draws the whole picture anew",
+        "hires draws the whole picture on, a mask a part of it",
     ),
     ({"hires": 0.5}, "Hires must be a number from 1 to 8; 0.5 was given"),
     ({"hires": float("nan")}, "Hires must be a number from 1 to 8; nan was given"),

@@ -73,7 +73,7 @@ class Upscaler:
 
     def __call__(self, image: str | Path | Image.Image) -> Image.Image:
         """The image enlarged. What is transparent stays so."""
-        *_, last = self.tiles(images.read(image, ground=None))
+        *_, last = self.tiles(images.read(image, alpha=True))
         return last.image
 
     def size(self, size: tuple[int, int]) -> tuple[int, int]:

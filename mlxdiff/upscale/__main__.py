@@ -62,7 +62,7 @@ def enlarge(args: argparse.Namespace) -> int:
         if target is None or into:
             name = images.numbered(picture.with_suffix(".png"), f"x{upscaler.scale}").name
             target = (picture.parent if target is None else target) / name
-        image, texts = images.read(picture, ground=None), images.texts(picture)
+        image, texts = images.read(picture, alpha=True), images.texts(picture)
         images.check_fits(target, upscaler.size(image.size), image.mode)
         with Bar(args.json, sys.stdout) as bar:
             for tile in upscaler.tiles(image):
