@@ -26,7 +26,7 @@ like: the network's Config as published, or None where it is not known. called: 
 schedule: what its scheduler file says, or None. components, others: the networks of the checkpoint, by their
 components."""
 
-from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import clip, flux, flux2, ip_adapter, qwen3, redux, sd3, t5, taesd, unet, vae, vision, zimage
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
 # of FLUX.1 and some more.
@@ -40,6 +40,9 @@ MODULES = {
     "qwen3": qwen3,
     "vae": vae,
     "taesd": taesd,
+    "vision": vision,
+    "ip_adapter": ip_adapter,
+    "redux": redux,
     "clip": clip,
 }
 LAYOUTS = {name: layout for module in MODULES.values() for name, layout in module.LAYOUTS.items()}

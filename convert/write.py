@@ -73,9 +73,10 @@ def save(
     return target
 
 
-def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
-    """The networks of `source`, without a converted copy: for a decoder of a few megabytes."""
-    checkpoint, networks = open(source), {}
+def read(source: str | Path, dtype: mx.Dtype, layout: str | None = None) -> dict[str, nn.Module]:
+    """The networks of `source`, without a converted copy: for those that are small, or needed once for a picture.
+    layout: see `open`."""
+    checkpoint, networks = open(source, layout=layout), {}
     check(checkpoint)
     for name, part in checkpoint.components.items():
         networks[name] = build.build(part.config)
@@ -83,10 +84,19 @@ def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
     return networks
 
 
+_REFERENCE = "Name the model that draws, and give the file with a picture: `references=[(PICTURE, FILE)]`."
+_USES = {
+    "taesd": "Draw previews by it: `taesd=FILE`.",
+    "ip-adapter": _REFERENCE,
+    "redux": _REFERENCE,
+    "vision": "It reads pictures for an adapter: put its folder beside the adapter's file, under the name image_encoder.",
+}
+
+
 def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
-    if checkpoint.family == "taesd":
-        raise Error(f"{checkpoint.path} is a TAESD, which is used as it is.", "Draw previews by it: `taesd=FILE`.")
+    if checkpoint.family in _USES:
+        raise Error(f"{checkpoint.path} is {checkpoint.layout.title}, which is no model by itself.", _USES[checkpoint.family])
     held, lacking = list(checkpoint.components), checkpoint.lacking
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""

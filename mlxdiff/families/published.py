@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..models import clip, qwen3, t5, unet, vae
+from ..models import clip, qwen3, t5, unet, vae, vision
 from .base import EMBEDDED, Careful, Defaults, Variant
 
 CLIP_L = clip.Config(
@@ -28,6 +28,32 @@ T5_XXL = t5.Config(
     hidden=10240,
     buckets=32,
     max_distance=128,
+    eps=1e-6,
+)
+CLIP_VIT_H = vision.Config(  # of IP-Adapters
+    size=224,
+    patch=14,
+    width=1280,
+    layers=32,
+    heads=16,
+    hidden=5120,
+    act="gelu",
+    projection=1024,
+    class_token=True,
+    eps=1e-5,
+)
+CLIP_VIT_BIGG = replace(CLIP_VIT_H, width=1664, layers=48, hidden=8192, projection=1280)
+CLIP_VIT_L = replace(CLIP_VIT_H, width=1024, layers=24, hidden=4096, act="quick_gelu", projection=768)
+SIGLIP = vision.Config(  # of Redux
+    size=384,
+    patch=14,
+    width=1152,
+    layers=27,
+    heads=16,
+    hidden=4304,
+    act="gelu_tanh",
+    projection=None,
+    class_token=False,
     eps=1e-6,
 )
 QWEN3_4B = qwen3.Config(  # whole: a family says which of its layers are read

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ..errors import Error
 from ..foreign import fits
-from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import clip, flux, flux2, ip_adapter, qwen3, redux, sd3, t5, taesd, unet, vae, vision, zimage
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
@@ -21,9 +21,13 @@ NETWORKS = {
     "zimage": (zimage.Config, zimage.ZImage),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
+    "vision": (vision.Config, vision.Vision),
+    "ip_adapter": (ip_adapter.Config, ip_adapter.IPAdapter),
+    "redux": (redux.Config, redux.Redux),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
 Config |= flux2.Config | zimage.Config | vae.Config | taesd.Config
+Config |= vision.Config | ip_adapter.Config | redux.Config
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
 # The fields of Configs that count layers.
 _LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks")
