@@ -42,6 +42,14 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
     what = f"how much of a start image to redraw; 1 is all ({STRENGTH})"
     g.add_argument("--strength", type=float, metavar="F", help=what)
+    what = "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file"
+    form = ("[MODEL] IMAGE", "SCALE [FROM TO]")
+    g.add_argument("--control", dest="controls", action="append", nargs="+", metavar=form, help=what)
+    what = "controls guide the prompt's pass alone: the picture decides more, the prompt less"
+    g.add_argument("--guess", action="store_true", default=None, help=what)
+    what = "a picture whose style or things to take over, and the adapter that reads it: hub id, folder or file"
+    form = ("[MODEL] IMAGE", "SCALE")
+    g.add_argument("--reference", dest="references", action="append", nargs="+", metavar=form, help=what)
     g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
 
     g = p.add_argument_group("how to draw it")

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from . import arguments, dialects, samplers, schedules
 from .errors import Error, did_you_mean
 from .foreign import fits
+from .guides import Guide, Picture, guides
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
@@ -23,7 +24,7 @@ MAX_EDGE = 16384
 MAX_SCALE = 10  # of a LoRA
 STRENGTH = 0.6
 
-Picture = str | Path | Image
+Guides = tuple[Guide, ...] | list[Guide | Picture | tuple]
 Call = TypeVar("Call", bound=Callable)
 
 
@@ -73,6 +74,11 @@ class Request:
     embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
     "moss.safetensors=<moss>". None stands for those that the model was loaded with.
     embedding_hashes: fingerprints of these files, as for LoRA.
+    controls: pictures that the drawing follows line by line, each with the network that reads it (ControlNet): a list
+    of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
+    and to.
+    references: pictures whose style or things the drawing takes over, in the same form, without a part of the steps.
+    guess: whether controls guide the prompt's pass alone, so that they decide more than the prompt does.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
     prompt: str
@@ -103,10 +109,15 @@ class Request:
     lora_hashes: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
     embedding_hashes: tuple[str, ...] = ()
+    controls: Guides = ()
+    references: Guides = ()
+    guess: bool = False
     noise: str = "torch"
 
     def __post_init__(self):
-        """One spelling for each number of pictures: None, the picture alone, or a tuple of several."""
+        """One spelling for each number of pictures: None, the picture alone, or a tuple of several; and for guides."""
+        object.__setattr__(self, "controls", guides(self.controls, "control"))
+        object.__setattr__(self, "references", guides(self.references, "reference"))
         for name in ("image", "image_hash"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -206,6 +217,7 @@ class Request:
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} is not a list of layers.", "Give a few, such as (7, 8, 9).")
         self.check_adapters()
+        self.check_guides()
         if self.schedule not in schedules.SPACINGS:
             fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
             raise Error(f"Schedule {self.schedule!r} is not known.", fix)
@@ -223,6 +235,25 @@ class Request:
         for text in self.loras or ():
             _number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
 
+    def check_guides(self) -> None:
+        """Raise unless the guides have pictures and numbers in range, before their files are read."""
+        for name, several in (("control", self.controls), ("reference", self.references)):
+            for guide in several:
+                if guide.image is None:
+                    fix = f"Give that picture again: `{name}s=[...]`."
+                    raise Error(f"These settings need the picture of a {name}, which was no file.", fix)
+                if not isinstance(guide.model, str | Path | None):
+                    problem = f"The model of a {name} is {type(guide.model).__name__}, not a name or a path."
+                    raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
+                _number(f"{name} scale", guide.scale, 0, MAX_SCALE)
+                _span(f"{name} interval", guide.interval)
+                if guide.mode is not None:
+                    _text(f"mode of a {name}", guide.mode)
+        if not isinstance(self.guess, bool):
+            raise Error(f"guess {self.guess!r} is neither true nor false.", "Use `guess=True` to guess.")
+        if self.guess and not self.controls:
+            raise Error("guess is for controls, and there is none.", "Leave `guess` out, or add `controls=[...]`.")
+
     def singles(self) -> list["Request"]:
         """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""
         return [replace(self, seed=self.seed + i, count=1) for i in range(self.count)]
@@ -232,7 +263,7 @@ class Request:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if any(isinstance(picture, Image) for picture in self.pictures):
             values["image"] = None
-        text = json.dumps(values, ensure_ascii=False, default=lambda v: str(v) if isinstance(v, Path) else None)
+        text = json.dumps(values, ensure_ascii=False, default=_plain)
         # A path that is not UTF-8 has lone surrogates, which JSON escapes, and which come back when it is read.
         return "".join(f"\\u{ord(c):04x}" if "\ud800" <= c <= "\udfff" else c for c in text)
 
@@ -253,7 +284,7 @@ class Request:
                 raise Error(problem, "Update mlxdiff.")
             if not fits(value, types[name]):
                 raise ValueError(f"{name} is {reprlib.repr(value)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**{k: tuple(map(_made, v)) if isinstance(v, list) else v for k, v in values.items()})
 
 
 class Settings(TypedDict, total=False):
@@ -286,6 +317,9 @@ class Settings(TypedDict, total=False):
     lora_hashes: tuple[str, ...]
     embeddings: tuple[str, ...] | None
     embedding_hashes: tuple[str, ...]
+    controls: Guides
+    references: Guides
+    guess: bool
     noise: str
 
 
@@ -332,6 +366,18 @@ def takes_settings(call: Call) -> Call:
     meanings = inspect.getdoc(Request).partition("\n\n")[2].partition("\n")[2]  # without the line about the prompt
     call.__doc__ = f"{inspect.getdoc(call)}\n\n{meanings}"
     return call
+
+
+def _plain(value):
+    """A value that JSON does not have. Of a picture that is not a file nothing is kept."""
+    if isinstance(value, Guide):
+        return {f.name: getattr(value, f.name) for f in fields(Guide)}
+    return str(value) if isinstance(value, Path) else None
+
+
+def _made(value):
+    """The reverse of `_plain`, for values whose types were checked."""
+    return Guide(**value) if isinstance(value, dict) else value
 
 
 def _several(value) -> tuple:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 # Settings whose flag is not simply `--` and their name.
 FLAGS = {
     "bits": "-q",
+    "controls": "--control",
     "count": "-b",
     "embeddings": "--embedding",
     "guidance": "-g",
@@ -17,6 +18,7 @@ FLAGS = {
     "model": "-m",
     "negative": "-n",
     "output": "-o",
+    "references": "--reference",
     "seed": "-s",
     "width": "-W",
 }
