@@ -13,7 +13,8 @@ TABLE: list[Row] = [
     (r"^ip_adapter_proj_model\.", "image_proj."),
     (r"^double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.", r"layers.\1.to_\2_ip."),
 ]
-LAYOUTS = {"ip-adapter": Layout("an IP-Adapter", [(r"^", "ip_adapter.")], {"ip_adapter": "ip_adapter"})}
+USE = "Name the model that draws, and give the file with a picture: `references=[(FILE, PICTURE)]`."
+LAYOUTS = {"ip-adapter": Layout("an IP-Adapter", [(r"^", "ip_adapter.")], {"ip_adapter": "ip_adapter"}, use=USE)}
 CLASSES = ()
 ORIGINAL = r"^(ip_adapter|image_proj|ip_adapter_proj_model)\.|\.ip_adapter_\w+_proj\."
 FACE_ID = "an IP-Adapter FaceID, which reads faces by insightface"
@@ -59,8 +60,9 @@ def config(shapes: Shapes, like: Config | None) -> Config:
     widths = tuple(shapes.size(f"layers.{i}.to_k_ip.weight", 0) for i in range(layers))
     if not widths:
         raise Lacking("layers.0.to_k_ip.weight")
-    bias = "layers.0.to_k_ip.bias" in shapes
-    return Config(kind=kind, image=image, context=context, tokens=tokens, **inner, widths=widths, bias=bias)
+    if kind == "plain" and "layers.0.to_k_ip.bias" in shapes:
+        kind = "xlabs"
+    return Config(kind=kind, image=image, context=context, tokens=tokens, **inner, widths=widths)
 
 
 def from_json(s: Settings, cls: str) -> Config:

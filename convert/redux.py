@@ -1,11 +1,12 @@
 """FLUX.1 Redux: the embedder alone in a file, and in diffusers' folder. Both have the same names."""
 
 from ..models.redux import Config
+from .ip_adapter import USE
 from .layout import Layout
 from .rules import Row, Shapes
 from .settings import Settings
 
-LAYOUTS = {"redux": Layout("a FLUX Redux embedder", [(r"^", "redux.")], {"redux": "redux"})}
+LAYOUTS = {"redux": Layout("a FLUX Redux embedder", [(r"^", "redux.")], {"redux": "redux"}, use=USE)}
 CLASSES = ("ReduxImageEncoder",)
 ORIGINAL = r"(?!)"
 

@@ -14,7 +14,14 @@ TABLE: list[Row] = [
     (r"^(vision_model\.)?head\.", None),  # SigLIP's pooling, which Redux does not read
     (r"^vision_model\.", ""),
 ]
-LAYOUTS = {"vision": Layout("a vision model", [(r"^", "image_encoder.")], {"image_encoder": "vision"})}
+LAYOUTS = {
+    "vision": Layout(
+        "a vision model",
+        [(r"^", "image_encoder.")],
+        {"image_encoder": "vision"},
+        use="It reads pictures for an adapter if its folder is called image_encoder and lies beside the adapter.",
+    )
+}
 CLASSES = ("CLIPVisionModelWithProjection", "CLIPVisionModel", "SiglipVisionModel")
 ORIGINAL = r"(?!)"
 _PATCH = "embeddings.patch_embedding.weight"

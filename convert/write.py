@@ -84,19 +84,12 @@ def read(source: str | Path, dtype: mx.Dtype, layout: str | None = None) -> dict
     return networks
 
 
-_REFERENCE = "Name the model that draws, and give the file with a picture: `references=[(PICTURE, FILE)]`."
-_USES = {
-    "taesd": "Draw previews by it: `taesd=FILE`.",
-    "ip-adapter": _REFERENCE,
-    "redux": _REFERENCE,
-    "vision": "It reads pictures for an adapter: put its folder beside the adapter's file, under the name image_encoder.",
-}
-
-
 def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
-    if checkpoint.family in _USES:
-        raise Error(f"{checkpoint.path} is {checkpoint.layout.title}, which is no model by itself.", _USES[checkpoint.family])
+    if checkpoint.layout.use:
+        raise Error(
+            f"{checkpoint.path} is {checkpoint.layout.title}, which is no model by itself.", checkpoint.layout.use
+        )
     held, lacking = list(checkpoint.components), checkpoint.lacking
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""

@@ -34,6 +34,7 @@ from .errors import Error
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
+from .references import References, extended, sides
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
@@ -125,6 +126,7 @@ class Pipeline:
         self.description.check_draws()
         self.low_memory, self.force = low_memory, force
         self.attached = Attached(networks.folder, networks.description, offline)
+        self.references = References(networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
@@ -156,7 +158,7 @@ class Pipeline:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
         request = asked(prompt, settings)
-        request = self.attached.resolve(request)
+        request = self.references.resolve(self.attached.resolve(request))
         if request.image is None:
             return self.description.resolve(request)
         pictures = [images.read(picture) for picture in request.pictures]
@@ -217,9 +219,10 @@ class Pipeline:
         steps = schedule.taken(request.steps, request.strength) if model.starts(request) else request.steps
         sigmas = whole[-1 - steps :]
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
-        texts = []
+        texts, seen = [], (yield from self.references.see(request))
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
+        texts[0] = extended(texts[0], request.references, seen)
 
         draw, start_latents, references = self.noise(request), None, []
         if model.starts(request):  # the seed's first draw goes to the VAE, as in diffusers
@@ -234,8 +237,8 @@ class Pipeline:
             x = schedule.noised(start_latents, first, sigmas[0])
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            read = references if pipe is self else []
-            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole, read)
+            read, shown = (references, sides(request.references, seen)) if pipe is self else ([], [])
+            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole, read, shown)
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
@@ -344,10 +347,11 @@ class Pipeline:
         texts: list,
         sigmas: list[float],
         references: Sequence[mx.array] = (),
+        pictures: Sequence[conditioning.Sides] = (),
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; references: the
-        latents of pictures to edit."""
+        latents of pictures to edit; pictures: what IP-Adapters give."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -361,7 +365,7 @@ class Pipeline:
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
-        conds = conditioning.prepare(model, source, request, ts, texts, both, references)
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references, pictures)
         del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for

@@ -83,7 +83,14 @@ ALONE = {
     "taesdxl": ("taesd", "base", "taesd"),
     "taesdxl_decoder_single": ("taesd", "base", "taesd"),
 }
-BUFFERS = ("vision_model.head.", "num_batches_tracked", "position_ids", "model_ema.", "alphas_cumprod", "betas")  # and what is not read
+BUFFERS = (
+    "vision_model.head.",
+    "num_batches_tracked",
+    "position_ids",
+    "model_ema.",
+    "alphas_cumprod",
+    "betas",
+)  # and what is not read
 # By what our parameters are counted: such files take fused layers apart, or hold the words twice.
 LIKE = {
     "comfy_t5xxl_fp16": "t5xxl_encoder",

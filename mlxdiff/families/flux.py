@@ -56,6 +56,7 @@ FLUX = Family(
     activations=_activations,
     guidance=INPUT,
     patch=2,
+    references=("ip_adapter", "redux"),
     takes=("shift", "true_cfg"),
     cut=_cut,
     variants={

@@ -56,6 +56,7 @@ SIGLIP = vision.Config(  # of Redux
     class_token=False,
     eps=1e-6,
 )
+VISION = {"CLIP ViT-H": CLIP_VIT_H, "CLIP ViT-bigG": CLIP_VIT_BIGG, "CLIP ViT-L": CLIP_VIT_L, "SigLIP so400m": SIGLIP}
 QWEN3_4B = qwen3.Config(  # whole: a family says which of its layers are read
     vocab=151936,
     width=2560,

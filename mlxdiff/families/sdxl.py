@@ -31,6 +31,7 @@ SDXL = Family(
     preview=_PREVIEW,
     careful=UNET_CAREFUL,
     activations=unet_activations,
+    references=("ip_adapter",),
     zero_negative=True,
     variants=unet_variants(_DEFAULTS),
 )
@@ -41,6 +42,7 @@ REFINER = replace(
     text=TextPlan(
         clip=("text_encoder_2",), final_norm=False, pooled=("text_encoder_2",), sizes=True, scores=(6.0, 2.5)
     ),
+    references=(),
     zero_negative=False,
 )
 FAMILIES = (SDXL, REFINER)

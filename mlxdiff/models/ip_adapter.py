@@ -1,6 +1,6 @@
-"""IP-Adapter (Ye et al. 2023): a picture as a few more tokens, which a denoiser's text layers read by keys and values of
-their own. Plain adapters read the pooled output of a vision model, Plus and Full what its last layer reads. Names are
-those of the published files."""
+"""IP-Adapter (Ye et al. 2023): a picture as a few more tokens, which a denoiser's text layers read by keys and values
+of their own. Plain adapters read the pooled output of a vision model, Plus and Full what its last layer reads. Names
+are those of the published files."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ Pair = tuple[mx.array, mx.array]
 
 @dataclass(frozen=True)
 class Config:
-    kind: str  # plain, plus or full
+    kind: str  # a key of PROJECTIONS
     image: int  # width of what it reads
     context: int  # width of its tokens
     tokens: int | None  # how many it makes; None: as many as it reads
@@ -24,7 +24,19 @@ class Config:
     layers: int  # of the projection
     hidden: int | None
     widths: tuple[int, ...]  # of the denoiser's layers, in the order of the file
-    bias: bool  # of keys and values
+
+    @property
+    def pools(self) -> bool:
+        """Whether it reads the pooled output."""
+        return PROJECTIONS[self.kind] is Plain
+
+    def misfit(self, net) -> str:
+        """Why a denoiser of this Config cannot read its tokens; "" if it can."""
+        if self.context != net.context:
+            return f"makes tokens {self.context} wide, and those of the denoiser are {net.context} wide"
+        if self.widths != net.reading:
+            return f"has {len(self.widths)} layers of other widths than the denoiser's {len(net.reading)}"
+        return ""
 
 
 class Plain(nn.Module):
@@ -42,7 +54,12 @@ class Full(nn.Module):
         super().__init__()
         width = config.hidden
         act = nn.GELU()
-        self.proj = [nn.Linear(config.image, width), act, nn.Linear(width, config.context), nn.LayerNorm(config.context)]
+        self.proj = [
+            nn.Linear(config.image, width),
+            act,
+            nn.Linear(width, config.context),
+            nn.LayerNorm(config.context),
+        ]
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.proj:
@@ -111,7 +128,7 @@ class KeysValues(nn.Module):
         return self.to_k_ip(tokens), self.to_v_ip(tokens)
 
 
-PROJECTIONS = {"plain": Plain, "plus": Resampler, "full": Full}
+PROJECTIONS = {"plain": Plain, "plus": Resampler, "full": Full, "xlabs": Plain}  # the last is for FLUX.1
 
 
 class IPAdapter(nn.Module):
@@ -119,9 +136,9 @@ class IPAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.image_proj = PROJECTIONS[config.kind](config)
-        self.layers = [KeysValues(config.context, width, config.bias) for width in config.widths]
+        self.layers = [KeysValues(config.context, width, config.kind == "xlabs") for width in config.widths]
 
     def __call__(self, seen: Output) -> list[Pair]:
         """Keys and values (B, tokens, width) for each of the denoiser's layers, in the order of the file."""
-        tokens = self.image_proj(seen.pooled if self.config.kind == "plain" else seen.inner)
+        tokens = self.image_proj(seen.pooled if self.config.pools else seen.inner)
         return [layer(tokens) for layer in self.layers]

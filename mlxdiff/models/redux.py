@@ -14,6 +14,12 @@ class Config:
     image: int  # width of what it reads
     hidden: int
     context: int  # width of its tokens
+    pools = False  # it reads every token
+
+    def misfit(self, net) -> str:
+        """Why a denoiser of this Config cannot read its tokens; "" if it can."""
+        wrong = f"makes tokens {self.context} wide, and those of the denoiser are {net.context} wide"
+        return wrong if self.context != net.context else ""
 
 
 class Redux(nn.Module):

@@ -1,7 +1,7 @@
 """The Stable Diffusion U-Net: SD 1.x, SD 2.x, SDXL and its refiner, inpainting, LCM and distilled models; they differ
 in their Config. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -30,6 +30,13 @@ class Config:
     added: int | None  # SDXL: width of pooled text and sizes together
     flip_sin_to_cos: bool
     freq_shift: int
+
+    @property
+    def reading(self) -> tuple[int, ...]:
+        """Widths of the layers that read text, in the order in which IP-Adapters number them: down, up, middle."""
+        down, up = zip(self.channels, self.depth, strict=True), zip(self.channels[::-1], self.up_depth, strict=True)
+        sides = [c for c, depth in (*down, *up) for _ in range(sum(depth))]
+        return (*sides, *[self.channels[-1]] * (self.mid_depth or 0))
 
 
 class GEGLU(nn.Module):
@@ -60,7 +67,7 @@ class TransformerLayer(nn.Module):
         self.norm3 = nn.LayerNorm(c)
         self.ff = FeedForward(c)
 
-    def __call__(self, x: mx.array, kv: tuple[mx.array, mx.array]) -> mx.array:
+    def __call__(self, x: mx.array, kv: tuple[mx.array, ...]) -> mx.array:
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.kv(y))
         x = x + self.attn2(self.norm2(x), kv)
@@ -134,6 +141,11 @@ class UpBlock(Block):
         return x
 
 
+def _readers(blocks: list[Block]) -> list[Attention]:
+    """The layers that read text."""
+    return [layer.attn2 for block in blocks for a in block.attentions for layer in a.transformer_blocks]
+
+
 class UNet(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -172,7 +184,7 @@ class UNet(nn.Module):
         x: mx.array,
         t: float | mx.array,
         *,
-        kv: list[tuple[mx.array, mx.array]],
+        kv: list[tuple[mx.array, ...]],
         times: dict[float, list[mx.array]],
         added: mx.array | None,
         guidance: mx.array | None,
@@ -201,9 +213,11 @@ class UNet(nn.Module):
         pooled: mx.array | None = None,
         time_ids: mx.array | None = None,
         guidance_embedding: mx.array | None = None,
+        pictures: Sequence[list[tuple[mx.array, mx.array]]] = (),
     ) -> dict:
         """All inputs that do not depend on x, made once per picture: text keys and values, and each block's shift at
-        each time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5)."""
+        each time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5).
+        pictures: of each IP-Adapter, keys and values (B, n, c) for every layer that reads text."""
         dtype = self.conv_in.weight.dtype
         added = guidance = None
         if self.config.added is not None:
@@ -215,8 +229,14 @@ class UNet(nn.Module):
         if ts is not None:
             shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # per block (T, B or 1, c)
             times = {t: of_time(shifts, i) for i, t in enumerate(ts)}
-        layers = [m.attn2 for block in self.blocks() for a in block.attentions for m in a.transformer_blocks]
+        layers = _readers(self.blocks())
         kv = [layer.kv(context.astype(dtype)) for layer in layers]
+        if pictures:
+            first, last = (len(_readers(blocks)) for blocks in (self.down_blocks, self.up_blocks))
+            for of_adapter in pictures:  # adapters number the layers down, up, middle
+                ours = [*of_adapter[:first], *of_adapter[first + last :], *of_adapter[first : first + last]]
+                for i, (layer, (k, v)) in enumerate(zip(layers, ours, strict=True)):
+                    kv[i] = (*kv[i], *layer.of_heads(k.astype(dtype), v.astype(dtype)))
         return {"kv": kv, "times": times, "added": added, "guidance": guidance}
 
     def blocks(self) -> list[Block]:

@@ -1,6 +1,6 @@
 """Vision transformers that read a picture for a denoiser: CLIP's (Radford et al. 2021) and SigLIP's (Zhai et al. 2023).
-pixels (B, h, w, 3), as `images.encoder_pixels` makes them -> Output. Names as in transformers' CLIPVisionModelWithProjection and
-SiglipVisionModel, without `vision_model.`."""
+pixels (B, size, size, 3) -> Output. Names as in transformers' CLIPVisionModelWithProjection and SiglipVisionModel,
+without `vision_model.`."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -5,7 +5,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
