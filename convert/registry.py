@@ -29,8 +29,11 @@ components."""
 from . import clip, flux, flux2, ip_adapter, qwen3, redux, sd3, t5, taesd, unet, vae, vision, zimage
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
-# of FLUX.1 and some more.
+# of FLUX.1 and some more; an adapter's may hold those of a denoiser.
 MODULES = {
+    "ip_adapter": ip_adapter,
+    "redux": redux,
+    "vision": vision,
     "flux2": flux2,
     "flux": flux,
     "sd3": sd3,
@@ -40,9 +43,6 @@ MODULES = {
     "qwen3": qwen3,
     "vae": vae,
     "taesd": taesd,
-    "vision": vision,
-    "ip_adapter": ip_adapter,
-    "redux": redux,
     "clip": clip,
 }
 LAYOUTS = {name: layout for module in MODULES.values() for name, layout in module.LAYOUTS.items()}

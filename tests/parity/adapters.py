@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipVisionConfig, SiglipVisionModel
 
 from .oracle import randomize
+from .tiny import louder
 
 State = dict[str, dict[str, torch.Tensor]]  # as diffusers takes it: image_proj and ip_adapter
 
@@ -82,3 +84,36 @@ def plus(unet, seed: int, reads: int = 32, width: int = 40, heads: int = 2, toke
         proj |= {f"{attend}.to_out.weight": r(width, inner)}
         proj |= {f"{mlp}.1.weight": r(4 * width, width), f"{mlp}.3.weight": r(width, 4 * width)}
     return {"image_proj": proj, "ip_adapter": keys_values(unet, r)}
+
+
+def xlabs(transformer, seed: int, reads: int = 20, tokens: int = 4) -> State:
+    """For FLUX.1, in the names that diffusers makes of XLabs'."""
+    r, context, width = Random(seed), transformer.config.joint_attention_dim, transformer.inner_dim
+    proj = r.linear("proj", tokens * context, reads) | r.norm("norm", context)
+    blocks = range(transformer.config.num_layers)
+    named = {n: x for i in blocks for p in "kv" for n, x in r.linear(f"{i}.to_{p}_ip", width, context).items()}
+    return {"image_proj": proj, "ip_adapter": {n: 2 * x for n, x in named.items()}}
+
+
+def saved_by_xlabs(folder: Path, state: State, encoder: CLIPVisionModelWithProjection) -> Path:
+    proj = {f"ip_adapter_proj_model.{n}": x for n, x in state["image_proj"].items()}
+    spelt = "double_blocks.{}.processor.ip_adapter_double_stream_{}_proj.{}"
+    names = [(n.split("."), x) for n, x in state["ip_adapter"].items()]
+    named = {spelt.format(i, to[3], leaf): x for (i, to, leaf), x in names}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(proj | named, folder / "ip_adapter.safetensors")
+    encoder.save_pretrained(folder / "image_encoder")
+    return folder / "ip_adapter.safetensors"
+
+
+def siglip(size: int = 128) -> SiglipVisionModel:
+    config = SiglipVisionConfig(
+        image_size=size, patch_size=8, hidden_size=30, num_hidden_layers=2, num_attention_heads=3,
+        intermediate_size=44, hidden_act="gelu_pytorch_tanh",
+    )  # fmt: skip
+    return randomize(SiglipVisionModel(config), 73)
+
+
+def redux(context: int) -> ReduxImageEncoder:
+    made = randomize(ReduxImageEncoder(redux_dim=30, txt_in_features=context), 74)
+    return louder(made, 8, ("redux_down",))  # else hundreds of tokens of text would drown those of the picture

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import mlxdiff
 from mlxdiff.references import pixels
@@ -91,3 +92,39 @@ def test_several_pictures_and_adapters_draw_as_in_diffusers(models, tmp_path):
     assert psnr(np.asarray(ours(PROMPT, references=references, **OURS).image), want) > DB
     fewer = np.asarray(ours(PROMPT, references=references[:2], **OURS).image)
     assert psnr(fewer, want) < DB - 10
+
+
+FLUX = {"num_inference_steps": 3, "max_sequence_length": 512}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> tuple:
+    root = tmp_path_factory.mktemp("ip-flux")
+    theirs = tiny.flux(root / "words")
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(root / "flux")
+    return theirs, mlxdiff.load(root / "flux", dtype="float32")
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["one pass", "true_cfg"])
+def test_flux_draws_as_in_diffusers(flux, guided, tmp_path):
+    theirs, ours = flux
+    state, image, encoder = adapters.xlabs(theirs.transformer, 11), picture(12), adapters.eyes()
+    file = adapters.saved_by_xlabs(tmp_path, state, encoder)
+    cfg = {"true_cfg_scale": 3.0, "negative_prompt": NEGATIVE} if guided else {}
+    bare = oracle(theirs, **FLUX, **cfg)
+    theirs.register_modules(
+        image_encoder=encoder, feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
+    )
+    theirs.load_ip_adapter(
+        state, weight_name="", image_encoder_pretrained_model_name_or_path=None, low_cpu_mem_usage=False
+    )
+    try:
+        theirs.set_ip_adapter_scale(0.8)
+        want = oracle(theirs, ip_adapter_image=[shown(image)], **FLUX, **cfg)
+    finally:
+        theirs.unload_ip_adapter()
+    assert psnr(want, bare) < DB - 10
+    settings = SIZE | {"steps": 3, "seed": SEED} | ({"true_cfg": 3.0, "negative": NEGATIVE} if guided else {})
+    assert psnr(np.asarray(ours(PROMPT, references=[(file, image, 0.8)], **settings).image), want) > DB
+    assert psnr(np.asarray(ours(PROMPT, **settings).image), bare) > DB
