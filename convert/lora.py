@@ -48,6 +48,7 @@ _SPELLING: list[rules.Row] = [
 ]
 _AGAIN = "Use another copy of it."
 _WORDS = 8  # that are shown of a header
+_MOST = 1e6  # of an alpha and of a rank; real ones have up to four digits
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class _Place:
     component: str
     weight: tuple[_Rows, ...]
     bias: tuple[_Rows, ...]
+
+
+class NoPlace(Error):
+    """Tensors have no place in a model."""
 
 
 def read(path: Path, model: Description) -> Adapter:
@@ -116,7 +121,7 @@ def describe(path: Path) -> dict:
         try:
             adapter = read(path, description.published(name, Recipe("float32", None)))
         except Error as e:
-            wrong = e
+            wrong = e if wrong is None or isinstance(wrong, NoPlace) else wrong
         else:
             fits.append(name)
     if adapter is None:
@@ -206,7 +211,7 @@ def _layers(component: str, config: build.Config) -> dict[str, _Place]:
     return layers
 
 
-def _no_place(path: Path, model: Description, strange: list[str], keys) -> Error:
+def _no_place(path: Path, model: Description, strange: list[str], keys) -> NoPlace:
     """The error for keys without a place. It names the family in which most of the keys have one."""
     what = f"{len(strange)} of the {len(keys)} tensors of {path} have no place in {model.name}"
     example = f" (such as {strange[0]!r})" if strange else ""
@@ -217,8 +222,8 @@ def _no_place(path: Path, model: Description, strange: list[str], keys) -> Error
             fits[row.family.title] = sum(_split(key)[0] in places for key in keys)
     best = max(fits, key=fits.get, default=None)
     if best is not None and fits[best] > len(keys) - len(strange):
-        return Error(f"{what}{example}.", f"It seems to be made for {best}: use it with such a model.")
-    return Error(f"{what}{example}.", "Use a LoRA that was made for this family of models.")
+        return NoPlace(f"{what}{example}.", f"It seems to be made for {best}: use it with such a model.")
+    return NoPlace(f"{what}{example}.", "Use a LoRA that was made for this family of models.")
 
 
 # ---- what is stored of one layer
@@ -252,9 +257,12 @@ class _Alphas:
     def _number(self, prefix: str, key: str, layer: str) -> float | None:
         value = self.values.get(f"{prefix}{key}")
         patterns = self.values.get(f"{prefix}{'rank' if key == 'r' else 'alpha'}_pattern")
-        for pattern, other in patterns.items() if isinstance(patterns, dict) else ():
-            value = other if f".{layer}".endswith(f".{pattern}") else value
-        if value is not None and (type(value) not in (int, float) or not math.isfinite(value) or value == 0):
+        names = layer.split(".")
+        for i in range(len(names)) if isinstance(patterns, dict) else ():  # the last names of the layer, longest first
+            if (pattern := ".".join(names[i:])) in patterns:
+                value = patterns[pattern]
+                break
+        if value is not None and (type(value) not in (int, float) or not 0 < abs(value) <= _MOST):
             raise Error(f"{self.path}: its settings say {key} {value!r:.40}, which cannot be.", _AGAIN)
         return value
 
@@ -264,6 +272,11 @@ class _Layer:
 
     def __init__(self, path: Path, name: str, tensors: dict[str, source.Tensor]):
         self.path, self.name, self.shapes = path, name, {kind: t.shape for kind, t in tensors.items()}
+        for kind, shape in self.shapes.items():
+            if 0 in shape or (shape == () and kind != "alpha"):
+                raise self.wrong(f"has {kind} of shape {shape}, which holds nothing to apply")
+        if math.prod(self.shapes.get("alpha", ())) != 1:
+            raise self.wrong(f"has an alpha of shape {self.shapes['alpha']}, which is no number")
         self.values = {kind: self._sound(kind, t) for kind, t in tensors.items()}
 
     def _sound(self, kind: str, tensor: source.Tensor) -> mx.array:
@@ -277,6 +290,8 @@ class _Layer:
         """Whether it changes anything."""
         last = [k for k in self.values if k not in ("alpha", "down", "mid", "columns", "magnitude", "value")]
         pairs = [k for k in last if not k.startswith("hada") or k in ("hada_w1_b", "hada_w2_b")]
+        if "alpha" in self.values and self.values["alpha"].item() == 0:
+            pairs = [k for k in pairs if k in ("bias", "diff")]
         return "value" in self.values or any(bool((self.values[k] != 0).any().item()) for k in pairs)
 
     def wrong(self, what: str) -> Error:
@@ -345,9 +360,10 @@ class _Layer:
     def _scale(self, left: set[str], rank: int | None, alphas: _Alphas) -> float:
         if "alpha" not in left:
             return alphas.scale(self.name, rank)
-        if self.values["alpha"].size != 1:
-            raise self.wrong(f"has an alpha of shape {self.shapes['alpha']}, which is no number")
-        return self.values["alpha"].item() / rank
+        alpha = self.values["alpha"].item()
+        if abs(alpha) > _MOST:
+            raise self.wrong(f"has an alpha of {alpha:g}, which cannot be")
+        return alpha / rank
 
     def _agree(self, fits: bool, *kinds: str) -> None:
         if not fits:

@@ -205,7 +205,8 @@ def _write(
         else:
             copying.borrow(place, folder / name, pad)
     error = {writer.path.stem: writer.error for _, writer, _ in writers if writer.error is not None}
-    replace(model, tokenizers=tuple(tokenizers), error=error).write(folder)
+    made = replace(model, tokenizers=tuple(tokenizers), error=error)
+    made.write(folder, lambda done, total: progress("check", done, total))
 
 
 def _sound(weight: rules.Weight, dtype: mx.Dtype) -> mx.array:

@@ -29,6 +29,10 @@ class Attached:
         request.check_adapters()
         prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
         loras = [*map(lora, [*(self.loras if request.loras is None else request.loras), *named])]
+        names = [name for name, _ in loras]
+        if len(set(names)) < len(names):
+            again = next(name for i, name in enumerate(names) if name in names[:i])
+            raise Error(f"The LoRA {again} is named twice.", "Name it once, with the scale that it should have.")
         words = tuple(self.embeddings if request.embeddings is None else request.embeddings)
         taught = [self._word(*embedding(text)) for text in words]
         if taught:  # a word that cannot be taught is refused here, not in the run
@@ -54,6 +58,10 @@ class Attached:
     def words(self, request: Request) -> list[Word]:
         """The taught words of a resolved request."""
         return [self._word(*embedding(text))[0] for text in request.embeddings or ()]
+
+    def taught(self, request: Request) -> list[str]:
+        """What these words are called."""
+        return [word.word for word in self.words(request)]
 
     def _lora(self, name: str) -> tuple[Adapter, str]:
         """A LoRA and its fingerprint."""

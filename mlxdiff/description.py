@@ -1,6 +1,7 @@
 """The description of a model: `model.json` as a frozen, checked value. It resolves a request and gives its number of
 passes and its noise levels. Every model folder has one, and so has every published model before it is fetched."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from . import samplers, schedules
+from . import seal as seals
 from .errors import Error
 from .families import FAMILIES, MODELS, Family, find
 from .families.base import EMBEDDED, INPUT, NONE, SECOND_PASS, Cut, TextPlan, Variant
@@ -20,7 +22,7 @@ from .request import STRENGTH, Defaults, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
-FORMAT = 5  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
+FORMAT = 6  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
 PREDICTIONS = ("eps", "v", "x0", "flow")
 _AGAIN = "Convert the checkpoint again."
 
@@ -45,6 +47,7 @@ class Description:
     components: dict[str, build.Config]
     tokenizers: tuple[str, ...] = ()
     error: dict[str, float] = field(default_factory=dict)  # quantized components -> relative error of their weights
+    seal: seals.Seal = field(default_factory=dict)  # of the files of the folder that it was read from
 
     @property
     def row(self) -> Variant:
@@ -239,14 +242,22 @@ class Description:
         fix = f"Run it with `dtype={other!r}`." if dtype != other else "Its weights are damaged: fetch them again."
         return Error(f"{self.name} gave values that are not finite in {dtype}.", fix)
 
-    def write(self, folder: Path) -> None:
-        """Write model.json into a folder."""
+    def write(self, folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Write model.json into a folder whose other files are all there. progress: called with bytes done and bytes in
+        all, since every file is read once for the seal."""
         values = {name: getattr(self, name) for name in ("name", "variant", "prediction", "schedule", "zero_negative")}
         values |= {"format": FORMAT, "family": self.family.name, "recipe": asdict(self.recipe), "error": self.error}
-        values |= {"tokenizers": self.tokenizers}
+        values |= {"tokenizers": self.tokenizers, "seal": seals.of(folder, progress)}
         values["components"] = {name: build.settings(config) for name, config in self.components.items()}
+        values["hash"] = hash_of(values)
         text = json.dumps(values, indent=1, sort_keys=True)
         (folder / "model.json").write_text(text + "\n", encoding="utf-8")
+
+
+def hash_of(values: dict) -> str:
+    """Of all values of a model.json but this one."""
+    text = json.dumps({k: v for k, v in values.items() if k != "hash"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def published(name: str, recipe: Recipe) -> Description:
@@ -266,7 +277,8 @@ def published(name: str, recipe: Recipe) -> Description:
 
 
 def read(folder: str | Path) -> Description:
-    """The description in a model folder, every value of it checked."""
+    """The description in a model folder. Every value of it is checked, and whether the folder's files are those that
+    the conversion wrote."""
     path = Path(folder) / "model.json"
     values = read_json(path, _AGAIN)
     if values.get("format") != FORMAT:
@@ -284,6 +296,10 @@ def read(folder: str | Path) -> Description:
     wrong = _misplaced(family, components)
     if wrong is not None:
         raise Error(f"{path} has a {wrong} that {family.title} does not have.", _AGAIN)
+    if values.get("hash") != hash_of(values):
+        raise Error(f"{path} is not as the conversion wrote it.", _AGAIN)
+    marks = {name: seals.Mark(*mark) for name, mark in values["seal"].items()}
+    seals.check(Path(folder), marks)
     return Description(
         name=values["name"],
         family=family,
@@ -295,6 +311,7 @@ def read(folder: str | Path) -> Description:
         components=components,
         tokenizers=tuple(values["tokenizers"]),
         error=values["error"],
+        seal=marks,
     )
 
 
@@ -341,5 +358,6 @@ _SOUND = {
     "zero_negative": lambda v: isinstance(v, bool),
     "components": lambda v: isinstance(v, dict) and all(isinstance(c, dict) for c in v.values()),
     "tokenizers": lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v),
+    "seal": seals.is_sound,
     "error": lambda v: isinstance(v, dict) and all(_is_number(n) for n in v.values()),
 }

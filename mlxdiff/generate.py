@@ -112,10 +112,7 @@ _EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        return run("mlxdiff generate", lambda: draw(args))
-    finally:
-        mx.enable_compile()  # `draw` may have turned it off
+    return run("mlxdiff generate", lambda: draw(args))
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -159,8 +156,6 @@ def draw(args: argparse.Namespace) -> int:
             parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
             progress=bar.progress,
         )
-        if pipe.networks.small and mx.default_device() == mx.Device(mx.cpu):
-            mx.disable_compile()  # compiling with g++ would take longer than the picture, and its kernels are no faster
         requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
@@ -181,7 +176,8 @@ def draw(args: argparse.Namespace) -> int:
                     else f"As {pipe.name} draws in one pass,"
                 )
                 bar.write(f"{why} a negative prompt does nothing.")
-            unknown = builtin.notice(request.prompt) if pipe.name == builtin.NAME else ""
+            taught = pipe.attached.taught(request)
+            unknown = builtin.notice(request.prompt, taught) if pipe.name == builtin.NAME else ""
             if unknown:
                 bar.write(f"{unknown} `mlxdiff models {pipe.name}` lists the words that it knows.")
             _one(args, pipe, request, partial(_name, args.output, requests), bar)

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from . import adapters, blas, weights
 from .adapters import Adapter
 from .description import Description
+from .models.layers import compile_kernels
 
 _LARGE = 64 * 2**20  # bytes; a larger network is worth all cores and compiled kernels
 
@@ -23,17 +24,13 @@ class Networks:
         """Whether this network is open now."""
         return name in self._held
 
-    @property
-    def small(self) -> bool:
-        """Whether the denoiser is small."""
-        return (self.folder / f"{self.description.family.denoiser}.safetensors").stat().st_size <= _LARGE
-
     def get(self, name: str) -> nn.Module:
         """The network, opened on the first call and kept."""
         if name not in self._held:
             self._held[name] = network = self.open(name)
             if sum(v.nbytes for _, v in tree_flatten(network.parameters())) > _LARGE:
                 blas.use_all_cores()
+                compile_kernels()
         return self._held[name]
 
     def open(self, name: str) -> nn.Module:

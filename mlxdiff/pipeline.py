@@ -189,7 +189,7 @@ class Pipeline:
         settings hold where no others are given."""
         start, drawn = time.perf_counter(), []
         request = self.resolve(prompt, **settings)
-        builtin.warn(self.name, request.prompt)
+        builtin.warn(self.name, request.prompt, self.attached.taught(request))
         mx.reset_peak_memory()
         for event in self.run(request):
             if event.image is not None:
@@ -201,7 +201,7 @@ class Pipeline:
     def stream(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Iterator[Event]:
         """The run, event by event. Leaving the loop stops the run; nothing continues in the background."""
         request = self.resolve(prompt, **settings)
-        builtin.warn(self.name, request.prompt)
+        builtin.warn(self.name, request.prompt, self.attached.taught(request))
         return self.run(request)
 
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:

@@ -22,6 +22,7 @@ from .foreign import fits
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}  # with CLIPTokenizer's defaults
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_LONGEST = 100  # characters of a taught word
 LENGTH = 77  # if tokenizer_config.json names no length; a length that was never set is stored as about 1e30
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")  # padding, and what templates use
 QWEN_WORDS = (
@@ -61,9 +62,9 @@ class ClipTokenizer:
     def teach(self, word: str, tokens: list[int]) -> None:
         """Read a word as these tokens from now on."""
         fix = "Give it a word without spaces that is not known yet: `embeddings=[FILE=WORD]`."
-        if not word or any(c.isspace() for c in word):
-            raise Error(f"A word that is taught cannot be {word!r}.", fix)
-        if self.backend.token_to_id(word) is not None:
+        if not word.isprintable() or not 1 <= len(word) <= _LONGEST or any(c.isspace() for c in word):
+            raise Error(f"A word that is taught cannot be {word!r:.60}.", fix)
+        if any(self.backend.token_to_id(known) is not None for known in (word, f"{word}</w>")):
             raise Error(f"The tokenizer knows the word {word!r} already.", fix)
         self.backend.add_tokens([AddedToken(word, normalized=True)])
         self.taught[self.backend.token_to_id(word)] = tokens

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mlxdiff import description, seal
+
 MANIFESTS = Path(__file__).parent / "data" / "manifests"
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1}
 
@@ -49,3 +51,12 @@ def full(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     dtypes = {k: "I64" for k, v in arrays.items() if v.dtype == np.int64}
     entries = header({k: v.shape for k, v in arrays.items()}, "F32", dtypes)
     return raw(path, entries, body=b"".join(v.tobytes() for v in arrays.values()))
+
+
+def seal_again(folder: Path) -> None:
+    """Let a changed model folder pass for one that a conversion wrote."""
+    file = folder / "model.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["seal"] = seal.of(folder, lambda done, total: None)
+    values["hash"] = description.hash_of(values)
+    file.write_text(json.dumps(values), encoding="utf-8")

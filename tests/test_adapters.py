@@ -3,6 +3,7 @@ files mean what they mean elsewhere is parity/test_lora.py's."""
 
 import json
 import re
+import warnings
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -190,6 +191,12 @@ def test_inspect_says_what_a_lora_fits(pipe, tmp_path, capsys):
     assert "is a LoRA, which is no model by itself. Name the model that it changes" in capsys.readouterr().err
 
 
+def test_inspect_says_what_is_wrong_in_the_model_that_a_lora_fits(pipe, tmp_path, capsys):
+    file = full(tmp_path / "a.safetensors", pair(pipe, LAYER) | {f"{LAYER}.alpha": np.full(1, np.float32(3e38))})
+    assert inspect.main([str(file)]) == 1
+    assert "has an alpha of 3e+38, which cannot be" in capsys.readouterr().err
+
+
 # ---- files that are refused
 
 
@@ -218,6 +225,12 @@ BAD = {
     "a bias that is not there": (changed(f"{LAYER}.diff_b", np.ones(64)), "in this model it has no bias"),
     "two kinds in one": (changed(f"{LAYER}.lokr_w1", np.ones((2, 2))), "do not belong together"),
     "half a LoKr": (lambda s: {f"{LAYER}.lokr_w1": np.ones((2, 2))}, "lacks lokr_w2"),
+    "factors without a rank": (
+        lambda s: {DOWN: s[DOWN][:0], UP: s[UP][:, :0]},
+        "which holds nothing",
+    ),
+    "an alpha beyond all": (changed(f"{LAYER}.alpha", np.array(3e38)), r"alpha of 3e\+38, which cannot be"),
+    "an alpha of nothing": (changed(f"{LAYER}.alpha", np.array(0.0)), "changes nothing: all of its numbers are 0"),
     "lengths of another layer": (changed(f"{LAYER}.dora_scale", np.ones(3)), r"change of shape \(3,\)"),
 }
 
@@ -235,13 +248,45 @@ def test_a_bad_file_is_one_line(pipe, tmp_path, case, capsys):
     assert not (tmp_path / "out.png").exists()
 
 
-@pytest.mark.parametrize("said", ["[", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 0}'])
+@pytest.mark.parametrize(
+    "said", ["[", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 0}', f'{{"unet.lora_alpha": 1{"0" * 400}}}']
+)
 def test_settings_of_peft_are_checked(pipe, tmp_path, said):
     state = pair(pipe, LAYER)
     entries = header({k: v.shape for k, v in state.items()}, "F32", metadata={"lora_adapter_metadata": said})
     file = raw(tmp_path / "a.safetensors", entries, body=b"".join(v.tobytes() for v in state.values()))
     with pytest.raises(Error, match=r"lora_adapter_metadata|its settings say lora_alpha"):
         lora.read(file, pipe.description)
+
+
+def test_many_patterns_cost_nothing(pipe, tmp_path):
+    """200,000 patterns for one layer: they are looked up, not tried one by one. The layer's own name decides."""
+    state, name = pair(pipe, LAYER), LAYER.removeprefix("unet.")
+    told = {"unet.lora_alpha": 4, "unet.alpha_pattern": {f"x{i}": 1 for i in range(200_000)} | {name: 8}}
+    entries = header(
+        {k: v.shape for k, v in state.items()}, "F32", metadata={"lora_adapter_metadata": json.dumps(told)}
+    )
+    file = raw(tmp_path / "a.safetensors", entries, body=b"".join(v.tobytes() for v in state.values()))
+    (change,) = lora.read(file, pipe.description).changes["unet"][f"{name}.weight"]
+    assert np.allclose(np.array(change.low[1]), 2 * state[UP], atol=1e-6)  # alpha 8 over rank 4
+
+
+@pytest.mark.parametrize("kinds", [("lora_A.weight", "lora_B.weight"), ("lokr_w1", "lokr_w2"), ("dora_scale", "diff")])
+def test_a_number_is_no_matrix(pipe, tmp_path, kinds):
+    """MLX's Kronecker product of two numbers ends the process."""
+    entries = header({f"{LAYER}.{kind}": () for kind in kinds}, "F32")
+    file = raw(tmp_path / "a.safetensors", entries, body=np.ones(2, np.float32).tobytes())
+    with pytest.raises(Error, match=r"of shape \(\), which holds nothing to apply"):
+        lora.read(file, pipe.description)
+
+
+def test_a_lora_is_named_once(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXDIFF_LORAS", str(tmp_path))
+    file = full(tmp_path / "style.safetensors", pair(pipe, LAYER))
+    with pytest.raises(Error, match="is named twice"):
+        pipe.resolve("a house", loras=[str(file), f"{file}:0.5"])
+    with pytest.raises(Error, match="is named twice"):
+        pipe.resolve("a house <lora:style:1> <lora:style:1>")
 
 
 def test_a_lora_is_checked_before_its_model_is_fetched(pipe, tmp_path, monkeypatch):
@@ -261,7 +306,9 @@ def width(pipe) -> int:
 
 def test_a_taught_word_is_kept_with_the_picture(pipe, width, tmp_path):
     file = full(tmp_path / "moss.safetensors", {"emb_params": np.ones((2, width), np.float32)})
-    result = pipe("a moss house", seed=1, steps=2, embeddings=[str(file)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it knows this word now
+        result = pipe("a moss house", seed=1, steps=2, embeddings=[str(file)])
     plain = pipe("a moss house", seed=1, steps=2)
     assert (np.asarray(result.image) != np.asarray(plain.image)).any()
     again = pipe(images.read_settings(result.save(tmp_path / "a.png")[0])[0])
@@ -283,6 +330,9 @@ BAD_WORDS = {
     "a LoRA": (lambda d: {DOWN: np.ones((4, d)), UP: np.ones((d, 4))}, "", "holds unet"),
     "a word with spaces": (lambda d: {"a b": np.ones(d)}, "", "cannot be 'a b'"),
     "a known word": (lambda d: {"emb_params": np.ones(d)}, "=a", "knows the word 'a' already"),
+    "a word of one token": (lambda d: {"emb_params": np.ones(d)}, "=house", "knows the word 'house' already"),
+    "a word that moves the cursor": (lambda d: {"\x1b[2J": np.ones(d)}, "", r"cannot be '\\x1b\[2J'"),
+    "a word without end": (lambda d: {"w" * 10_000: np.ones(d)}, "", "cannot be 'wwww"),
     "no word": (lambda d: {"emb_params": np.ones(d)}, "=", "cannot be ''"),
 }
 

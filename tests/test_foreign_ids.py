@@ -10,6 +10,7 @@ import pytest
 import mlxdiff
 from mlxdiff import builtin, convert
 from mlxdiff.errors import Error
+from tests.checkpoints import seal_again
 
 EXTRA = {"content": "dragon", "special": False, "lstrip": False, "rstrip": False, "single_word": False}
 
@@ -55,5 +56,8 @@ def test_a_converted_folder_does_not_draw(tmp_path, damage):
     prompt = {"prompt": "a red dragon", "steps": 1, "width": 64, "height": 64}
     mlxdiff.load(tmp_path / "model")(**prompt)
     damage(tmp_path / "model" / "tokenizer")
+    with pytest.raises(Error, match="is not as the conversion wrote it"):
+        mlxdiff.load(tmp_path / "model")
+    seal_again(tmp_path / "model")  # who changes a folder on purpose can do that
     with pytest.raises(Error, match="The tokenizer does not belong to this model"):
         mlxdiff.load(tmp_path / "model")(**prompt)

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxdiff.bench.step import kernels
 from mlxdiff.models import layers, vae
 
 
@@ -24,6 +25,33 @@ def group_norm(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray,
     y = (y - y.mean((1, 3), keepdims=True)) / np.sqrt(y.var((1, 3), keepdims=True) + eps)
     y = y.reshape(x.shape) * weight + bias
     return y / (1 + np.exp(-y)) if silu else y
+
+
+CHAINS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_chains_equal_float64(name, compiling, monkeypatch):
+    """A float32 exp or erf has an error of a few roundings."""
+    monkeypatch.setattr(layers, "_compiling", compiling)
+    x = 3 * normal((40, 50), 4)
+    assert distance(getattr(layers, name)(mx.array(x)), CHAINS[name](x.astype(np.float64))) < 1e-6
+
+
+@pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="a GPU always compiles")
+def test_a_cpu_compiles_from_when_it_is_told(monkeypatch):
+    """Uncompiled, a chain leaves several primitives in the graph; compiled, one."""
+    monkeypatch.setattr(layers, "_compiling", False)
+    x = mx.array(normal((4, 6), 5))
+    mx.eval(x)
+    assert sum(kernels(layers.affine(x, x, x)).values()) > 1
+    layers.compile_kernels()
+    assert sum(kernels(layers.affine(x, x, x)).values()) == 1
 
 
 @pytest.mark.parametrize(("groups", "silu"), [(1, False), (3, True), (7, False), (21, True)])

@@ -19,6 +19,7 @@ import mlxdiff.store.cache
 from mlxdiff import Error, description, store
 from mlxdiff.__main__ import main
 from tests import clip_vocab, store_worker
+from tests.checkpoints import seal_again
 from tests.loopback_hub import diffusers_repo
 
 
@@ -238,11 +239,34 @@ def test_the_cache_is_listed(cache, tmp_path, capsys):
     assert not cache.exists()
     made = store.resolve(folder(tmp_path / "model"), bits=4, dtype="float16")
     (made / "unet.safetensors").write_bytes(bytes(3_000_000))
+    seal_again(made)
     lines = listed(capsys)
     assert lines.keys() == {"model", "total"}
     assert lines["model"].split()[1:4] == ["float16-4bit", "3.0", "MB"]
     assert lines["model"].endswith(f"  {tmp_path / 'model'}")
     assert lines["total"] == f"3.0 MB in {cache}."
+
+
+def test_verifying_reads_every_byte(cache, tmp_path, capsys):
+    """One bit of a large file, between the blocks of its sample: only `--verify` sees it."""
+    made = store.resolve(folder(tmp_path / "model"), dtype="float16")
+    (made / "unet.safetensors").write_bytes(bytes(3_000_000))
+    seal_again(made)
+    assert main(["cache", "--verify"]) == 0
+    assert capsys.readouterr().out == "model float16: whole, 3.0 MB\n"
+    with open(made / "unet.safetensors", "r+b") as file:
+        file.seek(100_001)
+        file.write(b"\1")
+    assert store.resolve(tmp_path / "model", dtype="float16") == made
+    assert main(["cache", "--verify", "model"]) == 1
+    told, fix = capsys.readouterr().out.splitlines()
+    assert told == "model float16: damaged: unet.safetensors differs from what was written."
+    assert "mlxdiff cache --clean NAME" in fix
+    (made / "unet.safetensors").unlink()
+    assert main(["cache", "--verify", "all"]) == 1
+    assert f"{made / 'unet.safetensors'} is missing" in capsys.readouterr().out
+    assert main(["cache", "--verify", "nothing"]) == 1
+    assert "holds no conversion of 'nothing'" in capsys.readouterr().err
 
 
 def test_cleaning_removes_what_is_useless_and_nothing_else(cache, tmp_path, capsys):

@@ -3,6 +3,7 @@ promise of strictness: what is missing, unknown or misshapen is an Error that na
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,14 +226,64 @@ def test_converting_what_is_converted_is_refused_and_an_older_one_says_so(tmp_pa
 )
 def test_a_description_says_all_that_drawing_asks(tmp_path, key, value):
     """Reference: the built-in model's own, which opens, with one of its entries changed."""
-    file = tmp_path / "model.json"
-    model = json.loads((store.resolve("storybook") / "model.json").read_text())
-    file.write_text(json.dumps(model))
-    assert description.read(tmp_path).name == "storybook"
+    folder = shutil.copytree(store.resolve("storybook"), tmp_path / "model")
+    file = folder / "model.json"
+    model = json.loads(file.read_text())
+    assert description.read(folder).name == "storybook"
     file.write_text(json.dumps(model | {key: value}))
     for opened in (description.read, load):
         with pytest.raises(Error, match=rf"model\.json has {key} {re.escape(repr(value))}"):
-            opened(tmp_path)
+            opened(folder)
+
+
+@pytest.mark.parametrize(
+    "seal",
+    [
+        None,
+        {"/etc/passwd": [1, "", ""]},
+        {"a/../../b": [1, "", ""]},
+        {"a": [1, ""]},
+        {"a": ["1", "", ""]},
+        {"a": {"size": 1, "sample": "", "hash": ""}},
+    ],
+)
+def test_a_seal_of_another_shape_is_refused(tmp_path, seal):
+    folder = shutil.copytree(store.resolve("storybook"), tmp_path / "model")
+    model = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(model | {"seal": seal}))
+    with pytest.raises(Error, match=r"model\.json has seal"):
+        description.read(folder)
+
+
+def zero(file: Path) -> None:
+    """Zeros in the middle, as a full disk or a lost block leaves them."""
+    body = bytearray(file.read_bytes())
+    body[len(body) // 2 :] = bytes(len(body) - len(body) // 2)
+    file.write_bytes(body)
+
+
+DAMAGE = {
+    "zeroed weights": ("unet.safetensors", zero, "is not as the conversion wrote it"),
+    "longer weights": ("vae.safetensors", lambda f: f.write_bytes(f.read_bytes() + b"x"), "is not as the conversion"),
+    "empty merges": ("tokenizer/merges.txt", lambda f: f.write_text(""), "is not as the conversion wrote it"),
+    "another setting": (
+        "model.json",
+        lambda f: f.write_text(f.read_text().replace('"prediction": "v"', '"prediction": "eps"')),
+        "model.json is not as the conversion wrote it",
+    ),
+    "a file that is gone": ("text_encoder.safetensors", Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_changed_folder_is_refused(tmp_path, case):
+    folder = shutil.copytree(store.resolve("storybook"), tmp_path / "model")
+    name, damage, message = DAMAGE[case]
+    before = (folder / name).read_bytes()
+    damage(folder / name)
+    assert not (folder / name).exists() or (folder / name).read_bytes() != before
+    with pytest.raises(Error, match=message):
+        load(folder)
 
 
 def test_a_writer_insists_on_every_tensor(tmp_path):

@@ -20,6 +20,7 @@ _STAGES = {
     "open": "Opening the model",
     "download": "Downloading",
     "convert": "Converting the model, once",
+    "check": "Noting what was written",
     "encode": "Reading the prompt",
     "load": "Loading the weights",
     "decode": "Making pixels",
@@ -91,7 +92,7 @@ def line(update: Update) -> tuple[str, float]:
         left = seconds(update.pace * (update.steps - update.step))
         text = f"Step {update.step} of {update.steps} · {update.pace:.2f} s a step · {left} left · {size(update.peak)}"
         return text, update.step / update.steps
-    if update.stage in ("download", "convert") and update.steps:
+    if update.stage in ("download", "convert", "check") and update.steps:
         done = update.step / update.steps
         return f"{text} · {done:.0%} of {size(update.steps)}", done
     if update.stage == "decode" and update.steps > 1:

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -35,10 +36,12 @@ def unknown_words(prompt: str) -> list[str]:
     return [word for word in dict.fromkeys(said) if word not in known_words()]
 
 
-def notice(prompt: str) -> str:
+def notice(prompt: str, taught: Iterable[str] = ()) -> str:
     """A sentence for people: the words that the model does not know, each with the closest word that it knows. "" if it
-    knows all words."""
+    knows all words. taught: words that it was taught."""
     words = []
+    for word in taught:
+        prompt = prompt.replace(word, "")
     for word in unknown_words(prompt):
         close = near(word, [w for w in sorted(known_words()) if len(w) >= _LONG], 0.75) if len(word) >= _LONG else ""
         words.append(f"{word} ({close}?)" if close else word)
@@ -48,10 +51,10 @@ def notice(prompt: str) -> str:
 _warned: set[str] = set()
 
 
-def warn(model: str, prompt: str) -> None:
+def warn(model: str, prompt: str, taught: Iterable[str] = ()) -> None:
     """If `model` is the built-in one, warn about unknown words, once per process for the same words. The warning points
     to the code that called the caller."""
-    text = notice(prompt) if model == NAME else ""
+    text = notice(prompt, taught) if model == NAME else ""
     if text and text not in _warned:
         _warned.add(text)
         warnings.warn(f"{text} mlxdiff.builtin.vocabulary() lists what it knows.", stacklevel=3)

@@ -7,9 +7,15 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+<<<<<<< HEAD
 from .layers import attention, gelu_tanh, split_heads
 
 ACTS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu, "gelu_tanh": gelu_tanh}
+=======
+from .layers import attention, gelu, quick_gelu, split_heads
+
+ACTS = {"quick_gelu": quick_gelu, "gelu": gelu}
+>>>>>>> main
 
 
 @dataclass(frozen=True)

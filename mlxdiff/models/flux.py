@@ -11,11 +11,13 @@ import numpy as np
 from .layers import (
     adaptive_norm,
     attention,
+    fused,
     gated,
     gelu_tanh,
     modulation,
     of_time,
     pack,
+    silu,
     sinusoids,
     split_heads,
     unpack,
@@ -51,7 +53,7 @@ class Embedder(nn.Module):
         self.in_layer, self.out_layer = (nn.Linear(n, width, bias=bias) for n in (dim, width))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.out_layer(nn.silu(self.in_layer(x)))
+        return self.out_layer(silu(self.in_layer(x)))
 
 
 class Modulation(nn.Module):
@@ -261,7 +263,7 @@ class Flux(nn.Module):
 
     def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list, Pair]:
         """The modulations of every block at times t, (..., B or 1)."""
-        vec = nn.silu(self.time_in(self.waves(t)) + vec)
+        vec = silu(self.time_in(self.waves(t)) + vec)
         double, single = ([b.mods(vec) for b in self.double_blocks], [b.modulation(vec) for b in self.single_blocks])
         return double, single, self.final_layer.mods(vec)
 
@@ -293,6 +295,6 @@ def rotate(x: mx.array, pe: Pair) -> mx.array:
     return turn(pairs, pairs[..., ::-1], *pe).reshape(x.shape)
 
 
-@mx.compile
+@fused
 def turn(x: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return (x.astype(mx.float32) * cos + swapped.astype(mx.float32) * sin).astype(x.dtype)

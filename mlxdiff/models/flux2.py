@@ -10,7 +10,7 @@ import numpy as np
 
 from . import flux
 from .flux import Attention, Embedder, LastLayer, Modulation, Pair, QKNorm, turns
-from .layers import of_time, sinusoids
+from .layers import fused, of_time, silu, sinusoids
 
 REFERENCE = 10  # the distance along the first axis between the picture and the first reference, and between references
 
@@ -35,7 +35,7 @@ def gated_mlp(x: mx.array) -> mx.array:
     return swiglu(*mx.split(x, 2, axis=-1))
 
 
-@mx.compile
+@fused
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     g = gate.astype(mx.float32)
     return (g * mx.sigmoid(g) * x.astype(mx.float32)).astype(x.dtype)
@@ -152,7 +152,7 @@ class Flux2(nn.Module):
     def mods(self, t: mx.array, vec: mx.array) -> tuple[tuple[list, list], list, Pair]:
         """The modulations of all double blocks, of all single blocks and of the last layer at times t, (..., B or
         1)."""
-        vec = nn.silu(self.time_in(self.waves(t)) + vec)
+        vec = silu(self.time_in(self.waves(t)) + vec)
         double = self.double_stream_modulation_img(vec), self.double_stream_modulation_txt(vec)
         return double, self.single_stream_modulation(vec), self.final_layer.mods(vec)
 

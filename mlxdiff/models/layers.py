@@ -3,7 +3,8 @@ w, c), parameter names are diffusers'. Every layer returns the dtype of its inpu
 elementwise kernels compute in float32 inside."""
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,24 +14,59 @@ FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
 SCORES = 1 << 24  # bytes of attention scores per piece if no fused kernel runs; MLX queues about ten pieces
 
 
-# Each of these chains compiles to one kernel. They retrace for each new shape: with shapeless=True, MLX keeps
-# broadcasts separate and makes two kernels.
-@mx.compile
+_compiling = False  # on a CPU too
+
+
+def compile_kernels() -> None:
+    """Let a CPU compile fused chains from now on, for large networks. MLX starts g++ for each, which takes seconds:
+    longer than a picture of a small network, and the kernels are no faster."""
+    global _compiling
+    _compiling = True
+
+
+def fused(chain: Callable) -> Callable:
+    """Compile a chain of elementwise operations to one kernel. It is retraced for each new shape: with shapeless=True,
+    MLX keeps broadcasts separate and makes two kernels."""
+    compiled = mx.compile(chain)
+
+    @wraps(chain)
+    def call(*arrays):
+        return (compiled if _compiling or mx.default_device().type == mx.gpu else chain)(*arrays)
+
+    return call
+
+
+@fused
+def silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+@fused
+def gelu(x: mx.array) -> mx.array:
+    return x * (1 + mx.erf(x / math.sqrt(2))) / 2
+
+
+@fused
+def quick_gelu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(1.702 * x)
+
+
+@fused
 def geglu(x: mx.array, gate: mx.array) -> mx.array:
-    return x * nn.gelu(gate)
+    return x * gelu(gate)
 
 
-@mx.compile
+@fused
 def squares(x: mx.array, total: mx.array, per: mx.array) -> mx.array:
     return mx.square(x.astype(mx.float32) - total * per)
 
 
-@mx.compile
+@fused
 def normed(x: mx.array, total, square, per, weight, bias, eps: float) -> mx.array:
     return ((x.astype(mx.float32) - total * per) * mx.rsqrt(square * per + eps) * weight + bias).astype(x.dtype)
 
 
-@mx.compile
+@fused
 def normed_silu(x: mx.array, total, square, per, weight, bias, eps: float) -> mx.array:
     y = (x.astype(mx.float32) - total * per) * mx.rsqrt(square * per + eps) * weight + bias
     return (y * mx.sigmoid(y)).astype(x.dtype)
@@ -137,7 +173,7 @@ class TimeEmbedding(nn.Module):
     def __call__(self, x: mx.array, cond: mx.array | None = None) -> mx.array:
         if cond is not None:
             x = x + self.cond_proj(cond)
-        return self.linear_2(nn.silu(self.linear_1(x)))
+        return self.linear_2(silu(self.linear_1(x)))
 
 
 class ResBlock(nn.Module):
@@ -186,14 +222,14 @@ class Upsample(nn.Module):
         return self.conv(x[:, :h, :w])
 
 
-@mx.compile
+@fused
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in its tanh form (Hendrycks and Gimpel 2016), by (1 + tanh z) / 2 = sigmoid(2 z)."""
     y = x.astype(mx.float32)
     return (y * mx.sigmoid(math.sqrt(8 / math.pi) * y * (1 + 0.044715 * y * y))).astype(x.dtype)
 
 
-@mx.compile
+@fused
 def gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
     """x + gate * y. float16 is clipped, as in the references, because the text of a diffusion transformer overflows."""
     z = x.astype(mx.float32) + gate.astype(mx.float32) * y
@@ -217,7 +253,7 @@ def of_time(mods: list | tuple, i: int) -> list | tuple:
     return tree_map(lambda m: m[i : i + 1].squeeze(0), mods)
 
 
-@mx.compile
+@fused
 def affine(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
     return (x.astype(mx.float32) * a + b).astype(x.dtype)
 
@@ -234,7 +270,7 @@ def adaptive_norm(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 SHRINK = 2.0**-6  # the output may then reach 4e6 in float16, and numbers down to 4e-3 stay exact
 
 
-@mx.compile
+@fused
 def add_shrunk(x: mx.array, y: mx.array) -> mx.array:
     return x + y.astype(mx.float32) / SHRINK
 

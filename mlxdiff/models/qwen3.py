@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import SHRINK, StreamNorm, add_shrunk, attention, split_heads
+from .layers import SHRINK, StreamNorm, add_shrunk, attention, fused, split_heads
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config:
         return len(self.taps) * self.width
 
 
-@mx.compile
+@fused
 def gated_silu(gate: mx.array, y: mx.array) -> mx.array:
     g = gate.astype(mx.float32)
     return (g * mx.sigmoid(g) * (y.astype(mx.float32) * SHRINK)).astype(gate.dtype)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import TimeEmbedding, adaptive_norm, attention, gated, gelu_tanh, modulation, of_time, sinusoids
+from .layers import TimeEmbedding, adaptive_norm, attention, gated, gelu_tanh, modulation, of_time, silu, sinusoids
 
 Pair = tuple[mx.array, mx.array]
 
@@ -234,7 +234,7 @@ class SD3(nn.Module):
     def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list]:
         """The modulations of every block at times t, (..., B or 1)."""
         waves = sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(self.dtype)
-        vec = nn.silu(self.time_text_embed.timestep_embedder(waves) + vec)
+        vec = silu(self.time_text_embed.timestep_embedder(waves) + vec)
         return [block.mods(vec) for block in self.transformer_blocks], self.norm_out(vec)
 
     @property

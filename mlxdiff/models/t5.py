@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import SHRINK, StreamNorm, add_shrunk, gelu_tanh, split_heads
+from .layers import SHRINK, StreamNorm, add_shrunk, fused, gelu_tanh, split_heads
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Config:
     eps: float
 
 
-@mx.compile
+@fused
 def gated_gelu(x: mx.array, y: mx.array) -> mx.array:
     return (gelu_tanh(x.astype(mx.float32)) * (y.astype(mx.float32) * SHRINK)).astype(x.dtype)
 

@@ -8,7 +8,18 @@ from itertools import zip_longest
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import Attention, Downsample, GroupNorm, ResBlock, TimeEmbedding, Upsample, geglu, of_time, sinusoids
+from .layers import (
+    Attention,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    TimeEmbedding,
+    Upsample,
+    geglu,
+    of_time,
+    silu,
+    sinusoids,
+)
 
 
 @dataclass(frozen=True)
@@ -250,5 +261,5 @@ class UNet(nn.Module):
     def shifts(self, t: mx.array, added: mx.array | None, guidance: mx.array | None) -> list[mx.array]:
         """The shifts that residual blocks add at times t, (..., B or 1) -> (..., B or 1, c) each."""
         emb = self.time_embedding(self.sinusoids(t, self.config.channels[0]), guidance)
-        emb = nn.silu(emb if added is None else emb + added)
+        emb = silu(emb if added is None else emb + added)
         return [resnet.time_shift(emb) for block in self.blocks() for resnet in block.resnets]

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .flux import Pair, rotate, turns
-from .layers import SHRINK, StreamNorm, attention, gated, of_time, sinusoids, split_heads
+from .layers import SHRINK, StreamNorm, attention, gated, of_time, silu, sinusoids, split_heads
 from .qwen3 import gated_silu
 
 MULTIPLE = 32  # of the tokens of a picture, and of a text
@@ -104,7 +104,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = [nn.Linear(256, 1024), nn.Identity(), nn.Linear(1024, width)]  # index 1 is the SiLU
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.mlp[2](nn.silu(self.mlp[0](x)))
+        return self.mlp[2](silu(self.mlp[0](x)))
 
 
 class LastLayer(nn.Module):
@@ -115,7 +115,7 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(d, config.out_channels)
 
     def mods(self, vec: mx.array) -> mx.array:
-        return 1 + self.adaLN_modulation[1](nn.silu(vec))[..., None, :]
+        return 1 + self.adaLN_modulation[1](silu(vec))[..., None, :]
 
     def __call__(self, x: mx.array, scale: mx.array) -> mx.array:
         if scale.shape[0] == 1:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from .. import builtin, description, foreign, recipe
+from .. import builtin, description, foreign, recipe, seal
 from ..adapters import Adapter, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # convert and hub take most of a second to load: they are imported only where a cached model is not enough.
 
 Progress = Callable[[str, int, int], None]
-_BLOCKS, _BLOCK = 16, 2**12  # of a file's sample: how many, and bytes of each
 _LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.gguf)(?<!\.ckpt))(?:/(.+\.(?:safetensors|gguf)))?")
 
@@ -201,17 +200,11 @@ def _stamps(path: Path) -> list:
 
 
 def _sample(file: Path, size: int) -> str:
-    """A fingerprint of blocks of a file: all of a small one, and of a large one sixteen, spread evenly. A file that was
-    replaced may have the old one's size and time. "" if it cannot be read, which conversion reports."""
-    seen = hashlib.sha256()
+    """A replaced file may have the old one's size and time. "" if it cannot be read, which conversion reports."""
     try:
-        with open(file, "rb") as f:
-            for i in range(_BLOCKS):
-                f.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
-                seen.update(f.read(_BLOCK))
+        return seal.sample(file, size)
     except OSError:
         return ""
-    return seen.hexdigest()[:16]
 
 
 def _from_hub(repo: str, file: str | None, revision: str | None, options: Options) -> Path:

@@ -1,9 +1,11 @@
-"""`mlxdiff cache`: lists the converted models that are kept, and removes them."""
+"""`mlxdiff cache`: lists the converted models that are kept, verifies their bytes, and removes them."""
 
 import sys
 import time
 
-from .. import store
+from tqdm import tqdm
+
+from .. import description, seal, store
 from ..console import Parser, run, say
 from ..errors import Error, did_you_mean
 from . import cache
@@ -13,7 +15,13 @@ def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff cache", description="List the converted models that are kept, or remove some.")
     what = "remove what is of no more use; with NAME all copies of that model; with all everything"
     p.add_argument("--clean", nargs="?", const="", metavar="NAME", help=what)
+    what = "read every byte of the copies, or of those of NAME, and say which are damaged"
+    p.add_argument("--verify", nargs="?", const="", metavar="NAME", help=what)
     args = p.parse_args(argv)
+    if args.verify is not None and args.clean is not None:
+        p.error("--verify and --clean are two commands.")
+    if args.verify is not None:
+        return run("mlxdiff cache", lambda: verify(args.verify))
     return run("mlxdiff cache", lambda: show() if args.clean is None else clean(args.clean))
 
 
@@ -37,13 +45,7 @@ def show() -> int:
 def clean(name: str) -> int:
     """Remove the useless entries, those of a name (a model's or a folder's), or all of them."""
     held = cache.entries(store.reachable)
-    if name in ("", "all"):
-        chosen = [e for e in held if name == "all" or e.useless]
-    else:
-        chosen = [e for e in held if name in (e.name, e.folder.name)]
-        if not chosen:
-            fix = f"{did_you_mean(name, (e.name for e in held))}mlxdiff cache lists what is kept."
-            raise Error(f"The cache holds no conversion of {name!r}.", fix)
+    chosen = [e for e in held if name == "all" or e.useless] if name in ("", "all") else _called(name, held)
     freed = 0
     for e in chosen:
         what = f"{e.name} {e.recipe}".strip()
@@ -54,6 +56,39 @@ def clean(name: str) -> int:
             say(f"Left {what}: it is being made.")
     say(f"{_size(freed)} freed in {cache.root()}.")
     return 0
+
+
+def verify(name: str) -> int:
+    """Compare every byte of all entries, or of those of a name, with what their conversions wrote."""
+    held = [e for e in cache.entries(store.reachable) if e.recipe and not e.busy]
+    code = 0
+    for e in held if name in ("", "all") else _called(name, held):
+        with tqdm(total=e.size, unit="B", unit_scale=True, desc=e.name, leave=False, disable=None) as bar:
+            problem = _damage(e, bar)
+        say(f"{e.name} {e.recipe}: {problem or f'whole, {_size(e.size)}'}")
+        code = 1 if problem else code
+    if code:
+        say("A damaged copy is made anew once it is gone: mlxdiff cache --clean NAME.")
+    return code
+
+
+def _damage(entry: cache.Entry, bar: tqdm) -> str:
+    """What is wrong with an entry; "" if nothing is."""
+    try:
+        model = description.read(entry.folder)
+    except Error as e:
+        return f"damaged: {e.problem}"
+    broken = seal.broken(entry.folder, model.seal, lambda done, _: bar.update(done - bar.n))
+    return f"damaged: {', '.join(broken)} differ{'s' * (len(broken) == 1)} from what was written." if broken else ""
+
+
+def _called(name: str, held: list[cache.Entry]) -> list[cache.Entry]:
+    """The entries of a name, a model's or a folder's."""
+    chosen = [e for e in held if name in (e.name, e.folder.name)]
+    if not chosen:
+        fix = f"{did_you_mean(name, (e.name for e in held))}mlxdiff cache lists what is kept."
+        raise Error(f"The cache holds no conversion of {name!r}.", fix)
+    return chosen
 
 
 def _size(n: int) -> str:
