@@ -7,15 +7,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-<<<<<<< HEAD
-from .layers import attention, gelu_tanh, split_heads
+from .layers import attention, gelu, gelu_tanh, quick_gelu, split_heads
 
-ACTS = {"quick_gelu": nn.gelu_fast_approx, "gelu": nn.gelu, "gelu_tanh": gelu_tanh}
-=======
-from .layers import attention, gelu, quick_gelu, split_heads
-
-ACTS = {"quick_gelu": quick_gelu, "gelu": gelu}
->>>>>>> main
+ACTS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 @dataclass(frozen=True)
