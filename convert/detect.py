@@ -20,7 +20,7 @@ FOREIGN = [
         "a LoRA",
     ),
     (
-        r"^control_(model|layers|all_x_embedder)\.|^controlnet_(cond_embedding|down_blocks|blocks|x_embedder)\.|^(input_hint_block|zero_convs)\.",
+        r"^control_(layers|all_x_embedder)\.|^controlnet_(blocks|x_embedder)\.|^(task_embedding|control_add_embedding\.)",
         "a ControlNet",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),

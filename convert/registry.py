@@ -26,10 +26,10 @@ like: the network's Config as published, or None where it is not known. called: 
 schedule: what its scheduler file says, or None. components, others: the networks of the checkpoint, by their
 components."""
 
-from . import clip, flux, flux2, ip_adapter, qwen3, redux, sd3, t5, taesd, unet, vae, vision, zimage
+from . import clip, controlnet, flux, flux2, ip_adapter, qwen3, redux, sd3, t2i, t5, taesd, unet, vae, vision, zimage
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
-# of FLUX.1 and some more; an adapter's may hold those of a denoiser.
+# of FLUX.1 and some more, and a ControlNet's those of a U-Net and some more; an IP-Adapter's may hold those of FLUX.1.
 MODULES = {
     "ip_adapter": ip_adapter,
     "redux": redux,
@@ -38,6 +38,8 @@ MODULES = {
     "flux": flux,
     "sd3": sd3,
     "zimage": zimage,
+    "controlnet": controlnet,
+    "t2i": t2i,
     "unet": unet,
     "t5": t5,
     "qwen3": qwen3,

@@ -86,10 +86,9 @@ def read(source: str | Path, dtype: mx.Dtype, layout: str | None = None) -> dict
 
 def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
-    if checkpoint.layout.use:
-        raise Error(
-            f"{checkpoint.path} is {checkpoint.layout.title}, which is no model by itself.", checkpoint.layout.use
-        )
+    title, use = checkpoint.layout.title, checkpoint.layout.use
+    if use:
+        raise Error(f"{checkpoint.path} is {title}, which is no model by itself.", use)
     held, lacking = list(checkpoint.components), checkpoint.lacking
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""

@@ -7,7 +7,7 @@ import textwrap
 from . import advice, builtin, memory
 from .console import Parser, run
 from .errors import Error, did_you_mean
-from .families import DEFAULT, FAMILIES, MODELS
+from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Model
 from .recipe import default_dtype, recipe
 
 # The table's columns: (bits, whether --low-memory); bits None means 16 bits, not quantized.
@@ -19,8 +19,27 @@ _WAYS = ((None, False), (None, True), (8, False), (8, True), (6, True), (4, Fals
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff models", description="List the named models, or describe one.")
     p.add_argument("name", nargs="?", metavar="NAME", help=f"describe this model; {builtin.NAME} also lists its words")
+    p.add_argument("--adapters", action="store_true", help="list the networks that guide models, by their names")
     args = p.parse_args(argv)
-    return run("mlxdiff models", lambda: everything() if args.name is None else one(args.name))
+    return run("mlxdiff models", lambda: adapters(args.name) if args.adapters else chosen(args.name))
+
+
+def chosen(name: str | None) -> int:
+    return everything() if name is None else one(name)
+
+
+def adapters(name: str | None) -> int:
+    """List the networks that guide a named model, or all models."""
+    family = None if name is None else _model(name).family.name
+    print(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'hub id':62} licence")
+    for (of, called), row in ADAPTERS.items():
+        if family in (None, of):
+            place = row.repo if row.file is None else f"{row.repo}/{row.file}"
+            size, title = row.size + row.encoder, FAMILIES[of].title
+            print(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {place:62} {row.licence}")
+    print('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
+    print('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
+    return 0
 
 
 def everything() -> int:
@@ -36,16 +55,14 @@ def everything() -> int:
     families = [f for f in FAMILIES.values() if any(not v.needs for v in f.variants.values())]
     titles = textwrap.fill(", ".join(f.title for f in families), 100)
     print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
-    print("mlxdiff models NAME says what fits this machine.")
+    print("mlxdiff models NAME says what fits this machine; mlxdiff models --adapters lists the networks that guide.")
     print(f"\nBesides these, mlxdiff draws with any hub repository, folder, .safetensors or .gguf file of\n{titles}.")
     return 0
 
 
 def one(name: str) -> int:
-    if name not in MODELS:
-        fix = f"{did_you_mean(name, MODELS)}Named models are {', '.join(MODELS)}."
-        raise Error(f"There is no model named {name!r}.", fix)
-    m, d = MODELS[name], MODELS[name].defaults
+    m = _model(name)
+    d = m.defaults
     print(f"{name}: {m.title}")
     print(f"{'licence':10} {m.licence}")
     place = "in the package" if m.repo is None else f"{_download(name)} from {m.repo}"
@@ -60,6 +77,13 @@ def one(name: str) -> int:
             print(f"{kind:10} {', '.join(words)}")
     print("\n".join(_advice(name)))
     return 0
+
+
+def _model(name: str) -> Model:
+    if name not in MODELS:
+        fix = f"{did_you_mean(name, MODELS)}Named models are {', '.join(MODELS)}."
+        raise Error(f"There is no model named {name!r}.", fix)
+    return MODELS[name]
 
 
 def on_a_mac(name: str) -> list[float]:

@@ -14,9 +14,12 @@ from .adapters import Word
 from .description import Description
 from .errors import Error
 from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
+from .guides import Guide
 from .models.clip import CLIPText
+from .models.controlnet import Control
 from .models.layers import sinusoids
 from .models.qwen3 import Qwen3
+from .models.t2i import Features, T2IAdapter
 from .models.t5 import T5Encoder
 from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
@@ -229,3 +232,32 @@ def prepare(
     if len(sides) == 2:
         conds |= {"both": prepared(*sides)} if both else {"uncond": prepared(sides[0])}
     return conds
+
+
+def control(
+    model: Description,
+    net: nn.Module,
+    guide: Guide,
+    request: Request,
+    pixels: mx.array,
+    ts: list[float],
+    texts: list[Text],
+    both: bool,
+    times: tuple[float, float],
+) -> dict[str, Control | Features]:
+    """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text, a
+    T2I-Adapter none. pixels: its picture, (1, H, W, 3) in [0, 1]; times: it is on from the first down to the
+    second."""
+    if isinstance(net, T2IAdapter):
+        features, other = [guide.scale * f for f in net(pixels)], "both" if both else "uncond"
+        sides = ["cond", *([other] if len(texts) == 2 and (both or not request.guess) else [])]
+        return {side: Features(features, times, request.guess and side == "both") for side in sides}
+    conds, hint = prepare(model, net, request, ts, texts, both), net.hint(pixels)
+    half = request.guess or net.config.pooled
+    graded = request.guess and not net.config.pooled
+    if half and len(conds) == 2:  # the negative prompt's pass stays as it is
+        conds = {side: conds["cond"] for side in conds if side != "uncond"}
+    return {
+        side: Control(net, cond | {"hint": hint}, guide.scale, times, half and side == "both", graded)
+        for side, cond in conds.items()
+    }

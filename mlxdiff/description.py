@@ -15,6 +15,7 @@ from .families import FAMILIES, MODELS, Family, find
 from .families.base import EMBEDDED, INPUT, NONE, SECOND_PASS, Cut, TextPlan, Variant
 from .families.published import DYNAMIC, EMPIRICAL
 from .foreign import read_json
+from .guides import steps_on
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
@@ -159,8 +160,28 @@ class Description:
             fix = "Give one, or use a model that edits."
             raise Error(f"{self.name} begins with one picture; {count} were given.", fix)
 
+    def taken(self, request: Request) -> int:
+        """How many steps a resolved request takes: a start image is redrawn in the last of them."""
+        steps = request.steps
+        return self.noise_levels(request).taken(steps, request.strength) if self.starts(request) else steps
+
+    def _check_guides(self, request: Request) -> None:
+        """Raise if the controls cannot guide this model, as far as their files do not show it."""
+        if any(guide.model is None for guide in request.controls):
+            fix = "Name the network that reads it: `controls=[(MODEL, PICTURE)]`."
+            raise Error(f"{self.name} itself reads no control picture.", fix)
+        if request.guess and self.passes(request) == 1:
+            fix = "Leave `guess` out, or use more guidance."
+            raise Error("guess leaves the negative prompt's pass alone, and without guidance there is none.", fix)
+        steps = self.taken(request)
+        for guide in request.controls:
+            if steps and not steps_on(guide.interval, steps):
+                span = f"{guide.interval[0]:g} to {guide.interval[1]:g}"
+                raise Error(f"The control interval {span} holds none of {steps} steps.", "Give a longer one.")
+
     def _check(self, request: Request) -> None:
         """Raise before the work if this model cannot do what the request asks."""
+        self._check_guides(request)
         for setting, used in SPECIAL.items():
             if used(request) and setting not in self.family.takes:
                 whose = " and ".join(f.title for f in FAMILIES.values() if setting in f.takes)

@@ -20,6 +20,7 @@ from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
 from .families.base import SECOND_PASS
+from .guides import steps_on
 from .pipeline import Event, Pipeline, load
 from .recipe import BITS, DTYPES, SMALLER, bits_of
 from .request import STRENGTH, Request
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--control", dest="controls", action="append", nargs="+", metavar=form, help=what)
     what = "controls guide the prompt's pass alone: the picture decides more, the prompt less"
     g.add_argument("--guess", action="store_true", default=None, help=what)
-    what = "a picture whose style or things to take over, and the adapter that reads it: hub id, folder or file"
+    what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it"
     form = ("[MODEL] IMAGE", "SCALE")
     g.add_argument("--reference", dest="references", action="append", nargs="+", metavar=form, help=what)
     g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
@@ -106,6 +107,8 @@ _EXAMPLES = """examples:
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
   mlxdiff generate "make it winter" -m flux2-klein -i photo.png
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
+  mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8
+  mlxdiff generate "a lighthouse" -m sdxl --reference ip-adapter-plus photo.png 0.6
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """
 
@@ -165,6 +168,13 @@ def draw(args: argparse.Namespace) -> int:
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for adapter, scale in pipe.attached.adapters(requests[0]):
             bar.write(f"{adapter}, scale {scale:g}")
+        for guide in requests[0].controls:
+            steps = pipe.description.taken(requests[0])
+            on = steps_on(guide.interval, steps)
+            span = "" if len(on) == steps else f", in steps {on.start + 1} to {on.stop} of {steps}"
+            bar.write(f"control {guide}: scale {guide.scale:g}{span}")
+        for guide in requests[0].references:
+            bar.write(f"reference {guide}: scale {guide.scale:g}")
         for word in pipe.attached.words(requests[0]):
             n = max(map(len, word.vectors.values()))
             bar.write(f"{word.word}: {n} token{'s' * (n > 1)}, for {', '.join(word.vectors)}")

@@ -31,10 +31,12 @@ from . import (
 from .arguments import check_options
 from .attached import Attached
 from .errors import Error
+from .guides import steps_on
+from .models.controlnet import controlled
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
-from .references import References, extended, sides
+from .references import extended, sides
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
@@ -87,6 +89,7 @@ def load(
     from . import store
 
     def check(model: description.Description, **others) -> None:
+        others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
         attached.check(loras, embeddings, request, model)
 
@@ -100,6 +103,7 @@ def load(
         return Pipeline(Networks(folder, description.read(folder)), low_memory, force, offline)
 
     pipe = opened(model, check=check)
+    pipe.attached.progress = progress
     pipe.attached.loras, pipe.attached.embeddings = tuple(loras), tuple(embeddings)
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
@@ -126,7 +130,6 @@ class Pipeline:
         self.description.check_draws()
         self.low_memory, self.force = low_memory, force
         self.attached = Attached(networks.folder, networks.description, offline)
-        self.references = References(networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
@@ -158,9 +161,11 @@ class Pipeline:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
         request = asked(prompt, settings)
-        request = self.references.resolve(self.attached.resolve(request))
+        request = self.attached.resolve(request)
         if request.image is None:
-            return self.description.resolve(request)
+            full = self.description.resolve(request)
+            self.attached.check_size(full)
+            return full
         pictures = [images.read(picture) for picture in request.pictures]
         hashes = tuple(images.fingerprint(picture) for picture in pictures)
         for i, (found, wanted) in enumerate(zip_longest(hashes, request.hashes)):
@@ -169,7 +174,9 @@ class Pipeline:
                 raise Error(f"{which} is not the one that these settings name.", "Give that image as `image=FILE`.")
         self._pictures = hashes, pictures
         full = replace(request, image_hash=hashes)
-        return self.description.resolve(full, [picture.size for picture in pictures])
+        full = self.description.resolve(full, [picture.size for picture in pictures])
+        self.attached.check_size(full)
+        return full
 
     def _read(self, request: Request) -> list[Image.Image]:
         """The pictures of a resolved request."""
@@ -181,7 +188,9 @@ class Pipeline:
         """The workload of a resolved request, for `memory`."""
         refiner = None if self.refiner is None else self.refiner.description
         sizes = tuple(picture.size for picture in self._read(request))
-        return memory.Workload(self.description, request, self.low_memory, refiner, sizes)
+        beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
+        readers = tuple(self.attached.references.reader(guide).workload for guide in request.references)
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -216,10 +225,10 @@ class Pipeline:
         spec, schedule = samplers.SAMPLERS[request.sampler], model.noise_levels(request)
         fn = samplers.of_flow(request.sampler) if model.flow else spec.fn
         whole = schedules.sigmas(schedule, request.schedule, request.steps)
-        steps = schedule.taken(request.steps, request.strength) if model.starts(request) else request.steps
+        steps = model.taken(request)
         sigmas = whole[-1 - steps :]
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
-        texts, seen = [], (yield from self.references.see(request))
+        texts, seen = [], (yield from self.attached.references.see(request, self.attached.picture))
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
         texts[0] = extended(texts[0], request.references, seen)
@@ -238,7 +247,8 @@ class Pipeline:
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
             read, shown = (references, sides(request.references, seen)) if pipe is self else ([], [])
-            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole, read, shown)
+            asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
+            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, shown)
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
@@ -251,6 +261,7 @@ class Pipeline:
             del denoise  # it holds the network
             if pipe is not self or self.low_memory:
                 pipe.networks.release(pipe.description.family.denoiser)
+                pipe.attached.release()
         yield from self._decode(x / schedule.spread(sigmas[-1]))
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
@@ -372,9 +383,11 @@ class Pipeline:
         # all of its conditions, not once for each layer.
         for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
             mx.eval(part)
+        for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas)).items():
+            conds[side]["controls"] = controls
         begin, end = (f * request.steps for f in request.skip_interval)  # both ends are excluded, as in diffusers
         return guidance.denoiser(
-            net,
+            controlled(net),
             schedule,
             model.prediction,
             **conds,
@@ -386,6 +399,31 @@ class Pipeline:
             skip_interval=(sigmas[min(math.floor(begin) + 1, request.steps)], sigmas[math.ceil(end)]),
             dtype=dtype_of(net),
         )
+
+    def _controls(
+        self, request: Request, schedule: Schedule, ts: list[float], texts: list, sigmas: list[float]
+    ) -> Iterator[Event]:
+        """What the networks that guide add to the conditions: each side's Controls. sigmas: those of the whole run."""
+        sides, taken = {}, self.description.taken(request)
+        if taken == 0:
+            return sides
+        for path in self.attached.networks(request):
+            yield Event("load", 0, 1, 0.0)
+            begin = time.perf_counter()
+            self.attached.open(path)
+            yield Event("load", 1, 1, time.perf_counter() - begin)
+        for guide in request.controls:
+            on = steps_on(guide.interval, taken)
+            last = sigmas[on.stop - 1 - taken]
+            times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
+            picture = images.fit(self.attached.picture(guide), request.width, request.height)
+            pixels = mx.array(images.to_pixels(picture))[None] / 2 + 0.5
+            net, both = self.attached.network(guide), not self.low_memory
+            found = conditioning.control(self.description, net, guide, request, pixels, ts, texts, both, times)
+            for side, control in found.items():
+                mx.eval(vars(control))
+                sides.setdefault(side, []).append(control)
+        return sides
 
     def _decode(self, z: mx.array) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""

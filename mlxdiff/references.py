@@ -3,7 +3,6 @@ the prompt. That is kept for the next seed; the two networks are not."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -31,7 +30,7 @@ Seen = Sides | mx.array  # of an IP-Adapter, or the tokens (1, N, d) of Redux
 
 # The mean and spread of the channels of CLIP's training pictures.
 _MEAN, _SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_LONGEST = 8  # of a picture whose longer edge is cut: times its shorter edge
+_LONGEST = 16  # of a picture whose longer edge is cut: times its shorter edge
 
 
 class References:
@@ -39,46 +38,20 @@ class References:
 
     def __init__(self, model: Description, offline: bool):
         self.model, self.offline = model, offline
-        self.progress: Progress | None = None  # is told of a download
         self._readers: dict[str, tuple[tuple, Reader]] = {}  # name -> times and sizes of its files, and what they hold
         self._seen: dict[tuple, Seen] = {}  # what the last request's pictures became
-        self._pictures: dict[str, Image.Image] = {}  # those pictures, by their fingerprints
 
-    def resolve(self, request: Request) -> Request:
-        """The request with the fingerprints of its references and their networks."""
-        if not request.references:
-            return request
-        request.check_guides()
+    def reader(self, guide: Guide, progress: Progress | None = None) -> "Reader":
+        """The networks of a reference, whose headers are read once, and again if the files have changed. Raises if the
+        model cannot take the reference. progress: is told of a download."""
         if not self.model.family.references:
             whose = " and ".join(f.title for f in FAMILIES.values() if f.references)
-            edits = ", or give it as `image=FILE`" if self.model.row.edits else ""
-            raise Error(
-                f"References are for {whose}; {self.model.name} is {self.model.family.title}.",
-                f"Leave `references` out{edits}.",
-            )
-        pictures, guides = {}, []
-        for guide in request.references:
-            if guide.interval != (0.0, 1.0) or guide.mode is not None:
-                raise Error(
-                    f"The reference {guide} has an interval or a mode, which only controls have.", "Leave it out."
-                )
-            picture, reader = images.read(guide.image), self.reader(guide)
-            found = images.fingerprint(picture)
-            for wanted, given, which in ((guide.hash, found, "picture"), (guide.model_hash, reader.hash, "network")):
-                if wanted not in (None, given):
-                    problem = f"The {which} of the reference {guide} is not the one that these settings name."
-                    raise Error(problem, "Give that one as `references=[(FILE, PICTURE)]`.")
-            pictures[found] = picture
-            guides.append(replace(guide, hash=found, model_hash=reader.hash))
-        self._pictures = pictures
-        return replace(request, references=tuple(guides))
-
-    def picture(self, guide: Guide) -> Image.Image:
-        """The picture of a resolved guide."""
-        return self._pictures[guide.hash] if guide.hash in self._pictures else images.read(guide.image)
-
-    def reader(self, guide: Guide) -> "Reader":
-        """The networks of a reference, whose headers are read once, and again if the files have changed."""
+            problem = f"References are for {whose}; {self.model.name} is {self.model.family.title}."
+            edits = ", or give the picture as `image=FILE`" if self.model.row.edits else ""
+            raise Error(problem, f"Leave `references` out{edits}.")
+        if guide.interval != (0.0, 1.0) or guide.mode is not None:
+            problem = f"The reference {guide} has an interval or a mode, which only controls have."
+            raise Error(problem, "Leave it out.")
         if guide.model is None:
             fix = "Name an IP-Adapter or FLUX Redux before the picture: `references=[(FILE, PICTURE)]`."
             raise Error(f"The reference {guide} has no network that reads it.", fix)
@@ -86,15 +59,12 @@ class References:
         if held is None or _times(held[1]) != held[0]:
             from .store import references as store
 
-            reader = store.find(guide.model, self.model, offline=self.offline, progress=self.progress)
+            reader = store.find(guide.model, self.model, offline=self.offline, progress=progress)
             self._readers[str(guide.model)] = _times(reader), reader
         return self._readers[str(guide.model)][1]
 
-    def readers(self, request: Request) -> list["Reader"]:
-        return [self.reader(guide) for guide in request.references]
-
-    def see(self, request: Request) -> Iterator[Event]:
-        """What each reference of a resolved request becomes."""
+    def see(self, request: Request, picture: Callable[[Guide], Image.Image]) -> Iterator[Event]:
+        """What each reference of a resolved request becomes. picture: gives that of a guide."""
         from .store import references as store
 
         guided = self.model.passes(request) == 2
@@ -109,7 +79,7 @@ class References:
             if reader != opened:
                 networks = ()  # one pair at a time
                 opened, networks = reader, store.read(reader, DTYPES[self.model.recipe.dtype])
-            seen[key] = self._become(*networks, self.picture(wanted[key]), guided)
+            seen[key] = self._become(*networks, picture(wanted[key]), guided)
             yield Event("encode", i + 1, len(missing), time.perf_counter() - begin)
         del networks
         mx.clear_cache()

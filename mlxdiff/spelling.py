@@ -77,5 +77,5 @@ def _plain(value: str) -> str:
     """A Python value as people type it: text without quotes, unless empty; a tuple or list without brackets and
     commas."""
     if value[0] in "([":
-        return value[1:-1].replace(",", "")
+        return re.sub(r"[()\[\],]", "", value)
     return value[1:-1] if len(value) > 2 and value[0] == value[-1] and value[0] in "'\"" else value

@@ -24,6 +24,8 @@ MAY = {
     "mlxdiff.models": NONE,
     "mlxdiff.models.layers": NONE,
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
+    "mlxdiff.models.controlnet": {"mlxdiff.models.layers", "mlxdiff.models.unet"},
+    "mlxdiff.models.t2i": {"mlxdiff.models.unet"},
     "mlxdiff.models.flux2": {"mlxdiff.models.flux", "mlxdiff.models.layers"},
     "mlxdiff.models.zimage": {"mlxdiff.models.flux", "mlxdiff.models.layers", "mlxdiff.models.qwen3"},
     "mlxdiff.models.vision": {"mlxdiff.models.clip"},
@@ -73,6 +75,7 @@ MAY = {
         "mlxdiff.families",
         "mlxdiff.families.base",
         "mlxdiff.foreign",
+        "mlxdiff.guides",
         "mlxdiff.models.build",
         "mlxdiff.models.vae",
         "mlxdiff.recipe",
@@ -86,10 +89,13 @@ MAY = {
     "mlxdiff.conditioning": {
         "mlxdiff.adapters",
         "mlxdiff.errors",
+        "mlxdiff.guides",
+        "mlxdiff.models.controlnet",
         "mlxdiff.description",
         "mlxdiff.families.base",
         "mlxdiff.models.layers",
         "mlxdiff.models.qwen3",
+        "mlxdiff.models.t2i",
         "mlxdiff.models.t5",
         "mlxdiff.request",
         "mlxdiff.tokenizers",
@@ -171,6 +177,19 @@ MAY = {
         "mlxdiff.store.hub",
         "mlxdiff.tokenizers",
     },
+    "mlxdiff.store.references": {
+        "mlxdiff.convert",
+        "mlxdiff.convert.settings",
+        "mlxdiff.convert.vision",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.families.published",
+        "mlxdiff.memory",
+        "mlxdiff.models.*",
+        "mlxdiff.store",
+        "mlxdiff.store.hub",
+    },
     "mlxdiff.store": {
         "mlxdiff.adapters",
         "mlxdiff.builtin",
@@ -179,9 +198,11 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.foreign",
+        "mlxdiff.models.build",
         "mlxdiff.recipe",
         "mlxdiff.seal",
         "mlxdiff.store.*",
+        "mlxdiff.weights",
     },
     "mlxdiff.store.__main__": {
         "mlxdiff.console",
@@ -191,17 +212,41 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.store.cache",
     },
+    "mlxdiff.references": {
+        "mlxdiff.conditioning",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.guides",
+        "mlxdiff.images",
+        "mlxdiff.models.ip_adapter",
+        "mlxdiff.models.redux",
+        "mlxdiff.models.vision",
+        "mlxdiff.recipe",
+        "mlxdiff.request",
+        "mlxdiff.result",
+        "mlxdiff.store.references",
+    },
     "mlxdiff.attached": {
+        "mlxdiff.memory",
+        "mlxdiff.references",
         "mlxdiff.adapters",
         "mlxdiff.conditioning",
         "mlxdiff.description",
         "mlxdiff.dialects",
         "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.guides",
+        "mlxdiff.images",
+        "mlxdiff.models.build",
         "mlxdiff.request",
         "mlxdiff.store",
     },
     "mlxdiff.pipeline": {
         "mlxdiff.attached",
+        "mlxdiff.references",
+        "mlxdiff.guides",
+        "mlxdiff.models.controlnet",
         "mlxdiff.advice",
         "mlxdiff.arguments",
         "mlxdiff.builtin",
@@ -250,6 +295,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.families.base",
+        "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",
@@ -437,7 +483,8 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        if not name.startswith("mlxdiff.convert") and name not in ("mlxdiff.store", "mlxdiff.store.tokenizer"):
+        stores = ("mlxdiff.store", "mlxdiff.store.references", "mlxdiff.store.tokenizer")
+        if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
 
 

@@ -58,6 +58,9 @@ ALONE = {
     "comfy_clip_l": ("clip", "base", "text_encoder"),
     "flux_text_encoder": ("clip", "base", "text_encoder"),
     "lcm_dreamshaper_v7_unet": ("sd1", "lcm", "unet"),
+    "sd15_controlnet_canny": ("controlnet", "base", "controlnet"),
+    "sd15_controlnet_canny_single": ("controlnet", "base", "controlnet"),
+    "sdxl_controlnet_canny": ("controlnet", "base", "controlnet"),
     "sd15_inpainting_unet": ("sd1", "inpaint", "unet"),
     "sd15_text_encoder": ("clip", "base", "text_encoder"),
     "sd15_unet": ("sd1", "base", "unet"),
@@ -150,8 +153,7 @@ FOREIGN = {
     "lora_bfl_flux_control": "LoRA", "lora_diffusers_sd15_lora_down_up": "LoRA",
     "lora_kohya_flux": "LoRA", "lora_kohya_sd15": "LoRA", "lora_kohya_sdxl": "LoRA", "lora_lcm_sd15": "LoRA",
     "lora_peft_flux_aitoolkit": "LoRA", "lora_peft_flux_dreambooth": "LoRA", "lora_peft_sd15_unet": "LoRA",
-    "lora_peft_sd15_unet_te": "LoRA", "lora_peft_sdxl_unet": "LoRA", "sd15_controlnet_canny": "ControlNet",
-    "sd15_controlnet_canny_single": "ControlNet", "sdxl_controlnet_canny": "ControlNet",
+    "lora_peft_sd15_unet_te": "LoRA", "lora_peft_sdxl_unet": "LoRA",
     "taesd_encoder_single": "encoder of a TAESD", "taesdxl_encoder_single": "encoder of a TAESD",
 }  # fmt: skip
 
@@ -444,6 +446,10 @@ DERIVED = {
         "zimage", "base",
         {"transformer": "z_image_transformer", "text_encoder": "qwen3_4b_text_encoder", "vae": "flux_vae"},
     ),
+    "a ControlNet with the model that it was trained with": (
+        lambda: v15() | facts("sd15_controlnet_canny_single"),
+        "controlnet", "base", {"controlnet": "sd15_controlnet_canny_single"},
+    ),
     "SDXL without text encoders": (
         lambda: without(xl(), "conditioner."),
         "sdxl", "base", {k: SDXL_COUNTS[k] for k in ("unet", "vae")},
@@ -493,7 +499,6 @@ REFUSED = {
         lambda: ldm("sd21_unet", "sd21_vae", h=open_clip_h()) | {"depth_model.model.pretrained.x": (1,)},
         "a depth",
     ),
-    "SD1 and a ControlNet in one": (lambda: v15() | {"control_model.zero_convs.0.0.weight": (320,)}, "a ControlNet"),
     "an embedding": (lambda: {"emb_params": (4, 768)}, "a textual inversion"),
     "an embedding for SDXL": (lambda: {"clip_g": (4, 1280), "clip_l": (4, 768)}, "a textual inversion"),
     "AnimateDiff": (lambda: {"down_blocks.0.motion_modules.0.temporal_transformer.norm.bias": (320,)}, "AnimateDiff"),

@@ -142,6 +142,23 @@ class Family:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A published network that guides a family's models, and has a name here."""
+
+    kind: str  # for people
+    repo: str  # hub id
+    licence: str
+    size: float  # GB at 16 bits
+    file: str | None = None  # of the repository; None: its network in diffusers layout
+    encoder: float = 0.0  # GB at 16 bits of the vision model, for one that reads reference pictures
+    tokens: int = 0  # that it makes of a reference picture
+
+    @property
+    def role(self) -> str:
+        return "reference" if self.tokens else "control"
+
+
+@dataclass(frozen=True)
 class Model:
     """A published model that has a name here."""
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..models import clip, qwen3, t5, unet, vae, vision
-from .base import EMBEDDED, Careful, Defaults, Variant
+from .base import EMBEDDED, Beside, Careful, Defaults, Variant
 
 CLIP_L = clip.Config(
     vocab=49408,
@@ -124,7 +124,15 @@ UNET = unet.Config(  # SD 1.x
     flip_sin_to_cos=True,
     freq_shift=0,
 )
-UNET_CAREFUL = Careful(whole=("time_embedding", "add_embedding", "time_emb_proj"))
+UNET_CAREFUL = Careful(
+    whole=("time_embedding", "add_embedding", "time_emb_proj", "controlnet_down_blocks", "controlnet_mid_block")
+)
+
+
+def ip_adapter(file: str, size: float, tokens: int) -> Beside:
+    """One of the IP-Adapters that their authors published; all that have a name here read what CLIP ViT-H gives."""
+    place = {"repo": "h94/IP-Adapter", "file": f"{file}.safetensors"}
+    return Beside("IP-Adapter", **place, licence="Apache 2.0", size=size, encoder=1.26, tokens=tokens)
 
 
 def unet_activations(net: unet.Config, latents: int, tokens: int, gpu: bool) -> float:

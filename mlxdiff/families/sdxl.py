@@ -4,8 +4,8 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import Defaults, Family, Model, TextPlan
-from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
+from .base import Beside, Defaults, Family, Model, TextPlan
+from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, ip_adapter, unet_activations, unet_variants
 
 _PREVIEW = (
     (0.3651, 0.4232, 0.4341),
@@ -101,4 +101,14 @@ MODELS = {
         networks=_NETWORKS,
         defaults=Defaults(size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
     ),
+}
+
+ADAPTERS = {
+    (SDXL.name, name): Beside("ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5)
+    for name in ("canny", "depth")
+}
+ADAPTERS |= {
+    (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4),
+    (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16),
+    (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16),
 }

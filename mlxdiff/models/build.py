@@ -8,17 +8,35 @@ import mlx.nn as nn
 
 from ..errors import Error
 from ..foreign import fits
-from . import clip, flux, flux2, ip_adapter, qwen3, redux, sd3, t5, taesd, unet, vae, vision, zimage
+from . import (
+    clip,
+    controlnet,
+    flux,
+    flux2,
+    ip_adapter,
+    qwen3,
+    redux,
+    sd3,
+    t2i,
+    t5,
+    taesd,
+    unet,
+    vae,
+    vision,
+    zimage,
+)
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
     "t5": (t5.Config, t5.T5Encoder),
     "qwen3": (qwen3.Config, qwen3.Qwen3),
     "unet": (unet.Config, unet.UNet),
+    "controlnet": (controlnet.Config, controlnet.ControlNet),
     "sd3": (sd3.Config, sd3.SD3),
     "flux": (flux.Config, flux.Flux),
     "flux2": (flux2.Config, flux2.Flux2),
     "zimage": (zimage.Config, zimage.ZImage),
+    "t2i": (t2i.Config, t2i.T2IAdapter),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
     "vision": (vision.Config, vision.Vision),
@@ -26,8 +44,14 @@ NETWORKS = {
     "redux": (redux.Config, redux.Redux),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
-Config |= flux2.Config | zimage.Config | vae.Config | taesd.Config
+Config |= controlnet.Config | t2i.Config | flux2.Config | zimage.Config | vae.Config | taesd.Config
 Config |= vision.Config | ip_adapter.Config | redux.Config
+# Networks that guide a denoiser -> a function of their Config, the denoiser's, and the pixels that one latent covers:
+# what keeps the two from each other, in words; "" if nothing does.
+GUIDES = {"controlnet": controlnet.misfit, "t2i": t2i.misfit}
+# Networks that make of a reference picture what a denoiser reads -> a function of their Config and the denoiser's: the
+# same.
+READERS = {"ip_adapter": ip_adapter.misfit, "redux": redux.misfit}
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
 # The fields of Configs that count layers.
 _LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks")

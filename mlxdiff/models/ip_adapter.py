@@ -30,14 +30,6 @@ class Config:
         """Whether it reads the pooled output."""
         return PROJECTIONS[self.kind] is Plain
 
-    def misfit(self, net) -> str:
-        """Why a denoiser of this Config cannot read its tokens; "" if it can."""
-        if self.context != net.context:
-            return f"makes tokens {self.context} wide, and those of the denoiser are {net.context} wide"
-        if self.widths != net.reading:
-            return f"has {len(self.widths)} layers of other widths than the denoiser's {len(net.reading)}"
-        return ""
-
 
 class Plain(nn.Module):
     def __init__(self, config: Config):
@@ -126,6 +118,15 @@ class KeysValues(nn.Module):
 
     def __call__(self, tokens: mx.array) -> Pair:
         return self.to_k_ip(tokens), self.to_v_ip(tokens)
+
+
+def misfit(config: Config, net) -> str:
+    """What keeps a denoiser of a Config from reading such pictures; "" if nothing does."""
+    if config.context != net.context:
+        return f"reads text {config.context} wide, not {net.context}"
+    if config.widths != net.reading:
+        return f"has other layers ({len(config.widths)}) than the denoiser ({len(net.reading)})"
+    return ""
 
 
 PROJECTIONS = {"plain": Plain, "plus": Resampler, "full": Full, "xlabs": Plain}  # the last is for FLUX.1

@@ -16,10 +16,10 @@ class Config:
     context: int  # width of its tokens
     pools = False  # it reads every token
 
-    def misfit(self, net) -> str:
-        """Why a denoiser of this Config cannot read its tokens; "" if it can."""
-        wrong = f"makes tokens {self.context} wide, and those of the denoiser are {net.context} wide"
-        return wrong if self.context != net.context else ""
+
+def misfit(config: Config, net) -> str:
+    """What keeps a denoiser of a Config from reading its tokens; "" if nothing does."""
+    return "" if config.context == net.context else f"makes tokens {config.context} wide, not {net.context}"
 
 
 class Redux(nn.Module):

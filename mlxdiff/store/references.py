@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import memory
 from ..description import Description
-from ..errors import Error
-from ..families import FAMILIES
+from ..errors import Error, did_you_mean
+from ..families import ADAPTERS, FAMILIES
 from ..families.published import VISION
-from ..models import ip_adapter, redux, vision
+from ..models import build, ip_adapter, redux, vision
 from . import _HUB_ID, Progress, _one_file, _sample, _silent, local
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ class Reader:
     hash: str  # of both
 
     @property
-    def tokens(self) -> int:
-        """How many tokens it makes of a picture."""
-        return getattr(self.config, "tokens", None) or self.sees.tokens
+    def workload(self) -> memory.Reader:
+        """What the memory estimate depends on."""
+        tokens = getattr(self.config, "tokens", None)
+        return memory.Reader((self.sees, self.config), self.sees.tokens if tokens is None else tokens)
 
 
 def find(name: str | Path, model: Description, *, offline: bool, progress: Progress | None = None) -> Reader:
@@ -46,11 +48,14 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
     progress = _silent if progress is None else progress
     path, repo, file = local(name), None, None
     if path is None:
-        match = _HUB_ID.fullmatch(str(name))
-        if match is None:
-            fix = "Give an IP-Adapter or FLUX Redux: a .safetensors file, a folder, or org/repo/file.safetensors."
+        row = ADAPTERS.get((model.family.name, str(name)))
+        match = None if row is not None else _HUB_ID.fullmatch(str(name))
+        if row is None and match is None:
+            known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, "reference")]
+            names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
+            fix = f"{did_you_mean(str(name), known)}{names} a folder or a file: org/repo/file.safetensors."
             raise Error(f"There is no adapter, file or folder {str(name)!r}.", fix)
-        repo, file = match[1], match[2] or _only_file(match[1], offline)
+        repo, file = (row.repo, row.file) if row is not None else (match[1], match[2] or _only_file(match[1], offline))
         path = _one_file(repo, file, offline, progress)
     elif path.is_dir() and (path / "image_embedder").is_dir():  # Redux in diffusers layout
         path = path / "image_embedder"
@@ -94,20 +99,19 @@ def _adapter(path: Path, model: Description) -> tuple["Checkpoint", ip_adapter.C
     from .. import convert
 
     checkpoint = convert.open(path)
-    kinds, title = {*checkpoint.layout.networks.values()}, checkpoint.layout.title
-    readers = {kind for family in FAMILIES.values() for kind in family.references}
-    if not kinds <= readers:
-        what = title if checkpoint.layout.family is None else f"a checkpoint of {title}"
-        raise Error(f"{path} is {what}, which reads no reference picture.", "Give an IP-Adapter or FLUX Redux.")
-    (kind,) = kinds
+    (kind, *_), title = checkpoint.layout.networks.values(), checkpoint.layout.title
+    if kind not in build.READERS:
+        what = title if checkpoint.layout.family is None else f"a model, of {title},"
+        raise Error(f"{path} is {what} and reads no reference picture.", "Give an IP-Adapter or FLUX Redux.")
     if kind not in model.family.references:
         whose = " and ".join(f.title for f in FAMILIES.values() if kind in f.references)
         raise Error(f"{path} is {title}, for {whose}; {model.name} is {model.family.title}.", "Use a model of those.")
     convert.check(checkpoint)
     (component,) = checkpoint.components.values()
-    wrong = component.config.misfit(model.net)
+    wrong = build.READERS[kind](component.config, model.net)
     if wrong:
-        raise Error(f"{path} {wrong}.", f"Use an adapter that was made for {model.family.title}.")
+        made_for = f"Use one that was made for {model.family.title}."
+        raise Error(f"{path} is {title} that {wrong}: it does not fit {model.name}.", made_for)
     return checkpoint, component.config
 
 

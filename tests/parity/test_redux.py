@@ -46,7 +46,7 @@ def test_tokens_equal_diffusers(flux):
     reader = find(folder, ours.description, offline=True)
     encoder, adapter = read(reader, mx.float32)
     assert error(adapter(encoder(pixels(image, reader.sees))), want) < 1e-5
-    assert reader.tokens == want.shape[1]
+    assert reader.workload.tokens == want.shape[1]
 
 
 def test_a_picture_draws_as_in_diffusers(flux, tmp_path):
