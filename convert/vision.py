@@ -42,8 +42,9 @@ def config(shapes: Shapes, like: Config | None) -> Config:
     width, patch = shapes.size(_PATCH, 0), shapes.size(_PATCH, 2)
     clip, projection = "embeddings.class_embedding" in shapes, "visual_projection.weight"
     tokens = shapes.size("embeddings.position_embedding.weight", 0) - clip
+    edge = patch * max(1, math.isqrt(max(0, tokens)))
     return Config(
-        size=patch * max(1, math.isqrt(max(0, tokens))),
+        size=SIGLIP.size if not clip and edge // patch == SIGLIP.size // patch else edge,  # 384, of which 378 are read
         patch=patch,
         width=width,
         layers=shapes.count("encoder.layers"),

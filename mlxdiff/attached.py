@@ -88,7 +88,7 @@ class Attached:
         picture = images.read(guide.image)
         found, network = images.fingerprint(picture), None
         if what == "reference":
-            network = self.references.reader(guide).hash
+            network = self.references.reader(guide, self.progress).hash
         elif guide.model is not None:
             _, _, network = self.control(guide)
         for wanted, given, which in ((guide.hash, found, "picture"), (guide.model_hash, network, "network")):
@@ -182,10 +182,10 @@ def readers(request: Request | None, model: Description) -> tuple[memory.Reader,
 
     found, references = [], References(model, offline=True)
     for guide in () if request is None else request.references:
-        row = None if guide.model is None else ADAPTERS.get((model.family.name, str(guide.model)))
-        if guide.model is None or store.local(guide.model) is not None:
+        references.check(guide)
+        if store.local(guide.model) is not None:
             found.append(references.reader(guide).workload)
-        elif row is not None:
+        elif (row := ADAPTERS.get((model.family.name, str(guide.model)))) is not None:
             found.append(memory.Reader(int((row.size + row.encoder) * 1e9), row.tokens))
     return tuple(found)
 

@@ -41,9 +41,8 @@ class References:
         self._readers: dict[str, tuple[tuple, Reader]] = {}  # name -> times and sizes of its files, and what they hold
         self._seen: dict[tuple, Seen] = {}  # what the last request's pictures became
 
-    def reader(self, guide: Guide, progress: Progress | None = None) -> "Reader":
-        """The networks of a reference, whose headers are read once, and again if the files have changed. Raises if the
-        model cannot take the reference. progress: is told of a download."""
+    def check(self, guide: Guide) -> None:
+        """Raise if the model cannot take a reference, as far as no file shows it."""
         if not self.model.family.references:
             whose = " and ".join(f.title for f in FAMILIES.values() if f.references)
             problem = f"References are for {whose}; {self.model.name} is {self.model.family.title}."
@@ -55,6 +54,11 @@ class References:
         if guide.model is None:
             fix = "Name an IP-Adapter or FLUX Redux before the picture: `references=[(FILE, PICTURE)]`."
             raise Error(f"The reference {guide} has no network that reads it.", fix)
+
+    def reader(self, guide: Guide, progress: Progress | None = None) -> "Reader":
+        """The networks of a reference, whose headers are read once, and again if the files have changed. Raises if the
+        model cannot take it. progress: is told of a download."""
+        self.check(guide)
         held = self._readers.get(str(guide.model))
         if held is None or _times(held[1]) != held[0]:
             from .store import references as store

@@ -16,7 +16,7 @@ from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES
 from ..families.published import VISION
 from ..models import build, ip_adapter, redux, vision
-from . import _HUB_ID, Progress, _one_file, _sample, _silent, local
+from . import _HUB_ID, Progress, _fingerprint, _one_file, _sample, _silent, local
 
 if TYPE_CHECKING:
     from ..convert import Checkpoint
@@ -76,7 +76,9 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
         config=config,
         sees=_config(encoder),
         title=checkpoint.layout.title,
-        hash=hashlib.sha256(repr([_stamps(checkpoint), _stamps(encoder)]).encode()).hexdigest()[:16],
+        hash=hashlib.sha256(repr([*map(_fingerprint, _files(checkpoint)), *_stamps(encoder)]).encode()).hexdigest()[
+            :16
+        ],
     )
 
 
@@ -183,8 +185,11 @@ def _only_file(repo: str, offline: bool) -> str:
     return top[0]
 
 
-def _stamps(checkpoint: "Checkpoint") -> list:
-    """Size and a sample of each file."""
+def _files(checkpoint: "Checkpoint") -> list[Path]:
     (component,) = checkpoint.components.values()
-    files = {piece.tensor.file for weight in component.weights.values() for piece in weight.pieces}
-    return sorted([size := file.stat().st_size, _sample(file, size)] for file in files)
+    return sorted({piece.tensor.file for weight in component.weights.values() for piece in weight.pieces})
+
+
+def _stamps(encoder: "Checkpoint") -> list:
+    """Size and a sample of each file: a vision model has gigabytes."""
+    return [[size := file.stat().st_size, _sample(file, size)] for file in _files(encoder)]
