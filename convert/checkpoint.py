@@ -113,10 +113,10 @@ def open(
 
     source: a .safetensors or .gguf file, an index of shards, a folder in diffusers layout, or the folder of one
     component. prediction: "eps", "v" or "x0", if the checkpoint does not say it or is wrong. parts: files (or folders)
-    of what `families.PARTS` names, which are used instead of the checkpoint's. Parts that a transformer's file lacks
-    and nobody gives are looked for beside it, and in text_encoders/ there, under their usual names:
-    clip_l*.safetensors, clip_g*.safetensors, t5xxl*.safetensors, qwen_3_4b*.safetensors, and the name of the family's
-    VAE, or the same with .gguf.
+    of what `families.PARTS` names, which are used instead of the checkpoint's. Parts that a denoiser's file lacks and
+    nobody gives are looked for beside it, and in text_encoders/ there, under their usual names: clip_l*.safetensors,
+    clip_g*.safetensors, t5xxl*.safetensors, qwen_3_4b*.safetensors, and the name of the family's VAE, or the same with
+    .gguf.
     t5: False leaves SD3's T5 out, whether the checkpoint has it or not. layout: a key of LAYOUTS, to read a file as
     that: of a whole CLIP the text encoder is read, unless it is read as a vision model."""
     path, parts = Path(source), {} if parts is None else parts
@@ -137,7 +137,8 @@ def open(
             raise Error(f"{path} is of {checkpoint.family}, which has no T5 to leave out.", "Leave out `t5=False`.")
         left_out = set() if t5 else {family.text.t5}
         held = {name: c for name, c in checkpoint.components.items() if name not in left_out}
-        return replace(checkpoint, components=with_parts(path, checkpoint.layout, held, parts, left_out))
+        whole = with_parts(path, checkpoint.layout, held, parts, left_out)
+        return replace(checkpoint, components=_sized(family, whole))
     except OSError as e:  # a folder that may not be looked into, a link that leads nowhere
         raise Error(f"{path} cannot be read: {e.strerror}.", "Check the path, its links and its permissions.") from None
 
@@ -207,10 +208,6 @@ def _single(path: Path, prediction: str | None, layout: str | None) -> Checkpoin
         components = {name: by_itself(name, layout, path, tensors) for name, tensors in networks.items()}
     else:
         components = {name: measured(name, layout, networks[name]) for name in layout.networks if name in networks}
-    configs = {name: c.config for name, c in components.items() if c.config is not None}
-    if "unet" in configs and configs["unet"].added is not None and "text_encoder_2" in configs:
-        config = sized(configs["unet"], configs["text_encoder_2"], sizes(layout.family))
-        components["unet"] = replace(components["unet"], config=config)
     called = " ".join((file.metadata.get("modelspec.architecture", ""), path.stem)).strip()
     schedule = _schedule(layout.family, _variant(layout.family, components, called, None))
     if "ztsnr" in file.tensors:  # Lin et al. 2024: start at the very last step
@@ -229,6 +226,14 @@ def _single(path: Path, prediction: str | None, layout: str | None) -> Checkpoin
         stated=stated if prediction is None else prediction,
         called=called,
     )
+
+
+def _sized(family: Family | None, components: dict[str, Component]) -> dict[str, Component]:
+    """With what the U-Net of SDXL and its text encoder show together, if both are there."""
+    unet, text = (components.get(name) for name in ("unet", "text_encoder_2"))
+    if unet is None or text is None or None in (unet.config, text.config) or unet.config.added is None:
+        return components
+    return components | {"unet": replace(unet, config=sized(unet.config, text.config, sizes(family)))}
 
 
 def check(checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ FOREIGN = [
         "a LoRA",
     ),
     (
-        r"^control_(layers|all_x_embedder)\.|^controlnet_(blocks|x_embedder)\.|^(task_embedding|control_add_embedding\.)",
+        r"^control_(layers|all_x_embedder)\.|^controlnet_(blocks|x_embedder)\.",
         "a ControlNet",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),
@@ -33,6 +33,17 @@ FOREIGN = [
     (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion"),
     (r"^edm_(mean|std)$|^edm_vpred\.", "an SDXL model with EDM noise (Playground 2.5, CosXL)"),
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
+]
+
+# Upscalers of other architectures than ESRGAN.
+UPSCALERS = [
+    (r"(^|\.)layers\.0\.residual_group\.overlap_attn\.|^relative_position_index_OCA$", "a HAT"),
+    (r"(^|\.)layers\.0\.residual_group\.blocks\.0\.", "a SwinIR"),
+    (r"(^|\.)layers\.0\.blocks\.\d+\.attn\.attns\.\d\.", "a DAT"),
+    (r"^(params(_ema)?\.)?body\.0\.weight$", "a compact Real-ESRGAN (SRVGG)"),
+    (r"(^|\.)block_1\.c1_r\.(sk|eval_conv)\.", "a SPAN"),
+    (r"(^|\.)feats\.1\.(channe_mixer|channel_mixer|lk)\.", "a PLKSR"),
+    (r"\.RDB\d\.conv1x1\.", "an ESRGAN+"),
 ]
 
 USE = {
@@ -56,6 +67,12 @@ def layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, bool]:
         if keys.has(pattern):
             why = "no model by itself" if what == "a LoRA" else "not supported yet"
             raise Error(f"{path} is {what}, which is {why}.", USE.get(what, KNOWN))
+    for pattern, what in UPSCALERS:
+        if keys.has(pattern):
+            raise Error(
+                f"{path} is {what} upscaler, which is not supported.",
+                "Use one of the ESRGAN family, such as RealESRGAN_x4plus.",
+            )
     for pattern, what in PACKED:
         if keys.has(pattern):
             raise Error(

@@ -1,4 +1,4 @@
-"""Networks that people keep in files of their own: those that the caller gives, or that lie beside a transformer."""
+"""Networks that people keep in files of their own: those that the caller gives, or that lie beside a denoiser."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def with_parts(
         if layout.parts[part].component in left_out:
             raise Error(f"`{part}` gives what `t5=False` leaves out.", "Use one of them.")
     taken = {part: Path(file) for part, file in given.items()}
-    if path.is_file() and "transformer" in held:
+    if path.is_file() and layout.family is not None and layout.family.denoiser in held:
         lacking = layout.networks.keys() - held.keys() - left_out
         near = {n: _beside(path, p.beside) for n, p in layout.parts.items() if p.component in lacking}
         taken = {n: file for n, file in near.items() if file is not None} | taken

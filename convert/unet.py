@@ -8,7 +8,7 @@ from ..errors import Error
 from ..families import Family
 from ..models import clip
 from ..models.unet import Config, HalfConfig
-from .layout import of_family
+from .layout import Part, of_family
 from .rules import Lacking, Row, Shapes
 from .settings import MOST_LAYERS, Settings
 
@@ -39,6 +39,15 @@ _WHOLE: list[Row] = [  # of a checkpoint, all but its text encoders
     ),
     (r"^first_stage_model\.", "vae."),
 ]
+_VAE, _VAE_XL = Part("vae", "vae-ft-*.safetensors"), Part("vae", "sdxl_vae*.safetensors")
+_CLIP, _CLIP_G = Part("text_encoder", "clip_l*.safetensors"), Part("text_encoder_2", "clip_g*.safetensors")
+# What stands beside a U-Net that is alone in its file, as it is in most GGUF files.
+_PARTS = {
+    "sd1": {"vae": _VAE, "clip": _CLIP},
+    "sd2": {"vae": _VAE},
+    "sdxl": {"vae": _VAE_XL, "clip": _CLIP, "clip_g": _CLIP_G},
+    "sdxl-refiner": {"vae": _VAE_XL, "clip_g": _CLIP_G},
+}
 LAYOUTS = {
     # ComfyUI once wrote `clip_l.` in between, and trainers before transformers 4 no `text_model.` (see clip).
     "sd1": of_family("sd15", [*_WHOLE, (r"^cond_stage_model\.(clip_l\.)?transformer\.", "text_encoder.")]),
@@ -53,6 +62,7 @@ LAYOUTS = {
     ),
     "sdxl-refiner": of_family("sdxl-refiner", [*_WHOLE, (r"^conditioner\.embedders\.0\.model\.", "text_encoder_2.")]),
 }
+LAYOUTS = {name: replace(layout, parts=_PARTS[name]) for name, layout in LAYOUTS.items()}
 CLASSES = ("UNet2DConditionModel",)
 ORIGINAL = r"^((model\.)?diffusion_model\.)?input_blocks\.\d"
 

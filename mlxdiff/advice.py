@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import images
+from . import pictures
 from .description import Description, published
 from .errors import Error
 from .families import MODELS, name_of
@@ -52,13 +52,8 @@ def mac(gigabytes: int) -> Machine:
 def named(name: str, recipe: Recipe, low_memory: bool = False, request: Request | None = None) -> Workload:
     """The workload of a published model that draws a picture, by default with the model's size and steps."""
     model, request = published(name, recipe), Request("") if request is None else request
-    sizes = _sizes(request)
-    return Workload(model, model.resolve(request, sizes), low_memory, pictures=sizes)
-
-
-def _sizes(request: Request) -> tuple[tuple[int, int], ...]:
-    """Width and height of each picture of a request."""
-    return tuple(images.size(picture) for picture in request.pictures)
+    sizes = pictures.sizes(request)
+    return Workload(model, model.fill(request, sizes), low_memory, pictures=sizes)
 
 
 def fits(workload: Workload, machine: Machine) -> bool:
@@ -79,7 +74,9 @@ def check(workload: Workload, machine: Machine | None = None) -> None:
         smaller = [n for n in MODELS if fits(named(n, plain, low_memory=True), machine)]
         others = f"{', '.join(smaller)} would, with `low_memory=True`" if smaller else "nor does any other named model"
         fix = f"It fits at no setting; {others}."
-    size = f"{request.width}x{request.height}" + (f", {request.count} at once" if request.count > 1 else "")
+    size = f"{request.width}x{request.height}"
+    size += "" if request.hires is None else f", enlarged {request.hires[0]:g} times,"
+    size += f", {request.count} at once" if request.count > 1 else ""
     also = "" if workload.refiner is None else " and its refiner"
     raise Error(
         f"{workload.model.name}{also} at {size} takes about {need / 1e9:.1f} GB; this machine has "
@@ -107,7 +104,7 @@ def check_request(
     else:
         if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
             request = replace(request, eta=None)
-        sizes = _sizes(request)
+        sizes = pictures.sizes(request)
         full = model.resolve(request, sizes)
     if not force:
         check(Workload(model, full, low_memory, refiner, sizes, beside, readers))

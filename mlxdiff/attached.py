@@ -16,6 +16,7 @@ from .errors import Error
 from .families import ADAPTERS
 from .guides import Guide
 from .models.build import Config
+from .models.controlnet import ALIASES
 from .references import References
 from .request import Request, embedding, lora
 
@@ -90,13 +91,30 @@ class Attached:
         if what == "reference":
             network = self.references.reader(guide, self.progress).hash
         elif guide.model is not None:
-            _, _, network = self.control(guide)
+            _, config, network = self.control(guide)
+            guide = replace(guide, mode=self._mode(guide, config.modes))
         for wanted, given, which in ((guide.hash, found, "picture"), (guide.model_hash, network, "network")):
             if wanted not in (None, given):
                 problem = f"The {which} of {what} {guide} is not the one that these settings name."
                 raise Error(problem, f"Give that one as `{what}s=[...]`.")
         pictures[found] = picture
         return replace(guide, hash=found, model_hash=network)
+
+    def _mode(self, guide: Guide, modes: tuple[str, ...]) -> str | None:
+        """The kind of picture that a guide shows. Raises unless its network needs to be told and knows it."""
+        row = ADAPTERS.get((self.model.family.name, str(guide.model)))
+        mode = row.mode if guide.mode is None and row is not None else guide.mode
+        mode = ALIASES.get(mode, mode)
+        if mode is not None and not modes:
+            raise Error(f"{guide.model} reads one kind of picture; {mode!r} was given.", "Leave the kind out.")
+        if modes and mode not in modes:
+            problem = "no kind was given" if mode is None else f"{mode!r} was given"
+            first = f"`controls=[('{guide.model}:{modes[0]}', PICTURE)]`"
+            raise Error(
+                f"{guide.model} reads several kinds of pictures; {problem}.",
+                f"Name one of {', '.join(modes)}: {first}.",
+            )
+        return mode
 
     def picture(self, guide: Guide) -> Image:
         """The picture of a resolved guide."""
@@ -141,6 +159,14 @@ class Attached:
     def network(self, guide: Guide) -> nn.Module:
         """The open network of a control."""
         return self._networks[self.control(guide)[0]]
+
+    def together(self, controls: Sequence[Guide]) -> list[list[Guide]]:
+        """The controls, those together that one network reads at once: a union's, if they guide in the same steps."""
+        groups: dict[tuple, list[Guide]] = {}
+        for i, guide in enumerate(controls):
+            path, config, _ = self.control(guide)
+            groups.setdefault((path, guide.interval) if config.modes else (i,), []).append(guide)
+        return list(groups.values())
 
     def release(self) -> None:
         """Close the networks that guide."""

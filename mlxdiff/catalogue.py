@@ -14,6 +14,7 @@ from .recipe import default_dtype, recipe
 COLUMNS = ((4, True), (4, False), (8, False), (None, False))
 # Settings that make a model fit, from those that give up least to those that give up most.
 _WAYS = ((None, False), (None, True), (8, False), (8, True), (6, True), (4, False), (4, True), (3, True))
+_STAGES = memory.Peaks("reading the prompt", "drawing the steps", "decoding the picture")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,8 +82,7 @@ def one(name: str) -> int:
 
 def _model(name: str) -> Model:
     if name not in MODELS:
-        fix = f"{did_you_mean(name, MODELS)}Named models are {', '.join(MODELS)}."
-        raise Error(f"There is no model named {name!r}.", fix)
+        raise Error(f"There is no model named {name!r}.", f"{did_you_mean(name, MODELS, 3)}`mlxdiff models` lists all.")
     return MODELS[name]
 
 
@@ -105,20 +105,40 @@ def on(machine: advice.Machine, name: str, dtype: str) -> list[tuple[str, float,
     rows = []
     for bits, low in _WAYS:
         workload = advice.named(name, recipe(bits, dtype), low)
-        flags = ([] if bits is None else [f"-q {bits}"]) + (["--low-memory"] if low else [])
-        rows.append((" ".join(flags), memory.peak(workload, machine.gpu) / 1e9, advice.fits(workload, machine)))
+        rows.append((_flags(bits, low), memory.peak(workload, machine.gpu) / 1e9, advice.fits(workload, machine)))
     return rows
+
+
+def _flags(bits: int | None, low: bool) -> str:
+    return " ".join(([] if bits is None else [f"-q {bits}"]) + (["--low-memory"] if low else []))
+
+
+def _table(machine: advice.Machine, name: str, dtype: str, rows: list[tuple[str, float, bool]]) -> list[str]:
+    """Lines about the rows of `on`. Where fewer bits lower no peak, one sentence stands for the rows."""
+    kind = "its GPU" if machine.gpu else "a CPU"
+    within = f" of {machine.memory / 1e9:.1f} GB" + (f", {machine.budget / 1e9:.1f} for the GPU" if machine.gpu else "")
+    lines, seen = [f"\nThe peak of one picture on this machine ({kind}{within}; {dtype}), and when it comes:"], set()
+    for (bits, low), (flags, size, ok) in zip(_WAYS, rows, strict=True):
+        if (low, gigabytes(size)) not in seen:
+            peaks = memory.peaks(advice.named(name, recipe(bits, dtype), low), machine.gpu)
+            when = _STAGES[peaks.index(max(peaks))]
+            lines.append(
+                f"  {flags or 'as it is':18} {gigabytes(size):>6} GB  {when:21} {'fits' if ok else 'too large'}"
+            )
+        seen.add((low, gigabytes(size)))
+    if len(lines) <= len(rows):
+        lines.append("Fewer bits lower the peak no further: what sets it is not quantized.")
+    if not machine.gpu:
+        figures = zip(COLUMNS, on_a_mac(name), strict=True)
+        macs = ", ".join(f"{_flags(*column) or '16 bits'} {gigabytes(size)}" for column, size in figures)
+        lines.append(f"A Mac's GPU takes less, in GB: {macs}.")
+    return lines
 
 
 def _advice(name: str) -> list[str]:
     machine, dtype = advice.this_machine(), default_dtype()
     rows, prompt = on(machine, name, dtype), "a red house under a full moon"
-    within = f", {machine.budget / 1e9:.1f} of it for the GPU" if machine.gpu else ""
-    lines = [f"\nOn this machine ({machine.memory / 1e9:.1f} GB{within}; {dtype}):"]
-    lines += [
-        f"  {flags or 'as it is':18} {gigabytes(size):>6} GB  {'fits' if ok else 'too large'}"
-        for flags, size, ok in rows
-    ]
+    lines = _table(machine, name, dtype, rows)
     best = next((flags for flags, _, ok in rows if ok), None)
     if best is None:
         return [*lines, "\nNone of these fits. A smaller picture takes less: -W 512 -H 512."]

@@ -16,7 +16,7 @@ from .errors import Error
 from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
 from .guides import Guide
 from .models.clip import CLIPText
-from .models.controlnet import Control
+from .models.controlnet import Control, Union
 from .models.layers import sinusoids
 from .models.qwen3 import Qwen3
 from .models.t2i import Features, T2IAdapter
@@ -195,18 +195,20 @@ def prepare(
     both: bool,
     references: Sequence[mx.array] = (),
     pictures: Sequence[Sides] = (),
+    **fixed,
 ) -> dict[str, dict]:
     """A denoiser's arguments besides x and t, under the names of `guidance.denoiser`'s parameters. both: whether the
-    two passes of a guided run share a batch, if their texts have the same length or the network is told
-    their lengths. references: the latents of pictures to edit, the same for all passes. pictures: what IP-Adapters
-    give."""
+    two passes of a guided run share a batch, if their texts have the same length or the network is told their lengths.
+    references: the latents of pictures to edit, the same for all passes. pictures: what IP-Adapters give. fixed: what
+    else its `prepare` takes, the same for all passes."""
     sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
     if pictures:
         for side, which in zip(reversed(sides), ("prompt", "negative"), strict=False):
             side["pictures"] = [getattr(of_adapter, which) for of_adapter in pictures]
     if model.guidance == EMBEDDED:
         sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)
-    fixed = {"size": model.latent_size(request)} if model.flow else {}
+    if model.flow:
+        fixed["size"] = model.latent_size(request)
     if model.guidance == INPUT:
         fixed["guidance"] = request.guidance
     if references:
@@ -237,27 +239,34 @@ def prepare(
 def control(
     model: Description,
     net: nn.Module,
-    guide: Guide,
+    guides: list[Guide],
     request: Request,
-    pixels: mx.array,
+    pictures: list[mx.array],
     ts: list[float],
     texts: list[Text],
     both: bool,
     times: tuple[float, float],
 ) -> dict[str, Control | Features]:
     """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text, a
-    T2I-Adapter none. pixels: its picture, (1, H, W, 3) in [0, 1]; times: it is on from the first down to the
-    second."""
+    T2I-Adapter none. pictures: (1, H, W, 3) in [0, 1] each; times: it is on from the first down to the second.
+    guides: one, or several of a union."""
+    scale = guides[0].scale
     if isinstance(net, T2IAdapter):
-        features, other = [guide.scale * f for f in net(pixels)], "both" if both else "uncond"
+        features, other = [scale * f for f in net(pictures[0])], "both" if both else "uncond"
         sides = ["cond", *([other] if len(texts) == 2 and (both or not request.guess) else [])]
         return {side: Features(features, times, request.guess and side == "both") for side in sides}
-    conds, hint = prepare(model, net, request, ts, texts, both), net.hint(pixels)
+    if isinstance(net, Union):
+        tasks, scales = [net.config.modes.index(g.mode) for g in guides], [g.scale for g in guides]
+        hint, fixed = net.hints(pictures, tasks, [1.0] if len(guides) == 1 else scales), net.emphasis(tasks)
+        scale, fixed = scale if len(guides) == 1 else 1.0, {"emphasis": fixed}
+    else:
+        hint, fixed = net.hint(pictures[0]), {}
+    conds = prepare(model, net, request, ts, texts, both, **fixed)
     half = request.guess or net.config.pooled
     graded = request.guess and not net.config.pooled
     if half and len(conds) == 2:  # the negative prompt's pass stays as it is
         conds = {side: conds["cond"] for side in conds if side != "uncond"}
     return {
-        side: Control(net, cond | {"hint": hint}, guide.scale, times, half and side == "both", graded)
+        side: Control(net, cond | {"hint": hint}, scale, times, half and side == "both", graded)
         for side, cond in conds.items()
     }

@@ -19,7 +19,7 @@ from .guides import steps_on
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
-from .request import STRENGTH, Defaults, Request
+from .request import MAX_EDGE, STRENGTH, Defaults, Picture, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
@@ -135,7 +135,20 @@ class Description:
         self._check_pictures(request)
         full = self.fill(request, pictures)
         self._check(full)
+        if full.hires is not None:
+            self._check(self.second_pass(full))
         return full
+
+    def second_pass(self, request: Request, picture: Picture = Path("the picture of the first pass")) -> Request:
+        """The request of the second pass of a resolved one with `hires`. picture: the enlarged one."""
+        scale, strength = request.hires
+        edges = {"width": request.width, "height": request.height}
+        edges = {name: max(1, round(edge * scale / self.multiple)) * self.multiple for name, edge in edges.items()}
+        if max(edges.values()) > MAX_EDGE:
+            w, h = edges.values()
+            raise Error(f"hires {scale:g} makes it {w} x {h}; an edge has at most {MAX_EDGE}.", "Use a smaller scale.")
+        alone = {"hires": None, "upscaler": None, "upscaler_hash": None}
+        return replace(request, image=picture, image_hash=None, strength=strength, **edges, **alone)
 
     def fill(self, request: Request, pictures: Sequence[tuple[int, int]] = ()) -> Request:
         """As `resolve`, but without checking whether this model can do what is asked."""
@@ -146,12 +159,23 @@ class Description:
             request = request.sized(pictures[0], self.defaults.size**2, self.multiple)
         schedule = self.schedule
         pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
-        spacing, strength = schedule["spacing"], None if self.row.edits else STRENGTH
-        return request.resolve(self.defaults, pair, spacing, self.family.clip_skip, self.multiple, strength)
+        whole = "masked" in self.row.reads or any(request.outpaint)
+        strength = None if self.row.edits else 1.0 if whole else STRENGTH
+        spacing, clip_skip = schedule["spacing"], self.family.clip_skip
+        return request.resolve(self.defaults, pair, spacing, clip_skip, self.multiple, strength)
 
     def _check_pictures(self, request: Request) -> None:
-        """Raise if this model cannot take that many pictures, or a strength beside them."""
+        """Raise if this model cannot take that many pictures, or a strength or a mask beside them, or lacks one."""
+        request.check_mask()
         count, edits = len(request.pictures), self.row.edits
+        if edits and request.masked:
+            fix = "Say in the prompt what to change, or use a model that does not edit."
+            raise Error(f"{self.name} edits: it takes no mask.", fix)
+        if edits and request.hires is not None:
+            fix = "Enlarge the finished picture: `upscaler=MODEL`."
+            raise Error(f"{self.name} edits: it begins with no picture, as hires would do.", fix)
+        if request.hires is not None and (request.masked or self.row.reads):
+            raise Error("hires draws the whole picture on, a mask a part of it.", "Enlarge the finished picture.")
         if edits and request.strength is not None:
             raise Error(f"{self.name} edits: it takes no strength.", "Leave `strength` out.")
         if edits and count > edits:
@@ -159,6 +183,9 @@ class Description:
         if not edits and count > 1:
             fix = "Give one, or use a model that edits."
             raise Error(f"{self.name} begins with one picture; {count} were given.", fix)
+        if "masked" in self.row.reads and not request.masked:
+            problem = f"{self.name} draws a part of a picture anew: it needs a picture and a mask."
+            raise Error(problem, "Give them as `image=FILE` and `mask=FILE`, or use a base model.")
 
     def taken(self, request: Request) -> int:
         """How many steps a resolved request takes: a start image is redrawn in the last of them."""
@@ -231,7 +258,7 @@ class Description:
         if self.row.needs:
             raise Error(
                 f"{self.name} is a {self.variant} model, which also needs {' and '.join(self.row.needs)}.",
-                "It converts, but cannot draw yet: use a base model.",
+                "It converts, but cannot draw yet: use another model.",
             )
 
     def check_refiner(self, refiner: "Description") -> None:
@@ -240,6 +267,10 @@ class Description:
             raise Error(
                 f"{refiner.name} works on other latents than {self.name}.", "Use the refiner made for this model."
             )
+        for model in (self, refiner):
+            if model.row.reads:
+                problem = f"{model.name} reads a mask beside the latents: it has no refiner, and is none."
+                raise Error(problem, "Leave `refiner` out, or use a base model.")
 
     @property
     def taesd(self) -> str:

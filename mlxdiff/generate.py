@@ -41,8 +41,22 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
-    what = f"how much of a start image to redraw; 1 is all ({STRENGTH})"
+    what = f"how much of a start image to redraw; 1 is all ({STRENGTH}; 1 to outpaint, and in a model for inpainting)"
     g.add_argument("--strength", type=float, metavar="F", help=what)
+    what = "white where the start image is drawn anew; alpha: where it is transparent"
+    g.add_argument("--mask", metavar="FILE|alpha", help=what)
+    g.add_argument("--mask-blur", type=float, metavar="PX", help="soften the edge of the mask (0)")
+    what = "draw only the part that holds the mask, with PAD pixels around it, and put it back into the picture"
+    g.add_argument("--mask-crop", type=int, metavar="PAD", help=what)
+    what = "do not paste back the pixels outside the mask"
+    g.add_argument("--no-keep", dest="keep", action="store_false", default=None, help=what)
+    sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
+    g.add_argument("--outpaint", type=int, nargs=4, metavar=sides, help="pixels to add around the start image")
+    what = "draw it, enlarge it and draw on: SCALE 2 doubles its edges; STRENGTH of the second pass is 0 to 1"
+    form = ("SCALE", "STRENGTH")
+    g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
+    what = "enlarge by this upscaler (mlxdiff upscale --help lists some): the finished picture, or that of --hires"
+    g.add_argument("--upscale", dest="upscaler", metavar="MODEL", help=what)
     what = "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file"
     form = ("[MODEL] IMAGE", "SCALE [FROM TO]")
     g.add_argument("--control", dest="controls", action="append", nargs="+", metavar=form, help=what)
@@ -106,6 +120,8 @@ _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
   mlxdiff generate "make it winter" -m flux2-klein -i photo.png
+  mlxdiff generate "a red door" -m sdxl -i photo.png --mask door.png
+  mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8
   mlxdiff generate "a lighthouse" -m sdxl --reference ip-adapter-plus photo.png 0.6
@@ -121,13 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 def draw(args: argparse.Namespace) -> int:
     base, model = (None, None) if args.from_image is None else images.read_settings(args.from_image)
     model = args.model if args.model is not None else _known(model)
-    if base is not None and args.image is not None:
-        base = replace(base, image_hash=None)
-    if base is not None and args.loras is not None:
-        base = replace(base, lora_hashes=())
-    if base is not None and args.embeddings is not None:
-        base = replace(base, embedding_hashes=())
-    requests = [replace(r, **_settings(args)) for r in _prompts(args, base)]
+    requests = [r.but(_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
     if args.output == STDOUT:
@@ -135,9 +145,9 @@ def draw(args: argparse.Namespace) -> int:
     else:
         if args.output is not None and not images.is_folder(args.output):
             images.check_name(args.output)
-        _writable(_folder(args.output), "-o")
+        check_writable(_folder(args.output), "-o")
     if args.preview_dir is not None:
-        _writable(args.preview_dir, "--preview-dir")
+        check_writable(args.preview_dir, "--preview-dir")
     elif args.taesd is not None:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
@@ -222,8 +232,10 @@ def _one(
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
             previews = previews or [images.new_folder(args.preview_dir / images.stem(single)) for single in singles]
-            for rough, folder, single in zip(pipe.preview(event.x0), previews, singles, strict=True):
-                images.save(rough, folder / f"{event.step:03}.png", single, *made_by)
+            shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
+            step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
+            for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
+                images.save(rough, folder / step, single, *made_by)
         if event.image is not None:
             single = singles[drawn]
             if args.output == STDOUT:
@@ -297,7 +309,7 @@ def _write_stdout(data: bytes) -> None:
         raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
 
 
-def _writable(place: Path, flag: str) -> None:
+def check_writable(place: Path, flag: str) -> None:
     """Fail before the work, not after it."""
     try:
         there = next(p for p in (place, *place.absolute().parents) if p.exists())  # missing folders are made later

@@ -11,6 +11,8 @@ import mlx.core as mx
 from .errors import Error
 from .schedules import Schedule
 
+Denoise = Callable[[mx.array, float], mx.array]
+
 # x, sigma and the network's output -> x0 (Ho et al. 2020; Salimans and Ho 2022, appendix D; Liu et al. 2023)
 PREDICTIONS: dict[str, Callable[[mx.array, float, mx.array], mx.array]] = {
     "eps": lambda x, sigma, out: x - sigma * out,
@@ -26,6 +28,7 @@ def denoiser(
     prediction: str,
     cond: dict,
     *,
+    beside: mx.array | None = None,
     both: dict | None = None,
     uncond: dict | None = None,
     scale: float = 1.0,
@@ -35,10 +38,11 @@ def denoiser(
     skip_scale: float = 0.0,
     skip_interval: tuple[float, float] = (math.inf, 0.0),
     dtype: mx.Dtype,
-) -> Callable[[mx.array, float], mx.array]:
+) -> Denoise:
     """denoise(x, sigma) -> x0, for a sampler's x (B, h, w, c).
 
     cond: the arguments of net besides x and t, for B samples.
+    beside: more channels that net reads beside those of x, (B, h, w, more); they are neither noised nor scaled.
     both: the same for 2 B samples, the negative half first; a guided step runs them as one batch.
     uncond: the negative half alone, in place of both; two separate passes hold half the activations.
     scale: the scale of classifier-free guidance (Ho and Salimans 2022); up to 1 only cond runs, as in diffusers.
@@ -51,6 +55,8 @@ def denoiser(
 
     def denoise(x: mx.array, sigma: float) -> mx.array:
         t, x_in = schedule.t(sigma), (x / schedule.spread(sigma)).astype(dtype)
+        if beside is not None:
+            x_in = mx.concatenate([x_in, beside.astype(dtype)], axis=-1)
         if scale <= 1 or not interval[0] >= sigma > interval[1]:
             out = net(x_in, t, **cond).astype(mx.float32)
         else:
@@ -65,6 +71,21 @@ def denoiser(
         return PREDICTIONS[prediction](x, sigma, out)
 
     return denoise
+
+
+def masked(denoise: Denoise, mask: mx.array, z: mx.array, noised: Callable[[float], mx.array], first: float) -> Denoise:
+    """`denoise` where only a part of a start image is drawn anew. Outside of it x0 is the image, so that every sampler
+    returns to it. This gives the pictures that diffusers gives, which mixes after each step instead.
+
+    mask (1, h, w, 1): 1 where it is drawn anew, 0 elsewhere. z: the latents of the image. noised(sigma): the same with
+    the noise that the run began with. first: the run's first sigma, where x is right as it is."""
+
+    def inside(x: mx.array, sigma: float) -> mx.array:
+        if sigma < first:
+            x = mask * x + (1 - mask) * noised(sigma)
+        return mask * denoise(x, sigma) + (1 - mask) * z
+
+    return inside
 
 
 def guide(negative: mx.array, positive: mx.array, scale: float, rescale: float) -> mx.array:

@@ -1,6 +1,7 @@
 """Guide: a picture that guides a drawing beside the prompt, how strongly and in which steps, and the network that reads
 it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from .errors import Error
 
 Picture = str | Path | Image
 
+_MODE = re.compile(r"(.{2,}):([\w-]+)")  # two characters at least: C:\ is a disk
 _FORM = {"control": "[MODEL] IMAGE [SCALE [FROM TO]]", "reference": "[MODEL] IMAGE [SCALE]"}
 
 
@@ -21,7 +23,7 @@ class Guide:
     model: the network that reads it: a name (`mlxdiff models --adapters`), a hub id, a folder or a .safetensors file.
     None: the drawing model itself reads it.
     scale: how strongly it guides. interval: the part of the steps in which it does.
-    mode: what kind of picture it is, for a network that reads several kinds.
+    mode: what kind of picture it is, for a network that reads several kinds; `model` may say it too: "FILE:canny".
     hash, model_hash: fingerprints of picture and network, set by `Pipeline.resolve`: a replay needs the same ones."""
 
     image: Picture | None
@@ -35,9 +37,14 @@ class Guide:
     def __post_init__(self):
         if isinstance(self.interval, list):  # from JSON
             object.__setattr__(self, "interval", tuple(self.interval))
+        said = _MODE.fullmatch(self.model) if isinstance(self.model, str) and self.mode is None else None
+        if said is not None:
+            object.__setattr__(self, "model", said[1])
+            object.__setattr__(self, "mode", said[2])
 
     def __str__(self) -> str:
-        named = [str(self.model)] if self.model is not None else []
+        mode = "" if self.mode is None else f":{self.mode}"
+        named = [f"{self.model}{mode}"] if self.model is not None else []
         named.append("a picture" if self.image is None or isinstance(self.image, Image) else str(self.image))
         return " ".join(named)
 

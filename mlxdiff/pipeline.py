@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,6 +24,7 @@ from . import (
     guidance,
     images,
     memory,
+    pictures,
     samplers,
     schedules,
 )
@@ -40,6 +40,8 @@ from .references import extended, sides
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
+from .start import Start, Starts
+from .upscale import Upscaler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,6 +94,9 @@ def load(
         others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
         attached.check(loras, embeddings, request, model)
+        pictures.check(request, model)
+        if request is not None and request.upscaler is not None and store.local(request.upscaler) is not None:
+            Upscaler(request.upscaler, offline=True)  # one that is wrong is refused here
 
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype), check)
@@ -132,9 +137,9 @@ class Pipeline:
         self.attached = Attached(networks.folder, networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
+        self._upscaler: Upscaler | None = None  # the last one
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        self._pictures: tuple[tuple, list[Image.Image]] = (), []  # the last request's, after their fingerprints
-        self._references: tuple[tuple, list[mx.array]] = (), []  # the latents of the last ones, the same
+        self.starts = Starts(networks, low_memory)
 
     def __repr__(self) -> str:
         model = self.description
@@ -160,34 +165,15 @@ class Pipeline:
     def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
-        request = asked(prompt, settings)
-        request = self.attached.resolve(request)
-        if request.image is None:
-            full = self.description.resolve(request)
-            self.attached.check_size(full)
-            return full
-        pictures = [images.read(picture) for picture in request.pictures]
-        hashes = tuple(images.fingerprint(picture) for picture in pictures)
-        for i, (found, wanted) in enumerate(zip_longest(hashes, request.hashes)):
-            if request.hashes and found != wanted:
-                which = f"Image {i + 1}" if len(request.hashes) > 1 else "The image"
-                raise Error(f"{which} is not the one that these settings name.", "Give that image as `image=FILE`.")
-        self._pictures = hashes, pictures
-        full = replace(request, image_hash=hashes)
-        full = self.description.resolve(full, [picture.size for picture in pictures])
+        request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
+        full = self.starts.resolve(request)
         self.attached.check_size(full)
         return full
-
-    def _read(self, request: Request) -> list[Image.Image]:
-        """The pictures of a resolved request."""
-        hashes, pictures = self._pictures
-        held = hashes != () and hashes == request.hashes
-        return pictures if held else [images.read(picture) for picture in request.pictures]
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
         refiner = None if self.refiner is None else self.refiner.description
-        sizes = tuple(picture.size for picture in self._read(request))
+        sizes = self.starts.pictures(request).sizes
         beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
         readers = tuple(self.attached.references.reader(guide).workload for guide in request.references)
         return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers)
@@ -216,9 +202,57 @@ class Pipeline:
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to use in place of the seed's first
         noise."""
-        model = self.description
         if not self.force:
             advice.check(self.workload(request))
+        if request.hires is not None:
+            yield from self._two_passes(request, given)
+            return
+        for event in self._pass(request, given):
+            if event.image is None or request.upscaler is None:
+                yield event
+            else:
+                yield event._replace(image=None)
+                yield from self._upscale(request, event.image)
+
+    def _two_passes(self, request: Request, given: np.ndarray | None) -> Iterator[Event]:
+        """Draw, enlarge, and draw on, one picture at a time: each equals what it gives by the commands one by one."""
+        drawn = []
+        for event in self._pass(replace(request, hires=None, upscaler=None), given):
+            drawn += [] if event.image is None else [event.image]
+            yield event._replace(image=None)
+        for i, (picture, single) in enumerate(zip(drawn, request.singles(), strict=True)):
+            second = self.description.second_pass(single)
+            if request.upscaler is not None:
+                for event in self._upscale(request, picture):
+                    picture = picture if event.image is None else event.image
+                    yield event._replace(image=None, hires=i)
+            picture = picture.resize((second.width, second.height), Image.Resampling.LANCZOS)
+            for event in self._pass(replace(second, image=picture)):
+                yield event._replace(hires=i)
+
+    def _upscale(self, request: Request, image: Image.Image) -> Iterator[Event]:
+        for tile in self._open_upscaler(request).tiles(image):
+            yield Event("upscale", tile.done, tile.tiles, tile.seconds, image=tile.image)
+
+    def _upscaled(self, request: Request) -> Request:
+        """The request with the fingerprint of its upscaler, which is opened here, before the work."""
+        request.check_hires()
+        if request.upscaler is None:
+            return request
+        found = self._open_upscaler(request).hash
+        if request.upscaler_hash not in (None, found):
+            problem = f"The upscaler {request.upscaler} is not the one that these settings name."
+            raise Error(problem, "Give that file as `upscaler=FILE`.")
+        return replace(request, upscaler_hash=found)
+
+    def _open_upscaler(self, request: Request) -> Upscaler:
+        if self._upscaler is None or self._upscaler.name != str(request.upscaler):
+            self._upscaler = Upscaler(request.upscaler, offline=self.attached.offline)
+        return self._upscaler
+
+    def _pass(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
+        """One pass of a resolved request."""
+        model = self.description
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
         self.networks.adapt(self.attached.adapters(request))
@@ -233,22 +267,16 @@ class Pipeline:
             texts.append((yield from pipe.texts(request)))
         texts[0] = extended(texts[0], request.references, seen)
 
-        draw, start_latents, references = self.noise(request), None, []
-        if model.starts(request):  # the seed's first draw goes to the VAE, as in diffusers
-            start_latents = yield from self._encode_start(request, draw())
-        elif request.image is not None:
-            references = yield from self._encode_references(request)
-        first = draw()  # drawn even if not used: the noise of a noisy sampler continues here
-        first = first if given is None else mx.array(given)
-        if start_latents is None:
-            x = first * schedule.start(sigmas[0], request.schedule)
-        else:
-            x = schedule.noised(start_latents, first, sigmas[0])
+        draw = self.noise(request)
+        start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given)
+        x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            read, shown = (references, sides(request.references, seen)) if pipe is self else ([], [])
+            read, shown = (start, sides(request.references, seen)) if pipe is self else (None, [])
             asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
             denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, shown)
+            if start.mask is not None:
+                denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
             begin = time.perf_counter()
             for (state, x0), sigma in zip(fn(denoise, x, part, **extra), part[1:], strict=True):
@@ -262,7 +290,10 @@ class Pipeline:
             if pipe is not self or self.low_memory:
                 pipe.networks.release(pipe.description.family.denoiser)
                 pipe.attached.release()
-        yield from self._decode(x / schedule.spread(sigmas[-1]))
+        z = x / schedule.spread(sigmas[-1])
+        if start.mask is not None:  # a run that ends above 0 leaves noise outside the mask too
+            z = start.mask * z + (1 - start.mask) * start.z
+        yield from self._decode(z, start.finish)
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         """Rough pictures of predicted latents (B, h, w, c). The TAESD makes them if there is one, the VAE if it is
@@ -318,38 +349,6 @@ class Pipeline:
             yield Event("encode", 1, 1, time.perf_counter() - begin)
         return self._texts[1]
 
-    def _encode_start(self, request: Request, noise: mx.array) -> Iterator[Event]:
-        """Latents of the start image, (B, h, w, c): one sample for each picture."""
-        image = images.fit(self._read(request)[0], request.width, request.height)
-        (x0,) = yield from self._encode([image], lambda vae, pixels, tile: vae.sample(pixels, noise, tile))
-        return x0
-
-    def _encode_references(self, request: Request) -> Iterator[Event]:
-        """Latents of the pictures to edit, (1, h, w, c) each: the mean, not a sample. They are kept for the next
-        seed."""
-        if self._references[0] != request.hashes:
-            pictures = self._read(request)
-            cuts = self.description.cuts([picture.size for picture in pictures])
-            cut = [images.cut(picture, *how) for picture, how in zip(pictures, cuts, strict=True)]
-            latents = yield from self._encode(cut, lambda vae, pixels, tile: vae.encode(pixels, tile)[0])
-            self._references = request.hashes, latents
-        return self._references[1]
-
-    def _encode(self, pictures: list[Image.Image], how: Callable) -> Iterator[Event]:
-        """The latents that `how(vae, pixels, tile)` gives of each picture."""
-        yield Event("encode", 0, len(pictures), 0.0)
-        latents, tile = [], memory.TILE if self.low_memory else None
-        for i, picture in enumerate(pictures):
-            begin = time.perf_counter()
-            x0 = how(self.networks.get("vae"), mx.array(images.to_pixels(picture))[None], tile)
-            mx.eval(x0)
-            self._check_finite(mx.isfinite(x0).all())
-            latents.append(x0)
-            yield Event("encode", i + 1, len(pictures), time.perf_counter() - begin)
-        if self.low_memory:
-            self.networks.release("vae")
-        return latents
-
     def denoiser(
         self,
         request: Request,
@@ -357,12 +356,12 @@ class Pipeline:
         visits: list[float],
         texts: list,
         sigmas: list[float],
-        references: Sequence[mx.array] = (),
-        pictures: Sequence[conditioning.Sides] = (),
+        start: Start | None = None,
+        shown: Sequence[conditioning.Sides] = (),
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
-        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; references: the
-        latents of pictures to edit; pictures: what IP-Adapters give."""
+        visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
+        run starts with; shown: what IP-Adapters give."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -376,7 +375,8 @@ class Pipeline:
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
-        conds = conditioning.prepare(model, source, request, ts, texts, both, references, pictures)
+        references, beside = ((), None) if start is None else (start.references, start.beside)
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references, shown)
         del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
@@ -391,6 +391,7 @@ class Pipeline:
             schedule,
             model.prediction,
             **conds,
+            beside=beside,
             scale=model.cfg(request) if len(texts) == 2 else 1.0,
             rescale=request.rescale,
             interval=tuple(sigmas[round(f * request.steps)] for f in request.interval),
@@ -412,20 +413,20 @@ class Pipeline:
             begin = time.perf_counter()
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
-        for guide in request.controls:
-            on = steps_on(guide.interval, taken)
+        for guides in self.attached.together(request.controls):
+            net, both = self.attached.network(guides[0]), not self.low_memory
+            on = steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
-            picture = images.fit(self.attached.picture(guide), request.width, request.height)
-            pixels = mx.array(images.to_pixels(picture))[None] / 2 + 0.5
-            net, both = self.attached.network(guide), not self.low_memory
-            found = conditioning.control(self.description, net, guide, request, pixels, ts, texts, both, times)
+            cut = [images.fit(self.attached.picture(guide), request.width, request.height) for guide in guides]
+            pixels = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
+            found = conditioning.control(self.description, net, guides, request, pixels, ts, texts, both, times)
             for side, control in found.items():
                 mx.eval(vars(control))
                 sides.setdefault(side, []).append(control)
         return sides
 
-    def _decode(self, z: mx.array) -> Iterator[Event]:
+    def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""
         yield Event("decode", 0, z.shape[0], 0.0)
         vae, tile = self.networks.get("vae"), memory.TILE if self.low_memory else None
@@ -434,7 +435,7 @@ class Pipeline:
             pixels = vae.decode(z[i : i + 1].astype(dtype_of(vae)), tile=tile)[0].astype(mx.float32)
             mx.eval(pixels)
             self._check_finite(mx.isfinite(pixels).all())
-            image = images.to_image(np.array(pixels))
+            image = finish(images.to_image(np.array(pixels)))
             yield Event("decode", i + 1, z.shape[0], time.perf_counter() - begin, image=image)
 
     def _check_finite(self, finite: mx.array) -> None:

@@ -22,7 +22,10 @@ from .noise import SOURCES
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
 MAX_EDGE = 16384
 MAX_SCALE = 10  # of a LoRA
+MAX_BLUR = 256
+MAX_HIRES = 8  # times
 STRENGTH = 0.6
+ALPHA = "alpha"  # as a mask: what is transparent in the start image
 
 Guides = tuple[Guide, ...] | list[Guide | Picture | tuple]
 Call = TypeVar("Call", bound=Callable)
@@ -67,13 +70,27 @@ class Request:
     image: the start image, a path or a PIL image; for a model that edits, what to edit: an image, or a list of several.
     A PNG stores the paths as they were typed, never the pixels.
     image_hash: a fingerprint of each image, set by `Pipeline.resolve`: a replay needs the same images.
-    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers.
+    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; with
+    `outpaint`, or a model made for inpainting, 1.
+    mask: where the start image is drawn anew: a picture of the same shape, white there and black elsewhere; or "alpha":
+    where the start image is transparent.
+    mask_hash: a fingerprint of the mask, as for the image.
+    mask_blur: softens the edge of the mask, in pixels of the result.
+    mask_crop: draws only the part of the picture that holds the mask, with so many pixels around it, at the size that
+    is drawn, and puts it back into the whole picture.
+    keep: pastes the pixels outside the mask back in the end. Otherwise they are what the VAE makes of them.
+    outpaint: how many pixels to add to the start image at its left, top, right and bottom.
     loras: LoRA files or hub ids that change the model, each with a scale if it is not 1: "style.safetensors:0.8". None
     stands for those that the model was loaded with. A prompt may name them too: <lora:style:0.8>.
     lora_hashes: fingerprints of these files, set by `Pipeline.resolve`: a replay needs the same files.
     embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
     "moss.safetensors=<moss>". None stands for those that the model was loaded with.
     embedding_hashes: fingerprints of these files, as for LoRA.
+    hires: draw in two passes: the picture as it is without this, then that picture, enlarged, as a start image with the
+    same seed. How many times to enlarge its edges, or a pair of that and the strength of the second pass: (2, 0.5).
+    upscaler: the network that enlarges: a name of `mlxdiff upscale --help` or a .safetensors file. With `hires` it
+    enlarges before the second pass, where otherwise a filter (Lanczos) does; else it enlarges the finished picture.
+    upscaler_hash: a fingerprint of its file, set by `Pipeline.resolve`: a replay needs the same file.
     controls: pictures that the drawing follows line by line, each with the network that reads it (ControlNet): a list
     of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
     and to.
@@ -105,23 +122,43 @@ class Request:
     image: Picture | list[Picture] | tuple[Picture, ...] | None = None
     image_hash: str | tuple[str, ...] | None = None
     strength: float | None = None
+    mask: Picture | None = None
+    mask_hash: str | None = None
+    mask_blur: float = 0.0
+    mask_crop: int | None = None
+    keep: bool = True
+    outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)
     loras: tuple[str, ...] | None = None
     lora_hashes: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
     embedding_hashes: tuple[str, ...] = ()
+    hires: float | tuple[float, ...] | None = None
+    upscaler: str | Path | None = None
+    upscaler_hash: str | None = None
     controls: Guides = ()
     references: Guides = ()
     guess: bool = False
     noise: str = "torch"
 
     def __post_init__(self):
-        """One spelling for each number of pictures: None, the picture alone, or a tuple of several; and for guides."""
+        """One spelling for each number of pictures: None, the picture alone, or a tuple of several; and for hires and
+        guides."""
         object.__setattr__(self, "controls", guides(self.controls, "control"))
         object.__setattr__(self, "references", guides(self.references, "reference"))
+        if isinstance(self.hires, int | float):
+            object.__setattr__(self, "hires", (self.hires,))
         for name in ("image", "image_hash"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 object.__setattr__(self, name, tuple(value) if len(value) > 1 else value[0] if value else None)
+
+    def but(self, settings: dict) -> "Request":
+        """The request with other settings. Fingerprints of files that these replace are dropped."""
+        files = {"image_hash": {"image"}, "mask_hash": {"mask", "image"}}
+        files |= {"lora_hashes": {"loras"}, "embedding_hashes": {"embeddings"}}
+        files |= {"upscaler_hash": {"upscaler"}}
+        dropped = {f.name: f.default for f in fields(self) if files.get(f.name, set()) & settings.keys()}
+        return replace(self, **dropped | settings)
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -132,6 +169,11 @@ class Request:
     def hashes(self) -> tuple[str, ...]:
         """Their fingerprints, if they are known."""
         return _several(self.image_hash)
+
+    @property
+    def masked(self) -> bool:
+        """Whether only a part is drawn anew."""
+        return self.mask is not None or any(self.outpaint)
 
     def resolve(
         self,
@@ -166,20 +208,31 @@ class Request:
             eta=_first(self.eta, samplers.SAMPLERS[sampler].eta),
             strength=_first(self.strength, None if self.image is None else strength),
         )
+        full.check_hires()
+        if full.hires is not None:
+            full = replace(full, hires=(*full.hires, STRENGTH)[:2])
         full.check(multiple)
         return full
 
     def sized(self, image: tuple[int, int], pixels: int, multiple: int) -> "Request":
         """The request with edges for a start image (width, height): the image's edges, scaled down where they have more
-        than `pixels`. If one edge is given, the other follows from it."""
+        than `pixels`. If one edge is given, the other follows from it. What `outpaint` adds is added to these edges,
+        and is in those that are given."""
         given = {name: edge for name in ("width", "height") if (edge := getattr(self, name)) is not None}
+        left, top, right, bottom = self.outpaint
+        added = {"width": left + right, "height": top + bottom}
         for name, edge in given.items():
             _whole(name, edge, multiple, MAX_EDGE)
+            given[name] = edge - added[name]
+            if given[name] < multiple:
+                problem = f"outpaint adds {added[name]} pixels, which leaves no place for the image in {name} {edge}."
+                raise Error(problem, f"Raise `{name}`, or leave it out.")
         grow = min(1.0, math.sqrt(pixels / math.prod(image)))
         if len(given) == 1:
             grow = given["width"] / image[0] if "width" in given else given["height"] / image[1]
         w, h = (max(1, round(edge * grow / multiple)) * multiple for edge in image)
-        return replace(self, **{"width": w, "height": h} | given)
+        edges = {"width": w, "height": h} | given
+        return replace(self, **{name: edge + added[name] for name, edge in edges.items()})
 
     def check(self, multiple: int) -> None:
         """Raise one Error, which names the setting, if a value is out of range."""
@@ -207,6 +260,11 @@ class Request:
             _number("eta", self.eta, 0, 10)
         if self.eta is not None and not samplers.SAMPLERS[self.sampler].noisy:
             raise Error(f"eta has no meaning for {self.sampler}, which adds no noise.", "Leave `eta` out, or use ddim.")
+        self.check_mask()
+        for n in self.outpaint:
+            if n % multiple:
+                problem = f"outpaint adds {n} pixels, which is not a multiple of {multiple}."
+                raise Error(problem, f"Add {n // multiple * multiple or multiple}, or another multiple.")
         for name, value in (("width", self.width), ("height", self.height)):
             _whole(name, value, multiple, MAX_EDGE)
             if value % multiple:
@@ -224,6 +282,45 @@ class Request:
         if self.noise not in SOURCES:
             fix = f"{did_you_mean(str(self.noise), SOURCES)}Use one of {', '.join(SOURCES)}."
             raise Error(f"Noise {self.noise!r} is not known.", fix)
+
+    def check_mask(self) -> None:
+        """Raise if the settings of a mask contradict one another, before its file is read."""
+        if not isinstance(self.mask, Picture | None):
+            raise Error(f"The mask is {type(self.mask).__name__}, not a picture.", "Give a path or a PIL image.")
+        if not isinstance(self.outpaint, tuple | list) or len(self.outpaint) != 4:
+            fix = "Give the pixels at the left, top, right and bottom, such as (128, 0, 128, 0)."
+            raise Error(f"outpaint {reprlib.repr(self.outpaint)} is not four numbers.", fix)
+        for n in self.outpaint:
+            _whole("outpaint", n, 0, MAX_EDGE)
+        _number("mask_blur", self.mask_blur, 0, MAX_BLUR)
+        if self.mask_crop is not None:
+            _whole("mask_crop", self.mask_crop, 0, MAX_EDGE)
+        if not isinstance(self.keep, bool):
+            raise Error(f"keep {self.keep!r} is neither true nor false.", "Use `keep=False` to paste nothing back.")
+        if self.mask_hash is not None and self.mask is None:
+            raise Error("These settings need a mask, and none was given.", "Give it as `mask=FILE`.")
+        if self.masked and self.image is None:
+            what = "A mask" if self.mask is not None else "outpaint"
+            raise Error(f"{what} needs a start image, and none was given.", "Give it as `image=FILE`.")
+        used = {"mask_blur": self.mask_blur > 0, "mask_crop": self.mask_crop is not None, "keep=False": not self.keep}
+        for name in (name for name, on in used.items() if on and not self.masked):
+            raise Error(f"{name.split('=')[0]} has no meaning without a mask.", f"Leave `{name}` out, or add a mask.")
+        if self.mask_crop is not None and any(self.outpaint):
+            raise Error("mask_crop draws a part, outpaint adds to the whole.", "Leave `mask_crop` or `outpaint` out.")
+
+    def check_hires(self) -> None:
+        """Raise unless hires is one or two numbers in range, and the upscaler a name or a path."""
+        if self.hires is not None:
+            if not isinstance(self.hires, tuple | list) or len(self.hires) not in (1, 2):
+                fix = "Give how many times to enlarge, or that and a strength, such as (2, 0.5)."
+                raise Error(f"hires {reprlib.repr(self.hires)} is not one or two numbers.", fix)
+            _number("hires", self.hires[0], 1, MAX_HIRES)
+            if len(self.hires) > 1:
+                _number("the strength of hires", self.hires[1], 0, 1)
+        if not isinstance(self.upscaler, str | Path | None):
+            raise Error(f"The upscaler is {type(self.upscaler).__name__}, not a name or a path.", "Give text.")
+        if self.upscaler_hash is not None and self.upscaler is None:
+            raise Error("These settings need an upscaler, and none was given.", "Give it as `upscaler=FILE`.")
 
     def check_adapters(self) -> None:
         """Raise unless the LoRAs and the embeddings are lists of texts, before their files are read."""
@@ -259,10 +356,12 @@ class Request:
         return [replace(self, seed=self.seed + i, count=1) for i in range(self.count)]
 
     def to_json(self) -> str:
-        """The settings as JSON. If an image is not a file, `image` becomes null; the hashes stay."""
+        """The settings as JSON. If an image or the mask is not a file, it becomes null; the hashes stay."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if any(isinstance(picture, Image) for picture in self.pictures):
             values["image"] = None
+        if isinstance(self.mask, Image):
+            values["mask"] = None
         text = json.dumps(values, ensure_ascii=False, default=_plain)
         # A path that is not UTF-8 has lone surrogates, which JSON escapes, and which come back when it is read.
         return "".join(f"\\u{ord(c):04x}" if "\ud800" <= c <= "\udfff" else c for c in text)
@@ -313,10 +412,19 @@ class Settings(TypedDict, total=False):
     image: Picture | list[Picture] | tuple[Picture, ...] | None
     image_hash: str | tuple[str, ...] | None
     strength: float | None
+    mask: Picture | None
+    mask_hash: str | None
+    mask_blur: float
+    mask_crop: int | None
+    keep: bool
+    outpaint: tuple[int, int, int, int]
     loras: tuple[str, ...] | None
     lora_hashes: tuple[str, ...]
     embeddings: tuple[str, ...] | None
     embedding_hashes: tuple[str, ...]
+    hires: float | tuple[float, ...] | None
+    upscaler: str | Path | None
+    upscaler_hash: str | None
     controls: Guides
     references: Guides
     guess: bool
@@ -329,13 +437,7 @@ SETTINGS = tuple(f.name for f in fields(Request) if f.name != "prompt")
 def asked(prompt: str | Request, settings: dict) -> Request:
     """The request of a call: a prompt or an earlier request, whose settings the given settings replace."""
     arguments.check_settings(settings, SETTINGS)
-    if "image" in settings:  # it replaces the image of an earlier request
-        settings = {"image_hash": None} | settings
-    if "loras" in settings:
-        settings = {"lora_hashes": ()} | settings
-    if "embeddings" in settings:
-        settings = {"embedding_hashes": ()} | settings
-    return replace(prompt, **settings) if isinstance(prompt, Request) else Request(prompt, **settings)
+    return prompt.but(settings) if isinstance(prompt, Request) else Request(prompt, **settings)
 
 
 def lora(text: str) -> tuple[str, float]:

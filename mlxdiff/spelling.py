@@ -20,10 +20,11 @@ FLAGS = {
     "output": "-o",
     "references": "--reference",
     "seed": "-s",
+    "upscaler": "--upscale",
     "width": "-W",
 }
 # Settings with a value that a flag without a value stands for.
-_WORDS = {("t5", "False"): "--no-t5", ("refiner", "None"): "no --refiner"}
+_WORDS = {("t5", "False"): "--no-t5", ("keep", "False"): "--no-keep", ("refiner", "None"): "no --refiner"}
 # Settings that have a label in the studio. There the other fields of Request are given in `more`, load's in `options`.
 LABELS = {
     "prompt": "Prompt",

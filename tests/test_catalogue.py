@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlxdiff import advice, catalogue
 from mlxdiff.__main__ import COMMANDS, main
 from mlxdiff.builtin import unknown_words, vocabulary
 from mlxdiff.families import MODELS
@@ -72,7 +73,23 @@ def test_the_list_has_every_model_and_storybook_its_words(capsys):
     assert "up to 4 pictures: -i FILE" in out
     assert 'To edit: mlxdiff generate "make it winter" -i photo.png -m flux2-klein' in out
     assert main(["models", "nothing"]) == 1
-    assert "'nothing'" in capsys.readouterr().err
+    assert capsys.readouterr().err == "mlxdiff models: There is no model named 'nothing'. `mlxdiff models` lists all.\n"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_memory_of_a_model_says_when_its_peak_comes_and_no_figure_twice(monkeypatch, capsys, gpu):
+    """On a CPU, where decoding takes most and is not quantized, and on a Mac, which then needs no second list."""
+    monkeypatch.setattr(advice, "this_machine", lambda: advice.Machine(24 * 2**30, 18 * 2**30, gpu))
+    assert main(["models", "flux2-klein"]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("  ")]
+    for low in (False, True):
+        figures = [row.split(" GB")[0].split()[-1] for row in rows if ("--low-memory" in row) == low]
+        assert len(figures) == len(set(figures)) > 1
+    assert all(any(stage in row for stage in catalogue._STAGES) for row in rows)
+    assert ("A Mac's GPU takes less" in out) == (not gpu)
+    assert ("what sets it is not quantized" in out) == (len(rows) < len(catalogue._WAYS))
+    assert len(rows) < len(catalogue._WAYS) or gpu
 
 
 def test_words_the_built_in_model_does_not_know():

@@ -66,8 +66,10 @@ def test_misspelt_names_of_settings_are_met_with_the_nearest():
         dialects.sampler("eulr")
     with pytest.raises(Error, match=r"Did you mean DPM\+\+ 2M SDE\? Use one of euler, "):
         dialects.sampler("dpm++ 2m sd")
-    with pytest.raises(Error, match=r"'SDXL'\. Did you mean sdxl\? Named models are "):
+    with pytest.raises(Error, match=r"'SDXL'\. Did you mean sdxl\? Give a name that `mlxdiff models` "):
         store.check_name("SDXL")
+    with pytest.raises(Error, match=r"Did you mean flux2-klein, flux2-klein-9b or flux2-klein-base\? Give a name "):
+        store.check_name("flux3-klein")  # three at most: the whole list is a command of its own
     full = Request("x", seed=1, steps=1, guidance=1.0, width=8, height=8, sampler="euler", clip_skip=1)
     with pytest.raises(Error, match=r"'Karas' is not known\. Did you mean karras\? Use one of leading, "):
         Request(**vars(full) | {"schedule": "Karas"}).check(8)

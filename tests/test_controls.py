@@ -140,6 +140,7 @@ BAD = {
     "no such network": ({"controls": [("cany", "E")]}, "There is no control network, file or folder 'cany'. Did you"),
     "no such picture": ({"controls": [("NET", "none.png")]}, "There is no picture at none.png."),
     "no network": ({"controls": ["E"]}, "itself reads no control picture. Name the network that reads it: `controls="),
+    "a kind that is not told apart": ({"controls": [("NET:depth", "E")]}, "one kind of picture; 'depth' was given"),
     "another family's": ({"controls": [("SDXL", "E")]}, "a ControlNet that reads text of width 2048, not 128: it does"),
     "a model": ({"controls": [("storybook", "E")]}, "is a model, not a network that reads a control picture. Give a C"),
     "a LoRA": ({"controls": [("LORA", "E")]}, "is a LoRA, which is no model by itself."),
@@ -166,6 +167,7 @@ def files(pipe, net, edges, tmp_path_factory) -> dict[str, Path]:
         full(root / name / "diffusion_pytorch_model.safetensors", {k: np.float32(v) for k, v in arrays.items()})
         (root / name / "config.json").write_text((net / "config.json").read_text())
         made[name] = root / name
+    made["NET:depth"] = f"{net}:depth"
     made["CUT"] = root / "cut.safetensors"
     made["CUT"].write_bytes((net / "diffusion_pytorch_model.safetensors").read_bytes()[:-4])
     return made

@@ -598,7 +598,8 @@ BAD = {
     "CLIP-G given to FLUX": (
         given("dev", clip=file_of("sd3", "text_encoder_2", clip_state)), "takes a text vector 64 wide"),
     "CLIP-L given for CLIP-G": (
-        given("sd3", clip_g=file_of("dev", "text_encoder", clip_state)), "a CLIP text encoder, not SD3's second CLIP"),
+        given("sd3", clip_g=file_of("dev", "text_encoder", clip_state)),
+        "a CLIP text encoder, not the second CLIP of SDXL and SD3"),
     "a VAE given for a T5": (given("dev", t5=file_of("dev", "vae")), "part.safetensors holds a VAE, not T5"),
     "a transformer given for a VAE": (given("dev", vae=file_of("sd3", "transformer")), "holds sd3 weights, not a VAE"),
     "a part of no use": (given("dev", clip_g=file_of("sd3", "text_encoder_2")), "takes no --clip-g. It takes --clip, "),

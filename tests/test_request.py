@@ -108,6 +108,8 @@ def test_a_guide_may_be_written_as_its_words():
         (("canny", shown, 1, 0.2, 1), Guide(shown, "canny", 1, (0.2, 1))),
         (("7", "8"), Guide("7", scale=8)),  # one word at least is no number
         (Guide("a", mode="tile"), Guide("a", mode="tile")),
+        (("org/repo:canny", "edges.png"), Guide("edges.png", "org/repo", mode="canny")),
+        (("C:\\net", "edges.png"), Guide("edges.png", "C:\\net")),
     ]
     given, wanted = zip(*written, strict=True)
     assert Request("x", controls=given).controls == wanted

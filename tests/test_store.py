@@ -85,7 +85,7 @@ def test_our_own_folder_is_used_in_place(cache, tmp_path):
     for wrong in ({"bits": 8}, {"dtype": "float32"}, {"prediction": "v"}):
         with pytest.raises(Error, match="is already converted, with"):
             store.resolve(ours, **wrong)
-    with pytest.raises(Error, match=r"its vae cannot be replaced\. Leave vae out\."):
+    with pytest.raises(Error, match=r"its vae cannot be replaced\. Leave vae out;"):
         store.resolve(ours, parts={"vae": "vae.safetensors"})
 
 
@@ -365,16 +365,16 @@ def test_a_named_model_wins_over_what_is_no_model(cache, tmp_path):
     ("name", "says", "fix"),
     [
         ("sdx", "no model, file or folder 'sdx'", "Did you mean sdxl?"),
-        ("", "no model, file or folder ''", "Named models are"),
-        ("missing.safetensors", "no model, file or folder", "Named models are"),
-        ("folder/missing.safetensors", "no model, file or folder", "Named models are"),
-        ("./missing", "no model, file or folder", "Named models are"),
-        ("../missing", "no model, file or folder", "Named models are"),
-        ("/missing/a/b", "no model, file or folder", "Named models are"),
-        ("~nobody/missing", "no model, file or folder", "Named models are"),
-        ("a\0b", "no model, file or folder", "Named models are"),
-        (3, "no model, file or folder '3'", "Named models are"),
-        ("x" * 5000, "no model, file or folder", "Named models are"),
+        ("", "no model, file or folder ''", "`mlxdiff models` lists"),
+        ("missing.safetensors", "no model, file or folder", "`mlxdiff models` lists"),
+        ("folder/missing.safetensors", "no model, file or folder", "`mlxdiff models` lists"),
+        ("./missing", "no model, file or folder", "`mlxdiff models` lists"),
+        ("../missing", "no model, file or folder", "`mlxdiff models` lists"),
+        ("/missing/a/b", "no model, file or folder", "`mlxdiff models` lists"),
+        ("~nobody/missing", "no model, file or folder", "`mlxdiff models` lists"),
+        ("a\0b", "no model, file or folder", "`mlxdiff models` lists"),
+        (3, "no model, file or folder '3'", "`mlxdiff models` lists"),
+        ("x" * 5000, "no model, file or folder", "`mlxdiff models` lists"),
         ("org/missing", "org/missing is not on this machine", "without `offline`"),
     ],
 )

@@ -17,7 +17,7 @@ EMBEDDED = "embedded"  # a consistency model has guidance in its time embedding;
 PARTS = {
     "vae": "a VAE",
     "clip": "the CLIP text encoder",
-    "clip_g": "SD3's second CLIP",
+    "clip_g": "the second CLIP of SDXL and SD3",
     "t5": "T5",
     "text_encoder": "the Qwen3 text encoder",
 }
@@ -93,13 +93,17 @@ class Variant:
     checkpoint calls itself: its pipeline, its architecture, its file."""
 
     beside: int = 0  # input channels of the denoiser beyond those of its output
-    needs: tuple[str, ...] = ()  # inputs besides a prompt, in words; such variants cannot draw yet
+    needs: tuple[str, ...] = ()  # what is not there yet, in words; such variants cannot draw
     converts: bool = True
     guidance: str | None = None
     t5_tokens: int | None = None
     defaults: Defaults | None = None
     schedule: dict | None = None
     edits: int = 0  # how many pictures it takes to edit; 0: a picture is a start image
+    # What the denoiser reads in its further channels, in this order: "mask", one number a latent; "tiles", the mask of
+    # all pixels of a latent; "masked", the latents of the start image with grey under the mask.
+    reads: tuple[str, ...] = ()
+    starts_at_1: bool = True  # whether a seed's first draw goes to the start image even at strength 1, as in diffusers
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class Beside:
     licence: str
     size: float  # GB at 16 bits
     file: str | None = None  # of the repository; None: its network in diffusers layout
+    mode: str | None = None  # the kind of picture that the name means, of a network for several
     encoder: float = 0.0  # GB at 16 bits of the vision model, for one that reads reference pictures
     tokens: int = 0  # that it makes of a reference picture
 

@@ -27,6 +27,7 @@ def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
 
 _DEFAULTS = Defaults(size=1024, steps=28, guidance=3.5)
 _SCHEDULE = FLOW | {"spacing": "trailing", "ends": "trailing", "dynamic": DYNAMIC}
+_FILL = replace(_DEFAULTS, steps=50, guidance=30.0)
 _SCHNELL = replace(_DEFAULTS, steps=4, guidance=0.0)
 FLUX = Family(
     name="flux",
@@ -70,7 +71,7 @@ FLUX = Family(
         # Kontext has the same shapes as dev; only the checkpoint's name for its pipeline shows it.
         "kontext": Variant(edits=1),
         "control": Variant(beside=64, needs=("a control picture",)),  # patches of the control picture
-        "fill": Variant(beside=320, needs=("a picture", "a mask")),  # patches of picture and mask (8 x 8 a latent)
+        "fill": Variant(beside=320, reads=("masked", "tiles"), defaults=_FILL),
     },
 )
 FAMILIES = (FLUX,)
@@ -125,6 +126,17 @@ MODELS = {
         download=33.74,
         networks=_DEV,
         defaults=replace(_DEFAULTS, guidance=4.5),
+        gated=True,
+    ),
+    "flux-fill": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-Fill-dev",
+        title="FLUX.1 Fill dev: needs a picture and a mask",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=384)},
+        defaults=_FILL,
+        variant="fill",
         gated=True,
     ),
     "flux-kontext": Model(

@@ -147,7 +147,7 @@ def unet_variants(defaults: Defaults) -> dict[str, Variant]:
     return {
         "base": Variant(),
         "lcm": Variant(guidance=EMBEDDED, defaults=fast),
-        "inpaint": Variant(beside=5, needs=("a picture", "a mask")),
+        "inpaint": Variant(beside=5, reads=("mask", "masked"), starts_at_1=False),
         "edit": Variant(beside=4, needs=("a picture to edit",), converts=False),
         "upscale": Variant(beside=3, needs=("a small picture",), converts=False),
         "depth": Variant(beside=1, needs=("a depth map",), converts=False),

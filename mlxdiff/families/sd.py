@@ -79,6 +79,16 @@ MODELS = {
         networks=_SD15,
         defaults=_DEFAULTS,
     ),
+    "sd15-inpaint": Model(
+        SD1,
+        repo="stable-diffusion-v1-5/stable-diffusion-inpainting",
+        title="Stable Diffusion 1.5 for inpainting: needs a picture and a mask",
+        licence="CreativeML OpenRAIL-M",
+        download=2.13,
+        networks=_SD15 | {"unet": replace(UNET, in_channels=9)},
+        defaults=_DEFAULTS,
+        variant="inpaint",
+    ),
     "lcm": Model(
         SD1,
         repo="SimianLuo/LCM_Dreamshaper_v7",

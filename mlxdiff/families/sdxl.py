@@ -83,6 +83,16 @@ MODELS = {
         networks=_NETWORKS,
         defaults=_DEFAULTS,
     ),
+    "sdxl-inpaint": Model(
+        SDXL,
+        repo="diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
+        title="Stable Diffusion XL for inpainting: needs a picture and a mask",
+        licence="CreativeML OpenRAIL++-M",
+        download=6.94,
+        networks=_NETWORKS | {"unet": replace(_UNET, in_channels=9)},
+        defaults=_DEFAULTS,
+        variant="inpaint",
+    ),
     "sdxl-refiner": Model(
         REFINER,
         repo="stabilityai/stable-diffusion-xl-refiner-1.0",
@@ -106,6 +116,23 @@ MODELS = {
 ADAPTERS = {
     (SDXL.name, name): Beside("ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5)
     for name in ("canny", "depth")
+}
+_UNION = Beside(
+    "ControlNet", "xinsir/controlnet-union-sdxl-1.0", "Apache 2.0", 2.51, "diffusion_pytorch_model.safetensors"
+)
+ADAPTERS |= {
+    (SDXL.name, name): replace(_UNION, mode=name)
+    for name in ("openpose", "scribble", "softedge", "lineart", "mlsd", "normal", "seg")
+}
+ADAPTERS |= {
+    (SDXL.name, f"t2i-{name}"): Beside("T2I-Adapter", f"TencentARC/t2i-adapter-{repo}-sdxl-1.0", "Apache 2.0", 0.16)
+    for name, repo in {
+        "canny": "canny",
+        "depth": "depth-midas",
+        "lineart": "lineart",
+        "openpose": "openpose",
+        "sketch": "sketch",
+    }.items()
 }
 ADAPTERS |= {
     (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4),

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import unet
+from .layers import TimeEmbedding, quick_gelu
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,11 @@ class Config(unet.HalfConfig):
     hint_channels: int  # of the picture
     hint: tuple[int, ...]  # widths of the convolutions that read it; between two of them it is halved
     pooled: bool  # whether residuals are averages over the picture: the one kind that shows content, not lines
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The kinds of pictures that it must be told apart; () if it reads one kind."""
+        return ()
 
     @property
     def multiple(self) -> int:
@@ -94,6 +100,87 @@ class ControlNet(unet.HalfUNet):
         outs = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         outs.append(self.controlnet_mid_block(x))
         return [out.mean(axis=(1, 2), keepdims=True) for out in outs] if self.config.pooled else outs
+
+
+# What pictures a union reads, by their numbers in it (Xinsir 2024), and other names for some of them.
+MODES = ("openpose", "depth", "scribble", "canny", "normal", "seg", "tile", "inpaint")
+ALIASES = {"hed": "scribble", "softedge": "scribble", "lineart": "canny", "mlsd": "canny", "repaint": "inpaint"}
+
+
+@dataclass(frozen=True)
+class UnionConfig(Config):
+    tasks: int  # kinds of pictures
+    mixers: int  # layers that prepare what the kind adds
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES[: self.tasks]
+
+
+class Mlp(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.c_fc = nn.Linear(c, 4 * c)
+        self.c_proj = nn.Linear(4 * c, c)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.c_proj(quick_gelu(self.c_fc(x)))
+
+
+class Values(nn.Module):
+    """An attention of which values alone count: its authors let it attend over the samples of a batch, not over the
+    tokens. For one picture, the samples are equal, and what is read from them is the value of each token."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.in_proj_weight = mx.zeros((3 * c, c))  # queries, keys, values
+        self.in_proj_bias = mx.zeros((3 * c,))
+        self.out_proj = nn.Linear(c, c)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight, bias = (mx.split(p, 3)[-1] for p in (self.in_proj_weight, self.in_proj_bias))
+        return self.out_proj(x @ weight.T + bias)
+
+
+class Mixer(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.attn = Values(c)
+        self.ln_1 = nn.LayerNorm(c)
+        self.mlp = Mlp(c)
+        self.ln_2 = nn.LayerNorm(c)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Union(ControlNet):
+    """A ControlNet for several kinds of pictures, and for several pictures at once."""
+
+    def __init__(self, config: UnionConfig):
+        super().__init__(config)
+        c = config.channels[0]
+        self.task_embedding = mx.zeros((config.tasks, c))
+        self.transformer_layes = [Mixer(c) for _ in range(config.mixers)]  # so it is spelt in the files
+        self.spatial_ch_projs = nn.Linear(c, c)
+        self.control_add_embedding = TimeEmbedding(config.added_time * config.tasks, 4 * c)
+
+    def emphasis(self, tasks: list[int]) -> mx.array:
+        """What the kinds of pictures add to the time's embedding, (1, c)."""
+        given = mx.array([float(i in tasks) for i in range(self.config.tasks)])
+        return self.control_add_embedding(self.sinusoids(given, self.config.added_time).reshape(1, -1))
+
+    def hints(self, pictures: list[mx.array], tasks: list[int], scales: list[float]) -> mx.array:
+        """What it reads of several pictures, each (1, H, W, 3), of these kinds and at these scales."""
+        total = 0.0
+        for pixels, task, scale in zip(pictures, tasks, scales, strict=True):
+            x = self.hint(pixels)
+            token = scale * (x.mean(axis=(1, 2), keepdims=True) + self.task_embedding[task])
+            for mixer in self.transformer_layes:
+                token = mixer(token)
+            total = total + scale * (x + self.spatial_ch_projs(token))
+        return total
 
 
 @dataclass(frozen=True)

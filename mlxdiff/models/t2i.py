@@ -18,6 +18,11 @@ class Config:
     patch: int  # pixels along the edge that become one
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """The kinds of pictures that it must be told apart: none, it reads one kind."""
+        return ()
+
+    @property
     def multiple(self) -> int:
         """A picture's edges must be multiples of this."""
         return self.patch

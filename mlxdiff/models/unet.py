@@ -205,14 +205,17 @@ class HalfUNet(nn.Module):
         pooled: mx.array | None = None,
         time_ids: mx.array | None = None,
         guidance_embedding: mx.array | None = None,
+        emphasis: mx.array | None = None,
     ) -> dict:
         """All inputs that do not depend on x, made once per picture: text keys and values, and each block's shift at
-        each time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5)."""
+        each time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5);
+        emphasis: what a subclass adds to the time's embedding, (1, c)."""
         dtype = self.conv_in.weight.dtype
-        added = guidance = None
+        added, guidance = emphasis, None
         if self.config.added is not None:
             sizes = self.sinusoids(time_ids, self.config.added_time).reshape(time_ids.shape[0], -1)
-            added = self.add_embedding(mx.concatenate([pooled.astype(dtype), sizes], axis=-1))
+            embedding = self.add_embedding(mx.concatenate([pooled.astype(dtype), sizes], axis=-1))
+            added = embedding if added is None else added + embedding
         if self.config.time_cond is not None:
             guidance = guidance_embedding.astype(dtype)
         times = {}

@@ -11,11 +11,12 @@ from mlxdiff import images
 from mlxdiff.errors import Error
 from mlxdiff.families import FAMILIES
 
-from .test_flux2_pipelines import made, opened, oracle
+from .test_flux2_pipelines import made, opened, oracle, short
 from .test_image_to_image import image
 from .test_pipelines import DB, PROMPT, SEED, SIZE, psnr
 from .tiny import louder
 
+__all__ = ["short"]  # a fixture
 pytestmark = pytest.mark.usefixtures("cache")
 REFERENCES = {"one": [(80, 64)], "odd": [(101, 67)], "two of different sizes": [(64, 96), (83, 70)]}
 
@@ -40,10 +41,10 @@ def editing(tmp_path_factory, cache) -> dict:
 
 
 @pytest.mark.parametrize("sizes", REFERENCES.values(), ids=REFERENCES)
-def test_klein_edits(editing, sizes):
+def test_klein_edits(editing, short, sizes):
     """References of their own sizes, cropped to multiples of 8; the oracle looks at every one of them."""
     pipe, folder = editing["distilled"]
-    same = {"num_inference_steps": 4}
+    same = {"num_inference_steps": 4, **short}
     want = oracle(pipe, image=pictures(sizes), **same)
     drawn = opened(folder)(PROMPT, seed=SEED, steps=4, image=pictures(sizes), **SIZE).image
     assert psnr(np.asarray(drawn), want) > DB
@@ -53,9 +54,9 @@ def test_klein_edits(editing, sizes):
         assert psnr(want, oracle(pipe, image=other, **same)) < DB - 10
 
 
-def test_base_edits_in_both_passes(editing):
+def test_base_edits_in_both_passes(editing, short):
     pipe, folder = editing["base"]
-    want = oracle(pipe, image=pictures([(80, 64)]), num_inference_steps=4, guidance_scale=3.0)
+    want = oracle(pipe, image=pictures([(80, 64)]), num_inference_steps=4, guidance_scale=3.0, **short)
     same = {"seed": SEED, "steps": 4, "guidance": 3.0, "image": pictures([(80, 64)]), **SIZE}
     assert psnr(np.asarray(opened(folder)(PROMPT, **same).image), want) > DB
     assert psnr(np.asarray(opened(folder, low_memory=True)(PROMPT, **same).image), want) > DB

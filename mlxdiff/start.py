@@ -1,0 +1,117 @@
+"""What a run starts with: the noise of its seeds, the latents of its pictures, and what a mask leaves as it is."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from PIL import Image
+
+from . import images, memory, pictures
+from .networks import Networks
+from .request import Request
+from .result import Event
+from .schedules import Schedule
+
+How = Callable[[nn.Module, mx.array, int | None], mx.array]  # the VAE, pixels (1, H, W, 3), its tile -> latents
+
+
+class Start(NamedTuple):
+    x: mx.array  # the sampler's first x
+    mask: mx.array | None = None  # (1, h, w, 1): what the sampler draws anew; None if a mask is left to the network
+    z: mx.array | None = None  # then: the latents of the start image, (B, h, w, c)
+    noised: Callable[[float], mx.array] | None = None  # then: these at a sigma, with the noise of the run
+    beside: mx.array | None = None  # more channels for the network to read, (B, h, w, more)
+    references: Sequence[mx.array] = ()  # latents of pictures to edit
+    finish: Callable[[Image.Image], Image.Image] = lambda image: image  # for each picture, once it is decoded
+
+
+class Starts:
+    """Those of one model's runs. The pictures of the last request are kept, and the latents of those to edit."""
+
+    def __init__(self, networks: Networks, low_memory: bool):
+        self.networks, self.model, self.low_memory = networks, networks.description, low_memory
+        self._taken: tuple[tuple, pictures.Taken] | None = None  # after their fingerprints
+        self._references: tuple[tuple, list[mx.array]] = (), []  # the same
+
+    def resolve(self, request: Request) -> Request:
+        """The request resolved for the model, with the fingerprints of its pictures."""
+        request, taken = pictures.resolve(request)
+        full = self.model.resolve(request, taken.sizes)
+        pictures.check(full, self.model, taken)
+        self._taken = (full.hashes, full.mask_hash), taken
+        return full
+
+    def pictures(self, request: Request) -> pictures.Taken:
+        """The pictures of a resolved request."""
+        held = self._taken is not None and self._taken[0] == (request.hashes, request.mask_hash)
+        known = len(request.hashes) == len(request.pictures)  # a second pass begins with a picture that is in no file
+        return self._taken[1] if held and known else pictures.read(request)
+
+    def begin(
+        self, request: Request, schedule: Schedule, sigma: float, draw: Callable[[], mx.array], given: np.ndarray | None
+    ) -> Iterator:
+        """Events, then the Start of a run whose first noise level is sigma. draw() -> standard noise (B, h, w, c).
+        given: standard noise to use in place of the run's."""
+        row = self.model.row
+        noises = {what: draw() for what in pictures.draws(row, request)}
+        noise = noises.pop("noise") if given is None else mx.array(given)
+        if not self.model.starts(request):
+            x = noise * schedule.start(sigma, request.schedule)
+            return Start(x, references=() if request.image is None else (yield from self._edited(request)))
+        canvas = pictures.canvas(request, self.pictures(request))
+        afresh = request.masked and request.strength == 1  # the start image is in what the network reads, or outside
+        needed = {"image": not (afresh and row.reads), "masked": "masked" in row.reads}
+        wanted = [what for what in noises if needed.get(what)]
+        samples = [partial(_sample, noise=noises[what]) for what in wanted]
+        latents = yield from self._encode([canvas.pixels[what] for what in wanted], samples)
+        z = dict(zip(wanted, latents, strict=True))
+        x = noise * schedule.start(sigma, request.schedule) if afresh else schedule.noised(z["image"], noise, sigma)
+        if not request.masked:
+            return Start(x)
+        finish, mask = partial(canvas.finish, keep=request.keep), mx.array(canvas.latents(self.model.factor))
+        if not row.reads:
+            return Start(x, mask, z["image"], lambda s: schedule.noised(z["image"], noise, s), finish=finish)
+        parts = z | {"mask": mask, "tiles": mx.array(canvas.tiles(self.model.factor))}
+        wide = [mx.broadcast_to(parts[name], (*x.shape[:3], parts[name].shape[-1])) for name in row.reads]
+        return Start(x, beside=mx.concatenate(wide, axis=-1), finish=finish)
+
+    def _edited(self, request: Request) -> Iterator:
+        """Latents of the pictures to edit, (1, h, w, c) each: the mean, not a sample. They are kept for the next
+        seed."""
+        if self._references[0] != request.hashes:
+            taken = self.pictures(request)
+            cuts = zip(taken.images, self.model.cuts(taken.sizes), strict=True)
+            pixels = [images.to_pixels(images.cut(image, *how)) for image, how in cuts]
+            self._references = request.hashes, (yield from self._encode(pixels, [_mean] * len(pixels)))
+        return self._references[1]
+
+    def _encode(self, pixels: list[np.ndarray], hows: list[How]) -> Iterator:
+        """Events, then the latents of pictures (H, W, 3)."""
+        if not pixels:
+            return []
+        yield Event("encode", 0, len(pixels), 0.0)
+        latents, tile = [], memory.TILE if self.low_memory else None
+        for i, (picture, how) in enumerate(zip(pixels, hows, strict=True)):
+            begin = time.perf_counter()
+            x0 = how(self.networks.get("vae"), mx.array(picture)[None], tile)
+            finite = mx.isfinite(x0).all()
+            mx.eval(x0, finite)
+            if not finite.item():
+                raise self.model.not_finite()
+            latents.append(x0)
+            yield Event("encode", i + 1, len(pixels), time.perf_counter() - begin)
+        if self.low_memory:
+            self.networks.release("vae")
+        return latents
+
+
+def _sample(vae: nn.Module, pixels: mx.array, tile: int | None, noise: mx.array) -> mx.array:
+    return vae.sample(pixels, noise, tile)
+
+
+def _mean(vae: nn.Module, pixels: mx.array, tile: int | None) -> mx.array:
+    return vae.encode(pixels, tile)[0]
