@@ -194,8 +194,6 @@ class Description:
 
     def _check_guides(self, request: Request) -> None:
         """Raise if the controls cannot guide this model, as far as their files do not show it."""
-        if request.references:
-            raise Error(f"{self.name} takes no reference.", "Leave `references` out.")
         if any(guide.model is None for guide in request.controls):
             fix = "Name the network that reads it: `controls=[(MODEL, PICTURE)]`."
             raise Error(f"{self.name} itself reads no control picture.", fix)

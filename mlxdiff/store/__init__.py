@@ -403,7 +403,7 @@ def control_folder(name: str | Path, model: Description, offline: bool, progress
     row = ADAPTERS.get((model.family.name, str(name)))
     match = None if row is not None else _HUB_ID.fullmatch(str(name))
     if row is None and match is None:
-        known = [n for family, n in ADAPTERS if family == model.family.name]
+        known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, "control")]
         names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
         fix = f"{did_you_mean(str(name), known)}{names} a hub id (org/repo), a folder or a .safetensors file."
         raise Error(f"There is no control network, file or folder {str(name)!r}.", fix)
