@@ -40,6 +40,10 @@ class Networks:
         adapters.apply(network, name, self._adapters)
         return network
 
+    def hold(self, name: str, network: nn.Module) -> None:
+        """Use this one, which is being trained, until it is released."""
+        self._held[name] = network
+
     def adapt(self, changed: list[tuple[Adapter, float]]) -> None:
         """Use these adapters and no others. Networks for which that makes a difference are released."""
         before, self._adapters = self._adapters, changed
