@@ -41,7 +41,8 @@ class Networks:
         return network
 
     def hold(self, name: str, network: nn.Module) -> None:
-        """Use this one, which is being trained, until it is released."""
+        """Use this one, which is being trained, without adapters, until it is released."""
+        self.adapt([])
         self._held[name] = network
 
     def adapt(self, changed: list[tuple[Adapter, float]]) -> None:

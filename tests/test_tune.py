@@ -1,5 +1,5 @@
-"""Training a LoRA on the built-in model. References: an uninterrupted run for a resumed one, the trained network for its
-file, the picture without the file. That gradients are those of peft is parity/test_tune.py's."""
+"""Training a LoRA on the built-in model. References: an uninterrupted run for a resumed one, the trained network for
+its file, the picture without the file. That gradients are those of peft is parity/test_tune.py's."""
 
 import json
 import re
@@ -175,7 +175,7 @@ def test_pictures_of_the_class_count_by_their_weight(pipe, rings, tmp_path):
 
 
 def test_pictures_keep_about_their_shape():
-    """The bucket has no more pixels than the square, edges in multiples, and a shape within a fifth of the picture's."""
+    """The bucket has no more pixels than the square, edges in multiples, and about the picture's shape."""
     for shape in ((100, 100), (1600, 900), (900, 1600), (640, 1000), (3000, 1000)):
         for size, multiple in ((512, 8), (1024, 16), (128, 8)):
             w, h = folder.bucket(shape, size, multiple)

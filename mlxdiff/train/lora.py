@@ -1,5 +1,5 @@
 """Trains a LoRA: low-rank changes beside the layers of a frozen denoiser, which may be quantized. Hu et al. 2021; names
-and first values as in peft. With pictures of the class too (DreamBooth; Ruiz et al. 2022), the model keeps what it knew."""
+and first values as in peft."""
 
 import json
 import os

@@ -71,7 +71,7 @@ def with_peft(theirs, run: tune.LoraRun) -> dict[str, torch.nn.Parameter]:
 
 
 def their_loss(theirs, part: tune.Part) -> torch.Tensor:
-    """What diffusers' training scripts minimise. x0 and the noise follow from what we mix, which is checked here too."""
+    """What diffusers' training scripts minimise. x0 and the noise follow from what we mix, which is checked too."""
     scheduler = DDPMScheduler.from_config(theirs.scheduler.config)
     x, target, t = (torch.tensor(a) for a in (nchw(part.x), nchw(part.target), np.array(part.t).astype(int)))
     a = scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
