@@ -152,7 +152,7 @@ def _as_it_is(folder: Path, asked: dict, options: Options) -> Path:
     """A model folder is used where it is; it cannot be converted again."""
     if options.parts:
         names = ", ".join(options.parts)
-        fix = f"Leave {names} out. Such a part is taken when the original checkpoint is converted."
+        fix = f"Leave {names} out; such parts are taken when the original checkpoint is converted."
         raise Error(f"{folder} is already converted; its {names} cannot be replaced.", fix)
     model = description.read(folder)
     has = {"dtype": model.recipe.dtype, "bits": model.recipe.bits, "prediction": model.prediction}
