@@ -26,6 +26,7 @@ from . import lora, rules
 from . import tokenizer as copying
 from .checkpoint import FULL, Checkpoint, check, open
 from .clip import PADS
+from .parts import KINDS
 from .registry import MODULES
 from .source import Tensor
 
@@ -98,7 +99,8 @@ def _whole(checkpoint: Checkpoint) -> None:
         elif len(parts) == len(lacking) > 0:
             fix = f"Give {', '.join(parts)}, or put files of such names beside it.{_published(checkpoint)}"
         else:
-            fix = FULL
+            part = next((part for part in reversed(KINDS) if checkpoint.family in KINDS[part]), None)
+            fix = FULL if part is None else f"Name the model that it is a part of, and give this one as `{part}=FILE`."
         raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", fix)
     family, configs = FAMILIES[checkpoint.family], {name: c.config for name, c in checkpoint.components.items()}
     for name, what, takes, gives in MODULES[family.network].reads(configs[family.denoiser], configs):
