@@ -23,7 +23,7 @@ from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Picture, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
-FORMAT = 6  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
+FORMAT = 7  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
 PREDICTIONS = ("eps", "v", "x0", "flow")
 _AGAIN = "Convert the checkpoint again."
 
