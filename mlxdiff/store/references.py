@@ -16,7 +16,7 @@ from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES
 from ..families.published import VISION
 from ..models import build, ip_adapter, redux, vision
-from . import _HUB_ID, Progress, _fingerprint, _one_file, _sample, _silent, local
+from . import _HUB_ID, Progress, _one_file, _sample, _silent, fingerprint, local
 
 if TYPE_CHECKING:
     from ..convert import Checkpoint
@@ -32,7 +32,6 @@ class Reader:
     encoder: Path
     config: ip_adapter.Config | redux.Config
     sees: vision.Config
-    title: str  # what the adapter is
     hash: str  # of both
 
     @property
@@ -70,15 +69,13 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
         half = model.recipe.dtype != "float32"
         folder = _fetched(repo, file, path, config, half, offline, progress)
         encoder = _encoder(folder)
+    files = [*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]
     return Reader(
         adapter=path,
         encoder=folder,
         config=config,
         sees=_config(encoder),
-        title=checkpoint.layout.title,
-        hash=hashlib.sha256(repr([*map(_fingerprint, _files(checkpoint)), *_stamps(encoder)]).encode()).hexdigest()[
-            :16
-        ],
+        hash=hashlib.sha256(repr(files).encode()).hexdigest()[:16],
     )
 
 
