@@ -19,7 +19,7 @@ from .guides import steps_on
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
-from .request import MAX_EDGE, STRENGTH, Defaults, Picture, Request
+from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Picture, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
@@ -159,8 +159,8 @@ class Description:
             request = request.sized(pictures[0], self.defaults.size**2, self.multiple)
         schedule = self.schedule
         pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
-        whole = "masked" in self.row.reads or any(request.outpaint)
-        strength = None if self.row.edits else 1.0 if whole else STRENGTH
+        strength = OUTPAINT if any(request.outpaint) else STRENGTH
+        strength = None if self.row.edits else 1.0 if self.row.inpaints else strength
         spacing, clip_skip = schedule["spacing"], self.family.clip_skip
         return request.resolve(self.defaults, pair, spacing, clip_skip, self.multiple, strength)
 
@@ -183,7 +183,7 @@ class Description:
         if not edits and count > 1:
             fix = "Give one, or use a model that edits."
             raise Error(f"{self.name} begins with one picture; {count} were given.", fix)
-        if "masked" in self.row.reads and not request.masked:
+        if self.row.inpaints and not request.masked:
             problem = f"{self.name} draws a part of a picture anew: it needs a picture and a mask."
             raise Error(problem, "Give them as `image=FILE` and `mask=FILE`, or use a base model.")
 

@@ -23,7 +23,7 @@ from .families.base import SECOND_PASS
 from .guides import steps_on
 from .pipeline import Event, Pipeline, load
 from .recipe import BITS, DTYPES, SMALLER, bits_of
-from .request import STRENGTH, Request
+from .request import OUTPAINT, STRENGTH, Request
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
-    what = f"how much of a start image to redraw; 1 is all ({STRENGTH}; 1 to outpaint, and in a model for inpainting)"
+    what = f"how much of a start image to redraw; 1 is all ({STRENGTH}, to outpaint {OUTPAINT}, for inpaint models 1)"
     g.add_argument("--strength", type=float, metavar="F", help=what)
     what = "white where the start image is drawn anew; alpha: where it is transparent"
     g.add_argument("--mask", metavar="FILE|alpha", help=what)

@@ -30,7 +30,7 @@ TILE = 64  # latents along a tile's edge under low_memory: 512 pixels; every VAE
 
 _DECODER = {False: 84, True: 12.5}  # per pixel and channel of the first level; False: CPU, True: GPU
 _ENCODER = {False: 58, True: 6.6}  # the same
-_UPSCALER = {False: 7600, True: 900}  # bytes per pixel of a tile: in float32 on a CPU, in float16 on a GPU
+_UPSCALER = {False: 11100, True: 900}  # bytes per pixel of a tile: in float32 on a CPU, in float16 on a GPU
 # Text encoders: per token and hidden width; and a factor of one layer's attention scores. CLIP's are too few to count.
 _READ = {"clip": (0, 0), "t5": (10, 3), "qwen3": (7, 1.3), "vision": (10, 3)}
 
@@ -90,7 +90,7 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     wider = 1 if config.decoder_channels is None else config.decoder_channels[0] / config.channels[0]
 
     encode = max([_reads(m, request) for m in models] + [_sees(model, reader) for reader in workload.readers])
-    encodes = request.image is not None or "masked" in model.row.reads
+    encodes = request.image is not None or model.row.inpaints
     if encodes:
         encode = max(encode, _encodes(workload, max(references, default=drawn), gpu))
 

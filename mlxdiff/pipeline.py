@@ -406,8 +406,6 @@ class Pipeline:
     ) -> Iterator[Event]:
         """What the networks that guide add to the conditions: each side's Controls. sigmas: those of the whole run."""
         sides, taken = {}, self.description.taken(request)
-        if taken == 0:
-            return sides
         for path in self.attached.networks(request):
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()
@@ -418,7 +416,7 @@ class Pipeline:
             on = steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
-            cut = [images.fit(self.attached.picture(guide), request.width, request.height) for guide in guides]
+            cut = [self.starts.aligned(request, self.attached.picture(guide)) for guide in guides]
             pixels = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
             found = conditioning.control(self.description, net, guides, request, pixels, ts, texts, both, times)
             for side, control in found.items():

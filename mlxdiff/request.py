@@ -25,6 +25,7 @@ MAX_SCALE = 10  # of a LoRA
 MAX_BLUR = 256
 MAX_HIRES = 8  # times
 STRENGTH = 0.6
+OUTPAINT = 0.8  # the strength beside what `outpaint` adds, which begins as the stretched edge of the picture
 ALPHA = "alpha"  # as a mask: what is transparent in the start image
 
 Guides = tuple[Guide, ...] | list[Guide | Picture | tuple]
@@ -70,8 +71,8 @@ class Request:
     image: the start image, a path or a PIL image; for a model that edits, what to edit: an image, or a list of several.
     A PNG stores the paths as they were typed, never the pixels.
     image_hash: a fingerprint of each image, set by `Pipeline.resolve`: a replay needs the same images.
-    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; with
-    `outpaint`, or a model made for inpainting, 1.
+    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; 0.8
+    with `outpaint`; 1 for a model that was made for inpainting.
     mask: where the start image is drawn anew: a picture of the same shape, white there and black elsewhere; or "alpha":
     where the start image is transparent.
     mask_hash: a fingerprint of the mask, as for the image.

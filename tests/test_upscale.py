@@ -262,7 +262,8 @@ def test_bad_input_is_one_line_before_work(here, capsys, kind, monkeypatch):
 
 def test_an_upscaler_is_no_model(here, capsys):
     assert generate(["a house", "-m", "x2.safetensors"]) == 1
-    assert "is an ESRGAN upscaler, which is no model by itself. Enlarge pictures with it: --upscale FILE" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is an ESRGAN upscaler, which is no model by itself. Enlarge pictures with it: --upscale FILE" in said
     assert generate(["a house", "--taesd", "x2.safetensors", "--preview-dir", "p"]) == 1
     assert "is not a TAESD but upscaler" in capsys.readouterr().err
 
@@ -402,6 +403,10 @@ def test_previews_of_both_passes(here):
 
 
 BAD_HIRES = [
+    (
+        {"hires": 2, "image": Image.new("RGB", (64, 64)), "outpaint": (64, 0, 0, 0)},
+        "hires draws the whole picture on, a mask a part of it",
+    ),
     ({"hires": 0.5}, "Hires must be a number from 1 to 8; 0.5 was given"),
     ({"hires": float("nan")}, "Hires must be a number from 1 to 8; nan was given"),
     ({"hires": (2, 1.5)}, "The strength of hires must be a number from 0 to 1; 1.5 was given"),
@@ -420,7 +425,7 @@ BAD_HIRES = [
 def test_bad_settings_are_one_line_before_work(settings, says):
     pipe = mlxdiff.load("storybook")
     with pytest.raises(Error, match=says) as e:
-        pipe.resolve("a house", height=128, **settings)
+        pipe.resolve("a house", **{"height": 128} | settings)
     assert len(str(e.value).splitlines()) == 1
 
 

@@ -105,6 +105,11 @@ class Variant:
     reads: tuple[str, ...] = ()
     starts_at_1: bool = True  # whether a seed's first draw goes to the start image even at strength 1, as in diffusers
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether it was made to draw a part of a picture anew, and draws nothing else."""
+        return "masked" in self.reads
+
 
 @dataclass(frozen=True)
 class Family:
