@@ -82,18 +82,23 @@ def check(request: Request | None, model: Description, taken: Taken | None = Non
 
 def draws(row: Variant, request: Request) -> tuple[str, ...]:
     """What the noise of a seed is drawn for, in diffusers' order. "noise" is the noise of the run; each of the others
-    makes a sample of the latents that the VAE gives for a picture: the start image, or the same with grey under the
-    mask. A noisy sampler goes on after these, so that even a draw that nothing uses counts.
+    makes a sample of the latents that the VAE gives for a picture: the start image, the same with grey under the mask,
+    or a control picture. A noisy sampler goes on after these, so that even a draw that nothing uses counts.
 
     no start image, or an edit             noise
     start image                            image, noise
     with a mask                            image, noise, masked
-    inpainting U-Net at strength 1         noise, masked"""
+    inpainting U-Net at strength 1         noise, masked
+    a model that reads a control picture   control, noise
+    with a start image                     control, image, noise
+    with a mask                            masked, control, image, noise"""
+    control, masked = ("control",) * ("control" in row.reads), ("masked",) * request.masked
     if request.image is None or row.edits:
-        return ("noise",)
-    if not request.masked:
-        return ("image", "noise")
-    return ("noise", "masked") if request.strength == 1 and not row.starts_at_1 else ("image", "noise", "masked")
+        return (*control, "noise")
+    if control:
+        return (*masked, *control, "image", "noise")
+    image = () if row.inpaints and request.strength == 1 and not row.starts_at_1 else ("image",)
+    return (*image, "noise", *masked)
 
 
 @dataclass(frozen=True)

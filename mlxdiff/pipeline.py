@@ -265,7 +265,8 @@ class Pipeline:
             texts.append((yield from pipe.texts(request)))
 
         draw = self.noise(request)
-        start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given)
+        control = next((self.attached.picture(guide) for guide in request.controls if guide.model is None), None)
+        start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given, control)
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
@@ -409,7 +410,7 @@ class Pipeline:
             begin = time.perf_counter()
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
-        for guides in self.attached.together(request.controls):
+        for guides in self.attached.together([guide for guide in request.controls if guide.model is not None]):
             net, both = self.attached.network(guides[0]), not self.low_memory
             on = steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
