@@ -164,6 +164,14 @@ def canvas(request: Request, taken: Taken) -> Canvas:
     return Canvas(image, mask and _soft(mask, request.mask_blur))
 
 
+def control(request: Request, taken: Taken, picture: Image.Image) -> Image.Image:
+    """A control picture at the size that is drawn: of a crop the same part as of the start image."""
+    if request.mask_crop is not None:
+        laid = canvas(request, taken)
+        picture = images.fit(picture, *laid.whole.image.size).crop(laid.box)
+    return images.fit(picture, request.width, request.height)
+
+
 def _soft(mask: Image.Image, blur: float) -> Image.Image:
     return mask.filter(ImageFilter.GaussianBlur(blur)) if blur > 0 else mask
 

@@ -415,7 +415,7 @@ class Pipeline:
             on = steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
-            cut = [images.fit(self.attached.picture(guide), request.width, request.height) for guide in guides]
+            cut = [self.starts.control(request, self.attached.picture(guide)) for guide in guides]
             pixels = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
             found = conditioning.control(self.description, net, guides, request, pixels, ts, texts, both, times)
             for side, control in found.items():

@@ -51,6 +51,10 @@ class Starts:
         known = len(request.hashes) == len(request.pictures)  # a second pass begins with a picture that is in no file
         return self._taken[1] if held and known else pictures.read(request)
 
+    def control(self, request: Request, picture: Image.Image) -> Image.Image:
+        """A control picture of a resolved request as its network reads it."""
+        return pictures.control(request, self.pictures(request), picture)
+
     def begin(
         self,
         request: Request,
@@ -68,7 +72,7 @@ class Starts:
         canvas = pictures.canvas(request, self.pictures(request)) if starts else None
         pixels = {} if canvas is None else canvas.pixels
         if control is not None:
-            pixels["control"] = images.to_pixels(images.fit(control, request.width, request.height))
+            pixels["control"] = images.to_pixels(self.control(request, control))
         afresh = not starts or (request.masked and request.strength == 1)  # from noise alone
         wanted = [n for n in noises if n in row.reads or (n == "image" and not (afresh and row.inpaints))]
         samples = [partial(_sample, noise=noises[name]) for name in wanted]

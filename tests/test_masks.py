@@ -220,6 +220,17 @@ def test_the_box_of_a_crop(box, size, pad, want):
     assert pictures.crop_box(mask(box, (100, 60)), size, pad) == want
 
 
+@pytest.mark.parametrize("how", [{"mask_crop": 3}, {}])
+def test_a_control_lies_where_the_picture_lies(how):
+    """The picture itself as a control reaches its network as the start image does, also at another size than that."""
+    taken = pictures.Taken([picture((100, 60))], mask((50, 20, 65, 29), (100, 60)))
+    request = Request("x", image=taken.images[0], mask=taken.mask, width=64, height=64, **how)
+    laid = pictures.canvas(request, taken).image
+    assert np.array_equal(np.asarray(pictures.control(request, taken, taken.images[0])), np.asarray(laid))
+    larger = pictures.control(request, taken, picture((300, 180)))
+    assert np.abs(np.asarray(larger, int) - np.asarray(laid, int)).mean() < 2  # of smooth colours
+
+
 DRAWS = {
     "nothing": ("sd15", {}, ("noise",)),
     "a picture": ("sd15", {"image": "a"}, ("image", "noise")),
