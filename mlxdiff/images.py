@@ -109,10 +109,12 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def cut(image: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+def cut(
+    image: Image.Image, scaled: tuple[int, int], size: tuple[int, int], how: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """The image stretched to one size, then cropped around its middle to another."""
     if image.size != scaled:
-        image = image.resize(scaled, Image.Resampling.LANCZOS)
+        image = image.resize(scaled, how)
     left, top = ((a - b) // 2 for a, b in zip(scaled, size, strict=True))
     return image.crop((left, top, left + size[0], top + size[1]))
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,12 @@ from . import (
 from .arguments import check_options
 from .attached import Attached
 from .errors import Error
+from .guides import steps_on
+from .models.controlnet import controlled
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
+from .references import extended, sides
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
@@ -88,6 +91,7 @@ def load(
     from . import store
 
     def check(model: description.Description, **others) -> None:
+        others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
         attached.check(loras, embeddings, request, model)
         pictures.check(request, model)
@@ -104,6 +108,7 @@ def load(
         return Pipeline(Networks(folder, description.read(folder)), low_memory, force, offline)
 
     pipe = opened(model, check=check)
+    pipe.attached.progress = progress
     pipe.attached.loras, pipe.attached.embeddings = tuple(loras), tuple(embeddings)
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
@@ -161,12 +166,17 @@ class Pipeline:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
         request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
-        return self.starts.resolve(request)
+        full = self.starts.resolve(request)
+        self.attached.check_size(full)
+        return full
 
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
         refiner = None if self.refiner is None else self.refiner.description
-        return memory.Workload(self.description, request, self.low_memory, refiner, self.starts.pictures(request).sizes)
+        sizes = self.starts.pictures(request).sizes
+        beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
+        readers = tuple(self.attached.references.reader(guide).workload for guide in request.references)
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -249,20 +259,22 @@ class Pipeline:
         spec, schedule = samplers.SAMPLERS[request.sampler], model.noise_levels(request)
         fn = samplers.of_flow(request.sampler) if model.flow else spec.fn
         whole = schedules.sigmas(schedule, request.schedule, request.steps)
-        steps = schedule.taken(request.steps, request.strength) if model.starts(request) else request.steps
+        steps = model.taken(request)
         sigmas = whole[-1 - steps :]
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
-        texts = []
+        texts, seen = [], (yield from self.attached.references.see(request, self.attached.picture))
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
+        texts[0] = extended(texts[0], request.references, seen)
 
         draw = self.noise(request)
         start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given)
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            read = start if pipe is self else None
-            denoise = yield from pipe.denoiser(request, schedule, spec.visits(part), text, whole, read)
+            read, shown = (start, sides(request.references, seen)) if pipe is self else (None, [])
+            asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
+            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, shown)
             if start.mask is not None:
                 denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
@@ -277,6 +289,7 @@ class Pipeline:
             del denoise  # it holds the network
             if pipe is not self or self.low_memory:
                 pipe.networks.release(pipe.description.family.denoiser)
+                pipe.attached.release()
         z = x / schedule.spread(sigmas[-1])
         if start.mask is not None:  # a run that ends above 0 leaves noise outside the mask too
             z = start.mask * z + (1 - start.mask) * start.z
@@ -344,10 +357,11 @@ class Pipeline:
         texts: list,
         sigmas: list[float],
         start: Start | None = None,
+        shown: Sequence[conditioning.Sides] = (),
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
-        run starts with."""
+        run starts with; shown: what IP-Adapters give."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -362,16 +376,18 @@ class Pipeline:
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
         references, beside = ((), None) if start is None else (start.references, start.beside)
-        conds = conditioning.prepare(model, source, request, ts, texts, both, references)
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references, shown)
         del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
         # all of its conditions, not once for each layer.
         for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
             mx.eval(part)
+        for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas)).items():
+            conds[side]["controls"] = controls
         begin, end = (f * request.steps for f in request.skip_interval)  # both ends are excluded, as in diffusers
         return guidance.denoiser(
-            net,
+            controlled(net),
             schedule,
             model.prediction,
             **conds,
@@ -384,6 +400,29 @@ class Pipeline:
             skip_interval=(sigmas[min(math.floor(begin) + 1, request.steps)], sigmas[math.ceil(end)]),
             dtype=dtype_of(net),
         )
+
+    def _controls(
+        self, request: Request, schedule: Schedule, ts: list[float], texts: list, sigmas: list[float]
+    ) -> Iterator[Event]:
+        """What the networks that guide add to the conditions: each side's Controls. sigmas: those of the whole run."""
+        sides, taken = {}, self.description.taken(request)
+        for path in self.attached.networks(request):
+            yield Event("load", 0, 1, 0.0)
+            begin = time.perf_counter()
+            self.attached.open(path)
+            yield Event("load", 1, 1, time.perf_counter() - begin)
+        for guides in self.attached.together(request.controls):
+            net, both = self.attached.network(guides[0]), not self.low_memory
+            on = steps_on(guides[0].interval, taken)
+            last = sigmas[on.stop - 1 - taken]
+            times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
+            cut = [self.starts.aligned(request, self.attached.picture(guide)) for guide in guides]
+            pixels = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
+            found = conditioning.control(self.description, net, guides, request, pixels, ts, texts, both, times)
+            for side, control in found.items():
+                mx.eval(vars(control))
+                sides.setdefault(side, []).append(control)
+        return sides
 
     def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""

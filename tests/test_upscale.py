@@ -263,7 +263,8 @@ def test_bad_input_is_one_line_before_work(here, capsys, kind, monkeypatch):
 
 def test_an_upscaler_is_no_model(here, capsys):
     assert generate(["a house", "-m", "x2.safetensors"]) == 1
-    assert "is an ESRGAN upscaler, and no model. Enlarge pictures with it: --upscale FILE" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is an ESRGAN upscaler, which is no model by itself. Enlarge pictures with it: --upscale FILE" in said
     assert generate(["a house", "--taesd", "x2.safetensors", "--preview-dir", "p"]) == 1
     assert "is not a TAESD but upscaler" in capsys.readouterr().err
 
