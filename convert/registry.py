@@ -2,7 +2,8 @@
 network is its module and one row in MODULES. Each module has
 
     LAYOUTS                    layouts of the files that are recognised by this network
-    CLASSES                    the classes that diffusers and transformers have for it
+    CLASSES                    the classes that diffusers and transformers have for it; if none, shapes alone say its
+                               Config
     ORIGINAL                   a pattern that is in its original authors' names and not in diffusers' and transformers'
     recognise(keys)            which of LAYOUTS a file has; None if it does not hold this network
     table(names, like)         rules from foreign names to ours
@@ -26,20 +27,48 @@ like: the network's Config as published, or None where it is not known. called: 
 schedule: what its scheduler file says, or None. components, others: the networks of the checkpoint, by their
 components."""
 
-from . import clip, flux, flux2, qwen3, sd3, t5, taesd, unet, vae, zimage
+from . import (
+    clip,
+    controlnet,
+    depth,
+    esrgan,
+    flux,
+    flux2,
+    ip_adapter,
+    qwen3,
+    redux,
+    sd3,
+    t2i,
+    t5,
+    taesd,
+    unet,
+    union,
+    vae,
+    vision,
+    zimage,
+)
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
-# of FLUX.1 and some more.
+# of FLUX.1 and some more, a ControlNet's those of a U-Net and some more, and so on; an IP-Adapter's are first, since
+# that of FLUX.1 has names of its blocks.
 MODULES = {
+    "ip_adapter": ip_adapter,
+    "redux": redux,
+    "vision": vision,
     "flux2": flux2,
     "flux": flux,
     "sd3": sd3,
     "zimage": zimage,
+    "union": union,
+    "controlnet": controlnet,
+    "t2i": t2i,
     "unet": unet,
     "t5": t5,
     "qwen3": qwen3,
     "vae": vae,
     "taesd": taesd,
+    "esrgan": esrgan,
+    "depth": depth,
     "clip": clip,
 }
 LAYOUTS = {name: layout for module in MODULES.values() for name, layout in module.LAYOUTS.items()}

@@ -12,7 +12,14 @@ TABLE: list[Row] = [
     (r"^encoder\.", None),
     (r"^decoder\.", ""),
 ]
-LAYOUTS = {"taesd": Layout("a TAESD decoder, for previews", [(r"^", "taesd.")], {"taesd": "taesd"})}
+LAYOUTS = {
+    "taesd": Layout(
+        "a TAESD decoder, for previews",
+        [(r"^", "taesd.")],
+        {"taesd": "taesd"},
+        use="Draw previews by it: `taesd=FILE`.",
+    )
+}
 CLASSES = ("AutoencoderTiny",)
 ORIGINAL = r"^\d+\.conv\.\d+\.weight$"
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..errors import Error
 from ..families import Family
 from ..models import clip
-from ..models.unet import Config
+from ..models.unet import Config, HalfConfig
 from .layout import Part, of_family
 from .rules import Lacking, Row, Shapes
 from .settings import MOST_LAYERS, Settings
@@ -120,33 +120,41 @@ def table(names: list[str], like: Config | None) -> list[Row]:
 
 
 def config(shapes: Shapes, like: Config) -> Config:
-    """No shape shows the attention heads, which are 8 where the file keeps proj_in as a convolution (SD 1.x) and 64
-    wide elsewhere; nor the groups, nor how wide the sinusoids of SDXL's sizes are (but see `sized`)."""
+    values = half(shapes, like)
+    return Config(
+        **values,
+        out_channels=shapes.size("conv_out.weight", 0),
+        up_depth=tuple(_depth(shapes, f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(values["layers"]))),
+    )
+
+
+def half(shapes: Shapes, like: HalfConfig) -> dict:
+    """The values of a HalfConfig. No shape shows the attention heads, which are 8 where the file keeps proj_in as a
+    convolution (SD 1.x) and 64 wide elsewhere; nor the groups, nor how wide the sinusoids of SDXL's sizes are (but see
+    `sized`)."""
     levels = range(max(1, shapes.count("down_blocks"), shapes.count("up_blocks")))
     channels = tuple(shapes.size(f"down_blocks.{i}.resnets.0.conv1.weight", 0) for i in levels)
     layers = tuple(shapes.count(f"down_blocks.{i}.resnets") for i in levels)
     linear = not any(len(s) == 4 for n, s in shapes.items() if n.endswith(".proj_in.weight"))
     reads = next((n for n in shapes if n.endswith(".attn2.to_k.weight")), "down_blocks.0.attentions")
     added, cond = "add_embedding.linear_1.weight", "time_embedding.cond_proj.weight"
-    return Config(
-        in_channels=shapes.size("conv_in.weight", 1),
-        out_channels=shapes.size("conv_out.weight", 0),
-        channels=channels,
-        layers=layers,
-        depth=tuple(_depth(shapes, f"down_blocks.{i}", n) for i, n in enumerate(layers)),
-        up_depth=tuple(_depth(shapes, f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(layers))),
-        mid_depth=sum(_depth(shapes, "mid_block", 1)) if shapes.count("mid_block") else None,
-        heads=tuple(max(1, c // 64) if linear else 8 for c in channels),
-        context=shapes.size(reads, 1),
-        groups=like.groups,
-        eps=like.eps,
-        linear_projection=linear,
-        time_cond=shapes.size(cond, 1) if cond in shapes else None,
-        added_time=like.added_time if added in shapes else None,
-        added=shapes.size(added, 1) if added in shapes else None,
-        flip_sin_to_cos=like.flip_sin_to_cos,
-        freq_shift=like.freq_shift,
-    )
+    return {
+        "in_channels": shapes.size("conv_in.weight", 1),
+        "channels": channels,
+        "layers": layers,
+        "depth": tuple(_depth(shapes, f"down_blocks.{i}", n) for i, n in enumerate(layers)),
+        "mid_depth": sum(_depth(shapes, "mid_block", 1)) if shapes.count("mid_block") else None,
+        "heads": tuple(max(1, c // 64) if linear else 8 for c in channels),
+        "context": shapes.size(reads, 1),
+        "groups": like.groups,
+        "eps": like.eps,
+        "linear_projection": linear,
+        "time_cond": shapes.size(cond, 1) if cond in shapes else None,
+        "added_time": like.added_time if added in shapes else None,
+        "added": shapes.size(added, 1) if added in shapes else None,
+        "flip_sin_to_cos": like.flip_sin_to_cos,
+        "freq_shift": like.freq_shift,
+    }
 
 
 def _depth(shapes: Shapes, block: str, resnets: int) -> tuple[int, ...]:
@@ -187,6 +195,25 @@ _FIXED = {
 
 def from_json(s: Settings, cls: str) -> Config:
     """From diffusers' config.json."""
+    values = half_from_json(s)
+    layers = values["layers"]
+    up = _attends(s, "up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, len(layers))
+    key = "transformer_layers_per_block"
+    back = s.get(key, 1)
+    back = back[::-1] if isinstance(back, list) else back
+    if s.get(f"reverse_{key}", None) is not None:
+        key = f"reverse_{key}"
+        back = s.get(key, None)
+    up_depth = s.layers(key, back, [k + 1 for k in reversed(layers)])
+    return Config(
+        **values,
+        out_channels=s.whole("out_channels", 4),
+        up_depth=tuple(d if a else () for d, a in zip(up_depth, up, strict=True)),
+    )
+
+
+def half_from_json(s: Settings) -> dict:
+    """The values of a HalfConfig."""
     for key, value in _FIXED.items():
         s.one(key, value, [value])
     s.one("mid_block_only_cross_attention", None, [None, False])
@@ -194,39 +221,30 @@ def from_json(s: Settings, cls: str) -> Config:
     n = len(channels)
     layers = s.wholes("layers_per_block", 2, n, MOST_LAYERS)
     down = _attends(s, "down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], n)
-    up = _attends(s, "up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, n)
     mid = s.one("mid_block_type", "UNetMidBlock2DCrossAttn", [None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"])
     key = "transformer_layers_per_block"
     depth = s.layers(key, s.get(key, 1), layers)
-    back = s.get(key, 1)
-    back = back[::-1] if isinstance(back, list) else back
-    if s.get(f"reverse_{key}", None) is not None:
-        key = f"reverse_{key}"
-        back = s.get(key, None)
-    up_depth = s.layers(key, back, [k + 1 for k in reversed(layers)])
     added = s.one("addition_embed_type", None, [None, "text_time"]) is not None
     context = s.wholes("cross_attention_dim", 1280, n)
     if len(set(context)) > 1:
         s.refuse("cross_attention_dim", list(context))
-    return Config(
-        in_channels=s.whole("in_channels", 4),
-        out_channels=s.whole("out_channels", 4),
-        channels=channels,
-        layers=layers,
-        depth=tuple(d if a else () for d, a in zip(depth, down, strict=True)),
-        up_depth=tuple(d if a else () for d, a in zip(up_depth, up, strict=True)),
-        mid_depth=None if mid is None else depth[-1][0] if mid.endswith("CrossAttn") else 0,
-        heads=s.wholes("attention_head_dim", 8, n),  # misnamed in diffusers from the start: these are counts
-        context=context[0],
-        groups=s.whole("norm_num_groups", 32),
-        eps=s.positive("norm_eps", 1e-5),
-        linear_projection=s.flag("use_linear_projection", False),
-        time_cond=None if s.get("time_cond_proj_dim", None) is None else s.whole("time_cond_proj_dim", 1),
-        added_time=s.whole("addition_time_embed_dim", 0) if added else None,
-        added=s.whole("projection_class_embeddings_input_dim", 0) if added else None,
-        flip_sin_to_cos=s.flag("flip_sin_to_cos", True),
-        freq_shift=s.one("freq_shift", 0, [0, 1]),
-    )
+    return {
+        "in_channels": s.whole("in_channels", 4),
+        "channels": channels,
+        "layers": layers,
+        "depth": tuple(d if a else () for d, a in zip(depth, down, strict=True)),
+        "mid_depth": None if mid is None else depth[-1][0] if mid.endswith("CrossAttn") else 0,
+        "heads": s.wholes("attention_head_dim", 8, n),  # misnamed in diffusers from the start: these are counts
+        "context": context[0],
+        "groups": s.whole("norm_num_groups", 32),
+        "eps": s.positive("norm_eps", 1e-5),
+        "linear_projection": s.flag("use_linear_projection", False),
+        "time_cond": None if s.get("time_cond_proj_dim", None) is None else s.whole("time_cond_proj_dim", 1),
+        "added_time": s.whole("addition_time_embed_dim", 0) if added else None,
+        "added": s.whole("projection_class_embeddings_input_dim", 0) if added else None,
+        "flip_sin_to_cos": s.flag("flip_sin_to_cos", True),
+        "freq_shift": s.one("freq_shift", 0, [0, 1]),
+    }
 
 
 def _attends(s: Settings, key: str, default: list[str], n: int) -> list[bool]:
@@ -276,7 +294,12 @@ def layers(config: Config) -> list[str]:
 
 
 def divided(config: Config) -> list[tuple[int, int, str]]:
-    attends = [bool(a or b) for a, b in zip(config.depth, reversed(config.up_depth), strict=True)]
+    return divided_half(config, [bool(up) for up in reversed(config.up_depth)])
+
+
+def divided_half(config: HalfConfig, also: list[bool]) -> list[tuple[int, int, str]]:
+    """also: which levels have attention elsewhere."""
+    attends = [bool(down) or up for down, up in zip(config.depth, also, strict=True)]
     attends[-1] |= bool(config.mid_depth)
     heads = [(c, h, "heads") for c, h, a in zip(config.channels, config.heads, attends, strict=True) if a]
     return [(c, config.groups, "norm groups") for c in config.channels] + heads

@@ -73,9 +73,10 @@ def save(
     return target
 
 
-def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
-    """The networks of `source`, without a converted copy: for a decoder of a few megabytes."""
-    checkpoint, networks = open(source), {}
+def read(source: str | Path, dtype: mx.Dtype, layout: str | None = None) -> dict[str, nn.Module]:
+    """The networks of `source`, without a converted copy: for those that are small, or needed once for a picture.
+    layout: see `open`."""
+    checkpoint, networks = open(source, layout=layout), {}
     check(checkpoint)
     for name, part in checkpoint.components.items():
         networks[name] = build.build(part.config)
@@ -85,8 +86,9 @@ def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
 
 def _whole(checkpoint: Checkpoint) -> None:
     """Raise unless a picture can be drawn with this."""
-    if checkpoint.family == "taesd":
-        raise Error(f"{checkpoint.path} is a TAESD, which is used as it is.", "Draw previews by it: `taesd=FILE`.")
+    title, use = checkpoint.layout.title, checkpoint.layout.use
+    if use:
+        raise Error(f"{checkpoint.path} is {title}, which is no model by itself.", use)
     held, lacking = list(checkpoint.components), checkpoint.lacking
     if checkpoint.family not in FAMILIES or lacking:
         also = f", without {', '.join(lacking)}" if lacking else ""

@@ -14,7 +14,8 @@ from . import blas as _blas  # noqa: E402
 BLAS = _blas.preload()
 
 from .errors import Error  # noqa: E402
+from .guides import Guide  # noqa: E402
 from .pipeline import Event, Pipeline, Result, load, stream  # noqa: E402
 from .request import Request  # noqa: E402
 
-__all__ = ["BLAS", "Error", "Event", "Pipeline", "Request", "Result", "__version__", "load", "stream"]
+__all__ = ["BLAS", "Error", "Event", "Guide", "Pipeline", "Request", "Result", "__version__", "load", "stream"]

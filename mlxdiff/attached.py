@@ -1,17 +1,27 @@
-"""The adapter files that a request names, LoRAs and taught words: found, read once, and held against the fingerprints
-of a replay."""
+"""What a request names beside its model: LoRAs, taught words, and the pictures and networks that guide it. They are
+found, read once, and held against the fingerprints of a replay."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import conditioning, dialects
+import mlx.core as mx
+import mlx.nn as nn
+from PIL.Image import Image
+
+from . import conditioning, dialects, images, memory
 from .adapters import Adapter, Word
 from .description import Description
 from .errors import Error
+from .families import ADAPTERS
+from .guides import Guide
+from .models.build import Config
+from .models.controlnet import ALIASES
+from .references import References
 from .request import Request, embedding, lora
 
 Names = Sequence[str]
+Progress = Callable[[str, int, int], None]
 
 
 class Attached:
@@ -21,7 +31,11 @@ class Attached:
         self.folder, self.model, self.offline = folder, model, offline
         self.loras: tuple[str, ...] = ()
         self.embeddings: tuple[str, ...] = ()
+        self.progress: Progress | None = None  # is told of the download of a network that guides
+        self.references = References(model, offline)
         self._opened: dict[tuple, tuple] = {}  # name -> its file's time and size, then what it holds
+        self._pictures: dict[str, Image] = {}  # of the last request's guides, by their fingerprints
+        self._networks: dict[Path, nn.Module] = {}  # those that guide
 
     def resolve(self, request: Request) -> Request:
         """The request with the LoRAs that its prompt names and those that the model was loaded with, and with the
@@ -42,8 +56,15 @@ class Attached:
         embedding_hashes = tuple(found for _, found in taught)
         _same("LoRA", "loras", request.lora_hashes, lora_hashes)
         _same("embedding", "embeddings", request.embedding_hashes, embedding_hashes)
+        request.check_guides()
+        pictures = {}
+        controls = tuple(self._guide(guide, "control", pictures) for guide in request.controls)
+        references = tuple(self._guide(guide, "reference", pictures) for guide in request.references)
+        self._pictures = pictures
         return replace(
             request,
+            controls=controls,
+            references=references,
             prompt=prompt,
             loras=tuple(f"{name}:{scale:g}" for name, scale in loras),
             lora_hashes=lora_hashes,
@@ -62,6 +83,95 @@ class Attached:
     def taught(self, request: Request) -> list[str]:
         """What these words are called."""
         return [word.word for word in self.words(request)]
+
+    def _guide(self, guide: Guide, what: str, pictures: dict[str, Image]) -> Guide:
+        """A guide with its fingerprints. Its picture goes into `pictures`."""
+        picture = images.read(guide.image)
+        found, network = images.fingerprint(picture), None
+        if what == "reference":
+            network = self.references.reader(guide, self.progress).hash
+        elif guide.model is not None:
+            _, config, network = self.control(guide)
+            guide = replace(guide, mode=self._mode(guide, config.modes))
+        for wanted, given, which in ((guide.hash, found, "picture"), (guide.model_hash, network, "network")):
+            if wanted not in (None, given):
+                problem = f"The {which} of {what} {guide} is not the one that these settings name."
+                raise Error(problem, f"Give that one as `{what}s=[...]`.")
+        pictures[found] = picture
+        return replace(guide, hash=found, model_hash=network)
+
+    def _mode(self, guide: Guide, modes: tuple[str, ...]) -> str | None:
+        """The kind of picture that a guide shows. Raises unless its network needs to be told and knows it."""
+        row = ADAPTERS.get((self.model.family.name, str(guide.model)))
+        mode = row.mode if guide.mode is None and row is not None else guide.mode
+        mode = ALIASES.get(mode, mode)
+        if mode is not None and not modes:
+            raise Error(f"{guide.model} reads one kind of picture; {mode!r} was given.", "Leave the kind out.")
+        if modes and mode not in modes:
+            problem = "no kind was given" if mode is None else f"{mode!r} was given"
+            first = f"`controls=[('{guide.model}:{modes[0]}', PICTURE)]`"
+            raise Error(
+                f"{guide.model} reads several kinds of pictures; {problem}.",
+                f"Name one of {', '.join(modes)}: {first}.",
+            )
+        return mode
+
+    def picture(self, guide: Guide) -> Image:
+        """The picture of a resolved guide."""
+        return self._pictures[guide.hash] if guide.hash in self._pictures else images.read(guide.image)
+
+    def control(self, guide: Guide) -> tuple[Path, Config, str]:
+        """Where a control's network is, its Config and its fingerprint. The Config is read once, and again if a file
+        has changed."""
+        from . import store
+
+        path = store.control_folder(guide.model, self.model, self.offline, self.progress)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        stamp = [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+        key = ("control", str(guide.model))
+        if self._opened.get(key, (None,))[0] != stamp:
+            self._opened[key] = stamp, (path, *store.control(path, self.model))
+            self._networks.pop(path, None)
+        return self._opened[key][1]
+
+    def check_size(self, request: Request) -> None:
+        """Raise unless the networks that guide can read pictures of a resolved request's size."""
+        for guide in request.controls:
+            n = 1 if guide.model is None else self.control(guide)[1].multiple
+            if request.width % n or request.height % n:
+                w, h = (max(n, edge // n * n) for edge in (request.width, request.height))
+                problem = f"{guide.model} reads edges in multiples of {n}; the picture has"
+                raise Error(f"{problem} {request.width}x{request.height}.", f"Use {w}x{h}.")
+
+    def networks(self, request: Request) -> list[Path]:
+        """Where the networks are that a resolved request's controls need and that are not open. Others are closed."""
+        needed = [self.control(guide)[0] for guide in request.controls if guide.model is not None]
+        self._networks = {path: net for path, net in self._networks.items() if path in needed}
+        return [path for path in dict.fromkeys(needed) if path not in self._networks]
+
+    def open(self, path: Path) -> None:
+        """Read a network that guides."""
+        from . import store
+
+        self._networks[path] = network = store.control_network(path, self.model)
+        mx.eval(network.parameters())
+
+    def network(self, guide: Guide) -> nn.Module:
+        """The open network of a control."""
+        return self._networks[self.control(guide)[0]]
+
+    def together(self, controls: Sequence[Guide]) -> list[list[Guide]]:
+        """The controls, those together that one network reads at once: a union's, if they guide in the same steps."""
+        groups: dict[tuple, list[Guide]] = {}
+        for i, guide in enumerate(controls):
+            path, config, _ = self.control(guide)
+            groups.setdefault((path, guide.interval) if config.modes else (i,), []).append(guide)
+        return list(groups.values())
+
+    def release(self) -> None:
+        """Close the networks that guide."""
+        self._networks = {}
+        mx.clear_cache()
 
     def _lora(self, name: str) -> tuple[Adapter, str]:
         """A LoRA and its fingerprint."""
@@ -89,6 +199,35 @@ class Attached:
 def _same(what: str, setting: str, wanted: Names, found: Names) -> None:
     if wanted and tuple(wanted) != tuple(found):
         raise Error(f"The {what} files are not those of these settings.", f"Give those files as `{setting}=[FILE]`.")
+
+
+def readers(request: Request | None, model: Description) -> tuple[memory.Reader, ...]:
+    """The networks that read a request's references, for the memory estimate: by their Configs; of those that are not
+    here, by their bytes in 16 bits, if these are known. Raises for one that is here and does not fit."""
+    from . import store
+
+    found, references = [], References(model, offline=True)
+    for guide in () if request is None else request.references:
+        references.check(guide)
+        if store.local(guide.model) is not None:
+            found.append(references.reader(guide).workload)
+        elif (row := ADAPTERS.get((model.family.name, str(guide.model)))) is not None:
+            found.append(memory.Reader(int((row.size + row.encoder) * 1e9), row.tokens))
+    return tuple(found)
+
+
+def beside(request: Request | None, model: Description) -> tuple[Config | int, ...]:
+    """The networks that guide a request, for the memory estimate, by their Configs; of those that are not here, the
+    bytes that they take in 16 bits, if that is known. Raises for one that is here and does not fit."""
+    from . import store
+
+    found = []
+    for guide in () if request is None else request.controls:
+        if guide.model is not None and (path := store.local(guide.model)) is not None:
+            found.append(store.control(path, model)[0])
+        elif (row := ADAPTERS.get((model.family.name, str(guide.model)))) is not None:
+            found.append(int(row.size * 1e9))
+    return tuple(found)
 
 
 def check(loras: Names, embeddings: Names, request: Request | None, model: Description) -> None:

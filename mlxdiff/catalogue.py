@@ -7,7 +7,7 @@ import textwrap
 from . import advice, builtin, memory
 from .console import Parser, run
 from .errors import Error, did_you_mean
-from .families import DEFAULT, FAMILIES, MODELS
+from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Model
 from .recipe import default_dtype, recipe
 
 # The table's columns: (bits, whether --low-memory); bits None means 16 bits, not quantized.
@@ -20,8 +20,27 @@ _STAGES = memory.Peaks("reading the prompt", "drawing the steps", "decoding the 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff models", description="List the named models, or describe one.")
     p.add_argument("name", nargs="?", metavar="NAME", help=f"describe this model; {builtin.NAME} also lists its words")
+    p.add_argument("--adapters", action="store_true", help="list the networks that guide models, by their names")
     args = p.parse_args(argv)
-    return run("mlxdiff models", lambda: everything() if args.name is None else one(args.name))
+    return run("mlxdiff models", lambda: adapters(args.name) if args.adapters else chosen(args.name))
+
+
+def chosen(name: str | None) -> int:
+    return everything() if name is None else one(name)
+
+
+def adapters(name: str | None) -> int:
+    """List the networks that guide a named model, or all models."""
+    family = None if name is None else _model(name).family.name
+    print(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'hub id':62} licence")
+    for (of, called), row in ADAPTERS.items():
+        if family in (None, of):
+            place = row.repo if row.file is None else f"{row.repo}/{row.file}"
+            size, title = row.size + row.encoder, FAMILIES[of].title
+            print(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {place:62} {row.licence}")
+    print('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
+    print('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
+    return 0
 
 
 def everything() -> int:
@@ -31,35 +50,43 @@ def everything() -> int:
     for name, m in MODELS.items():
         low, four, eight, sixteen = map(gigabytes, on_a_mac(name))
         figures = f"{low:>6} {four:>5} {eight:>5} {sixteen:>8}"
-        edits = "; edits pictures" if m.family.variants[m.variant].edits else ""
+        row = m.family.variants[m.variant]
+        also = "; edits pictures" if row.edits else "; draws in pictures, needs a mask" if row.inpaints else ""
         drawn = f"{m.defaults.size:7} {m.defaults.steps:5}"
-        print(f"{name:20} {drawn} {_download(name):>10}  {figures}   {m.licence}{edits}")
+        print(f"{name:20} {drawn} {_download(name):>10}  {figures}   {m.licence}{also}")
     families = [f for f in FAMILIES.values() if any(not v.needs for v in f.variants.values())]
     titles = textwrap.fill(", ".join(f.title for f in families), 100)
     print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
-    print("mlxdiff models NAME says what fits this machine.")
+    print("mlxdiff models NAME says what fits this machine; mlxdiff models --adapters lists the networks that guide.")
     print(f"\nBesides these, mlxdiff draws with any hub repository, folder, .safetensors or .gguf file of\n{titles}.")
     return 0
 
 
 def one(name: str) -> int:
-    if name not in MODELS:
-        raise Error(f"There is no model named {name!r}.", f"{did_you_mean(name, MODELS, 3)}`mlxdiff models` lists all.")
-    m, d = MODELS[name], MODELS[name].defaults
+    m = _model(name)
+    d = m.defaults
     print(f"{name}: {m.title}")
     print(f"{'licence':10} {m.licence}")
     place = "in the package" if m.repo is None else f"{_download(name)} from {m.repo}"
     print(f"{'download':10} {place}{', gated: accept its licence there first' if m.gated else ''}")
     guidance = f"guidance {d.guidance:g}" if d.guidance else "no guidance"
     print(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, {guidance}")
-    edits = m.family.variants[m.variant].edits
-    if edits:
-        print(f"{'edits':10} {'a picture' if edits == 1 else f'up to {edits} pictures'}: -i FILE")
+    row = m.family.variants[m.variant]
+    if row.edits:
+        print(f"{'edits':10} {'a picture' if row.edits == 1 else f'up to {row.edits} pictures'}: -i FILE")
+    if row.inpaints:
+        print(f"{'needs':10} a picture and a mask: -i FILE --mask FILE, or -i FILE --outpaint LEFT TOP RIGHT BOTTOM")
     if name == builtin.NAME:
         for kind, words in builtin.vocabulary().items():
             print(f"{kind:10} {', '.join(words)}")
     print("\n".join(_advice(name)))
     return 0
+
+
+def _model(name: str) -> Model:
+    if name not in MODELS:
+        raise Error(f"There is no model named {name!r}.", f"{did_you_mean(name, MODELS, 3)}`mlxdiff models` lists all.")
+    return MODELS[name]
 
 
 def on_a_mac(name: str) -> list[float]:
@@ -118,14 +145,12 @@ def _advice(name: str) -> list[str]:
     best = next((flags for flags, _, ok in rows if ok), None)
     if best is None:
         return [*lines, "\nNone of these fits. A smaller picture takes less: -W 512 -H 512."]
-    model = "" if name == DEFAULT else f" -m {name}"
-    editing = MODELS[name].family.variants[MODELS[name].variant].edits
-    also = (
-        [f'To edit: mlxdiff generate "make it winter" -i photo.png{model}{" " if best else ""}{best}']
-        if editing
-        else []
-    )
-    return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{model}{" " if best else ""}{best}', *also]
+    ends = f"{'' if name == DEFAULT else f' -m {name}'}{' ' if best else ''}{best}"
+    row = MODELS[name].family.variants[MODELS[name].variant]
+    if row.inpaints:
+        return [*lines, f'\nRecommended: mlxdiff generate "a red door" -i photo.png --mask door.png{ends}']
+    also = [f'To edit: mlxdiff generate "make it winter" -i photo.png{ends}'] if row.edits else []
+    return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{ends}', *also]
 
 
 if __name__ == "__main__":

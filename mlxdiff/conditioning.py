@@ -7,19 +7,24 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from . import tokenizers
 from .adapters import Word
 from .description import Description
 from .errors import Error
 from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
+from .guides import Guide
 from .models.clip import CLIPText
+from .models.controlnet import Control, Union
 from .models.layers import sinusoids
 from .models.qwen3 import Qwen3
+from .models.t2i import Features, T2IAdapter
 from .models.t5 import T5Encoder
 from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
 
+Layers = list[tuple[mx.array, mx.array]]  # keys and values (1, n, c) for each of a denoiser's layers
 Tokenizers = dict[str, ClipTokenizer | T5Tokenizer | QwenTokenizer]  # text encoder -> its tokenizer
 
 
@@ -28,6 +33,13 @@ class Words(NamedTuple):
 
     chunks: list[list[Chunk]]  # the chunks of each prompt
     empty: Chunk | None  # the chunk of an empty prompt; None for an encoder without weights
+
+
+class Sides(NamedTuple):
+    """What an IP-Adapter gives to the pass of the prompt, and to that of the negative prompt if there is one."""
+
+    prompt: Layers
+    negative: Layers | None
 
 
 class Text(NamedTuple):
@@ -182,13 +194,21 @@ def prepare(
     texts: list[Text],
     both: bool,
     references: Sequence[mx.array] = (),
+    pictures: Sequence[Sides] = (),
+    **fixed,
 ) -> dict[str, dict]:
     """A denoiser's arguments besides x and t, under the names of `guidance.denoiser`'s parameters. both: whether the
-    two passes of a guided run share a batch. references: the latents of pictures to edit, the same for all passes."""
+    two passes of a guided run share a batch, if their texts have the same length or the network is told their lengths.
+    references: the latents of pictures to edit, the same for all passes. pictures: what IP-Adapters give. fixed: what
+    else its `prepare` takes, the same for all passes."""
     sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
+    if pictures:
+        for side, which in zip(reversed(sides), ("prompt", "negative"), strict=False):
+            side["pictures"] = [getattr(of_adapter, which) for of_adapter in pictures]
     if model.guidance == EMBEDDED:
         sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)
-    fixed = {"size": model.latent_size(request)} if model.flow else {}
+    if model.flow:
+        fixed["size"] = model.latent_size(request)
     if model.guidance == INPUT:
         fixed["guidance"] = request.guidance
     if references:
@@ -199,14 +219,54 @@ def prepare(
         own = [side["context"].shape[1] for side in sides]
         longest = max(own)
 
-        def batch(name: str) -> mx.array:
-            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+        def joined(*values: mx.array) -> mx.array:
             return mx.concatenate([mx.repeat(value, request.count, axis=0) for value in values])
+
+        def batch(name: str) -> mx.array | list:
+            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+            return tree_map(joined, *values)
 
         told = {"lengths": tuple(n for n in own for _ in range(request.count))} if lengths else {}
         return net.prepare(ts, **{name: batch(name) for name in sides[0]}, **fixed, **told)
 
     conds = {"cond": prepared(sides[-1])}
+    both = both and (lengths or len({side["context"].shape[1] for side in sides}) == 1)
     if len(sides) == 2:
         conds |= {"both": prepared(*sides)} if both else {"uncond": prepared(sides[0])}
     return conds
+
+
+def control(
+    model: Description,
+    net: nn.Module,
+    guides: list[Guide],
+    request: Request,
+    pictures: list[mx.array],
+    ts: list[float],
+    texts: list[Text],
+    both: bool,
+    times: tuple[float, float],
+) -> dict[str, Control | Features]:
+    """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text, a
+    T2I-Adapter none. pictures: (1, H, W, 3) in [0, 1] each; times: it is on from the first down to the second.
+    guides: one, or several of a union."""
+    scale = guides[0].scale
+    if isinstance(net, T2IAdapter):
+        features, other = [scale * f for f in net(pictures[0])], "both" if both else "uncond"
+        sides = ["cond", *([other] if len(texts) == 2 and (both or not request.guess) else [])]
+        return {side: Features(features, times, request.guess and side == "both") for side in sides}
+    if isinstance(net, Union):
+        tasks, scales = [net.config.modes.index(g.mode) for g in guides], [g.scale for g in guides]
+        hint, fixed = net.hints(pictures, tasks, [1.0] if len(guides) == 1 else scales), net.emphasis(tasks)
+        scale, fixed = scale if len(guides) == 1 else 1.0, {"emphasis": fixed}
+    else:
+        hint, fixed = net.hint(pictures[0]), {}
+    conds = prepare(model, net, request, ts, texts, both, **fixed)
+    half = request.guess or net.config.pooled
+    graded = request.guess and not net.config.pooled
+    if half and len(conds) == 2:  # the negative prompt's pass stays as it is
+        conds = {side: conds["cond"] for side in conds if side != "uncond"}
+    return {
+        side: Control(net, cond | {"hint": hint}, scale, times, half and side == "both", graded)
+        for side, cond in conds.items()
+    }

@@ -15,10 +15,11 @@ from .families import FAMILIES, MODELS, Family, find
 from .families.base import EMBEDDED, INPUT, NONE, SECOND_PASS, Cut, TextPlan, Variant
 from .families.published import DYNAMIC, EMPIRICAL
 from .foreign import read_json
+from .guides import steps_on
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
-from .request import STRENGTH, Defaults, Request
+from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Picture, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
@@ -134,7 +135,20 @@ class Description:
         self._check_pictures(request)
         full = self.fill(request, pictures)
         self._check(full)
+        if full.hires is not None:
+            self._check(self.second_pass(full))
         return full
+
+    def second_pass(self, request: Request, picture: Picture = Path("the picture of the first pass")) -> Request:
+        """The request of the second pass of a resolved one with `hires`. picture: the enlarged one."""
+        scale, strength = request.hires
+        edges = {"width": request.width, "height": request.height}
+        edges = {name: max(1, round(edge * scale / self.multiple)) * self.multiple for name, edge in edges.items()}
+        if max(edges.values()) > MAX_EDGE:
+            w, h = edges.values()
+            raise Error(f"hires {scale:g} makes it {w} x {h}; an edge has at most {MAX_EDGE}.", "Use a smaller scale.")
+        alone = {"hires": None, "upscaler": None, "upscaler_hash": None}
+        return replace(request, image=picture, image_hash=None, strength=strength, **edges, **alone)
 
     def fill(self, request: Request, pictures: Sequence[tuple[int, int]] = ()) -> Request:
         """As `resolve`, but without checking whether this model can do what is asked."""
@@ -145,8 +159,8 @@ class Description:
             request = request.sized(pictures[0], self.defaults.size**2, self.multiple)
         schedule = self.schedule
         pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
-        whole = "masked" in self.row.reads or any(request.outpaint)
-        strength = None if self.row.edits else 1.0 if whole else STRENGTH
+        strength = OUTPAINT if any(request.outpaint) else STRENGTH
+        strength = None if self.row.edits else 1.0 if self.row.inpaints else strength
         spacing, clip_skip = schedule["spacing"], self.family.clip_skip
         return request.resolve(self.defaults, pair, spacing, clip_skip, self.multiple, strength)
 
@@ -157,6 +171,11 @@ class Description:
         if edits and request.masked:
             fix = "Say in the prompt what to change, or use a model that does not edit."
             raise Error(f"{self.name} edits: it takes no mask.", fix)
+        if edits and request.hires is not None:
+            fix = "Enlarge the finished picture: `upscaler=MODEL`."
+            raise Error(f"{self.name} edits: it begins with no picture, as hires would do.", fix)
+        if request.hires is not None and (request.masked or self.row.reads):
+            raise Error("hires draws the whole picture on, a mask a part of it.", "Enlarge the finished picture.")
         if edits and request.strength is not None:
             raise Error(f"{self.name} edits: it takes no strength.", "Leave `strength` out.")
         if edits and count > edits:
@@ -164,12 +183,32 @@ class Description:
         if not edits and count > 1:
             fix = "Give one, or use a model that edits."
             raise Error(f"{self.name} begins with one picture; {count} were given.", fix)
-        if "masked" in self.row.reads and not request.masked:
+        if self.row.inpaints and not request.masked:
             problem = f"{self.name} draws a part of a picture anew: it needs a picture and a mask."
             raise Error(problem, "Give them as `image=FILE` and `mask=FILE`, or use a base model.")
 
+    def taken(self, request: Request) -> int:
+        """How many steps a resolved request takes: a start image is redrawn in the last of them."""
+        steps = request.steps
+        return self.noise_levels(request).taken(steps, request.strength) if self.starts(request) else steps
+
+    def _check_guides(self, request: Request) -> None:
+        """Raise if the controls cannot guide this model, as far as their files do not show it."""
+        if any(guide.model is None for guide in request.controls):
+            fix = "Name the network that reads it: `controls=[(MODEL, PICTURE)]`."
+            raise Error(f"{self.name} itself reads no control picture.", fix)
+        if request.guess and self.passes(request) == 1:
+            fix = "Leave `guess` out, or use more guidance."
+            raise Error("guess leaves the negative prompt's pass alone, and without guidance there is none.", fix)
+        steps = self.taken(request)
+        for guide in request.controls:
+            if steps and not steps_on(guide.interval, steps):
+                span = f"{guide.interval[0]:g} to {guide.interval[1]:g}"
+                raise Error(f"The control interval {span} holds none of {steps} steps.", "Give a longer one.")
+
     def _check(self, request: Request) -> None:
         """Raise before the work if this model cannot do what the request asks."""
+        self._check_guides(request)
         for setting, used in SPECIAL.items():
             if used(request) and setting not in self.family.takes:
                 whose = " and ".join(f.title for f in FAMILIES.values() if setting in f.takes)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import stat
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
@@ -61,11 +62,17 @@ def read_json(file: Path, fix: str) -> dict:
 
 
 def fits(value, kind) -> bool:
-    """Whether a value from JSON fits a type annotation. JSON has lists where the type has tuples."""
+    """Whether a value from JSON fits a type annotation. JSON has lists where the type has tuples, and objects where it
+    has dataclasses."""
     if isinstance(kind, UnionType):
         return any(fits(value, k) for k in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(value, list) and all(fits(v, get_args(kind)[0]) for v in value)
+    if is_dataclass(kind):
+        types = {f.name: f.type for f in fields(kind)}
+        needed = {f.name for f in fields(kind) if f.default is MISSING}
+        known = isinstance(value, dict) and needed <= value.keys() <= types.keys()
+        return known and all(fits(v, types[name]) for name, v in value.items())
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind or (kind is type(None) and value is None)

@@ -75,7 +75,7 @@ def check(request: Request | None, model: Description, taken: Taken | None = Non
     mask = canvas(model.fill(request, taken.sizes), taken).latents(model.factor)
     if not mask.any():
         raise Error("The mask is black, or too thin: nothing would be drawn anew.", "Paint what to draw anew white.")
-    if "masked" in model.row.reads and mask.all():
+    if model.row.inpaints and mask.all():
         problem = f"The mask is white everywhere, so {model.name} would see nothing of the picture."
         raise Error(problem, "Leave a part of it black.")
 
@@ -125,6 +125,13 @@ class Canvas:
         """What the VAE encodes, (H, W, 3) in [-1, 1], under the names of `draws`."""
         image = images.to_pixels(self.image)
         return {"image": image} if self.mask is None else {"image": image, "masked": image * ~self.anew[..., None]}
+
+    def cut(self, picture: Image.Image) -> Image.Image:
+        """Another picture of the same things, from the same place."""
+        if self.whole is None:
+            return images.fit(picture, *self.image.size)
+        part = images.fit(picture, *self.whole.image.size).crop(self.box)
+        return part.resize(self.image.size, Image.Resampling.LANCZOS)
 
     def finish(self, drawn: Image.Image, keep: bool) -> Image.Image:
         """The result for what was drawn: in its place in the whole picture, if this is a crop. keep: under the mask

@@ -16,16 +16,19 @@ from PIL.Image import Image
 from . import arguments, dialects, samplers, schedules
 from .errors import Error, did_you_mean
 from .foreign import fits
+from .guides import Guide, Picture, guides
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
 MAX_EDGE = 16384
 MAX_SCALE = 10  # of a LoRA
 MAX_BLUR = 256
+MAX_HIRES = 8  # times
 STRENGTH = 0.6
+OUTPAINT = 0.8  # the strength beside what `outpaint` adds, which begins as the stretched edge of the picture
 ALPHA = "alpha"  # as a mask: what is transparent in the start image
 
-Picture = str | Path | Image
+Guides = tuple[Guide, ...] | list[Guide | Picture | tuple]
 Call = TypeVar("Call", bound=Callable)
 
 
@@ -68,8 +71,8 @@ class Request:
     image: the start image, a path or a PIL image; for a model that edits, what to edit: an image, or a list of several.
     A PNG stores the paths as they were typed, never the pixels.
     image_hash: a fingerprint of each image, set by `Pipeline.resolve`: a replay needs the same images.
-    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; with
-    `outpaint`, or a model made for inpainting, 1.
+    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; 0.8
+    with `outpaint`; 1 for a model that was made for inpainting.
     mask: where the start image is drawn anew: a picture of the same shape, white there and black elsewhere; or "alpha":
     where the start image is transparent.
     mask_hash: a fingerprint of the mask, as for the image.
@@ -84,6 +87,16 @@ class Request:
     embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
     "moss.safetensors=<moss>". None stands for those that the model was loaded with.
     embedding_hashes: fingerprints of these files, as for LoRA.
+    hires: draw in two passes: the picture as it is without this, then that picture, enlarged, as a start image with the
+    same seed. How many times to enlarge its edges, or a pair of that and the strength of the second pass: (2, 0.5).
+    upscaler: the network that enlarges: a name of `mlxdiff upscale --help` or a .safetensors file. With `hires` it
+    enlarges before the second pass, where otherwise a filter (Lanczos) does; else it enlarges the finished picture.
+    upscaler_hash: a fingerprint of its file, set by `Pipeline.resolve`: a replay needs the same file.
+    controls: pictures that the drawing follows line by line, each with the network that reads it (ControlNet): a list
+    of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
+    and to.
+    references: pictures whose style or things the drawing takes over, in the same form, without a part of the steps.
+    guess: whether controls guide the prompt's pass alone, so that they decide more than the prompt does.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
     prompt: str
@@ -120,10 +133,21 @@ class Request:
     lora_hashes: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
     embedding_hashes: tuple[str, ...] = ()
+    hires: float | tuple[float, ...] | None = None
+    upscaler: str | Path | None = None
+    upscaler_hash: str | None = None
+    controls: Guides = ()
+    references: Guides = ()
+    guess: bool = False
     noise: str = "torch"
 
     def __post_init__(self):
-        """One spelling for each number of pictures: None, the picture alone, or a tuple of several."""
+        """One spelling for each number of pictures: None, the picture alone, or a tuple of several; and for hires and
+        guides."""
+        object.__setattr__(self, "controls", guides(self.controls, "control"))
+        object.__setattr__(self, "references", guides(self.references, "reference"))
+        if isinstance(self.hires, int | float):
+            object.__setattr__(self, "hires", (self.hires,))
         for name in ("image", "image_hash"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -133,6 +157,7 @@ class Request:
         """The request with other settings. Fingerprints of files that these replace are dropped."""
         files = {"image_hash": {"image"}, "mask_hash": {"mask", "image"}}
         files |= {"lora_hashes": {"loras"}, "embedding_hashes": {"embeddings"}}
+        files |= {"upscaler_hash": {"upscaler"}}
         dropped = {f.name: f.default for f in fields(self) if files.get(f.name, set()) & settings.keys()}
         return replace(self, **dropped | settings)
 
@@ -184,6 +209,9 @@ class Request:
             eta=_first(self.eta, samplers.SAMPLERS[sampler].eta),
             strength=_first(self.strength, None if self.image is None else strength),
         )
+        full.check_hires()
+        if full.hires is not None:
+            full = replace(full, hires=(*full.hires, STRENGTH)[:2])
         full.check(multiple)
         return full
 
@@ -248,6 +276,7 @@ class Request:
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} is not a list of layers.", "Give a few, such as (7, 8, 9).")
         self.check_adapters()
+        self.check_guides()
         if self.schedule not in schedules.SPACINGS:
             fix = f"{did_you_mean(str(self.schedule), schedules.SPACINGS)}Use one of {', '.join(schedules.SPACINGS)}."
             raise Error(f"Schedule {self.schedule!r} is not known.", fix)
@@ -280,6 +309,20 @@ class Request:
         if self.mask_crop is not None and any(self.outpaint):
             raise Error("mask_crop draws a part, outpaint adds to the whole.", "Leave `mask_crop` or `outpaint` out.")
 
+    def check_hires(self) -> None:
+        """Raise unless hires is one or two numbers in range, and the upscaler a name or a path."""
+        if self.hires is not None:
+            if not isinstance(self.hires, tuple | list) or len(self.hires) not in (1, 2):
+                fix = "Give how many times to enlarge, or that and a strength, such as (2, 0.5)."
+                raise Error(f"hires {reprlib.repr(self.hires)} is not one or two numbers.", fix)
+            _number("hires", self.hires[0], 1, MAX_HIRES)
+            if len(self.hires) > 1:
+                _number("the strength of hires", self.hires[1], 0, 1)
+        if not isinstance(self.upscaler, str | Path | None):
+            raise Error(f"The upscaler is {type(self.upscaler).__name__}, not a name or a path.", "Give text.")
+        if self.upscaler_hash is not None and self.upscaler is None:
+            raise Error("These settings need an upscaler, and none was given.", "Give it as `upscaler=FILE`.")
+
     def check_adapters(self) -> None:
         """Raise unless the LoRAs and the embeddings are lists of texts, before their files are read."""
         for name, value in (("loras", self.loras), ("embeddings", self.embeddings)):
@@ -289,6 +332,25 @@ class Request:
                 _text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
             _number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
+
+    def check_guides(self) -> None:
+        """Raise unless the guides have pictures and numbers in range, before their files are read."""
+        for name, several in (("control", self.controls), ("reference", self.references)):
+            for guide in several:
+                if guide.image is None:
+                    fix = f"Give that picture again: `{name}s=[...]`."
+                    raise Error(f"These settings need the picture of a {name}, which was no file.", fix)
+                if not isinstance(guide.model, str | Path | None):
+                    problem = f"The model of a {name} is {type(guide.model).__name__}, not a name or a path."
+                    raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
+                _number(f"{name} scale", guide.scale, 0, MAX_SCALE)
+                _span(f"{name} interval", guide.interval)
+                if guide.mode is not None:
+                    _text(f"mode of a {name}", guide.mode)
+        if not isinstance(self.guess, bool):
+            raise Error(f"guess {self.guess!r} is neither true nor false.", "Use `guess=True` to guess.")
+        if self.guess and not self.controls:
+            raise Error("guess is for controls, and there is none.", "Leave `guess` out, or add `controls=[...]`.")
 
     def singles(self) -> list["Request"]:
         """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""
@@ -301,7 +363,7 @@ class Request:
             values["image"] = None
         if isinstance(self.mask, Image):
             values["mask"] = None
-        text = json.dumps(values, ensure_ascii=False, default=lambda v: str(v) if isinstance(v, Path) else None)
+        text = json.dumps(values, ensure_ascii=False, default=_plain)
         # A path that is not UTF-8 has lone surrogates, which JSON escapes, and which come back when it is read.
         return "".join(f"\\u{ord(c):04x}" if "\ud800" <= c <= "\udfff" else c for c in text)
 
@@ -322,7 +384,7 @@ class Request:
                 raise Error(problem, "Update mlxdiff.")
             if not fits(value, types[name]):
                 raise ValueError(f"{name} is {reprlib.repr(value)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**{k: tuple(map(_made, v)) if isinstance(v, list) else v for k, v in values.items()})
 
 
 class Settings(TypedDict, total=False):
@@ -361,6 +423,12 @@ class Settings(TypedDict, total=False):
     lora_hashes: tuple[str, ...]
     embeddings: tuple[str, ...] | None
     embedding_hashes: tuple[str, ...]
+    hires: float | tuple[float, ...] | None
+    upscaler: str | Path | None
+    upscaler_hash: str | None
+    controls: Guides
+    references: Guides
+    guess: bool
     noise: str
 
 
@@ -401,6 +469,18 @@ def takes_settings(call: Call) -> Call:
     meanings = inspect.getdoc(Request).partition("\n\n")[2].partition("\n")[2]  # without the line about the prompt
     call.__doc__ = f"{inspect.getdoc(call)}\n\n{meanings}"
     return call
+
+
+def _plain(value):
+    """A value that JSON does not have. Of a picture that is not a file nothing is kept."""
+    if isinstance(value, Guide):
+        return {f.name: getattr(value, f.name) for f in fields(Guide)}
+    return str(value) if isinstance(value, Path) else None
+
+
+def _made(value):
+    """The reverse of `_plain`, for values whose types were checked."""
+    return Guide(**value) if isinstance(value, dict) else value
 
 
 def _several(value) -> tuple:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 # Settings whose flag is not simply `--` and their name.
 FLAGS = {
     "bits": "-q",
+    "controls": "--control",
     "count": "-b",
     "embeddings": "--embedding",
     "guidance": "-g",
@@ -17,7 +18,9 @@ FLAGS = {
     "model": "-m",
     "negative": "-n",
     "output": "-o",
+    "references": "--reference",
     "seed": "-s",
+    "upscaler": "--upscale",
     "width": "-W",
 }
 # Settings with a value that a flag without a value stands for.
@@ -75,5 +78,5 @@ def _plain(value: str) -> str:
     """A Python value as people type it: text without quotes, unless empty; a tuple or list without brackets and
     commas."""
     if value[0] in "([":
-        return value[1:-1].replace(",", "")
+        return re.sub(r"[()\[\],]", "", value)
     return value[1:-1] if len(value) > 2 and value[0] == value[-1] and value[0] in "'\"" else value

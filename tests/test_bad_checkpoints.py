@@ -336,14 +336,21 @@ BAD = {
     "too large for float16": (too_large, "too large for float16. Use --dtype bfloat16"),
     # whole files of something else, and half models
     "a LoRA": (lambda p: p.sparse("lora_kohya_sd15"), "a LoRA"),
-    "a ControlNet": (lambda p: p.sparse("sd15_controlnet_canny"), "a ControlNet"),
+    "a ControlNet": (
+        lambda p: p.sparse("sd15_controlnet_canny"),
+        "is a ControlNet, which is no model by itself. Name the model that it guides, and give it with its picture: "
+        "--control FILE PICTURE.",
+    ),
     "a FLUX transformer alone": (
         lambda p: p.sparse("flux1-schnell"),
         "without text_encoder, text_encoder_2, vae. Give --clip clip_l*.safetensors, --t5 t5xxl*.safetensors, --vae ae",
     ),
     "SD3 without its CLIPs": (lambda p: p.sparse("sd3_medium"), "without text_encoder, text_encoder_2. Give --clip "),
     "an IP-Adapter": (lambda p: p.sparse("ip_adapter_sd15"), "an IP-Adapter"),
-    "a tiny VAE": (lambda p: p.sparse("taesd"), "a TAESD, which is used as it is. Draw previews by it: --taesd"),
+    "a tiny VAE": (
+        lambda p: p.sparse("taesd"),
+        "a TAESD decoder, for previews, which is no model by itself. Draw previews by it: --taesd",
+    ),
     "half of a tiny VAE": (lambda p: p.sparse("taesd_encoder_single"), "encoder of a TAESD"),
     "a U-Net alone": (lambda p: p.sparse("sdxl_base_unet"), "only unet, without text_encoder, text_encoder_2, vae"),
     "a VAE alone": (lambda p: p.sparse("sdxl_vae"), "holds only vae"),

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mlxdiff.errors import Error
 from mlxdiff.families import Defaults
+from mlxdiff.guides import Guide, steps_on
 from mlxdiff.request import Request
 
 DEFAULTS = Defaults(size=512, steps=25, guidance=7.5, sampler=None, schedule=None)
@@ -95,7 +96,68 @@ def test_several_images_have_one_spelling_for_each_number():
     assert (replayed.image, replayed.hashes) == (None, ("1f", "2e"))
 
 
+def test_a_guide_may_be_written_as_its_words():
+    shown = Image.new("RGB", (8, 8))
+    written = [
+        ("edges.png", Guide("edges.png")),
+        (shown, Guide(shown)),
+        (("edges.png", 0.5), Guide("edges.png", scale=0.5)),
+        (("canny", "edges.png"), Guide("edges.png", "canny")),
+        (["canny", "edges.png", "0.7"], Guide("edges.png", "canny", 0.7)),  # as on the command line
+        (("edges.png", "0.7", "0", "0.5"), Guide("edges.png", scale=0.7, interval=(0, 0.5))),
+        (("canny", shown, 1, 0.2, 1), Guide(shown, "canny", 1, (0.2, 1))),
+        (("7", "8"), Guide("7", scale=8)),  # one word at least is no number
+        (Guide("a", mode="tile"), Guide("a", mode="tile")),
+        (("org/repo:canny", "edges.png"), Guide("edges.png", "org/repo", mode="canny")),
+        (("C:\\net", "edges.png"), Guide("edges.png", "C:\\net")),
+    ]
+    given, wanted = zip(*written, strict=True)
+    assert Request("x", controls=given).controls == wanted
+    assert Request("x", references=[("style.png", 0.5)]).references == (Guide("style.png", scale=0.5),)
+    assert Request("x", controls=[]) == Request("x")
+
+
+def test_guides_keep_what_json_can_hold():
+    shown = Image.new("RGB", (8, 8))
+    request = Request("x", controls=[Guide(Path("a.png"), hash="1f"), Guide(shown, "canny", hash="2e")])
+    again = Request.from_json(request.to_json())
+    assert again.controls == (Guide("a.png", hash="1f"), Guide(None, "canny", hash="2e"))
+    with pytest.raises(Error, match="need the picture of a control"):
+        resolve(again)
+    for text in (
+        '[{"image": 5}]',
+        '[{"scale": 1}]',
+        '[{"image": "a", "x": 1}]',
+        '["a"]',
+        '[{"image": "a", "scale": "1"}]',
+    ):
+        with pytest.raises(ValueError, match="controls is"):
+            Request.from_json(f'{{"prompt": "x", "controls": [{text}]}}')
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 1000])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.5), (0.2, 0.8), (0.5, 1.0), (0.31, 0.32)])
+def test_a_guide_is_on_in_the_steps_of_diffusers(steps, interval):
+    """Reference: the condition of StableDiffusionControlNetPipeline, for each step."""
+    keeps = [1.0 - float(i / steps < interval[0] or (i + 1) / steps > interval[1]) for i in range(steps)]
+    assert [float(i in steps_on(interval, steps)) for i in range(steps)] == keeps
+
+
 BAD = [
+    ({"controls": "edges.png"}, "controls is str, not a list. Give a list"),
+    ({"controls": [("a", "b", "c")]}, "'a b c' is no control. Give [MODEL] IMAGE [SCALE [FROM TO]]"),
+    ({"controls": [("a", 1, 0)]}, "'a 1.0 0.0' is no control"),
+    ({"controls": [5]}, "'5' is no control"),
+    ({"controls": [()]}, "'' is no control"),
+    ({"controls": [("a", 11)]}, "Control scale must be a number from 0 to 10; 11.0 was given"),
+    ({"controls": [("a", "nan")]}, "Control scale must be a number from 0 to 10; nan was given"),
+    ({"controls": [("a", 1, 0.9, 0.1)]}, "control interval 0.9 to 0.1 ends before it begins"),
+    ({"controls": [("a", 1, 0, 2)]}, "Control interval must be a number from 0 to 1; 2.0 was given"),
+    ({"controls": [Guide("a", mode=3)]}, "The mode of a control is int, not text"),
+    ({"controls": [Guide("a", model=3)]}, "The model of a control is int, not a name or a path"),
+    ({"references": [("a", 1, 0, 1)]}, "'a 1.0 0.0 1.0' is no reference. Give [MODEL] IMAGE [SCALE]"),
+    ({"guess": 1, "controls": ["a"]}, "guess 1 is neither true nor false"),
+    ({"guess": True}, "guess is for controls, and there is none"),
     ({"prompt": 3}, "prompt"),
     ({"negative": b"x"}, "negative"),
     ({"seed": -1}, "Seed must be a whole number from 0 to 9223372036854775807; -1 was given"),

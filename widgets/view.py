@@ -24,6 +24,7 @@ _STAGES = {
     "encode": "Reading the prompt",
     "load": "Loading the weights",
     "decode": "Making pixels",
+    "upscale": "Enlarging",
 }
 
 
@@ -98,7 +99,7 @@ def line(update: Update) -> tuple[str, float]:
     if update.stage in ("download", "convert", "check") and update.steps:
         done = update.step / update.steps
         return f"{text} · {done:.0%} of {size(update.steps)}", done
-    if update.stage == "decode" and update.steps > 1:
+    if update.stage in ("decode", "upscale") and update.steps > 1:
         text += f" · {min(update.step + 1, update.steps)} of {update.steps}"
     return text, -1.0
 

@@ -1,15 +1,31 @@
 """The families of models, and the named models. A family's file holds everything that is true of this family alone."""
 
 from . import flux, flux2, sd, sd3, sdxl, zimage
-from .base import PARTS, Defaults, Family, Model
+from .base import PARTS, Beside, Defaults, Family, Model
 
 _FILES = (sd, sdxl, sd3, flux, flux2, zimage)  # a new family's file goes here
 
 FAMILIES: dict[str, Family] = {family.name: family for file in _FILES for family in file.FAMILIES}
 MODELS: dict[str, Model] = {name: model for file in _FILES for name, model in file.MODELS.items()}
+# (family, name) -> a network that guides its models
+ADAPTERS: dict[tuple[str, str], Beside] = {
+    k: row for file in _FILES for k, row in getattr(file, "ADAPTERS", {}).items()
+}
 DEFAULT = "storybook"
 
-__all__ = ["DEFAULT", "FAMILIES", "MODELS", "PARTS", "Defaults", "Family", "Model", "find", "name_of"]
+__all__ = [
+    "ADAPTERS",
+    "DEFAULT",
+    "FAMILIES",
+    "MODELS",
+    "PARTS",
+    "Beside",
+    "Defaults",
+    "Family",
+    "Model",
+    "find",
+    "name_of",
+]
 
 
 def name_of(model: str) -> str | None:

@@ -3,8 +3,8 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import Defaults, Family, Model, TextPlan
-from .published import CLIP_H, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
+from .base import Beside, Defaults, Family, Model, TextPlan
+from .published import CLIP_H, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, ip_adapter, unet_activations, unet_variants
 
 _PREVIEW = (
     (0.3512, 0.2297, 0.3227),
@@ -30,6 +30,7 @@ SD1 = Family(
     preview=_PREVIEW,
     careful=UNET_CAREFUL,
     activations=unet_activations,
+    references=("ip_adapter",),
     variants=unet_variants(replace(_DEFAULTS, size=768)),
 )
 SD2 = replace(
@@ -117,4 +118,31 @@ MODELS = {
         networks=_SD21,
         defaults=Defaults(size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
     ),
+}
+
+# Version 1.1 of the ControlNets that their authors published.
+_CONTROLNETS = {
+    "canny": "11p_sd15_canny",
+    "depth": "11f1p_sd15_depth",
+    "inpaint": "11p_sd15_inpaint",
+    "ip2p": "11e_sd15_ip2p",
+    "lineart": "11p_sd15_lineart",
+    "mlsd": "11p_sd15_mlsd",
+    "normal": "11p_sd15_normalbae",
+    "openpose": "11p_sd15_openpose",
+    "scribble": "11p_sd15_scribble",
+    "seg": "11p_sd15_seg",
+    "shuffle": "11e_sd15_shuffle",
+    "softedge": "11p_sd15_softedge",
+    "tile": "11f1e_sd15_tile",
+}
+ADAPTERS = {
+    (SD1.name, name): Beside("ControlNet", f"lllyasviel/control_v{repo}", "CreativeML OpenRAIL-M", 0.72)
+    for name, repo in _CONTROLNETS.items()
+}
+ADAPTERS |= {
+    (SD1.name, "ip-adapter"): ip_adapter("models/ip-adapter_sd15", 0.04, 4),
+    (SD1.name, "ip-adapter-plus"): ip_adapter("models/ip-adapter-plus_sd15", 0.10, 16),
+    (SD1.name, "ip-adapter-plus-face"): ip_adapter("models/ip-adapter-plus-face_sd15", 0.10, 16),
+    (SD1.name, "ip-adapter-full-face"): ip_adapter("models/ip-adapter-full-face_sd15", 0.04, 257),
 }

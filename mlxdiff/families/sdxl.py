@@ -4,8 +4,8 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import Defaults, Family, Model, TextPlan
-from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
+from .base import Beside, Defaults, Family, Model, TextPlan
+from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, ip_adapter, unet_activations, unet_variants
 
 _PREVIEW = (
     (0.3651, 0.4232, 0.4341),
@@ -31,6 +31,7 @@ SDXL = Family(
     preview=_PREVIEW,
     careful=UNET_CAREFUL,
     activations=unet_activations,
+    references=("ip_adapter",),
     zero_negative=True,
     variants=unet_variants(_DEFAULTS),
 )
@@ -41,6 +42,7 @@ REFINER = replace(
     text=TextPlan(
         clip=("text_encoder_2",), final_norm=False, pooled=("text_encoder_2",), sizes=True, scores=(6.0, 2.5)
     ),
+    references=(),
     zero_negative=False,
 )
 FAMILIES = (SDXL, REFINER)
@@ -109,4 +111,31 @@ MODELS = {
         networks=_NETWORKS,
         defaults=Defaults(size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
     ),
+}
+
+ADAPTERS = {
+    (SDXL.name, name): Beside("ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5)
+    for name in ("canny", "depth")
+}
+_UNION = Beside(
+    "ControlNet", "xinsir/controlnet-union-sdxl-1.0", "Apache 2.0", 2.51, "diffusion_pytorch_model.safetensors"
+)
+ADAPTERS |= {
+    (SDXL.name, name): replace(_UNION, mode=name)
+    for name in ("openpose", "scribble", "softedge", "lineart", "mlsd", "normal", "seg")
+}
+ADAPTERS |= {
+    (SDXL.name, f"t2i-{name}"): Beside("T2I-Adapter", f"TencentARC/t2i-adapter-{repo}-sdxl-1.0", "Apache 2.0", 0.16)
+    for name, repo in {
+        "canny": "canny",
+        "depth": "depth-midas",
+        "lineart": "lineart",
+        "openpose": "openpose",
+        "sketch": "sketch",
+    }.items()
+}
+ADAPTERS |= {
+    (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4),
+    (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16),
+    (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16),
 }

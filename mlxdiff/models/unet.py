@@ -1,7 +1,7 @@
 """The Stable Diffusion U-Net: SD 1.x, SD 2.x, SDXL and its refiner, inpainting, LCM and distilled models; they differ
 in their Config. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -23,13 +23,13 @@ from .layers import (
 
 
 @dataclass(frozen=True)
-class Config:
+class HalfConfig:
+    """The way down and the middle, which a ControlNet has too."""
+
     in_channels: int
-    out_channels: int
     channels: tuple[int, ...]  # per level
     layers: tuple[int, ...]  # residual blocks per level on the way down; one more on the way up
     depth: tuple[tuple[int, ...], ...]  # per level, transformer layers of each attention on the way down; () if none
-    up_depth: tuple[tuple[int, ...], ...]  # the same on the way up, deepest level first
     mid_depth: int | None  # transformer layers in the middle; 0: no attention there, None: no middle
     heads: tuple[int, ...]  # per level; the middle takes the last
     context: int  # width of the text
@@ -41,6 +41,19 @@ class Config:
     added: int | None  # SDXL: width of pooled text and sizes together
     flip_sin_to_cos: bool
     freq_shift: int
+
+
+@dataclass(frozen=True)
+class Config(HalfConfig):
+    out_channels: int
+    up_depth: tuple[tuple[int, ...], ...]  # transformer layers of each attention on the way up, deepest level first
+
+    @property
+    def reading(self) -> tuple[int, ...]:
+        """Widths of the layers that read text, in the order in which IP-Adapters number them: down, up, middle."""
+        down, up = zip(self.channels, self.depth, strict=True), zip(self.channels[::-1], self.up_depth, strict=True)
+        sides = [c for c, depth in (*down, *up) for _ in range(sum(depth))]
+        return (*sides, *[self.channels[-1]] * (self.mid_depth or 0))
 
 
 class GEGLU(nn.Module):
@@ -71,7 +84,7 @@ class TransformerLayer(nn.Module):
         self.norm3 = nn.LayerNorm(c)
         self.ff = FeedForward(c)
 
-    def __call__(self, x: mx.array, kv: tuple[mx.array, mx.array]) -> mx.array:
+    def __call__(self, x: mx.array, kv: tuple[mx.array, ...]) -> mx.array:
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.kv(y))
         x = x + self.attn2(self.norm2(x), kv)
@@ -79,7 +92,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: Config, c: int, heads: int, depth: int):
+    def __init__(self, config: HalfConfig, c: int, heads: int, depth: int):
         super().__init__()
         self.norm = GroupNorm(config.groups, c, eps=1e-6)
         self.proj_in = nn.Linear(c, c)
@@ -98,7 +111,7 @@ class Block(nn.Module):
     """Residual blocks with given input widths, and a transformer for each `depth`. Calls also get two iterators: every
     residual block takes the next time shift, every transformer layer takes the next text keys and values."""
 
-    def __init__(self, config: Config, c_in: list[int], c: int, depth: tuple[int, ...], heads: int):
+    def __init__(self, config: HalfConfig, c_in: list[int], c: int, depth: tuple[int, ...], heads: int):
         super().__init__()
         time = 4 * config.channels[0]
         self.resnets = [ResBlock(n, c, config.groups, config.eps, time) for n in c_in]
@@ -106,19 +119,26 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    def __init__(self, config: Config, c_in: list[int], c: int, depth: tuple[int, ...], heads: int, down: bool):
+    def __init__(self, config: HalfConfig, c_in: list[int], c: int, depth: tuple[int, ...], heads: int, down: bool):
         super().__init__(config, c_in, c, depth, heads)
         self.downsamplers = [Downsample(c, padding=1)] if down else []
 
-    def __call__(self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator) -> mx.array:
+    def __call__(
+        self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator, feature: mx.array | None = None
+    ) -> mx.array:
+        """feature: what a T2I-Adapter adds, before the map is halved if there is attention, else after that."""
         for resnet, transformer in zip_longest(self.resnets, self.attentions):
             x = resnet(x, next(shifts))
             if transformer is not None:
                 x = transformer(x, kv)
             skips.append(x)
+        if feature is not None and self.attentions:
+            x = skips[-1] = x + feature
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
+        if feature is not None and not self.attentions:
+            x = skips[-1] = x + feature
         return x
 
 
@@ -131,7 +151,7 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    def __init__(self, config: Config, c_in: list[int], c: int, depth: tuple[int, ...], heads: int, up: bool):
+    def __init__(self, config: HalfConfig, c_in: list[int], c: int, depth: tuple[int, ...], heads: int, up: bool):
         super().__init__(config, c_in, c, depth, heads)
         self.upsamplers = [Upsample(c)] if up else []
 
@@ -145,8 +165,15 @@ class UpBlock(Block):
         return x
 
 
-class UNet(nn.Module):
-    def __init__(self, config: Config):
+def _readers(blocks: list[Block]) -> list[Attention]:
+    """The layers that read text."""
+    return [layer.attn2 for block in blocks for a in block.attentions for layer in a.transformer_blocks]
+
+
+class HalfUNet(nn.Module):
+    """The way down and the middle."""
+
+    def __init__(self, config: HalfConfig):
         super().__init__()
         self.config = config
         c, last = config.channels[0], len(config.channels) - 1
@@ -155,18 +182,86 @@ class UNet(nn.Module):
         if config.added is not None:
             self.add_embedding = TimeEmbedding(config.added, 4 * c)
 
-        skips = [c]  # widths of the skips
         self.down_blocks = []
         for i, (width, n) in enumerate(zip(config.channels, config.layers, strict=True)):
             c_in = [c] + [width] * (n - 1)
             self.down_blocks.append(DownBlock(config, c_in, width, config.depth[i], config.heads[i], i < last))
-            skips += [width] * (n + (i < last))
             c = width
 
         if config.mid_depth is not None:
             depth = (config.mid_depth,) if config.mid_depth else ()
             self.mid_block = MidBlock(config, [c] * (1 + len(depth)), c, depth, config.heads[-1])
 
+    def skips(self) -> list[int]:
+        """The widths of the maps that the way down leaves."""
+        config, last = self.config, len(self.config.channels) - 1
+        levels = enumerate(zip(config.channels, config.layers, strict=True))
+        return [config.channels[0]] + [c for i, (c, n) in levels for _ in range(n + (i < last))]
+
+    def prepare(
+        self,
+        ts: list[float] | None,
+        context: mx.array,
+        pooled: mx.array | None = None,
+        time_ids: mx.array | None = None,
+        guidance_embedding: mx.array | None = None,
+        emphasis: mx.array | None = None,
+    ) -> dict:
+        """All inputs that do not depend on x, made once per picture: text keys and values, and each block's shift at
+        each time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5);
+        emphasis: what a subclass adds to the time's embedding, (1, c)."""
+        dtype = self.conv_in.weight.dtype
+        added, guidance = emphasis, None
+        if self.config.added is not None:
+            sizes = self.sinusoids(time_ids, self.config.added_time).reshape(time_ids.shape[0], -1)
+            embedding = self.add_embedding(mx.concatenate([pooled.astype(dtype), sizes], axis=-1))
+            added = embedding if added is None else added + embedding
+        if self.config.time_cond is not None:
+            guidance = guidance_embedding.astype(dtype)
+        times = {}
+        if ts is not None:
+            shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # per block (T, B or 1, c)
+            times = {t: of_time(shifts, i) for i, t in enumerate(ts)}
+        kv = [layer.kv(context.astype(dtype)) for layer in _readers(self.blocks())]
+        return {"kv": kv, "times": times, "added": added, "guidance": guidance}
+
+    def blocks(self) -> list[Block]:
+        return [*self.down_blocks, *([self.mid_block] if "mid_block" in self else [])]
+
+    def sinusoids(self, t: mx.array, dim: int) -> mx.array:
+        waves = sinusoids(t, dim, self.config.flip_sin_to_cos, self.config.freq_shift)
+        return waves.astype(self.conv_in.weight.dtype)
+
+    def shifts(self, t: mx.array, added: mx.array | None, guidance: mx.array | None) -> list[mx.array]:
+        """The shifts that residual blocks add at times t, (..., B or 1) -> (..., B or 1, c) each."""
+        emb = self.time_embedding(self.sinusoids(t, self.config.channels[0]), guidance)
+        emb = silu(emb if added is None else emb + added)
+        return [resnet.time_shift(emb) for block in self.blocks() for resnet in block.resnets]
+
+    def shifts_at(
+        self, t: float | mx.array, times: dict[float, list[mx.array]], added: mx.array | None, guidance: mx.array | None
+    ) -> Iterator[mx.array]:
+        """Those at a time t, a float or one per sample (B,), of `prepare` if it knew that time."""
+        if isinstance(t, mx.array) or t not in times:
+            return iter(self.shifts(mx.array(t).reshape(-1), added, guidance))
+        return iter(times[t])
+
+    def down(
+        self, x: mx.array, shifts: Iterator, kv: Iterator, features: list[mx.array] = ()
+    ) -> tuple[mx.array, list[mx.array]]:
+        """What `conv_in` gives -> what the middle gives, and the maps that the way down leaves, (B, h, w, c) each.
+        features: what a T2I-Adapter adds in each level and, if there is one more, to the middle."""
+        skips, features = [x], iter(features)
+        for block in self.down_blocks:
+            x = block(x, skips, shifts, kv, next(features, None))
+        x = self.mid_block(x, shifts, kv) if "mid_block" in self else x
+        return sum(features, x), skips
+
+
+class UNet(HalfUNet):
+    def __init__(self, config: Config):
+        super().__init__(config)
+        c, last, skips = config.channels[-1], len(config.channels) - 1, self.skips()
         self.up_blocks = []
         for i, depth in zip(range(last, -1, -1), config.up_depth, strict=True):
             width, c_in = config.channels[i], []
@@ -183,63 +278,34 @@ class UNet(nn.Module):
         x: mx.array,
         t: float | mx.array,
         *,
-        kv: list[tuple[mx.array, mx.array]],
+        kv: list[tuple[mx.array, ...]],
         times: dict[float, list[mx.array]],
         added: mx.array | None,
         guidance: mx.array | None,
+        residuals: list[mx.array] | None = None,
+        features: list[mx.array] = (),
     ) -> mx.array:
-        """x (B, h, w, in) at time t, a float or one per sample (B,) -> (B, h, w, out). `prepare` makes the rest."""
-        if isinstance(t, mx.array) or t not in times:
-            shifts = self.shifts(mx.array(t).reshape(-1), added, guidance)
-        else:
-            shifts = times[t]
-        shifts, kv = iter(shifts), iter(kv)
-
-        x = self.conv_in(x)
-        skips = [x]
-        for block in self.down_blocks:
-            x = block(x, skips, shifts, kv)
-        if "mid_block" in self:
-            x = self.mid_block(x, shifts, kv)
+        """x (B, h, w, in) at time t, a float or one per sample (B,) -> (B, h, w, out). `prepare` makes the rest.
+        residuals: what a ControlNet adds to each skip and, last, to the middle; features: see `down`."""
+        shifts, kv = self.shifts_at(t, times, added, guidance), iter(kv)
+        x, skips = self.down(self.conv_in(x), shifts, kv, features)
+        if residuals is not None:
+            skips = [skip + r for skip, r in zip(skips, residuals[:-1], strict=True)]
+            x = x + residuals[-1]
         for block in self.up_blocks:
             x = block(x, skips, shifts, kv)
         return self.conv_out(self.conv_norm_out(x))
 
-    def prepare(
-        self,
-        ts: list[float] | None,
-        context: mx.array,
-        pooled: mx.array | None = None,
-        time_ids: mx.array | None = None,
-        guidance_embedding: mx.array | None = None,
-    ) -> dict:
-        """All inputs that do not depend on x, made once per picture: text keys and values, and each block's shift at
-        each time in `ts` (None: computed in every call). context (B, N, d), pooled (B, p), time_ids (B, 6 or 5)."""
-        dtype = self.conv_in.weight.dtype
-        added = guidance = None
-        if self.config.added is not None:
-            sizes = self.sinusoids(time_ids, self.config.added_time).reshape(time_ids.shape[0], -1)
-            added = self.add_embedding(mx.concatenate([pooled.astype(dtype), sizes], axis=-1))
-        if self.config.time_cond is not None:
-            guidance = guidance_embedding.astype(dtype)
-        times = {}
-        if ts is not None:
-            shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # per block (T, B or 1, c)
-            times = {t: of_time(shifts, i) for i, t in enumerate(ts)}
-        layers = [m.attn2 for block in self.blocks() for a in block.attentions for m in a.transformer_blocks]
-        kv = [layer.kv(context.astype(dtype)) for layer in layers]
-        return {"kv": kv, "times": times, "added": added, "guidance": guidance}
+    def prepare(self, *args, pictures: Sequence[list[tuple[mx.array, mx.array]]] = (), **text: mx.array | None) -> dict:
+        """As of `HalfUNet`. pictures: of each IP-Adapter, keys and values (B, n, c) for every layer that reads text."""
+        cond, layers = super().prepare(*args, **text), _readers(self.blocks())
+        first, last = (len(_readers(blocks)) for blocks in (self.down_blocks, self.up_blocks))
+        for of_adapter in pictures:  # adapters number the layers down, up, middle
+            ours = [*of_adapter[:first], *of_adapter[first + last :], *of_adapter[first : first + last]]
+            for i, (layer, (k, v)) in enumerate(zip(layers, ours, strict=True)):
+                k, v = (x.astype(self.conv_in.weight.dtype) for x in (k, v))
+                cond["kv"][i] = (*cond["kv"][i], *layer.of_heads(k, v))
+        return cond
 
     def blocks(self) -> list[Block]:
-        mid = [self.mid_block] if "mid_block" in self else []
-        return [*self.down_blocks, *mid, *self.up_blocks]
-
-    def sinusoids(self, t: mx.array, dim: int) -> mx.array:
-        waves = sinusoids(t, dim, self.config.flip_sin_to_cos, self.config.freq_shift)
-        return waves.astype(self.conv_in.weight.dtype)
-
-    def shifts(self, t: mx.array, added: mx.array | None, guidance: mx.array | None) -> list[mx.array]:
-        """The shifts that residual blocks add at times t, (..., B or 1) -> (..., B or 1, c) each."""
-        emb = self.time_embedding(self.sinusoids(t, self.config.channels[0]), guidance)
-        emb = silu(emb if added is None else emb + added)
-        return [resnet.time_shift(emb) for block in self.blocks() for resnet in block.resnets]
+        return [*super().blocks(), *self.up_blocks]

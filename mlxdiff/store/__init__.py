@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from .. import builtin, description, foreign, recipe, seal
+from .. import builtin, description, foreign, recipe, seal, weights
 from ..adapters import Adapter, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import FAMILIES, MODELS
+from ..families import ADAPTERS, FAMILIES, MODELS
+from ..models import build
 from ..recipe import Recipe
 from . import cache
 from .tokenizer import tokenizer_for
@@ -329,24 +330,46 @@ def _size(checkpoint: "Checkpoint", how: Recipe) -> float:
     return need
 
 
-# A decoder for previews is read where it is: it has a few megabytes, so no converted copy is kept.
+# Small networks that belong to no model are read where they are: a few megabytes need no converted copy.
 
 
 def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | None = None) -> nn.Module:
     """The tiny decoder in a file, in a folder, or in a hub repository (`org/repo`, or `org/repo/file.safetensors`)."""
-    from .. import convert
+    path = network_file(name, "a TAESD", "Use auto for the model's TAESD.", offline=offline, progress=progress)
+    return network(path, "a TAESD", "Use auto for the model's TAESD.", dtype=dtype)
 
+
+_ALONE = {
+    "a TAESD": "taesd",
+    "an upscaler": "upscaler",
+    "a depth model": "depth",
+}  # what people call such a network -> its component
+
+
+def network_file(name: str | Path, what: str, fix: str, *, offline: bool, progress: Progress | None = None) -> Path:
+    """The file or folder of a small network, fetched once if it is on the hub. what: what people call it. fix: what to
+    do if there is none of this name."""
     path = local(name)
     if path is None:
         match = _HUB_ID.fullmatch(str(name))
         if match is None:
-            raise Error(f"There is no TAESD, file or folder {str(name)!r}.", "Use auto for the model's TAESD.")
+            raise Error(f"There is no {what.split(' ', 1)[1]}, file or folder {str(name)!r}.", fix)
         file = "diffusion_pytorch_model.safetensors" if match[2] is None else match[2]
         path = _one_file(match[1], file, offline, _silent if progress is None else progress)
-    networks = convert.read(path, recipe.DTYPES[dtype])
-    if "taesd" not in networks:
-        raise Error(f"{path} is not a TAESD but {', '.join(networks)}.", "Use auto for the model's TAESD.")
-    return networks["taesd"]
+    return path
+
+
+def network(path: Path, what: str, fix: str, *, dtype: str) -> nn.Module:
+    """The small network in a file or folder."""
+    from .. import convert
+
+    try:
+        networks = convert.read(path, recipe.DTYPES[dtype])
+    except Error as e:  # convert would name checkpoints of models
+        raise Error(e.problem, fix if e.fix == convert.KNOWN else e.fix) from None
+    if _ALONE[what] not in networks:
+        raise Error(f"{path} is not {what} but {', '.join(networks)}.", fix)
+    return networks[_ALONE[what]]
 
 
 def adapter_file(name: str, what: str, *, offline: bool) -> Path:
@@ -371,26 +394,93 @@ def adapter_file(name: str, what: str, *, offline: bool) -> Path:
     return path
 
 
+def control_folder(name: str | Path, model: Description, offline: bool, progress: Progress | None = None) -> Path:
+    """Where a network is that guides a model: a file, a folder, a name that it has for this family, or a hub repository
+    (`org/repo`, or `org/repo/file.safetensors`), from which it is fetched once."""
+    path = local(name)
+    if path is not None:
+        return path
+    row = ADAPTERS.get((model.family.name, str(name)))
+    match = None if row is not None else _HUB_ID.fullmatch(str(name))
+    if row is None and match is None:
+        known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, "control")]
+        names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
+        fix = f"{did_you_mean(str(name), known)}{names} a hub id (org/repo), a folder or a .safetensors file."
+        raise Error(f"There is no control network, file or folder {str(name)!r}.", fix)
+    repo, file = (row.repo, row.file) if row is not None else (match[1], match[2])
+    progress = _silent if progress is None else progress
+    if file is not None:
+        return _one_file(repo, file, offline, progress)
+    return _one_network(repo, model.recipe.dtype != "float32", offline, progress)
+
+
+def control(path: Path, model: Description) -> tuple[build.Config, str]:
+    """The Config of a network that guides a model, and a fingerprint of its files. Raises unless it fits this model and
+    every tensor has its place. This reads headers only."""
+    from .. import convert
+
+    checkpoint = None if (path / "model.json").is_file() else convert.open(path)
+    kind = None if checkpoint is None else checkpoint.family
+    if kind not in build.GUIDES:
+        alone = checkpoint is not None and checkpoint.layout.family is None
+        what = checkpoint.layout.title if alone else "a model"
+        problem = f"{path} is {what}, not a network that reads a control picture."
+        raise Error(problem, "Give a ControlNet or a T2I-Adapter; a model to draw with is given as `model=FILE`.")
+    convert.check(checkpoint)
+    component = checkpoint.components[kind]
+    wrong = build.GUIDES[kind](component.config, model.net, model.factor)
+    if wrong:
+        made_for = f"Use one that was made for {model.family.title}."
+        raise Error(f"{path} is {checkpoint.layout.title} that {wrong}: it does not fit {model.name}.", made_for)
+    files = {piece.tensor.file for weight in component.weights.values() for piece in weight.pieces}
+    stamps = sorted([file.stat().st_size, _sample(file, file.stat().st_size)] for file in files)
+    return component.config, hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+
+
+def control_network(path: Path, model: Description) -> nn.Module:
+    """A network that guides a model, with its weights as the model's are stored. No converted copy is kept."""
+    from .. import convert
+
+    (network,) = convert.read(path, recipe.DTYPES[model.recipe.dtype]).values()
+    plan = recipe.quantization_plan(model.family, model.family.denoiser, network, model.recipe.bits)
+    return weights.quantized(network, plan).eval()
+
+
 def lora(path: Path, model: Description) -> tuple[Adapter, str]:
     """What a LoRA file changes in a model, and the file's fingerprint."""
     from ..convert import lora
 
-    return lora.read(path, model), _fingerprint(path)
+    return lora.read(path, model), fingerprint(path)
 
 
 def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:
     """What a textual inversion teaches a model, and the file's fingerprint."""
     from ..convert import embedding
 
-    return embedding.read(path, model, word), _fingerprint(path)
+    return embedding.read(path, model, word), fingerprint(path)
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
+    """Of a file, or of all weights in a folder."""
     seen = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            seen.update(block)
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with open(file, "rb") as f:
+            while block := f.read(2**20):
+                seen.update(block)
     return seen.hexdigest()[:16]
+
+
+def _one_network(repo: str, half: bool, offline: bool, progress: Progress) -> Path:
+    """The folder of a repository that holds one network. One that is already here is not requested again: its
+    config.json comes last."""
+    from . import hub
+
+    for config in reversed(hub.snapshots("config.json", repo)):
+        if any(config.parent.glob("*.safetensors")):
+            return config.parent
+    commit, names = hub.held(repo, "main") if offline or hub.offline() else hub.listing(repo, "main")
+    files = {name: names[name] for name in hub.select_network(repo, names, half)}
+    return hub.download(repo, "main", commit, files, progress)
 
 
 def _one_file(repo: str, file: str, offline: bool, progress: Progress) -> Path:

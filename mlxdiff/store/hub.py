@@ -93,6 +93,25 @@ def select(repo: str, names: dict[str, int], half: bool, file: str | None, t5: b
     return chosen
 
 
+def select_network(repo: str, names: dict[str, int], half: bool) -> list[str]:
+    """The files of a repository that holds one network: its weights and, last, its config.json."""
+    top = [n for n in names if "/" not in n]
+    chosen = _variant(repo, "its weights", top, half)
+    if not chosen:
+        single = sorted(n for n in names if n.endswith(".safetensors"))
+        choices = (
+            f"Choose one: {', '.join(f'{repo}/{n}' for n in single[:8])}." if single else "Use another repository."
+        )
+        raise Error(f"{repo} is not a network in diffusers layout.", choices)
+    return [*chosen, *(n for n in top if n == "config.json")]
+
+
+def select_folder(repo: str, folder: str, names: dict[str, int], half: bool) -> list[str]:
+    """The files of one network in a folder of a repository: its settings and one safetensors variant."""
+    inside = [n for n in names if n.rpartition("/")[0] == folder]
+    return [n for n in inside if n == f"{folder}/config.json"] + _variant(repo, folder, inside, half)
+
+
 def _variant(repo: str, folder: str, inside: list[str], half: bool) -> list[str]:
     """The fp16 files if half precision is enough and they exist, else the plain weights; never pickles."""
     variants: dict[str | None, list[str]] = {}

@@ -1,0 +1,88 @@
+"""Guide: a picture that guides a drawing beside the prompt, how strongly and in which steps, and the network that reads
+it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL.Image import Image
+
+from .errors import Error
+
+Picture = str | Path | Image
+
+_MODE = re.compile(r"(.{2,}):([\w-]+)")  # two characters at least: C:\ is a disk
+_FORM = {"control": "[MODEL] IMAGE [SCALE [FROM TO]]", "reference": "[MODEL] IMAGE [SCALE]"}
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A picture that guides a drawing. What its network is, the network's file says.
+
+    image: a path or a PIL image; None in settings of a picture that was never a file.
+    model: the network that reads it: a name (`mlxdiff models --adapters`), a hub id, a folder or a .safetensors file.
+    None: the drawing model itself reads it.
+    scale: how strongly it guides. interval: the part of the steps in which it does.
+    mode: what kind of picture it is, for a network that reads several kinds; `model` may say it too: "FILE:canny".
+    hash, model_hash: fingerprints of picture and network, set by `Pipeline.resolve`: a replay needs the same ones."""
+
+    image: Picture | None
+    model: str | Path | None = None
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    mode: str | None = None
+    hash: str | None = None
+    model_hash: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.interval, list):  # from JSON
+            object.__setattr__(self, "interval", tuple(self.interval))
+        said = _MODE.fullmatch(self.model) if isinstance(self.model, str) and self.mode is None else None
+        if said is not None:
+            object.__setattr__(self, "model", said[1])
+            object.__setattr__(self, "mode", said[2])
+
+    def __str__(self) -> str:
+        mode = "" if self.mode is None else f":{self.mode}"
+        named = [f"{self.model}{mode}"] if self.model is not None else []
+        named.append("a picture" if self.image is None or isinstance(self.image, Image) else str(self.image))
+        return " ".join(named)
+
+
+def guides(values, what: str) -> tuple[Guide, ...]:
+    """Guides as a caller may write them: [("canny", "edges.png", 0.7)]. what: "control" or "reference"."""
+    if not isinstance(values, list | tuple):
+        fix = f'Give a list, such as [("canny", "edges.png")]: {_FORM[what]} each.'
+        raise Error(f"{what}s is {type(values).__name__}, not a list.", fix)
+    return tuple(_guide(value, what) for value in values)
+
+
+def _guide(value, what: str) -> Guide:
+    """A Guide of its words, which are a path or picture, perhaps its network before it, and numbers behind it."""
+    if isinstance(value, Guide):
+        return value
+    words, numbers = [*value] if isinstance(value, list | tuple) else [value], []
+    while len(words) > 1 and _number(words[-1]) is not None:
+        numbers.insert(0, _number(words.pop()))
+    fits = 1 <= len(words) <= 2 and len(numbers) in ((0, 1, 3) if what == "control" else (0, 1))
+    if not fits or not isinstance(words[-1], Picture) or not isinstance(words[0], Picture):
+        written = " ".join("a picture" if isinstance(w, Image) else str(w) for w in [*words, *numbers])
+        raise Error(f"{written[:80]!r} is no {what}.", f"Give {_FORM[what]}.")
+    model, image = (None, *words) if len(words) == 1 else words
+    return Guide(image, model, *numbers[:1], **({"interval": tuple(numbers[1:])} if numbers[1:] else {}))
+
+
+def _number(word) -> float | None:
+    if isinstance(word, bool) or not isinstance(word, int | float | str):
+        return None
+    try:
+        return float(word)
+    except (ValueError, OverflowError):
+        return None
+
+
+def steps_on(interval: tuple[float, float], steps: int) -> range:
+    """The steps in which a guide of this interval guides, of so many that are taken. As in diffusers, a step counts if
+    all of it lies in the interval."""
+    on = [i for i in range(steps) if i / steps >= interval[0] and (i + 1) / steps <= interval[1]]
+    return range(on[0], on[-1] + 1) if on else range(0)
