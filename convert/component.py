@@ -18,7 +18,8 @@ from .registry import CLASSES, MODULES
 from .settings import Settings
 
 KNOWN = f"Use a checkpoint of {', '.join(family.title for family in FAMILIES.values())}."
-_WIDER = ("CLIPModel", "T5ForConditionalGeneration")  # only their text encoder is read, which shapes describe
+# Only one part of these is read, which shapes describe.
+_WIDER = ("CLIPModel", "SiglipModel", "T5ForConditionalGeneration")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ from . import (
     esrgan,
     flux,
     flux2,
+    ip_adapter,
     qwen3,
+    redux,
     sd3,
     t2i,
     t5,
@@ -42,12 +44,17 @@ from . import (
     unet,
     union,
     vae,
+    vision,
     zimage,
 )
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
-# of FLUX.1 and some more, a ControlNet's those of a U-Net and some more, and so on.
+# of FLUX.1 and some more, a ControlNet's those of a U-Net and some more, and so on; an IP-Adapter's are first, since
+# that of FLUX.1 has names of its blocks.
 MODULES = {
+    "ip_adapter": ip_adapter,
+    "redux": redux,
+    "vision": vision,
     "flux2": flux2,
     "flux": flux,
     "sd3": sd3,

@@ -93,6 +93,7 @@ def check_request(
     t5: bool,
     refiner: Description | None = None,
     beside: tuple = (),
+    readers: tuple = (),
 ) -> None:
     """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory.
     None: what will be drawn is not known yet, and counts as a small picture."""
@@ -106,7 +107,7 @@ def check_request(
         sizes = pictures.sizes(request)
         full = model.resolve(request, sizes)
     if not force:
-        check(Workload(model, full, low_memory, refiner, sizes, beside))
+        check(Workload(model, full, low_memory, refiner, sizes, beside, readers))
 
 
 def check_named(models: list[str | None], recipe: Recipe, check: Callable) -> None:

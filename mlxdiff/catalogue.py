@@ -32,12 +32,14 @@ def chosen(name: str | None) -> int:
 def adapters(name: str | None) -> int:
     """List the networks that guide a named model, or all models."""
     family = None if name is None else _model(name).family.name
-    print(f"{'for':22} {'name':10} {'kind':12} {'download':>10}  {'hub id':45} licence")
+    print(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'hub id':62} licence")
     for (of, called), row in ADAPTERS.items():
         if family in (None, of):
             place = row.repo if row.file is None else f"{row.repo}/{row.file}"
-            print(f"{FAMILIES[of].title:22} {called:10} {row.kind:12} {row.size:7.2f} GB  {place:45} {row.licence}")
+            size, title = row.size + row.encoder, FAMILIES[of].title
+            print(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {place:62} {row.licence}")
     print('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
+    print('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
     return 0
 
 

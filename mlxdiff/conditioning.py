@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from . import tokenizers
 from .adapters import Word
@@ -23,6 +24,7 @@ from .models.t5 import T5Encoder
 from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
 
+Layers = list[tuple[mx.array, mx.array]]  # keys and values (1, n, c) for each of a denoiser's layers
 Tokenizers = dict[str, ClipTokenizer | T5Tokenizer | QwenTokenizer]  # text encoder -> its tokenizer
 
 
@@ -31,6 +33,13 @@ class Words(NamedTuple):
 
     chunks: list[list[Chunk]]  # the chunks of each prompt
     empty: Chunk | None  # the chunk of an empty prompt; None for an encoder without weights
+
+
+class Sides(NamedTuple):
+    """What an IP-Adapter gives to the pass of the prompt, and to that of the negative prompt if there is one."""
+
+    prompt: Layers
+    negative: Layers | None
 
 
 class Text(NamedTuple):
@@ -185,12 +194,17 @@ def prepare(
     texts: list[Text],
     both: bool,
     references: Sequence[mx.array] = (),
+    pictures: Sequence[Sides] = (),
     **fixed,
 ) -> dict[str, dict]:
     """A denoiser's arguments besides x and t, under the names of `guidance.denoiser`'s parameters. both: whether the
-    two passes of a guided run share a batch. references: the latents of pictures to edit, the same for all passes.
-    fixed: what else its `prepare` takes, the same for all passes."""
+    two passes of a guided run share a batch, if their texts have the same length or the network is told their lengths.
+    references: the latents of pictures to edit, the same for all passes. pictures: what IP-Adapters give. fixed: what
+    else its `prepare` takes, the same for all passes."""
     sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
+    if pictures:
+        for side, which in zip(reversed(sides), ("prompt", "negative"), strict=False):
+            side["pictures"] = [getattr(of_adapter, which) for of_adapter in pictures]
     if model.guidance == EMBEDDED:
         sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)
     if model.flow:
@@ -205,14 +219,18 @@ def prepare(
         own = [side["context"].shape[1] for side in sides]
         longest = max(own)
 
-        def batch(name: str) -> mx.array:
-            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+        def joined(*values: mx.array) -> mx.array:
             return mx.concatenate([mx.repeat(value, request.count, axis=0) for value in values])
+
+        def batch(name: str) -> mx.array | list:
+            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+            return tree_map(joined, *values)
 
         told = {"lengths": tuple(n for n in own for _ in range(request.count))} if lengths else {}
         return net.prepare(ts, **{name: batch(name) for name in sides[0]}, **fixed, **told)
 
     conds = {"cond": prepared(sides[-1])}
+    both = both and (lengths or len({side["context"].shape[1] for side in sides}) == 1)
     if len(sides) == 2:
         conds |= {"both": prepared(*sides)} if both else {"uncond": prepared(sides[0])}
     return conds

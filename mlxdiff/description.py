@@ -23,7 +23,7 @@ from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Picture, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
-FORMAT = 6  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
+FORMAT = 7  # raise it when a quantization plan or a conversion's output changes: older folders are then reconverted
 PREDICTIONS = ("eps", "v", "x0", "flow")
 _AGAIN = "Convert the checkpoint again."
 
@@ -194,8 +194,6 @@ class Description:
 
     def _check_guides(self, request: Request) -> None:
         """Raise if the controls cannot guide this model, as far as their files do not show it."""
-        if request.references:
-            raise Error(f"{self.name} takes no reference.", "Leave `references` out.")
         own = [guide for guide in request.controls if guide.model is None]  # those that no network of their own reads
         if own and "control" not in self.row.reads:
             fix = "Name the network that reads it: `controls=[(MODEL, PICTURE)]`."

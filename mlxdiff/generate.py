@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--control", dest="controls", action="append", nargs="+", metavar=form, help=what)
     what = "controls guide the prompt's pass alone: the picture decides more, the prompt less"
     g.add_argument("--guess", action="store_true", default=None, help=what)
-    what = "a picture whose style or things to take over, and the adapter that reads it: hub id, folder or file"
+    what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it"
     form = ("[MODEL] IMAGE", "SCALE")
     g.add_argument("--reference", dest="references", action="append", nargs="+", metavar=form, help=what)
     g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
@@ -124,6 +124,7 @@ _EXAMPLES = """examples:
   mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8
+  mlxdiff generate "a lighthouse" -m sdxl --reference ip-adapter-plus photo.png 0.6
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """
 
@@ -182,6 +183,8 @@ def draw(args: argparse.Namespace) -> int:
             on = steps_on(guide.interval, steps)
             span = "" if len(on) == steps else f", in steps {on.start + 1} to {on.stop} of {steps}"
             bar.write(f"control {guide}: scale {guide.scale:g}{span}")
+        for guide in requests[0].references:
+            bar.write(f"reference {guide}: scale {guide.scale:g}")
         for word in pipe.attached.words(requests[0]):
             n = max(map(len, word.vectors.values()))
             bar.write(f"{word.word}: {n} token{'s' * (n > 1)}, for {', '.join(word.vectors)}")

@@ -30,9 +30,9 @@ TILE = 64  # latents along a tile's edge under low_memory: 512 pixels; every VAE
 
 _DECODER = {False: 84, True: 12.5}  # per pixel and channel of the first level; False: CPU, True: GPU
 _ENCODER = {False: 58, True: 6.6}  # the same
-_UPSCALER = {False: 7600, True: 900}  # bytes per pixel of a tile: in float32 on a CPU, in float16 on a GPU
+_UPSCALER = {False: 11100, True: 900}  # bytes per pixel of a tile: in float32 on a CPU, in float16 on a GPU
 # Text encoders: per token and hidden width; and a factor of one layer's attention scores. CLIP's are too few to count.
-_READ = {"clip": (0, 0), "t5": (10, 3), "qwen3": (7, 1.3)}
+_READ = {"clip": (0, 0), "t5": (10, 3), "qwen3": (7, 1.3), "vision": (10, 3)}
 
 
 class Peaks(NamedTuple):
@@ -41,6 +41,13 @@ class Peaks(NamedTuple):
     encode: int  # the prompt, or the start image
     denoise: int
     decode: int
+
+
+class Reader(NamedTuple):
+    """What reads a reference picture."""
+
+    networks: tuple[build.Config, ...] | int  # a vision model and an adapter, or their bytes in 16 bits
+    tokens: int  # that they make of it
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Workload:
     refiner: Description | None = None  # the model that finishes the picture
     pictures: tuple[tuple[int, int], ...] = ()  # width and height of each picture of the request
     beside: tuple[build.Config | int, ...] = ()  # the networks that guide it, or their bytes in 16 bits
+    readers: tuple[Reader, ...] = ()  # of its references
 
     def but(self, bits: int | str | None = None, **settings) -> "Workload":
         """The same workload with other settings: of the weights, of the run, or of the request."""
@@ -81,7 +89,7 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     references = [math.prod(cut.size) for cut in model.cuts(workload.pictures)]
     wider = 1 if config.decoder_channels is None else config.decoder_channels[0] / config.channels[0]
 
-    encode = max(_reads(m, request) for m in models)
+    encode = max([_reads(m, request) for m in models] + [_sees(model, reader) for reader in workload.readers])
     encodes = request.image is not None or bool(model.row.reads)
     if encodes:
         encode = max(encode, _encodes(workload, max(references, default=drawn), gpu))
@@ -89,7 +97,8 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     guides = sum(_guides(model, beside, request, low) for beside in workload.beside)
     kept, denoise, stays = vae if encodes and not low else 0, 0, []
     for m in models:
-        held, passing = _draws(m, request, low, gpu, sum(references) if m is model else 0)
+        more = (sum(references), sum(reader.tokens for reader in workload.readers)) if m is model else (0, 0)
+        held, passing = _draws(m, request, low, gpu, *more)
         held += guides if m is model else 0
         stays.append(held)
         denoise = max(denoise, kept + held + passing)
@@ -148,10 +157,13 @@ def _reading(model: Description, name: str) -> int:
     return int(tokens * (wide * config.hidden + scores * config.heads * tokens) * _item(model, name))
 
 
-def _draws(model: Description, request: Request, low: bool, gpu: bool, references: int) -> tuple[float, float]:
+def _draws(
+    model: Description, request: Request, low: bool, gpu: bool, references: int, tokens: int
+) -> tuple[float, float]:
     """Bytes that stay (the denoiser and its prepared conditions), and bytes of the activations of one step.
-    references: pixels of the pictures to edit, which each sample reads beside its own."""
-    name, text, passes = model.family.denoiser, model.text.tokens, model.passes(request)
+    references: pixels of the pictures to edit, which each sample reads beside its own; tokens: those of reference
+    pictures, which it reads beside the text's."""
+    name, text, passes = model.family.denoiser, model.text.tokens + tokens, model.passes(request)
     weights, samples, item = _weights(model, name), request.count * passes, _item(model, name)
     prepared = (weights.of_step * request.steps + weights.of_word * text) * samples
     if passes == 2 and not low:  # both halves run as one batch, and the prompt alone in unguided steps
@@ -170,6 +182,17 @@ def _guides(model: Description, network: build.Config | int, request: Request, l
     weights = _counted(model.family.name, name, network, model.recipe)
     samples = request.count * (model.passes(request) + (0 if low else 1))
     return weights.held + weights.of_word * model.text.tokens * samples * _item(model, name)
+
+
+def _sees(model: Description, reader: Reader) -> float:
+    """Bytes of a vision model and an adapter while they read a picture."""
+    item = recipe.DTYPES[model.recipe.dtype].size
+    if isinstance(reader.networks, int):
+        return reader.networks * item / 2
+    held = sum(math.prod(shape) for network in reader.networks for shape in _built(network)[1].values())
+    sees, (wide, scores) = reader.networks[0], _READ["vision"]
+    passing = sees.tokens * (wide * sees.hidden + scores * sees.heads * sees.tokens)
+    return (held + passing) * item
 
 
 class Weights(NamedTuple):

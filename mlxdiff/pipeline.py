@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from .models.controlnet import controlled
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
+from .references import extended, sides
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
@@ -90,7 +91,7 @@ def load(
     from . import store
 
     def check(model: description.Description, **others) -> None:
-        others |= {"beside": attached.beside(request, model)}
+        others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
         attached.check(loras, embeddings, request, model)
         pictures.check(request, model)
@@ -174,7 +175,8 @@ class Pipeline:
         refiner = None if self.refiner is None else self.refiner.description
         sizes = self.starts.pictures(request).sizes
         beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
-        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside)
+        readers = tuple(self.attached.references.reader(guide).workload for guide in request.references)
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -260,9 +262,10 @@ class Pipeline:
         steps = model.taken(request)
         sigmas = whole[-1 - steps :]
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
-        texts = []
+        texts, seen = [], (yield from self.attached.references.see(request, self.attached.picture))
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
+        texts[0] = extended(texts[0], request.references, seen)
 
         draw = self.noise(request)
         control = next((self.attached.picture(guide) for guide in request.controls if guide.model is None), None)
@@ -270,9 +273,9 @@ class Pipeline:
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            read = start if pipe is self else None
+            read, shown = (start, sides(request.references, seen)) if pipe is self else (None, [])
             asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
-            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read)
+            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, shown)
             if start.mask is not None:
                 denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
@@ -355,10 +358,11 @@ class Pipeline:
         texts: list,
         sigmas: list[float],
         start: Start | None = None,
+        shown: Sequence[conditioning.Sides] = (),
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
-        run starts with."""
+        run starts with; shown: what IP-Adapters give."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -373,7 +377,7 @@ class Pipeline:
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
         references, beside = ((), None) if start is None else (start.references, start.beside)
-        conds = conditioning.prepare(model, source, request, ts, texts, both, references)
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references, shown)
         del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
@@ -403,8 +407,6 @@ class Pipeline:
     ) -> Iterator[Event]:
         """What the networks that guide add to the conditions: each side's Controls. sigmas: those of the whole run."""
         sides, taken = {}, self.description.taken(request)
-        if taken == 0:
-            return sides
         for path in self.attached.networks(request):
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()

@@ -28,6 +28,9 @@ MAY = {
     "mlxdiff.models.t2i": {"mlxdiff.models.unet"},
     "mlxdiff.models.flux2": {"mlxdiff.models.flux", "mlxdiff.models.layers"},
     "mlxdiff.models.zimage": {"mlxdiff.models.flux", "mlxdiff.models.layers", "mlxdiff.models.qwen3"},
+    "mlxdiff.models.vision": {"mlxdiff.models.clip"},
+    "mlxdiff.models.ip_adapter": {"mlxdiff.models.layers", "mlxdiff.models.vision"},
+    "mlxdiff.models.redux": {"mlxdiff.models.vision"},
     "mlxdiff.models.build": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.models.*"},
     "mlxdiff.noise": {"mlxdiff.errors"},
     "mlxdiff.schedules": {"mlxdiff.errors"},
@@ -190,6 +193,19 @@ MAY = {
         "mlxdiff.store.hub",
         "mlxdiff.tokenizers",
     },
+    "mlxdiff.store.references": {
+        "mlxdiff.convert",
+        "mlxdiff.convert.settings",
+        "mlxdiff.convert.vision",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.families.published",
+        "mlxdiff.memory",
+        "mlxdiff.models.*",
+        "mlxdiff.store",
+        "mlxdiff.store.hub",
+    },
     "mlxdiff.store": {
         "mlxdiff.adapters",
         "mlxdiff.builtin",
@@ -212,7 +228,24 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.store.cache",
     },
+    "mlxdiff.references": {
+        "mlxdiff.conditioning",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.guides",
+        "mlxdiff.images",
+        "mlxdiff.models.ip_adapter",
+        "mlxdiff.models.redux",
+        "mlxdiff.models.vision",
+        "mlxdiff.recipe",
+        "mlxdiff.request",
+        "mlxdiff.result",
+        "mlxdiff.store.references",
+    },
     "mlxdiff.attached": {
+        "mlxdiff.memory",
+        "mlxdiff.references",
         "mlxdiff.adapters",
         "mlxdiff.conditioning",
         "mlxdiff.description",
@@ -261,6 +294,7 @@ MAY = {
     },
     "mlxdiff.pipeline": {
         "mlxdiff.attached",
+        "mlxdiff.references",
         "mlxdiff.guides",
         "mlxdiff.models.controlnet",
         "mlxdiff.advice",
@@ -543,7 +577,8 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        if not name.startswith("mlxdiff.convert") and name not in ("mlxdiff.store", "mlxdiff.store.tokenizer"):
+        stores = ("mlxdiff.store", "mlxdiff.store.references", "mlxdiff.store.tokenizer")
+        if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
 
 

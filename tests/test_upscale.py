@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
@@ -262,7 +263,8 @@ def test_bad_input_is_one_line_before_work(here, capsys, kind, monkeypatch):
 
 def test_an_upscaler_is_no_model(here, capsys):
     assert generate(["a house", "-m", "x2.safetensors"]) == 1
-    assert "is an ESRGAN upscaler, which is no model by itself. Enlarge pictures with it: --upscale FILE" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is an ESRGAN upscaler, which is no model by itself. Enlarge pictures with it: --upscale FILE" in said
     assert generate(["a house", "--taesd", "x2.safetensors", "--preview-dir", "p"]) == 1
     assert "is not a TAESD but upscaler" in capsys.readouterr().err
 
@@ -402,6 +404,10 @@ def test_previews_of_both_passes(here):
 
 
 BAD_HIRES = [
+    (
+        {"hires": 2, "image": Image.new("RGB", (64, 64)), "outpaint": (64, 0, 0, 0)},
+        "hires draws the whole picture on, a mask a part of it",
+    ),
     ({"hires": 0.5}, "Hires must be a number from 1 to 8; 0.5 was given"),
     ({"hires": float("nan")}, "Hires must be a number from 1 to 8; nan was given"),
     ({"hires": (2, 1.5)}, "The strength of hires must be a number from 0 to 1; 1.5 was given"),
@@ -420,7 +426,7 @@ BAD_HIRES = [
 def test_bad_settings_are_one_line_before_work(settings, says):
     pipe = mlxdiff.load("storybook")
     with pytest.raises(Error, match=says) as e:
-        pipe.resolve("a house", height=128, **settings)
+        pipe.resolve("a house", **{"height": 128} | settings)
     assert len(str(e.value).splitlines()) == 1
 
 
@@ -454,3 +460,22 @@ def test_memory_is_told_at_the_larger_size():
     advice.check(plain, small)
     with pytest.raises(Error, match="sdxl at 1024x1024, enlarged 2 times, takes about"):
         advice.check(twice, small)
+
+
+@pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activations were measured on a CPU")
+def test_a_tile_takes_what_is_estimated(here, monkeypatch):
+    """Of a network as wide as the published ones. Depth does not count: its blocks work before the picture is large."""
+    monkeypatch.setattr(memory, "upscale_tile", lambda gpu: 128)
+    full(here / "up.safetensors", esrgan(1, 64, 32, 1, 2))
+    upscaler = Upscaler("up.safetensors", dtype="float32")
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    held = mx.get_active_memory()
+    upscaler(photo((32, 32)))
+    assert 0.9 < memory.upscaling(gpu=False) / (mx.get_peak_memory() - held) < memory.SURE  # 0.99 was seen
+
+
+def test_an_upscaler_is_in_the_estimate():
+    plain = advice.named("storybook", mlxdiff.pipeline.recipe(None, "float32"))
+    big = plain.but(upscaler="realesrgan-x4plus")
+    assert peaks(big, False).decode > memory.upscaling(False) > 2 * peaks(plain, False).decode

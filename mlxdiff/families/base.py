@@ -132,6 +132,7 @@ class Family:
     guidance: str = SECOND_PASS
     patch: int = 1  # latents along the edge of one token
     zero_negative: bool = False  # zeros, not an empty text, replace a missing negative prompt
+    references: tuple[str, ...] = ()  # networks that read reference pictures for it, keys of models.build.NETWORKS
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
     # (width, height, multiple of all edges) of a picture to edit -> its cut, which is also the size of the result.
@@ -160,6 +161,12 @@ class Beside:
     size: float  # GB at 16 bits
     file: str | None = None  # of the repository; None: its network in diffusers layout
     mode: str | None = None  # the kind of picture that the name means, of a network for several
+    encoder: float = 0.0  # GB at 16 bits of the vision model, for one that reads reference pictures
+    tokens: int = 0  # that it makes of a reference picture
+
+    @property
+    def role(self) -> str:
+        return "reference" if self.tokens else "control"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..models.flux import Config
-from .base import INPUT, NONE, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
+from .base import INPUT, NONE, Beside, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
 from .published import CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX
 
 # The sizes of the pictures that Kontext was trained on (Labs et al. 2025), width and height; each also turned around.
@@ -59,6 +59,7 @@ FLUX = Family(
     activations=_activations,
     guidance=INPUT,
     patch=2,
+    references=("ip_adapter", "redux"),
     takes=("shift", "true_cfg"),
     cut=_cut,
     variants={
@@ -173,4 +174,15 @@ MODELS = {
         variant="kontext",
         gated=True,
     ),
+}
+ADAPTERS = {
+    (FLUX.name, "redux"): Beside(
+        "FLUX Redux",
+        "black-forest-labs/FLUX.1-Redux-dev",
+        "FLUX.1-dev Non-Commercial",
+        0.13,
+        "flux1-redux-dev.safetensors",
+        encoder=0.86,
+        tokens=729,
+    )
 }

@@ -12,6 +12,7 @@ from diffusers import (
     ControlNetModel,
     HeunDiscreteScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
 )
@@ -212,6 +213,28 @@ def test_from_a_start_image_the_steps_that_are_taken_count(models):
     control = (folders[0], picture(1), 1, 0, 0.5)
     assert psnr(drawn(ours, control, image=picture(4), strength=0.8, steps=5), want) > DB
     assert psnr(drawn(ours, control[:3], image=picture(4), strength=0.8, steps=5), want) < DB
+
+
+def test_a_mask_and_a_control(models):
+    theirs, ours, nets, folders = models["sd1"]
+    parts = {k: v for k, v in theirs.components.items() if k != "image_encoder"}
+    pipe = StableDiffusionControlNetInpaintPipeline(**parts, controlnet=nets[0], requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    hole = Image.new("L", (40, 24))
+    hole.paste(255, (8, 4, 32, 20))
+    given = {"image": picture(4), "mask_image": hole, "control_image": picture(1), "strength": 1.0}
+    want = oracle(pipe, **given, controlnet_conditioning_scale=1.0, **CFG)
+    control, masked = (folders[0], picture(1)), {"image": picture(4), "mask": hole, "strength": 1.0, "keep": False}
+    assert psnr(drawn(ours, control, **masked), want) > DB
+    assert psnr(drawn(ours, **masked), want) < DB - 10
+    # Of a crop, the control picture is cut as the start image is: in the large picture it lies where the hole is.
+    large, hole, control = (Image.new(kind, (80, 48)) for kind in ("RGB", "L", "RGB"))
+    large.paste(picture(4), (8, 8)), hole.paste(255, (8, 8, 48, 32)), control.paste(picture(1), (8, 8))
+    cropped = {"image": large, "mask": hole, "mask_crop": 0, "strength": 1.0, "keep": False}
+    result = ours(PROMPT, seed=SEED, controls=[(folders[0], control)], **cropped, **SAME, **SIZE).image
+    small = np.asarray(result.crop((8, 8, 48, 32)))
+    whole = {"image": picture(4), "mask": Image.new("L", (40, 24), 255), "strength": 1.0}
+    assert psnr(small, drawn(ours, (folders[0], picture(1)), **whole)) > DB
 
 
 def test_low_memory_and_a_batch_draw_the_same(models):
