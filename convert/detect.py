@@ -19,7 +19,7 @@ FOREIGN = [
     ),
     (r"^(ip_adapter|image_proj|ip_adapter_proj_model)\.|\.ip_adapter_\w+_proj\.", "an IP-Adapter"),
     (
-        r"^control_(layers|all_x_embedder)\.|^controlnet_(blocks|x_embedder)\.",
+        r"^control_(layers|all_x_embedder)\.|^pos_embed_input\.proj\.",
         "a ControlNet",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),

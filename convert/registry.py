@@ -27,11 +27,12 @@ like: the network's Config as published, or None where it is not known. called: 
 schedule: what its scheduler file says, or None. components, others: the networks of the checkpoint, by their
 components."""
 
-from . import clip, controlnet, flux, flux2, qwen3, sd3, t2i, t5, taesd, unet, union, vae, zimage
+from . import clip, controlnet, flux, flux2, flux_controlnet, qwen3, sd3, t2i, t5, taesd, unet, union, vae, zimage
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
 # of FLUX.1 and some more, a ControlNet's those of a U-Net and some more, and so on.
 MODULES = {
+    "flux_controlnet": flux_controlnet,
     "flux2": flux2,
     "flux": flux,
     "sd3": sd3,

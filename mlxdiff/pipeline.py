@@ -211,7 +211,9 @@ class Pipeline:
             texts.append((yield from pipe.texts(request)))
 
         draw = self.noise(request)
+        hints = yield from self.starts.controls(request, self.attached.encoded(request), draw)
         start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given)
+        start = start._replace(hints=hints)
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
@@ -325,7 +327,7 @@ class Pipeline:
         # all of its conditions, not once for each layer.
         for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
             mx.eval(part)
-        for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas)).items():
+        for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas, start)).items():
             conds[side]["controls"] = controls
         begin, end = (f * request.steps for f in request.skip_interval)  # both ends are excluded, as in diffusers
         return guidance.denoiser(
@@ -344,9 +346,16 @@ class Pipeline:
         )
 
     def _controls(
-        self, request: Request, schedule: Schedule, ts: list[float], texts: list, sigmas: list[float]
+        self,
+        request: Request,
+        schedule: Schedule,
+        ts: list[float],
+        texts: list,
+        sigmas: list[float],
+        start: Start | None,
     ) -> Iterator[Event]:
         """What the networks that guide add to the conditions: each side's Controls. sigmas: those of the whole run."""
+        latents = iter(() if start is None else start.hints)
         sides, taken = {}, self.description.taken(request)
         for path in self.attached.networks(request):
             yield Event("load", 0, 1, 0.0)
@@ -358,9 +367,12 @@ class Pipeline:
             on = steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
-            cut = [self.starts.aligned(request, self.attached.picture(guide)) for guide in guides]
-            pixels = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
-            found = conditioning.control(self.description, net, guides, request, pixels, ts, texts, both, times)
+            if net.config.reads_latents:
+                hints = [next(latents)]
+            else:
+                cut = [self.starts.aligned(request, self.attached.picture(guide)) for guide in guides]
+                hints = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
+            found = conditioning.control(self.description, net, guides, request, hints, ts, texts, both, times)
             for side, control in found.items():
                 mx.eval(vars(control))
                 sides.setdefault(side, []).append(control)

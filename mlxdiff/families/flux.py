@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..models.flux import Config
-from .base import INPUT, NONE, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
+from .base import INPUT, NONE, Beside, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
 from .published import CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX
 
 # The sizes of the pictures that Kontext was trained on (Labs et al. 2025), width and height; each also turned around.
@@ -51,7 +51,7 @@ FLUX = Family(
     taesd="madebyollin/taef1",
     preview=PREVIEW_FLUX,
     careful=Careful(
-        whole=("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer"),
+        whole=("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer", "controlnet_"),
         eight=("_mod.", ".modulation."),
     ),
     activations=_activations,
@@ -150,3 +150,14 @@ MODELS = {
         gated=True,
     ),
 }
+
+_UNION = Beside(
+    "ControlNet",
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0",
+    "FLUX.1-dev Non-Commercial",
+    4.28,
+    "diffusion_pytorch_model.safetensors",
+)  # of the kinds of pictures that it reads it need not be told which it is
+_TOLD = replace(_UNION, repo="InstantX/FLUX.1-dev-Controlnet-Union", size=6.6)
+ADAPTERS = {(FLUX.name, name): _UNION for name in ("canny", "depth", "gray", "openpose", "softedge")}
+ADAPTERS |= {(FLUX.name, name): replace(_TOLD, mode=name) for name in ("blur", "lq", "tile")}

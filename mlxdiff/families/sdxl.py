@@ -32,6 +32,7 @@ SDXL = Family(
     careful=UNET_CAREFUL,
     activations=unet_activations,
     zero_negative=True,
+    takes=("guess",),
     variants=unet_variants(_DEFAULTS),
 )
 REFINER = replace(
