@@ -2,10 +2,12 @@
 `save` that of one already opened; `read` gives networks without writing a folder."""
 
 from .checkpoint import PREDICTIONS, Checkpoint, Component, check, open
+from .component import KNOWN
 from .parts import beside
 from .write import convert, describe, read, save
 
 __all__ = [
+    "KNOWN",
     "PREDICTIONS",
     "Checkpoint",
     "Component",

@@ -107,6 +107,7 @@ def open(
     prediction: str | None = None,
     parts: dict[str, str | Path] | None = None,
     t5: bool = True,
+    layout: str | None = None,
 ) -> Checkpoint:
     """Say what a checkpoint is and where each of its tensors goes, from headers and config files alone.
 
@@ -116,7 +117,8 @@ def open(
     nobody gives are looked for beside it, and in text_encoders/ there, under their usual names: clip_l*.safetensors,
     clip_g*.safetensors, t5xxl*.safetensors, qwen_3_4b*.safetensors, and the name of the family's VAE, or the same with
     .gguf.
-    t5: False leaves SD3's T5 out, whether the checkpoint has it or not."""
+    t5: False leaves SD3's T5 out, whether the checkpoint has it or not. layout: a key of LAYOUTS, to read a file as
+    that: of a whole CLIP the text encoder is read, unless it is read as a vision model."""
     path, parts = Path(source), {} if parts is None else parts
     if prediction not in (None, *PREDICTIONS):
         raise Error(f"{prediction!r} is not what a network predicts.", f"Use one of {', '.join(PREDICTIONS)}.")
@@ -127,7 +129,7 @@ def open(
             description.read(path)  # raises if this version does not read it
             raise Error(f"{path} is converted already.", "Use it as it is.")
         else:
-            checkpoint = _single(path, prediction)
+            checkpoint = _single(path, prediction, layout)
         family = checkpoint.layout.family
         if checkpoint.stated is not None and family is not None and family.flow:
             raise Error(f"{path} is of {checkpoint.family}, which predicts flow.", "Leave out `prediction`.")
@@ -191,9 +193,9 @@ def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
     )
 
 
-def _single(path: Path, prediction: str | None) -> Checkpoint:
+def _single(path: Path, prediction: str | None, layout: str | None) -> Checkpoint:
     file = files.read(path)
-    key, original = detect.layout(path, file.tensors)
+    key, original = detect.layout(path, file.tensors) if layout is None else (layout, False)
     layout, networks, stray = LAYOUTS[key], {}, {}
     for name, tensor in file.tensors.items():
         for target in rules.rename(name, layout.table):

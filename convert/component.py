@@ -18,7 +18,8 @@ from .registry import CLASSES, MODULES
 from .settings import Settings
 
 KNOWN = f"Use a checkpoint of {', '.join(family.title for family in FAMILIES.values())}."
-_WIDER = ("CLIPModel", "T5ForConditionalGeneration")  # only their text encoder is read, which shapes describe
+# Only one part of these is read, which shapes describe.
+_WIDER = ("CLIPModel", "SiglipModel", "T5ForConditionalGeneration")
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, li
 
 
 def by_itself(name: str, layout: Layout, path: Path, tensors: rules.Named) -> Component:
-    """A network that `path` holds alone. If it has a config.json, that says more than shapes do."""
-    beside = source.settings(path)
-    settings = None if beside is None or not MODULES[layout.networks[name]].CLASSES else Settings(beside)
+    """A network that `path` holds alone. If it has a config.json of a known kind, that says more than shapes do."""
+    beside = source.settings(path) if MODULES[layout.networks[name]].CLASSES else None
+    settings = None if beside is None else Settings(beside)
     if settings is None or settings.cls in _WIDER:
         return measured(name, layout, tensors)
     return configured(name, settings, settings.cls, tensors, layout.published.get(name))

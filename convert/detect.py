@@ -7,23 +7,23 @@ import numpy as np
 
 from ..errors import Error
 from .component import KNOWN
+from .ip_adapter import FACE_ID, FACE_ID_FIX
 from .registry import MODULES
 from .rules import Shapes, Weight
 from .source import Tensor
 
 # One such key is enough, and the first row that has one names the file.
 FOREIGN = [
+    (r"^ip_adapter\.\d+\.to_\w+_lora\.|^image_proj\.perceiver_resampler\.", FACE_ID),
     (
         r"\.(lora_(down|up|mid|A|B)|lora|\w+_lora\d?\.(down|up)|hada_w\d.*|lokr_.*|oft_.*|dora_scale)(\.|$)|\.lora_linear_layer\.",
         "a LoRA",
     ),
-    (r"^(ip_adapter|image_proj|ip_adapter_proj_model)\.|\.ip_adapter_\w+_proj\.", "an IP-Adapter"),
     (
         r"^control_(layers|all_x_embedder)\.|^pos_embed_input\.proj\.",
         "a ControlNet",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),
-    (r"^redux_(up|down)\.", "a FLUX Redux image embedder"),
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma model"),
     (r"(^|\.)siglip_embedder\.", "a Z-Image Omni model, which also reads pictures"),
     (r"(^|\.)time_caption_embed\.", "a Lumina-Image 2 model"),
@@ -35,7 +35,21 @@ FOREIGN = [
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
 ]
 
-USE = {"a LoRA": "Name the model that it changes, and give the file as `loras=[FILE]`."}
+# Upscalers of other architectures than ESRGAN.
+UPSCALERS = [
+    (r"(^|\.)layers\.0\.residual_group\.overlap_attn\.|^relative_position_index_OCA$", "a HAT"),
+    (r"(^|\.)layers\.0\.residual_group\.blocks\.0\.", "a SwinIR"),
+    (r"(^|\.)layers\.0\.blocks\.\d+\.attn\.attns\.\d\.", "a DAT"),
+    (r"^(params(_ema)?\.)?body\.0\.weight$", "a compact Real-ESRGAN (SRVGG)"),
+    (r"(^|\.)block_1\.c1_r\.(sk|eval_conv)\.", "a SPAN"),
+    (r"(^|\.)feats\.1\.(channe_mixer|channel_mixer|lk)\.", "a PLKSR"),
+    (r"\.RDB\d\.conv1x1\.", "an ESRGAN+"),
+]
+
+USE = {
+    "a LoRA": "Name the model that it changes, and give the file as `loras=[FILE]`.",
+    FACE_ID: FACE_ID_FIX,
+}
 
 # The same for files whose numbers other programs have packed.
 PACKED = [
@@ -51,9 +65,14 @@ def layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, bool]:
     keys = Shapes({name: tensor.shape for name, tensor in tensors.items()})
     for pattern, what in FOREIGN:
         if keys.has(pattern):
-            if what in USE:
-                raise Error(f"{path} is {what}, which is no model by itself.", USE[what])
-            raise Error(f"{path} is {what}, which is not supported yet.", KNOWN)
+            why = "no model by itself" if what == "a LoRA" else "not supported yet"
+            raise Error(f"{path} is {what}, which is {why}.", USE.get(what, KNOWN))
+    for pattern, what in UPSCALERS:
+        if keys.has(pattern):
+            raise Error(
+                f"{path} is {what} upscaler, which is not supported.",
+                "Use one of the ESRGAN family, such as RealESRGAN_x4plus.",
+            )
     for pattern, what in PACKED:
         if keys.has(pattern):
             raise Error(
@@ -65,7 +84,7 @@ def layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, bool]:
         if name is not None:
             return name, keys.has(module.ORIGINAL)
     if keys.has(r"^(vision_model|visual|visual_projection)\."):
-        raise Error(f"{path} is a CLIP vision model, which is not supported yet.", KNOWN)
+        raise Error(f"{path} is a vision model with other names, which is not supported yet.", KNOWN)
     if keys.has(r"(^|\.)cap_embedder\.0\."):  # Z-Image, which has such a layer too, is recognised by then
         raise Error(f"{path} is a Lumina-Image 2 model, which is not supported yet.", KNOWN)
     raise Error(

@@ -145,7 +145,7 @@ def describe(facts: dict) -> str:
             lines.append(f"  ... and {len(names) - _SHOWN} more ({title})")
     if facts.get("lacking"):
         lines.append(f"  not a whole model: no {', no '.join(facts['lacking'])}")
-    elif facts["family"] not in (*FAMILIES, "taesd"):
+    elif facts["family"] not in FAMILIES and not LAYOUTS[facts["family"]].use:
         lines.append("  not a whole model: one network of it")
     if facts.get("part_of") is not None:
         lines.append(f"  the whole is {facts['part_of']}")

@@ -54,7 +54,7 @@ class Layout:
     published: dict[str, build.Config] = field(default_factory=dict)  # component -> as published, if that is known
     family: Family | None = None  # None: a network alone in a file, which any family may use
     parts: dict[str, Part] = field(default_factory=dict)  # by their names in `families.PARTS`
-    use: str = ""  # what to do with a network that is no part of a model
+    use: str = ""  # of a network that is no part of a model: what to do with it
 
     @property
     def encoders(self) -> list[str]:

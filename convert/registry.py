@@ -27,11 +27,35 @@ like: the network's Config as published, or None where it is not known. called: 
 schedule: what its scheduler file says, or None. components, others: the networks of the checkpoint, by their
 components."""
 
-from . import clip, controlnet, flux, flux2, flux_controlnet, qwen3, sd3, t2i, t5, taesd, unet, union, vae, zimage
+from . import (
+    clip,
+    controlnet,
+    depth,
+    esrgan,
+    flux,
+    flux2,
+    flux_controlnet,
+    ip_adapter,
+    qwen3,
+    redux,
+    sd3,
+    t2i,
+    t5,
+    taesd,
+    unet,
+    union,
+    vae,
+    vision,
+    zimage,
+)
 
 # In the order in which they are looked for: a whole checkpoint is recognised by its denoiser. FLUX.2's names are those
-# of FLUX.1 and some more, a ControlNet's those of a U-Net and some more, and so on.
+# of FLUX.1 and some more, a ControlNet's those of a U-Net and some more, and so on; an IP-Adapter's are first, since
+# that of FLUX.1 has names of its blocks.
 MODULES = {
+    "ip_adapter": ip_adapter,
+    "redux": redux,
+    "vision": vision,
     "flux_controlnet": flux_controlnet,
     "flux2": flux2,
     "flux": flux,
@@ -45,6 +69,8 @@ MODULES = {
     "qwen3": qwen3,
     "vae": vae,
     "taesd": taesd,
+    "esrgan": esrgan,
+    "depth": depth,
     "clip": clip,
 }
 LAYOUTS = {name: layout for module in MODULES.values() for name, layout in module.LAYOUTS.items()}

@@ -1,6 +1,7 @@
 """A foreign config.json, read strictly: a value of the wrong kind, or one that is not implemented, is an Error that
 names it. Other keys are ignored, as in diffusers and transformers."""
 
+import copy
 from pathlib import Path
 
 from ..errors import Error
@@ -16,6 +17,15 @@ class Settings:
         architectures = self.values.get("architectures")
         named = architectures[0] if isinstance(architectures, list) and architectures else None
         self.cls = str(self.values.get("_class_name", named))
+
+    def inner(self, key: str) -> "Settings":
+        """The settings inside one of these."""
+        values = self.get(key, None)
+        if not isinstance(values, dict):
+            self.refuse(key, values)
+        inside = copy.copy(self)
+        inside.values = values
+        return inside
 
     def get(self, key: str, default: object) -> object:
         return self.values.get(key, default)

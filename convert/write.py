@@ -73,9 +73,10 @@ def save(
     return target
 
 
-def read(source: str | Path, dtype: mx.Dtype) -> dict[str, nn.Module]:
-    """The networks of `source`, without a converted copy: for a decoder of a few megabytes."""
-    checkpoint, networks = open(source), {}
+def read(source: str | Path, dtype: mx.Dtype, layout: str | None = None) -> dict[str, nn.Module]:
+    """The networks of `source`, without a converted copy: for those that are small, or needed once for a picture.
+    layout: see `open`."""
+    checkpoint, networks = open(source, layout=layout), {}
     check(checkpoint)
     for name, part in checkpoint.components.items():
         networks[name] = build.build(part.config)

@@ -12,6 +12,8 @@ COMMANDS = {
     "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder"),
     "inspect": ("mlxdiff.convert.inspect", "say what a checkpoint or a model folder holds"),
     "bench": ("mlxdiff.bench.__main__", "measure time, memory and kernels"),
+    "detect": ("mlxdiff.detect.__main__", "make a control picture: edges, depth, grey, inverted"),
+    "upscale": ("mlxdiff.upscale.__main__", "enlarge a picture"),
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),

@@ -74,7 +74,9 @@ def check(workload: Workload, machine: Machine | None = None) -> None:
         smaller = [n for n in MODELS if fits(named(n, plain, low_memory=True), machine)]
         others = f"{', '.join(smaller)} would, with `low_memory=True`" if smaller else "nor does any other named model"
         fix = f"It fits at no setting; {others}."
-    size = f"{request.width}x{request.height}" + (f", {request.count} at once" if request.count > 1 else "")
+    size = f"{request.width}x{request.height}"
+    size += "" if request.hires is None else f", enlarged {request.hires[0]:g} times,"
+    size += f", {request.count} at once" if request.count > 1 else ""
     also = "" if workload.refiner is None else " and its refiner"
     raise Error(
         f"{workload.model.name}{also} at {size} takes about {need / 1e9:.1f} GB; this machine has "
@@ -91,6 +93,7 @@ def check_request(
     t5: bool,
     refiner: Description | None = None,
     beside: tuple = (),
+    readers: tuple = (),
 ) -> None:
     """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory.
     None: what will be drawn is not known yet, and counts as a small picture."""
@@ -104,7 +107,7 @@ def check_request(
         sizes = pictures.sizes(request)
         full = model.resolve(request, sizes)
     if not force:
-        check(Workload(model, full, low_memory, refiner, sizes, beside))
+        check(Workload(model, full, low_memory, refiner, sizes, beside, readers))
 
 
 def check_named(models: list[str | None], recipe: Recipe, check: Callable) -> None:

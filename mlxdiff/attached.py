@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from PIL.Image import Image
 
-from . import conditioning, dialects, images
+from . import conditioning, dialects, images, memory
 from .adapters import Adapter, Word
 from .description import Description
 from .errors import Error
@@ -17,6 +17,7 @@ from .families import ADAPTERS
 from .guides import Guide
 from .models.build import Config
 from .models.controlnet import ALIASES
+from .references import References
 from .request import Request, embedding, lora
 
 Names = Sequence[str]
@@ -30,7 +31,8 @@ class Attached:
         self.folder, self.model, self.offline = folder, model, offline
         self.loras: tuple[str, ...] = ()
         self.embeddings: tuple[str, ...] = ()
-        self.progress: Progress | None = None  # is told of a control network's download
+        self.progress: Progress | None = None  # is told of the download of a network that guides
+        self.references = References(model, offline)
         self._opened: dict[tuple, tuple] = {}  # name -> its file's time and size, then what it holds
         self._pictures: dict[str, Image] = {}  # of the last request's guides, by their fingerprints
         self._networks: dict[Path, nn.Module] = {}  # those that guide
@@ -86,7 +88,9 @@ class Attached:
         """A guide with its fingerprints. Its picture goes into `pictures`."""
         picture = images.read(guide.image)
         found, network = images.fingerprint(picture), None
-        if what == "control" and guide.model is not None:
+        if what == "reference":
+            network = self.references.reader(guide, self.progress).hash
+        elif guide.model is not None:
             _, config, network = self.control(guide)
             guide = replace(guide, mode=self._mode(guide, config.modes))
         for wanted, given, which in ((guide.hash, found, "picture"), (guide.model_hash, network, "network")):
@@ -201,6 +205,21 @@ class Attached:
 def _same(what: str, setting: str, wanted: Names, found: Names) -> None:
     if wanted and tuple(wanted) != tuple(found):
         raise Error(f"The {what} files are not those of these settings.", f"Give those files as `{setting}=[FILE]`.")
+
+
+def readers(request: Request | None, model: Description) -> tuple[memory.Reader, ...]:
+    """The networks that read a request's references, for the memory estimate: by their Configs; of those that are not
+    here, by their bytes in 16 bits, if these are known. Raises for one that is here and does not fit."""
+    from . import store
+
+    found, references = [], References(model, offline=True)
+    for guide in () if request is None else request.references:
+        references.check(guide)
+        if store.local(guide.model) is not None:
+            found.append(references.reader(guide).workload)
+        elif (row := ADAPTERS.get((model.family.name, str(guide.model)))) is not None:
+            found.append(memory.Reader(int((row.size + row.encoder) * 1e9), row.tokens))
+    return tuple(found)
 
 
 def beside(request: Request | None, model: Description) -> tuple[Config | int, ...]:

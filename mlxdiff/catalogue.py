@@ -32,12 +32,14 @@ def chosen(name: str | None) -> int:
 def adapters(name: str | None) -> int:
     """List the networks that guide a named model, or all models."""
     family = None if name is None else _model(name).family.name
-    print(f"{'for':22} {'name':10} {'kind':12} {'download':>10}  {'hub id':45} licence")
+    print(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'hub id':62} licence")
     for (of, called), row in ADAPTERS.items():
         if family in (None, of):
             place = row.repo if row.file is None else f"{row.repo}/{row.file}"
-            print(f"{FAMILIES[of].title:22} {called:10} {row.kind:12} {row.size:7.2f} GB  {place:45} {row.licence}")
+            size, title = row.size + row.encoder, FAMILIES[of].title
+            print(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {place:62} {row.licence}")
     print('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
+    print('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
     return 0
 
 
@@ -48,9 +50,10 @@ def everything() -> int:
     for name, m in MODELS.items():
         low, four, eight, sixteen = map(gigabytes, on_a_mac(name))
         figures = f"{low:>6} {four:>5} {eight:>5} {sixteen:>8}"
-        edits = "; edits pictures" if m.family.variants[m.variant].edits else ""
+        row = m.family.variants[m.variant]
+        also = "; edits pictures" if row.edits else "; draws in pictures, needs a mask" if row.inpaints else ""
         drawn = f"{m.defaults.size:7} {m.defaults.steps:5}"
-        print(f"{name:20} {drawn} {_download(name):>10}  {figures}   {m.licence}{edits}")
+        print(f"{name:20} {drawn} {_download(name):>10}  {figures}   {m.licence}{also}")
     families = [f for f in FAMILIES.values() if any(not v.needs for v in f.variants.values())]
     titles = textwrap.fill(", ".join(f.title for f in families), 100)
     print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
@@ -68,9 +71,11 @@ def one(name: str) -> int:
     print(f"{'download':10} {place}{', gated: accept its licence there first' if m.gated else ''}")
     guidance = f"guidance {d.guidance:g}" if d.guidance else "no guidance"
     print(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, {guidance}")
-    edits = m.family.variants[m.variant].edits
-    if edits:
-        print(f"{'edits':10} {'a picture' if edits == 1 else f'up to {edits} pictures'}: -i FILE")
+    row = m.family.variants[m.variant]
+    if row.edits:
+        print(f"{'edits':10} {'a picture' if row.edits == 1 else f'up to {row.edits} pictures'}: -i FILE")
+    if row.inpaints:
+        print(f"{'needs':10} a picture and a mask: -i FILE --mask FILE, or -i FILE --outpaint LEFT TOP RIGHT BOTTOM")
     if name == builtin.NAME:
         for kind, words in builtin.vocabulary().items():
             print(f"{kind:10} {', '.join(words)}")
@@ -140,14 +145,12 @@ def _advice(name: str) -> list[str]:
     best = next((flags for flags, _, ok in rows if ok), None)
     if best is None:
         return [*lines, "\nNone of these fits. A smaller picture takes less: -W 512 -H 512."]
-    model = "" if name == DEFAULT else f" -m {name}"
-    editing = MODELS[name].family.variants[MODELS[name].variant].edits
-    also = (
-        [f'To edit: mlxdiff generate "make it winter" -i photo.png{model}{" " if best else ""}{best}']
-        if editing
-        else []
-    )
-    return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{model}{" " if best else ""}{best}', *also]
+    ends = f"{'' if name == DEFAULT else f' -m {name}'}{' ' if best else ''}{best}"
+    row = MODELS[name].family.variants[MODELS[name].variant]
+    if row.inpaints:
+        return [*lines, f'\nRecommended: mlxdiff generate "a red door" -i photo.png --mask door.png{ends}']
+    also = [f'To edit: mlxdiff generate "make it winter" -i photo.png{ends}'] if row.edits else []
+    return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{ends}', *also]
 
 
 if __name__ == "__main__":

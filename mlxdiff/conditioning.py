@@ -1,12 +1,13 @@
 """From a prompt to the conditions of the denoiser: tokenize it, read it with one text encoder after the other, join the
 results. The differences between families (which layer, pooled vector, size ids, T5) are in their TextPlan."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from . import tokenizers
 from .adapters import Word
@@ -25,6 +26,7 @@ from .models.t5 import T5Encoder
 from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
 
+Layers = list[tuple[mx.array, mx.array]]  # keys and values (1, n, c) for each of a denoiser's layers
 Tokenizers = dict[str, ClipTokenizer | T5Tokenizer | QwenTokenizer]  # text encoder -> its tokenizer
 
 
@@ -33,6 +35,13 @@ class Words(NamedTuple):
 
     chunks: list[list[Chunk]]  # the chunks of each prompt
     empty: Chunk | None  # the chunk of an empty prompt; None for an encoder without weights
+
+
+class Sides(NamedTuple):
+    """What an IP-Adapter gives to the pass of the prompt, and to that of the negative prompt if there is one."""
+
+    prompt: Layers
+    negative: Layers | None
 
 
 class Text(NamedTuple):
@@ -187,12 +196,17 @@ def prepare(
     texts: list[Text],
     both: bool,
     references: Sequence[mx.array] = (),
+    pictures: Sequence[Sides] = (),
     **fixed,
 ) -> dict[str, dict]:
     """A denoiser's arguments besides x and t, under the names of `guidance.denoiser`'s parameters. both: whether the
-    two passes of a guided run share a batch. references: the latents of pictures to edit, the same for all passes.
-    fixed: what else its `prepare` takes, the same for all passes."""
+    two passes of a guided run share a batch, if their texts have the same length or the network is told their lengths.
+    references: the latents of pictures to edit, the same for all passes. pictures: what IP-Adapters give. fixed: what
+    else its `prepare` takes, the same for all passes."""
     sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
+    if pictures:
+        for side, which in zip(reversed(sides), ("prompt", "negative"), strict=False):
+            side["pictures"] = [getattr(of_adapter, which) for of_adapter in pictures]
     if model.guidance == EMBEDDED:
         sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)
     if model.flow:
@@ -207,14 +221,18 @@ def prepare(
         own = [side["context"].shape[1] for side in sides]
         longest = max(own)
 
-        def batch(name: str) -> mx.array:
-            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+        def joined(*values: mx.array) -> mx.array:
             return mx.concatenate([mx.repeat(value, request.count, axis=0) for value in values])
+
+        def batch(name: str) -> mx.array | list:
+            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+            return tree_map(joined, *values)
 
         told = {"lengths": tuple(n for n in own for _ in range(request.count))} if lengths else {}
         return net.prepare(ts, **{name: batch(name) for name in sides[0]}, **fixed, **told)
 
     conds = {"cond": prepared(sides[-1])}
+    both = both and (lengths or len({side["context"].shape[1] for side in sides}) == 1)
     if len(sides) == 2:
         conds |= {"both": prepared(*sides)} if both else {"uncond": prepared(sides[0])}
     return conds
@@ -228,24 +246,22 @@ def control(
     pictures: list[mx.array],
     ts: list[float],
     texts: list[Text],
-    both: bool,
+    sides: Collection[str],
     times: tuple[float, float],
 ) -> dict[str, Control | Features | flux_controlnet.Control]:
     """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text, a
     T2I-Adapter none. guides: one, or several of a union. pictures: theirs, (1, H, W, 3) in [0, 1] each, or latents
-    where the network reads them. times: it is on from the first down to the second."""
+    where the network reads them. sides: those of the conditions. times: it is on from the first down to the second."""
     scale, config = guides[0].scale, net.config
     if isinstance(net, T2IAdapter):
-        features, other = [scale * f for f in net(pictures[0])], "both" if both else "uncond"
-        sides = ["cond", *([other] if len(texts) == 2 and (both or not request.guess) else [])]
-        return {side: Features(features, times, request.guess and side == "both") for side in sides}
+        features, on = [scale * f for f in net(pictures[0])], [s for s in sides if s != "uncond" or not request.guess]
+        return {side: Features(features, times, request.guess and side == "both") for side in on}
     if isinstance(net, FluxControlNet):
         fixed = {"task": config.modes.index(guides[0].mode)} if config.modes else {}
         if config.guidance and model.guidance != INPUT:  # the denoiser is distilled, but this was not
             fixed["guidance"] = request.guidance
         pixels = 2 * pictures[0] - 1 if config.hint else pictures[0]
-        cond = prepare(model, net, request, ts, texts[-1:], both, **fixed)["cond"] | {"hint": net.hint(pixels)}
-        sides = ["cond", *(["both" if both else "uncond"] if len(texts) == 2 else [])]
+        cond = prepare(model, net, request, ts, texts[-1:], False, **fixed)["cond"] | {"hint": net.hint(pixels)}
         blocks = model.net.double, model.net.single
         return {s: flux_controlnet.Control(net, cond, scale, times, s == "both", blocks) for s in sides}
     if isinstance(net, Union):
@@ -254,7 +270,7 @@ def control(
         scale, fixed = scale if len(guides) == 1 else 1.0, {"emphasis": fixed}
     else:
         hint, fixed = net.hint(pictures[0]), {}
-    conds = prepare(model, net, request, ts, texts, both, **fixed)
+    conds = prepare(model, net, request, ts, texts, "both" in sides, **fixed)
     half = request.guess or net.config.pooled
     graded = request.guess and not net.config.pooled
     if half and len(conds) == 2:  # the negative prompt's pass stays as it is

@@ -19,7 +19,7 @@ from .guides import steps_on
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, Recipe
-from .request import STRENGTH, Defaults, Request
+from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Picture, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
@@ -136,7 +136,20 @@ class Description:
         self._check_pictures(request)
         full = self.fill(request, pictures)
         self._check(full)
+        if full.hires is not None:
+            self._check(self.second_pass(full))
         return full
+
+    def second_pass(self, request: Request, picture: Picture = Path("the picture of the first pass")) -> Request:
+        """The request of the second pass of a resolved one with `hires`. picture: the enlarged one."""
+        scale, strength = request.hires
+        edges = {"width": request.width, "height": request.height}
+        edges = {name: max(1, round(edge * scale / self.multiple)) * self.multiple for name, edge in edges.items()}
+        if max(edges.values()) > MAX_EDGE:
+            w, h = edges.values()
+            raise Error(f"hires {scale:g} makes it {w} x {h}; an edge has at most {MAX_EDGE}.", "Use a smaller scale.")
+        alone = {"hires": None, "upscaler": None, "upscaler_hash": None}
+        return replace(request, image=picture, image_hash=None, strength=strength, **edges, **alone)
 
     def fill(self, request: Request, pictures: Sequence[tuple[int, int]] = ()) -> Request:
         """As `resolve`, but without checking whether this model can do what is asked."""
@@ -147,8 +160,8 @@ class Description:
             request = request.sized(pictures[0], self.defaults.size**2, self.multiple)
         schedule = self.schedule
         pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
-        whole = "masked" in self.row.reads or any(request.outpaint)
-        strength = None if self.row.edits else 1.0 if whole else STRENGTH
+        strength = OUTPAINT if any(request.outpaint) else STRENGTH
+        strength = None if self.row.edits else 1.0 if self.row.inpaints else strength
         spacing, clip_skip = schedule["spacing"], self.family.clip_skip
         return request.resolve(self.defaults, pair, spacing, clip_skip, self.multiple, strength)
 
@@ -159,6 +172,11 @@ class Description:
         if edits and request.masked:
             fix = "Say in the prompt what to change, or use a model that does not edit."
             raise Error(f"{self.name} edits: it takes no mask.", fix)
+        if edits and request.hires is not None:
+            fix = "Enlarge the finished picture: `upscaler=MODEL`."
+            raise Error(f"{self.name} edits: it begins with no picture, as hires would do.", fix)
+        if request.hires is not None and (request.masked or self.row.reads):
+            raise Error("hires draws the whole picture on, a mask a part of it.", "Enlarge the finished picture.")
         if edits and request.strength is not None:
             raise Error(f"{self.name} edits: it takes no strength.", "Leave `strength` out.")
         if edits and count > edits:
@@ -166,7 +184,7 @@ class Description:
         if not edits and count > 1:
             fix = "Give one, or use a model that edits."
             raise Error(f"{self.name} begins with one picture; {count} were given.", fix)
-        if "masked" in self.row.reads and not request.masked:
+        if self.row.inpaints and not request.masked:
             problem = f"{self.name} draws a part of a picture anew: it needs a picture and a mask."
             raise Error(problem, "Give them as `image=FILE` and `mask=FILE`, or use a base model.")
 
@@ -177,8 +195,6 @@ class Description:
 
     def _check_guides(self, request: Request) -> None:
         """Raise if the controls cannot guide this model, as far as their files do not show it."""
-        if request.references:
-            raise Error(f"{self.name} takes no reference.", "Leave `references` out.")
         if any(guide.model is None for guide in request.controls):
             fix = "Name the network that reads it: `controls=[(MODEL, PICTURE)]`."
             raise Error(f"{self.name} itself reads no control picture.", fix)

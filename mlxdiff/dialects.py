@@ -89,6 +89,7 @@ def parameters(settings: dict, model: str, recipe: str) -> str:
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
         "Denoising strength": settings["strength"],
+        **_enlarged(settings),
         "Model": _quoted(model),
         "Weights": recipe,
         "Clip skip": settings["clip_skip"],
@@ -97,6 +98,16 @@ def parameters(settings: dict, model: str, recipe: str) -> str:
     }
     lines.append(", ".join(f"{k}: {v}" for k, v in pairs.items() if v is not None))
     return "\n".join(lines)
+
+
+def _enlarged(settings: dict) -> dict:
+    """What A1111 writes of two passes, and of an enlarged picture."""
+    by = None if settings["upscaler"] is None else _quoted(Path(settings["upscaler"]).name)
+    if settings["hires"] is None:
+        return {"Postprocess upscaler": by}
+    scale, strength = settings["hires"]
+    shared = {} if settings["image"] is not None else {"Denoising strength": strength}
+    return shared | {"Hires upscale": f"{scale:g}", "Hires upscaler": "Lanczos" if by is None else by}
 
 
 _LORA = re.compile(r"<lora:([^:<>]+)(?::([-+.\d]+))?[^<>]*>")

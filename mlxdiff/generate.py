@@ -23,7 +23,7 @@ from .families.base import SECOND_PASS
 from .guides import steps_on
 from .pipeline import Event, Pipeline, load
 from .recipe import BITS, DTYPES, SMALLER, bits_of
-from .request import STRENGTH, Request
+from .request import OUTPAINT, STRENGTH, Request
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
-    what = f"how much of a start image to redraw; 1 is all ({STRENGTH}; 1 to outpaint, and in a model for inpainting)"
+    what = f"how much of a start image to redraw; 1 is all ({STRENGTH}, to outpaint {OUTPAINT}, for inpaint models 1)"
     g.add_argument("--strength", type=float, metavar="F", help=what)
     what = "white where the start image is drawn anew; alpha: where it is transparent"
     g.add_argument("--mask", metavar="FILE|alpha", help=what)
@@ -52,12 +52,17 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--no-keep", dest="keep", action="store_false", default=None, help=what)
     sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
     g.add_argument("--outpaint", type=int, nargs=4, metavar=sides, help="pixels to add around the start image")
+    what = "draw it, enlarge it and draw on: SCALE 2 doubles its edges; STRENGTH of the second pass is 0 to 1"
+    form = ("SCALE", "STRENGTH")
+    g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
+    what = "enlarge by this upscaler (mlxdiff upscale --help lists some): the finished picture, or that of --hires"
+    g.add_argument("--upscale", dest="upscaler", metavar="MODEL", help=what)
     what = "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file"
     form = ("[MODEL] IMAGE", "SCALE [FROM TO]")
     g.add_argument("--control", dest="controls", action="append", nargs="+", metavar=form, help=what)
     what = "controls guide the prompt's pass alone: the picture decides more, the prompt less"
     g.add_argument("--guess", action="store_true", default=None, help=what)
-    what = "a picture whose style or things to take over, and the adapter that reads it: hub id, folder or file"
+    what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it"
     form = ("[MODEL] IMAGE", "SCALE")
     g.add_argument("--reference", dest="references", action="append", nargs="+", metavar=form, help=what)
     g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
@@ -116,8 +121,10 @@ _EXAMPLES = """examples:
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
   mlxdiff generate "make it winter" -m flux2-klein -i photo.png
   mlxdiff generate "a red door" -m sdxl -i photo.png --mask door.png
+  mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8
+  mlxdiff generate "a lighthouse" -m sdxl --reference ip-adapter-plus photo.png 0.6
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """
 
@@ -138,9 +145,9 @@ def draw(args: argparse.Namespace) -> int:
     else:
         if args.output is not None and not images.is_folder(args.output):
             images.check_name(args.output)
-        _writable(_folder(args.output), "-o")
+        check_writable(_folder(args.output), "-o")
     if args.preview_dir is not None:
-        _writable(args.preview_dir, "--preview-dir")
+        check_writable(args.preview_dir, "--preview-dir")
     elif args.taesd is not None:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
@@ -176,6 +183,8 @@ def draw(args: argparse.Namespace) -> int:
             on = steps_on(guide.interval, steps)
             span = "" if len(on) == steps else f", in steps {on.start + 1} to {on.stop} of {steps}"
             bar.write(f"control {guide}: scale {guide.scale:g}{span}")
+        for guide in requests[0].references:
+            bar.write(f"reference {guide}: scale {guide.scale:g}")
         for word in pipe.attached.words(requests[0]):
             n = max(map(len, word.vectors.values()))
             bar.write(f"{word.word}: {n} token{'s' * (n > 1)}, for {', '.join(word.vectors)}")
@@ -223,8 +232,10 @@ def _one(
         bar.show(event)
         if event.x0 is not None and args.preview_dir is not None:
             previews = previews or [images.new_folder(args.preview_dir / images.stem(single)) for single in singles]
-            for rough, folder, single in zip(pipe.preview(event.x0), previews, singles, strict=True):
-                images.save(rough, folder / f"{event.step:03}.png", single, *made_by)
+            shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
+            step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
+            for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
+                images.save(rough, folder / step, single, *made_by)
         if event.image is not None:
             single = singles[drawn]
             if args.output == STDOUT:
@@ -298,7 +309,7 @@ def _write_stdout(data: bytes) -> None:
         raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
 
 
-def _writable(place: Path, flag: str) -> None:
+def check_writable(place: Path, flag: str) -> None:
     """Fail before the work, not after it."""
     try:
         there = next(p for p in (place, *place.absolute().parents) if p.exists())  # missing folders are made later

@@ -23,6 +23,8 @@ SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_TEXT = 2**20  # characters of settings; real ones have hundreds
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
 _CHUNK = "mlxdiff"
+ENLARGED = "mlxdiff-upscale"  # what a picture was enlarged by, as JSON
+_MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
 _MOST_NAME = 255  # bytes of a file name, on every common file system
 _MOST = 100_000  # pictures of one name in a folder
@@ -42,9 +44,9 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float32) / 255 * 2 - 1
 
 
-def read(source: str | Path | Image.Image, ground: str = "white") -> Image.Image:
+def read(source: str | Path | Image.Image, ground: str = "white", alpha: bool = False) -> Image.Image:
     """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on a ground, 16 bits
-    rounded to 8, and of an animation the first frame."""
+    rounded to 8, and of an animation the first frame. alpha: what is transparent stays so, in RGBA."""
     with _readable(source) as (name, image):
         kind, image = image.format, ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # 16 bits in both cases
@@ -53,9 +55,14 @@ def read(source: str | Path | Image.Image, ground: str = "white") -> Image.Image
             raise Error(f"{name} has more than 16 bits a channel.", "Save it with 8 bits a channel, as PNG or JPEG.")
         if 0 in image.size:
             raise Error(f"{name} has no pixels: it is {image.width} x {image.height}.", "Give another picture.")
+        if image.has_transparency_data and alpha:
+            return image.convert("RGBA")
         if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time
             image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
-        return image.convert("RGB")
+        made = image.convert("RGB")
+        if image.mode == "CMYK":
+            made.info.pop("icc_profile", None)  # it would be of other colours
+        return made
 
 
 def transparency(source: str | Path | Image.Image) -> Image.Image:
@@ -102,10 +109,12 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def cut(image: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+def cut(
+    image: Image.Image, scaled: tuple[int, int], size: tuple[int, int], how: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """The image stretched to one size, then cropped around its middle to another."""
     if image.size != scaled:
-        image = image.resize(scaled, Image.Resampling.LANCZOS)
+        image = image.resize(scaled, how)
     left, top = ((a - b) // 2 for a, b in zip(scaled, size, strict=True))
     return image.crop((left, top, left + size[0], top + size[1]))
 
@@ -152,6 +161,23 @@ def write(image: Image.Image, path: Path, **options) -> Path:
             temp.unlink(missing_ok=True)
     except OSError as e:
         raise Error(f"{path} cannot be written: {e.strerror or e}.", "Choose another place with `output`.") from None
+
+
+def save_with(image: Image.Image, path: Path, texts: dict[str, str], icc_profile: bytes | None = None) -> Path:
+    """Write a picture that carries texts under the first free name. icc_profile: which colours its numbers mean."""
+    return write(image, path, icc_profile=icc_profile, **_with(kind_of(Path(path)), texts))
+
+
+def check_fits(path: Path, size: tuple[int, int], mode: str) -> None:
+    """Raise before the work if the format of a name cannot hold such a picture."""
+    kind = kind_of(path)
+    if max(size) > _MOST_EDGE.get(kind, math.inf):
+        problem = (
+            f"{path} would have {size[0]} x {size[1]} pixels; {kind} has at most {_MOST_EDGE[kind]} along an edge."
+        )
+        raise Error(problem, "End the name in .png.")
+    if mode == "RGBA" and kind == "JPEG":
+        raise Error(f"{path} cannot be transparent, which the picture is in part.", "End the name in .png.")
 
 
 def png(image: Image.Image, request: Request, model: str, recipe: str) -> bytes:
@@ -235,18 +261,26 @@ def _claim(temp: Path, path: Path) -> Path:
 
 
 def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
-    text = _encodable(dialects.parameters(vars(request), model, recipe))
-    model = _encodable(model)
+    text = dialects.parameters(vars(request), model, recipe)
+    return _with(
+        kind, {"parameters": text, _CHUNK: request.to_json(), "mlxdiff-model": model, "mlxdiff-recipe": recipe}
+    )
+
+
+def _with(kind: str, texts: dict[str, str]) -> dict:
+    """PIL's options for a file that carries texts. Only a PNG has room for all; others get A1111's."""
+    texts = {name: _encodable(text) for name, text in texts.items()}
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", text)
-        info.add_itxt(_CHUNK, request.to_json())
-        info.add_itxt("mlxdiff-model", model)
-        info.add_itxt("mlxdiff-recipe", recipe)
+        for name, text in texts.items():
+            info.add_itxt(name, text)
         return {"pnginfo": info}
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")  # UserComment, as A1111 writes it
-    return {"exif": exif.tobytes(), "quality": 95}
+    options = {"quality": 95}
+    if "parameters" in texts:
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + texts["parameters"].encode("utf-16-be")  # as A1111 writes it
+        options["exif"] = exif.tobytes()
+    return options
 
 
 def _encodable(text: str) -> str:
@@ -254,22 +288,37 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def texts(source: Path) -> dict[str, str]:
+    """The texts that a picture carries: those of a PNG by their names, and A1111's of other formats. Overlong ones are
+    left out."""
+    with _readable(source) as (_, image):
+        found = dict(getattr(image, "text", {}))
+        comment = _comment(image)
+    found = found if comment is None else {"parameters": comment} | found
+    return {name: text for name, text in found.items() if len(text) <= MAX_TEXT}
+
+
+def _comment(image: Image.Image) -> str | None:
+    """What A1111 writes into a JPEG or WebP."""
+    comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")  # UserComment
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        return comment[8:].decode("utf-16-be", errors="replace")
+    return None
+
+
 def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
     """The Request that drew a picture and the model's name, from our JSON or from A1111's text."""
     name = source if isinstance(source, Path) else "The picture"
     try:
         with open_file(source) as image:
-            info = dict(image.info)
-            comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")
+            info, comment = dict(image.info), _comment(image)
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check its path.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         # PIL's message about an unknown format would show a buffer's address.
         why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e
         raise Error(f"{name} cannot be read as a picture: {why}.", "Give a PNG written by mlxdiff or A1111.") from None
-    text = info.get(_CHUNK, info.get("parameters"))
-    if text is None and isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        text = comment[8:].decode("utf-16-be", errors="replace")
+    text = info.get(_CHUNK, info.get("parameters", comment))
     if not text:
         fix = "Give a picture written by mlxdiff, A1111 or a relative of it."
         raise NoSettings(f"{name} carries no settings.", fix)

@@ -30,8 +30,9 @@ TILE = 64  # latents along a tile's edge under low_memory: 512 pixels; every VAE
 
 _DECODER = {False: 84, True: 12.5}  # per pixel and channel of the first level; False: CPU, True: GPU
 _ENCODER = {False: 58, True: 6.6}  # the same
+_UPSCALER = {False: 11100, True: 900}  # bytes per pixel of a tile: in float32 on a CPU, in float16 on a GPU
 # Text encoders: per token and hidden width; and a factor of one layer's attention scores. CLIP's are too few to count.
-_READ = {"clip": (0, 0), "t5": (10, 3), "qwen3": (7, 1.3)}
+_READ = {"clip": (0, 0), "t5": (10, 3), "qwen3": (7, 1.3), "vision": (10, 3)}
 
 
 class Peaks(NamedTuple):
@@ -40,6 +41,13 @@ class Peaks(NamedTuple):
     encode: int  # the prompt, or the start image
     denoise: int
     decode: int
+
+
+class Reader(NamedTuple):
+    """What reads a reference picture."""
+
+    networks: tuple[build.Config, ...] | int  # a vision model and an adapter, or their bytes in 16 bits
+    tokens: int  # that they make of it
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Workload:
     refiner: Description | None = None  # the model that finishes the picture
     pictures: tuple[tuple[int, int], ...] = ()  # width and height of each picture of the request
     beside: tuple[build.Config | int, ...] = ()  # the networks that guide it, or their bytes in 16 bits
+    readers: tuple[Reader, ...] = ()  # of its references
 
     def but(self, bits: int | str | None = None, **settings) -> "Workload":
         """The same workload with other settings: of the weights, of the run, or of the request."""
@@ -71,6 +80,8 @@ def peak(workload: Workload, gpu: bool) -> int:
 def peaks(workload: Workload, gpu: bool) -> Peaks:
     """The peaks of a model's first picture. The text encoders are held one after the other. The denoiser stays, its
     refiner does not, and the VAE stays once it has encoded a start image."""
+    if workload.request.hires is not None:
+        return _of_two_passes(workload, gpu)
     model, request, low = workload.model, workload.request, workload.low_memory
     models = [model] if workload.refiner is None else [model, workload.refiner]
     vae, config = _weights(model, "vae").held, model.components["vae"]
@@ -78,25 +89,59 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     references = [math.prod(cut.size) for cut in model.cuts(workload.pictures)]
     wider = 1 if config.decoder_channels is None else config.decoder_channels[0] / config.channels[0]
 
-    def numbers(pixels: int) -> float:
-        pixels = min(pixels, (TILE * factor(config.channels)) ** 2) if low else pixels
-        return pixels * config.channels[0] * _item(model, "vae")
-
-    encode = max(_reads(m, request) for m in models)
-    encodes = request.image is not None or "masked" in model.row.reads
+    encode = max([_reads(m, request) for m in models] + [_sees(model, reader) for reader in workload.readers])
+    encodes = request.image is not None or model.row.inpaints
     if encodes:
-        encode = max(encode, vae + _ENCODER[gpu] * numbers(max(references, default=drawn)))
+        encode = max(encode, _encodes(workload, max(references, default=drawn), gpu))
 
     guides = sum(_guides(model, beside, request, low) for beside in workload.beside)
     kept, denoise, stays = vae if encodes and not low else 0, 0, []
     for m in models:
-        held, passing = _draws(m, request, low, gpu, sum(references) if m is model else 0)
+        more = (sum(references), sum(reader.tokens for reader in workload.readers)) if m is model else (0, 0)
+        held, passing = _draws(m, request, low, gpu, *more)
         held += guides if m is model else 0
         stays.append(held)
         denoise = max(denoise, kept + held + passing)
         kept += 0 if low else held
-    decode = vae + _DECODER[gpu] * wider * numbers(drawn) + (0 if low else stays[0])
+    decode = vae + _DECODER[gpu] * wider * _pixels(workload, drawn) + (0 if low else stays[0])
+    if request.upscaler is not None:
+        decode = max(decode, (0 if low else vae + stays[0]) + upscaling(gpu))
     return Peaks(int(encode), int(denoise), int(decode))
+
+
+def _of_two_passes(workload: Workload, gpu: bool) -> Peaks:
+    """Of a request with `hires`. The second pass takes one picture at a time, and reads no prompt; while it encodes,
+    the denoiser is held."""
+    model, low = workload.model, workload.low_memory
+    second = replace(workload, request=replace(model.second_pass(workload.request), count=1), pictures=())
+    first, again = peaks(workload.but(hires=None), gpu), peaks(second, gpu)
+    held = 0 if low else _weights(model, model.family.denoiser).held
+    encode = _encodes(second, second.request.width * second.request.height, gpu)
+    return Peaks(
+        max(first.encode, int(encode + held)), max(first.denoise, again.denoise), max(first.decode, again.decode)
+    )
+
+
+def _encodes(workload: Workload, pixels: int, gpu: bool) -> float:
+    """Bytes of the VAE while it encodes a picture."""
+    return _weights(workload.model, "vae").held + _ENCODER[gpu] * _pixels(workload, pixels)
+
+
+def _pixels(workload: Workload, pixels: int) -> float:
+    """Bytes of one map of the VAE's first level."""
+    model, config = workload.model, workload.model.components["vae"]
+    pixels = min(pixels, (TILE * factor(config.channels)) ** 2) if workload.low_memory else pixels
+    return pixels * config.channels[0] * _item(model, "vae")
+
+
+def upscaling(gpu: bool) -> float:
+    """Bytes of a published upscaler while it enlarges a tile."""
+    return _UPSCALER[gpu] * upscale_tile(gpu) ** 2
+
+
+def upscale_tile(gpu: bool) -> int:
+    """Pixels along the edge of an enlarged tile."""
+    return 1024 if gpu else 512
 
 
 def _reads(model: Description, request: Request) -> float:
@@ -112,10 +157,13 @@ def _reading(model: Description, name: str) -> int:
     return int(tokens * (wide * config.hidden + scores * config.heads * tokens) * _item(model, name))
 
 
-def _draws(model: Description, request: Request, low: bool, gpu: bool, references: int) -> tuple[float, float]:
+def _draws(
+    model: Description, request: Request, low: bool, gpu: bool, references: int, tokens: int
+) -> tuple[float, float]:
     """Bytes that stay (the denoiser and its prepared conditions), and bytes of the activations of one step.
-    references: pixels of the pictures to edit, which each sample reads beside its own."""
-    name, text, passes = model.family.denoiser, model.text.tokens, model.passes(request)
+    references: pixels of the pictures to edit, which each sample reads beside its own; tokens: those of reference
+    pictures, which it reads beside the text's."""
+    name, text, passes = model.family.denoiser, model.text.tokens + tokens, model.passes(request)
     weights, samples, item = _weights(model, name), request.count * passes, _item(model, name)
     prepared = (weights.of_step * request.steps + weights.of_word * text) * samples
     if passes == 2 and not low:  # both halves run as one batch, and the prompt alone in unguided steps
@@ -134,6 +182,17 @@ def _guides(model: Description, network: build.Config | int, request: Request, l
     weights = _counted(model.family.name, name, network, model.recipe)
     samples = request.count * (model.passes(request) + (0 if low else 1))
     return weights.held + weights.of_word * model.text.tokens * samples * _item(model, name)
+
+
+def _sees(model: Description, reader: Reader) -> float:
+    """Bytes of a vision model and an adapter while they read a picture."""
+    item = recipe.DTYPES[model.recipe.dtype].size
+    if isinstance(reader.networks, int):
+        return reader.networks * item / 2
+    held = sum(math.prod(shape) for network in reader.networks for shape in _built(network)[1].values())
+    sees, (wide, scores) = reader.networks[0], _READ["vision"]
+    passing = sees.tokens * (wide * sees.hidden + scores * sees.heads * sees.tokens)
+    return (held + passing) * item
 
 
 class Weights(NamedTuple):

@@ -75,7 +75,7 @@ def check(request: Request | None, model: Description, taken: Taken | None = Non
     mask = canvas(model.fill(request, taken.sizes), taken).latents(model.factor)
     if not mask.any():
         raise Error("The mask is black, or too thin: nothing would be drawn anew.", "Paint what to draw anew white.")
-    if "masked" in model.row.reads and mask.all():
+    if model.row.inpaints and mask.all():
         problem = f"The mask is white everywhere, so {model.name} would see nothing of the picture."
         raise Error(problem, "Leave a part of it black.")
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,15 +30,18 @@ from . import (
 )
 from .arguments import check_options
 from .attached import Attached
+from .errors import Error
 from .guides import steps_on
 from .models.controlnet import controlled
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
+from .references import extended, sides
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
 from .start import Start, Starts
+from .upscale import Upscaler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,10 +91,12 @@ def load(
     from . import store
 
     def check(model: description.Description, **others) -> None:
-        others |= {"beside": attached.beside(request, model)}
+        others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
         attached.check(loras, embeddings, request, model)
         pictures.check(request, model)
+        if request is not None and request.upscaler is not None and store.local(request.upscaler) is not None:
+            Upscaler(request.upscaler, offline=True)  # one that is wrong is refused here
 
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype), check)
@@ -132,6 +137,7 @@ class Pipeline:
         self.attached = Attached(networks.folder, networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
+        self._upscaler: Upscaler | None = None  # the last one
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
         self.starts = Starts(networks, low_memory)
 
@@ -159,8 +165,10 @@ class Pipeline:
     def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
-        full = self.starts.resolve(self.attached.resolve(asked(prompt, settings)))
-        self.attached.check_size(full)
+        request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
+        full = self.starts.resolve(request)
+        for drawn in (full, *([] if full.hires is None else [self.description.second_pass(full)])):
+            self.attached.check_size(drawn)
         return full
 
     def workload(self, request: Request) -> memory.Workload:
@@ -168,7 +176,8 @@ class Pipeline:
         refiner = None if self.refiner is None else self.refiner.description
         sizes = self.starts.pictures(request).sizes
         beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
-        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside)
+        readers = tuple(self.attached.references.reader(guide).workload for guide in request.references)
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -194,9 +203,57 @@ class Pipeline:
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to use in place of the seed's first
         noise."""
-        model = self.description
         if not self.force:
             advice.check(self.workload(request))
+        if request.hires is not None:
+            yield from self._two_passes(request, given)
+            return
+        for event in self._pass(request, given):
+            if event.image is None or request.upscaler is None:
+                yield event
+            else:
+                yield event._replace(image=None)
+                yield from self._upscale(request, event.image)
+
+    def _two_passes(self, request: Request, given: np.ndarray | None) -> Iterator[Event]:
+        """Draw, enlarge, and draw on, one picture at a time: each equals what it gives by the commands one by one."""
+        drawn = []
+        for event in self._pass(replace(request, hires=None, upscaler=None), given):
+            drawn += [] if event.image is None else [event.image]
+            yield event._replace(image=None)
+        for i, (picture, single) in enumerate(zip(drawn, request.singles(), strict=True)):
+            second = self.description.second_pass(single)
+            if request.upscaler is not None:
+                for event in self._upscale(request, picture):
+                    picture = picture if event.image is None else event.image
+                    yield event._replace(image=None, hires=i)
+            picture = picture.resize((second.width, second.height), Image.Resampling.LANCZOS)
+            for event in self._pass(replace(second, image=picture)):
+                yield event._replace(hires=i)
+
+    def _upscale(self, request: Request, image: Image.Image) -> Iterator[Event]:
+        for tile in self._open_upscaler(request).tiles(image):
+            yield Event("upscale", tile.done, tile.tiles, tile.seconds, image=tile.image)
+
+    def _upscaled(self, request: Request) -> Request:
+        """The request with the fingerprint of its upscaler, which is opened here, before the work."""
+        request.check_hires()
+        if request.upscaler is None:
+            return request
+        found = self._open_upscaler(request).hash
+        if request.upscaler_hash not in (None, found):
+            problem = f"The upscaler {request.upscaler} is not the one that these settings name."
+            raise Error(problem, "Give that file as `upscaler=FILE`.")
+        return replace(request, upscaler_hash=found)
+
+    def _open_upscaler(self, request: Request) -> Upscaler:
+        if self._upscaler is None or self._upscaler.name != str(request.upscaler):
+            self._upscaler = Upscaler(request.upscaler, offline=self.attached.offline)
+        return self._upscaler
+
+    def _pass(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
+        """One pass of a resolved request."""
+        model = self.description
         if self.low_memory:
             mx.set_cache_limit(_LOW_MEMORY_CACHE)
         self.networks.adapt(self.attached.adapters(request))
@@ -206,9 +263,10 @@ class Pipeline:
         steps = model.taken(request)
         sigmas = whole[-1 - steps :]
         parts = [(self, sigmas)] if self.refiner is None else self._hand_over(request, schedule, sigmas)
-        texts = []
+        texts, seen = [], (yield from self.attached.references.see(request, self.attached.picture))
         for pipe, _ in parts:
             texts.append((yield from pipe.texts(request)))
+        texts[0] = extended(texts[0], request.references, seen)
 
         draw = self.noise(request)
         hints = yield from self.starts.controls(request, self.attached.encoded(request), draw)
@@ -217,9 +275,9 @@ class Pipeline:
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            read = start if pipe is self else None
+            read, shown = (start, sides(request.references, seen)) if pipe is self else (None, [])
             asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
-            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read)
+            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, shown)
             if start.mask is not None:
                 denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
@@ -302,10 +360,11 @@ class Pipeline:
         texts: list,
         sigmas: list[float],
         start: Start | None = None,
+        shown: Sequence[conditioning.Sides] = (),
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
-        run starts with."""
+        run starts with; shown: what IP-Adapters give."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -320,14 +379,14 @@ class Pipeline:
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
         references, beside = ((), None) if start is None else (start.references, start.beside)
-        conds = conditioning.prepare(model, source, request, ts, texts, both, references)
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references, shown)
         del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
         # all of its conditions, not once for each layer.
         for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
             mx.eval(part)
-        for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas, start)).items():
+        for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas, start, conds)).items():
             conds[side]["controls"] = controls
         begin, end = (f * request.steps for f in request.skip_interval)  # both ends are excluded, as in diffusers
         return guidance.denoiser(
@@ -353,18 +412,18 @@ class Pipeline:
         texts: list,
         sigmas: list[float],
         start: Start | None,
+        sides: Collection[str],
     ) -> Iterator[Event]:
-        """What the networks that guide add to the conditions: each side's Controls. sigmas: those of the whole run."""
+        """What the networks that guide add to the conditions of each side. sigmas: those of the whole run."""
         latents = iter(() if start is None else start.hints)
-        sides, taken = {}, self.description.taken(request)
+        added, taken = {}, self.description.taken(request)
         for path in self.attached.networks(request):
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
         for guides in self.attached.together(request.controls):
-            net, both = self.attached.network(guides[0]), not self.low_memory
-            on = steps_on(guides[0].interval, taken)
+            net, on = self.attached.network(guides[0]), steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
             if net.config.reads_latents:
@@ -372,11 +431,11 @@ class Pipeline:
             else:
                 cut = [self.starts.aligned(request, self.attached.picture(guide)) for guide in guides]
                 hints = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
-            found = conditioning.control(self.description, net, guides, request, hints, ts, texts, both, times)
+            found = conditioning.control(self.description, net, guides, request, hints, ts, texts, sides, times)
             for side, control in found.items():
                 mx.eval(vars(control))
-                sides.setdefault(side, []).append(control)
-        return sides
+                added.setdefault(side, []).append(control)
+        return added
 
     def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""

@@ -23,7 +23,9 @@ MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools
 MAX_EDGE = 16384
 MAX_SCALE = 10  # of a LoRA
 MAX_BLUR = 256
+MAX_HIRES = 8  # times
 STRENGTH = 0.6
+OUTPAINT = 0.8  # the strength beside what `outpaint` adds, which begins as the stretched edge of the picture
 ALPHA = "alpha"  # as a mask: what is transparent in the start image
 
 Guides = tuple[Guide, ...] | list[Guide | Picture | tuple]
@@ -69,8 +71,8 @@ class Request:
     image: the start image, a path or a PIL image; for a model that edits, what to edit: an image, or a list of several.
     A PNG stores the paths as they were typed, never the pixels.
     image_hash: a fingerprint of each image, set by `Pipeline.resolve`: a replay needs the same images.
-    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; with
-    `outpaint`, or a model made for inpainting, 1.
+    strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; 0.8
+    with `outpaint`; 1 for a model that was made for inpainting.
     mask: where the start image is drawn anew: a picture of the same shape, white there and black elsewhere; or "alpha":
     where the start image is transparent.
     mask_hash: a fingerprint of the mask, as for the image.
@@ -85,6 +87,11 @@ class Request:
     embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
     "moss.safetensors=<moss>". None stands for those that the model was loaded with.
     embedding_hashes: fingerprints of these files, as for LoRA.
+    hires: draw in two passes: the picture as it is without this, then that picture, enlarged, as a start image with the
+    same seed. How many times to enlarge its edges, or a pair of that and the strength of the second pass: (2, 0.5).
+    upscaler: the network that enlarges: a name of `mlxdiff upscale --help` or a .safetensors file. With `hires` it
+    enlarges before the second pass, where otherwise a filter (Lanczos) does; else it enlarges the finished picture.
+    upscaler_hash: a fingerprint of its file, set by `Pipeline.resolve`: a replay needs the same file.
     controls: pictures that the drawing follows line by line, each with the network that reads it (ControlNet): a list
     of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
     and to.
@@ -126,15 +133,21 @@ class Request:
     lora_hashes: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
     embedding_hashes: tuple[str, ...] = ()
+    hires: float | tuple[float, ...] | None = None
+    upscaler: str | Path | None = None
+    upscaler_hash: str | None = None
     controls: Guides = ()
     references: Guides = ()
     guess: bool = False
     noise: str = "torch"
 
     def __post_init__(self):
-        """One spelling for each number of pictures: None, the picture alone, or a tuple of several; and for guides."""
+        """One spelling for each number of pictures: None, the picture alone, or a tuple of several; and for hires and
+        guides."""
         object.__setattr__(self, "controls", guides(self.controls, "control"))
         object.__setattr__(self, "references", guides(self.references, "reference"))
+        if isinstance(self.hires, int | float):
+            object.__setattr__(self, "hires", (self.hires,))
         for name in ("image", "image_hash"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -144,6 +157,7 @@ class Request:
         """The request with other settings. Fingerprints of files that these replace are dropped."""
         files = {"image_hash": {"image"}, "mask_hash": {"mask", "image"}}
         files |= {"lora_hashes": {"loras"}, "embedding_hashes": {"embeddings"}}
+        files |= {"upscaler_hash": {"upscaler"}}
         dropped = {f.name: f.default for f in fields(self) if files.get(f.name, set()) & settings.keys()}
         return replace(self, **dropped | settings)
 
@@ -195,6 +209,9 @@ class Request:
             eta=_first(self.eta, samplers.SAMPLERS[sampler].eta),
             strength=_first(self.strength, None if self.image is None else strength),
         )
+        full.check_hires()
+        if full.hires is not None:
+            full = replace(full, hires=(*full.hires, STRENGTH)[:2])
         full.check(multiple)
         return full
 
@@ -291,6 +308,20 @@ class Request:
             raise Error(f"{name.split('=')[0]} has no meaning without a mask.", f"Leave `{name}` out, or add a mask.")
         if self.mask_crop is not None and any(self.outpaint):
             raise Error("mask_crop draws a part, outpaint adds to the whole.", "Leave `mask_crop` or `outpaint` out.")
+
+    def check_hires(self) -> None:
+        """Raise unless hires is one or two numbers in range, and the upscaler a name or a path."""
+        if self.hires is not None:
+            if not isinstance(self.hires, tuple | list) or len(self.hires) not in (1, 2):
+                fix = "Give how many times to enlarge, or that and a strength, such as (2, 0.5)."
+                raise Error(f"hires {reprlib.repr(self.hires)} is not one or two numbers.", fix)
+            _number("hires", self.hires[0], 1, MAX_HIRES)
+            if len(self.hires) > 1:
+                _number("the strength of hires", self.hires[1], 0, 1)
+        if not isinstance(self.upscaler, str | Path | None):
+            raise Error(f"The upscaler is {type(self.upscaler).__name__}, not a name or a path.", "Give text.")
+        if self.upscaler_hash is not None and self.upscaler is None:
+            raise Error("These settings need an upscaler, and none was given.", "Give it as `upscaler=FILE`.")
 
     def check_adapters(self) -> None:
         """Raise unless the LoRAs and the embeddings are lists of texts, before their files are read."""
@@ -392,6 +423,9 @@ class Settings(TypedDict, total=False):
     lora_hashes: tuple[str, ...]
     embeddings: tuple[str, ...] | None
     embedding_hashes: tuple[str, ...]
+    hires: float | tuple[float, ...] | None
+    upscaler: str | Path | None
+    upscaler_hash: str | None
     controls: Guides
     references: Guides
     guess: bool

@@ -15,17 +15,19 @@ _SHOWN = 40  # characters of the prompt in a repr
 
 
 class Event(NamedTuple):
-    """One event of a run. The stages in order: encode, load, denoise (one event a step), decode (one event a picture).
-    Each stage starts with an event of step 0, so that a viewer knows what the run is waiting for."""
+    """One event of a run. The stages in order: encode, load, denoise (one event a step), decode (one event a picture),
+    and upscale (one event a tile) if there is an upscaler. With `hires`, all of them again for each picture. Each stage
+    starts with an event of step 0, so that a viewer knows what the run is waiting for."""
 
     stage: str
     step: int  # 1-based, of `steps` in this stage
     steps: int
     seconds: float  # how long this step took
     x0: np.ndarray | None = None  # denoise: the predicted clean latents so far, (B, h, w, c)
-    image: Image.Image | None = None  # decode: the finished picture
+    image: Image.Image | None = None  # decode or upscale: the finished picture
     x: np.ndarray | None = None  # denoise: the noisy latents after this step, and their noise level
     sigma: float | None = None
+    hires: int | None = None  # in the second pass of `hires`: which picture of the request this is, from 0
 
 
 @dataclass(frozen=True, repr=False)

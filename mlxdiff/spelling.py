@@ -20,6 +20,7 @@ FLAGS = {
     "output": "-o",
     "references": "--reference",
     "seed": "-s",
+    "upscaler": "--upscale",
     "width": "-W",
 }
 # Settings with a value that a flag without a value stands for.

@@ -49,7 +49,8 @@ class Starts:
     def pictures(self, request: Request) -> pictures.Taken:
         """The pictures of a resolved request."""
         held = self._taken is not None and self._taken[0] == (request.hashes, request.mask_hash)
-        return self._taken[1] if held else pictures.read(request)
+        known = len(request.hashes) == len(request.pictures)  # a second pass begins with a picture that is in no file
+        return self._taken[1] if held and known else pictures.read(request)
 
     def aligned(self, request: Request, picture: Image.Image) -> Image.Image:
         """A control picture of the size that is drawn, cut as the start image is."""
@@ -76,7 +77,7 @@ class Starts:
             return Start(x, references=() if request.image is None else (yield from self._edited(request)))
         canvas = pictures.canvas(request, self.pictures(request))
         afresh = request.masked and request.strength == 1  # the start image is in what the network reads, or outside
-        needed = {"image": not (afresh and row.reads), "masked": "masked" in row.reads}
+        needed = {"image": not (afresh and row.inpaints), "masked": row.inpaints}
         wanted = [what for what in noises if needed.get(what)]
         samples = [partial(_sample, noise=noises[what]) for what in wanted]
         latents = yield from self._encode([canvas.pixels[what] for what in wanted], samples)
@@ -85,7 +86,7 @@ class Starts:
         if not request.masked:
             return Start(x)
         finish, mask = partial(canvas.finish, keep=request.keep), mx.array(canvas.latents(self.model.factor))
-        if not row.reads:
+        if not row.inpaints:
             return Start(x, mask, z["image"], lambda s: schedule.noised(z["image"], noise, s), finish=finish)
         parts = z | {"mask": mask, "tiles": mx.array(canvas.tiles(self.model.factor))}
         wide = [mx.broadcast_to(parts[name], (*x.shape[:3], parts[name].shape[-1])) for name in row.reads]

@@ -60,3 +60,22 @@ def seal_again(folder: Path) -> None:
     values["seal"] = seal.of(folder, lambda done, total: None)
     values["hash"] = description.hash_of(values)
     file.write_text(json.dumps(values), encoding="utf-8")
+
+
+def esrgan(fold: int, width: int, growth: int, blocks: int, doublings: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights of an upscaler by BasicSR's names, of the scale that keeps what they are given."""
+    rng, held = np.random.default_rng(seed), {}
+
+    def conv(name: str, c_in: int, c_out: int) -> None:
+        held[f"{name}.weight"] = rng.standard_normal((c_out, c_in, 3, 3), np.float32) * (9 * c_in) ** -0.5
+        held[f"{name}.bias"] = 0.3 * rng.standard_normal(c_out, np.float32)
+
+    conv("conv_first", 3 * fold**2, width)
+    for b in range(blocks):
+        for d in (1, 2, 3):
+            for i in range(5):
+                conv(f"body.{b}.rdb{d}.conv{i + 1}", width + i * growth, growth if i < 4 else width)
+    for name in ("conv_body", *(f"conv_up{i + 1}" for i in range(doublings)), "conv_hr"):
+        conv(name, width, width)
+    conv("conv_last", width, 3)
+    return held

@@ -21,25 +21,26 @@ from nbformat.sign import NotebookNotary
 
 from mlxdiff.console import install
 from mlxdiff.errors import Error
-from mlxdiff.widgets import app, lessons
+from mlxdiff.widgets import app, lab, lessons
 from tests.test_imports import ROOT
 
 
-def test_without_jupyterlab_it_says_what_to_install_and_writes_nothing(tmp_path):
-    code = "import sys; sys.modules['jupyterlab'] = None\n"
-    code += "from mlxdiff.__main__ import main; sys.exit(main(['studio']))"
+@pytest.mark.parametrize(("module", "flags"), [("jupyterlab", "'studio', '--lab'"), ("tornado", "'studio'")])
+def test_without_its_packages_it_says_what_to_install_and_writes_nothing(tmp_path, module, flags):
+    code = f"import sys; sys.modules['{module}'] = None\n"
+    code += f"from mlxdiff.__main__ import main; sys.exit(main([{flags}]))"
     env = {"PYTHONPATH": str(ROOT), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"mlxdiff studio: jupyterlab is not installed. Install it with: {install('studio')}\n"
+    assert done.stderr == f"mlxdiff studio: {module} is not installed. Install it with: {install('studio')}\n"
     assert not list(tmp_path.iterdir())
 
 
 def test_a_new_notebook_is_valid_and_its_cell_makes_a_studio(tmp_path):
-    book = app._notebook(tmp_path / "new.ipynb", "sdxl")
+    book = lab._notebook(tmp_path / "new.ipynb", "sdxl")
     nbformat.validate(book)
-    assert "Studio('sdxl')" in app._cell(book, tmp_path).source
-    assert "Studio()" in app._cell(app._notebook(tmp_path / "new.ipynb", None), tmp_path).source
+    assert "Studio('sdxl')" in lab._cell(book, tmp_path).source
+    assert "Studio()" in lab._cell(lab._notebook(tmp_path / "new.ipynb", None), tmp_path).source
     for cell in book.cells:
         if cell.cell_type == "code":
             compile(cell.source, "cell", "exec")
@@ -47,21 +48,21 @@ def test_a_new_notebook_is_valid_and_its_cell_makes_a_studio(tmp_path):
 
 def test_a_notebook_that_is_there_keeps_what_its_owner_wrote(tmp_path):
     path = tmp_path / "mine.ipynb"
-    book = app._notebook(path, None)
+    book = lab._notebook(path, None)
     book.cells.append(nbformat.v4.new_code_cell("mine = 1"))
-    app._write(book, path)
-    assert app._notebook(path, None).cells == book.cells
-    named = app._notebook(path, "folder/model")
-    assert "Studio('folder/model')" in app._cell(named, path).source
+    lab._write(book, path)
+    assert lab._notebook(path, None).cells == book.cells
+    named = lab._notebook(path, "folder/model")
+    assert "Studio('folder/model')" in lab._cell(named, path).source
     assert named.cells[-1].source == "mine = 1"
 
 
 FOREIGN = {
     "code of its own": ("import os; os.system('touch ran')", []),
-    "code behind ours": (app.CELL.format(model="") + "\nimport os", []),
-    "code in the model's name": (app.CELL.format(model="'a'); import os; ('b'"), []),
+    "code behind ours": (lab.CELL.format(model="") + "\nimport os", []),
+    "code in the model's name": (lab.CELL.format(model="'a'); import os; ('b'"), []),
     "ours with a foreign output elsewhere": (
-        app.CELL.format(model=""),
+        lab.CELL.format(model=""),
         [nbformat.v4.new_output("display_data", {"text/html": "<script>1</script>"})],
     ),
 }
@@ -76,16 +77,16 @@ def test_a_notebook_of_somebody_else_is_neither_run_nor_signed(tmp_path, monkeyp
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     before = path.read_bytes()
     with pytest.raises(Error, match="would run unasked"):
-        app._notebook(path, None)
+        lab._notebook(path, None)
     assert path.read_bytes() == before
     book = nbformat.read(path, as_version=4)
     NotebookNotary().sign(book)  # as JupyterLab does when its owner saves it
-    assert app._notebook(path, None).cells == book.cells
+    assert lab._notebook(path, None).cells == book.cells
 
 
 def test_a_notebook_is_called_one(tmp_path):
     with pytest.raises(Error, match=r"Call it notes\.ipynb"):
-        app.studio(tmp_path / "notes.txt", None, browser=False)
+        lab.studio(tmp_path / "notes.txt", None, browser=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -105,9 +106,9 @@ def test_a_notebook_elsewhere_finds_a_file_that_was_named_from_here(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.safetensors").write_bytes(b"")
     for name in ("mine.safetensors", "storybook", "org/repo"):
-        assert app._name_in(tmp_path, name) == name
-    assert app._name_in(tmp_path / "books", "mine.safetensors") == str(tmp_path / "mine.safetensors")
-    assert app._name_in(tmp_path / "books", "storybook") == "storybook"
+        assert lab._name_in(tmp_path, name) == name
+    assert lab._name_in(tmp_path / "books", "mine.safetensors") == str(tmp_path / "mine.safetensors")
+    assert lab._name_in(tmp_path / "books", "storybook") == "storybook"
 
 
 @pytest.mark.parametrize("text", ["not json", "[]", '{"nbformat": 99}'])
@@ -115,14 +116,14 @@ def test_what_is_no_notebook_is_one_line(tmp_path, text):
     path = tmp_path / "bad.ipynb"
     path.write_text(text)
     with pytest.raises(Error, match="cannot be read"):
-        app._notebook(path, None)
+        lab._notebook(path, None)
 
 
 def test_a_notebook_without_code_is_refused(tmp_path):
     path = tmp_path / "prose.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# hello")]), path)
     with pytest.raises(Error, match="has no code"):
-        app._notebook(path, None)
+        lab._notebook(path, None)
 
 
 def test_lessons_are_copied_once_and_a_readers_changes_stay(tmp_path):
@@ -172,12 +173,12 @@ def started(tmp_path):
     browser.chmod(0o755)
     env = os.environ | {"PYTHONPATH": str(ROOT), "BROWSER": str(browser), "IPYTHONDIR": str(tmp_path / "ipython")}
     env |= {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    code = "import sys; from mlxdiff.widgets import app; from pathlib import Path\n"
-    code += "sys.exit(app.studio(Path('studio.ipynb').resolve(), None, True))"
+    code = "import sys; from mlxdiff.widgets import lab; from pathlib import Path\n"
+    code += "sys.exit(lab.studio(Path('studio.ipynb').resolve(), None, True))"
     (tmp_path / "books").mkdir()
-    book = app._notebook(tmp_path / "books" / "studio.ipynb", None)
-    app._cell(book, tmp_path).source = "print('hello')"
-    app._write(book, tmp_path / "books" / "studio.ipynb")
+    book = lab._notebook(tmp_path / "books" / "studio.ipynb", None)
+    lab._cell(book, tmp_path).source = "print('hello')"
+    lab._write(book, tmp_path / "books" / "studio.ipynb")
     with pytest.MonkeyPatch.context() as patch:  # as if this user's Jupyter had saved it
         patch.setenv("JUPYTER_DATA_DIR", env["JUPYTER_DATA_DIR"])
         NotebookNotary().sign(book)

@@ -150,7 +150,7 @@ BAD = {
     "NaN": ({"controls": [("NAN", "E")]}, "has numbers that are NaN or infinite"),
     "no step": ({"controls": [("NET", "E", 1, 0.3, 0.4)]}, "The control interval 0.3 to 0.4 holds none of 4 steps."),
     "no guidance": ({"controls": [("NET", "E")], "guess": True, "guidance": 1.0}, "guess leaves the negative prompt's"),
-    "a reference": ({"references": ["E"]}, "takes no reference"),
+    "a reference": ({"references": ["E"]}, "has no network that reads it"),
 }
 
 

@@ -254,7 +254,8 @@ BAD = {
     "settings from no picture": (["--from-image", "binary.txt"], "binary.txt"),
     "not a number": (["x", "--steps", "many"], "many"),
     "unknown flag": (["x", "--stepz", "3"], "no flag --stepz. Did you mean --steps?"),
-    "a VAE for the built-in model": (["x", "-m", "storybook", "--vae", "binary.txt"], "no --vae. Leave --vae out."),
+    "a VAE that is none": (["x", "-m", "storybook", "--vae", "binary.txt"], "not a .safetensors or .gguf file"),
+    "T5 for a U-Net": (["x", "-m", "storybook", "--t5", "binary.txt"], "takes no --t5"),
     "bits unknown": (["x", "-q", "7"], "7"),
     "dtype unknown": (["x", "--dtype", "float8"], "float8"),
 }

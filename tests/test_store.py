@@ -85,7 +85,7 @@ def test_our_own_folder_is_used_in_place(cache, tmp_path):
     for wrong in ({"bits": 8}, {"dtype": "float32"}, {"prediction": "v"}):
         with pytest.raises(Error, match="is already converted, with"):
             store.resolve(ours, **wrong)
-    with pytest.raises(Error, match=r"its vae cannot be replaced\. Leave vae out\."):
+    with pytest.raises(Error, match=r"its vae cannot be replaced\. Leave vae out;"):
         store.resolve(ours, parts={"vae": "vae.safetensors"})
 
 

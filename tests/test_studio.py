@@ -15,7 +15,7 @@ from mlxdiff import advice, families, images, samplers, schedules
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
-from mlxdiff.widgets import Studio, controls, gallery
+from mlxdiff.widgets import Studio, controls, gallery, settings
 from mlxdiff.widgets.view import line
 from mlxdiff.widgets.worker import Cancelled, Update, Worker
 from tests import fakes
@@ -158,9 +158,9 @@ def test_an_unknown_setting_is_named(tmp_path):
 @pytest.mark.parametrize("name", families.MODELS)
 def test_presets_of_named_models_are_valid_requests(name):
     row = families.MODELS[name]
-    for values in controls.presets(row.defaults).values():
+    for values in settings.presets(row.defaults).values():
         Request("x", **values).resolve(row.defaults, ("euler", "leading"), "leading", 1, 8)
-    assert ("quick" in controls.presets(row.defaults)) == (row.defaults.steps >= 10)
+    assert ("quick" in settings.presets(row.defaults)) == (row.defaults.steps >= 10)
 
 
 def test_naming_a_model_brings_its_defaults(studio):
@@ -189,8 +189,8 @@ def test_what_a_model_ignores_is_disabled_with_the_reason(studio):
     studio.guidance = 1.1
     assert not studio.controls.negative.disabled
     one = fakes.describe("LCM", "lcm")
-    assert "one pass" in controls.ignored(one, 7.5, true_cfg=1.0)["negative"]
-    assert controls.ignored(one, 1.0, true_cfg=2.0) == {}
+    assert "one pass" in settings.ignored(one, 7.5, true_cfg=1.0)["negative"]
+    assert settings.ignored(one, 1.0, true_cfg=2.0) == {}
 
 
 def test_words_that_the_built_in_model_does_not_know_are_named(studio):
@@ -218,7 +218,7 @@ def test_rectified_flow_has_samplers_and_schedules_of_its_own(studio):
     assert (studio.sampler, studio.controls.sampler.value, studio.more) == ("heun", "heun", {"clip_skip": 2})
     studio._learn(fakes.describe("SD"))
     assert "dpmpp_sde" in [v for _, v in studio.controls.sampler.options]
-    for preset in controls.presets(families.FAMILIES["flux"].defaults).values():
+    for preset in settings.presets(families.FAMILIES["flux"].defaults).values():
         assert preset["sampler"] is None or samplers.SAMPLERS[preset["sampler"]].flow is not None
 
 

@@ -1,78 +1,21 @@
-"""The settings as controls, the presets, which settings a model ignores, and how a comparison's values are read."""
+"""The settings as controls, and how a comparison's values are read."""
 
 import html
 from collections.abc import Callable
-from dataclasses import fields
 
 import ipywidgets as w
 import traitlets as t
 
-from .. import builtin, dialects, samplers, schedules
-from ..description import Description
+from .. import builtin, samplers, schedules
 from ..errors import Error
-from ..families import MODELS, Defaults
-from ..families.base import SECOND_PASS
-from ..request import MAX_SEED, Request
+from ..families import MODELS
+from ..recipe import BITS
+from ..request import MAX_SEED
+from .known import MULTIPLE, SHAPES, Known
+from .settings import FIELDS, ignored, presets
 from .start_picture import StartPicture
 
-# The Request fields that have a control, each with the type that reads a value of a comparison from text.
-FIELDS: dict[str, Callable] = {
-    "seed": int,
-    "steps": int,
-    "guidance": float,
-    "sampler": str,
-    "schedule": str,
-    "width": int,
-    "height": int,
-    "strength": float,
-    "prompt": str,
-    "negative": str,
-}
-MULTIPLE = 64  # pixels: until a model is open, edges are multiples of this, which suits every model
 _ANOTHER = ""
-_QUICK, _FINE = 0.4, 2.0  # times the model's default number of steps
-
-
-def presets(defaults: Defaults) -> dict[str, dict]:
-    """What the three buttons set. A model made for a few steps has only the standard settings."""
-    standard = {
-        "steps": defaults.steps,
-        "guidance": defaults.guidance,
-        "width": defaults.size,
-        "height": defaults.size,
-        "sampler": None,
-        "schedule": None,
-    }
-    if defaults.steps < 10:
-        return {"standard": standard}
-    solver = {"sampler": "dpmpp_2m"}  # it is of second order, and every family can use it
-    return {
-        "quick": standard | solver | {"steps": round(defaults.steps * _QUICK)},
-        "standard": standard,
-        "fine": standard | solver | {"steps": round(defaults.steps * _FINE)},
-    }
-
-
-def ignored(model: Description | None, guidance: float, true_cfg: float) -> dict[str, str]:
-    """The controls that change nothing now, with the reason. FLUX takes a second pass if true_cfg is above 1."""
-    one_pass = model is not None and model.guidance != SECOND_PASS
-    if one_pass and true_cfg <= 1:
-        return {"negative": f"{model.name} draws in one pass: it has no place for a negative prompt."}
-    if guidance <= 1 and not one_pass:
-        return {"negative": "Not used at guidance 1 or below: nothing is subtracted there."}
-    return {}
-
-
-def unusual(request: Request, model: Description | None) -> dict:
-    """The request's fields that have no control and whose value is not the default."""
-    plain, defaults = Request(""), {}
-    if model is not None:
-        defaults["clip_skip"] = model.family.clip_skip
-    if request.sampler is not None:
-        defaults["eta"] = samplers.SAMPLERS[dialects.sampler(request.sampler)[0]].eta
-    shown = (*FIELDS, "count", "image", "image_hash")
-    others = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
-    return {n: v for n, v in others.items() if v not in (getattr(plain, n), defaults.get(n))}
 
 
 def values(name: str, text: str) -> list:
@@ -97,6 +40,7 @@ class Controls(w.VBox):
         self.prompt = w.Textarea(description="Prompt", rows=3, layout=wide, placeholder="What to draw")
         self.negative = w.Textarea(description="Negative prompt", rows=2, layout=wide, placeholder="What to keep away")
         self.why = w.HTML().add_class("mlxdiff-why")
+        self.words = Words()
         self.start_picture = StartPicture()
         self.strength = self.start_picture.strength
         self.generate = w.Button(description="Generate", tooltip="Draw this (Ctrl+Enter)", button_style="primary")
@@ -121,16 +65,23 @@ class Controls(w.VBox):
         self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=MULTIPLE, layout=wide)
         self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=MULTIPLE, layout=wide)
         self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=wide)
+        self.shapes = {
+            n: w.Button(description=n, tooltip=f"Set a {n.lower()} size that suits the model") for n in SHAPES
+        }
+        self.memory = Memory()
+        self.bits, self.low_memory = self.memory.bits, self.memory.low_memory
         # A text field, because a browser's numbers lose the last digits of large seeds.
         self.seed = w.Text(description="Seed", continuous_update=False, layout=wide)
-        self.locked = w.ToggleButton(icon="lock", tooltip="Keep this seed for every picture")
-        self.dice = w.Button(icon="random", tooltip="Another seed")
-        self.reuse = w.Button(icon="history", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
+        self.locked = w.ToggleButton(description="Keep", tooltip="Keep this seed for every picture")
+        self.dice = w.Button(description="New", tooltip="Another seed")
+        self.reuse = w.Button(description="Last", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
         self.more = w.HTML().add_class("mlxdiff-why")
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
         self.compare = Compare()
         go = w.HBox([self.generate, self.cancel, self.clear]).add_class("mlxdiff-go")
-        ask = w.VBox([self.prompt, self.negative, self.why, self.start_picture, go]).add_class("mlxdiff-ask")
+        ask = w.VBox([self.prompt, self.words, self.negative, self.why, self.start_picture, go]).add_class(
+            "mlxdiff-ask"
+        )
         settings = w.VBox(
             [
                 self.model,
@@ -141,21 +92,25 @@ class Controls(w.VBox):
                     self.steps,
                     self.guidance,
                     w.HBox([self.sampler, self.schedule]).add_class("mlxdiff-two"),
+                    w.HBox([*self.shapes.values()]).add_class("mlxdiff-presets"),
                     w.HBox([self.width, self.height, self.count]).add_class("mlxdiff-three"),
+                    self.memory,
                 ).add_class("mlxdiff-roomy"),
                 w.HBox([self.seed, self.locked, self.dice, self.reuse]).add_class("mlxdiff-seed"),
                 w.HBox([self.more, self.forget]),
                 _fold("Compare settings", self.compare),
             ]
         ).add_class("mlxdiff-settings")
-        super().__init__([ask, settings])  # in a narrow window the picture comes between the two
+        super().__init__(
+            [ask.add_class("mlxdiff-ask"), settings]
+        )  # in a narrow window the picture comes between the two
         self.add_class("mlxdiff-controls")
         self.generate.add_class("mlxdiff-generate")
         self.compare.draw.add_class("mlxdiff-compare")
 
     def entries(self) -> dict[str, w.Widget]:
         """All controls that a run or a comparison reads."""
-        settings = {n: getattr(self, n) for n in (*FIELDS, "model", "count", "locked")}
+        settings = {n: getattr(self, n) for n in (*FIELDS, "model", "count", "locked", "bits", "low_memory")}
         names = ("rows", "row_values", "columns", "column_values")
         return settings | {n: getattr(self.compare, n) for n in names}
 
@@ -172,28 +127,22 @@ class Controls(w.VBox):
         self.sampler.options = _with_default(fit)
         self.schedule.options = _with_default(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
-    def judge(
-        self,
-        model: Description | None,
-        defaults: Defaults | None,
-        edits: bool,
-        prompt: str,
-        guidance: float,
-        more: dict,
-    ) -> None:
-        """Disable controls that would change nothing now and say why; name the settings that have no control. edits:
-        whether the model edits its pictures."""
+    def judge(self, known: Known, prompt: str, guidance: float, more: dict) -> None:
+        """Disable controls that would change nothing now and say why; name the settings that have no control."""
+        model, edits = known.description, known.edits > 0
         reasons = ignored(model, guidance, more.get("true_cfg", 1.0))
         self.strength.disabled = edits
         if edits and self.start_picture.sizes:
             reasons["strength"] = "This model edits: it takes no strength."
-        if model is not None and model.name == builtin.NAME and (unknown := builtin.notice(prompt)):
+        built_in = model is not None and model.name == builtin.NAME
+        if built_in and (unknown := builtin.notice(prompt)):
             reasons["prompt"] = unknown
+        self.words.layout.display = None if built_in else "none"
         self.negative.disabled = "negative" in reasons
         self.why.value = html.escape(" ".join(reasons.values()))
-        known = {} if defaults is None else presets(defaults)
+        possible = {} if known.defaults is None else presets(known.defaults)
         for name, button in self.presets.items():
-            button.disabled = name not in known
+            button.disabled = name not in possible
         also = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in more.items())
         self.more.value = html.escape(f"Also set: {also}.") if also else ""
         self.forget.layout.display = None if also else "none"
@@ -205,6 +154,7 @@ class Controls(w.VBox):
         for name in ("negative", "sampler", "schedule"):
             _tie(studio, name, getattr(self, name), lambda v: "" if v is None else v, lambda v: v or None)
         _tie(studio, "seed", self.seed, str, _seed)
+        self.memory.bind(studio)
         # The last row of the list asks for another model; nothing changes until one is named.
         _tie(studio, "model", self.model, str, lambda v: studio.model if v == _ANOTHER else v)
         self.model.observe(lambda change: self._ask(change["new"] == _ANOTHER), "value")
@@ -217,6 +167,53 @@ class Controls(w.VBox):
         if model:
             studio.model = model
             self.model.value, self.other.value = studio.model, ""
+
+
+class Words(w.VBox):
+    """The words that the built-in model knows. The page puts one that is clicked at the end of the prompt."""
+
+    def __init__(self):
+        kinds = builtin.vocabulary().items()
+        chips = "".join(f"<p>{kind.title()}</p><div>{''.join(map(_chip, words))}</div>" for kind, words in kinds)
+        self.surprise = w.Button(description="Surprise me", tooltip="A prompt of random words that the model knows")
+        unfold = w.ToggleButton(description="Its words").add_class("mlxdiff-unfold")
+        head = w.HBox([unfold, self.surprise]).add_class("mlxdiff-words-head")
+        super().__init__([head, w.HTML(chips).add_class("mlxdiff-chips")])
+        self.add_class("mlxdiff-words-known")
+
+
+class Memory(w.VBox):
+    """How the weights are held, and how much memory the next picture takes."""
+
+    def __init__(self):
+        ways = [("full precision", ""), *((f"{n} bits" if isinstance(n, int) else n, n) for n in BITS)]
+        self.bits = w.Dropdown(description="Weights", options=ways, tooltip="Fewer bits are smaller, not faster")
+        self.low_memory = w.ToggleButton(description="Low memory", tooltip="Slower, but in less memory")
+        self.fit = w.Button(
+            description="Fit it to this machine", tooltip="Change settings until the next picture fits this machine"
+        )
+        self.need = w.HTML().add_class("mlxdiff-why")
+        rows = [[self.bits, self.low_memory], [self.fit, self.need]]
+        super().__init__([w.HBox(row).add_class("mlxdiff-memory") for row in rows])
+
+    def tell(self, estimate: str) -> None:
+        self.need.value = html.escape(estimate)
+
+    def bind(self, studio: t.HasTraits) -> None:
+        """Tie both controls to the studio's options, which hold more than these two."""
+
+        def show(_=None) -> None:
+            self.bits.value = studio.options.get("bits") or ""
+            self.low_memory.value = bool(studio.options.get("low_memory"))
+
+        def take(name: str, value) -> None:
+            others = {k: v for k, v in studio.options.items() if k != name}
+            studio.options = others | ({name: value} if value else {})
+
+        self.bits.observe(lambda change: take("bits", change["new"]), "value")
+        self.low_memory.observe(lambda change: take("low_memory", change["new"]), "value")
+        studio.observe(show, "options")
+        show()
 
 
 class Compare(w.VBox):
@@ -292,7 +289,11 @@ def _with_default(names) -> list[tuple[str, str]]:
     return [("model's own", ""), *((n, n) for n in names)]  # "", since None would select nothing
 
 
+def _chip(words: str) -> str:
+    return f'<button type="button" class="mlxdiff-chip">{html.escape(words)}</button>'
+
+
 def _fold(title: str, *children: w.Widget) -> w.VBox:
     """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion."""
-    button = w.ToggleButton(description=title, icon="caret-right").add_class("mlxdiff-unfold")
+    button = w.ToggleButton(description=title).add_class("mlxdiff-unfold")
     return w.VBox([button, w.VBox(children)]).add_class("mlxdiff-fold")

@@ -13,6 +13,7 @@ from ..errors import Error
 from ..request import Request
 
 _THUMB = 160  # pixels: the strip shows 80; sharp screens need twice that
+COMPARISON = "compare-"  # how the names of comparisons' files begin
 _CELL = 192  # pixels: the longest edge of a cell while a grid fills; the file has whole pictures
 
 
@@ -47,7 +48,22 @@ class Picture:
         r = self.request
         if self.title:
             return self.title
-        return f"seed {r.seed} · {r.width} × {r.height} · {r.steps} steps of {r.sampler} · guidance {r.guidance:g}"
+        guidance = "" if r.guidance is None else f" · guidance {r.guidance:g}"
+        return f"seed {r.seed} · {r.width} × {r.height} · {r.steps} steps of {r.sampler}{guidance}"
+
+    def words(self) -> list[tuple[str, str]]:
+        """What it was drawn from, each with a name: the prompts, and the pictures that it began with or edited."""
+        r, out = self.request, []
+        if r.prompt:
+            out.append(("Prompt", r.prompt))
+        if r.negative:
+            out.append(("Negative prompt", r.negative))
+        names = [Path(p).name if isinstance(p, str | Path) else "a picture" for p in r.pictures]
+        if names:
+            edited = r.strength is None
+            out.append(("Edited", ", ".join(names)) if edited else ("Start picture", names[0]))
+            out += [] if edited else [("Strength", f"{r.strength:g}")]
+        return out
 
     def _repr_png_(self) -> bytes:
         try:
@@ -115,9 +131,7 @@ class Grid:
 
     def draft(self, cell: tuple[int, int], preview: Image.Image) -> Image.Image:
         """A small version of the grid so far, with a preview in one cell."""
-        edge = max(preview.size)
-        preview = preview.resize([round(v * _CELL / edge) for v in preview.size], Image.Resampling.BICUBIC)
-        return self._render(self._small | {cell: preview})
+        return self._render(self._small | {cell: _fit(preview)})
 
     @property
     def image(self) -> Image.Image:
@@ -144,9 +158,10 @@ class Grid:
                 draw.text((side - size // 2, y + h // 2), text, _INK, font, anchor="rm")
             for j in range(len(self.columns)):
                 x = side + j * (w + gap)
-                draw.rectangle((x, y, x + w - 1, y + h - 1), _EMPTY)
-                if (i, j) in shown:
-                    image = shown[i, j]
+                image = shown.get((i, j))
+                if image is None:
+                    draw.rectangle((x, y, x + w - 1, y + h - 1), _EMPTY)
+                else:
                     out.paste(image, (x + (w - image.width) // 2, y + (h - image.height) // 2))
         return out
 
@@ -158,7 +173,7 @@ class Grid:
     def finish(self, folder: str | Path) -> Picture:
         """Save the grid; the names of its settings name the file."""
         names = [n for n in (self.down, self.across) if n is not None]
-        path = self.save(Path(folder) / f"compare-{'-'.join(names)}.png")
+        path = self.save(Path(folder) / f"{COMPARISON}{'-'.join(names)}.png")
         return replace(self.cells[0, 0], path=path.resolve(), title=f"Comparison of {' and '.join(names)}")
 
     def _repr_png_(self) -> bytes:
@@ -171,9 +186,8 @@ _PAPER, _INK, _EMPTY = "#ffffff", "#222222", "#e8e8ea"
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    out = image.copy()
-    out.thumbnail((_CELL, _CELL))
-    return out
+    """The image with its longer edge as long as a cell."""
+    return image.resize([round(v * _CELL / max(image.size)) for v in image.size], Image.Resampling.BICUBIC)
 
 
 def _label(name: str | None, value) -> str:

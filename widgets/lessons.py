@@ -8,7 +8,7 @@ import mlxdiff
 
 from ..console import Parser, run
 from ..errors import Error
-from .app import lab, needed
+from .lab import lab, needed
 
 FIRST = "00_start.ipynb"
 

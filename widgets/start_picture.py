@@ -11,8 +11,9 @@ from PIL import Image
 
 from .. import images
 from ..errors import Error
-from ..request import Request
 from .gallery import thumbnail
+
+START = "begin-"  # how the names of their files begin
 
 
 class StartPicture(w.HBox):
@@ -37,18 +38,11 @@ class StartPicture(w.HBox):
             what = "The start picture" if not edits else f"Picture {i + 1} to edit"
             shown.append(w.HTML(f'<img alt="{what}" src="data:image/jpeg;base64,{data}">'))
             tooltip = "Begin with noise alone" if not edits else f"Leave picture {i + 1} out"
-            self.remove.append(w.Button(icon="times", tooltip=tooltip))
+            self.remove.append(w.Button(description="Remove", tooltip=tooltip))
             self.remove[i].on_click(lambda _, i=i: self.drop(i))
         pairs = [part for pair in zip(shown, self.remove, strict=True) for part in pair]
         self.children = (*pairs, self.strength)
         self.layout.display = None if pictures else "none"
-
-    def shape(self, size: int, multiple: int) -> dict[str, int]:
-        """Width and height in the start picture's shape, with at most size² pixels; empty if there is none."""
-        if not self.sizes:
-            return {}
-        request = Request("").sized(self.sizes[0], size**2, multiple)
-        return {"width": request.width, "height": request.height}
 
 
 def write_start_picture(data: bytes, folder: Path) -> Path:
@@ -57,7 +51,7 @@ def write_start_picture(data: bytes, folder: Path) -> Path:
         image = images.open_file(io.BytesIO(data))
     except (OSError, Image.DecompressionBombError):
         raise Error("The file cannot be read as a picture.", "Give a PNG, JPEG or WebP file.") from None
-    path = folder / f"begin-{images.fingerprint(images.read(image))}.{image.format.lower()}"
+    path = folder / f"{START}{images.fingerprint(images.read(image))}.{image.format.lower()}"
     part = path.with_suffix(".part")
     part.write_bytes(data)
     return part.replace(path)

@@ -3,6 +3,10 @@
 
 const PART = 4 * 2 ** 20; // bytes of a dropped file in one message: Jupyter's server closes on messages above 10 MiB
 
+const KEYS = [
+  ["Ctrl + Enter", "Generate"], ["Esc", "Cancel"], ["← →", "Walk the history"], ["Drop", "Restore a picture's settings"],
+];
+
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -38,8 +42,8 @@ function render({ model, el }) {
 
   const canvas = h("canvas", { role: "img", "aria-label": "No picture yet" });
   const paint = painter(canvas);
-  const hint = ["Your picture forms here.", h("br"), "Drop one to restore its settings or, if it has none,", h("br"),
-    "to begin with it."];
+  const purpose = h("span");
+  const hint = ["Your picture forms here.", h("br"), "Drop one to restore its settings or, if it has none,", h("br"), purpose];
   const empty = h("p", { class: "mlxdiff-empty" }, ...hint);
   const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas);
 
@@ -50,27 +54,34 @@ function render({ model, el }) {
   const spoken = h("p", { class: "mlxdiff-spoken", role: "status", "aria-live": "polite" });
   const error = h("div", { class: "mlxdiff-error", role: "alert" });
 
+  const words = h("dl", { class: "mlxdiff-words" });
   const caption = h("p", { class: "mlxdiff-caption" });
   const path = h("p", { class: "mlxdiff-path" });
   const download = h("a", { class: "mlxdiff-button" }, "Download");
   const back = button("Back to the preview", () => { pinned = null; update(); }, "Show the running picture");
+  const begin = button("", () => send("begin", { key: current }), "");
   const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
-    button("Begin with it", () => send("begin", { key: current }), "Begin the next picture with this one"),
-    download, back);
+    begin, download, back);
   function chooser(text, begin) {
     const chosen = (event) => { take(event.target.files[0], begin); event.target.value = ""; };
     const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: chosen });
     return h("label", { class: "mlxdiff-button mlxdiff-open" }, text, file);
   }
-  const open = h("div", { class: "mlxdiff-tools" },
-    chooser("Restore settings from…", false), chooser("Begin with a picture…", true));
+  const other = h("span");
+  const help = h("details", { class: "mlxdiff-keys" }, h("summary", { class: "mlxdiff-button" }, "Keys"),
+    h("dl", {}, ...KEYS.flatMap(([key, does]) => [h("dt", {}, key), h("dd", {}, does)])));
+  const open = h("div", { class: "mlxdiff-tools mlxdiff-files" },
+    chooser("Restore settings from…", false), chooser(other, true), help);
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
 
   el.classList.add("mlxdiff-view");
-  const about = h("div", { class: "mlxdiff-about" }, h("div", {}, caption, path), tools);
-  el.append(stage, bar, status, spoken, error, about, strip, open);
+  const about = h("div", { class: "mlxdiff-about" }, words, caption, path);
+  el.append(
+    h("div", { class: "mlxdiff-main" },
+      h("div", { class: "mlxdiff-frame" }, stage), bar, status, spoken, error, tools),
+    h("div", { class: "mlxdiff-side" }, about, strip, open));
 
   let current = null; // key of the picture on the canvas; null for a preview, which has no file
   let pinned = null; // key of an older picture that the user looks at while a new one forms
@@ -82,6 +93,7 @@ function render({ model, el }) {
     if (!it.png) return;
     empty.hidden = true;
     paint(it.png, "image/png", it.title);
+    words.replaceChildren(...it.words.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text, copier(text))]));
     caption.textContent = it.caption;
     path.textContent = it.path;
     if (url) URL.revokeObjectURL(url);
@@ -91,13 +103,31 @@ function render({ model, el }) {
     setCurrent(it.key);
   }
 
+  function copier(text) {
+    const copy = button("Copy", async () => {
+      await navigator.clipboard.writeText(text);
+      copy.textContent = "Copied";
+      setTimeout(() => { copy.textContent = "Copy"; }, 1500);
+    }, "", "mlxdiff-copy");
+    copy.hidden = !navigator.clipboard; // only a page of this machine or of https has one
+    return copy;
+  }
+
+  function purposes() {
+    const edits = model.get("edits");
+    purpose.textContent = edits ? "to edit it." : "to begin with it.";
+    other.textContent = edits ? "Edit a picture…" : "Begin with a picture…";
+    begin.textContent = edits ? "Edit it" : "Begin with it";
+    begin.title = edits ? "Edit this picture next" : "Begin the next picture with this one";
+  }
+
   function arrived() {
     if (pinned === null || pinned === model.get("shown").key) shown();
   }
 
   function setCurrent(key) {
     current = key;
-    about.classList.toggle("mlxdiff-past", key === null);
+    for (const part of [about, tools]) part.classList.toggle("mlxdiff-past", key === null);
     for (const child of strip.children) child.setAttribute("aria-pressed", String(Number(child.dataset.key) === key));
   }
 
@@ -111,10 +141,15 @@ function render({ model, el }) {
       thumb.setAttribute("aria-label", it.title);
       thumb.dataset.key = it.key;
       thumbs.set(it.key, thumb);
-      strip.prepend(thumb);
     }
     const kept = new Set(model.get("history").map((it) => it.key));
     for (const [key, thumb] of thumbs) if (!kept.has(key)) { thumb.remove(); thumbs.delete(key); }
+    let next = null; // the newest is the first
+    for (const it of model.get("history")) {
+      const thumb = thumbs.get(it.key);
+      if (!thumb.isConnected || thumb.nextSibling !== next) strip.insertBefore(thumb, next);
+      next = thumb;
+    }
     strip.hidden = thumbs.size === 0;
     setCurrent(current);
   }
@@ -178,8 +213,19 @@ function render({ model, el }) {
   }
 
   function clicks(event) {
-    if (event.target.closest(".mlxdiff-generate")) act(event, "generate");
+    if (!help.contains(event.target)) help.open = false;
+    const chip = event.target.closest(".mlxdiff-chip");
+    if (chip) say(chip.textContent);
+    else if (event.target.closest(".mlxdiff-generate")) act(event, "generate");
     else if (event.target.closest(".mlxdiff-compare")) act(event, "compare");
+  }
+
+  // Put words at the end of the prompt, as if they were typed.
+  function say(words) {
+    const prompt = el.closest(".mlxdiff-studio").querySelector("textarea");
+    prompt.value = `${prompt.value.trimEnd()} ${words}`.trimStart();
+    prompt.dispatchEvent(new Event("input", { bubbles: true }));
+    prompt.dispatchEvent(new Event("change", { bubbles: true }));
   }
 
   // Jupyter may pass the messages of two widgets to two threads of the kernel, so that a click is read before the text
@@ -222,12 +268,13 @@ function render({ model, el }) {
     if (!root) return;
     arrival.disconnect();
     root.dataset.lmSuppressShortcuts = "true"; // else JupyterLab runs the cell on Ctrl+Enter
+    const ground = root.closest(".mlxdiff-page") ?? root; // on its own page it hears every key
     // ipywidgets' text boxes stop key events from bubbling up, so these listeners capture events on their way down.
-    root.addEventListener("keydown", keys, { signal: away.signal, capture: true });
+    ground.addEventListener("keydown", keys, { signal: away.signal, capture: true });
     root.addEventListener("click", clicks, { signal: away.signal, capture: true });
     const listeners = { dragover: over, dragleave: leave, drop, pointerover: entitle };
     for (const [name, listener] of Object.entries(listeners)) {
-      root.addEventListener(name, listener, { signal: away.signal });
+      ground.addEventListener(name, listener, { signal: away.signal });
     }
     naming.observe(root, { childList: true, subtree: true, attributeFilter: ["class"] });
     name(root);
@@ -249,11 +296,11 @@ function render({ model, el }) {
     }
   }
 
-  const changes = { shown: arrived, history, error: failed };
+  const changes = { shown: arrived, history, error: failed, edits: purposes };
   for (const name of ["status", "spoken", "progress", "running"]) changes[name] = update;
   for (const [name, listener] of Object.entries(changes)) model.on(`change:${name}`, listener);
   model.on("msg:custom", receive);
-  shown(); history(); failed();
+  shown(); history(); failed(); purposes();
 
   return () => {
     arrival.disconnect();

@@ -10,7 +10,6 @@ Callbacks run on whatever thread Jupyter chooses, so they only queue jobs, set f
 
 import functools
 import io
-import itertools
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,41 +20,24 @@ import ipywidgets as w
 import traitlets as t
 from PIL import Image
 
-from .. import families, images
-from ..description import Description, published
+from .. import builtin, images
+from ..description import Description
 from ..errors import Error
-from ..families import DEFAULT, MODELS, Defaults
-from ..recipe import recipe
-from ..request import STRENGTH, Request, asked
-from .controls import FIELDS, MULTIPLE, Controls, presets, unusual
-from .gallery import Grid, Picture, thumbnail, writable
+from ..families import DEFAULT
+from ..request import Request
+from .controls import Controls
+from .gallery import Grid, Picture, writable
+from .history import History
+from .known import Known
+from .previews import jpeg
+from .settings import FIELDS, Settings
 from .start_picture import write_start_picture
 from .view import View, line, seconds, size
-from .worker import Job, Update, Worker, jpeg, shared
-
-_BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
+from .worker import Job, Update, Worker, shared
 
 
-class Studio(w.VBox):
+class Studio(Settings, w.VBox):
     """Draw with a model. Every setting is a trait: set it, observe it. Files go to `folder` as they are finished."""
-
-    prompt = t.Unicode("a red house under a full moon")
-    negative = t.Unicode(None, allow_none=True)
-    model = t.Unicode(DEFAULT)
-    sampler = t.Unicode(None, allow_none=True)
-    schedule = t.Unicode(None, allow_none=True)
-    steps = t.Int(25)
-    guidance = t.Float(7.5)
-    width = t.Int(512)
-    height = t.Int(512)
-    seed = t.Int(0)
-    locked = t.Bool(False, help="keep the seed; otherwise every run draws a fresh one")
-    count = t.Int(1)
-    image = t.Any(None, help="the start picture, a path or a PIL image; for a model that edits, one or a list to edit")
-    strength = t.Float(STRENGTH, help="the part of the steps that redraws the start picture; 1 ignores it")
-    more = t.Dict(help="the Request's fields that have no control, such as {'clip_skip': 2}")
-    folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
-    options = t.Dict(help="arguments of mlxdiff.load, such as {'bits': 8}")
 
     status = t.Unicode("Ready", help="the line under the picture")
     images = t.List(help="the pictures drawn, as gallery.Picture, oldest first")
@@ -64,18 +46,16 @@ class Studio(w.VBox):
     def __init__(self, model: str | Path = DEFAULT, *, worker: Worker | None = None, **settings):
         self._worker = shared() if worker is None else worker
         self._jobs: list[Job] = []  # queued or running, in order
-        self._description: Description | None = None  # of the model, once it is open
-        self._defaults: Defaults | None = None  # of the model, if they are known
+        self._known = Known(str(model))
         self._flow = False  # whether the lists show the samplers of rectified flow
-        self._before: dict = {}  # the settings of _BY_MODEL when the model was named
-        self._seen: dict[str, str] = {}  # an opened model's name in files -> the name that opened it
-        self._history: dict[int, Picture] = {}
-        self._keys = itertools.count()
+        self._before, self._seen = {}, {}
         self.controls, self.view = Controls(str(model)), View()
+        self._history = History(self.view)
         super().__init__([w.HBox([self.controls, self.view]).add_class("mlxdiff-body")])
         self.add_class("mlxdiff-studio")
-        if unknown := settings.keys() - self.class_own_traits().keys():
-            raise Error(f"A studio has no {min(unknown)}.", f"It has {', '.join(self.class_own_traits())}.")
+        known = [*Settings.class_own_traits(), *Studio.class_own_traits()]
+        if unknown := settings.keys() - {*known}:
+            raise Error(f"A studio has no {min(unknown)}.", f"It has {', '.join(known)}.")
         self.seed = secrets.randbelow(2**32)
         self.options = settings.pop("options", {})
         self.model = str(model)
@@ -89,14 +69,6 @@ class Studio(w.VBox):
         self._show_pictures()
 
     # --- for cells
-
-    def request(self) -> Request:
-        """The current settings. Those left to a model whose defaults are unknown are None."""
-        values = {n: getattr(self, n) for n in (*FIELDS, "count", "image")}
-        values["strength"] = None if self.image is None or self._edits else self.strength
-        if self._defaults is None:
-            values |= {n: None for n in _BY_MODEL if values[n] == self._before[n]}
-        return asked(values.pop("prompt"), values | self.more)
 
     def generate(self) -> Job:
         """Queue a run with the current settings; `.result()` waits for it, `.cancel()` stops it."""
@@ -117,22 +89,9 @@ class Studio(w.VBox):
             grid.jobs.append(self._submit(request, functools.partial(self._on_update, grid=grid, cell=cell)))
         return grid
 
-    def restore(self, request: Request, model: str | None = None) -> None:
-        """Take over all settings of a request, and its model if one of that name can be opened here."""
-        published = {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
-        known = self._seen | {n: n for n in MODELS} | published
-        self.model = known.get(model, self.model)
-        self.image = request.image  # before the size, which a new start picture changes
-        for name in (*FIELDS, "count"):
-            value = getattr(request, name)
-            if value is not None or self.traits()[name].allow_none:
-                setattr(self, name, value)
-        self.locked = self.locked or request.seed is not None
-        self.more = unusual(request, self._description)
-
-    def load(self, png: str | Path | bytes) -> None:
-        """Restore the settings stored in a picture by this program, by A1111 or by a similar program."""
-        self.restore(*images.read_settings(io.BytesIO(png) if isinstance(png, bytes) else Path(png)))
+    def recall(self) -> None:
+        """Show the pictures too that the folder held before."""
+        self._history.recall(self.folder)
 
     # --- to the worker
 
@@ -144,7 +103,7 @@ class Studio(w.VBox):
         return self.request()
 
     def _submit(self, request: Request | None, tell: Callable[[Job, Update], None]) -> Job:
-        self.error, self.view.error = None, {}
+        self._clear()
         job = self._worker.submit(self.model, request, tell, **self.options)
         self._jobs.append(job)
         if job.state not in ("queued", "running"):  # it ended before it was added, so nothing else removes it
@@ -207,12 +166,8 @@ class Studio(w.VBox):
         return f"{i} of {n} · " if n > 1 else ""
 
     def _keep(self, picture: Picture, image: Image.Image, show: bool) -> None:
-        key = next(self._keys)
-        self._history[key] = picture
-        self.view.keep(key, picture, thumbnail(image))
+        self._history.keep(picture, image, show)
         self.controls.reuse.disabled = False
-        if show:
-            self.view.show(key, picture)
 
     def _say(self, text: str, progress: float = 0.0, aloud: bool = True) -> None:
         self.view.say(text, progress, aloud)
@@ -223,63 +178,38 @@ class Studio(w.VBox):
         self.view.fail(error)
         self.status = self.view.status
 
+    def _clear(self) -> None:
+        self.error = None
+        self.view.clear()
+
     # --- what depends on the model
 
     def _on_model(self) -> None:
         """The model changed: take its defaults from the registry, or ask the model itself if it is on this machine."""
-        row = families.find(self.model)
-        self._description, self._defaults = None, None if row is None else row.defaults
-        self.controls.width.step = self.controls.height.step = MULTIPLE
-        self._before = {n: getattr(self, n) for n in _BY_MODEL}
-        if row is not None:
-            self._apply("standard")
-        if Path(self.model).exists() if row is None else row.repo is None:
+        self._name_model()
+        self.controls.width.step = self.controls.height.step = self._known.multiple
+        if self._known.here:
             self._submit(None, self._on_update)
         self._show_pictures()
 
     def _learn(self, model: Description) -> None:
-        """The model is open. Settings that were not touched since it was named become the model's defaults."""
-        self._description = model
-        if self._defaults is None:
-            for name, value in self._preset("standard", model.defaults).items():
-                if getattr(self, name) == self._before[name]:
-                    setattr(self, name, value)
+        """The model is open: offer what it can use."""
+        self._open_model(model)
         if model.flow != self._flow:
             selected = {n: getattr(self, n) for n in ("sampler", "schedule", "more")}
             self._flow = model.flow
             self.controls.offer(model.flow)  # this clears the selection
             for name, value in selected.items():
                 setattr(self, name, value)
-        self._defaults = model.defaults
         self.controls.width.step = self.controls.height.step = model.multiple
         if model.row.edits:
             self._show_pictures()
         self._judge()
 
-    def _apply(self, preset: str) -> None:
-        for name, value in self._preset(preset, self._defaults).items():
-            setattr(self, name, value)
-
-    def _preset(self, name: str, defaults: Defaults) -> dict:
-        """A preset's settings, but a start picture keeps its shape."""
-        return presets(defaults)[name] | self._shape(defaults)
-
     def _judge(self) -> None:
-        edits = self._edits > 0
-        self.controls.judge(self._description, self._defaults, edits, self.prompt, self.guidance, self.more)
-
-    @property
-    def _edits(self) -> int:
-        """How many pictures the model edits, as far as it is known."""
-        model = self._known
-        return 0 if model is None else model.row.edits
-
-    @property
-    def _known(self) -> Description | None:
-        """The model's description: its own once it is open, the published one of a named model."""
-        if self._description is not None:
-            return self._description
-        return published(self.model, recipe()) if self.model in MODELS else None
+        self.view.edits = self._known.edits > 0
+        self.controls.judge(self._known, self.prompt, self.guidance, self.more)
+        self.controls.memory.tell(self._estimate())
 
     # --- the start picture, or the pictures to edit
 
@@ -290,35 +220,11 @@ class Studio(w.VBox):
         except Error:
             self.image = None
             raise
-        self.controls.start_picture.show(pictures, edits=self._edits > 0)
-        if pictures and self._defaults is not None:
-            for name, value in self._shape(self._defaults).items():
-                setattr(self, name, value)
+        self.controls.start_picture.show(pictures, edits=self._known.edits > 0)
+        self._sizes = tuple(picture.size for picture in pictures)
+        if self._known.defaults is not None:
+            self._set(self._known.shape(self._sizes))
         self._judge()
-
-    @property
-    def _taken(self) -> tuple:
-        """The pictures that the next run takes."""
-        return Request("", image=self.image).pictures
-
-    def _shape(self, defaults: Defaults) -> dict[str, int]:
-        shown, model = self.controls.start_picture, self._known
-        if self._edits and shown.sizes:
-            size = model.cuts(shown.sizes[:1])[0].size
-            return dict(zip(("width", "height"), size, strict=True))
-        return shown.shape(defaults.size, MULTIPLE if self._description is None else self._description.multiple)
-
-    def _add(self, picture: Path) -> None:
-        """Give the next run this picture: instead of the last, or beside others to edit if the model takes several."""
-        if self._edits <= 1:
-            self.image = picture
-        elif len(self._taken) < self._edits:
-            self.image = [*self._taken, picture]
-        else:
-            raise Error(f"{self.model} takes at most {self._edits} pictures to edit.", "Remove one of them first.")
-
-    def _drop(self, i: int) -> None:
-        self.image = [p for j, p in enumerate(self._taken) if j != i] or None
 
     def _take(self, data: bytes, begin: bool) -> None:
         """Restore the settings of a picture from the page. With `begin`, or without any, it is the start picture."""
@@ -327,18 +233,19 @@ class Studio(w.VBox):
                 self.load(data)
                 return self._say("Settings restored")
         self._add(write_start_picture(data, writable(self.folder)))
-        return self._say(f"The next picture {'edits' if self._edits else 'begins with'} this one")
+        return self._say(f"The next picture {'edits' if self._known.edits else 'begins with'} this one")
 
     # --- from the page
 
     def _wire(self) -> None:
         c = self.controls
         self.observe(lambda _: self._try(self._on_model), "model")
-        self.observe(lambda _: self._judge(), ["prompt", "guidance", "more"])
+        self.observe(lambda _: self._clear(), ["prompt", "negative"])
+        self.observe(lambda _: self._judge(), ["prompt", "guidance", "more", "width", "height", "count", "options"])
         self.observe(lambda _: self._forget("eta"), "sampler")
         self.observe(lambda _: self._try(self._show_pictures), "image")
         c.start_picture.drop = lambda i: self._try(self._drop, i)
-        self.view.on_msg(lambda _, message, buffers: self._try(self._on_message, message, buffers))
+        self.view.on_msg(lambda _, message, buffers: self._do(self._on_message, message, buffers))
         buttons = {
             c.generate: self.generate,
             c.cancel: self.cancel,
@@ -347,11 +254,20 @@ class Studio(w.VBox):
             c.reuse: lambda: self._reuse(self.images[-1]),
             c.forget: lambda: self._forget(*self.more),
             c.compare.draw: self._draw_grid,
+            c.words.surprise: lambda: self.set_trait("prompt", builtin.surprise()),
+            c.memory.fit: lambda: self._say(self._fit()),
         }
         for name, button in c.presets.items():
             buttons[button] = functools.partial(self._apply, name)
+        for name, button in c.shapes.items():
+            buttons[button] = functools.partial(self._reshape, name)
         for button, action in buttons.items():
-            button.on_click(lambda _, action=action: self._try(action))
+            button.on_click(lambda _, action=action: self._do(action))
+
+    def _do(self, action: Callable, *args) -> None:
+        """Do what the person asks for. The last error goes: it has been read."""
+        self._clear()
+        self._try(action, *args)
 
     def _try(self, action: Callable, *args) -> None:
         """Run a callback. Jupyter would hide its error; the view shows it."""
@@ -371,7 +287,7 @@ class Studio(w.VBox):
         elif do == "cancel":
             self.cancel()
         elif do == "view":
-            self.view.show(key, self._history[key])
+            self._history.show(key)
         elif do == "seed":
             self._reuse(self._history[key])
         elif do == "begin":
@@ -387,6 +303,3 @@ class Studio(w.VBox):
 
     def _reuse(self, picture: Picture) -> None:
         self.seed, self.locked = picture.request.seed, True
-
-    def _forget(self, *names: str) -> None:
-        self.more = {k: v for k, v in self.more.items() if k not in names}

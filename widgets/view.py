@@ -15,7 +15,7 @@ from ..spelling import as_controls
 from .gallery import Picture
 from .worker import Update
 
-_STRIP = 100  # thumbnails kept on the page
+STRIP = 100  # thumbnails kept on the page
 _STAGES = {
     "open": "Opening the model",
     "download": "Downloading",
@@ -24,6 +24,7 @@ _STAGES = {
     "encode": "Reading the prompt",
     "load": "Loading the weights",
     "decode": "Making pixels",
+    "upscale": "Enlarging",
 }
 
 
@@ -36,8 +37,9 @@ class View(anywidget.AnyWidget):
     spoken = t.Unicode("").tag(sync=True)  # for screen readers: the stages of a run, not every step
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 if unknown
     running = t.Bool(False).tag(sync=True)
+    edits = t.Bool(False).tag(sync=True)  # whether the model edits the pictures it is given
     error = t.Dict().tag(sync=True)  # problem, fix, trace
-    shown = t.Dict().tag(sync=True)  # key, png, title, caption, name, path: the picture on the canvas
+    shown = t.Dict().tag(sync=True)  # key, png, title, words, caption, name, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
     _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
@@ -62,14 +64,15 @@ class View(anywidget.AnyWidget):
         self.say(" ".join(plain).strip(), aloud=False)
         self.error = {"problem": plain[0], "fix": plain[1], "trace": "".join(traceback.format_exception(error))}
 
+    def clear(self) -> None:
+        """Take the error away: the person has done something else."""
+        if self.error:
+            self.error = {}
+            self.say("Ready", aloud=False)
+
     def frame(self, jpeg: bytes, title: str) -> None:
         """Show a preview."""
         self.send({"do": "frame", "title": title}, [jpeg])
-
-    def keep(self, key: int, picture: Picture, thumb: bytes) -> None:
-        """Add to the history."""
-        title = picture.title or f"{picture.request.prompt or 'no prompt'}, seed {picture.request.seed}"
-        self.history = [*self.history, {"key": key, "title": title, "thumb": thumb}][-_STRIP:]
 
     def show(self, key: int, picture: Picture) -> None:
         path, here = picture.path, Path.cwd()
@@ -77,6 +80,7 @@ class View(anywidget.AnyWidget):
             "key": key,
             "png": picture._repr_png_(),
             "title": picture.title or picture.request.prompt or "no prompt",
+            "words": picture.words(),
             "caption": picture.caption(),
             "name": path.name,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
@@ -95,7 +99,7 @@ def line(update: Update) -> tuple[str, float]:
     if update.stage in ("download", "convert", "check") and update.steps:
         done = update.step / update.steps
         return f"{text} · {done:.0%} of {size(update.steps)}", done
-    if update.stage == "decode" and update.steps > 1:
+    if update.stage in ("decode", "upscale") and update.steps > 1:
         text += f" · {min(update.step + 1, update.steps)} of {update.steps}"
     return text, -1.0
 

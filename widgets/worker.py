@@ -5,7 +5,6 @@ go in, and only pictures, bytes and numbers come out. The thread never ends: MLX
 thread that used it ends."""
 
 import atexit
-import io
 import statistics
 import threading
 import time
@@ -21,13 +20,11 @@ from PIL import Image
 
 from ..description import Description
 from ..errors import Error
-from ..images import sheet
-from ..pipeline import Event, Pipeline, Result, load
+from ..pipeline import Pipeline, Result, load
 from ..request import Request
+from .previews import Previews
 
-_APART = 0.2  # seconds between two previews, and between two reports of a download
-_SHARE = 10  # a preview that took t seconds is followed by none for 10 t: previews slow a run by a tenth at most
-_EDGE = 256  # pixels: smaller previews, such as one pixel for each latent, are enlarged to about this
+_APART = 0.2  # seconds between two reports of a download
 _AT_EXIT = 20.0  # seconds to wait for the running step: stopping Python during a step can abort the process
 
 
@@ -105,6 +102,7 @@ class Worker:
     def __init__(self, load: Callable[..., Pipeline] = load):
         self._load = load
         self._pipe: Pipeline | None = None
+        self._previews: Previews | None = None  # of that model
         self._key: tuple | None = None
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
@@ -176,7 +174,7 @@ class Worker:
             state = "cancelled"
         except BaseException as e:  # of any kind: the thread goes on to the next job, and this one reports it
             state, job.error = "failed", _readable(e)
-            self._pipe = self._key = None  # it may be half loaded
+            self._pipe = self._previews = self._key = None  # it may be half loaded
         if state != "done":
             mx.clear_cache()
         self._end(job, state, seconds)
@@ -200,12 +198,11 @@ class Worker:
         if not isinstance(job.asked, Request):
             return None if job.asked is None else job.asked(pipe, job)
         job.request = pipe.resolve(job.asked)
-        begin, drawn, paces, due = time.perf_counter(), [], [], 0.0
+        begin, drawn, paces = time.perf_counter(), [], []
         with closing(pipe.run(job.request)) as events:
             for event in events:
                 if event.stage == "denoise" and event.step:
                     paces.append(event.seconds)
-                frame, due = _frame(pipe, event, due)
                 if event.image is not None:
                     drawn.append(event.image)
                 job.report(
@@ -213,7 +210,7 @@ class Worker:
                     event.step,
                     event.steps,
                     pace=statistics.median(paces[-5:]) if paces else None,
-                    frame=frame,
+                    frame=self._previews.frame(event),
                     picture=event.image,
                     seconds=time.perf_counter() - begin,
                 )
@@ -225,7 +222,7 @@ class Worker:
     def _open(self, job: Job) -> Pipeline:
         key = (str(job.model), tuple(sorted(job.options.items())))
         if self._key != key:
-            self._pipe = self._key = None  # the old model is freed before the new one is loaded
+            self._pipe = self._previews = self._key = None  # the old model is freed before the new one is loaded
             mx.clear_cache()
             job.report("open")
             due = 0.0
@@ -239,30 +236,11 @@ class Worker:
 
             request = job.asked if isinstance(job.asked, Request) else None
             self._pipe = self._load(job.model, request=request, progress=progress, **job.options)
-            self._key = key
+            self._previews, self._key = Previews(self._pipe), key
         pipe = self._pipe
         job.description = pipe.description
         job.report("ready")
         return pipe
-
-
-def _frame(pipe: Pipeline, event: Event, due: float) -> tuple[bytes | None, float]:
-    """The event's preview, or None if it has none or the last one is too recent; and the earliest time of the next."""
-    begin = time.perf_counter()
-    if event.x0 is None or begin < due:
-        return None, due
-    rough = sheet(pipe.preview(event.x0))
-    grow = max(1, _EDGE // max(rough.size))  # a page would enlarge it less smoothly
-    frame = jpeg(rough.resize([grow * edge for edge in rough.size], Image.Resampling.BICUBIC))
-    now = time.perf_counter()
-    return frame, now + max(_APART, _SHARE * (now - begin))
-
-
-def jpeg(image: Image.Image) -> bytes:
-    """Encode a preview. This is small and quick: a PNG of a noisy picture takes forty times as long."""
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=80)
-    return out.getvalue()
 
 
 def _readable(error: BaseException) -> BaseException:

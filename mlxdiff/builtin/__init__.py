@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -22,6 +23,14 @@ def _words() -> dict:
 def vocabulary() -> dict[str, list[str]]:
     """The words for people to read: kind of word -> the words."""
     return _words()["vocabulary"]
+
+
+def surprise() -> str:
+    """A prompt of random words: a thing of some colour, and where, when or under what sky it is."""
+    words = vocabulary()
+    kinds = ("colours", "objects", "places", secrets.choice(("times", "skies")))
+    colour, *rest = (secrets.choice(words[kind]) for kind in kinds)
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {' '.join(rest)}"
 
 
 @cache

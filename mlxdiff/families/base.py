@@ -105,6 +105,11 @@ class Variant:
     reads: tuple[str, ...] = ()
     starts_at_1: bool = True  # whether a seed's first draw goes to the start image even at strength 1, as in diffusers
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether it was made to draw a part of a picture anew, and draws nothing else."""
+        return "masked" in self.reads
+
 
 @dataclass(frozen=True)
 class Family:
@@ -126,6 +131,7 @@ class Family:
     guidance: str = SECOND_PASS
     patch: int = 1  # latents along the edge of one token
     zero_negative: bool = False  # zeros, not an empty text, replace a missing negative prompt
+    references: tuple[str, ...] = ()  # networks that read reference pictures for it, keys of models.build.NETWORKS
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
     # (width, height, multiple of all edges) of a picture to edit -> its cut, which is also the size of the result.
@@ -154,6 +160,12 @@ class Beside:
     size: float  # GB at 16 bits
     file: str | None = None  # of the repository; None: its network in diffusers layout
     mode: str | None = None  # the kind of picture that the name means, of a network for several
+    encoder: float = 0.0  # GB at 16 bits of the vision model, for one that reads reference pictures
+    tokens: int = 0  # that it makes of a reference picture
+
+    @property
+    def role(self) -> str:
+        return "reference" if self.tokens else "control"
 
 
 @dataclass(frozen=True)

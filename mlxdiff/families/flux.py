@@ -57,6 +57,7 @@ FLUX = Family(
     activations=_activations,
     guidance=INPUT,
     patch=2,
+    references=("ip_adapter", "redux"),
     takes=("shift", "true_cfg"),
     cut=_cut,
     variants={
@@ -150,6 +151,17 @@ MODELS = {
         gated=True,
     ),
 }
+ADAPTERS = {
+    (FLUX.name, "redux"): Beside(
+        "FLUX Redux",
+        "black-forest-labs/FLUX.1-Redux-dev",
+        "FLUX.1-dev Non-Commercial",
+        0.13,
+        "flux1-redux-dev.safetensors",
+        encoder=0.86,
+        tokens=729,
+    )
+}
 
 _UNION = Beside(
     "ControlNet",
@@ -159,5 +171,5 @@ _UNION = Beside(
     "diffusion_pytorch_model.safetensors",
 )  # of the kinds of pictures that it reads it need not be told which it is
 _TOLD = replace(_UNION, repo="InstantX/FLUX.1-dev-Controlnet-Union", size=6.6)
-ADAPTERS = {(FLUX.name, name): _UNION for name in ("canny", "depth", "gray", "openpose", "softedge")}
+ADAPTERS |= {(FLUX.name, name): _UNION for name in ("canny", "depth", "gray", "openpose", "softedge")}
 ADAPTERS |= {(FLUX.name, name): replace(_TOLD, mode=name) for name in ("blur", "lq", "tile")}

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ..models import clip, qwen3, t5, unet, vae
-from .base import EMBEDDED, Careful, Defaults, Variant
+from ..models import clip, qwen3, t5, unet, vae, vision
+from .base import EMBEDDED, Beside, Careful, Defaults, Variant
 
 CLIP_L = clip.Config(
     vocab=49408,
@@ -30,6 +30,33 @@ T5_XXL = t5.Config(
     max_distance=128,
     eps=1e-6,
 )
+CLIP_VIT_H = vision.Config(  # of IP-Adapters
+    size=224,
+    patch=14,
+    width=1280,
+    layers=32,
+    heads=16,
+    hidden=5120,
+    act="gelu",
+    projection=1024,
+    class_token=True,
+    eps=1e-5,
+)
+CLIP_VIT_BIGG = replace(CLIP_VIT_H, width=1664, layers=48, hidden=8192, projection=1280)
+CLIP_VIT_L = replace(CLIP_VIT_H, width=1024, layers=24, hidden=4096, act="quick_gelu", projection=768)
+SIGLIP = vision.Config(  # of Redux
+    size=384,
+    patch=14,
+    width=1152,
+    layers=27,
+    heads=16,
+    hidden=4304,
+    act="gelu_tanh",
+    projection=None,
+    class_token=False,
+    eps=1e-6,
+)
+VISION = {"CLIP ViT-H": CLIP_VIT_H, "CLIP ViT-bigG": CLIP_VIT_BIGG, "CLIP ViT-L": CLIP_VIT_L, "SigLIP so400m": SIGLIP}
 QWEN3_4B = qwen3.Config(  # whole: a family says which of its layers are read
     vocab=151936,
     width=2560,
@@ -100,6 +127,12 @@ UNET = unet.Config(  # SD 1.x
 UNET_CAREFUL = Careful(
     whole=("time_embedding", "add_embedding", "time_emb_proj", "controlnet_down_blocks", "controlnet_mid_block")
 )
+
+
+def ip_adapter(file: str, size: float, tokens: int) -> Beside:
+    """One of the IP-Adapters that their authors published; all that have a name here read what CLIP ViT-H gives."""
+    place = {"repo": "h94/IP-Adapter", "file": f"{file}.safetensors"}
+    return Beside("IP-Adapter", **place, licence="Apache 2.0", size=size, encoder=1.26, tokens=tokens)
 
 
 def unet_activations(net: unet.Config, latents: int, tokens: int, gpu: bool) -> float:

@@ -4,7 +4,7 @@ This file holds everything that is true of these families alone."""
 from dataclasses import replace
 
 from .base import Beside, Defaults, Family, Model, TextPlan
-from .published import CLIP_H, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
+from .published import CLIP_H, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, ip_adapter, unet_activations, unet_variants
 
 _PREVIEW = (
     (0.3512, 0.2297, 0.3227),
@@ -31,6 +31,7 @@ SD1 = Family(
     careful=UNET_CAREFUL,
     activations=unet_activations,
     takes=("guess",),
+    references=("ip_adapter",),
     variants=unet_variants(replace(_DEFAULTS, size=768)),
 )
 SD2 = replace(
@@ -139,4 +140,10 @@ _CONTROLNETS = {
 ADAPTERS = {
     (SD1.name, name): Beside("ControlNet", f"lllyasviel/control_v{repo}", "CreativeML OpenRAIL-M", 0.72)
     for name, repo in _CONTROLNETS.items()
+}
+ADAPTERS |= {
+    (SD1.name, "ip-adapter"): ip_adapter("models/ip-adapter_sd15", 0.04, 4),
+    (SD1.name, "ip-adapter-plus"): ip_adapter("models/ip-adapter-plus_sd15", 0.10, 16),
+    (SD1.name, "ip-adapter-plus-face"): ip_adapter("models/ip-adapter-plus-face_sd15", 0.10, 16),
+    (SD1.name, "ip-adapter-full-face"): ip_adapter("models/ip-adapter-full-face_sd15", 0.04, 257),
 }

@@ -5,7 +5,7 @@ This file holds everything that is true of these families alone."""
 from dataclasses import replace
 
 from .base import Beside, Defaults, Family, Model, TextPlan
-from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, unet_activations, unet_variants
+from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, ip_adapter, unet_activations, unet_variants
 
 _PREVIEW = (
     (0.3651, 0.4232, 0.4341),
@@ -31,6 +31,7 @@ SDXL = Family(
     preview=_PREVIEW,
     careful=UNET_CAREFUL,
     activations=unet_activations,
+    references=("ip_adapter",),
     zero_negative=True,
     takes=("guess",),
     variants=unet_variants(_DEFAULTS),
@@ -42,6 +43,7 @@ REFINER = replace(
     text=TextPlan(
         clip=("text_encoder_2",), final_norm=False, pooled=("text_encoder_2",), sizes=True, scores=(6.0, 2.5)
     ),
+    references=(),
     zero_negative=False,
 )
 FAMILIES = (SDXL, REFINER)
@@ -132,4 +134,9 @@ ADAPTERS |= {
         "openpose": "openpose",
         "sketch": "sketch",
     }.items()
+}
+ADAPTERS |= {
+    (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4),
+    (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16),
+    (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16),
 }

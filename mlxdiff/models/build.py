@@ -9,7 +9,26 @@ import mlx.nn as nn
 
 from ..errors import Error
 from ..foreign import fits
-from . import clip, controlnet, flux, flux2, flux_controlnet, qwen3, sd3, t2i, t5, taesd, unet, vae, zimage
+from . import (
+    clip,
+    controlnet,
+    depth,
+    esrgan,
+    flux,
+    flux2,
+    flux_controlnet,
+    ip_adapter,
+    qwen3,
+    redux,
+    sd3,
+    t2i,
+    t5,
+    taesd,
+    unet,
+    vae,
+    vision,
+    zimage,
+)
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
@@ -26,19 +45,26 @@ NETWORKS = {
     "t2i": (t2i.Config, t2i.T2IAdapter),
     "vae": (vae.Config, vae.VAE),
     "taesd": (taesd.Config, taesd.Decoder),
+    "esrgan": (esrgan.Config, esrgan.ESRGAN),
+    "depth": (depth.Config, depth.DepthAnything),
+    "vision": (vision.Config, vision.Vision),
+    "ip_adapter": (ip_adapter.Config, ip_adapter.IPAdapter),
+    "redux": (redux.Config, redux.Redux),
 }
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
-Config |= (
-    controlnet.Config | controlnet.UnionConfig | t2i.Config | flux2.Config | zimage.Config | vae.Config | taesd.Config
-)
+Config |= controlnet.Config | controlnet.UnionConfig | t2i.Config | flux2.Config | zimage.Config | vae.Config
+Config |= taesd.Config | esrgan.Config | depth.Config | vision.Config | ip_adapter.Config | redux.Config
 Config |= flux_controlnet.Config
 # Networks that guide a denoiser -> a function of their Config, the denoiser's, and the pixels that one latent covers:
 # what keeps the two from each other, in words; "" if nothing does.
 GUIDES = {"controlnet": controlnet.misfit, "union": controlnet.misfit, "t2i": t2i.misfit}
 GUIDES |= {"flux_controlnet": flux_controlnet.misfit}
+# Networks that make of a reference picture what a denoiser reads -> a function of their Config and the denoiser's: the
+# same.
+READERS = {"ip_adapter": ip_adapter.misfit, "redux": redux.misfit}
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
 # The fields of Configs that count layers.
-_LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks")
+_LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks", "rrdb", "doublings")
 _MAY_BE_0 = (*_LAYERS, "dual", "eos", "freq_shift")
 _MOST = 2**24  # of any number of a Config
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import attention, gelu, quick_gelu, split_heads
+from .layers import attention, gelu, gelu_tanh, quick_gelu, split_heads
 
-ACTS = {"quick_gelu": quick_gelu, "gelu": gelu}
+ACTS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Output(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, c: int, heads: int):
+    def __init__(self, c: int, heads: int, mask: str | None):
         super().__init__()
         self.q_proj, self.k_proj = nn.Linear(c, c), nn.Linear(c, c)
         self.v_proj, self.out_proj = nn.Linear(c, c), nn.Linear(c, c)
-        self.heads = heads
+        self.heads, self.mask = heads, mask
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, mask="causal"))
+        return self.out_proj(attention(q, k, v, mask=self.mask))
 
 
 class MLP(nn.Module):
@@ -55,10 +55,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mask: str | None):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width, config.eps)
-        self.self_attn = SelfAttention(config.width, config.heads)
+        self.self_attn = SelfAttention(config.width, config.heads, mask)
         self.layer_norm2 = nn.LayerNorm(config.width, config.eps)
         self.mlp = MLP(config.width, config.hidden, config.act)
 
@@ -83,9 +83,11 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: Config):
+    """The layers. `vision` has the same, without the mask."""
+
+    def __init__(self, config: Config, mask: str | None = "causal"):
         super().__init__()
-        self.layers = [Layer(config) for _ in range(config.layers)]
+        self.layers = [Layer(config, mask) for _ in range(config.layers)]
 
 
 class CLIPText(nn.Module):

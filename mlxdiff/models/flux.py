@@ -42,6 +42,11 @@ class Config:
     theta: float
     guidance: bool  # whether guidance is an input: yes in dev, no in schnell
 
+    @property
+    def reading(self) -> tuple[int, ...]:
+        """Widths of the blocks that IP-Adapters give pictures to."""
+        return (self.width,) * self.double
+
 
 class Embedder(nn.Module):
     def __init__(self, dim: int, width: int, bias: bool):
@@ -109,7 +114,10 @@ class DoubleBlock(nn.Module):
     def mods(self, vec: mx.array) -> tuple[list, list]:
         return self.img_mod(vec), self.txt_mod(vec)
 
-    def __call__(self, img: mx.array, txt: mx.array, mods: tuple[list, list], pe: Pair) -> Pair:
+    def __call__(
+        self, img: mx.array, txt: mx.array, mods: tuple[list, list], pe: Pair, pictures: Sequence[Pair] = ()
+    ) -> Pair:
+        """pictures: keys and values of each IP-Adapter, (B, heads, n, d)."""
         (img_norm, img_gate, *img_mlp), (txt_norm, txt_gate, *txt_mlp) = mods
         streams = self.txt_attn(adaptive_norm(txt, *txt_norm)), self.img_attn(adaptive_norm(img, *img_norm))
         q, k, v = (mx.concatenate(parts, axis=2) for parts in zip(*streams, strict=True))
@@ -117,7 +125,10 @@ class DoubleBlock(nn.Module):
         txt_y, img_y = mx.split(y, [txt.shape[1]], axis=1)
         img = gated(img, img_gate, self.img_attn.proj(img_y))
         txt = gated(txt, txt_gate, self.txt_attn.proj(txt_y))
-        return self.add_mlp(img, self.img_mlp, *img_mlp), self.add_mlp(txt, self.txt_mlp, *txt_mlp)
+        img, txt = self.add_mlp(img, self.img_mlp, *img_mlp), self.add_mlp(txt, self.txt_mlp, *txt_mlp)
+        for picture in pictures:  # with queries that are not rotated
+            img = img + attention(streams[1][0], *picture)
+        return img, txt
 
     def act(self, x: mx.array) -> mx.array:
         return gelu_tanh(x)
@@ -187,10 +198,12 @@ class Stack(nn.Module):
         size: tuple[int, int],
         guidance: float | mx.array | None = None,
         references: Sequence[mx.array] = (),
+        pictures: Sequence[list[Pair]] = (),
     ) -> dict:
         """All inputs that do not depend on x, made once per picture: the text, the rotations for x's size (h, w), and
         each block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p).
-        references: latents of pictures to edit, (1, h_k, w_k, c), which all samples share."""
+        references: latents of pictures to edit, (1, h_k, w_k, c), which all samples share. pictures: of
+        each IP-Adapter, keys and values (B, n, d) for every double block."""
         dtype = self.img_in.bias.dtype
         vec = self.vector_in(pooled.astype(dtype))  # (B, d)
         if self.config.guidance:
@@ -202,6 +215,10 @@ class Stack(nn.Module):
             "vec": vec,
             "times": {} if ts is None else {t: i for i, t in enumerate(ts)},
             "mods": None if ts is None else self.mods(mx.array(ts)[:, None], vec),  # (T, B, 1, d) each
+            "pictures": [
+                [tuple(split_heads(x.astype(dtype), self.config.heads) for x in kv) for kv in of_adapter]
+                for of_adapter in pictures
+            ],
         }
 
     def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list]:
@@ -238,6 +255,7 @@ class Flux(Stack):
         vec: mx.array,
         times: dict[float, int],
         mods: tuple[list, list, Pair] | None,
+        pictures: list[list[Pair]],
         residuals: Sequence[mx.array] = (),
         single_residuals: Sequence[mx.array] = (),
     ) -> mx.array:
@@ -247,8 +265,8 @@ class Flux(Stack):
         img = self.img_in(pack(x))  # (B, N, d)
         B, N, _ = img.shape
         img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
-        for block, m, r in zip_longest(self.double_blocks, double, residuals):
-            img, txt = block(img, txt, m, pe)
+        for i, (block, m, r) in enumerate(zip_longest(self.double_blocks, double, residuals)):
+            img, txt = block(img, txt, m, pe, [of_adapter[i] for of_adapter in pictures])
             img = img if r is None else add_at(img, r, 0)
         both, M = mx.concatenate([txt, img], axis=1), txt.shape[1]
         for block, m, r in zip_longest(self.single_blocks, single, single_residuals):

@@ -70,6 +70,7 @@ class FluxControlNet(flux.Stack):
     ) -> dict:
         """As FLUX.1's. task: the kind of picture, which becomes a first token of the text."""
         cond = super().prepare(ts, context, size=size, **rest)
+        del cond["refs"], cond["pictures"]  # the denoiser alone reads other pictures
         if task is not None:
             token = mx.broadcast_to(
                 self.controlnet_mode_embedder.weight[task], (context.shape[0], 1, self.config.width)
@@ -80,7 +81,7 @@ class FluxControlNet(flux.Stack):
 
     def __call__(
         self, x: mx.array, t: float, *, txt: mx.array, pe: flux.Pair, vec: mx.array, times: dict, mods: tuple,
-        hint: mx.array, refs: list,
+        hint: mx.array,
     ) -> tuple[list[mx.array], list[mx.array]]:  # fmt: skip
         double, single = self.mods_at(t, vec, times, mods)
         img = self.img_in(pack(x[..., : self.config.in_channels // 4])) + hint

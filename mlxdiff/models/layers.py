@@ -137,11 +137,18 @@ class Attention(nn.Module):
         self.heads = heads
 
     def kv(self, context: mx.array) -> tuple[mx.array, mx.array]:
-        k, v = self.to_k(context), self.to_v(context)
+        return self.of_heads(self.to_k(context), self.to_v(context))
+
+    def of_heads(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         return pad_heads(split_heads(k, self.heads)), pad_heads(split_heads(v, self.heads))
 
-    def __call__(self, x: mx.array, kv: tuple[mx.array, mx.array]) -> mx.array:
-        return self.to_out[0](attention(split_heads(self.to_q(x), self.heads), *kv))
+    def __call__(self, x: mx.array, kv: tuple[mx.array, ...]) -> mx.array:
+        """kv: keys and values of the text, then those of each IP-Adapter; each has a softmax of its own."""
+        q = split_heads(self.to_q(x), self.heads)
+        y = attention(q, *kv[:2])
+        for k, v in zip(kv[2::2], kv[3::2], strict=True):
+            y = y + attention(q, k, v)
+        return self.to_out[0](y)
 
 
 def sinusoids(t: mx.array, dim: int, flip_sin_to_cos: bool, freq_shift: int) -> mx.array:

@@ -1,7 +1,7 @@
 """The Stable Diffusion U-Net: SD 1.x, SD 2.x, SDXL and its refiner, inpainting, LCM and distilled models; they differ
 in their Config. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -48,6 +48,13 @@ class Config(HalfConfig):
     out_channels: int
     up_depth: tuple[tuple[int, ...], ...]  # transformer layers of each attention on the way up, deepest level first
 
+    @property
+    def reading(self) -> tuple[int, ...]:
+        """Widths of the layers that read text, in the order in which IP-Adapters number them: down, up, middle."""
+        down, up = zip(self.channels, self.depth, strict=True), zip(self.channels[::-1], self.up_depth, strict=True)
+        sides = [c for c, depth in (*down, *up) for _ in range(sum(depth))]
+        return (*sides, *[self.channels[-1]] * (self.mid_depth or 0))
+
 
 class GEGLU(nn.Module):
     def __init__(self, c: int, hidden: int):
@@ -77,7 +84,7 @@ class TransformerLayer(nn.Module):
         self.norm3 = nn.LayerNorm(c)
         self.ff = FeedForward(c)
 
-    def __call__(self, x: mx.array, kv: tuple[mx.array, mx.array]) -> mx.array:
+    def __call__(self, x: mx.array, kv: tuple[mx.array, ...]) -> mx.array:
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.kv(y))
         x = x + self.attn2(self.norm2(x), kv)
@@ -158,6 +165,11 @@ class UpBlock(Block):
         return x
 
 
+def _readers(blocks: list[Block]) -> list[Attention]:
+    """The layers that read text."""
+    return [layer.attn2 for block in blocks for a in block.attentions for layer in a.transformer_blocks]
+
+
 class HalfUNet(nn.Module):
     """The way down and the middle."""
 
@@ -210,8 +222,7 @@ class HalfUNet(nn.Module):
         if ts is not None:
             shifts = self.shifts(mx.array(ts)[:, None], added, guidance)  # per block (T, B or 1, c)
             times = {t: of_time(shifts, i) for i, t in enumerate(ts)}
-        layers = [m.attn2 for block in self.blocks() for a in block.attentions for m in a.transformer_blocks]
-        kv = [layer.kv(context.astype(dtype)) for layer in layers]
+        kv = [layer.kv(context.astype(dtype)) for layer in _readers(self.blocks())]
         return {"kv": kv, "times": times, "added": added, "guidance": guidance}
 
     def blocks(self) -> list[Block]:
@@ -267,7 +278,7 @@ class UNet(HalfUNet):
         x: mx.array,
         t: float | mx.array,
         *,
-        kv: list[tuple[mx.array, mx.array]],
+        kv: list[tuple[mx.array, ...]],
         times: dict[float, list[mx.array]],
         added: mx.array | None,
         guidance: mx.array | None,
@@ -284,6 +295,17 @@ class UNet(HalfUNet):
         for block in self.up_blocks:
             x = block(x, skips, shifts, kv)
         return self.conv_out(self.conv_norm_out(x))
+
+    def prepare(self, *args, pictures: Sequence[list[tuple[mx.array, mx.array]]] = (), **text: mx.array | None) -> dict:
+        """As of `HalfUNet`. pictures: of each IP-Adapter, keys and values (B, n, c) for every layer that reads text."""
+        cond, layers = super().prepare(*args, **text), _readers(self.blocks())
+        first, last = (len(_readers(blocks)) for blocks in (self.down_blocks, self.up_blocks))
+        for of_adapter in pictures:  # adapters number the layers down, up, middle
+            ours = [*of_adapter[:first], *of_adapter[first + last :], *of_adapter[first : first + last]]
+            for i, (layer, (k, v)) in enumerate(zip(layers, ours, strict=True)):
+                k, v = (x.astype(self.conv_in.weight.dtype) for x in (k, v))
+                cond["kv"][i] = (*cond["kv"][i], *layer.of_heads(k, v))
+        return cond
 
     def blocks(self) -> list[Block]:
         return [*super().blocks(), *self.up_blocks]

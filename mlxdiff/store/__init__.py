@@ -330,24 +330,46 @@ def _size(checkpoint: "Checkpoint", how: Recipe) -> float:
     return need
 
 
-# A decoder for previews is read where it is: it has a few megabytes, so no converted copy is kept.
+# Small networks that belong to no model are read where they are: a few megabytes need no converted copy.
 
 
 def taesd(name: str | Path, *, dtype: str, offline: bool, progress: Progress | None = None) -> nn.Module:
     """The tiny decoder in a file, in a folder, or in a hub repository (`org/repo`, or `org/repo/file.safetensors`)."""
-    from .. import convert
+    path = network_file(name, "a TAESD", "Use auto for the model's TAESD.", offline=offline, progress=progress)
+    return network(path, "a TAESD", "Use auto for the model's TAESD.", dtype=dtype)
 
+
+_ALONE = {
+    "a TAESD": "taesd",
+    "an upscaler": "upscaler",
+    "a depth model": "depth",
+}  # what people call such a network -> its component
+
+
+def network_file(name: str | Path, what: str, fix: str, *, offline: bool, progress: Progress | None = None) -> Path:
+    """The file or folder of a small network, fetched once if it is on the hub. what: what people call it. fix: what to
+    do if there is none of this name."""
     path = local(name)
     if path is None:
         match = _HUB_ID.fullmatch(str(name))
         if match is None:
-            raise Error(f"There is no TAESD, file or folder {str(name)!r}.", "Use auto for the model's TAESD.")
+            raise Error(f"There is no {what.split(' ', 1)[1]}, file or folder {str(name)!r}.", fix)
         file = "diffusion_pytorch_model.safetensors" if match[2] is None else match[2]
         path = _one_file(match[1], file, offline, _silent if progress is None else progress)
-    networks = convert.read(path, recipe.DTYPES[dtype])
-    if "taesd" not in networks:
-        raise Error(f"{path} is not a TAESD but {', '.join(networks)}.", "Use auto for the model's TAESD.")
-    return networks["taesd"]
+    return path
+
+
+def network(path: Path, what: str, fix: str, *, dtype: str) -> nn.Module:
+    """The small network in a file or folder."""
+    from .. import convert
+
+    try:
+        networks = convert.read(path, recipe.DTYPES[dtype])
+    except Error as e:  # convert would name checkpoints of models
+        raise Error(e.problem, fix if e.fix == convert.KNOWN else e.fix) from None
+    if _ALONE[what] not in networks:
+        raise Error(f"{path} is not {what} but {', '.join(networks)}.", fix)
+    return networks[_ALONE[what]]
 
 
 def adapter_file(name: str, what: str, *, offline: bool) -> Path:
@@ -381,7 +403,7 @@ def control_folder(name: str | Path, model: Description, offline: bool, progress
     row = ADAPTERS.get((model.family.name, str(name)))
     match = None if row is not None else _HUB_ID.fullmatch(str(name))
     if row is None and match is None:
-        known = [n for family, n in ADAPTERS if family == model.family.name]
+        known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, "control")]
         names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
         fix = f"{did_you_mean(str(name), known)}{names} a hub id (org/repo), a folder or a .safetensors file."
         raise Error(f"There is no control network, file or folder {str(name)!r}.", fix)
@@ -428,21 +450,23 @@ def lora(path: Path, model: Description) -> tuple[Adapter, str]:
     """What a LoRA file changes in a model, and the file's fingerprint."""
     from ..convert import lora
 
-    return lora.read(path, model), _fingerprint(path)
+    return lora.read(path, model), fingerprint(path)
 
 
 def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:
     """What a textual inversion teaches a model, and the file's fingerprint."""
     from ..convert import embedding
 
-    return embedding.read(path, model, word), _fingerprint(path)
+    return embedding.read(path, model, word), fingerprint(path)
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
+    """Of a file, or of all weights in a folder."""
     seen = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            seen.update(block)
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with open(file, "rb") as f:
+            while block := f.read(2**20):
+                seen.update(block)
     return seen.hexdigest()[:16]
 
 

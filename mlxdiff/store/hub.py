@@ -106,6 +106,12 @@ def select_network(repo: str, names: dict[str, int], half: bool) -> list[str]:
     return [*chosen, *(n for n in top if n == "config.json")]
 
 
+def select_folder(repo: str, folder: str, names: dict[str, int], half: bool) -> list[str]:
+    """The files of one network in a folder of a repository: its settings and one safetensors variant."""
+    inside = [n for n in names if n.rpartition("/")[0] == folder]
+    return [n for n in inside if n == f"{folder}/config.json"] + _variant(repo, folder, inside, half)
+
+
 def _variant(repo: str, folder: str, inside: list[str], half: bool) -> list[str]:
     """The fp16 files if half precision is enough and they exist, else the plain weights; never pickles."""
     variants: dict[str | None, list[str]] = {}

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -47,7 +47,7 @@ class Lab:
     started: float  # seconds until it answered
     settings: Path
     env: dict[str, str]  # what keeps it apart from a person's own Jupyter
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float]
 
     def write(self, name: str, *cells: str) -> None:
         blank = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
@@ -66,7 +66,17 @@ class Lab:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
+def timings():
+    """Seconds that things took, kept beside the screenshots."""
+    noted: dict[str, float] = {}
+    yield noted
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    name = f"timings-{os.environ.get('PYTEST_XDIST_WORKER', 'all')}.txt"
+    (SHOTS / name).write_text("".join(f"{v:6.2f} s  {k}\n" for k, v in noted.items()))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory, timings):
     if CHROMIUM is None or not all(map(importlib.util.find_spec, NEEDS)):
         pytest.skip(f"browser tests need Chromium and JupyterLab: {HOW}")
     base = tmp_path_factory.mktemp("lab")
@@ -94,7 +104,7 @@ def lab(tmp_path_factory):
     begin = time.perf_counter()
     with open(base / "log", "w") as log:
         server = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log, start_new_session=True)
-    found = Lab(f"http://127.0.0.1:{port}", base / "books", 0.0, base / "settings", env)
+    found = Lab(f"http://127.0.0.1:{port}", base / "books", 0.0, base / "settings", env, timings)
     found._set("notification", {"fetchNews": "false", "checkForUpdates": False})
     try:
         while not _answers(f"{found.url}/api/status"):
@@ -104,8 +114,6 @@ def lab(tmp_path_factory):
         found.started = time.perf_counter() - begin
         found.timings["server start"] = found.started
         yield found
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        (SHOTS / "timings.txt").write_text("".join(f"{v:6.2f} s  {k}\n" for k, v in found.timings.items()))
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         try:
@@ -122,7 +130,9 @@ def _answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def browser(lab):
+def browser():
+    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip(f"browser tests need Chromium: {HOW}")
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=_PATIENCE)

@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
+    ZImageInpaintPipeline,
 )
 from PIL import Image, ImageDraw
 
@@ -38,10 +39,12 @@ CLASSES = {
     "sd1-9": StableDiffusionInpaintPipeline,
     "sdxl-9": StableDiffusionXLInpaintPipeline,
     "fill": FluxFillPipeline,
+    "zimage": ZImageInpaintPipeline,
 }
 WAYS = {"down": "DownEncoder", "up": "UpDecoder"}
 GUIDED = {"negative": NEGATIVE, "steps": 4, "guidance": 4.0}
 CASES = dict.fromkeys(CLASSES, GUIDED) | {name: {"steps": 4, "guidance": 3.5} for name in ("flux", "fill")}
+CASES["zimage"] = {"steps": 4, "guidance": 1.0}
 
 
 def mask(width: int = 40, height: int = 24) -> Image.Image:
@@ -88,6 +91,8 @@ def theirs(pipe, picture: Image.Image, hole: Image.Image, seed: int = SEED, **se
     names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt"}
     edges = {"width": settings.pop("width", picture.width), "height": settings.pop("height", picture.height)}
     settings = {names.get(k, k): v for k, v in settings.items()} | edges
+    if isinstance(pipe, ZImageInpaintPipeline):  # its guidance is one less than the usual number
+        settings["guidance_scale"] -= 1
     if isinstance(pipe, StableDiffusionXLInpaintPipeline):
         settings |= dict.fromkeys(("original_size", "target_size"), (edges["height"], edges["width"]))
     flawed = isinstance(pipe, StableDiffusion3InpaintPipeline)  # it forgets the VAE's shift

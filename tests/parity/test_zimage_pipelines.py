@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from mlx.utils import tree_flatten
+from safetensors.torch import save_file
 
 from mlxdiff import convert
 from mlxdiff.errors import Error
@@ -150,6 +151,27 @@ def test_files_of_its_parts(oracles, cache, tmp_path):
     assert psnr(drawn, want) > DB
 
 
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+def test_scaled_8_bit_floats(oracles, tmp_path, scale):
+    """As ComfyUI's fp8_scaled files have them: each matrix of a layer has one scale. Reference: torch's products, to
+    the bit; the fused attention is cut after it was scaled."""
+    pipe, held, want = oracles["turbo"][0], {}, {}
+    for name, x in comfy(pipe.transformer).items():
+        x = torch.from_numpy(np.ascontiguousarray(x))
+        held[name] = want[name] = x
+        if name.startswith("layers.") and x.ndim == 2:
+            own = x.abs().max() / 448  # the largest e4m3
+            held[name], held[name.replace("weight", scale)] = (x / own).to(torch.float8_e4m3fn), own
+            want[name] = held[name].float() * own
+    file = apart(tmp_path, pipe)
+    plain = full(tmp_path / "z_image_turbo_numbers.safetensors", {n: x.numpy() for n, x in want.items()})
+    save_file({n: x.clone() for n, x in held.items()}, file)
+    words = oracles["turbo"][1] / "tokenizer"
+    a, b = (convert.convert(f, tmp_path / f.stem, dtype="float32", tokenizer=words) for f in (file, plain))
+    assert (a / "transformer.safetensors").read_bytes() == (b / "transformer.safetensors").read_bytes()
+    assert psnr(ours(a, steps=4), theirs(pipe, num_inference_steps=4)) > 20  # it is that picture, roughly
+
+
 def test_what_a_file_is_called_shows_turbo_and_a_scheduler_before_that(oracles, tmp_path):
     """A file has no scheduler. A folder has one, whatever it is called."""
     pipe, folder = oracles["turbo"]
@@ -181,6 +203,8 @@ def test_what_it_refuses(oracles):
         (base, {"true_cfg": 3.0, "negative": ""}, "true_cfg is for FLUX"),
         (base, {"sampler": "ddim"}, "not for models of rectified flow"),
         (base, {"width": 38}, "not a multiple of 4"),
+        (turbo, {"image": [image(1), image(2)]}, "begins with one picture; 2 were given"),
+        (base, {"image": [image(1)] * 5}, "begins with one picture; 5 were given"),
     ):
         with pytest.raises(Error, match=said):
             pipe.resolve(PROMPT, **settings)

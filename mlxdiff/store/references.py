@@ -1,0 +1,193 @@
+"""The networks that read a reference picture, an adapter and its vision model: found, held against the model that
+draws, and read where they are."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import memory
+from ..description import Description
+from ..errors import Error, did_you_mean
+from ..families import ADAPTERS, FAMILIES
+from ..families.published import VISION
+from ..models import build, ip_adapter, redux, vision
+from . import _HUB_ID, Progress, _one_file, _sample, _silent, fingerprint, local
+
+if TYPE_CHECKING:
+    from ..convert import Checkpoint
+
+_ENCODER = "image_encoder"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The two networks, of which only headers are read yet."""
+
+    adapter: Path
+    encoder: Path
+    config: ip_adapter.Config | redux.Config
+    sees: vision.Config
+    title: str  # what the adapter is
+    hash: str  # of both
+
+    @property
+    def workload(self) -> memory.Reader:
+        """What the memory estimate depends on."""
+        tokens = getattr(self.config, "tokens", None)
+        return memory.Reader((self.sees, self.config), self.sees.tokens if tokens is None else tokens)
+
+
+def find(name: str | Path, model: Description, *, offline: bool, progress: Progress | None = None) -> Reader:
+    """The networks that a reference names: the adapter by a file, a folder or a hub repository, from which it is
+    fetched once. Its vision model lies in image_encoder/ beside the adapter's file, or beside that one's folder."""
+    progress = _silent if progress is None else progress
+    path, repo, file = local(name), None, None
+    if path is None:
+        row = ADAPTERS.get((model.family.name, str(name)))
+        match = None if row is not None else _HUB_ID.fullmatch(str(name))
+        if row is None and match is None:
+            known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, "reference")]
+            names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
+            fix = f"{did_you_mean(str(name), known)}{names} a folder or a file: org/repo/file.safetensors."
+            raise Error(f"There is no adapter, file or folder {str(name)!r}.", fix)
+        repo, file = (row.repo, row.file) if row is not None else (match[1], match[2] or _only_file(match[1], offline))
+        path = _one_file(repo, file, offline, progress)
+    elif path.is_dir() and (path / "image_embedder").is_dir():  # Redux in diffusers layout
+        path = path / "image_embedder"
+    checkpoint, config = _adapter(path, model)
+    for folder in _beside(path):
+        encoder = _encoder(folder)
+        if gives(_config(encoder), config) == config.image:
+            break
+    else:
+        if repo is None:
+            raise _lacks(path, config)
+        half = model.recipe.dtype != "float32"
+        folder = _fetched(repo, file, path, config, half, offline, progress)
+        encoder = _encoder(folder)
+    return Reader(
+        adapter=path,
+        encoder=folder,
+        config=config,
+        sees=_config(encoder),
+        title=checkpoint.layout.title,
+        hash=hashlib.sha256(repr([*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]).encode()).hexdigest()[:16],
+    )
+
+
+def read(reader: Reader, dtype: mx.Dtype) -> tuple[vision.Vision, nn.Module]:
+    """The vision model and the adapter. No converted copy is kept: both are needed once for a picture."""
+    from .. import convert
+
+    (adapter,) = convert.read(reader.adapter, dtype).values()
+    (encoder,) = convert.read(reader.encoder, dtype, "vision").values()
+    return encoder, adapter
+
+
+def gives(sees: vision.Config, adapter: ip_adapter.Config | redux.Config) -> int | None:
+    """The width of what a vision model gives to such an adapter."""
+    return sees.projection if adapter.pools else sees.width
+
+
+def _adapter(path: Path, model: Description) -> tuple["Checkpoint", ip_adapter.Config | redux.Config]:
+    """What an adapter's file holds. Raises unless it fits the model, and every tensor has its place."""
+    from .. import convert
+
+    checkpoint = convert.open(path)
+    (kind, *_), title = checkpoint.layout.networks.values(), checkpoint.layout.title
+    if kind not in build.READERS:
+        what = title if checkpoint.layout.family is None else f"a model, of {title},"
+        raise Error(f"{path} is {what} and reads no reference picture.", "Give an IP-Adapter or FLUX Redux.")
+    if kind not in model.family.references:
+        whose = " and ".join(f.title for f in FAMILIES.values() if kind in f.references)
+        raise Error(f"{path} is {title}, for {whose}; {model.name} is {model.family.title}.", "Use a model of those.")
+    convert.check(checkpoint)
+    (component,) = checkpoint.components.values()
+    wrong = build.READERS[kind](component.config, model.net)
+    if wrong:
+        made_for = f"Use one that was made for {model.family.title}."
+        raise Error(f"{path} is {title} that {wrong}: it does not fit {model.name}.", made_for)
+    return checkpoint, component.config
+
+
+def _encoder(folder: Path) -> "Checkpoint":
+    from .. import convert
+
+    checkpoint = convert.open(folder, layout="vision")
+    convert.check(checkpoint)
+    return checkpoint
+
+
+def _config(encoder: "Checkpoint") -> vision.Config:
+    return encoder.components[_ENCODER].config
+
+
+def _beside(path: Path) -> Iterator[Path]:
+    """Where an adapter's vision model may be: beside its file; beside its folder; and as in h94/IP-Adapter, whose SDXL
+    adapters share that of the others, in models/ beside its folder."""
+    home = path.absolute().parent
+    for place in (home, home.parent, home.parent / "models"):
+        if (place / _ENCODER).is_dir():
+            yield place / _ENCODER
+
+
+def _lacks(path: Path, config: ip_adapter.Config | redux.Config) -> Error:
+    """The error about a vision model that is absent, or is another one."""
+    called = next((name for name, sees in VISION.items() if gives(sees, config) == config.image), "a vision model")
+    place = path.absolute().parent / _ENCODER
+    found = [f"{folder} gives {gives(_config(_encoder(folder)), config)}" for folder in _beside(path)]
+    seen = "; ".join(found) if found else f"there is no folder {place}"
+    return Error(
+        f"{path} reads what {called} gives of a picture, {config.image} numbers, and {seen}.",
+        f"Put the config.json and the model.safetensors of {called} into {place}.",
+    )
+
+
+def _fetched(repo: str, file: str, path: Path, config, half: bool, offline: bool, progress: Progress) -> Path:
+    """The vision model of an adapter from the hub, from the same repository."""
+    from ..convert import vision as convert_vision
+    from ..convert.settings import Settings
+    from . import hub
+
+    commit, held = hub.held(repo, "main") if offline or hub.offline() else hub.listing(repo, "main")
+    home, _, _ = file.rpartition("/")
+    above = home.rpartition("/")[0]
+    for place in dict.fromkeys((home, above, f"{above}/models".lstrip("/"))):
+        folder = f"{place}/{_ENCODER}".lstrip("/")
+        if f"{folder}/config.json" not in held:
+            continue
+        settings = {f"{folder}/config.json": held[f"{folder}/config.json"]}
+        s = Settings(hub.download(repo, "main", commit, settings, progress) / folder / "config.json")
+        if s.cls in convert_vision.CLASSES and gives(convert_vision.from_json(s, s.cls), config) == config.image:
+            names = hub.select_folder(repo, folder, held, half)
+            return hub.download(repo, "main", commit, {name: held[name] for name in names}, progress) / folder
+    raise _lacks(path, config)
+
+
+def _only_file(repo: str, offline: bool) -> str:
+    """The file of a repository that has one, as FLUX Redux does."""
+    from . import hub
+
+    _, held = hub.held(repo, "main") if offline or hub.offline() else hub.listing(repo, "main")
+    files = sorted(name for name in held if name.endswith(".safetensors") and _ENCODER not in name)
+    top = [name for name in files if "/" not in name]
+    if len(top) != 1:
+        choices = ", ".join(f"{repo}/{name}" for name in files[:8])
+        fix = f"Choose one: {choices}." if files else "Use another repository."
+        raise Error(f"{repo} holds {len(files)} .safetensors files.", fix)
+    return top[0]
+
+
+def _files(checkpoint: "Checkpoint") -> list[Path]:
+    (component,) = checkpoint.components.values()
+    return sorted({piece.tensor.file for weight in component.weights.values() for piece in weight.pieces})
+
+
+def _stamps(encoder: "Checkpoint") -> list:
+    """Size and a sample of each file: a vision model has gigabytes."""
+    return [[size := file.stat().st_size, _sample(file, size)] for file in _files(encoder)]

@@ -1,0 +1,130 @@
+"""Reference pictures through IP-Adapters against diffusers' `load_ip_adapter` with the same random weights. diffusers
+is handed pixels: it would resize by torchvision. Pictures: 40 dB, as for whole pipelines."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import mlxdiff
+from mlxdiff.references import pixels
+
+from . import adapters, tiny
+from .oracle import nchw
+from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, oracle, psnr
+
+pytestmark = pytest.mark.usefixtures("cache")
+CFG = {"num_inference_steps": 3, "guidance_scale": 5.0, "negative_prompt": NEGATIVE}
+OURS = {"steps": 3, "guidance": 5.0, "negative": NEGATIVE, "seed": SEED} | SIZE
+
+
+def picture(seed: int, size: tuple[int, int] = (50, 37)) -> Image.Image:
+    rough = np.random.default_rng(seed).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    return Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict:
+    """name -> (diffusers pipeline, our pipeline)"""
+    root, made = tmp_path_factory.mktemp("ip"), {}
+    for name, make in {"sd1": tiny.sd1, "sdxl": tiny.sdxl}.items():
+        theirs = make(root / f"{name}-words")
+        theirs.set_progress_bar_config(disable=True)
+        theirs.save_pretrained(root / name)
+        theirs.register_modules(image_encoder=adapters.eyes())
+        made[name] = theirs, mlxdiff.load(root / name, dtype="float32")
+    return made
+
+
+def wanted(theirs, states: list, scales: list[float], images: list[torch.Tensor], **settings) -> np.ndarray:
+    theirs.load_ip_adapter(
+        states, subfolder=[""] * len(states), weight_name=[""] * len(states), image_encoder_folder=None,
+        low_cpu_mem_usage=False,
+    )  # fmt: skip
+    try:
+        theirs.set_ip_adapter_scale(scales)
+        return oracle(theirs, ip_adapter_image=images, **(CFG | settings))
+    finally:
+        encoder = theirs.image_encoder
+        theirs.unload_ip_adapter()
+        theirs.register_modules(image_encoder=encoder)
+
+
+CONFIG = mlxdiff.models.vision.Config(32, 8, 32, 3, 2, 50, "gelu", 20, True, 1e-5)
+
+
+def shown(*pictures: Image.Image) -> torch.Tensor:
+    return torch.tensor(np.concatenate([nchw(pixels(p, CONFIG)) for p in pictures]))
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
+def test_one_picture_draws_as_in_diffusers(models, kind, tmp_path):
+    theirs, ours = models["sd1"]
+    state, image = getattr(adapters, kind)(theirs.unet, 1), picture(3)
+    file = adapters.saved(tmp_path, state, theirs.image_encoder)
+    want = wanted(theirs, [state], [0.7], [shown(image)])
+    bare = oracle(theirs, **CFG)
+    assert psnr(want, bare) < DB - 10  # else the comparison proves nothing
+    assert psnr(np.asarray(ours(PROMPT, references=[(file, image, 0.7)], **OURS).image), want) > DB
+    assert psnr(np.asarray(ours(PROMPT, **OURS).image), bare) > DB  # nothing stays
+
+
+def test_xl_draws_as_in_diffusers(models, tmp_path):
+    """SDXL, whose negative prompt is zeros if it is not given."""
+    theirs, ours = models["sdxl"]
+    state, image = adapters.plus(theirs.unet, 4), picture(5, (37, 50))
+    file = adapters.saved(tmp_path, state, theirs.image_encoder)
+    want = wanted(theirs, [state], [0.9], [shown(image)], negative_prompt=None)
+    assert psnr(want, oracle(theirs, **(CFG | {"negative_prompt": None}))) < DB - 10
+    settings = OURS | {"negative": None}
+    assert psnr(np.asarray(ours(PROMPT, references=[(file, image, 0.9)], **settings).image), want) > DB
+
+
+def test_several_pictures_and_adapters_draw_as_in_diffusers(models, tmp_path):
+    """Two pictures for one adapter, side by side, and one for another."""
+    theirs, ours = models["sd1"]
+    states = [adapters.plain(theirs.unet, 6), adapters.plus(theirs.unet, 7)]
+    files = [adapters.saved(tmp_path / str(i), s, theirs.image_encoder) for i, s in enumerate(states)]
+    one, two, three = (picture(i) for i in (8, 9, 10))
+    want = wanted(theirs, states, [0.8, 0.5], [shown(one, two), shown(three)])
+    references = [(files[0], one, 0.8), (files[1], three, 0.5), (files[0], two, 0.8)]
+    assert psnr(np.asarray(ours(PROMPT, references=references, **OURS).image), want) > DB
+    fewer = np.asarray(ours(PROMPT, references=references[:2], **OURS).image)
+    assert psnr(fewer, want) < DB - 10
+
+
+FLUX = {"num_inference_steps": 3, "max_sequence_length": 512}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> tuple:
+    root = tmp_path_factory.mktemp("ip-flux")
+    theirs = tiny.flux(root / "words")
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(root / "flux")
+    return theirs, mlxdiff.load(root / "flux", dtype="float32")
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["one pass", "true_cfg"])
+def test_flux_draws_as_in_diffusers(flux, guided, tmp_path):
+    theirs, ours = flux
+    state, image, encoder = adapters.xlabs(theirs.transformer, 11), picture(12), adapters.eyes()
+    file = adapters.saved_by_xlabs(tmp_path, state, encoder)
+    cfg = {"true_cfg_scale": 3.0, "negative_prompt": NEGATIVE} if guided else {}
+    bare = oracle(theirs, **FLUX, **cfg)
+    theirs.register_modules(
+        image_encoder=encoder, feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
+    )
+    theirs.load_ip_adapter(
+        state, weight_name="", image_encoder_pretrained_model_name_or_path=None, low_cpu_mem_usage=False
+    )
+    try:
+        theirs.set_ip_adapter_scale(0.8)
+        want = oracle(theirs, ip_adapter_image=[shown(image)], **FLUX, **cfg)
+    finally:
+        theirs.unload_ip_adapter()
+    assert psnr(want, bare) < DB - 10
+    settings = SIZE | {"steps": 3, "seed": SEED} | ({"true_cfg": 3.0, "negative": NEGATIVE} if guided else {})
+    assert psnr(np.asarray(ours(PROMPT, references=[(file, image, 0.8)], **settings).image), want) > DB
+    assert psnr(np.asarray(ours(PROMPT, **settings).image), bare) > DB

@@ -1,0 +1,247 @@
+"""JupyterLab on a notebook: on the lessons, or on one whose studio is already drawn. It listens on loopback only."""
+
+import html
+import importlib.util
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from ..console import install
+from ..errors import Error
+
+INTRO = """# Studio
+
+Type a prompt and press **Generate**. Pictures are saved in the folder `pictures`, each with its settings inside:
+drop one on the studio to get them back. Nothing leaves this machine."""
+CELL = """from mlxdiff.widgets import Studio
+
+studio = Studio({model})
+studio"""
+MORE = """# Everything is also here, in Python:
+# studio.images[-1]                                   the last picture, with .request and .save(...)
+# studio.prompt, studio.steps = "a red house", 30
+# studio.compare(seed=[1, 2, 3], guidance=[1, 3, 7])"""
+_OURS = re.compile(re.escape(CELL).replace(r"\{model\}", r"""('[^'\\\n]*'|"[^"\\\n]*")?"""))
+_PATIENCE = 60.0  # seconds that Jupyter may take to start, on a cold disk and an old machine
+_FAREWELL = 30.0  # seconds that Jupyter may take to end: it gives every kernel five
+
+
+def studio(path: Path, model: str | None, browser: bool) -> int:
+    if path.suffix != ".ipynb":
+        raise Error(f"{path.name} is not the name of a notebook.", f"Call it {path.stem}.ipynb.")
+    if model is not None:
+        model = _name_in(path.parent, model)
+    needed("jupyterlab", "ipywidgets", "anywidget")  # before anything is written
+    from nbformat.sign import NotebookNotary
+
+    book = _notebook(path, model)
+
+    def draw(url: str, token: str) -> None:
+        _draw(book, path, url, token)
+        NotebookNotary().sign(book)  # without a signature Jupyter would not show what was drawn
+        _write(book, path)
+
+    return lab(path, "studio is", browser, draw)
+
+
+def _name_in(folder: Path, model: str) -> str:
+    """The name that opens the model from a notebook in `folder`, where its kernel runs. An unknown name is an error."""
+    from .. import store
+
+    store.check_name(model)
+    file = Path(os.path.expanduser(model))
+    return str(file.absolute()) if store.local(model) == file and folder != Path.cwd() else model
+
+
+def needed(*modules: str) -> None:
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise Error(f"{name} is not installed.", f"Install it with: {install('studio')}")
+
+
+def lab(path: Path, what: str, browser: bool, prepare: Callable[[str, str], None] = lambda url, token: None) -> int:
+    """Run JupyterLab on a notebook until Ctrl-C, until a signal ends this process, or until it loses its terminal."""
+    token, port = secrets.token_hex(16), _free_port()
+    url = f"http://127.0.0.1:{port}"
+    print("Starting JupyterLab ...", flush=True)
+    with tempfile.TemporaryFile("w+") as log, ExitStack() as stack:
+        exit_on_signals()
+        server = _serve(path.parent, token, port, log)
+        stack.callback(_end, server)
+        try:
+            _wait(server, url, log)
+            prepare(url, token)
+            address = f"{url}/lab/tree/{urllib.parse.quote(path.name)}?token={token}"
+            print(f"The {what} at {address}\nCtrl-C here ends it.", flush=True)
+            if browser:
+                webbrowser.open(stack.enter_context(private_page(address)))
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+
+
+def exit_on_signals() -> None:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that whatever was started is ended too. A signal that nohup ignores
+    stays ignored."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
+
+
+def _end(server: subprocess.Popen) -> None:
+    """End Jupyter, which ends its kernels before itself. No signal interrupts this. If Jupyter takes too long, it is
+    killed, and its kernels end when they see that it is gone."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    server.terminate()
+    try:
+        server.wait(_FAREWELL)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
+def private_page(address: str) -> Iterator[str]:
+    """A page that only this user can read and that leads to the address with its token. The browser is started with
+    this page, because everybody on the machine can read a program's arguments."""
+    from jupyter_core.paths import jupyter_runtime_dir  # Jupyter keeps such pages there too
+
+    os.makedirs(jupyter_runtime_dir(), exist_ok=True)
+    handle, name = tempfile.mkstemp(".html", "mlxdiff-", jupyter_runtime_dir())
+    with open(handle, "w", encoding="utf-8") as page:
+        there = html.escape(address)
+        page.write(f'<meta charset="utf-8"><meta http-equiv="refresh" content="0;url={there}">')
+        page.write(f'<a href="{there}">To the studio</a>')
+    try:
+        yield Path(name).as_uri()
+    finally:
+        os.unlink(name)
+
+
+def _notebook(path: Path, model: str | None):
+    """Read the notebook, or make a new one if there is none."""
+    import nbformat
+    from nbformat import v4
+
+    if not path.is_file():
+        cell = v4.new_code_cell(CELL.format(model="" if model is None else repr(model)))
+        return v4.new_notebook(
+            cells=[v4.new_markdown_cell(INTRO), cell, v4.new_code_cell(MORE)],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        )
+    try:
+        book = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError) as e:  # nbformat raises these on odd JSON
+        raise Error(f"{path} cannot be read as a notebook: {e}.", "Name another one.") from None
+    _check_trust(book, path)
+    if model is not None:
+        _cell(book, path).source = CELL.format(model=repr(model))
+    return book
+
+
+def _check_trust(book, path: Path) -> None:
+    """Raise unless the first code cell may run unasked and the outputs may be signed: this user's Jupyter has signed
+    the notebook, or the cell is, to the letter, what this module writes and no other cell has an output."""
+    from nbformat.sign import NotebookNotary
+
+    first = _cell(book, path)
+    others = [cell for cell in book.cells if cell is not first and cell.get("outputs")]
+    if NotebookNotary().check_signature(book) or (_OURS.fullmatch(first.source) and not others):
+        return
+    raise Error(
+        f"{path} was not made by `mlxdiff studio` here, and its first code cell would run unasked.",
+        "Look at it in JupyterLab and save it there if you trust it, or name another notebook.",
+    )
+
+
+def _cell(book, path: Path):
+    """The first code cell, which holds the studio."""
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            return cell
+    raise Error(f"{path} has no code.", "Name another notebook, or one that does not exist yet.")
+
+
+def _serve(folder: Path, token: str, port: int, log: IO[str]) -> subprocess.Popen:
+    options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "root_dir": folder}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser"]
+    command += [f"--ServerApp.{k}={v}" for k, v in options.items()]
+    command += ["--allow-root"] if os.geteuid() == 0 else []
+    # A new session, since Jupyter would answer Ctrl-C with a question. `ps` shows arguments, but not the token here.
+    env = os.environ | {"JUPYTER_TOKEN": token}
+    return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _wait(server: subprocess.Popen, url: str, log: IO[str]) -> None:
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            log.seek(0)
+            last = (log.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise Error(f"JupyterLab ended with code {server.returncode}: {last}.", "Try it alone: jupyter lab.")
+        try:
+            urllib.request.urlopen(f"{url}/api", timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise Error(f"JupyterLab did not answer within {_PATIENCE:g} s.", "Try it alone: jupyter lab.")
+
+
+def _draw(book, path: Path, url: str, token: str) -> None:
+    """Run the studio's cell in the kernel that the page will use for this notebook."""
+    from jupyter_client import BlockingKernelClient
+    from jupyter_core.paths import jupyter_runtime_dir
+    from nbformat.v4 import output_from_msg
+
+    _write(book, path)
+    session = {"path": path.name, "name": path.name, "type": "notebook", "kernel": {"name": "python3"}}
+    headers = {"Authorization": f"token {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/api/sessions", json.dumps(session).encode(), headers)
+    with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+        kernel = json.load(answer)["kernel"]["id"]
+    client = BlockingKernelClient(connection_file=str(Path(jupyter_runtime_dir()) / f"kernel-{kernel}.json"))
+    client.load_connection_file()
+    client.start_channels(hb=False)  # a busy machine misses heartbeats, and the client would give up the kernel
+    try:
+        client.wait_for_ready(timeout=_PATIENCE)
+        cell, messages = _cell(book, path), []
+        reply = client.execute_interactive(cell.source, output_hook=messages.append, timeout=_PATIENCE)
+    except (RuntimeError, TimeoutError) as e:  # jupyter_client raises these if a kernel does not answer
+        raise Error(f"The notebook's kernel does not answer: {e}.", "Try again.") from None
+    finally:
+        client.stop_channels()
+    shown = ("stream", "display_data", "execute_result", "error")
+    cell.outputs = [output_from_msg(m) for m in messages if m["msg_type"] in shown]
+    cell.execution_count = reply["content"].get("execution_count")
+
+
+def _write(book, path: Path) -> None:
+    import nbformat
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(book, path)
+    except OSError as e:
+        raise Error(f"{path} cannot be written: {e.strerror}.", "Name a notebook somewhere else.") from None
