@@ -104,7 +104,7 @@ class Attached:
         """The kind of picture that a guide shows. Raises unless its network needs to be told and knows it."""
         row = ADAPTERS.get((self.model.family.name, str(guide.model)))
         mode = row.mode if guide.mode is None and row is not None else guide.mode
-        mode = ALIASES.get(mode, mode)
+        mode = ALIASES.get(mode, mode) if mode not in modes else mode
         if mode is not None and not modes:
             raise Error(f"{guide.model} reads one kind of picture; {mode!r} was given.", "Leave the kind out.")
         if modes and mode not in modes:
@@ -133,6 +133,11 @@ class Attached:
             self._opened[key] = stamp, (path, *store.control(path, self.model))
             self._networks.pop(path, None)
         return self._opened[key][1]
+
+    def encoded(self, request: Request) -> list[Image]:
+        """The pictures of the controls whose networks read latents."""
+        named = [guide for guide in request.controls if guide.model is not None]
+        return [self.picture(guide) for guide in named if self.control(guide)[1].reads_latents]
 
     def check_size(self, request: Request) -> None:
         """Raise unless the networks that guide can read pictures of a resolved request's size."""
@@ -163,9 +168,10 @@ class Attached:
     def together(self, controls: Sequence[Guide]) -> list[list[Guide]]:
         """The controls, those together that one network reads at once: a union's, if they guide in the same steps."""
         groups: dict[tuple, list[Guide]] = {}
-        for i, guide in enumerate(controls):
+        for i, guide in enumerate(guide for guide in controls if guide.model is not None):
             path, config, _ = self.control(guide)
-            groups.setdefault((path, guide.interval) if config.modes else (i,), []).append(guide)
+            joins = config.modes and not config.reads_latents
+            groups.setdefault((path, guide.interval) if joins else (i,), []).append(guide)
         return list(groups.values())
 
     def release(self) -> None:

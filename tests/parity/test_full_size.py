@@ -199,8 +199,8 @@ ACTIVE = {
 @pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="its figures were measured on a CPU")
 @pytest.mark.parametrize("name", ACTIVE)
 def test_activations_are_what_the_estimate_counts(name, numbers, capsys):
-    """Within a quarter: where the peak falls depends on how far MLX runs ahead, which the load of the machine moves. The
-    first call also compiles kernels, so the lower of two counts."""
+    """Within a quarter: where the peak falls depends on how far MLX runs ahead, which the load of the machine moves.
+    The first call also compiles kernels, so the lower of two counts."""
     call, estimate = ACTIVE[name](numbers)
     peaks = []
     for _ in range(2):
