@@ -167,7 +167,8 @@ class Pipeline:
         an earlier request, whose settings hold where no others are given."""
         request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
         full = self.starts.resolve(request)
-        self.attached.check_size(full)
+        for each in [full] if full.hires is None else [full, self.description.second_pass(full)]:
+            self.attached.check_size(each)
         return full
 
     def workload(self, request: Request) -> memory.Workload:

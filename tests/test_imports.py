@@ -244,6 +244,7 @@ MAY = {
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
+        "mlxdiff.detect",
         "mlxdiff.memory",
         "mlxdiff.references",
         "mlxdiff.adapters",
@@ -342,13 +343,13 @@ MAY = {
         "mlxdiff.recipe",
     },
     "mlxdiff.generate": {
+        "mlxdiff.guides",
         "mlxdiff",
         "mlxdiff.builtin",
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.families.base",
-        "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",

@@ -16,7 +16,7 @@ from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES
 from ..families.published import VISION
 from ..models import build, ip_adapter, redux, vision
-from . import _HUB_ID, Progress, _fingerprint, _one_file, _sample, _silent, local
+from . import _HUB_ID, Progress, _one_file, _sample, _silent, fingerprint, local
 
 if TYPE_CHECKING:
     from ..convert import Checkpoint
@@ -76,9 +76,7 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
         config=config,
         sees=_config(encoder),
         title=checkpoint.layout.title,
-        hash=hashlib.sha256(repr([*map(_fingerprint, _files(checkpoint)), *_stamps(encoder)]).encode()).hexdigest()[
-            :16
-        ],
+        hash=hashlib.sha256(repr([*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]).encode()).hexdigest()[:16],
     )
 
 
