@@ -240,6 +240,8 @@ class Pipeline:
         request.check_hires()
         if request.upscaler is None:
             return request
+        if self._upscaler is not None and not self._upscaler.current:
+            self._upscaler = None
         found = self._open_upscaler(request).hash
         if request.upscaler_hash not in (None, found):
             problem = f"The upscaler {request.upscaler} is not the one that these settings name."
