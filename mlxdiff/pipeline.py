@@ -167,8 +167,8 @@ class Pipeline:
         an earlier request, whose settings hold where no others are given."""
         request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
         full = self.starts.resolve(request)
-        for drawn in (full, *([] if full.hires is None else [self.description.second_pass(full)])):
-            self.attached.check_size(drawn)
+        for each in [full] if full.hires is None else [full, self.description.second_pass(full)]:
+            self.attached.check_size(each)
         return full
 
     def workload(self, request: Request) -> memory.Workload:
@@ -240,6 +240,8 @@ class Pipeline:
         request.check_hires()
         if request.upscaler is None:
             return request
+        if self._upscaler is not None and not self._upscaler.current:
+            self._upscaler = None
         found = self._open_upscaler(request).hash
         if request.upscaler_hash not in (None, found):
             problem = f"The upscaler {request.upscaler} is not the one that these settings name."

@@ -250,6 +250,7 @@ MAY = {
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
+        "mlxdiff.detect",
         "mlxdiff.memory",
         "mlxdiff.references",
         "mlxdiff.adapters",
@@ -348,13 +349,13 @@ MAY = {
         "mlxdiff.recipe",
     },
     "mlxdiff.generate": {
+        "mlxdiff.guides",
         "mlxdiff",
         "mlxdiff.builtin",
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.families.base",
-        "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",
