@@ -8,6 +8,7 @@ from ..models.controlnet import UnionConfig
 from . import controlnet
 from .layout import Layout
 from .rules import Lacking, Row, Shapes
+from .settings import Settings
 
 _LIKE = controlnet.LAYOUTS["controlnet"].published["controlnet"]
 LAYOUTS = {
@@ -40,6 +41,11 @@ def config(shapes: Shapes, like: UnionConfig) -> UnionConfig:
     if rest:
         raise Lacking("control_add_embedding.linear_1.weight")
     return UnionConfig(**values | {"added_time": width}, tasks=tasks, mixers=mixers)
+
+
+def from_json(s: Settings, cls: str) -> UnionConfig:
+    """Of no class: see above."""
+    s.refuse("_class_name", cls)
 
 
 def divided(config: UnionConfig) -> list[tuple[int, int, str]]:

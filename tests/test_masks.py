@@ -220,6 +220,17 @@ def test_the_box_of_a_crop(box, size, pad, want):
     assert pictures.crop_box(mask(box, (100, 60)), size, pad) == want
 
 
+@pytest.mark.parametrize("how", [{"mask_crop": 3}, {}])
+def test_a_control_lies_where_the_picture_lies(how):
+    """The picture itself as a control reaches its network as the start image does, also at another size than that."""
+    taken = pictures.Taken([picture((100, 60))], mask((50, 20, 65, 29), (100, 60)))
+    request = Request("x", image=taken.images[0], mask=taken.mask, width=64, height=64, **how)
+    laid = pictures.canvas(request, taken).image
+    assert np.array_equal(np.asarray(pictures.control(request, taken, taken.images[0])), np.asarray(laid))
+    larger = pictures.control(request, taken, picture((300, 180)))
+    assert np.abs(np.asarray(larger, int) - np.asarray(laid, int)).mean() < 2  # of smooth colours
+
+
 DRAWS = {
     "nothing": ("sd15", {}, ("noise",)),
     "a picture": ("sd15", {"image": "a"}, ("image", "noise")),
@@ -228,6 +239,12 @@ DRAWS = {
     "9 channels below": ("sdxl-inpaint", {"image": "a", "mask": "m", "strength": 0.9}, ("image", "noise", "masked")),
     "Fill": ("flux-fill", {"image": "a", "outpaint": (8, 0, 0, 0), "strength": 1.0}, ("image", "noise", "masked")),
     "an edit": ("flux-kontext", {"image": "a"}, ("noise",)),
+    "a control": ("flux-depth", {}, ("control", "noise")),
+    "a control and a mask": (
+        "flux-canny",
+        {"image": "a", "mask": "m", "strength": 1.0},
+        ("masked", "control", "image", "noise"),
+    ),
 }
 
 
@@ -282,6 +299,10 @@ NAMED = {
     "all white": ("sdxl-inpaint", START | {"mask": Image.new("L", SIZE, 255)}, "would see nothing of the picture"),
     "an edit": ("flux-kontext", HOLE, "flux-kontext edits: it takes no mask"),
     "more around an edit": ("flux2-klein", START | {"outpaint": (16, 0, 0, 0)}, "flux2-klein edits: it takes no mask"),
+    "no control": ("flux-depth", {}, "flux-depth reads one control picture; none was given"),
+    "two controls": ("flux-canny", {"controls": [picture()] * 2}, "reads one control picture; 2 were given"),
+    "a scale": ("flux-depth", {"controls": [(picture(), 0.5)]}, "reads its control picture as it is"),
+    "a control for none": ("flux-dev", {"controls": [picture()]}, "flux-dev itself reads no control picture"),
     "black": ("sdxl", START | {"mask": Image.new("L", SIZE)}, "black, or too thin"),
     "a size": ("flux-fill", HOLE | {"outpaint": (8, 0, 0, 0)}, "adds 8 pixels, which is not a multiple of 16"),
 }
@@ -311,7 +332,7 @@ def test_what_is_right_goes_on_to_the_network(no_network):
 def test_a_model_for_inpainting_has_no_refiner_and_is_none():
     plain, inpaint = (description.published(name, recipe(None, "float32")) for name in ("sdxl", "sdxl-inpaint"))
     for one, other in ((plain, inpaint), (inpaint, plain)):
-        with pytest.raises(Error, match="reads a mask beside the latents"):
+        with pytest.raises(Error, match="reads pictures beside the latents"):
             one.check_refiner(other)
 
 
