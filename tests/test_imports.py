@@ -437,6 +437,15 @@ MAY = {
         "mlxdiff.widgets.start_picture",
         "mlxdiff.widgets.view",
     },
+    "mlxdiff.widgets.painting": {
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.pictures",
+        "mlxdiff.request",
+        "mlxdiff.widgets.settings",
+        "mlxdiff.widgets.start_picture",
+        "mlxdiff.widgets.view",
+    },
     "mlxdiff.widgets.known": {
         "mlxdiff.advice",
         "mlxdiff.description",
