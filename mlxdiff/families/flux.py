@@ -27,6 +27,8 @@ def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
 
 _DEFAULTS = Defaults(size=1024, steps=28, guidance=3.5)
 _SCHEDULE = FLOW | {"spacing": "trailing", "ends": "trailing", "dynamic": DYNAMIC}
+_DEPTH = replace(_DEFAULTS, steps=30, guidance=10.0)
+_CANNY = replace(_DEFAULTS, steps=50, guidance=30.0)
 _FILL = replace(_DEFAULTS, steps=50, guidance=30.0)
 _SCHNELL = replace(_DEFAULTS, steps=4, guidance=0.0)
 FLUX = Family(
@@ -51,7 +53,7 @@ FLUX = Family(
     taesd="madebyollin/taef1",
     preview=PREVIEW_FLUX,
     careful=Careful(
-        whole=("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer"),
+        whole=("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer", "controlnet_"),
         eight=("_mod.", ".modulation."),
     ),
     activations=_activations,
@@ -70,7 +72,7 @@ FLUX = Family(
         ),
         # Kontext has the same shapes as dev; only the checkpoint's name for its pipeline shows it.
         "kontext": Variant(edits=1),
-        "control": Variant(beside=64, needs=("a control picture",)),  # patches of the control picture
+        "control": Variant(beside=64, reads=("control",), defaults=_DEPTH),
         "fill": Variant(beside=320, reads=("masked", "tiles"), defaults=_FILL),
     },
 )
@@ -139,6 +141,28 @@ MODELS = {
         variant="fill",
         gated=True,
     ),
+    "flux-depth": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-Depth-dev",
+        title="FLUX.1 Depth dev: needs a depth map",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=128)},
+        defaults=_DEPTH,
+        variant="control",
+        gated=True,
+    ),
+    "flux-canny": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-Canny-dev",
+        title="FLUX.1 Canny dev: needs a picture of edges",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=128)},
+        defaults=_CANNY,
+        variant="control",
+        gated=True,
+    ),
     "flux-kontext": Model(
         FLUX,
         repo="black-forest-labs/FLUX.1-Kontext-dev",
@@ -162,3 +186,14 @@ ADAPTERS = {
         tokens=729,
     )
 }
+
+_UNION = Beside(
+    "ControlNet",
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0",
+    "FLUX.1-dev Non-Commercial",
+    4.28,
+    "diffusion_pytorch_model.safetensors",
+)  # of the kinds of pictures that it reads it need not be told which it is
+_TOLD = replace(_UNION, repo="InstantX/FLUX.1-dev-Controlnet-Union", size=6.6)
+ADAPTERS |= {(FLUX.name, name): _UNION for name in ("canny", "depth", "gray", "openpose", "softedge")}
+ADAPTERS |= {(FLUX.name, name): replace(_TOLD, mode=name) for name in ("blur", "lq", "tile")}
