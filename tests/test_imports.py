@@ -411,6 +411,15 @@ MAY = {
     },
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
     "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors"},
+    "mlxdiff.train.inversion": {
+        "mlxdiff.adapters",
+        "mlxdiff.conditioning",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.pipeline",
+        "mlxdiff.request",
+        "mlxdiff.train.*",
+    },
     "mlxdiff.train.tune": {
         "mlxdiff.conditioning",
         "mlxdiff.description",
