@@ -40,6 +40,11 @@ _TYPES = {
 }
 BLOCKS = {name: (numbers, size) for name, numbers, size in _TYPES.values() if numbers > 1}
 
+# Types whose numbers are steps of a scale from a lowest number, both shared by 32, as in MLX's affine form -> the bits
+# of a step. MLX holds such a tensor as it is.
+STEPS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8}
+_LOWEST = {"Q4_0": -8, "Q5_0": -16, "Q8_0": -128}  # in steps, where a block does not say it
+
 # The kinds of metadata. Text is read, as are the numbers that are needed; the rest is passed over.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY, _INT32, _UINT32 = 8, 9, 5, 4
@@ -127,6 +132,38 @@ def unpack(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
         # As one row, which the package unpacks at once. It would take rows by sixteens.
         part = np.array(raw[i * size : (i + blocks) * size])[None]
         out[i * numbers : (i + blocks) * numbers] = quants.dequantize(part, kind)[0]
+
+
+def steps(raw: np.ndarray, dtype: str, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bytes of whole blocks of one of STEPS as MLX holds them in so many bits, or more than the type has: the
+    steps, packed into 32-bit words, and for every 32 numbers the scale and the lowest number, as float32."""
+    (numbers, size), parts = BLOCKS[dtype], []
+    for i in range(0, raw.size, _CHUNK // 32 * size):
+        blocks = np.array(raw[i : i + _CHUNK // 32 * size]).reshape(-1, size)
+        values = np.empty(len(blocks) * numbers, np.float32)
+        unpack(blocks.reshape(-1), dtype, values)
+        scale, low = _scales(blocks, dtype)
+        with np.errstate(all="ignore"):  # a scale of 0, whose numbers are all the lowest
+            step = np.rint((values.reshape(-1, 32) - low[:, None]) / scale[:, None])
+        step = np.nan_to_num(step, posinf=0, neginf=0).clip(0, 2 ** STEPS[dtype] - 1).astype(np.uint8)
+        ones = np.unpackbits(step[..., None], axis=-1, bitorder="little", count=bits)
+        parts.append((np.packbits(ones, bitorder="little").view(np.uint32), scale, low))
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def _scales(blocks: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The scale of every 32 numbers and the lowest number, from blocks (n, bytes)."""
+    from gguf.quants import Q4_K
+
+    first, second = (blocks[:, i : i + 2].copy().view(np.float16).astype(np.float32) for i in (0, 2))  # (n, 1)
+    if dtype in _LOWEST:
+        scale, low = first, first * _LOWEST[dtype]
+    elif dtype.endswith("_1"):
+        scale, low = first, second
+    else:  # both are multiples of the block's own
+        times, below = Q4_K.get_scale_min(blocks[:, 4:16].copy())  # (n, 8); Q5_K has them alike
+        scale, low = first * times, -second * below
+    return scale.reshape(-1), low.reshape(-1)
 
 
 class _Header:

@@ -11,7 +11,7 @@ from .layout import Layout
 from .registry import LAYOUTS
 
 # part -> the layouts that its file may have
-_LAYOUTS = {
+KINDS = {
     "vae": ("vae",),
     "clip": ("clip", "clip-g"),
     "clip_g": ("clip-g",),
@@ -55,7 +55,7 @@ def _part(layout: Layout, part: str, path: Path) -> Component:
     """The network in a file or a folder that holds nothing else."""
     tensors = files.read(path).tensors
     key, _ = detect.layout(path, tensors)
-    if key not in _LAYOUTS[part]:
+    if key not in KINDS[part]:
         holds = LAYOUTS[key].title if LAYOUTS[key].family is None else f"{key} weights"
         raise Error(f"{path} holds {holds}, not {PARTS[part]}.", f"Give `{part}` the file of {PARTS[part]}.")
     targets = [(to, x) for name, x in tensors.items() for to in rules.rename(name, LAYOUTS[key].table)]

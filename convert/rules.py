@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from . import gguf
 from .source import Tensor
 
 Row = tuple[str, str | tuple[str, ...] | None]
@@ -54,6 +55,20 @@ class Weight:
         """The parameter from its stored tensors."""
         parts = [p.cut(x) for p, x in zip(self.pieces, arrays, strict=True)]
         return fit(parts[0] if len(parts) == 1 else mx.concatenate(parts), self.shape)
+
+    @property
+    def bits(self) -> int | None:
+        """In how many bits MLX can hold its numbers as they are stored, in groups of 32, if it can: see
+        `gguf.STEPS`."""
+        tensors = [p.tensor for p in self.pieces if not p.transposed]
+        sound = [t for t in tensors if len(t.shape) == 2 and t.shape[1] % 32 == 0 and t.dtype in gguf.STEPS]
+        whole = len(self.shape) == 2 and len(sound) == len(self.pieces)
+        return max(gguf.STEPS[t.dtype] for t in sound) if whole else None
+
+    def steps(self, bits: int) -> tuple[mx.array, ...]:
+        """The parameter as MLX holds it in so many bits: the packed numbers, scales and biases."""
+        pieces = [[p.cut(part) for part in p.tensor.steps(bits)] for p in self.pieces]
+        return tuple(mx.concatenate(parts) for parts in zip(*pieces, strict=True))
 
     @property
     def fits(self) -> bool:

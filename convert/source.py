@@ -82,6 +82,11 @@ class Tensor:
             gguf.unpack(self._stored(np.uint8, (self.size,)), self.dtype, np.array(array, copy=False).reshape(-1))
         return array
 
+    def steps(self, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+        """A matrix of one of `gguf.STEPS` as MLX holds it: words, scales and biases, (rows, n) each."""
+        parts = gguf.steps(self._stored(np.uint8, (self.size,)), self.dtype, bits)
+        return tuple(mx.array(part.reshape(self.shape[0], -1)) for part in parts)
+
     def _stored(self, kind: type, shape: tuple[int, ...]) -> np.ndarray:
         if 0 in shape:
             return np.empty(shape, kind)

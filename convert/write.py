@@ -26,6 +26,7 @@ from . import lora, rules
 from . import tokenizer as copying
 from .checkpoint import FULL, Checkpoint, check, open
 from .clip import PADS
+from .parts import KINDS
 from .registry import MODULES
 from .source import Tensor
 
@@ -98,7 +99,8 @@ def _whole(checkpoint: Checkpoint) -> None:
         elif len(parts) == len(lacking) > 0:
             fix = f"Give {', '.join(parts)}, or put files of such names beside it.{_published(checkpoint)}"
         else:
-            fix = FULL
+            part = next((part for part in reversed(KINDS) if checkpoint.family in KINDS[part]), None)
+            fix = FULL if part is None else f"Name the model that it is a part of, and give this one as `{part}=FILE`."
         raise Error(f"{checkpoint.path} holds only {', '.join(held)}{also}.", fix)
     family, configs = FAMILIES[checkpoint.family], {name: c.config for name, c in checkpoint.components.items()}
     for name, what, takes, gives in MODULES[family.network].reads(configs[family.denoiser], configs):
@@ -181,7 +183,9 @@ def _write(
     writers = []
     for name, part in checkpoint.components.items():
         kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
-        writer = weights.Writer(folder / f"{name}.safetensors", model.family, part.config, model.recipe)
+        # What a LoRA changes has other numbers than the file.
+        stored = {} if changes else {key: weight.bits for key, weight in part.weights.items()}
+        writer = weights.Writer(folder / f"{name}.safetensors", model.family, part.config, model.recipe, stored)
         writers.append((part, writer, kind))
     size, free = sum(w.size for _, w, _ in writers), shutil.disk_usage(folder).free
     if free < size:
@@ -195,7 +199,9 @@ def _write(
         with writer:
             for key, weight in part.weights.items():
                 progress("convert", done, total)
-                writer.put(key, adapters.changed(_sound(weight, kind), name, key, changes))
+                value = adapters.changed(_sound(weight, kind), name, key, changes)
+                bits = writer.as_stored.get(key)
+                writer.put(key, value, None if bits is None else _steps(weight, bits, kind))
                 done += math.prod(weight.shape) * kind.size
     progress("convert", total, total)
     for name, (place, pad) in tokenizers.items():
@@ -213,20 +219,31 @@ def _sound(weight: rules.Weight, dtype: mx.Dtype) -> mx.array:
     return weight.fitted([_sound_tensor(p.tensor, dtype) for p in weight.pieces])
 
 
+def _steps(weight: rules.Weight, bits: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    """A quantized parameter as it is stored, with scales in the given type."""
+    packed, *scales = weight.steps(bits)
+    rounded = [x.astype(dtype) for x in scales]
+    if not all(map(_finite, rounded)):  # the lowest number that a group could hold, which may not occur
+        raise _too_large(weight.pieces[0].tensor, dtype)
+    return packed, *rounded
+
+
 def _sound_tensor(tensor: Tensor, dtype: mx.Dtype) -> mx.array:
     stored = tensor.read()
     value = stored.astype(dtype)
     if _finite(value):
         return value
     if _finite(stored):
-        raise Error(
-            f"{tensor.name!r} in {tensor.file} has numbers too large for {str(dtype)[9:]}.",
-            'Use `dtype="bfloat16"` or float32.',
-        )
+        raise _too_large(tensor, dtype)
     raise Error(
         f"{tensor.name!r} in {tensor.file} has numbers that are NaN or infinite.",
         "Use another copy of this checkpoint.",
     )
+
+
+def _too_large(tensor: Tensor, dtype: mx.Dtype) -> Error:
+    problem = f"{tensor.name!r} in {tensor.file} has numbers too large for {str(dtype)[9:]}."
+    return Error(problem, 'Use `dtype="bfloat16"` or float32.')
 
 
 # type -> its bits as integers, and the lowest, without the sign, that is not finite. Ten times faster than isfinite.

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,14 @@ SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_TEXT = 2**20  # characters of settings; real ones have hundreds
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
 _CHUNK = "mlxdiff"
+# What IPTC calls pictures that a model drew, that it drew over another picture, and that it enlarged.
+_DRAWN, _DRAWN_OVER = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
+_ENHANCED = "algorithmicallyEnhanced"
+_MARK = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+    'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/{}"/></rdf:RDF></x:xmpmeta>'
+)
 ENLARGED = "mlxdiff-upscale"  # what a picture was enlarged by, as JSON
 _MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
@@ -165,7 +174,7 @@ def write(image: Image.Image, path: Path, **options) -> Path:
 
 def save_with(image: Image.Image, path: Path, texts: dict[str, str], icc_profile: bytes | None = None) -> Path:
     """Write a picture that carries texts under the first free name. icc_profile: which colours its numbers mean."""
-    return write(image, path, icc_profile=icc_profile, **_with(kind_of(Path(path)), texts))
+    return write(image, path, icc_profile=icc_profile, **_with(kind_of(Path(path)), texts, _ENHANCED))
 
 
 def check_fits(path: Path, size: tuple[int, int], mode: str) -> None:
@@ -262,20 +271,23 @@ def _claim(temp: Path, path: Path) -> Path:
 
 def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
     text = dialects.parameters(vars(request), model, recipe)
-    return _with(
-        kind, {"parameters": text, _CHUNK: request.to_json(), "mlxdiff-model": model, "mlxdiff-recipe": recipe}
-    )
+    texts = {"parameters": text, _CHUNK: request.to_json(), "mlxdiff-model": model, "mlxdiff-recipe": recipe}
+    return _with(kind, texts, _DRAWN if request.image is None else _DRAWN_OVER)
 
 
-def _with(kind: str, texts: dict[str, str]) -> dict:
-    """PIL's options for a file that carries texts. Only a PNG has room for all; others get A1111's."""
-    texts = {name: _encodable(text) for name, text in texts.items()}
+def _with(kind: str, texts: dict[str, str], source: str) -> dict:
+    """PIL's options for a file that carries texts, and a mark that says how the picture was made, unless a text is one.
+    Only a PNG has room for all texts; others get A1111's."""
+    texts, mark = {name: _encodable(text) for name, text in texts.items()}, _MARK.format(source)
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
-        for name, text in texts.items():
+        for name, text in ({"XML:com.adobe.xmp": mark} | texts).items():
             info.add_itxt(name, text)
         return {"pnginfo": info}
-    options = {"quality": 95}
+    options = {"quality": 95, "xmp": mark.encode()}
+    if kind == "JPEG":
+        body = b"http://ns.adobe.com/xap/1.0/\0" + options.pop("xmp")
+        options["extra"] = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body  # a marker of its own, beside EXIF's
     if "parameters" in texts:
         exif = Image.Exif()
         exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + texts["parameters"].encode("utf-16-be")  # as A1111 writes it

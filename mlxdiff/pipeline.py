@@ -167,8 +167,8 @@ class Pipeline:
         an earlier request, whose settings hold where no others are given."""
         request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
         full = self.starts.resolve(request)
-        for drawn in (full, *([] if full.hires is None else [self.description.second_pass(full)])):
-            self.attached.check_size(drawn)
+        for each in [full] if full.hires is None else [full, self.description.second_pass(full)]:
+            self.attached.check_size(each)
         return full
 
     def workload(self, request: Request) -> memory.Workload:
@@ -240,6 +240,8 @@ class Pipeline:
         request.check_hires()
         if request.upscaler is None:
             return request
+        if self._upscaler is not None and not self._upscaler.current:
+            self._upscaler = None
         found = self._open_upscaler(request).hash
         if request.upscaler_hash not in (None, found):
             problem = f"The upscaler {request.upscaler} is not the one that these settings name."
@@ -270,7 +272,8 @@ class Pipeline:
 
         draw = self.noise(request)
         hints = yield from self.starts.controls(request, self.attached.encoded(request), draw)
-        start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given)
+        control = next((self.attached.picture(guide) for guide in request.controls if guide.model is None), None)
+        start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given, control)
         start = start._replace(hints=hints)
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
@@ -422,14 +425,14 @@ class Pipeline:
             begin = time.perf_counter()
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
-        for guides in self.attached.together(request.controls):
+        for guides in self.attached.together([guide for guide in request.controls if guide.model is not None]):
             net, on = self.attached.network(guides[0]), steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
             if net.config.reads_latents:
                 hints = [next(latents)]
             else:
-                cut = [self.starts.aligned(request, self.attached.picture(guide)) for guide in guides]
+                cut = [self.starts.control(request, self.attached.picture(guide)) for guide in guides]
                 hints = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
             found = conditioning.control(self.description, net, guides, request, hints, ts, texts, sides, times)
             for side, control in found.items():

@@ -19,6 +19,7 @@ from .models import build
 from .recipe import DTYPES, Recipe, component_dtype, quantization_plan
 
 _TAGS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
+_STORED = 32  # numbers of a group in quantized files, which keep them
 _ROWS = 2**22  # numbers of a tensor whose quantization error is measured together
 
 
@@ -32,13 +33,27 @@ def quantized(module: nn.Module, layers: dict[str, dict]) -> nn.Module:
 class Writer:
     """Writes the safetensors file of one component, tensor by tensor in any order: the header is known beforehand.
     The file is named after its component. Use it as a context manager; if it exits without an error, every parameter
-    was put exactly once."""
+    was put exactly once. stored: parameter -> the bits in which its source has it, in groups of 32. Those to which the
+    recipe gives as many bits, or more, keep these groups: they are in `as_stored`, with the recipe's bits."""
 
-    def __init__(self, path: Path, family: Family, config: build.Config, recipe: Recipe):
+    def __init__(
+        self,
+        path: Path,
+        family: Family,
+        config: build.Config,
+        recipe: Recipe,
+        stored: dict[str, int | None] | None = None,
+    ):
         self.path, name = path, path.stem
         self.dtype = DTYPES[component_dtype(family, name, recipe.dtype)]
         module = build.build(config)
         self.layers = quantization_plan(family, name, module, recipe.bits)
+        self.as_stored = {}
+        for layer, how in self.layers.items():
+            key, bits = f"{layer}.weight", (stored or {}).get(f"{layer}.weight")
+            if how["mode"] == "affine" and bits is not None and bits <= how["bits"]:
+                self.layers[layer] = how | {"group_size": _STORED}
+                self.as_stored[key] = how["bits"]
         self.entries, offset = {}, 0
         self.lost = self.whole = 0.0  # sums of squares over the quantized weights: of their errors, and of the weights
         for key, value in tree_flatten(quantized(module, self.layers).parameters()):
@@ -61,11 +76,12 @@ class Writer:
         self.left = set(self.entries)
         return self
 
-    def put(self, key: str, value: mx.array) -> None:
+    def put(self, key: str, value: mx.array, parts: tuple[mx.array, ...] | None = None) -> None:
+        """parts: of one of `as_stored`, the packed numbers, scales and biases of the value."""
         path, _, leaf = key.rpartition(".")
         value = value.astype(self.dtype)
         if leaf == "weight" and path in self.layers:
-            parts = mx.quantize(value, **self.layers[path])
+            parts = mx.quantize(value, **self.layers[path]) if parts is None else parts
             for suffix, part in zip(("weight", "scales", "biases"), parts, strict=False):  # small floats have no biases
                 self._write(f"{path}.{suffix}", part)
             self._compare(value, parts, self.layers[path])
@@ -116,13 +132,18 @@ def _bytes(value: mx.array) -> memoryview:
 
 def load(path: Path, family: Family, config: build.Config, recipe: Recipe) -> nn.Module:
     """The component in a file that is named after it. Its weights are read from disk when they are first evaluated."""
-    module = build.build(config)
-    quantized(module, quantization_plan(family, path.stem, module, recipe.bits))
     try:
         check_regular(path)
         arrays = mx.load(str(path))
     except (RuntimeError, OSError, ValueError) as e:
         raise Error(f"{path} cannot be read: {e}.", "Convert the checkpoint again.") from None
+    module = build.build(config)
+    layers, linear = quantization_plan(family, path.stem, module, recipe.bits), dict(module.named_modules())
+    for layer, how in layers.items():  # those that the writer took as they were stored have more scales
+        groups = (linear[layer].weight.shape[0], linear[layer].weight.shape[1] // _STORED)
+        if how["mode"] == "affine" and f"{layer}.scales" in arrays and arrays[f"{layer}.scales"].shape == groups:
+            layers[layer] = how | {"group_size": _STORED}
+    quantized(module, layers)
     fit(path, arrays, {k: tuple(v.shape) for k, v in tree_flatten(module.parameters())})
     module.load_weights(list(arrays.items()))
     module.eval()

@@ -353,8 +353,9 @@ BAD = {
     ),
     "half of a tiny VAE": (lambda p: p.sparse("taesd_encoder_single"), "encoder of a TAESD"),
     "a U-Net alone": (lambda p: p.sparse("sdxl_base_unet"), "only unet, without text_encoder, text_encoder_2, vae"),
-    "a VAE alone": (lambda p: p.sparse("sdxl_vae"), "holds only vae"),
-    "a text encoder alone": (lambda p: p.sparse("comfy_clip_l"), "holds only text_encoder"),
+    "a VAE alone": (lambda p: p.sparse("sdxl_vae"), "give this one as --vae FILE"),
+    "a text encoder alone": (lambda p: p.sparse("comfy_clip_l"), "give this one as --clip FILE"),
+    "SDXL's second text encoder alone": (lambda p: p.sparse("comfy_clip_g"), "give this one as --clip-g FILE"),
     "a network out of a folder": (out_of, "without text_encoder, vae. Use the model that it is a part of, /"),
     "one of a network's shards": (one_shard, "model-00001-of-00002.safetensors is one of several shards"),
     "no VAE": (

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
-from mlxdiff import Error, convert, store
+from mlxdiff import Error, convert, description, store, weights
 from mlxdiff.convert import gguf as ours
-from mlxdiff.convert import source
+from mlxdiff.convert import rules, source
 from mlxdiff.convert.inspect import main as inspect
 from mlxdiff.store import hub
 
@@ -387,3 +387,83 @@ def test_any_bytes_after_the_magic_are_an_error_or_a_header(tmp_path):
     for _ in range(300):
         body = bytes(rng.choice((0, 0, 0, 1, 2, 8, rng.randrange(256))) for _ in range(rng.randrange(200)))
         read_bytes(tmp_path / "a.gguf", b"GGUF\x03\x00\x00\x00" + body)
+
+
+# ---- kept as they are
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("kind", ours.STEPS)
+def test_mlx_holds_blocks_as_they_are(monkeypatch, kind, more):
+    """Any blocks, across pieces, in as many bits or the next more. Exact in float32, where a product of scale and step
+    has no more bits than fit; the difference of two such products is rounded by both, and MLX's CPU may round the
+    product too: 2 ulp of the larger."""
+    monkeypatch.setattr(ours, "_CHUNK", 1024)
+    raw = blocks(kind, 7, 768)
+    want = gguf.quants.dequantize(raw, Kind[kind]).reshape(7, 768)
+    bits = [4, 5, 6, 8, 8][[4, 5, 6, 8].index(ours.STEPS[kind]) + more]
+    parts = (mx.array(part.reshape(7, -1)) for part in ours.steps(raw.reshape(-1), kind, bits))
+    got = np.array(mx.dequantize(*parts, group_size=32, bits=bits))
+    if kind in ours._LOWEST:
+        np.testing.assert_array_equal(got, want)
+    else:
+        scale, low = ours._scales(raw.reshape(-1, gguf.GGML_QUANT_SIZES[Kind[kind]][1]), kind)
+        largest = np.abs(low) + np.abs(scale) * 2 ** ours.STEPS[kind]
+        assert (np.abs(got - want).reshape(-1, 32) <= 2 * 2**-23 * largest[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
+def test_a_conversion_of_as_many_bits_keeps_the_blocks(parts, words, tmp_path, kind, dtype):
+    """Reference: the package's numbers. bfloat16 rounds the scales to 8 bits: 2^-9 at most, or 0.2 %; the shift of
+    Q5_1 is larger than most of its numbers. In fewer bits than it has, the file is rounded once more."""
+    net = transformer_state("dev", parts["transformer"])
+    file = written(apart(tmp_path / "a", "dev", parts).with_name("net.gguf"), net, kinds=packed(net, kind))
+    out = convert.convert(file, tmp_path / "out", bits=ours.STEPS[kind], dtype=dtype, tokenizer=words)
+    model = description.read(out)
+    opened = weights.load(out / "transformer.safetensors", model.family, model.net, model.recipe)
+    assert opened.img_in.weight.dtype == opened.single_blocks[0].linear2.scales.dtype  # small layers stay whole
+    kept = {"single_blocks.0.linear2": opened.single_blocks[0].linear2, "double_blocks.0.img_mod.lin":
+            opened.double_blocks[0].img_mod.lin}  # fmt: skip
+    for name, layer in kept.items():
+        want = gguf.quants.dequantize(gguf.quants.quantize(net[f"{name}.weight"], Kind[kind]), Kind[kind])
+        assert (layer.group_size, layer.bits) == (32, 8 if "mod" in name else ours.STEPS[kind])
+        scales = (x.astype(mx.float32) for x in (layer.scales, layer.biases))
+        got = np.array(mx.dequantize(layer.weight, *scales, group_size=32, bits=layer.bits))
+        off = np.sqrt(np.square(got - want).mean() / np.square(want).mean())
+        assert off < (0.004 if dtype == "bfloat16" else 1e-7), name
+        x = np.random.default_rng(0).standard_normal((3, want.shape[1])).astype(np.float32)
+        y = np.array(layer(mx.array(x).astype(layer.scales.dtype)).astype(mx.float32))
+        exact = x @ want.T + np.array(layer.bias.astype(mx.float32))
+        # The rest is MLX's arithmetic, whose sums of many roundings go as far as 0.005 and 0.04 of the largest.
+        loss = {"float32": 1e-6, "float16": 0.02, "bfloat16": 0.1}[dtype]
+        assert np.abs(y - exact).max() / np.abs(exact).max() < loss
+    if kind != "Q4_0":
+        other = convert.convert(file, tmp_path / "other", bits=4, dtype=dtype, tokenizer=words)
+        assert description.read(other).error["transformer"] > 0.05
+
+
+def test_fused_layers_are_cut_as_they_are_stored(tmp_path):
+    """Z-Image's attention, whose rows are three layers; what is transposed is quantized anew."""
+    raw, path = blocks("Q8_0", 96, 64), tmp_path / "a.gguf"
+    written(path, {"attention.qkv.weight": raw}, kinds={"attention.qkv.weight": "Q8_0"})
+    tensor = source.read(path).tensors["attention.qkv.weight"]
+    whole = gguf.quants.dequantize(raw, Kind.Q8_0).reshape(96, 64)
+    for i in range(3):
+        weight = rules.Weight((rules.Piece(tensor, i, 3, False),), (32, 64))
+        assert weight.bits == 8
+        got = mx.dequantize(*weight.steps(8), group_size=32, bits=8)
+        np.testing.assert_array_equal(np.array(got), whole[32 * i : 32 * i + 32])
+    assert rules.Weight((rules.Piece(tensor, 0, 1, True),), (64, 96)).bits is None  # no row of it is a row of the file
+
+
+def test_a_scale_whose_lowest_number_overflows_is_an_error(parts, words, tmp_path):
+    """-128 times 600 is beyond float16, though no number of the block is."""
+    net = transformer_state("dev", parts["transformer"])
+    name = "single_blocks.0.linear2.weight"
+    raw = gguf.quants.quantize(net[name], Kind.Q8_0)
+    raw.reshape(-1, 34)[0] = np.frombuffer(np.float16(600).tobytes() + bytes([100] * 32), np.uint8)
+    file = written(apart(tmp_path / "a", "dev", parts).with_name("net.gguf"), net | {name: raw}, kinds={name: "Q8_0"})
+    with pytest.raises(Error, match=r"linear2.weight' in .* has numbers too large for float16"):
+        convert.convert(file, tmp_path / "out", bits=8, dtype="float16", tokenizer=words)
+    assert not (tmp_path / "out").exists()

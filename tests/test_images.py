@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -60,6 +61,22 @@ def test_other_formats_carry_the_a1111_text(tmp_path, suffix):
     request, model = images.read_settings(images.save(picture(), tmp_path / f"a{suffix}", FULL, "m", "float32"))
     assert (request.prompt, request.negative, request.seed) == (FULL.prompt, FULL.negative, 7)
     assert (request.sampler, request.schedule, request.noise, model) == ("dpmpp_2m", "karras", "nv", "m")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize(
+    ("begins", "source"), [(None, "trainedAlgorithmicMedia"), ("a.png", "compositeWithTrainedAlgorithmicMedia")]
+)
+def test_a_picture_says_that_a_model_made_it(tmp_path, suffix, begins, source):
+    """IPTC's word for it, where readers of XMP look: Pillow's own, and the packet's place in each kind of file."""
+    request = replace(FULL, image=begins, image_hash=begins, strength=None if begins is None else 0.5)
+    path = images.save(picture(), tmp_path / f"b{suffix}", request, "m", "float32")
+    with Image.open(path) as written:
+        packet = written.info["XML:com.adobe.xmp" if suffix == ".png" else "xmp"]
+    text = packet if isinstance(packet, str) else packet.decode()
+    (said,) = ElementTree.fromstring(text).iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
+    name = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
+    assert said.get(name) == f"http://cv.iptc.org/newscodes/digitalsourcetype/{source}"
 
 
 def test_saving_never_overwrites(tmp_path):
@@ -147,7 +164,7 @@ def test_every_field_reads_back_from_json():
     full = replace(full, loras=("a.safetensors:0.8",), lora_hashes=("2e",), embeddings=("b",), embedding_hashes=("3",))
     full = replace(full, mask="m.png", mask_hash="5b", mask_blur=2.0, mask_crop=3, keep=False, outpaint=(8, 0, 16, 0))
     full = replace(full, hires=(2.0, 0.5), upscaler="x4.safetensors", upscaler_hash="6c")
-    guide = Guide("edges.png", "canny", 0.7, (0.1, 0.8), "canny", "4a", "5b")
+    guide = Guide("edges.png", "canny", 0.7, (0.1, 0.8), "canny", "4a", "5b", "depth")
     full = replace(full, controls=(guide,), references=(guide, replace(guide, model=None)), guess=True)
     plain = Request("")
     assert all(getattr(full, f.name) != getattr(plain, f.name) for f in fields(Request))

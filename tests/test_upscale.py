@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
@@ -314,6 +315,8 @@ def test_a_drawn_picture_is_enlarged_and_replays(here, capsys):
     assert generate(["--from-image", "a.png", "-o", "b.png"]) == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     full(here / "x2.safetensors", esrgan(1, 8, 4, 1, 1, seed=1))
+    with pytest.raises(Error, match="is not the one that these settings name"):  # though it is open
+        pipe.resolve(big.request)
     assert generate(["--from-image", "a.png", "-o", "c.png"]) == 1
     assert "The upscaler x2.safetensors is not the one that these settings name" in capsys.readouterr().err
     assert generate(["--from-image", "a.png", "--upscale", "x2.safetensors", "-o", "c.png"]) == 0  # a flag wins
@@ -459,3 +462,22 @@ def test_memory_is_told_at_the_larger_size():
     advice.check(plain, small)
     with pytest.raises(Error, match="sdxl at 1024x1024, enlarged 2 times, takes about"):
         advice.check(twice, small)
+
+
+@pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activations were measured on a CPU")
+def test_a_tile_takes_what_is_estimated(here, monkeypatch):
+    """Of a network as wide as the published ones. Depth does not count: its blocks work before the picture is large."""
+    monkeypatch.setattr(memory, "upscale_tile", lambda gpu: 128)
+    full(here / "up.safetensors", esrgan(1, 64, 32, 1, 2))
+    upscaler = Upscaler("up.safetensors", dtype="float32")
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    held = mx.get_active_memory()
+    upscaler(photo((32, 32)))
+    assert 0.9 < memory.upscaling(gpu=False) / (mx.get_peak_memory() - held) < memory.SURE  # 0.99 was seen
+
+
+def test_an_upscaler_is_in_the_estimate():
+    plain = advice.named("storybook", mlxdiff.pipeline.recipe(None, "float32"))
+    big = plain.but(upscaler="realesrgan-x4plus")
+    assert peaks(big, False).decode > memory.upscaling(False) > 2 * peaks(plain, False).decode
