@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 
 import mlxdiff
 import mlxdiff.__main__
-from mlxdiff import advice, description, guidance, images, pictures, samplers, store
+from mlxdiff import advice, description, guidance, images, memory, pictures, samplers, store
 from mlxdiff.errors import Error
+from mlxdiff.memory import Workload, peaks
 from mlxdiff.recipe import recipe
 from mlxdiff.request import Request
 
@@ -206,6 +207,34 @@ def test_a_mask_as_latents_and_as_tiles():
     assert np.array_equal(masked[:, :1], images.to_pixels(picture((24, 16)))[:, :1])
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_a_mask_of_any_kind_is_the_same_mask(tmp_path, mode):
+    """Strokes on a transparent ground too, whose ground is black."""
+    drawn = mask().convert("RGBA" if mode == "LA" else "L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        drawn = Image.fromarray(np.asarray(mask()).astype(np.uint16) * 257)
+    if mode in ("RGBA", "LA"):
+        drawn = Image.new("RGBA", SIZE, "white")
+        drawn.putalpha(mask())
+        drawn = drawn.convert(mode)
+    drawn.save(tmp_path / "hole.png")
+    taken = pictures.read(Request("x", image=picture(), mask=tmp_path / "hole.png"))
+    assert np.array_equal(np.asarray(taken.mask), np.asarray(mask()))
+
+
+@pytest.mark.parametrize("name", ["flux-fill", "flux-depth", "sdxl-inpaint"])
+def test_what_the_vae_encodes_is_counted(name):
+    """Also where the pictures are not named yet; then the VAE stays, and with low_memory it does not."""
+    model = description.published(name, recipe(None, "float16"))
+    bare, vae = Workload(model, model.fill(Request("x"))), memory._weights(model, "vae").held
+    named = Workload(model, model.fill(Request("x", image="a.png", mask="b.png"), [(1024, 1024)]))
+    assert peaks(bare, gpu=True) == peaks(named, gpu=True)
+    plain = replace(model, family=replace(model.family, variants={model.variant: replace(model.row, reads=())}))
+    assert peaks(bare, True).denoise - peaks(replace(bare, model=plain), True).denoise == vae
+    low = peaks(bare.but(low_memory=True), True), peaks(replace(bare, model=plain).but(low_memory=True), True)
+    assert low[0].denoise == low[1].denoise
+
+
 @pytest.mark.parametrize(
     ("box", "size", "pad", "want"),
     [
@@ -282,6 +311,7 @@ BAD = {
     "negative": (START | {"outpaint": (8, 0, -8, 0)}, "Outpaint must be a whole number from 0"),
     "no multiple": (START | {"outpaint": (8, 0, 9, 0)}, "adds 9 pixels, which is not a multiple of 8"),
     "too wide": (START | {"outpaint": (16384, 0, 0, 0)}, "Width must be a whole number"),
+    "one side": (START | {"outpaint": 8}, "outpaint 8 is not four numbers"),
     "three sides": (START | {"outpaint": (8, 8, 8)}, "is not four numbers"),
     "no place": (START | {"outpaint": (64, 0, 0, 0), "width": 64}, "no place for the image in width 64"),
     "blur of nothing": (START | {"mask_blur": 2}, "mask_blur has no meaning without a mask"),
