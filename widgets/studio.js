@@ -290,13 +290,13 @@ function render({ model, el }) {
     for (const [name, listener] of Object.entries(listeners)) {
       ground.addEventListener(name, listener, { signal: away.signal });
     }
-    naming.observe(root, { childList: true, subtree: true, attributeFilter: ["class"] });
+    naming.observe(root, { childList: true, subtree: true, attributeFilter: ["class", "title"] });
     name(root);
   });
   arrival.observe(el);
 
-  // ipywidgets' sliders have no accessible name, and its toggles do not announce their state. Set both, whenever a
-  // control is drawn or changes its look.
+  // ipywidgets' sliders have no accessible name, its toggles do not announce their state, and a control without a tooltip
+  // gets "null" as one. This is put right whenever a control is drawn or changes its look.
   const naming = new MutationObserver(() => name(el.closest(".mlxdiff-studio")));
   function name(root) {
     for (const slider of root?.querySelectorAll(".widget-hslider") ?? []) {
@@ -308,6 +308,7 @@ function render({ model, el }) {
       const state = toggle.matches(".mlxdiff-unfold") ? "aria-expanded" : "aria-pressed";
       toggle.setAttribute(state, toggle.classList.contains("mod-active"));
     }
+    for (const each of root?.querySelectorAll('[title="null"]') ?? []) each.removeAttribute("title");
   }
 
   const changes = { shown: arrived, history, error: failed, edits: purposes, unpaintable: purposes };
