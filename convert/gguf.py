@@ -269,7 +269,7 @@ def _tensor(header: _Header) -> tuple[str, str, tuple[int, ...], int, int]:
         raise Error(f"{name!r} in {path} has {axes:,} axes, which cannot be.", _AGAIN)
     shape = tuple(header.number("Q") for _ in range(axes))[::-1]
     kind, offset = header.number("I"), header.number("Q")
-    if any(n >= 2**31 for n in shape):
+    if any(n >= 2**31 for n in shape) or math.prod(shape) >= 2**48:
         raise Error(f"{name!r} in {path} has shape {shape}, which cannot be.", _AGAIN)
     if kind not in _TYPES:
         known = ", ".join(known for known, *_ in _TYPES.values() if not known.startswith("I"))
