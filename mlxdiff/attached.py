@@ -225,7 +225,7 @@ def beside(request: Request | None, model: Description) -> tuple[Config | int, .
     for guide in () if request is None else request.controls:
         if guide.model is not None and (path := store.local(guide.model)) is not None:
             found.append(store.control(path, model)[0])
-        elif (row := ADAPTERS.get((model.family.name, str(guide.model)))) is not None:
+        elif (row := store.named_control(guide.model, model)) is not None:
             found.append(int(row.size * 1e9))
     return tuple(found)
 

@@ -51,7 +51,8 @@ def everything() -> int:
         low, four, eight, sixteen = map(gigabytes, on_a_mac(name))
         figures = f"{low:>6} {four:>5} {eight:>5} {sixteen:>8}"
         row = m.family.variants[m.variant]
-        also = "; edits pictures" if row.edits else "; draws in pictures, needs a mask" if row.inpaints else ""
+        also = "; edits pictures" if row.edits else "; needs a mask" if row.inpaints else ""
+        also = "; needs a control picture" if "control" in row.reads else also
         drawn = f"{m.defaults.size:7} {m.defaults.steps:5}"
         print(f"{name:20} {drawn} {_download(name):>10}  {figures}   {m.licence}{also}")
     families = [f for f in FAMILIES.values() if any(not v.needs for v in f.variants.values())]
@@ -76,6 +77,8 @@ def one(name: str) -> int:
         print(f"{'edits':10} {'a picture' if row.edits == 1 else f'up to {row.edits} pictures'}: -i FILE")
     if row.inpaints:
         print(f"{'needs':10} a picture and a mask: -i FILE --mask FILE, or -i FILE --outpaint LEFT TOP RIGHT BOTTOM")
+    if "control" in row.reads:
+        print(f"{'needs':10} a control picture: --control FILE")
     if name == builtin.NAME:
         for kind, words in builtin.vocabulary().items():
             print(f"{kind:10} {', '.join(words)}")
@@ -149,6 +152,8 @@ def _advice(name: str) -> list[str]:
     row = MODELS[name].family.variants[MODELS[name].variant]
     if row.inpaints:
         return [*lines, f'\nRecommended: mlxdiff generate "a red door" -i photo.png --mask door.png{ends}']
+    if "control" in row.reads:
+        ends = f" --control picture.png{ends}"
     also = [f'To edit: mlxdiff generate "make it winter" -i photo.png{ends}'] if row.edits else []
     return [*lines, f'\nRecommended: mlxdiff generate "{prompt}"{ends}', *also]
 

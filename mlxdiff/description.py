@@ -174,7 +174,7 @@ class Description:
         if edits and request.hires is not None:
             fix = "Enlarge the finished picture: `upscaler=MODEL`."
             raise Error(f"{self.name} edits: it begins with no picture, as hires would do.", fix)
-        if request.hires is not None and (request.masked or self.row.reads):
+        if request.hires is not None and (request.masked or self.row.inpaints):
             raise Error("hires draws the whole picture on, a mask a part of it.", "Enlarge the finished picture.")
         if edits and request.strength is not None:
             raise Error(f"{self.name} edits: it takes no strength.", "Leave `strength` out.")
@@ -194,9 +194,15 @@ class Description:
 
     def _check_guides(self, request: Request) -> None:
         """Raise if the controls cannot guide this model, as far as their files do not show it."""
-        if any(guide.model is None for guide in request.controls):
+        own = [guide for guide in request.controls if guide.model is None]  # those that no network of their own reads
+        if own and "control" not in self.row.reads:
             fix = "Name the network that reads it: `controls=[(MODEL, PICTURE)]`."
             raise Error(f"{self.name} itself reads no control picture.", fix)
+        if "control" in self.row.reads and len(own) != 1:
+            problem = f"{self.name} reads one control picture; {len(own) or 'none'} {'were' if own else 'was'} given."
+            raise Error(problem, "Give it as `controls=[PICTURE]`.")
+        if any((guide.scale, guide.interval, guide.mode) != (1, (0, 1), None) for guide in own):
+            raise Error(f"{self.name} reads its control picture as it is, in all steps.", "Leave the numbers out.")
         if request.guess and self.passes(request) == 1:
             fix = "Leave `guess` out, or use more guidance."
             raise Error("guess leaves the negative prompt's pass alone, and without guidance there is none.", fix)
@@ -269,7 +275,7 @@ class Description:
             )
         for model in (self, refiner):
             if model.row.reads:
-                problem = f"{model.name} reads a mask beside the latents: it has no refiner, and is none."
+                problem = f"{model.name} reads pictures beside the latents: it has no refiner, and is none."
                 raise Error(problem, "Leave `refiner` out, or use a base model.")
 
     @property

@@ -57,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
     what = "enlarge by this upscaler (mlxdiff upscale --help lists some): the finished picture, or that of --hires"
     g.add_argument("--upscale", dest="upscaler", metavar="MODEL", help=what)
-    what = "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file"
+    what = (
+        "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file; no MODEL"
+    )
+    what += " for flux-depth and flux-canny, which read it themselves"
     form = ("[MODEL] IMAGE", "SCALE [FROM TO]")
     g.add_argument("--control", dest="controls", action="append", nargs="+", metavar=form, help=what)
     what = "controls guide the prompt's pass alone: the picture decides more, the prompt less"

@@ -90,7 +90,7 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     wider = 1 if config.decoder_channels is None else config.decoder_channels[0] / config.channels[0]
 
     encode = max([_reads(m, request) for m in models] + [_sees(model, reader) for reader in workload.readers])
-    encodes = request.image is not None or model.row.inpaints
+    encodes = request.image is not None or bool(model.row.reads)
     if encodes:
         encode = max(encode, _encodes(workload, max(references, default=drawn), gpu))
 

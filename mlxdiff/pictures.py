@@ -82,18 +82,23 @@ def check(request: Request | None, model: Description, taken: Taken | None = Non
 
 def draws(row: Variant, request: Request) -> tuple[str, ...]:
     """What the noise of a seed is drawn for, in diffusers' order. "noise" is the noise of the run; each of the others
-    makes a sample of the latents that the VAE gives for a picture: the start image, or the same with grey under the
-    mask. A noisy sampler goes on after these, so that even a draw that nothing uses counts.
+    makes a sample of the latents that the VAE gives for a picture: the start image, the same with grey under the mask,
+    or a control picture. A noisy sampler goes on after these, so that even a draw that nothing uses counts.
 
     no start image, or an edit             noise
     start image                            image, noise
     with a mask                            image, noise, masked
-    inpainting U-Net at strength 1         noise, masked"""
+    inpainting U-Net at strength 1         noise, masked
+    a model that reads a control picture   control, noise
+    with a start image                     control, image, noise
+    with a mask                            masked, control, image, noise"""
+    control, masked = ("control",) * ("control" in row.reads), ("masked",) * request.masked
     if request.image is None or row.edits:
-        return ("noise",)
-    if not request.masked:
-        return ("image", "noise")
-    return ("noise", "masked") if request.strength == 1 and not row.starts_at_1 else ("image", "noise", "masked")
+        return (*control, "noise")
+    if control:
+        return (*masked, *control, "image", "noise")
+    image = () if row.inpaints and request.strength == 1 and not row.starts_at_1 else ("image",)
+    return (*image, "noise", *masked)
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,6 @@ class Canvas:
         image = images.to_pixels(self.image)
         return {"image": image} if self.mask is None else {"image": image, "masked": image * ~self.anew[..., None]}
 
-    def cut(self, picture: Image.Image) -> Image.Image:
-        """Another picture of the same things, from the same place."""
-        if self.whole is None:
-            return images.fit(picture, *self.image.size)
-        part = images.fit(picture, *self.whole.image.size).crop(self.box)
-        return part.resize(self.image.size, Image.Resampling.LANCZOS)
-
     def finish(self, drawn: Image.Image, keep: bool) -> Image.Image:
         """The result for what was drawn: in its place in the whole picture, if this is a crop. keep: under the mask
         alone, so that all other pixels stay as they were."""
@@ -164,6 +162,14 @@ def canvas(request: Request, taken: Taken) -> Canvas:
         mask = Image.fromarray(np.pad(inside, around, constant_values=255))
         image = Image.fromarray(np.pad(np.asarray(image), (*around, (0, 0)), "edge"))
     return Canvas(image, mask and _soft(mask, request.mask_blur))
+
+
+def control(request: Request, taken: Taken, picture: Image.Image) -> Image.Image:
+    """A control picture at the size that is drawn: of a crop the same part as of the start image."""
+    if request.mask_crop is not None:
+        laid = canvas(request, taken)
+        picture = images.fit(picture, *laid.whole.image.size).crop(laid.box)
+    return images.fit(picture, request.width, request.height)
 
 
 def _soft(mask: Image.Image, blur: float) -> Image.Image:

@@ -268,7 +268,8 @@ class Pipeline:
         texts[0] = extended(texts[0], request.references, seen)
 
         draw = self.noise(request)
-        start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given)
+        control = next((self.attached.picture(guide) for guide in request.controls if guide.model is None), None)
+        start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given, control)
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
@@ -411,12 +412,12 @@ class Pipeline:
             begin = time.perf_counter()
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
-        for guides in self.attached.together(request.controls):
+        for guides in self.attached.together([guide for guide in request.controls if guide.model is not None]):
             net, both = self.attached.network(guides[0]), not self.low_memory
             on = steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
-            cut = [self.starts.aligned(request, self.attached.picture(guide)) for guide in guides]
+            cut = [self.starts.control(request, self.attached.picture(guide)) for guide in guides]
             pixels = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
             found = conditioning.control(self.description, net, guides, request, pixels, ts, texts, both, times)
             for side, control in found.items():

@@ -51,39 +51,48 @@ class Starts:
         known = len(request.hashes) == len(request.pictures)  # a second pass begins with a picture that is in no file
         return self._taken[1] if held and known else pictures.read(request)
 
-    def aligned(self, request: Request, picture: Image.Image) -> Image.Image:
-        """A control picture of the size that is drawn, cut as the start image is."""
-        if request.mask_crop is None:
-            return images.fit(picture, request.width, request.height)
-        return pictures.canvas(request, self.pictures(request)).cut(picture)
+    def control(self, request: Request, picture: Image.Image) -> Image.Image:
+        """A control picture of a resolved request as its network reads it."""
+        return pictures.control(request, self.pictures(request), picture)
 
     def begin(
-        self, request: Request, schedule: Schedule, sigma: float, draw: Callable[[], mx.array], given: np.ndarray | None
+        self,
+        request: Request,
+        schedule: Schedule,
+        sigma: float,
+        draw: Callable[[], mx.array],
+        given: np.ndarray | None,
+        control: Image.Image | None,
     ) -> Iterator:
         """Events, then the Start of a run whose first noise level is sigma. draw() -> standard noise (B, h, w, c).
-        given: standard noise to use in place of the run's."""
-        row = self.model.row
+        given: standard noise to use in place of the run's. control: the picture that the denoiser itself reads."""
+        row, starts = self.model.row, self.model.starts(request)
         noises = {what: draw() for what in pictures.draws(row, request)}
         noise = noises.pop("noise") if given is None else mx.array(given)
-        if not self.model.starts(request):
-            x = noise * schedule.start(sigma, request.schedule)
-            return Start(x, references=() if request.image is None else (yield from self._edited(request)))
-        canvas = pictures.canvas(request, self.pictures(request))
-        afresh = request.masked and request.strength == 1  # the start image is in what the network reads, or outside
-        needed = {"image": not (afresh and row.inpaints), "masked": row.inpaints}
-        wanted = [what for what in noises if needed.get(what)]
-        samples = [partial(_sample, noise=noises[what]) for what in wanted]
-        latents = yield from self._encode([canvas.pixels[what] for what in wanted], samples)
-        z = dict(zip(wanted, latents, strict=True))
+        canvas = pictures.canvas(request, self.pictures(request)) if starts else None
+        pixels = {} if canvas is None else canvas.pixels
+        if control is not None:
+            pixels["control"] = images.to_pixels(self.control(request, control))
+        afresh = not starts or (request.masked and request.strength == 1)  # from noise alone
+        wanted = [n for n in noises if n in row.reads or (n == "image" and not (afresh and row.inpaints))]
+        samples = [partial(_sample, noise=noises[name]) for name in wanted]
+        z = dict(zip(wanted, (yield from self._encode([pixels[name] for name in wanted], samples)), strict=True))
         x = noise * schedule.start(sigma, request.schedule) if afresh else schedule.noised(z["image"], noise, sigma)
-        if not request.masked:
-            return Start(x)
-        finish, mask = partial(canvas.finish, keep=request.keep), mx.array(canvas.latents(self.model.factor))
-        if not row.inpaints:
-            return Start(x, mask, z["image"], lambda s: schedule.noised(z["image"], noise, s), finish=finish)
-        parts = z | {"mask": mask, "tiles": mx.array(canvas.tiles(self.model.factor))}
-        wide = [mx.broadcast_to(parts[name], (*x.shape[:3], parts[name].shape[-1])) for name in row.reads]
-        return Start(x, beside=mx.concatenate(wide, axis=-1), finish=finish)
+        start = Start(x)
+        if request.image is not None and not starts:
+            start = start._replace(references=(yield from self._edited(request)))
+        parts = dict(z)
+        if request.masked:
+            parts["mask"] = mx.array(canvas.latents(self.model.factor))
+            parts["tiles"] = mx.array(canvas.tiles(self.model.factor))
+            start = start._replace(finish=partial(canvas.finish, keep=request.keep))
+        if request.masked and not row.inpaints:
+            noised = partial(schedule.noised, z["image"], noise)
+            start = start._replace(mask=parts["mask"], z=z["image"], noised=noised)
+        if row.reads:
+            wide = [mx.broadcast_to(parts[name], (*x.shape[:3], parts[name].shape[-1])) for name in row.reads]
+            start = start._replace(beside=mx.concatenate(wide, axis=-1))
+        return start
 
     def _edited(self, request: Request) -> Iterator:
         """Latents of the pictures to edit, (1, h, w, c) each: the mean, not a sample. They are kept for the next

@@ -64,8 +64,9 @@ def test_the_list_has_every_model_and_storybook_its_words(capsys):
     assert all(f"{name} " in out for name in MODELS)
     editing = {line.split()[0] for line in out.splitlines() if line.endswith("; edits pictures")}
     assert editing == {name for name in MODELS if "klein" in name or "kontext" in name}
-    masked = {line.split()[0] for line in out.splitlines() if line.endswith("; draws in pictures, needs a mask")}
+    masked = {line.split()[0] for line in out.splitlines() if line.endswith("; needs a mask")}
     assert masked == {"sd15-inpaint", "sdxl-inpaint", "flux-fill"}
+    assert out.count("; needs a control picture\n") == 2
     assert "FLUX.2 dev" not in out  # it converts, but does not draw
     assert main(["models", "storybook"]) == 0
     out = capsys.readouterr().out
@@ -78,6 +79,11 @@ def test_the_list_has_every_model_and_storybook_its_words(capsys):
     out = capsys.readouterr().out
     assert "a picture and a mask: -i FILE --mask FILE" in out
     assert 'mlxdiff generate "a red door" -i photo.png --mask door.png -m flux-fill' in out
+    assert main(["models", "flux-depth"]) == 0
+    assert (
+        'mlxdiff generate "a red house under a full moon" --control picture.png -m flux-depth'
+        in capsys.readouterr().out
+    )
     assert main(["models", "nothing"]) == 1
     assert capsys.readouterr().err == "mlxdiff models: There is no model named 'nothing'. `mlxdiff models` lists all.\n"
 

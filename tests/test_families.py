@@ -121,9 +121,12 @@ def test_a_description_is_read_as_it_was_written(tmp_path, name):
 
 
 def test_variants_that_cannot_draw_say_what_they_need(tmp_path):
-    control = replace(description.published("flux-dev", FLOAT32), variant="control")
-    with pytest.raises(Error, match="is a control model, which also needs a control picture"):
-        control.check_draws()
+    family = FAMILIES["flux"]
+    row = replace(family.variants["fill"], needs=("a picture and a mask",))
+    family = replace(family, variants={"fill": row})
+    fill = replace(description.published("flux-dev", FLOAT32), family=family, variant="fill")
+    with pytest.raises(Error, match="is a fill model, which also needs a picture and a mask"):
+        fill.check_draws()
 
 
 # ---- defaults are those of what a folder holds, not of what it is called

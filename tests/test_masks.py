@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 
 import mlxdiff
 import mlxdiff.__main__
-from mlxdiff import advice, description, guidance, images, pictures, samplers, store
+from mlxdiff import advice, description, guidance, images, memory, pictures, samplers, store
 from mlxdiff.errors import Error
+from mlxdiff.memory import Workload, peaks
 from mlxdiff.recipe import recipe
 from mlxdiff.request import Request
 
@@ -206,6 +207,34 @@ def test_a_mask_as_latents_and_as_tiles():
     assert np.array_equal(masked[:, :1], images.to_pixels(picture((24, 16)))[:, :1])
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_a_mask_of_any_kind_is_the_same_mask(tmp_path, mode):
+    """Strokes on a transparent ground too, whose ground is black."""
+    drawn = mask().convert("RGBA" if mode == "LA" else "L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        drawn = Image.fromarray(np.asarray(mask()).astype(np.uint16) * 257)
+    if mode in ("RGBA", "LA"):
+        drawn = Image.new("RGBA", SIZE, "white")
+        drawn.putalpha(mask())
+        drawn = drawn.convert(mode)
+    drawn.save(tmp_path / "hole.png")
+    taken = pictures.read(Request("x", image=picture(), mask=tmp_path / "hole.png"))
+    assert np.array_equal(np.asarray(taken.mask), np.asarray(mask()))
+
+
+@pytest.mark.parametrize("name", ["flux-fill", "flux-depth", "sdxl-inpaint"])
+def test_what_the_vae_encodes_is_counted(name):
+    """Also where the pictures are not named yet; then the VAE stays, and with low_memory it does not."""
+    model = description.published(name, recipe(None, "float16"))
+    bare, vae = Workload(model, model.fill(Request("x"))), memory._weights(model, "vae").held
+    named = Workload(model, model.fill(Request("x", image="a.png", mask="b.png"), [(1024, 1024)]))
+    assert peaks(bare, gpu=True) == peaks(named, gpu=True)
+    plain = replace(model, family=replace(model.family, variants={model.variant: replace(model.row, reads=())}))
+    assert peaks(bare, True).denoise - peaks(replace(bare, model=plain), True).denoise == vae
+    low = peaks(bare.but(low_memory=True), True), peaks(replace(bare, model=plain).but(low_memory=True), True)
+    assert low[0].denoise == low[1].denoise
+
+
 @pytest.mark.parametrize(
     ("box", "size", "pad", "want"),
     [
@@ -220,6 +249,17 @@ def test_the_box_of_a_crop(box, size, pad, want):
     assert pictures.crop_box(mask(box, (100, 60)), size, pad) == want
 
 
+@pytest.mark.parametrize("how", [{"mask_crop": 3}, {}])
+def test_a_control_lies_where_the_picture_lies(how):
+    """The picture itself as a control reaches its network as the start image does, also at another size than that."""
+    taken = pictures.Taken([picture((100, 60))], mask((50, 20, 65, 29), (100, 60)))
+    request = Request("x", image=taken.images[0], mask=taken.mask, width=64, height=64, **how)
+    laid = pictures.canvas(request, taken).image
+    assert np.array_equal(np.asarray(pictures.control(request, taken, taken.images[0])), np.asarray(laid))
+    larger = pictures.control(request, taken, picture((300, 180)))
+    assert np.abs(np.asarray(larger, int) - np.asarray(laid, int)).mean() < 2  # of smooth colours
+
+
 DRAWS = {
     "nothing": ("sd15", {}, ("noise",)),
     "a picture": ("sd15", {"image": "a"}, ("image", "noise")),
@@ -228,6 +268,12 @@ DRAWS = {
     "9 channels below": ("sdxl-inpaint", {"image": "a", "mask": "m", "strength": 0.9}, ("image", "noise", "masked")),
     "Fill": ("flux-fill", {"image": "a", "outpaint": (8, 0, 0, 0), "strength": 1.0}, ("image", "noise", "masked")),
     "an edit": ("flux-kontext", {"image": "a"}, ("noise",)),
+    "a control": ("flux-depth", {}, ("control", "noise")),
+    "a control and a mask": (
+        "flux-canny",
+        {"image": "a", "mask": "m", "strength": 1.0},
+        ("masked", "control", "image", "noise"),
+    ),
 }
 
 
@@ -265,6 +311,7 @@ BAD = {
     "negative": (START | {"outpaint": (8, 0, -8, 0)}, "Outpaint must be a whole number from 0"),
     "no multiple": (START | {"outpaint": (8, 0, 9, 0)}, "adds 9 pixels, which is not a multiple of 8"),
     "too wide": (START | {"outpaint": (16384, 0, 0, 0)}, "Width must be a whole number"),
+    "one side": (START | {"outpaint": 8}, "outpaint 8 is not four numbers"),
     "three sides": (START | {"outpaint": (8, 8, 8)}, "is not four numbers"),
     "no place": (START | {"outpaint": (64, 0, 0, 0), "width": 64}, "no place for the image in width 64"),
     "blur of nothing": (START | {"mask_blur": 2}, "mask_blur has no meaning without a mask"),
@@ -282,6 +329,10 @@ NAMED = {
     "all white": ("sdxl-inpaint", START | {"mask": Image.new("L", SIZE, 255)}, "would see nothing of the picture"),
     "an edit": ("flux-kontext", HOLE, "flux-kontext edits: it takes no mask"),
     "more around an edit": ("flux2-klein", START | {"outpaint": (16, 0, 0, 0)}, "flux2-klein edits: it takes no mask"),
+    "no control": ("flux-depth", {}, "flux-depth reads one control picture; none was given"),
+    "two controls": ("flux-canny", {"controls": [picture()] * 2}, "reads one control picture; 2 were given"),
+    "a scale": ("flux-depth", {"controls": [(picture(), 0.5)]}, "reads its control picture as it is"),
+    "a control for none": ("flux-dev", {"controls": [picture()]}, "flux-dev itself reads no control picture"),
     "black": ("sdxl", START | {"mask": Image.new("L", SIZE)}, "black, or too thin"),
     "a size": ("flux-fill", HOLE | {"outpaint": (8, 0, 0, 0)}, "adds 8 pixels, which is not a multiple of 16"),
 }
@@ -311,7 +362,7 @@ def test_what_is_right_goes_on_to_the_network(no_network):
 def test_a_model_for_inpainting_has_no_refiner_and_is_none():
     plain, inpaint = (description.published(name, recipe(None, "float32")) for name in ("sdxl", "sdxl-inpaint"))
     for one, other in ((plain, inpaint), (inpaint, plain)):
-        with pytest.raises(Error, match="reads a mask beside the latents"):
+        with pytest.raises(Error, match="reads pictures beside the latents"):
             one.check_refiner(other)
 
 

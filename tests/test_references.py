@@ -3,6 +3,7 @@ elsewhere is parity/test_ip_adapter.py's and parity/test_redux.py's."""
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,6 +283,20 @@ def test_other_families_take_no_references(model, style, monkeypatch):
         mlxdiff.load(model, force=True, request=Request("a house", references=[("ip-adapter", style)]))
 
 
+def test_networks_for_controls_and_for_references_are_not_confused(style, monkeypatch):
+    """Before anything is fetched."""
+    monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
+    for settings, says in (
+        (
+            {"references": [("canny", style)]},
+            "canny is a ControlNet, which reads control pictures, not references. Give",
+        ),
+        ({"controls": [("ip-adapter", style)]}, "ip-adapter is a network (IP-Adapter) for references, not for control"),
+    ):
+        with pytest.raises(Error, match=re.escape(says)):
+            mlxdiff.load("sd15", force=True, request=Request("a house", **settings))
+
+
 def test_a_wrong_adapter_is_refused_before_a_model_is_fetched(files, monkeypatch):
     monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(Error, match="reads text 768 wide, not 2048"):
@@ -313,6 +328,12 @@ def test_the_files_of_a_named_adapter_are_fetched_from_one_repository(pipe, file
     request = pipe.resolve("x", references=[("org/repo/sdxl_models/ip.safetensors", style)], **SAME)
     assert request.references[0].model_hash is not None
     assert asked == ["sdxl_models/ip.safetensors", names[0], names[2], names[2], names[3]]
+    shutil.rmtree(snapshot / "models")
+    monkeypatch.setattr(hub, "snapshots", lambda *_: [snapshot / "sdxl_models" / "ip.safetensors"])
+    monkeypatch.setattr(hub, "held", lambda *_: ("c1", {"sdxl_models/ip.safetensors": 1}))
+    monkeypatch.setattr(hub, "offline", lambda: True)
+    with pytest.raises(Error, match=r"The vision model of .*ip.safetensors is not on this machine, and the network"):
+        pipe.resolve("x", references=[("org/repo/sdxl_models/ip.safetensors", style)], **SAME)
 
 
 def test_memory_counts_the_networks_that_read_and_the_tokens():

@@ -1,6 +1,8 @@
 """The studio without a browser: traits, messages and files, over a pipeline that needs no model (tests/fakes.py)."""
 
 import io
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
 
-from mlxdiff import advice, families, images, samplers, schedules
+from mlxdiff import advice, builtin, families, images, samplers, schedules
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
@@ -202,6 +204,64 @@ def test_words_that_the_built_in_model_does_not_know_are_named(studio):
     assert (studio.controls.why.value, studio.controls.negative.disabled) == ("", False)
 
 
+def test_the_words_of_the_built_in_model_are_chips_and_a_surprise_is_made_of_them(studio):
+    words = studio.controls.words
+    assert words.layout.display == "none"  # another model knows other words
+    studio._learn(fakes.describe("storybook"))
+    assert words.layout.display is None
+    for phrase in ("red", "lighthouse", "under a full moon"):
+        assert f'class="mlxdiff-chip">{phrase}</button>' in words.children[1].value
+    prompts = set()
+    for _ in range(20):
+        words.surprise.click()
+        assert builtin.unknown_words(studio.prompt) == []
+        prompts.add(studio.prompt)
+    assert len(prompts) > 10
+
+
+def test_size_presets_suit_the_model(studio):
+    studio.model = "sdxl"
+    found = {}
+    for name, button in studio.controls.shapes.items():
+        button.click()
+        found[name] = studio.width, studio.height
+    assert found == {"Square": (1024, 1024), "Tall": (832, 1280), "Wide": (1280, 832)}
+    studio.model = "fake"
+    studio._known.defaults = None
+    studio.controls.shapes["Tall"].click()
+    assert "not known yet" in studio.status
+
+
+def test_weights_and_memory_are_options_and_fit_sets_them(studio, monkeypatch):
+    c, memory = studio.controls, studio.controls.memory
+    studio.options = {"taesd": "auto"}
+    memory.bits.value, memory.low_memory.value = "mxfp8", True
+    assert studio.options == {"taesd": "auto", "bits": "mxfp8", "low_memory": True}
+    studio.options = {"bits": 4}
+    assert (memory.bits.value, memory.low_memory.value) == (4, False)
+    memory.bits.value = ""
+    assert studio.options == {}
+    monkeypatch.setattr(settings, "this_machine", lambda: advice.mac(16))
+    studio.model = "flux-dev"
+    studio.negative = "fog"  # which this model does not take: its run says so, the estimate goes on
+    assert re.fullmatch(r"about \d\d\.\d of 11\.5 GB", memory.need.value)
+    memory.fit.click()
+    assert studio.error is None
+    assert (studio.options["low_memory"], c.memory.bits.value in (8, 6, 5, 4)) == (True, True)
+    assert studio.status.startswith("It should fit now, with ")
+    workload = studio._workload()
+    assert advice.fits(workload, advice.mac(16))
+    memory.fit.click()
+    assert studio.status == "It fits as it is"
+    monkeypatch.setattr(settings, "this_machine", lambda: advice.mac(1))
+    memory.fit.click()
+    assert studio.status == "flux-dev fits this machine at no setting. Choose a smaller model."
+    studio.model = "some-org/some-repo"
+    memory.fit.click()
+    assert "some-org/some-repo is not known yet" in studio.status
+    assert memory.need.value == ""
+
+
 def test_an_empty_prompt_is_drawn(studio):
     assert draw(studio, prompt="").request.prompt == ""
     assert studio.view.history[-1]["title"] == f"no prompt, seed {studio.seed}"
@@ -278,6 +338,23 @@ def test_an_error_is_shown_kept_and_cleared(studio):
     assert (studio.error, studio.view.error) == (None, {})
 
 
+def test_an_error_goes_with_the_next_action(studio):
+    def fail():
+        heard(studio, do="view", key=99)
+
+    for action in (
+        lambda: studio.controls.presets["quick"].click(),
+        lambda: studio.controls.dice.click(),
+        lambda: setattr(studio.controls.prompt, "value", "a fox"),
+        lambda: studio.view._handle_custom_msg({"do": "cancel"}, []),
+    ):
+        draw(studio)
+        studio._try(fail)
+        assert (studio.status, type(studio.error)) == ("KeyError: 99", KeyError)
+        action()
+        assert (studio.view.error, studio.error, studio.view.status) == ({}, None, "Ready")
+
+
 def test_a_bad_setting_is_an_error_of_the_run(studio):
     with pytest.raises(Error, match="width 65"):
         draw(studio, width=65)
@@ -337,6 +414,37 @@ def test_cancel_and_queue(studio):
 
 
 # --- history and files
+
+
+def test_a_picture_shows_what_it_was_drawn_from(studio):
+    draw(studio, prompt="a boat", negative="fog", seed=3, locked=True)
+    assert studio.view.shown["words"] == [("Prompt", "a boat"), ("Negative prompt", "fog")]
+    assert studio.view.shown["caption"].startswith("seed 3 · 64 × 64 · 4 steps of euler")
+    draw(studio, negative=None, image=studio.images[0].path, strength=0.35)
+    words = [("Prompt", "a boat"), ("Start picture", "a-boat-3.png"), ("Strength", "0.35")]
+    assert studio.view.shown["words"] == words
+    draw(studio, model="editor", image=None)
+    draw(studio, image=studio.images[0].path)
+    assert studio.view.shown["words"] == [("Prompt", "a boat"), ("Edited", "a-boat-3.png")]
+
+
+def test_a_studio_recalls_the_pictures_of_its_folder(studio, tmp_path):
+    """In the order in which they were written; files without settings, start pictures and broken ones are left out."""
+    first = draw(studio, prompt="one").request
+    draw(studio, prompt="two")
+    folder = tmp_path / "pictures"
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (8, 8)).save(folder / "plain.png")
+    (folder / "begin-0.png").write_bytes(studio.images[0].path.read_bytes())
+    for age, name in ((30, studio.images[1].path), (10, studio.images[0].path)):  # the first was written last
+        os.utime(name, (1e9 - age, 1e9 - age))
+    other = Studio("fake", worker=studio._worker)
+    draw(other, prompt="three")
+    settled(other)
+    other.recall()
+    assert [entry["title"].split(",")[0] for entry in other.view.history] == ["two", "one", "three"]
+    heard(other, do="restore", key=other.view.history[1]["key"])
+    assert (other.prompt, other.seed) == ("one", first.seed)
 
 
 def test_restore_all_or_the_seed_alone(studio):
@@ -488,7 +596,7 @@ def test_a_model_that_edits_takes_several_pictures(studio):
         heard(studio, do="drop", part=0, parts=1, begin=False, data=bare(width))
         assert studio.status == "The next picture edits this one"
     first, second = studio.image
-    assert (len(shown.remove), shown.sizes) == (2, [(96, 48), (48, 48)])
+    assert (len(shown.remove), shown.sizes, studio.view.edits) == (2, [(96, 48), (48, 48)], True)
     assert [w.value.split('"')[1] for w in shown.children[:4:2]] == ["Picture 1 to edit", "Picture 2 to edit"]
     assert (studio.controls.strength.disabled, why.value) == (True, "This model edits: it takes no strength.")
     with pytest.raises(Error, match="editor takes at most 2 pictures to edit"):
@@ -533,6 +641,7 @@ def test_compare_draws_every_pair_and_one_labelled_file(studio, tmp_path):
     assert [len(grid.cells), len(studio.images), len(studio.view.history)] == [6, 6, 7]
     assert grid.cells[1, 2].request.seed == 2
     assert grid.cells[1, 2].request.steps == 4
+    assert {small.size for small in grid._small.values()} == {(192, 192)}  # while it fills, they fill their frames
     saved = Image.open(tmp_path / "pictures" / "compare-seed-steps.png")
     assert saved.tobytes() == grid.image.tobytes()
     whole = np.asarray(saved)

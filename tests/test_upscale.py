@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
@@ -459,3 +460,22 @@ def test_memory_is_told_at_the_larger_size():
     advice.check(plain, small)
     with pytest.raises(Error, match="sdxl at 1024x1024, enlarged 2 times, takes about"):
         advice.check(twice, small)
+
+
+@pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activations were measured on a CPU")
+def test_a_tile_takes_what_is_estimated(here, monkeypatch):
+    """Of a network as wide as the published ones. Depth does not count: its blocks work before the picture is large."""
+    monkeypatch.setattr(memory, "upscale_tile", lambda gpu: 128)
+    full(here / "up.safetensors", esrgan(1, 64, 32, 1, 2))
+    upscaler = Upscaler("up.safetensors", dtype="float32")
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    held = mx.get_active_memory()
+    upscaler(photo((32, 32)))
+    assert 0.9 < memory.upscaling(gpu=False) / (mx.get_peak_memory() - held) < memory.SURE  # 0.99 was seen
+
+
+def test_an_upscaler_is_in_the_estimate():
+    plain = advice.named("storybook", mlxdiff.pipeline.recipe(None, "float32"))
+    big = plain.but(upscaler="realesrgan-x4plus")
+    assert peaks(big, False).decode > memory.upscaling(False) > 2 * peaks(plain, False).decode

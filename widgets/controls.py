@@ -186,7 +186,7 @@ class Memory(w.VBox):
     """How the weights are held, and how much memory the next picture takes."""
 
     def __init__(self):
-        ways = [("full precision", ""), *((f"{n} bits" if isinstance(n, int) else n, n) for n in BITS)]
+        ways = [("all bits", ""), *((f"{n} bits" if isinstance(n, int) else n, n) for n in BITS)]
         self.bits = w.Dropdown(description="Weights", options=ways, tooltip="Fewer bits are smaller, not faster")
         self.low_memory = w.ToggleButton(description="Low memory", tooltip="Slower, but in less memory")
         self.fit = w.Button(
@@ -279,8 +279,7 @@ def _seed(text: str) -> int:
 
 def _models(extra: str) -> list[tuple[str, str]]:
     rows = [
-        (row.title if row.repo is None else f"{row.title}, {row.download / 1e9:.1f} GB", name)
-        for name, row in MODELS.items()
+        (row.title if row.repo is None else f"{row.title}, {row.download:.1f} GB", name) for name, row in MODELS.items()
     ]
     return [*rows, *([] if extra in MODELS else [(extra, extra)]), ("Another …", _ANOTHER)]
 

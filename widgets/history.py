@@ -33,13 +33,14 @@ class History:
 
     def recall(self, folder: str | Path) -> None:
         """Put the newest pictures of the folder before those in the strip. Files without settings are left out."""
-        found = [p for p in Path(folder).glob("*.png") if not p.name.startswith(START)]
+        here = {picture.path for picture in self._pictures.values()}
+        found = [p for p in Path(folder).resolve().glob("*.png") if not p.name.startswith(START) and p not in here]
         earlier = []
         for path in sorted(found, key=lambda p: p.stat().st_mtime_ns)[-STRIP:]:
             with suppress(Error):
                 request, model = images.read_settings(path)
                 title = "Comparison" if path.name.startswith(COMPARISON) else ""
-                picture = Picture(path.resolve(), request, model or "", "", 0.0, title)
+                picture = Picture(path, request, model or "", "", 0.0, title)
                 earlier.append(self._entry(picture, images.read(path)))
         self._view.history = [*earlier, *self._view.history][-STRIP:]
 

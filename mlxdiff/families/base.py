@@ -101,7 +101,8 @@ class Variant:
     schedule: dict | None = None
     edits: int = 0  # how many pictures it takes to edit; 0: a picture is a start image
     # What the denoiser reads in its further channels, in this order: "mask", one number a latent; "tiles", the mask of
-    # all pixels of a latent; "masked", the latents of the start image with grey under the mask.
+    # all pixels of a latent; "masked", the latents of the start image with grey under the mask; "control", those of a
+    # control picture.
     reads: tuple[str, ...] = ()
     starts_at_1: bool = True  # whether a seed's first draw goes to the start image even at strength 1, as in diffusers
 

@@ -27,6 +27,8 @@ def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
 
 _DEFAULTS = Defaults(size=1024, steps=28, guidance=3.5)
 _SCHEDULE = FLOW | {"spacing": "trailing", "ends": "trailing", "dynamic": DYNAMIC}
+_DEPTH = replace(_DEFAULTS, steps=30, guidance=10.0)
+_CANNY = replace(_DEFAULTS, steps=50, guidance=30.0)
 _FILL = replace(_DEFAULTS, steps=50, guidance=30.0)
 _SCHNELL = replace(_DEFAULTS, steps=4, guidance=0.0)
 FLUX = Family(
@@ -70,7 +72,7 @@ FLUX = Family(
         ),
         # Kontext has the same shapes as dev; only the checkpoint's name for its pipeline shows it.
         "kontext": Variant(edits=1),
-        "control": Variant(beside=64, needs=("a control picture",)),  # patches of the control picture
+        "control": Variant(beside=64, reads=("control",), defaults=_DEPTH),
         "fill": Variant(beside=320, reads=("masked", "tiles"), defaults=_FILL),
     },
 )
@@ -137,6 +139,28 @@ MODELS = {
         networks=_DEV | {"transformer": replace(_NETWORK, in_channels=384)},
         defaults=_FILL,
         variant="fill",
+        gated=True,
+    ),
+    "flux-depth": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-Depth-dev",
+        title="FLUX.1 Depth dev: needs a depth map",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=128)},
+        defaults=_DEPTH,
+        variant="control",
+        gated=True,
+    ),
+    "flux-canny": Model(
+        FLUX,
+        repo="black-forest-labs/FLUX.1-Canny-dev",
+        title="FLUX.1 Canny dev: needs a picture of edges",
+        licence="FLUX.1-dev Non-Commercial",
+        download=33.74,
+        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=128)},
+        defaults=_CANNY,
+        variant="control",
         gated=True,
     ),
     "flux-kontext": Model(

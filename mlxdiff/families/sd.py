@@ -68,7 +68,8 @@ MODELS = {
         licence="MIT",
         download=0,
         networks=_STORYBOOK,
-        defaults=replace(_DEFAULTS, size=128, guidance=4.0),
+        # Nearer to its limit of many steps than 25 of DDIM: 44 against 42 dB, over ten prompts.
+        defaults=Defaults(size=128, steps=15, guidance=4.0, sampler="dpmpp_2m", schedule="karras"),
     ),
     "sd15": Model(
         SD1,

@@ -17,7 +17,7 @@ from .. import builtin, description, foreign, recipe, seal, weights
 from ..adapters import Adapter, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, FAMILIES, MODELS
+from ..families import ADAPTERS, FAMILIES, MODELS, Beside
 from ..models import build
 from ..recipe import Recipe
 from . import cache
@@ -394,13 +394,22 @@ def adapter_file(name: str, what: str, *, offline: bool) -> Path:
     return path
 
 
+def named_control(name: str | Path | None, model: Description) -> Beside | None:
+    """The control network that a name means for a model. Raises if it means one for references."""
+    row = ADAPTERS.get((model.family.name, str(name)))
+    if row is not None and row.role != "control":
+        fix = "Give it as `references=[(MODEL, PICTURE)]`."
+        raise Error(f"{name} is a network ({row.kind}) for references, not for control pictures.", fix)
+    return row
+
+
 def control_folder(name: str | Path, model: Description, offline: bool, progress: Progress | None = None) -> Path:
     """Where a network is that guides a model: a file, a folder, a name that it has for this family, or a hub repository
     (`org/repo`, or `org/repo/file.safetensors`), from which it is fetched once."""
     path = local(name)
     if path is not None:
         return path
-    row = ADAPTERS.get((model.family.name, str(name)))
+    row = named_control(name, model)
     match = None if row is not None else _HUB_ID.fullmatch(str(name))
     if row is None and match is None:
         known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, "control")]

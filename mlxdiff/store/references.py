@@ -32,7 +32,6 @@ class Reader:
     encoder: Path
     config: ip_adapter.Config | redux.Config
     sees: vision.Config
-    title: str  # what the adapter is
     hash: str  # of both
 
     @property
@@ -70,13 +69,13 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
         half = model.recipe.dtype != "float32"
         folder = _fetched(repo, file, path, config, half, offline, progress)
         encoder = _encoder(folder)
+    files = [*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]
     return Reader(
         adapter=path,
         encoder=folder,
         config=config,
         sees=_config(encoder),
-        title=checkpoint.layout.title,
-        hash=hashlib.sha256(repr([*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]).encode()).hexdigest()[:16],
+        hash=hashlib.sha256(repr(files).encode()).hexdigest()[:16],
     )
 
 
@@ -154,7 +153,8 @@ def _fetched(repo: str, file: str, path: Path, config, half: bool, offline: bool
     from ..convert.settings import Settings
     from . import hub
 
-    commit, held = hub.held(repo, "main") if offline or hub.offline() else hub.listing(repo, "main")
+    offline = offline or hub.offline()
+    commit, held = hub.held(repo, "main") if offline else hub.listing(repo, "main")
     home, _, _ = file.rpartition("/")
     above = home.rpartition("/")[0]
     for place in dict.fromkeys((home, above, f"{above}/models".lstrip("/"))):
@@ -166,6 +166,9 @@ def _fetched(repo: str, file: str, path: Path, config, half: bool, offline: bool
         if s.cls in convert_vision.CLASSES and gives(convert_vision.from_json(s, s.cls), config) == config.image:
             names = hub.select_folder(repo, folder, held, half)
             return hub.download(repo, "main", commit, {name: held[name] for name in names}, progress) / folder
+    if offline:
+        problem = f"The vision model of {repo}/{file} is not on this machine, and the network may not be used."
+        raise Error(problem, "Run once without `offline`, and without HF_HUB_OFFLINE.")
     raise _lacks(path, config)
 
 

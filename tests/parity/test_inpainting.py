@@ -9,6 +9,9 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    FluxControlImg2ImgPipeline,
+    FluxControlInpaintPipeline,
+    FluxControlPipeline,
     FluxFillPipeline,
     FluxInpaintPipeline,
     FluxTransformer2DModel,
@@ -40,10 +43,13 @@ CLASSES = {
     "sdxl-9": StableDiffusionXLInpaintPipeline,
     "fill": FluxFillPipeline,
     "zimage": ZImageInpaintPipeline,
+    "control": FluxControlInpaintPipeline,
 }
+CONTROLS = (FluxControlPipeline, FluxControlImg2ImgPipeline, FluxControlInpaintPipeline)
 WAYS = {"down": "DownEncoder", "up": "UpDecoder"}
 GUIDED = {"negative": NEGATIVE, "steps": 4, "guidance": 4.0}
 CASES = dict.fromkeys(CLASSES, GUIDED) | {name: {"steps": 4, "guidance": 3.5} for name in ("flux", "fill")}
+del CASES["control"]  # it has a test of its own
 CASES["zimage"] = {"steps": 4, "guidance": 1.0}
 
 
@@ -64,7 +70,9 @@ def oracles(tmp_path_factory, cache) -> dict:
     """name -> (diffusers pipeline, folder it was saved in)"""
     root, made = tmp_path_factory.mktemp("inpaint"), {}
     for name, cls in CLASSES.items():
-        parts = getattr(tiny, {"fill": "flux"}.get(name, name.split("-")[0]))(root / f"{name}-words").components
+        parts = getattr(tiny, {"fill": "flux", "control": "flux"}.get(name, name.split("-")[0]))(
+            root / f"{name}-words"
+        ).components
         torch.manual_seed(1)
         if name.endswith("-9"):
             net = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=9)
@@ -74,7 +82,9 @@ def oracles(tmp_path_factory, cache) -> dict:
             levels = {"block_out_channels": (8, 8, 16, 24)}
             levels |= {f"{way}_block_types": (f"{kind}Block2D",) * 4 for way, kind in WAYS.items()}
             parts["vae"] = tiny.stir(AutoencoderKL.from_config(parts["vae"].config, **levels), 31)
-            net = FluxTransformer2DModel.from_config(parts["transformer"].config, in_channels=384, out_channels=64)
+        if name in ("fill", "control"):
+            more = {"in_channels": {"fill": 384, "control": 128}[name], "out_channels": 64}
+            net = FluxTransformer2DModel.from_config(parts["transformer"].config, **more)
             parts["transformer"] = tiny.louder(randomize(net, 34), 4, ("context_embedder.weight",))
         parts["vae"].encoder.conv_out.weight.data.mul_(8)  # else another image would change the picture by 40 dB only
         if parts["vae"].quant_conv is not None:
@@ -198,3 +208,26 @@ def test_through_the_command_line(oracles, cache, tmp_path):
     Image.new("L", (40, 24), 255).save(tmp_path / "hole.png")
     with pytest.raises(Error, match="The mask is not the one that these settings name"):
         opened(folder).resolve(request)
+
+
+def test_a_control_picture_beside_the_latents(oracles):
+    """FLUX Depth and Canny: from noise, from a start image, and under a mask."""
+    folder, settings = oracles["control"][1], {"steps": 4, "guidance": 10.0}
+    begins = {"image": image(1), "strength": 0.6}
+    pipes = [cls(**oracles["control"][0].components) for cls in CONTROLS]
+    for pipe, more in zip(pipes, ({}, begins, begins | {"mask": mask()}), strict=True):
+        pipe.set_progress_bar_config(disable=True)
+        same = {"num_inference_steps": 4, "guidance_scale": 10.0, "width": 40, "height": 24}
+        same |= {{"mask": "mask_image"}.get(name, name): value for name, value in more.items()}
+
+        def want(control: Image.Image, pipe=pipe, same=same) -> np.ndarray:
+            generator = torch.Generator("cpu").manual_seed(SEED)
+            return np.asarray(pipe(PROMPT, control_image=control, generator=generator, **same).images[0])
+
+        keep = {"keep": False} if "mask" in more else {}
+        own = {"controls": [image(3)], "seed": SEED, "width": 40, "height": 24} | settings | more | keep
+        drawn = np.asarray(opened(folder)(PROMPT, **own).image)
+        assert psnr(drawn, want(image(3))) > DB
+        assert psnr(want(image(3)), want(image(2))) < DB - 10
+    drawn = np.asarray(opened(folder, low_memory=True)(PROMPT, **own).image)
+    assert psnr(drawn, want(image(3))) > DB

@@ -1,6 +1,7 @@
 """Reference pictures through IP-Adapters against diffusers' `load_ip_adapter` with the same random weights. diffusers
 is handed pixels: it would resize by torchvision. Pictures: 40 dB, as for whole pipelines."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -9,9 +10,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import mlxdiff
 from mlxdiff.references import pixels
+from mlxdiff.store.references import find, read
 
 from . import adapters, tiny
-from .oracle import nchw
+from .oracle import error, nchw, nhwc
 from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, oracle, psnr
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -37,18 +39,26 @@ def models(tmp_path_factory) -> dict:
     return made
 
 
-def wanted(theirs, states: list, scales: list[float], images: list[torch.Tensor], **settings) -> np.ndarray:
+def loaded(theirs, states: list) -> None:
     theirs.load_ip_adapter(
         states, subfolder=[""] * len(states), weight_name=[""] * len(states), image_encoder_folder=None,
         low_cpu_mem_usage=False,
     )  # fmt: skip
+
+
+def unloaded(theirs) -> None:
+    encoder = theirs.image_encoder
+    theirs.unload_ip_adapter()
+    theirs.register_modules(image_encoder=encoder)
+
+
+def wanted(theirs, states: list, scales: list[float], images: list[torch.Tensor], **settings) -> np.ndarray:
+    loaded(theirs, states)
     try:
         theirs.set_ip_adapter_scale(scales)
         return oracle(theirs, ip_adapter_image=images, **(CFG | settings))
     finally:
-        encoder = theirs.image_encoder
-        theirs.unload_ip_adapter()
-        theirs.register_modules(image_encoder=encoder)
+        unloaded(theirs)
 
 
 CONFIG = mlxdiff.models.vision.Config(32, 8, 32, 3, 2, 50, "gelu", 20, True, 1e-5)
@@ -68,6 +78,28 @@ def test_one_picture_draws_as_in_diffusers(models, kind, tmp_path):
     assert psnr(want, bare) < DB - 10  # else the comparison proves nothing
     assert psnr(np.asarray(ours(PROMPT, references=[(file, image, 0.7)], **OURS).image), want) > DB
     assert psnr(np.asarray(ours(PROMPT, **OURS).image), bare) > DB  # nothing stays
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
+def test_keys_and_values_equal_diffusers(models, kind, tmp_path):
+    """1e-5: float32 sums in another order; 1e-6 is seen."""
+    theirs, ours = models["sd1"]
+    state, seen = getattr(adapters, kind)(theirs.unet, 2), shown(picture(4))
+    reader = find(adapters.saved(tmp_path, state, theirs.image_encoder), ours.description, offline=True)
+    encoder, adapter = read(reader, mx.float32)
+    found = adapter(encoder(nhwc(seen.numpy())))
+    loaded(theirs, [state])
+    try:
+        out = theirs.image_encoder(seen, output_hidden_states=True)
+        (project,) = theirs.unet.encoder_hid_proj.image_projection_layers
+        tokens = project(out.image_embeds if kind == "plain" else out.hidden_states[-2])
+        layers = [p for n, p in theirs.unet.attn_processors.items() if "attn2" in n]
+        assert len(layers) == len(found)
+        for layer, (k, v) in zip(layers, found, strict=True):
+            assert error(k, layer.to_k_ip[0](tokens).detach()) < 1e-5
+            assert error(v, layer.to_v_ip[0](tokens).detach()) < 1e-5
+    finally:
+        unloaded(theirs)
 
 
 def test_xl_draws_as_in_diffusers(models, tmp_path):
