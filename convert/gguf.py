@@ -131,7 +131,8 @@ def unpack(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
     for i in range(0, raw.size // size, blocks):
         # As one row, which the package unpacks at once. It would take rows by sixteens.
         part = np.array(raw[i * size : (i + blocks) * size])[None]
-        out[i * numbers : (i + blocks) * numbers] = quants.dequantize(part, kind)[0]
+        with np.errstate(all="ignore"):  # NaN and infinity are refused when they are read
+            out[i * numbers : (i + blocks) * numbers] = quants.dequantize(part, kind)[0]
 
 
 def steps(raw: np.ndarray, dtype: str, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -225,6 +225,7 @@ def test_strictness_is_that_of_safetensors(parts, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("error")  # one line, and no warning beside it
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_a_block_that_is_not_finite_is_an_error(parts, words, tmp_path, bits):
     """A scale of NaN or infinity, in blocks that are unpacked and in those that are kept."""
