@@ -10,10 +10,10 @@ from .layout import DROPPED, Layout
 from .rules import Row, Shapes
 from .settings import Settings
 
-_HINT = (2, 4, 6, 8, 10, 12)  # the original numbers count the activations between the convolutions
+HINT = (2, 4, 6, 8, 10, 12)  # the original numbers count the activations between the convolutions
 TABLE: list[Row] = [
     (r"^input_hint_block\.0\.", "controlnet_cond_embedding.conv_in."),
-    *((rf"^input_hint_block\.{n}\.", f"controlnet_cond_embedding.blocks.{i}.") for i, n in enumerate(_HINT)),
+    *((rf"^input_hint_block\.{n}\.", f"controlnet_cond_embedding.blocks.{i}.") for i, n in enumerate(HINT)),
     (r"^input_hint_block\.14\.", "controlnet_cond_embedding.conv_out."),
     (r"^zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
     (r"^middle_block_out\.0\.", "controlnet_mid_block."),
@@ -49,12 +49,15 @@ def config(shapes: Shapes, like: Config) -> Config:
     return Config(
         **unet.half(shapes, like),
         hint_channels=shapes.size(f"{hint}.conv_in.weight", 1),
-        hint=(
-            shapes.size(f"{hint}.conv_in.weight", 0),
-            *(shapes.size(f"{hint}.blocks.{i}.weight", 0) for i in range(1, shapes.count(f"{hint}.blocks"), 2)),
-        ),
+        hint=widths(shapes, hint),
         pooled="shuffle" in shapes.file.name,
     )
+
+
+def widths(shapes: Shapes, hint: str) -> tuple[int, ...]:
+    """Of the convolutions that read pixels."""
+    blocks = range(1, shapes.count(f"{hint}.blocks"), 2)
+    return tuple(shapes.size(f"{hint}.{name}.weight", 0) for name in ("conv_in", *(f"blocks.{i}" for i in blocks)))
 
 
 def from_json(s: Settings, cls: str) -> Config:

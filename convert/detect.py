@@ -20,7 +20,7 @@ FOREIGN = [
         "a LoRA",
     ),
     (
-        r"^control_(layers|all_x_embedder)\.|^controlnet_(blocks|x_embedder)\.",
+        r"^control_(layers|all_x_embedder)\.|^pos_embed_input\.proj\.",
         "a ControlNet",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module"),

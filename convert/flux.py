@@ -81,6 +81,10 @@ def config(shapes: Shapes, like: Config) -> Config:
 def from_json(s: Settings, cls: str) -> Config:
     """From diffusers' config.json."""
     s.one("patch_size", 1, [1])
+    return read(s)
+
+
+def read(s: Settings) -> Config:
     channels, heads = s.whole("in_channels", 64), s.whole("num_attention_heads", 24)
     head, axes = s.whole("attention_head_dim", 128), s.wholes("axes_dims_rope", [16, 56, 56], 3)
     if sum(axes) != head or any(a % 2 for a in axes):

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from PIL.Image import Image
 
-from . import conditioning, dialects, images, memory
+from . import conditioning, detect, dialects, images, memory
 from .adapters import Adapter, Word
 from .description import Description
 from .errors import Error
@@ -34,7 +34,8 @@ class Attached:
         self.progress: Progress | None = None  # is told of the download of a network that guides
         self.references = References(model, offline)
         self._opened: dict[tuple, tuple] = {}  # name -> its file's time and size, then what it holds
-        self._pictures: dict[str, Image] = {}  # of the last request's guides, by their fingerprints
+        # Of the last request's guides, by their fingerprints and what was made of them.
+        self._pictures: dict[tuple[str, str | None], Image] = {}
         self._networks: dict[Path, nn.Module] = {}  # those that guide
 
     def resolve(self, request: Request) -> Request:
@@ -84,7 +85,7 @@ class Attached:
         """What these words are called."""
         return [word.word for word in self.words(request)]
 
-    def _guide(self, guide: Guide, what: str, pictures: dict[str, Image]) -> Guide:
+    def _guide(self, guide: Guide, what: str, pictures: dict[tuple, Image]) -> Guide:
         """A guide with its fingerprints. Its picture goes into `pictures`."""
         picture = images.read(guide.image)
         found, network = images.fingerprint(picture), None
@@ -97,14 +98,15 @@ class Attached:
             if wanted not in (None, given):
                 problem = f"The {which} of {what} {guide} is not the one that these settings name."
                 raise Error(problem, f"Give that one as `{what}s=[...]`.")
-        pictures[found] = picture
+        key = found, guide.detect
+        pictures[key] = self._pictures[key] if key in self._pictures else self._made(guide, picture)
         return replace(guide, hash=found, model_hash=network)
 
     def _mode(self, guide: Guide, modes: tuple[str, ...]) -> str | None:
         """The kind of picture that a guide shows. Raises unless its network needs to be told and knows it."""
         row = ADAPTERS.get((self.model.family.name, str(guide.model)))
         mode = row.mode if guide.mode is None and row is not None else guide.mode
-        mode = ALIASES.get(mode, mode)
+        mode = ALIASES.get(mode, mode) if mode not in modes else mode
         if mode is not None and not modes:
             raise Error(f"{guide.model} reads one kind of picture; {mode!r} was given.", "Leave the kind out.")
         if modes and mode not in modes:
@@ -118,7 +120,14 @@ class Attached:
 
     def picture(self, guide: Guide) -> Image:
         """The picture of a resolved guide."""
-        return self._pictures[guide.hash] if guide.hash in self._pictures else images.read(guide.image)
+        key = guide.hash, guide.detect
+        return self._pictures[key] if key in self._pictures else self._made(guide, images.read(guide.image))
+
+    def _made(self, guide: Guide, picture: Image) -> Image:
+        """The picture, or the control picture that is made of it."""
+        if guide.detect is None:
+            return picture
+        return detect.run(guide.detect, picture, offline=self.offline, progress=self.progress)
 
     def control(self, guide: Guide) -> tuple[Path, Config, str]:
         """Where a control's network is, its Config and its fingerprint. The Config is read once, and again if a file
@@ -133,6 +142,11 @@ class Attached:
             self._opened[key] = stamp, (path, *store.control(path, self.model))
             self._networks.pop(path, None)
         return self._opened[key][1]
+
+    def encoded(self, request: Request) -> list[Image]:
+        """The pictures of the controls whose networks read latents."""
+        named = [guide for guide in request.controls if guide.model is not None]
+        return [self.picture(guide) for guide in named if self.control(guide)[1].reads_latents]
 
     def check_size(self, request: Request) -> None:
         """Raise unless the networks that guide can read pictures of a resolved request's size."""
@@ -163,9 +177,10 @@ class Attached:
     def together(self, controls: Sequence[Guide]) -> list[list[Guide]]:
         """The controls, those together that one network reads at once: a union's, if they guide in the same steps."""
         groups: dict[tuple, list[Guide]] = {}
-        for i, guide in enumerate(controls):
+        for i, guide in enumerate(guide for guide in controls if guide.model is not None):
             path, config, _ = self.control(guide)
-            groups.setdefault((path, guide.interval) if config.modes else (i,), []).append(guide)
+            joins = config.modes and not config.reads_latents
+            groups.setdefault((path, guide.interval) if joins else (i,), []).append(guide)
         return list(groups.values())
 
     def release(self) -> None:
@@ -239,6 +254,9 @@ def check(loras: Names, embeddings: Names, request: Request | None, model: Descr
     for name, _ in map(lora, [*loras, *(asked.loras or ())]):
         if store.local(name) is not None:
             store.lora(store.adapter_file(name, "LoRA", offline=True), model)
+    for guide in asked.controls:
+        if guide.detect is not None:
+            detect.check(guide.detect)
     for name, word in map(embedding, [*embeddings, *(asked.embeddings or ())]):
         if store.local(name) is not None:
             store.embedding(store.adapter_file(name, "embedding", offline=True), model, word)

@@ -1,7 +1,7 @@
 """From a prompt to the conditions of the denoiser: tokenize it, read it with one text encoder after the other, join the
 results. The differences between families (which layer, pooled vector, size ids, T5) are in their TextPlan."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,10 @@ from .description import Description
 from .errors import Error
 from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
 from .guides import Guide
+from .models import flux_controlnet
 from .models.clip import CLIPText
 from .models.controlnet import Control, Union
+from .models.flux_controlnet import FluxControlNet
 from .models.layers import sinusoids
 from .models.qwen3 import Qwen3
 from .models.t2i import Features, T2IAdapter
@@ -244,24 +246,31 @@ def control(
     pictures: list[mx.array],
     ts: list[float],
     texts: list[Text],
-    both: bool,
+    sides: Collection[str],
     times: tuple[float, float],
-) -> dict[str, Control | Features]:
+) -> dict[str, Control | Features | flux_controlnet.Control]:
     """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text, a
-    T2I-Adapter none. pictures: (1, H, W, 3) in [0, 1] each; times: it is on from the first down to the second.
-    guides: one, or several of a union."""
-    scale = guides[0].scale
+    T2I-Adapter none. guides: one, or several of a union. pictures: theirs, (1, H, W, 3) in [0, 1] each, or latents
+    where the network reads them. sides: those of the conditions. times: it is on from the first down to the second."""
+    scale, config = guides[0].scale, net.config
     if isinstance(net, T2IAdapter):
-        features, other = [scale * f for f in net(pictures[0])], "both" if both else "uncond"
-        sides = ["cond", *([other] if len(texts) == 2 and (both or not request.guess) else [])]
-        return {side: Features(features, times, request.guess and side == "both") for side in sides}
+        features, on = [scale * f for f in net(pictures[0])], [s for s in sides if s != "uncond" or not request.guess]
+        return {side: Features(features, times, request.guess and side == "both") for side in on}
+    if isinstance(net, FluxControlNet):
+        fixed = {"task": config.modes.index(guides[0].mode)} if config.modes else {}
+        if config.guidance and model.guidance != INPUT:  # the denoiser is distilled, but this was not
+            fixed["guidance"] = request.guidance
+        pixels = 2 * pictures[0] - 1 if config.hint else pictures[0]
+        cond = prepare(model, net, request, ts, texts[-1:], False, **fixed)["cond"] | {"hint": net.hint(pixels)}
+        blocks = model.net.double, model.net.single
+        return {s: flux_controlnet.Control(net, cond, scale, times, s == "both", blocks) for s in sides}
     if isinstance(net, Union):
         tasks, scales = [net.config.modes.index(g.mode) for g in guides], [g.scale for g in guides]
         hint, fixed = net.hints(pictures, tasks, [1.0] if len(guides) == 1 else scales), net.emphasis(tasks)
         scale, fixed = scale if len(guides) == 1 else 1.0, {"emphasis": fixed}
     else:
         hint, fixed = net.hint(pictures[0]), {}
-    conds = prepare(model, net, request, ts, texts, both, **fixed)
+    conds = prepare(model, net, request, ts, texts, "both" in sides, **fixed)
     half = request.guess or net.config.pooled
     graded = request.guess and not net.config.pooled
     if half and len(conds) == 2:  # the negative prompt's pass stays as it is

@@ -33,6 +33,7 @@ SPECIAL: dict[str, Callable[[Request], bool]] = {
     "true_cfg": lambda r: r.true_cfg != 1,
     "skip_layers": lambda r: bool(r.skip_layers),
     "t5": lambda r: not r.t5,
+    "guess": lambda r: r.guess,
 }
 
 

@@ -20,7 +20,7 @@ from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
 from .families.base import SECOND_PASS
-from .guides import steps_on
+from .guides import DETECTORS, guides, steps_on
 from .pipeline import Event, Pipeline, load
 from .recipe import BITS, DTYPES, SMALLER, bits_of
 from .request import OUTPAINT, STRENGTH, Request
@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what += " for flux-depth and flux-canny, which read it themselves"
     form = ("[MODEL] IMAGE", "SCALE [FROM TO]")
-    g.add_argument("--control", dest="controls", action="append", nargs="+", metavar=form, help=what)
+    g.add_argument("--control", dest="controls", action=_Control, nargs="+", metavar=form, help=what)
+    what = f"make a control picture of the photograph of the next --control: {', '.join(DETECTORS)}"
+    g.add_argument("--detect", choices=DETECTORS, metavar="KIND", help=what)
     what = "controls guide the prompt's pass alone: the picture decides more, the prompt less"
     g.add_argument("--guess", action="store_true", default=None, help=what)
     what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it"
@@ -127,6 +129,7 @@ _EXAMPLES = """examples:
   mlxdiff generate "a lighthouse" -m sdxl --hires 1.5 0.5 --upscale realesrgan-x4plus
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8
+  mlxdiff generate "a lighthouse" -m sd15 --detect canny --control canny photo.png
   mlxdiff generate "a lighthouse" -m sdxl --reference ip-adapter-plus photo.png 0.6
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
 """
@@ -251,10 +254,22 @@ def _one(
     bar.began = time.perf_counter()
 
 
+class _Control(argparse.Action):
+    """Keep the words of a control, and the --detect before it."""
+
+    def __call__(self, parser, namespace, words, option_string=None):
+        namespace.controls = [*(namespace.controls or []), (words, namespace.detect)]
+        namespace.detect = None
+
+
 def _settings(args: argparse.Namespace) -> dict:
     """The fields of Request that the user typed."""
     same = {f.name for f in fields(Request)} & vars(args).keys() - {"prompt", "seed"}
     typed = {"negative": args.negative_prompt} | {n: getattr(args, n) for n in same}
+    if args.detect is not None:
+        raise Error("--detect makes the picture of a --control, and none follows.", "Put it before one.")
+    if args.controls is not None:
+        typed["controls"] = [replace(guides([words], "control")[0], detect=kind) for words, kind in args.controls]
     return {k: tuple(v) if isinstance(v, list) else v for k, v in typed.items() if v is not None}
 
 

@@ -11,6 +11,8 @@ from .errors import Error
 
 Picture = str | Path | Image
 
+# What makes a control picture of a photograph: the kinds of `mlxdiff.detect`.
+DETECTORS = ("canny", "depth", "grey", "invert")
 _MODE = re.compile(r"(.{2,}):([\w-]+)")  # two characters at least: C:\ is a disk
 _FORM = {"control": "[MODEL] IMAGE [SCALE [FROM TO]]", "reference": "[MODEL] IMAGE [SCALE]"}
 
@@ -24,6 +26,7 @@ class Guide:
     None: the drawing model itself reads it.
     scale: how strongly it guides. interval: the part of the steps in which it does.
     mode: what kind of picture it is, for a network that reads several kinds; `model` may say it too: "FILE:canny".
+    detect: which control picture to make of the image first: "canny", "depth", "grey" or "invert".
     hash, model_hash: fingerprints of picture and network, set by `Pipeline.resolve`: a replay needs the same ones."""
 
     image: Picture | None
@@ -33,6 +36,7 @@ class Guide:
     mode: str | None = None
     hash: str | None = None
     model_hash: str | None = None
+    detect: str | None = None
 
     def __post_init__(self):
         if isinstance(self.interval, list):  # from JSON

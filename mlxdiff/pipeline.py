@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -167,7 +167,8 @@ class Pipeline:
         an earlier request, whose settings hold where no others are given."""
         request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
         full = self.starts.resolve(request)
-        self.attached.check_size(full)
+        for each in [full] if full.hires is None else [full, self.description.second_pass(full)]:
+            self.attached.check_size(each)
         return full
 
     def workload(self, request: Request) -> memory.Workload:
@@ -239,6 +240,8 @@ class Pipeline:
         request.check_hires()
         if request.upscaler is None:
             return request
+        if self._upscaler is not None and not self._upscaler.current:
+            self._upscaler = None
         found = self._open_upscaler(request).hash
         if request.upscaler_hash not in (None, found):
             problem = f"The upscaler {request.upscaler} is not the one that these settings name."
@@ -268,8 +271,10 @@ class Pipeline:
         texts[0] = extended(texts[0], request.references, seen)
 
         draw = self.noise(request)
+        hints = yield from self.starts.controls(request, self.attached.encoded(request), draw)
         control = next((self.attached.picture(guide) for guide in request.controls if guide.model is None), None)
         start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given, control)
+        start = start._replace(hints=hints)
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
@@ -384,7 +389,7 @@ class Pipeline:
         # all of its conditions, not once for each layer.
         for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
             mx.eval(part)
-        for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas)).items():
+        for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas, start, conds)).items():
             conds[side]["controls"] = controls
         begin, end = (f * request.steps for f in request.skip_interval)  # both ends are excluded, as in diffusers
         return guidance.denoiser(
@@ -403,27 +408,37 @@ class Pipeline:
         )
 
     def _controls(
-        self, request: Request, schedule: Schedule, ts: list[float], texts: list, sigmas: list[float]
+        self,
+        request: Request,
+        schedule: Schedule,
+        ts: list[float],
+        texts: list,
+        sigmas: list[float],
+        start: Start | None,
+        sides: Collection[str],
     ) -> Iterator[Event]:
-        """What the networks that guide add to the conditions: each side's Controls. sigmas: those of the whole run."""
-        sides, taken = {}, self.description.taken(request)
+        """What the networks that guide add to the conditions of each side. sigmas: those of the whole run."""
+        latents = iter(() if start is None else start.hints)
+        added, taken = {}, self.description.taken(request)
         for path in self.attached.networks(request):
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
         for guides in self.attached.together([guide for guide in request.controls if guide.model is not None]):
-            net, both = self.attached.network(guides[0]), not self.low_memory
-            on = steps_on(guides[0].interval, taken)
+            net, on = self.attached.network(guides[0]), steps_on(guides[0].interval, taken)
             last = sigmas[on.stop - 1 - taken]
             times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
-            cut = [self.starts.control(request, self.attached.picture(guide)) for guide in guides]
-            pixels = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
-            found = conditioning.control(self.description, net, guides, request, pixels, ts, texts, both, times)
+            if net.config.reads_latents:
+                hints = [next(latents)]
+            else:
+                cut = [self.starts.control(request, self.attached.picture(guide)) for guide in guides]
+                hints = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
+            found = conditioning.control(self.description, net, guides, request, hints, ts, texts, sides, times)
             for side, control in found.items():
                 mx.eval(vars(control))
-                sides.setdefault(side, []).append(control)
-        return sides
+                added.setdefault(side, []).append(control)
+        return added
 
     def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""

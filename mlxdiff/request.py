@@ -16,7 +16,7 @@ from PIL.Image import Image
 from . import arguments, dialects, samplers, schedules
 from .errors import Error, did_you_mean
 from .foreign import fits
-from .guides import Guide, Picture, guides
+from .guides import DETECTORS, Guide, Picture, guides
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
@@ -347,6 +347,11 @@ class Request:
                 _span(f"{name} interval", guide.interval)
                 if guide.mode is not None:
                     _text(f"mode of a {name}", guide.mode)
+                if guide.detect is not None and (name == "reference" or guide.detect not in DETECTORS):
+                    near = did_you_mean(str(guide.detect), DETECTORS)
+                    problem = f"detect {reprlib.repr(guide.detect)} makes no picture for a {name}."
+                    fix = f"{near}Use one of {', '.join(DETECTORS)}." if name == "control" else "Leave it out."
+                    raise Error(problem, fix)
         if not isinstance(self.guess, bool):
             raise Error(f"guess {self.guess!r} is neither true nor false.", "Use `guess=True` to guess.")
         if self.guess and not self.controls:

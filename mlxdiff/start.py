@@ -26,6 +26,7 @@ class Start(NamedTuple):
     noised: Callable[[float], mx.array] | None = None  # then: these at a sigma, with the noise of the run
     beside: mx.array | None = None  # more channels for the network to read, (B, h, w, more)
     references: Sequence[mx.array] = ()  # latents of pictures to edit
+    hints: Sequence[mx.array] = ()  # of the control pictures that are read as latents, (B, h, w, c) each
     finish: Callable[[Image.Image], Image.Image] = lambda image: image  # for each picture, once it is decoded
 
 
@@ -54,6 +55,12 @@ class Starts:
     def control(self, request: Request, picture: Image.Image) -> Image.Image:
         """A control picture of a resolved request as its network reads it."""
         return pictures.control(request, self.pictures(request), picture)
+
+    def controls(self, request: Request, controls: list[Image.Image], draw: Callable[[], mx.array]) -> Iterator:
+        """Events, then the latents of control pictures: one sample for each seed. In diffusers too these draws come
+        before all others."""
+        pixels = [images.to_pixels(self.control(request, picture)) for picture in controls]
+        return (yield from self._encode(pixels, [partial(_sample, noise=draw()) for _ in controls]))
 
     def begin(
         self,

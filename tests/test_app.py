@@ -84,6 +84,25 @@ def test_a_notebook_of_somebody_else_is_neither_run_nor_signed(tmp_path, monkeyp
     assert lab._notebook(path, None).cells == book.cells
 
 
+def test_the_flags_of_the_page_and_of_the_notebook(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(app, "studio", lambda *args: asked.append(args) or 0)
+    monkeypatch.setattr(app.lab, "studio", lambda *args: asked.append(args) or 0)
+    for line in ("", "-m sdxl -o there --no-browser", "--lab", "--lab mine.ipynb -m sdxl"):
+        assert app.main(line.split()) == 0
+    here = Path.cwd()
+    assert asked == [
+        (None, None, True),
+        ("sdxl", "there", False),
+        (here / "studio.ipynb", None, True),
+        (here / "mine.ipynb", "sdxl", True),
+    ]
+    for wrong, said in (("--lab -o there", "set studio.folder"), ("mine.ipynb", "is not expected here")):
+        with pytest.raises(SystemExit):
+            app.main(wrong.split())
+        assert said in capsys.readouterr().err
+
+
 def test_a_notebook_is_called_one(tmp_path):
     with pytest.raises(Error, match=r"Call it notes\.ipynb"):
         lab.studio(tmp_path / "notes.txt", None, browser=False)
@@ -161,10 +180,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def started(tmp_path):
-    """`mlxdiff studio` in a Jupyter of its own, with a browser that notes how it was started: the process, its
-    children's ids, that note."""
+@pytest.fixture(params=["lab", "page"])
+def started(request, tmp_path):
+    """`mlxdiff studio` as a page or in a Jupyter of its own, with a browser that notes how it was started: the process,
+    its children's ids, that note."""
     pytest.importorskip("jupyterlab")
     from nbformat.sign import NotebookNotary
 
@@ -173,8 +192,11 @@ def started(tmp_path):
     browser.chmod(0o755)
     env = os.environ | {"PYTHONPATH": str(ROOT), "BROWSER": str(browser), "IPYTHONDIR": str(tmp_path / "ipython")}
     env |= {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    code = "import sys; from mlxdiff.widgets import lab; from pathlib import Path\n"
-    code += "sys.exit(lab.studio(Path('studio.ipynb').resolve(), None, True))"
+    code = "import sys; from mlxdiff.widgets import app, lab; from pathlib import Path\n"
+    code += {
+        "lab": "sys.exit(lab.studio(Path('studio.ipynb').resolve(), None, True))",
+        "page": "sys.exit(app.studio(None, None, True))",
+    }[request.param]
     (tmp_path / "books").mkdir()
     book = lab._notebook(tmp_path / "books" / "studio.ipynb", None)
     lab._cell(book, tmp_path).source = "print('hello')"
@@ -199,9 +221,10 @@ def started(tmp_path):
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_jupyter_and_its_kernels_end_with_the_terminal(started):
+def test_all_that_was_started_ends_with_the_terminal(started, request):
     process, children, _ = started
-    assert len(children) >= 2  # Jupyter and a kernel
+    if request.node.callspec.params["started"] == "lab":
+        assert len(children) >= 2  # Jupyter and a kernel
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
     until(lambda: not any(map(alive, children)), 20)

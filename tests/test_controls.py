@@ -3,6 +3,7 @@ parity/test_controlnet.py's."""
 
 import json
 import re
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import mlxdiff
-from mlxdiff import Guide, advice, catalogue, generate, images, memory
+from mlxdiff import Guide, advice, catalogue, detect, generate, images, memory
 from mlxdiff.errors import Error
 from mlxdiff.families import ADAPTERS, FAMILIES
+from mlxdiff.guides import DETECTORS
 from mlxdiff.models import controlnet, unet
 from mlxdiff.recipe import Recipe
 from mlxdiff.request import Request
@@ -242,3 +244,60 @@ def test_a_named_network_is_counted_before_it_is_fetched(edges, monkeypatch):
     request = Request("a house", width=512, height=512, controls=[("canny", edges)])
     with pytest.raises(Error, match="takes about"):
         mlxdiff.load("sd15", dtype="float16", request=request)
+
+
+# ---- control pictures that are made first
+
+
+def louder(folder: Path, pipe) -> Path:
+    """A ControlNet that listens to its picture."""
+    file = write(folder, pipe) / "diffusion_pytorch_model.safetensors"
+    hint = "controlnet_cond_embedding"
+    full(file, {k: x * (3 if hint in k and k.endswith("weight") else 1) for k, x in load_file(file).items()})
+    return folder
+
+
+def test_a_control_picture_is_made_of_a_photograph_and_draws_again(pipe, edges, tmp_path, capsys):
+    """As when `mlxdiff detect` has made it. The fingerprint is the photograph's."""
+    net = louder(tmp_path / "loud", pipe)
+    detect.run("invert", edges).save(tmp_path / "made.png")
+    expected = pipe("a red house", controls=[(net, tmp_path / "made.png", 0.8)], **SAME)
+    made = pipe("a red house", controls=[Guide(edges, net, 0.8, detect="invert")], **SAME)
+    plain = pipe("a red house", controls=[(net, edges, 0.8)], **SAME)
+    assert (pixels(made) == pixels(expected)).all()
+    assert abs(pixels(made) - pixels(plain)).mean() > 0.1
+    assert made.request.controls[0].hash == plain.request.controls[0].hash
+    both = [Guide(edges, net, 0.4, detect="invert"), Guide(edges, net, 0.4)]  # one photograph, two pictures
+    apart = [Guide(tmp_path / "made.png", net, 0.4), Guide(edges, net, 0.4)]
+    assert (pixels(pipe("x", controls=both, **SAME)) == pixels(pipe("x", controls=apart, **SAME))).all()
+    size = ["--steps", "4", "-s", "1", "-W", "64", "-H", "64", "--dtype", "float32"]
+    typed = ["a red house", *size, "--detect", "invert", "--control", str(net), str(edges), "0.8"]
+    assert generate.main([*typed, "-o", str(tmp_path / "a.png")]) == 0
+    assert generate.main(["--from-image", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 0
+    for name in ("a.png", "b.png"):
+        assert (np.asarray(Image.open(tmp_path / name)) == np.asarray(expected.image)).all()
+    capsys.readouterr()
+    assert generate.main([*typed, "--detect", "canny"]) == 1
+    assert "--detect makes the picture of a --control, and none follows" in capsys.readouterr().err
+
+
+def test_what_cannot_be_made_is_refused_before_the_work(pipe, net, edges, monkeypatch):
+    assert tuple(detect.KINDS) == DETECTORS
+    with pytest.raises(Error, match="detect 'cany' makes no picture for a control"):
+        pipe.resolve("x", controls=[Guide(edges, net, detect="cany")])
+    with pytest.raises(Error, match="detect 'grey' makes no picture for a reference"):
+        pipe.resolve("x", references=[Guide(edges, net, detect="grey")])
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setattr(mlxdiff.store, "_from_hub", lambda *_: pytest.fail("it asked the hub"))
+    with pytest.raises(Error, match="OpenCV, which is not here"):
+        mlxdiff.load("sd15", force=True, request=Request("x", controls=[Guide(edges, "canny", detect="canny")]))
+
+
+def test_two_passes_keep_their_controls(pipe, net, edges):
+    """Which are scaled to each pass; the second begins with the first one's picture."""
+    guided = {"controls": [Guide(edges, net, 0.8)], "seed": 1, "steps": 4}
+    first = pipe("a red house", width=64, height=64, **guided).image.resize((96, 96), Image.Resampling.LANCZOS)
+    second = pipe("a red house", image=first, strength=0.6, width=96, height=96, **guided)
+    both = pipe("a red house", hires=(1.5, 0.6), width=64, height=64, **guided)
+    assert (pixels(both) == pixels(second)).all()
+    assert abs(pixels(both) - pixels(pipe("a red house", hires=(1.5, 0.6), **SAME))).mean() > 1

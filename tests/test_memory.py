@@ -4,6 +4,7 @@ weight files for what weights take."""
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,12 @@ def compiled(monkeypatch):
     monkeypatch.setattr(layers, "_compiling", True)
 
 
+def lower(make: Callable[[], mlxdiff.Pipeline], **settings) -> tuple[Peaks, Peaks]:
+    """The lower of two runs of fresh pipelines: how far MLX runs ahead, and so the peak, depends on the machine's other
+    work."""
+    return min((measured(make(), **settings) for _ in range(2)), key=lambda pair: max(pair[1]))
+
+
 CPU = pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activations were measured on a CPU")
 
 
@@ -105,7 +112,7 @@ CPU = pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activ
 )
 def test_storybook_takes_what_is_estimated(load, settings, compiled):
     """The peak, which is its decoding, within SURE: 0.96 to 1.11 were seen."""
-    estimate, seen = measured(mlxdiff.load("storybook", dtype="float32", **load), **settings)
+    estimate, seen = lower(lambda: mlxdiff.load("storybook", dtype="float32", **load), **settings)
     assert 1 / memory.SURE < max(estimate) / max(seen) < memory.SURE
     assert 0.8 < estimate.denoise / seen.denoise < 1.3  # its narrow levels: 0.99 to 1.21
 
@@ -124,8 +131,9 @@ def test_a_refiner_takes_what_is_estimated(low_memory, compiled):
 @CPU
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_picture_to_begin_with_takes_what_is_estimated(low_memory, compiled):
-    pipe = mlxdiff.load("storybook", dtype="float32", low_memory=low_memory)
-    estimate, seen = measured(pipe, image=Image.linear_gradient("L").resize((128, 128)), strength=1.0)
+    image, load = Image.linear_gradient("L").resize((128, 128)), {"dtype": "float32", "low_memory": low_memory}
+    estimate, seen = lower(lambda: mlxdiff.load("storybook", **load), image=image, strength=1.0)
+    pipe = mlxdiff.load("storybook", **load)
     assert 1.3 < estimate.encode / seen.encode < 1.9  # its narrow levels: 1.56 and 1.71
     assert 0.8 < estimate.denoise / seen.denoise < 1.3  # as without: 0.97 and 1.21
     vae = memory._weights(pipe.description, "vae").held

@@ -598,7 +598,10 @@ def test_a_model_that_edits_takes_several_pictures(studio):
     first, second = studio.image
     assert (len(shown.remove), shown.sizes, studio.view.edits) == (2, [(96, 48), (48, 48)], True)
     assert [w.value.split('"')[1] for w in shown.children[:4:2]] == ["Picture 1 to edit", "Picture 2 to edit"]
-    assert (studio.controls.strength.disabled, why.value) == (True, "This model edits: it takes no strength.")
+    assert (studio.controls.strength.disabled, why.value) == (
+        True,
+        "This model edits: it takes no strength and no mask.",
+    )
     with pytest.raises(Error, match="editor takes at most 2 pictures to edit"):
         heard(studio, do="drop", part=0, parts=1, begin=True, data=bare(40))
     request = draw(studio).request

@@ -315,6 +315,8 @@ def test_a_drawn_picture_is_enlarged_and_replays(here, capsys):
     assert generate(["--from-image", "a.png", "-o", "b.png"]) == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     full(here / "x2.safetensors", esrgan(1, 8, 4, 1, 1, seed=1))
+    with pytest.raises(Error, match="is not the one that these settings name"):  # though it is open
+        pipe.resolve(big.request)
     assert generate(["--from-image", "a.png", "-o", "c.png"]) == 1
     assert "The upscaler x2.safetensors is not the one that these settings name" in capsys.readouterr().err
     assert generate(["--from-image", "a.png", "--upscale", "x2.safetensors", "-o", "c.png"]) == 0  # a flag wins

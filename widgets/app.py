@@ -49,7 +49,10 @@ def studio(model: str | None, folder: str | None, browser: bool) -> int:
         def tell(address: str) -> None:
             print(f"The studio is at {address}\nCtrl-C here ends it.", flush=True)
             if browser:
-                webbrowser.open(stack.enter_context(lab.private_page(address)))
+                page = stack.enter_context(lab.private_page(address))
+                Thread(
+                    target=webbrowser.open, args=[page], daemon=True
+                ).start()  # a browser in the terminal would block
 
         def make() -> Studio:
             made = Studio(**settings)

@@ -133,7 +133,7 @@ class Controls(w.VBox):
         reasons = ignored(model, guidance, more.get("true_cfg", 1.0))
         self.strength.disabled = edits
         if edits and self.start_picture.sizes:
-            reasons["strength"] = "This model edits: it takes no strength."
+            reasons["strength"] = "This model edits: it takes no strength and no mask."
         built_in = model is not None and model.name == builtin.NAME
         if built_in and (unknown := builtin.notice(prompt)):
             reasons["prompt"] = unknown

@@ -63,6 +63,10 @@ class Picture:
             edited = r.strength is None
             out.append(("Edited", ", ".join(names)) if edited else ("Start picture", names[0]))
             out += [] if edited else [("Strength", f"{r.strength:g}")]
+        if r.mask is not None:
+            out.append(("Mask", Path(r.mask).name if isinstance(r.mask, str | Path) else "a picture"))
+        if any(r.outpaint):
+            out.append(("Added around", ", ".join(map(str, r.outpaint))))
         return out
 
     def _repr_png_(self) -> bytes:

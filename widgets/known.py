@@ -44,25 +44,32 @@ class Known:
         return 0 if model is None else model.row.edits
 
     @property
+    def inpaints(self) -> bool:
+        """Whether the model was made to draw a part of a picture anew, and draws nothing else."""
+        model = self.description
+        return model is not None and model.row.inpaints
+
+    @property
     def multiple(self) -> int:
         return MULTIPLE if self.opened is None else self.opened.multiple
 
-    def sized(self, shape: tuple[int, int]) -> dict[str, int]:
-        """Width and height of this shape, with at most as many pixels as the model's default size."""
-        request = Request("").sized(shape, self.defaults.size**2, self.multiple)
+    def sized(self, shape: tuple[int, int], outpaint: Sequence[int] = (0, 0, 0, 0)) -> dict[str, int]:
+        """Width and height of this shape, with at most as many pixels as the model's default size, and what `outpaint`
+        adds."""
+        request = Request("", outpaint=tuple(outpaint)).sized(shape, self.defaults.size**2, self.multiple)
         return {"width": request.width, "height": request.height}
 
     def shaped(self, name: str) -> dict[str, int]:
         """Width and height of one of SHAPES, with about as many pixels as the model's default size."""
         return self.sized(tuple(edge * self.defaults.size for edge in SHAPES[name]))
 
-    def shape(self, pictures: Sequence[tuple[int, int]]) -> dict[str, int]:
+    def shape(self, pictures: Sequence[tuple[int, int]], outpaint: Sequence[int]) -> dict[str, int]:
         """Width and height of the result of pictures of these sizes; empty if there are none."""
         if not pictures:
             return {}
         if self.edits:
             return dict(zip(("width", "height"), self.description.cuts(pictures[:1])[0].size, strict=True))
-        return self.sized(pictures[0])
+        return self.sized(pictures[0], outpaint)
 
     # --- memory
 

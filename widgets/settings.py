@@ -31,6 +31,7 @@ FIELDS: dict[str, Callable] = {
     "prompt": str,
     "negative": str,
 }
+PART = ("mask", "mask_blur", "outpaint")  # what is drawn anew of the start picture
 _BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
 _QUICK, _FINE = 0.4, 2.0  # times the model's default number of steps
 
@@ -72,7 +73,7 @@ def unusual(request: Request, model: Description | None) -> dict:
         defaults["clip_skip"] = model.family.clip_skip
     if request.sampler is not None:
         defaults["eta"] = samplers.SAMPLERS[dialects.sampler(request.sampler)[0]].eta
-    shown = (*FIELDS, "count", "image", "image_hash")
+    shown = (*FIELDS, "count", "image", "image_hash", *PART, "mask_hash")
     others = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
     return {n: v for n, v in others.items() if v not in (getattr(plain, n), defaults.get(n))}
 
@@ -94,6 +95,9 @@ class Settings(t.HasTraits):
     count = t.Int(1)
     image = t.Any(None, help="the start picture, a path or a PIL image; for a model that edits, one or a list to edit")
     strength = t.Float(STRENGTH, help="the part of the steps that redraws the start picture; 1 ignores it")
+    mask = t.Any(None, help="where the start picture is drawn anew: a path or a PIL image, white there; or 'alpha'")
+    mask_blur = t.Float(0.0, help="softens the edge of the mask, in pixels of the result")
+    outpaint = t.Tuple((0, 0, 0, 0), help="pixels to add to the start picture at the left, top, right and bottom")
     more = t.Dict(help="the Request's fields that have no control, such as {'clip_skip': 2}")
     folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
     options = t.Dict(help="arguments of mlxdiff.load, such as {'bits': 8}")
@@ -107,6 +111,8 @@ class Settings(t.HasTraits):
         """The current settings. Those left to a model whose defaults are unknown are None."""
         values = {n: getattr(self, n) for n in (*FIELDS, "count", "image")}
         values["strength"] = None if self.image is None or self._known.edits else self.strength
+        if not self._known.edits:
+            values |= {n: getattr(self, n) for n in PART if n != "mask_blur" or self.masked}
         if self._known.defaults is None:
             values |= {n: None for n in _BY_MODEL if values[n] == self._before[n]}
         return asked(values.pop("prompt"), values | self.more)
@@ -117,8 +123,8 @@ class Settings(t.HasTraits):
         known = self._seen | {n: n for n in MODELS} | published
         self.model = known.get(model, self.model)
         self.prompt, self.negative = request.prompt, request.negative
-        self.image = request.image  # before the size, which a new start picture changes
-        for name in (*FIELDS, "count"):
+        self.image = request.image  # before the mask, which it removes, and the size, which both change
+        for name in (*PART, *FIELDS, "count"):
             value = getattr(request, name)
             if value is not None or self.traits()[name].allow_none:
                 setattr(self, name, value)
@@ -155,7 +161,7 @@ class Settings(t.HasTraits):
 
     def _preset(self, name: str) -> dict:
         """A preset's settings, but a start picture keeps its shape."""
-        return presets(self._known.defaults)[name] | self._known.shape(self._sizes)
+        return presets(self._known.defaults)[name] | self._known.shape(self._sizes, self.outpaint)
 
     def _reshape(self, shape: str) -> None:
         if self._known.defaults is None:
@@ -166,6 +172,11 @@ class Settings(t.HasTraits):
         self.more = {k: v for k, v in self.more.items() if k not in names}
 
     # --- pictures that the next run takes: the start picture, or those to edit
+
+    @property
+    def masked(self) -> bool:
+        """Whether only a part of the start picture is drawn anew."""
+        return self.mask is not None or any(self.outpaint)
 
     @property
     def _taken(self) -> tuple:

@@ -18,7 +18,7 @@ START = "begin-"  # how the names of their files begin
 
 class StartPicture(w.HBox):
     """Shows the start picture and how much of it is redrawn, or the pictures to edit. It is hidden while there are
-    none. Every picture has a button that calls `drop` with its number."""
+    none. Every picture has a button that calls `drop` with its number. A start picture has one to paint on it."""
 
     def __init__(self):
         self.drop: Callable[[int], None] | None = None
@@ -26,6 +26,8 @@ class StartPicture(w.HBox):
         self.remove: list[w.Button] = []
         self.strength = w.FloatSlider(description="Strength", min=0, max=1, step=0.05, readout_format=".2f")
         self.strength.tooltip = "How much of the picture is redrawn: 1 ignores it"
+        self.paint = w.Button(description="Change a part")
+        self.forget = w.Button(description="Change all of it", tooltip="Forget the mask, and what is added around")
         super().__init__()
         self.add_class("mlxdiff-start-picture")
         self.show([], edits=False)
@@ -34,15 +36,28 @@ class StartPicture(w.HBox):
         """edits: whether the model edits them; else the first is the start picture."""
         self.sizes, self.remove, shown = [picture.size for picture in pictures], [], []
         for i, picture in enumerate(pictures):
-            data = base64.b64encode(thumbnail(picture)).decode()
             what = "The start picture" if not edits else f"Picture {i + 1} to edit"
-            shown.append(w.HTML(f'<img alt="{what}" src="data:image/jpeg;base64,{data}">'))
+            shown.append(w.HTML(_img(picture, what)))
             tooltip = "Begin with noise alone" if not edits else f"Leave picture {i + 1} out"
             self.remove.append(w.Button(description="Remove", tooltip=tooltip))
             self.remove[i].on_click(lambda _, i=i: self.drop(i))
         pairs = [part for pair in zip(shown, self.remove, strict=True) for part in pair]
-        self.children = (*pairs, self.strength)
+        self.children = (*pairs, self.paint, self.forget, self.strength)
+        self.forget.layout.display = "none"
+        self.paint.disabled = edits
+        self.paint.tooltip = "This model edits: it takes no mask" if edits else "Paint where it is drawn anew"
         self.layout.display = None if pictures else "none"
+        self._first = shown[0] if shown else None
+
+    def show_part(self, picture: Image.Image, part: bool) -> None:
+        """picture: the start picture, with its mask if it has one. part: whether only a part is drawn anew."""
+        self._first.value = _img(picture, "The start picture")
+        self.forget.layout.display = None if part else "none"
+
+
+def _img(picture: Image.Image, what: str) -> str:
+    data = base64.b64encode(thumbnail(picture)).decode()
+    return f'<img alt="{what}" src="data:image/jpeg;base64,{data}">'
 
 
 def write_start_picture(data: bytes, folder: Path) -> Path:

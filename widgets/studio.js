@@ -1,10 +1,14 @@
 // The browser's part of view.py: canvas, progress, history, file drop, shortcuts. It only mirrors traits and sends
-// messages. It fetches nothing: this file and studio.css are complete.
+// messages. It fetches nothing: view.py puts painting.js into it.
+
+import { painting } from "./painting.js";
 
 const PART = 4 * 2 ** 20; // bytes of a dropped file in one message: Jupyter's server closes on messages above 10 MiB
 
 const KEYS = [
   ["Ctrl + Enter", "Generate"], ["Esc", "Cancel"], ["← →", "Walk the history"], ["Drop", "Restore a picture's settings"],
+  ["B E R", "Brush, eraser, rectangle"], ["[ ]", "A smaller or larger brush"], ["Ctrl + Z", "Undo, with Shift redo"],
+  ["Arrows, Space", "Move the brush, paint"],
 ];
 
 function h(tag, attributes = {}, ...children) {
@@ -60,10 +64,14 @@ function render({ model, el }) {
   const download = h("a", { class: "mlxdiff-button" }, "Download");
   const back = button("Back to the preview", () => { pinned = null; update(); }, "Show the running picture");
   const begin = button("", () => send("begin", { key: current }), "");
+  const change = button("Change a part of it", () => send("paint", { key: current }), "");
   const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
-    begin, download, back);
+    begin, change, download, back);
+  const frame = h("div", { class: "mlxdiff-frame" }, stage);
+  const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
+  const paper = painting({ model, send, h, covered });
   function chooser(text, begin) {
     const chosen = (event) => { take(event.target.files[0], begin); event.target.value = ""; };
     const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: chosen });
@@ -78,10 +86,9 @@ function render({ model, el }) {
 
   el.classList.add("mlxdiff-view");
   const about = h("div", { class: "mlxdiff-about" }, words, caption, path);
-  el.append(
-    h("div", { class: "mlxdiff-main" },
-      h("div", { class: "mlxdiff-frame" }, stage), bar, status, spoken, error, tools),
-    h("div", { class: "mlxdiff-side" }, about, strip, open));
+  const main = h("div", { class: "mlxdiff-main" },
+    frame, paper.frame, paper.bar, bar, status, spoken, error, tools);
+  el.append(main, h("div", { class: "mlxdiff-side" }, about, strip, open));
 
   let current = null; // key of the picture on the canvas; null for a preview, which has no file
   let pinned = null; // key of an older picture that the user looks at while a new one forms
@@ -119,6 +126,8 @@ function render({ model, el }) {
     other.textContent = edits ? "Edit a picture…" : "Begin with a picture…";
     begin.textContent = edits ? "Edit it" : "Begin with it";
     begin.title = edits ? "Edit this picture next" : "Begin the next picture with this one";
+    change.disabled = Boolean(model.get("unpaintable"));
+    change.title = model.get("unpaintable") || "Paint where this picture is drawn anew, or add to its sides";
   }
 
   function arrived() {
@@ -201,6 +210,7 @@ function render({ model, el }) {
   }
 
   function receive(message, buffers) {
+    if (message.do === "paint") return paper.open();
     if (message.do !== "frame" || pinned !== null || !model.get("running")) return;
     empty.hidden = true;
     paint(buffers[0], "image/jpeg", message.title);
@@ -209,6 +219,7 @@ function render({ model, el }) {
 
   function keys(event) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) act(event, "generate");
+    else if (paper.keys(event)) return;
     else if (event.key === "Escape" && model.get("running")) act(event, "cancel");
   }
 
@@ -233,9 +244,12 @@ function render({ model, el }) {
   async function act(event, action) {
     event.preventDefault();
     event.stopPropagation();
+    if (action === "generate") paper.close();
     const box = document.activeElement; // a text box reports typed text only when it loses the focus
     if (box instanceof HTMLInputElement) { box.blur(); box.focus(); }
-    send(action, action === "cancel" ? {} : { settings: await settings() });
+    if (action === "cancel") return send(action);
+    await paper.sent(); // what was painted last
+    send(action, { settings: await settings() });
   }
 
   // A list cuts off a long entry: its tooltip shows all of it.
@@ -276,13 +290,13 @@ function render({ model, el }) {
     for (const [name, listener] of Object.entries(listeners)) {
       ground.addEventListener(name, listener, { signal: away.signal });
     }
-    naming.observe(root, { childList: true, subtree: true, attributeFilter: ["class"] });
+    naming.observe(root, { childList: true, subtree: true, attributeFilter: ["class", "title"] });
     name(root);
   });
   arrival.observe(el);
 
-  // ipywidgets' sliders have no accessible name, and its toggles do not announce their state. Set both, whenever a
-  // control is drawn or changes its look.
+  // ipywidgets' sliders have no accessible name, its toggles do not announce their state, and a control without a tooltip
+  // gets "null" as one. This is put right whenever a control is drawn or changes its look.
   const naming = new MutationObserver(() => name(el.closest(".mlxdiff-studio")));
   function name(root) {
     for (const slider of root?.querySelectorAll(".widget-hslider") ?? []) {
@@ -294,15 +308,17 @@ function render({ model, el }) {
       const state = toggle.matches(".mlxdiff-unfold") ? "aria-expanded" : "aria-pressed";
       toggle.setAttribute(state, toggle.classList.contains("mod-active"));
     }
+    for (const each of root?.querySelectorAll('[title="null"]') ?? []) each.removeAttribute("title");
   }
 
-  const changes = { shown: arrived, history, error: failed, edits: purposes };
+  const changes = { shown: arrived, history, error: failed, edits: purposes, unpaintable: purposes };
   for (const name of ["status", "spoken", "progress", "running"]) changes[name] = update;
   for (const [name, listener] of Object.entries(changes)) model.on(`change:${name}`, listener);
   model.on("msg:custom", receive);
   shown(); history(); failed(); purposes();
 
   return () => {
+    paper.away();
     arrival.disconnect();
     naming.disconnect();
     away.abort();

@@ -29,6 +29,7 @@ from .controls import Controls
 from .gallery import Grid, Picture, writable
 from .history import History
 from .known import Known
+from .painting import Painting
 from .previews import jpeg
 from .settings import FIELDS, Settings
 from .start_picture import write_start_picture
@@ -51,6 +52,7 @@ class Studio(Settings, w.VBox):
         self._before, self._seen = {}, {}
         self.controls, self.view = Controls(str(model)), View()
         self._history = History(self.view)
+        self._painting = Painting(self, self.view, self.controls.start_picture)
         super().__init__([w.HBox([self.controls, self.view]).add_class("mlxdiff-body")])
         self.add_class("mlxdiff-studio")
         known = [*Settings.class_own_traits(), *Studio.class_own_traits()]
@@ -204,10 +206,14 @@ class Studio(Settings, w.VBox):
         self.controls.width.step = self.controls.height.step = model.multiple
         if model.row.edits:
             self._show_pictures()
+        if model.row.inpaints:
+            self.strength = 1.0  # as it was trained
         self._judge()
 
     def _judge(self) -> None:
         self.view.edits = self._known.edits > 0
+        self.view.unpaintable = f"{self.model} edits: say in the prompt what to change." if self._known.edits else ""
+        self._painting.show_around()
         self.controls.judge(self._known, self.prompt, self.guidance, self.more)
         self.controls.memory.tell(self._estimate())
 
@@ -220,11 +226,24 @@ class Studio(Settings, w.VBox):
         except Error:
             self.image = None
             raise
-        self.controls.start_picture.show(pictures, edits=self._known.edits > 0)
+        edits = self._known.edits > 0
+        self.controls.start_picture.show(pictures, edits)
         self._sizes = tuple(picture.size for picture in pictures)
+        self._painting.show_picture(pictures[0] if pictures and not edits else None)
+        self._show_part()
+
+    def _show_part(self) -> None:
+        """Show what of the start picture is drawn anew, and take over the size of the result."""
+        if self.view.paper:
+            self._painting.show_mask()
         if self._known.defaults is not None:
-            self._set(self._known.shape(self._sizes))
+            self._set(self._known.shape(self._sizes, self.outpaint))
         self._judge()
+
+    def _change_pictures(self) -> None:
+        """There is another start picture: it has no mask yet."""
+        self.mask, self.outpaint = None, (0, 0, 0, 0)
+        self._show_pictures()
 
     def _take(self, data: bytes, begin: bool) -> None:
         """Restore the settings of a picture from the page. With `begin`, or without any, it is the start picture."""
@@ -243,7 +262,9 @@ class Studio(Settings, w.VBox):
         self.observe(lambda _: self._clear(), ["prompt", "negative"])
         self.observe(lambda _: self._judge(), ["prompt", "guidance", "more", "width", "height", "count", "options"])
         self.observe(lambda _: self._forget("eta"), "sampler")
-        self.observe(lambda _: self._try(self._show_pictures), "image")
+        self.observe(lambda _: self._try(self._change_pictures), "image")
+        self.observe(lambda _: self._try(self._show_part), ["mask", "outpaint"])
+        self.observe(lambda _: self._judge(), "mask_blur")
         c.start_picture.drop = lambda i: self._try(self._drop, i)
         self.view.on_msg(lambda _, message, buffers: self._do(self._on_message, message, buffers))
         buttons = {
@@ -255,6 +276,8 @@ class Studio(Settings, w.VBox):
             c.forget: lambda: self._forget(*self.more),
             c.compare.draw: self._draw_grid,
             c.words.surprise: lambda: self.set_trait("prompt", builtin.surprise()),
+            c.start_picture.paint: self._painting.open,
+            c.start_picture.forget: self._painting.forget,
             c.memory.fit: lambda: self._say(self._fit()),
         }
         for name, button in c.presets.items():
@@ -295,6 +318,14 @@ class Studio(Settings, w.VBox):
         elif do == "restore":
             self.restore(self._history[key].request, self._history[key].model)
             self._say("Settings restored")
+        elif do == "paint":
+            self._painting.open(self._history[key].path)
+        elif do == "mask":
+            self._painting.take_mask(bytes(buffers[0]), message["id"], writable(self.folder))
+        elif do == "outpaint":
+            self._painting.take_around(message["sides"])
+        elif do == "soften":
+            self._painting.take_blur(message["pixels"])
         elif do == "drop" and (data := self.view.whole(message, buffers)) is not None:
             self._take(data, message["begin"])
 

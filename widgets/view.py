@@ -2,8 +2,10 @@
 
 It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
 The page only sends messages. They are dicts whose `do` is generate, compare, cancel, view, restore, seed, begin (with
-a picture of the history), or drop (with bytes)."""
+a picture of the history), drop (with bytes), paint (with a picture of the history), mask (with bytes), outpaint or
+soften."""
 
+import re
 import traceback
 from pathlib import Path
 
@@ -28,9 +30,19 @@ _STAGES = {
 }
 
 
+_HERE = Path(__file__).parent
+
+
+def _module(name: str) -> str:
+    """A script with what it imports inside: Jupyter takes a single one."""
+    text = (_HERE / name).read_text(encoding="utf-8")
+    inside = lambda found: _module(found[1]).replace("export function", "function")  # noqa: E731
+    return re.sub(r'^import .* from "\./(\w+\.js)";$', inside, text, flags=re.MULTILINE)
+
+
 class View(anywidget.AnyWidget):
-    _esm = Path(__file__).with_name("studio.js")
-    _css = Path(__file__).with_name("studio.css")
+    _esm = _module("studio.js")
+    _css = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("studio.css", "painting.css"))
 
     controls = t.Dict().tag(sync=True)  # name -> widget id of the control; the page sends their values with a run
     status = t.Unicode("Ready").tag(sync=True)
@@ -38,6 +50,10 @@ class View(anywidget.AnyWidget):
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 if unknown
     running = t.Bool(False).tag(sync=True)
     edits = t.Bool(False).tag(sync=True)  # whether the model edits the pictures it is given
+    unpaintable = t.Unicode("").tag(sync=True)  # why this model draws no part of a picture anew; "" if it does
+    paper = t.Dict().tag(sync=True)  # png, width, height: what is painted on; empty without a start picture
+    mask = t.Dict({"id": "", "png": b""}).tag(sync=True)  # the paint, and who painted it
+    around = t.Dict().tag(sync=True)  # sides, inner, step, blur: see Painting
     error = t.Dict().tag(sync=True)  # problem, fix, trace
     shown = t.Dict().tag(sync=True)  # key, png, title, words, caption, name, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb

@@ -53,7 +53,7 @@ FLUX = Family(
     taesd="madebyollin/taef1",
     preview=PREVIEW_FLUX,
     careful=Careful(
-        whole=("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer"),
+        whole=("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer", "controlnet_"),
         eight=("_mod.", ".modulation."),
     ),
     activations=_activations,
@@ -186,3 +186,14 @@ ADAPTERS = {
         tokens=729,
     )
 }
+
+_UNION = Beside(
+    "ControlNet",
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0",
+    "FLUX.1-dev Non-Commercial",
+    4.28,
+    "diffusion_pytorch_model.safetensors",
+)  # of the kinds of pictures that it reads it need not be told which it is
+_TOLD = replace(_UNION, repo="InstantX/FLUX.1-dev-Controlnet-Union", size=6.6)
+ADAPTERS |= {(FLUX.name, name): _UNION for name in ("canny", "depth", "gray", "openpose", "softedge")}
+ADAPTERS |= {(FLUX.name, name): replace(_TOLD, mode=name) for name in ("blur", "lq", "tile")}

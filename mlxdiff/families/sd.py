@@ -30,6 +30,7 @@ SD1 = Family(
     preview=_PREVIEW,
     careful=UNET_CAREFUL,
     activations=unet_activations,
+    takes=("guess",),
     references=("ip_adapter",),
     variants=unet_variants(replace(_DEFAULTS, size=768)),
 )

@@ -33,6 +33,7 @@ SDXL = Family(
     activations=unet_activations,
     references=("ip_adapter",),
     zero_negative=True,
+    takes=("guess",),
     variants=unet_variants(_DEFAULTS),
 )
 REFINER = replace(

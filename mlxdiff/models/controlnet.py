@@ -26,6 +26,11 @@ class Config(unet.HalfConfig):
         return ()
 
     @property
+    def reads_latents(self) -> bool:
+        """Whether it reads the VAE's latents of a picture, not its pixels."""
+        return False
+
+    @property
     def multiple(self) -> int:
         """A picture's edges must be multiples of this."""
         return 2 ** (len(self.hint) - 1)
@@ -105,6 +110,7 @@ class ControlNet(unet.HalfUNet):
 # What pictures a union reads, by their numbers in it (Xinsir 2024), and other names for some of them.
 MODES = ("openpose", "depth", "scribble", "canny", "normal", "seg", "tile", "inpaint")
 ALIASES = {"hed": "scribble", "softedge": "scribble", "lineart": "canny", "mlsd": "canny", "repaint": "inpaint"}
+ALIASES |= {"grey": "gray"}
 
 
 @dataclass(frozen=True)
@@ -194,14 +200,14 @@ class Control:
     guess: bool  # whether it is for the second half of the samples alone
     graded: bool  # whether residuals from high up in the network count less
 
-    def adds(self, x: mx.array, t: float) -> tuple[str, list[mx.array]]:
-        """The argument of the denoiser that it adds to, and what."""
+    def adds(self, x: mx.array, t: float) -> dict[str, list[mx.array]]:
+        """The arguments of the denoiser that it adds to, and what."""
         half = x[x.shape[0] // 2 :] if self.guess else x
         outs = self.net(half, t, **self.cond)
         last = max(1, len(outs) - 1)
         grades = [10 ** (i / last - 1) if self.graded else 1.0 for i in range(len(outs))]
         outs = [self.scale * grade * out for grade, out in zip(grades, outs, strict=True)]
-        return "residuals", [mx.concatenate([mx.zeros_like(out), out]) for out in outs] if self.guess else outs
+        return {"residuals": [mx.concatenate([mx.zeros_like(out), out]) for out in outs] if self.guess else outs}
 
 
 def controlled(net: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -212,8 +218,8 @@ def controlled(net: Callable[..., mx.array]) -> Callable[..., mx.array]:
         added: dict[str, list[mx.array]] = {}
         for control in controls:
             if control.times[0] >= t > control.times[1]:
-                name, outs = control.adds(x, t)
-                added[name] = [a + b for a, b in zip(added[name], outs, strict=True)] if name in added else outs
+                for name, outs in control.adds(x, t).items():
+                    added[name] = [a + b for a, b in zip(added[name], outs, strict=True)] if name in added else outs
         return net(x, t, **added, **cond)
 
     return call

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -173,7 +174,9 @@ class LastLayer(nn.Module):
         return self.linear(adaptive_norm(x, *mods))
 
 
-class Flux(nn.Module):
+class Stack(nn.Module):
+    """All of it but the last layer, which a ControlNet does not have."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -186,38 +189,6 @@ class Flux(nn.Module):
             self.guidance_in = Embedder(256, d, bias=True)
         self.double_blocks = [DoubleBlock(config) for _ in range(config.double)]
         self.single_blocks = [SingleBlock(config) for _ in range(config.single)]
-        self.final_layer = LastLayer(config, bias=True)
-
-    def __call__(
-        self,
-        x: mx.array,
-        t: float | mx.array,
-        *,
-        txt: mx.array,
-        refs: list[mx.array],
-        pe: Pair,
-        vec: mx.array,
-        times: dict[float, int],
-        mods: tuple[list, list, Pair] | None,
-        pictures: list[list[Pair]],
-    ) -> mx.array:
-        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`."""
-        if isinstance(t, mx.array) or t not in times:
-            mods = self.mods(mx.array(t).reshape(-1), vec)
-        else:
-            mods = of_time(mods, times[t])
-        double, single, final = mods
-
-        img = self.img_in(pack(x))  # (B, N, d)
-        B, N, _ = img.shape
-        img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
-        for i, (block, m) in enumerate(zip(self.double_blocks, double, strict=True)):
-            img, txt = block(img, txt, m, pe, [of_adapter[i] for of_adapter in pictures])
-        both = mx.concatenate([txt, img], axis=1)
-        for block, m in zip(self.single_blocks, single, strict=True):
-            both = block(both, m, pe)
-        M = txt.shape[1]
-        return unpack(self.final_layer(both[:, M : M + N], final), *x.shape[1:3])
 
     def prepare(
         self,
@@ -250,6 +221,59 @@ class Flux(nn.Module):
             ],
         }
 
+    def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list]:
+        """The modulations of every block at times t, (..., B or 1)."""
+        vec = self.moment(t, vec)
+        return [b.mods(vec) for b in self.double_blocks], [b.modulation(vec) for b in self.single_blocks]
+
+    def moment(self, t: mx.array, vec: mx.array) -> mx.array:
+        return silu(self.time_in(self.waves(t)) + vec)
+
+    def mods_at(self, t: float | mx.array, vec: mx.array, times: dict[float, int], mods: tuple | None) -> tuple:
+        """Those at a time t, a float or one per sample (B,), of `prepare` if it knew that time."""
+        if isinstance(t, mx.array) or t not in times:
+            return self.mods(mx.array(t).reshape(-1), vec)
+        return of_time(mods, times[t])
+
+    def waves(self, t: mx.array) -> mx.array:
+        return sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(self.img_in.bias.dtype)
+
+
+class Flux(Stack):
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.final_layer = LastLayer(config, bias=True)
+
+    def __call__(
+        self,
+        x: mx.array,
+        t: float | mx.array,
+        *,
+        txt: mx.array,
+        refs: list[mx.array],
+        pe: Pair,
+        vec: mx.array,
+        times: dict[float, int],
+        mods: tuple[list, list, Pair] | None,
+        pictures: list[list[Pair]],
+        residuals: Sequence[mx.array] = (),
+        single_residuals: Sequence[mx.array] = (),
+    ) -> mx.array:
+        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`.
+        residuals, single_residuals: what a ControlNet adds to the picture's tokens after each block."""
+        double, single, final = self.mods_at(t, vec, times, mods)
+        img = self.img_in(pack(x))  # (B, N, d)
+        B, N, _ = img.shape
+        img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
+        for i, (block, m, r) in enumerate(zip_longest(self.double_blocks, double, residuals)):
+            img, txt = block(img, txt, m, pe, [of_adapter[i] for of_adapter in pictures])
+            img = img if r is None else add_at(img, r, 0)
+        both, M = mx.concatenate([txt, img], axis=1), txt.shape[1]
+        for block, m, r in zip_longest(self.single_blocks, single, single_residuals):
+            both = block(both, m, pe)
+            both = both if r is None else add_at(both, r, M)
+        return unpack(self.final_layer(both[:, M : M + N], final), *x.shape[1:3])
+
     def release_modulation(self) -> None:
         """Drop the weights that only `prepare` reads, over a quarter of all. Call this before the result of `prepare`
         is evaluated, part by part: then memory holds only a few of these weights at a time, not all."""
@@ -262,13 +286,13 @@ class Flux(nn.Module):
             del self.guidance_in
 
     def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list, Pair]:
-        """The modulations of every block at times t, (..., B or 1)."""
-        vec = silu(self.time_in(self.waves(t)) + vec)
-        double, single = ([b.mods(vec) for b in self.double_blocks], [b.modulation(vec) for b in self.single_blocks])
-        return double, single, self.final_layer.mods(vec)
+        double, single = super().mods(t, vec)
+        return double, single, self.final_layer.mods(self.moment(t, vec))
 
-    def waves(self, t: mx.array) -> mx.array:
-        return sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(self.img_in.bias.dtype)
+
+def add_at(x: mx.array, y: mx.array, start: int) -> mx.array:
+    """x (B, N, d) with y (B, n, d) added to its tokens from `start` on."""
+    return x + mx.pad(y, [(0, 0), (start, x.shape[1] - start - y.shape[1]), (0, 0)])
 
 
 def rotations(config: Config, text: int, *sizes: tuple[int, int]) -> Pair:

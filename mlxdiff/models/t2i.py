@@ -23,6 +23,11 @@ class Config:
         return ()
 
     @property
+    def reads_latents(self) -> bool:
+        """Whether it reads the VAE's latents of a picture, not its pixels."""
+        return False
+
+    @property
     def multiple(self) -> int:
         """A picture's edges must be multiples of this."""
         return self.patch
@@ -124,8 +129,8 @@ class Features:
     times: tuple[float, float]  # it is on from the first time down to the second, which is excluded
     guess: bool  # whether it is for the second half of the samples alone
 
-    def adds(self, x: mx.array, t: float) -> tuple[str, list[mx.array]]:
+    def adds(self, x: mx.array, t: float) -> dict[str, list[mx.array]]:
         n = x.shape[0] // 2
         zeros = [mx.zeros((n, *f.shape[1:]), f.dtype) for f in self.features] if self.guess else []
         halves = [mx.concatenate([z, mx.repeat(f, n, axis=0)]) for z, f in zip(zeros, self.features, strict=False)]
-        return "features", halves or self.features
+        return {"features": halves or self.features}

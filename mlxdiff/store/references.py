@@ -59,16 +59,13 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
     elif path.is_dir() and (path / "image_embedder").is_dir():  # Redux in diffusers layout
         path = path / "image_embedder"
     checkpoint, config = _adapter(path, model)
-    for folder in _beside(path):
-        encoder = _encoder(folder)
-        if gives(_config(encoder), config) == config.image:
-            break
-    else:
-        if repo is None:
-            raise _lacks(path, config)
+    folder = next((f for f in _beside(path) if _gives(f, config) == config.image), None)
+    if folder is None and repo is None:
+        raise _lacks(path, config)
+    if repo is not None and (folder is None or not any(folder.glob("*.safetensors"))):  # or its download was cut off
         half = model.recipe.dtype != "float32"
         folder = _fetched(repo, file, path, config, half, offline, progress)
-        encoder = _encoder(folder)
+    encoder = _encoder(folder)
     files = [*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]
     return Reader(
         adapter=path,
@@ -114,6 +111,18 @@ def _adapter(path: Path, model: Description) -> tuple["Checkpoint", ip_adapter.C
     return checkpoint, component.config
 
 
+def _gives(folder: Path, adapter: ip_adapter.Config | redux.Config) -> int | None:
+    """The width of what the vision model in a folder gives to an adapter. Its config.json is enough to say."""
+    from ..convert import vision as names
+    from ..convert.settings import Settings
+
+    if (folder / "config.json").is_file():
+        s = Settings(folder / "config.json")
+        if s.cls in names.CLASSES:
+            return gives(names.from_json(s, s.cls), adapter)
+    return gives(_config(_encoder(folder)), adapter)
+
+
 def _encoder(folder: Path) -> "Checkpoint":
     from .. import convert
 
@@ -139,7 +148,7 @@ def _lacks(path: Path, config: ip_adapter.Config | redux.Config) -> Error:
     """The error about a vision model that is absent, or is another one."""
     called = next((name for name, sees in VISION.items() if gives(sees, config) == config.image), "a vision model")
     place = path.absolute().parent / _ENCODER
-    found = [f"{folder} gives {gives(_config(_encoder(folder)), config)}" for folder in _beside(path)]
+    found = [f"{folder} gives {_gives(folder, config)}" for folder in _beside(path)]
     seen = "; ".join(found) if found else f"there is no folder {place}"
     return Error(
         f"{path} reads what {called} gives of a picture, {config.image} numbers, and {seen}.",
@@ -149,8 +158,6 @@ def _lacks(path: Path, config: ip_adapter.Config | redux.Config) -> Error:
 
 def _fetched(repo: str, file: str, path: Path, config, half: bool, offline: bool, progress: Progress) -> Path:
     """The vision model of an adapter from the hub, from the same repository."""
-    from ..convert import vision as convert_vision
-    from ..convert.settings import Settings
     from . import hub
 
     offline = offline or hub.offline()
@@ -162,8 +169,7 @@ def _fetched(repo: str, file: str, path: Path, config, half: bool, offline: bool
         if f"{folder}/config.json" not in held:
             continue
         settings = {f"{folder}/config.json": held[f"{folder}/config.json"]}
-        s = Settings(hub.download(repo, "main", commit, settings, progress) / folder / "config.json")
-        if s.cls in convert_vision.CLASSES and gives(convert_vision.from_json(s, s.cls), config) == config.image:
+        if _gives(hub.download(repo, "main", commit, settings, progress) / folder, config) == config.image:
             names = hub.select_folder(repo, folder, held, half)
             return hub.download(repo, "main", commit, {name: held[name] for name in names}, progress) / folder
     if offline:

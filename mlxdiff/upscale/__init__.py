@@ -67,9 +67,19 @@ class Upscaler:
         path = store.network_file(name if row is None else row.file, what, fix, offline=offline, progress=progress)
         if dtype is None:  # bfloat16, with its 8 significant bits, would show banding
             dtype = "float32" if default_dtype() == "float32" else "float16"
-        self.name, self.hash = str(name), store.fingerprint(path)
+        self.name, self.path, self.hash = str(name), path, store.fingerprint(path)
+        self._stamp = path.stat().st_mtime_ns, path.stat().st_size
         self.net = store.network(path, what, "Use an upscaler of the ESRGAN family.", dtype=dtype)
         self.scale = self.net.config.scale
+
+    @property
+    def current(self) -> bool:
+        """Whether its file is still the one that was read."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return False
+        return self._stamp == (found.st_mtime_ns, found.st_size)
 
     def __call__(self, image: str | Path | Image.Image) -> Image.Image:
         """The image enlarged. What is transparent stays so."""

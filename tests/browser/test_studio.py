@@ -431,6 +431,8 @@ def test_what_a_screen_reader_finds(desk):
         expect(s.label(name)).to_have_count(1)
     for name in ("Steps", "Guidance"):
         expect(s.root.get_by_role("slider", name=name)).to_have_count(1)
+    titles = s.root.locator("[title]").evaluate_all("all => all.map(e => e.title)")
+    assert "null" not in titles
     lock = s.root.get_by_title("Keep this seed for every picture")
     for now in ("true", "false"):
         lock.press("Enter")

@@ -199,13 +199,17 @@ ACTIVE = {
 @pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="its figures were measured on a CPU")
 @pytest.mark.parametrize("name", ACTIVE)
 def test_activations_are_what_the_estimate_counts(name, numbers, capsys):
-    """Within a quarter: where the peak falls depends on how far MLX runs ahead, which the load of the machine moves."""
+    """Within a quarter: where the peak falls depends on how far MLX runs ahead, which the load of the machine moves.
+    The first call also compiles kernels, so the lower of two counts."""
     call, estimate = ACTIVE[name](numbers)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(call())
-    seen = (mx.get_peak_memory() - before) / 4
+    peaks = []
+    for _ in range(2):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(call())
+        peaks.append(mx.get_peak_memory() - before)
+    seen = min(peaks) / 4
     with capsys.disabled():
         print(f"\n{name}: {seen / 1e6:.1f} million numbers, estimated {estimate / 1e6:.1f}", end="")
     assert 0.75 < estimate / seen < 1.25

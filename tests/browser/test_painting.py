@@ -1,0 +1,136 @@
+"""A newcomer paints on the first picture and draws a part of it anew: with the mouse, in Chromium, by the built-in
+model."""
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mlxdiff
+from mlxdiff import images, pictures
+from mlxdiff.request import Request
+from tests.browser.conftest import HOW, SHOTS, Hand, rgb
+from tests.browser.test_app import started
+
+expect = pytest.importorskip("playwright.sync_api", reason=HOW).expect
+
+__all__ = ["started"]  # a fixture
+
+_PAINTED = """async c => [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]
+    .filter((_, i) => i % 4 === 3)]"""
+
+
+class Brush:
+    """The paper as a person sees it: places are fractions of the picture's edges."""
+
+    def __init__(self, s: Hand):
+        self.page, self.sheet = s.page, s.root.locator(".mlxdiff-sheet")
+        self.canvas = self.sheet.locator("canvas")
+
+    def to(self, x: float, y: float, steps: int = 6) -> None:
+        box = self.sheet.bounding_box()
+        self.page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=steps)
+
+    def drag(self, *places: tuple[float, float]) -> None:
+        self.to(*places[0])
+        self.page.mouse.down()
+        for place in places[1:]:
+            self.to(*place)
+        self.page.mouse.up()
+
+    def painted(self) -> np.ndarray:
+        w, h, alpha = self.canvas.evaluate(_PAINTED)
+        return np.array(alpha, np.uint8).reshape(h, w)
+
+
+def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings, page, tmp_path):
+    page.set_viewport_size({"width": 1440, "height": 900})
+    begin = time.perf_counter()
+    page.goto(started)
+    s = Hand(page, page.locator(".mlxdiff-studio"))
+    s.label("Prompt").fill("a red house under a full moon")
+    s.label("Seed").fill("7")
+    s.root.get_by_title("Keep this seed for every picture").click()
+    s.press("Generate")
+    expect(s.thumbs).to_have_count(1)
+    s.says("Done in")
+    start = next((tmp_path / "pictures").glob("*.png"))
+
+    s.press("Change a part of it")
+    brush = Brush(s)
+    assert not brush.painted().any()
+    brush.drag((0.3, 0.6), (0.7, 0.6), (0.4, 0.8))
+    stroke = brush.painted()
+    assert stroke[round(0.6 * 128), 64] == 255
+    s.press("Rectangle")
+    brush.drag((0.2, 0.45), (0.8, 0.95))
+    both = brush.painted()
+    assert both[60:120, 30:100].min() == 255
+    s.press("Undo")
+    np.testing.assert_array_equal(brush.painted(), stroke)
+    s.press("Redo")
+    np.testing.assert_array_equal(brush.painted(), both)
+    s.press("Invert")
+    np.testing.assert_array_equal(brush.painted(), 255 - both)
+    page.keyboard.press("Control+z")
+    size = s.root.get_by_label("Brush size")
+    before = int(size.input_value())
+    brush.sheet.press("]")
+    page.mouse.wheel(0, -100)
+    assert int(size.input_value()) > before + 1
+    brush.sheet.press("e")
+    brush.drag((0.5, 0.2), (0.5, 0.3))  # nothing is there
+    np.testing.assert_array_equal(brush.painted(), both)
+    s.root.get_by_label("Soft edge").fill("3")
+
+    # Its last stroke counts, though Generate follows at once.
+    s.label("Prompt").fill("a blue house under a full moon")
+    brush.drag((0.2, 0.9), (0.3, 0.9))
+    mask = brush.painted()
+    s.press("Generate")
+    expect(s.thumbs).to_have_count(2)
+    s.says("Done in")
+    timings["mlxdiff studio: a part drawn anew after"] = time.perf_counter() - begin
+    expect(s.root.locator(".mlxdiff-paper")).to_be_hidden()
+    (file,) = (tmp_path / "pictures").glob("a-blue-house*.png")
+    request, _ = images.read_settings(file)
+    assert (request.mask_blur, request.strength, request.seed) == (3.0, 1.0, 7)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / request.mask)), mask)
+    pasted = np.asarray(pictures.canvas(request, pictures.read(_here(request, tmp_path))).mask) > 0
+    drawn, first = rgb(s), np.asarray(images.read(start))
+    np.testing.assert_array_equal(drawn[~pasted], first[~pasted])
+    assert np.abs(drawn[mask == 255].astype(int) - first[mask == 255]).mean() > 8
+    np.testing.assert_array_equal(drawn, np.asarray(mlxdiff.load("storybook")(_here(request, tmp_path)).image))
+
+    # A reloaded page shows the mask again. A key adds pixels, another paints.
+    page.reload()
+    s.press("Change a part")
+    np.testing.assert_array_equal(brush.painted(), mask)
+    s.root.get_by_role("slider", name="Add at the right").press("ArrowRight")
+    expect(s.root.get_by_label("Pixels to add at the right")).to_have_value(re.compile(r"[1-9]"))
+    expect(s.label("Width")).not_to_have_value("128")
+    s.press("Clear")
+    assert not brush.painted().any()
+    brush.sheet.press("b")
+    for key in ("ArrowUp", "ArrowLeft", "Space"):
+        brush.sheet.press(key)
+    assert brush.painted()[60, 60] == 255
+    for scheme, (width, height) in (("light", (1440, 900)), ("dark", (768, 1024)), ("light", (420, 900))):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": height})
+        page.screenshot(path=SHOTS / f"painting-{scheme}-{width}.png", full_page=width == 420)
+        assert page.evaluate("() => document.body.scrollWidth") <= width
+    s.press("Change all of it")
+    expect(s.label("Width")).to_have_value("128")
+    page.wait_for_function("() => document.querySelector('.mlxdiff-painting .mlxdiff-button:disabled')")
+    s.press("Done")
+    expect(s.root.locator(".mlxdiff-stage")).to_be_visible()
+
+
+def _here(request: Request, folder: Path) -> Request:
+    """The request with paths that hold outside the studio's folder too."""
+    return replace(request, image=folder / request.image, mask=folder / request.mask)
