@@ -40,6 +40,7 @@ LABELS = {
     "schedule": "Schedule",
     "model": "Model",
     "image": "a picture dropped on the page",
+    "mask_blur": "Soft edge",
 }
 _MARKED = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
