@@ -1,5 +1,5 @@
-"""Training a word on the built-in model. References: the trained reader for its file, an uninterrupted run for a resumed
-one. That gradients are torch's, and pictures diffusers', is parity/test_tune.py's."""
+"""Training a word on the built-in model. References: the trained reader for its file, an uninterrupted run for a
+resumed one. That gradients are torch's, and pictures diffusers', is parity/test_tune.py's."""
 
 import mlx.core as mx
 import numpy as np
@@ -81,7 +81,7 @@ def test_a_resumed_word_is_the_same_word(pipe, discs, tmp_path):
 
 def test_the_word_moves_the_picture(pipe, discs, tmp_path):
     """A drawn picture with the word listens to its rows: those it began with give another picture."""
-    run = begun(pipe, discs, tmp_path / "run", vectors=1, rate=0.1)
+    run = begun(pipe, discs, tmp_path / "run", vectors=1, rate=1.0)
     run.out.mkdir(exist_ok=True)
     settings = {"seed": 1, "steps": 4, "width": 64, "height": 64, "embeddings": [f"{run.export()}={WORD}"]}
     first = np.asarray(pipe(f"a {WORD}", **settings).image).astype(float)

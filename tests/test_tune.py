@@ -136,7 +136,7 @@ def test_it_trains_over_four_bits(rings, tmp_path):
     run = tune.LoraRun(small, tuning(rings, steps=3, rate=5e-3, alpha=8.0), tmp_path / "run")
     assert any(isinstance(layer.layer, nn.QuantizedLinear) for layer in run.made.values())
     (data,) = run.encoded()
-    part = tune.Objective(small.description, 64).part(data, np.random.default_rng(0), 2)
+    part = tune.Objective(small.description).part(data, np.random.default_rng(0), 2)
     _, quantized = nn.value_and_grad(run.net, tune.loss)(run.net, [part])
     dense = tune.LoraRun(small, tuning(rings, steps=3, rate=5e-3, alpha=8.0), tmp_path / "dense")
     for layer in dense.made.values():
@@ -166,7 +166,7 @@ def test_pictures_of_the_class_count_by_their_weight(pipe, rings, tmp_path):
     )
     sets = run.encoded()
     assert [data.weight for data in sets] == [1.0, 0.5]
-    aim = tune.Objective(pipe.description, 64)
+    aim = tune.Objective(pipe.description)
     parts = [aim.part(data, np.random.default_rng(i), 2) for i, data in enumerate(sets)]
     one, other = (tune.loss(run.net, [p._replace(weight=1.0)]).item() for p in parts)
     assert abs(tune.loss(run.net, parts).item() - (one + 0.5 * other)) < 1e-5

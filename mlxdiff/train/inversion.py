@@ -76,15 +76,13 @@ class WordRun:
     def __init__(self, pipe: Pipeline, tuning: WordTuning, out: Path):
         self.pipe, self.tuning, self.out = pipe, tuning, out
         model, plan = pipe.description, pipe.description.text
-        if model.flow or not plan.clip:
-            fix = "Train a LoRA, or teach the word to a model of SD 1.x, 2.x or XL."
-            raise Error(f"{model.name} is {model.family.title}, whose prompts are not read by CLIP alone.", fix)
         prompt = PROMPT.format(tuning.word) if tuning.prompt is None else tuning.prompt
         self.pictures = tune.read(pipe, tuning, tuning.images, prompt)
         lacks = next((p for p in self.pictures if tuning.word not in p.caption), None)
         if lacks is not None:
             problem = f"The caption of {lacks.path} has no {tuning.word}: {lacks.caption!r:.80}."
             raise Error(problem, "Put the word into it.")
+        pipe.networks.adapt([])  # what it drew with before does not count
         toks, encoders = conditioning.load_tokenizers(plan, pipe.networks.folder, t5=False), {}
         for name in plan.clip:
             encoder = pipe.networks.open(name)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ from PIL import ImageOps
 from .. import conditioning, images, samplers, schedules
 from ..description import Description
 from ..errors import Error
-from ..families.base import EMBEDDED, INPUT
+from ..families.base import EMBEDDED
 from ..networks import dtype_of
 from ..pipeline import Pipeline
 from ..request import MAX_EDGE, Request
@@ -105,7 +104,7 @@ class Data:
     """Encoded pictures. Those of a bucket, which have the same shape, can share a batch."""
 
     means: list[np.ndarray]  # (h, w, c)
-    spreads: list[np.ndarray]  # of the VAE's distribution around them; all 0 where a model learns from the mean
+    spreads: list[np.ndarray]  # of the VAE's distribution around them
     args: list[dict[str, mx.array]]  # of the denoiser's `prepare`
     weight: float = 1.0
     buckets: list[list[int]] = field(default_factory=list)
@@ -120,35 +119,19 @@ class Data:
 class Objective:
     """Noise levels and targets as the model was trained with."""
 
-    def __init__(self, model: Description, tokens: int):
-        self.prediction, self.distilled = model.prediction, model.guidance == INPUT
-        if model.flow:
-            self.flow = schedules.flow(model.schedule, tokens, steps=28)
-        else:
-            self.alpha_bar = schedules.discrete(model.schedule, samplers.SAMPLERS["ddim"].grid).alpha_bar
-
-    def levels(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Times, which are the network's input, and their levels."""
-        u = objective.stratified(rng, n)
-        if self.prediction != "flow":
-            return objective.levels(self.prediction, self.alpha_bar, u)
-        normal = np.array([NormalDist().inv_cdf(min(max(p, 1e-6), 1 - 1e-6)) for p in u])
-        sigma = self.flow.shifted(1 / (1 + np.exp(-normal)))  # logit-normal (Esser et al. 2024)
-        return sigma * self.flow.n / 1000, sigma
+    def __init__(self, model: Description):
+        self.prediction = model.prediction
+        self.alpha_bar = schedules.discrete(model.schedule, samplers.SAMPLERS["ddim"].grid).alpha_bar
 
     def part(self, data: Data, rng: np.random.Generator, n: int) -> Part:
         """The batch of a step."""
         picks = data.picks(rng, n)
         mean, spread = (np.stack([of[i] for i in picks]) for of in (data.means, data.spreads))
         noises = rng.standard_normal((2, *mean.shape), np.float32)
-        t, level = self.levels(rng, n)
+        t, level = objective.levels(self.prediction, self.alpha_bar, objective.stratified(rng, n))
         x0 = mx.array(mean + spread * noises[0])
         x, target = objective.mixture(self.prediction, x0, mx.array(noises[1]), mx.array(level.astype(np.float32)))
         args = {k: mx.concatenate([data.args[i][k] for i in picks]) for k in data.args[0]}
-        if self.prediction == "flow":
-            args["size"] = mean.shape[1:3]
-        if self.distilled:
-            args["guidance"] = 1.0  # the model then draws as without guidance, which is what pictures teach
         return Part(x, mx.array(t.astype(np.float32)), target, args, data.weight)
 
 
@@ -164,6 +147,9 @@ def loss(net: nn.Module, parts: list[Part]) -> mx.array:
 def check(pipe: Pipeline) -> None:
     """Raise for a model that this cannot train for."""
     model = pipe.description
+    if model.flow:
+        problem = f"{model.name} is {model.family.title}, which this cannot train for yet."
+        raise Error(problem, "Train for a model of SD 1.x, 2.x or XL.")
     if model.guidance == EMBEDDED or model.row.beside or model.row.edits:
         fix = "Train for the base model of its family; what it learns often works with its relatives too."
         raise Error(f"{model.name} is a {model.variant} model, which this cannot train for.", fix)
@@ -200,8 +186,7 @@ def encode(
         sized = replace(request, width=picture.width, height=picture.height)
         for shown in (image, ImageOps.mirror(image)) if tuning.flip else (image,):
             mean, logvar = vae.encode(mx.array(images.to_pixels(shown))[None])
-            packed = mean.shape != logvar.shape  # FLUX.2, which learns from the mean
-            spread = mx.zeros_like(mean) if packed else mx.exp(0.5 * mx.clip(logvar, -30, 20)) * vae.config.scale
+            spread = mx.exp(0.5 * mx.clip(logvar, -30, 20)) * vae.config.scale
             buckets.setdefault(mean.shape, []).append(len(data.means))
             data.means.append(np.array(mean[0].astype(mx.float32)))
             data.spreads.append(np.array(spread[0].astype(mx.float32)))
@@ -235,6 +220,7 @@ class LoraRun:
         if tuning.class_images is not None:
             self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt))
         model = pipe.description
+        pipe.networks.adapt([])  # what it drew with before does not count
         self.net = pipe.networks.open(model.family.denoiser)
         layers = tuning.layers or model.family.trained
         alpha = tuning.rank if tuning.alpha is None else tuning.alpha
@@ -308,8 +294,7 @@ def trained(
     export: Callable[[], Path],
 ) -> Iterator[Report]:
     """The steps of a training. What was trained is written whenever the state is saved, and when the run stops."""
-    model = pipe.description
-    aim = Objective(model, (tuning.size_for(model) // model.multiple) ** 2)
+    aim = Objective(pipe.description)
 
     def batch(step: int) -> tuple[list[Part]]:
         rng = np.random.default_rng([tuning.seed, 11, step])

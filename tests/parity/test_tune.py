@@ -100,7 +100,7 @@ def test_gradients_and_three_steps_are_those_of_peft(models, photos, name, tmp_p
     run = started(ours, photos, tmp_path / "run")
     parameters = with_peft(theirs, run)
     (data,) = run.encoded()
-    aim, parts = tune.Objective(ours.description, 16), []
+    aim, parts = tune.Objective(ours.description), []
     for step in range(3):
         parts.append(aim.part(data, np.random.default_rng([0, 11, step]), 2))
     try:
@@ -189,7 +189,7 @@ def test_a_word_is_taught_as_in_diffusers(models, photos, name, tmp_path):
     run = word(ours, photos, tmp_path / "run")
     run.out.mkdir(exist_ok=True)
     run.export()
-    part = tune.Objective(ours.description, 16).part(run.encoded(), np.random.default_rng(4), 2)
+    part = tune.Objective(ours.description).part(run.encoded(), np.random.default_rng(4), 2)
     sides = [(theirs.tokenizer, theirs.text_encoder, "clip_l")]
     sides += [(theirs.tokenizer_2, theirs.text_encoder_2, "clip_g")] if name == "sdxl" else []
     state, tables = load_file(run.file), []
