@@ -334,7 +334,8 @@ class Pipeline:
         prompts = [request.prompt]
         if guided and not zeros:
             prompts.insert(0, "" if request.negative is None else request.negative)
-        key = (prompts, request.clip_skip, zeros, t5, request.loras, request.embeddings)
+        files = request.loras, request.lora_hashes, request.embeddings, request.embedding_hashes
+        key = (prompts, request.clip_skip, zeros, t5, *files)
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
