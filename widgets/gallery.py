@@ -58,13 +58,15 @@ class Picture:
             out.append(("Prompt", r.prompt))
         if r.negative:
             out.append(("Negative prompt", r.negative))
-        names = [Path(p).name if isinstance(p, str | Path) else "a picture" for p in r.pictures]
+        names = [_name(picture) for picture in r.pictures]
         if names:
             edited = r.strength is None
             out.append(("Edited", ", ".join(names)) if edited else ("Start picture", names[0]))
             out += [] if edited else [("Strength", f"{r.strength:g}")]
         if r.mask is not None:
-            out.append(("Mask", Path(r.mask).name if isinstance(r.mask, str | Path) else "a picture"))
+            out.append(("Mask", _name(r.mask)))
+        for what, guides in (("Control", r.controls), ("Reference", r.references)):
+            out += [(what, f"{_name(guide.image)}, scale {guide.scale:g}") for guide in guides]
         if any(r.outpaint):
             out.append(("Added around", ", ".join(map(str, r.outpaint))))
         return out
@@ -74,6 +76,10 @@ class Picture:
             return self.path.read_bytes()
         except OSError as e:
             raise Error(f"{self.path} cannot be read: {e.strerror}.", "Was it moved? Draw it again.") from None
+
+
+def _name(picture: str | Path | Image.Image) -> str:
+    return Path(picture).name if isinstance(picture, str | Path) else "a picture"
 
 
 def writable(folder: str | Path) -> Path:

@@ -9,7 +9,7 @@ from PIL import Image
 from .. import images
 from ..errors import Error
 from .gallery import COMPARISON, Picture, thumbnail
-from .start_picture import START
+from .start_picture import GUIDE, START
 from .view import STRIP, View
 
 
@@ -34,7 +34,8 @@ class History:
     def recall(self, folder: str | Path) -> None:
         """Put the newest pictures of the folder before those in the strip. Files without settings are left out."""
         here = {picture.path for picture in self._pictures.values()}
-        found = [p for p in Path(folder).resolve().glob("*.png") if not p.name.startswith(START) and p not in here]
+        found = [p for p in Path(folder).resolve().glob("*.png") if not p.name.startswith((START, GUIDE))]
+        found = [p for p in found if p not in here]
         earlier = []
         for path in sorted(found, key=lambda p: p.stat().st_mtime_ns)[-STRIP:]:
             with suppress(Error):

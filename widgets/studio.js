@@ -6,7 +6,7 @@ import { painting } from "./painting.js";
 const PART = 4 * 2 ** 20; // bytes of a dropped file in one message: Jupyter's server closes on messages above 10 MiB
 
 const KEYS = [
-  ["Ctrl + Enter", "Generate"], ["Esc", "Cancel"], ["← →", "Walk the history"], ["Drop", "Restore a picture's settings"],
+  ["Ctrl + Enter", "Generate"], ["Esc", "Cancel"], ["← →", "Walk the history"], ["Drop", "Use a picture of yours"],
   ["B E R", "Brush, eraser, rectangle"], ["[ ]", "A smaller or larger brush"], ["Ctrl + Z", "Undo, with Shift redo"],
   ["Arrows, Space", "Move the brush, paint"],
 ];
@@ -47,7 +47,7 @@ function render({ model, el }) {
   const canvas = h("canvas", { role: "img", "aria-label": "No picture yet" });
   const paint = painter(canvas);
   const purpose = h("span");
-  const hint = ["Your picture forms here.", h("br"), "Drop one to restore its settings or, if it has none,", h("br"), purpose];
+  const hint = ["Your picture forms here.", h("br"), purpose];
   const empty = h("p", { class: "mlxdiff-empty" }, ...hint);
   const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas);
 
@@ -72,8 +72,8 @@ function render({ model, el }) {
   const frame = h("div", { class: "mlxdiff-frame" }, stage);
   const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
   const paper = painting({ model, send, h, covered });
-  function chooser(text, begin) {
-    const chosen = (event) => { take(event.target.files[0], begin); event.target.value = ""; };
+  function chooser(text, action) {
+    const chosen = (event) => { const file = event.target.files[0]; event.target.value = ""; if (file) action(file); };
     const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: chosen });
     return h("label", { class: "mlxdiff-button mlxdiff-open" }, text, file);
   }
@@ -81,14 +81,17 @@ function render({ model, el }) {
   const help = h("details", { class: "mlxdiff-keys" }, h("summary", { class: "mlxdiff-button" }, "Keys"),
     h("dl", {}, ...KEYS.flatMap(([key, does]) => [h("dt", {}, key), h("dd", {}, does)])));
   const open = h("div", { class: "mlxdiff-tools mlxdiff-files" },
-    chooser("Restore settings from…", false), chooser(other, true), help);
+    chooser("Restore settings from…", (file) => take(file, "restore")), chooser(other, (file) => take(file, "begin")),
+    chooser("Guide with a picture…", (file) => ask(file)), help);
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
+
+  const asks = h("div", { class: "mlxdiff-asks", role: "dialog", "aria-label": "What is this picture for?", hidden: "" });
 
   el.classList.add("mlxdiff-view");
   const about = h("div", { class: "mlxdiff-about" }, words, caption, path);
   const main = h("div", { class: "mlxdiff-main" },
     frame, paper.frame, paper.bar, bar, status, spoken, error, tools);
-  el.append(main, h("div", { class: "mlxdiff-side" }, about, strip, open));
+  el.append(main, h("div", { class: "mlxdiff-side" }, about, strip, open), asks);
 
   let current = null; // key of the picture on the canvas; null for a preview, which has no file
   let pinned = null; // key of an older picture that the user looks at while a new one forms
@@ -122,7 +125,7 @@ function render({ model, el }) {
 
   function purposes() {
     const edits = model.get("edits");
-    purpose.textContent = edits ? "to edit it." : "to begin with it.";
+    purpose.textContent = `Drop one to ${edits ? "edit it" : "begin with it"}, or for another use.`;
     other.textContent = edits ? "Edit a picture…" : "Begin with a picture…";
     begin.textContent = edits ? "Edit it" : "Begin with it";
     begin.title = edits ? "Edit this picture next" : "Begin the next picture with this one";
@@ -201,11 +204,33 @@ function render({ model, el }) {
     update();
   }
 
-  async function take(dropped, begin = false) {
-    if (!dropped) return;
+  // Ask what a picture is for.
+  let before = null;
+  function ask(file) {
+    before = document.activeElement;
+    const src = URL.createObjectURL(file);
+    const forget = () => URL.revokeObjectURL(src);
+    const picture = h("img", { src, alt: file.name, onload: forget, onerror: forget });
+    const choices = model.get("uses").map(({ name, label, why }) => {
+      const choice = button(label, () => { asked(); take(file, name); }, why);
+      choice.disabled = Boolean(why);
+      return why ? h("div", {}, choice, h("small", {}, why)) : h("div", {}, choice);
+    });
+    asks.replaceChildren(picture, h("p", {}, "What is this picture for?"), ...choices, button("Cancel", asked, "Esc"));
+    asks.hidden = false;
+    asks.querySelector("button:enabled").focus();
+  }
+
+  function asked() {
+    if (asks.hidden) return;
+    asks.hidden = true;
+    before?.focus?.();
+  }
+
+  async function take(dropped, use) {
     const parts = Math.ceil(dropped.size / PART) || 1;
     for (let part = 0; part < parts; part++) {
-      send("drop", { part, parts, begin }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
+      send("drop", { part, parts, use }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
     }
   }
 
@@ -219,6 +244,7 @@ function render({ model, el }) {
 
   function keys(event) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) act(event, "generate");
+    else if (event.key === "Escape" && !asks.hidden) { asked(); event.stopPropagation(); }
     else if (paper.keys(event)) return;
     else if (event.key === "Escape" && model.get("running")) act(event, "cancel");
   }
@@ -272,7 +298,7 @@ function render({ model, el }) {
     event.preventDefault();
     event.stopPropagation();
     leave();
-    take(event.dataTransfer.files[0]);
+    if (event.dataTransfer.files[0]) ask(event.dataTransfer.files[0]);
   };
 
   // The listeners are on the whole studio, which can be found only once this part of it is on the page.

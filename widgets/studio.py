@@ -31,8 +31,8 @@ from .history import History
 from .known import Known
 from .painting import Painting
 from .previews import jpeg
-from .settings import FIELDS, Settings
-from .start_picture import write_start_picture
+from .second_pictures import SecondPictures
+from .settings import FIELDS, GUIDES, Settings
 from .view import View, line, seconds, size
 from .worker import Job, Update, Worker, shared
 
@@ -53,6 +53,7 @@ class Studio(Settings, w.VBox):
         self.controls, self.view = Controls(str(model)), View()
         self._history = History(self.view)
         self._painting = Painting(self, self.view, self.controls.start_picture)
+        self._second = SecondPictures(self, self._painting, self.controls.guides)
         super().__init__([w.HBox([self.controls, self.view]).add_class("mlxdiff-body")])
         self.add_class("mlxdiff-studio")
         known = [*Settings.class_own_traits(), *Studio.class_own_traits()]
@@ -69,6 +70,7 @@ class Studio(Settings, w.VBox):
         self._wire()
         self._count()
         self._show_pictures()
+        self._second.show()
 
     # --- for cells
 
@@ -206,6 +208,7 @@ class Studio(Settings, w.VBox):
         self.controls.width.step = self.controls.height.step = model.multiple
         if model.row.edits:
             self._show_pictures()
+        self._second.show()
         if model.row.inpaints:
             self.strength = 1.0  # as it was trained
         self._judge()
@@ -214,6 +217,7 @@ class Studio(Settings, w.VBox):
         self.view.edits = self._known.edits > 0
         self.view.unpaintable = f"{self.model} edits: say in the prompt what to change." if self._known.edits else ""
         self._painting.show_around()
+        self.view.uses = self._second.uses()
         self.controls.judge(self._known, self.prompt, self.guidance, self.more)
         self.controls.memory.tell(self._estimate())
 
@@ -245,15 +249,6 @@ class Studio(Settings, w.VBox):
         self.mask, self.outpaint = None, (0, 0, 0, 0)
         self._show_pictures()
 
-    def _take(self, data: bytes, begin: bool) -> None:
-        """Restore the settings of a picture from the page. With `begin`, or without any, it is the start picture."""
-        if not begin:
-            with suppress(images.NoSettings):
-                self.load(data)
-                return self._say("Settings restored")
-        self._add(write_start_picture(data, writable(self.folder)))
-        return self._say(f"The next picture {'edits' if self._known.edits else 'begins with'} this one")
-
     # --- from the page
 
     def _wire(self) -> None:
@@ -265,6 +260,10 @@ class Studio(Settings, w.VBox):
         self.observe(lambda _: self._try(self._change_pictures), "image")
         self.observe(lambda _: self._try(self._show_part), ["mask", "outpaint"])
         self.observe(lambda _: self._judge(), "mask_blur")
+        self.observe(lambda _: self._try(self._second.show), [*GUIDES.values(), "model"])
+        for what, rows in c.guides.items():
+            rows.change = functools.partial(self.set_trait, GUIDES[what])
+        c.guides["control"].edges = lambda i: self._do(self._second.make_edges, i)
         c.start_picture.drop = lambda i: self._try(self._drop, i)
         self.view.on_msg(lambda _, message, buffers: self._do(self._on_message, message, buffers))
         buttons = {
@@ -327,7 +326,7 @@ class Studio(Settings, w.VBox):
         elif do == "soften":
             self._painting.take_blur(message["pixels"])
         elif do == "drop" and (data := self.view.whole(message, buffers)) is not None:
-            self._take(data, message["begin"])
+            self._say(self._second.take(data, message["use"]))
 
     def _draw_grid(self) -> None:
         self.compare(**self.controls.compare.axes())

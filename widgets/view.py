@@ -50,6 +50,7 @@ class View(anywidget.AnyWidget):
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 if unknown
     running = t.Bool(False).tag(sync=True)
     edits = t.Bool(False).tag(sync=True)  # whether the model edits the pictures it is given
+    uses = t.List().tag(sync=True)  # what a picture from the page may be for: dicts of name, label, why not ("")
     unpaintable = t.Unicode("").tag(sync=True)  # why this model draws no part of a picture anew; "" if it does
     paper = t.Dict().tag(sync=True)  # png, width, height: what is painted on; empty without a start picture
     mask = t.Dict({"id": "", "png": b""}).tag(sync=True)  # the paint, and who painted it
