@@ -131,7 +131,8 @@ def unpack(raw: np.ndarray, dtype: str, out: np.ndarray) -> None:
     for i in range(0, raw.size // size, blocks):
         # As one row, which the package unpacks at once. It would take rows by sixteens.
         part = np.array(raw[i * size : (i + blocks) * size])[None]
-        out[i * numbers : (i + blocks) * numbers] = quants.dequantize(part, kind)[0]
+        with np.errstate(all="ignore"):  # NaN and infinity are refused when they are read
+            out[i * numbers : (i + blocks) * numbers] = quants.dequantize(part, kind)[0]
 
 
 def steps(raw: np.ndarray, dtype: str, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -269,7 +270,7 @@ def _tensor(header: _Header) -> tuple[str, str, tuple[int, ...], int, int]:
         raise Error(f"{name!r} in {path} has {axes:,} axes, which cannot be.", _AGAIN)
     shape = tuple(header.number("Q") for _ in range(axes))[::-1]
     kind, offset = header.number("I"), header.number("Q")
-    if any(n >= 2**31 for n in shape):
+    if any(n >= 2**31 for n in shape) or math.prod(shape) >= 2**48:
         raise Error(f"{name!r} in {path} has shape {shape}, which cannot be.", _AGAIN)
     if kind not in _TYPES:
         known = ", ".join(known for known, *_ in _TYPES.values() if not known.startswith("I"))

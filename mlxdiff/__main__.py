@@ -18,7 +18,7 @@ COMMANDS = {
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),
     "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
-    "train": ("mlxdiff.train.__main__", "train the built-in model from nothing, or measure it"),
+    "train": ("mlxdiff.train.__main__", "train a LoRA on your pictures, or the built-in model from nothing"),
 }
 
 

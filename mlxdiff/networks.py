@@ -40,6 +40,11 @@ class Networks:
         adapters.apply(network, name, self._adapters)
         return network
 
+    def hold(self, name: str, network: nn.Module) -> None:
+        """Use this one, which is being trained, without adapters, until it is released."""
+        self.adapt([])
+        self._held[name] = network
+
     def adapt(self, changed: list[tuple[Adapter, float]]) -> None:
         """Use these adapters and no others. Networks for which that makes a difference are released."""
         before, self._adapters = self._adapters, changed

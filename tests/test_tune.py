@@ -1,0 +1,282 @@
+"""Training a LoRA on the built-in model. References: an uninterrupted run for a resumed one, the trained network for
+its file, the picture without the file. That gradients are those of peft is parity/test_tune.py's."""
+
+import json
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+
+import mlxdiff
+from mlxdiff.convert import lora as reader
+from mlxdiff.errors import Error
+from mlxdiff.train import folder, tune
+from mlxdiff.train.__main__ import main
+
+STEPS, WORD = 24, "zork"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return mlxdiff.load("storybook", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def rings(tmp_path_factory):
+    """Four pictures of rings, which are no thing of the built-in model's world."""
+    place = tmp_path_factory.mktemp("rings")
+    y, x = np.mgrid[:64, :64]
+    for i in range(4):
+        pixels = np.full((64, 64, 3), (250, 240, 220), np.uint8)
+        for radius, colour in ((24, (200, 30, 60)), (17, (20, 20, 120)), (10, (240, 200, 0))):
+            pixels[(x - 26 - 4 * i) ** 2 + (y - 36 + 3 * i) ** 2 < radius**2] = colour
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    return place
+
+
+def tuning(rings, **settings) -> tune.Tuning:
+    return tune.Tuning(str(rings), **{"prompt": f"a {WORD}", "size": 64, "rank": 4, "batch": 2} | settings)
+
+
+def drawn(pipe, prompt, *loras) -> np.ndarray:
+    result = pipe(prompt, seed=1, steps=6, width=64, height=64, loras=loras)
+    return np.asarray(result.image).astype(np.float64)
+
+
+def changes(net: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(net.trainable_parameters()))
+
+
+@pytest.fixture(scope="module")
+def learned(pipe, rings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("learned") / "run"
+    run = tune.LoraRun(pipe, tuning(rings, steps=STEPS, rate=5e-3, batch=4, trigger=WORD), out)
+    return run, [report.loss for report in run.steps()]
+
+
+@pytest.mark.filterwarnings("ignore:storybook does not know")
+def test_it_learns_a_word(pipe, learned, rings):
+    """The picture of the word comes closer to the pictures, and moves far more than rounding would move it."""
+    run, losses = learned
+    assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6])
+    want = np.mean([np.asarray(Image.open(rings / f"{i}.png")).astype(float) for i in range(4)], 0)
+    bare, taught = drawn(pipe, f"a {WORD}"), drawn(pipe, f"a {WORD}", str(run.out))
+    assert np.square(taught - want).mean() < 0.6 * np.square(bare - want).mean()
+    assert 10 * np.log10(255**2 / np.square(taught - bare).mean()) < 30
+
+
+def test_the_file_is_what_was_trained(pipe, learned):
+    """Loaded anew, it draws as the trained network does, and its header says what it is."""
+    run, _ = learned
+    adapter = reader.read(run.file, pipe.description)
+    assert sum(adapter.layers.values()) == len(run.made) == 80  # five blocks of a U-Net with 16 layers each
+    assert reader.describe(run.file)["words"] == [WORD]
+    (shown,) = run.sample(["a red house"], 7)
+    want = pipe("a red house", seed=0, loras=[str(run.out)])
+    again = np.asarray(Image.open(shown)).astype(float)
+    assert np.abs(again - np.asarray(want.image)).max() <= 2  # merged or beside: rounding
+    assert shown.name == "sample-000007-1.png"
+    bare = pipe("a red house", seed=0)
+    assert np.abs(np.asarray(bare.image) - again).max() > 10  # the next picture is without it
+
+
+def test_a_resumed_run_is_the_same_run(pipe, rings, tmp_path):
+    """Left between two saves, against one that was not: equal to the last bit. What is there then can be used."""
+    whole = tune.LoraRun(pipe, tuning(rings, steps=5, save_every=2, crop=True), tmp_path / "whole")
+    losses = [r.loss for r in whole.steps()]
+    first = tune.LoraRun(pipe, tuning(rings, steps=5, save_every=2, crop=True), tmp_path / "parts")
+    for report in first.steps():
+        if report.step == 3:
+            break
+    held = reader.read(first.file, pipe.description)
+    assert sum(held.layers.values()) == len(first.made)
+    second = tune.LoraRun(pipe, tuning(rings, steps=5, save_every=2, crop=True), tmp_path / "parts")
+    assert [r.loss for r in second.steps()] == losses[3:]
+    for path, value in changes(whole.net).items():
+        assert mx.array_equal(value, changes(second.net)[path]), path
+    assert mx.load(str(second.file)).keys() == mx.load(str(whole.file)).keys()
+    with pytest.raises(Error, match="holds a run with steps 5"):
+        tune.LoraRun(pipe, tuning(rings, steps=6, save_every=2, crop=True), tmp_path / "parts")
+
+
+def test_a_killed_run_leaves_its_last_save(pipe, rings, tmp_path, monkeypatch):
+    """A process that dies between two saves runs no code: the file of the last save is there, and so is its state."""
+    run = tune.LoraRun(pipe, tuning(rings, steps=9, save_every=2), tmp_path / "run")
+    steps = run.steps()
+    for _ in range(3):
+        next(steps)
+    saved = reader.read(run.file, pipe.description)
+    monkeypatch.setattr(tune.LoraRun, "export", lambda self: None)
+    steps.close()
+    assert saved.ranks == (4,)
+    assert (run.out / tune.RUN / "state.safetensors").is_file()
+
+
+def test_only_the_changes_move(pipe, rings, tmp_path):
+    run = tune.LoraRun(pipe, tuning(rings, steps=2), tmp_path / "run")
+    frozen = {k: np.array(v) for k, v in tree_flatten(run.net.parameters()) if k not in changes(run.net)}
+    before = {k: np.array(v) for k, v in changes(run.net).items()}
+    list(run.steps())
+    after = dict(tree_flatten(run.net.parameters()))
+    assert len(frozen) > 100
+    assert all(np.array_equal(after[k], v) for k, v in frozen.items())
+    moved = [k for k, v in changes(run.net).items() if not np.array_equal(v, before[k])]
+    assert len(moved) == len(before)
+    state = mx.load(str(run.out / tune.RUN / "state.safetensors"))
+    assert {k.removeprefix("model.") for k in state if k.startswith("model.")} == before.keys()  # nothing frozen
+
+
+def test_it_trains_over_four_bits(rings, tmp_path):
+    """The first gradient is that over the weights which the four bits stand for; the file draws on them."""
+    small = mlxdiff.load("storybook", bits=4, dtype="float32")
+    run = tune.LoraRun(small, tuning(rings, steps=3, rate=5e-3, alpha=8.0), tmp_path / "run")
+    assert any(isinstance(layer.layer, nn.QuantizedLinear) for layer in run.made.values())
+    data = tune.encode(small, run.sets[0], run.tuning)
+    part = tune.Objective(small.description, 64).part(data, np.random.default_rng(0), 2)
+    _, quantized = nn.value_and_grad(run.net, tune.loss)(run.net, [part])
+    dense = tune.LoraRun(small, tuning(rings, steps=3, rate=5e-3, alpha=8.0), tmp_path / "dense")
+    for layer in dense.made.values():
+        if isinstance(layer.layer, nn.QuantizedLinear):
+            layer.layer = dense_of(layer.layer)
+    _, want = nn.value_and_grad(dense.net, tune.loss)(dense.net, [part])
+    for (path, a), (_, b) in zip(tree_flatten(quantized), tree_flatten(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3 * max(1e-6, mx.abs(b).max().item()), err_msg=path)  # float32 sums
+    list(run.steps())
+    bare, taught = drawn(small, f"a {WORD} house"), drawn(small, f"a {WORD} house", str(run.out))
+    assert np.abs(taught - bare).max() > 10
+
+
+def dense_of(layer: nn.QuantizedLinear) -> nn.Linear:
+    new = nn.Linear(1, 1, bias="bias" in layer)
+    how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    new.weight = mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **how)
+    if "bias" in layer:
+        new.bias = layer.bias
+    return new.freeze()
+
+
+def test_pictures_of_the_class_count_by_their_weight(pipe, rings, tmp_path):
+    """DreamBooth's loss: that of the pictures plus the weighted one of the class."""
+    run = tune.LoraRun(
+        pipe, tuning(rings, class_images=str(rings), class_prompt="a house", prior=0.5, steps=1), tmp_path / "run"
+    )
+    sets = [tune.encode(pipe, s, run.tuning, w) for s, w in zip(run.sets, (1.0, 0.5), strict=True)]
+    aim = tune.Objective(pipe.description, 64)
+    parts = [aim.part(data, np.random.default_rng(i), 2) for i, data in enumerate(sets)]
+    one, other = (tune.loss(run.net, [p._replace(weight=1.0)]).item() for p in parts)
+    assert abs(tune.loss(run.net, parts).item() - (one + 0.5 * other)) < 1e-5
+    assert mx.abs(parts[0].args["context"] - parts[1].args["context"]).max().item() > 0.1
+    (report,) = run.steps()
+    assert report.loss > 0
+
+
+def test_pictures_keep_about_their_shape():
+    """The bucket has no more pixels than the square, edges in multiples, and about the picture's shape."""
+    for shape in ((100, 100), (1600, 900), (900, 1600), (640, 1000), (3000, 1000)):
+        for size, multiple in ((512, 8), (1024, 16), (128, 8)):
+            w, h = folder.bucket(shape, size, multiple)
+            assert w * h <= size * size
+            assert w * h > 0.75 * size * size
+            assert w % multiple == h % multiple == 0
+            assert 0.8 < (w / h) / (shape[0] / shape[1]) < 1.25
+    assert folder.bucket((7, 7), 512, 8) == (512, 512)
+
+
+# ---- what is refused before the work
+
+
+def picture(path):
+    Image.new("RGB", (40, 40), "red").save(path)
+
+
+def empty(place):
+    pass
+
+
+def unreadable(place):
+    (place / "a.png").write_bytes(b"no picture")
+
+
+def without_caption(place):
+    picture(place / "a.png")
+
+
+def empty_caption(place):
+    picture(place / "a.png")
+    (place / "a.txt").write_text(" \n")
+
+
+def stray_caption(place):
+    picture(place / "a.png")
+    (place / "b.txt").write_text("a house")
+
+
+BAD = {
+    empty: "holds no pictures",
+    unreadable: "a.png cannot be read as a picture",
+    without_caption: "a.png has no caption.*--prompt TEXT",
+    empty_caption: "a.txt is empty",
+    stray_caption: "b.txt is a caption without a picture",
+}
+
+
+@pytest.mark.parametrize("make", BAD, ids=lambda f: f.__name__)
+def test_a_bad_folder_is_refused(make, tmp_path, capsys):
+    place, out = tmp_path / "pictures", tmp_path / "out"
+    place.mkdir()
+    make(place)
+    said = refused(capsys, "-i", str(place), "-o", str(out))
+    assert re.search(BAD[make], said), said
+    assert not out.exists()
+
+
+def refused(capsys, *args: str) -> str:
+    assert main(["lora", "-m", "storybook", "--dtype", "float32", *args]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    {
+        ("--rank", "0"): "rank must be a whole number from 1 to 1024; 0 was given.",
+        ("--rank", "100"): "Rank 100 is too high: ",
+        ("--layers", "to_w"): "storybook has no layer 'to_w'. Did you mean ",
+        ("--rate", "nan"): "rate must be from 1e-09 to 1; nan was given.",
+        ("--size", "60"): "Size 60 is not a multiple of 8",
+        ("--class-prompt", "a house"): "there are none. Give a folder: --class-images FOLDER.",
+        ("--images", "nowhere"): "There is no folder nowhere.",
+        ("-m", "storybook", "--steps", "0"): "steps must be a whole number from 1",
+    }.items(),
+)
+def test_a_bad_setting_is_refused(rings, tmp_path, capsys, args, problem):
+    out = tmp_path / "out"
+    said = refused(capsys, "-i", str(rings), "-o", str(out), "-p", "a thing", *args)
+    assert problem in said
+    assert not out.exists()
+
+
+def test_a_folder_with_something_else_is_refused(rings, tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("mine")
+    said = refused(capsys, "-i", str(rings), "-o", str(tmp_path), "-p", "a thing")
+    assert f"{tmp_path} holds something other than a run." in said
+
+
+@pytest.mark.filterwarnings("ignore:storybook does not know")
+def test_the_command(rings, tmp_path, capsys):
+    """It says what it will train, draws samples, and what it wrote is read by its folder's name."""
+    out = tmp_path / "out"
+    typed = ["lora", "-m", "storybook", "--dtype", "float32", "-i", str(rings), "-o", str(out), "-p", "a zork"]
+    assert main([*typed, "--steps", "2", "--size", "64", "--rank", "4", "--flip", "--sample", "a zork"]) == 0
+    said = capsys.readouterr().out
+    assert "4 pictures (64x64)" in said
+    assert "80 layers, rank 4" in said
+    assert (out / "sample-000002-1.png").is_file()
+    notes = json.loads((out / "recipe.json").read_text())
+    assert (notes["model"], notes["rank"], notes["flip"]) == ("storybook", 4, True)
+    assert drawn(mlxdiff.load("storybook", dtype="float32"), "a zork", str(out)).shape == (64, 64, 3)
