@@ -1,6 +1,7 @@
 """Painting on the start picture without a browser: what the page sends, what it is told, files and requests."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -297,3 +298,43 @@ def test_without_opencv_edges_are_grey_with_the_reason(studio, monkeypatch):
     edges = studio.controls.guides["control"].rows[0].edges
     assert edges.disabled
     assert edges.tooltip.startswith("This needs OpenCV: pip install")
+
+
+# --- what is done with a picture of the history
+
+
+def test_enlarging_draws_the_same_again_at_twice_the_size(studio):
+    studio.image = None
+    first = studio.generate().result(WAIT).request
+    studio.prompt = "something else"
+    key = studio.view.history[-1]["key"]
+    send(studio, "enlarge", key=key)
+    studio._worker.submit("fake", None, lambda *_: None).result(WAIT)
+    again = studio.images[-1].request
+    assert again == replace(first, hires=(2.0, 0.5))
+    assert (studio.prompt, studio.view.shown["unenlargeable"]) == ("something else", "It was enlarged already.")
+    send(studio, "enlarge", key=studio.view.history[-1]["key"])
+    assert studio.status == "It was enlarged already."
+    again.resolve(fakes.DEFAULTS, ("euler", "leading"), "leading", 1, 8)  # a request that runs
+
+
+def test_what_cannot_be_enlarged_says_why(studio):
+    send(studio, "mask", paint(painted(10, 10, 30, 20)), id="page 1")
+    studio.generate().result(WAIT)
+    assert studio.view.shown["unenlargeable"].startswith("Only a part of it was drawn.")
+
+
+def test_a_deleted_picture_is_gone_from_the_folder_and_the_history(studio):
+    studio.image = None
+    studio.generate().result(WAIT)
+    first, second = studio.images
+    keys = [entry["key"] for entry in studio.view.history]
+    send(studio, "begin", key=keys[1])
+    send(studio, "delete", key=keys[1])
+    assert "is to begin with this one" in studio.status
+    studio.image = None
+    send(studio, "delete", key=keys[1])
+    assert (second.path.exists(), first.path.exists(), studio.images) == (False, True, [first])
+    assert ([e["key"] for e in studio.view.history], studio.view.shown["key"]) == ([keys[0]], keys[0])
+    send(studio, "delete", key=keys[0])
+    assert (studio.view.history, studio.view.shown, studio.controls.reuse.disabled) == ([], {}, True)

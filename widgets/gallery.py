@@ -51,6 +51,17 @@ class Picture:
         guidance = "" if r.guidance is None else f" · guidance {r.guidance:g}"
         return f"seed {r.seed} · {r.width} × {r.height} · {r.steps} steps of {r.sampler}{guidance}"
 
+    def unenlargeable(self) -> str:
+        """Why it cannot be drawn again in two passes, the second at twice the size; "" if it can."""
+        r = self.request
+        if self.title:
+            return "A comparison is not drawn in one run."
+        if r.hires is not None:
+            return "It was enlarged already."
+        if r.masked:
+            return "Only a part of it was drawn. Begin with it, and enlarge what is drawn then."
+        return "A model that edits does not enlarge." if r.pictures and r.strength is None else ""
+
     def words(self) -> list[tuple[str, str]]:
         """What it was drawn from, each with a name: the prompts, and the pictures that it began with or edited."""
         r, out = self.request, []

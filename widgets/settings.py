@@ -124,9 +124,7 @@ class Settings(t.HasTraits):
 
     def restore(self, request: Request, model: str | None = None) -> None:
         """Take over all settings of a request, and its model if one of that name can be opened here."""
-        published = {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
-        known = self._seen | {n: n for n in MODELS} | published
-        self.model = known.get(model, self.model)
+        self.model = self._opens(model)
         self.prompt, self.negative = request.prompt, request.negative
         self.image = request.image  # before the mask, which it removes, and the size, which both change
         for name in (*PART, *FIELDS, "count"):
@@ -137,6 +135,12 @@ class Settings(t.HasTraits):
         self.reference_guides = [replace(g, hash=None, model_hash=None) for g in request.references]
         self.locked = self.locked or request.seed is not None
         self.more = unusual(request, self._known.opened)
+
+    def _opens(self, model: str | None) -> str:
+        """What opens the model of this name in files, or the current model if it is not known."""
+        published = {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
+        known = self._seen | {n: n for n in MODELS} | published
+        return known.get(model, self.model)
 
     @t.validate(*GUIDES.values())
     def _as_guides(self, proposal: dict) -> list[Guide]:

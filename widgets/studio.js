@@ -64,11 +64,26 @@ function render({ model, el }) {
   const download = h("a", { class: "mlxdiff-button" }, "Download");
   const back = button("Back to the preview", () => { pinned = null; update(); }, "Show the running picture");
   const begin = button("", () => send("begin", { key: current }), "");
+  const enlarge = button("Enlarge 2×", () => send("enlarge", { key: current }), "");
+  const full = button("Full screen", () => stage.requestFullscreen(), "The picture alone (Esc: back)");
+  full.hidden = !document.fullscreenEnabled;
+  const remove = button("Delete", () => {
+    if (remove.dataset.sure) send("delete", { key: current });
+    sure(!remove.dataset.sure);
+  }, "Delete its file");
+  let unsure = 0;
+  function sure(yes) {
+    clearTimeout(unsure);
+    remove.textContent = yes ? "Really delete?" : "Delete";
+    if (!yes) return delete remove.dataset.sure;
+    remove.dataset.sure = "yes";
+    unsure = setTimeout(() => sure(false), 4000);
+  }
   const change = button("Change a part of it", () => send("paint", { key: current }), "");
   const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
-    begin, change, download, back);
+    begin, change, enlarge, full, download, remove, back);
   const frame = h("div", { class: "mlxdiff-frame" }, stage);
   const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
   const paper = painting({ model, send, h, covered });
@@ -100,7 +115,16 @@ function render({ model, el }) {
   function shown() {
     const it = model.get("shown");
     tools.hidden = !it.png;
-    if (!it.png) return;
+    sure(false);
+    if (!it.png) {
+      canvas.setAttribute("aria-label", "No picture yet");
+      about.hidden = true;
+      empty.hidden = false;
+      return;
+    }
+    about.hidden = false;
+    enlarge.disabled = Boolean(it.unenlargeable);
+    enlarge.title = it.unenlargeable || "Draw it again, and then on at twice its size";
     empty.hidden = true;
     paint(it.png, "image/png", it.title);
     words.replaceChildren(...it.words.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text, copier(text))]));

@@ -36,6 +36,8 @@ from .settings import FIELDS, GUIDES, Settings
 from .view import View, line, seconds, size
 from .worker import Job, Update, Worker, shared
 
+ENLARGE = (2.0, 0.5)  # times, and the strength of the second pass
+
 
 class Studio(Settings, w.VBox):
     """Draw with a model. Every setting is a trait: set it, observe it. Files go to `folder` as they are finished."""
@@ -106,9 +108,9 @@ class Studio(Settings, w.VBox):
         writable(self.folder)
         return self.request()
 
-    def _submit(self, request: Request | None, tell: Callable[[Job, Update], None]) -> Job:
+    def _submit(self, request: Request | None, tell: Callable[[Job, Update], None], model: str | None = None) -> Job:
         self._clear()
-        job = self._worker.submit(self.model, request, tell, **self.options)
+        job = self._worker.submit(self.model if model is None else model, request, tell, **self.options)
         self._jobs.append(job)
         if job.state not in ("queued", "running"):  # it ended before it was added, so nothing else removes it
             self._leave(job)
@@ -314,6 +316,10 @@ class Studio(Settings, w.VBox):
             self._reuse(self._history[key])
         elif do == "begin":
             self._add(self._history[key].path)
+        elif do == "enlarge":
+            self._enlarge(self._history[key])
+        elif do == "delete":
+            self._delete(key)
         elif do == "restore":
             self.restore(self._history[key].request, self._history[key].model)
             self._say("Settings restored")
@@ -330,6 +336,23 @@ class Studio(Settings, w.VBox):
 
     def _draw_grid(self) -> None:
         self.compare(**self.controls.compare.axes())
+
+    def _enlarge(self, picture: Picture) -> None:
+        """Draw a picture again, and then on at twice its size."""
+        if why := picture.unenlargeable():
+            raise Error(why)
+        writable(self.folder)
+        request = replace(picture.request, hires=ENLARGE, upscaler=None, upscaler_hash=None)
+        self._submit(request, self._on_update, self._opens(picture.model))
+
+    def _delete(self, key: int) -> None:
+        picture = self._history[key]
+        if any(isinstance(p, str | Path) and Path(p).resolve() == picture.path for p in self._taken):
+            raise Error("The next picture is to begin with this one.", "Remove it there first.")
+        self._history.delete(key)
+        self.images = [p for p in self.images if p.path != picture.path]
+        self.controls.reuse.disabled = not self.images
+        self._say(f"{picture.path.name} is deleted")
 
     def _reuse(self, picture: Picture) -> None:
         self.seed, self.locked = picture.request.seed, True

@@ -1,9 +1,8 @@
 """The right half of the studio, which ipywidgets cannot draw: canvas, progress, history, file drop, shortcuts.
 
 It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
-The page only sends messages. They are dicts whose `do` is generate, compare, cancel, view, restore, seed, begin (with
-a picture of the history), drop (with bytes), paint (with a picture of the history), mask (with bytes), outpaint or
-soften."""
+The page only sends messages. They are dicts whose `do` is generate, compare, cancel; view, restore, seed, begin, paint,
+enlarge or delete (with a picture of the history); drop or mask (with bytes); outpaint or soften (with numbers)."""
 
 import re
 import traceback
@@ -56,7 +55,9 @@ class View(anywidget.AnyWidget):
     mask = t.Dict({"id": "", "png": b""}).tag(sync=True)  # the paint, and who painted it
     around = t.Dict().tag(sync=True)  # sides, inner, step, blur: see Painting
     error = t.Dict().tag(sync=True)  # problem, fix, trace
-    shown = t.Dict().tag(sync=True)  # key, png, title, words, caption, name, path: the picture on the canvas
+    shown = t.Dict().tag(
+        sync=True
+    )  # key, png, title, words, caption, name, unenlargeable, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
     _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
@@ -100,6 +101,7 @@ class View(anywidget.AnyWidget):
             "words": picture.words(),
             "caption": picture.caption(),
             "name": path.name,
+            "unenlargeable": picture.unenlargeable(),
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
         }
 

@@ -130,6 +130,19 @@ def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings,
     s.press("Done")
     expect(s.root.locator(".mlxdiff-stage")).to_be_visible()
 
+    # The first picture is enlarged, which the second cannot be; then the large one is deleted.
+    enlarge = s.root.get_by_role("button", name="Enlarge 2×")
+    expect(enlarge).to_be_disabled()
+    s.thumbs.last.click()
+    enlarge.click()
+    expect(s.thumbs).to_have_count(3)
+    s.says("Done in")
+    assert rgb(s).shape == (256, 256, 3)
+    s.press("Delete")
+    s.press("Really delete?")
+    expect(s.thumbs).to_have_count(2)
+    assert len([*(tmp_path / "pictures").glob("a-*.png")]) == 2
+
 
 def _here(request: Request, folder: Path) -> Request:
     """The request with paths that hold outside the studio's folder too."""
