@@ -435,7 +435,7 @@ MAY = {
         "mlxdiff.train.*",
     },
     "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
-    "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.request"},
+    "mlxdiff.widgets.gallery": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.pictures", "mlxdiff.request"},
     "mlxdiff.widgets.previews": {"mlxdiff.images", "mlxdiff.pipeline"},
     "mlxdiff.widgets.worker": {
         "mlxdiff.description",

@@ -338,3 +338,18 @@ def test_a_deleted_picture_is_gone_from_the_folder_and_the_history(studio):
     assert ([e["key"] for e in studio.view.history], studio.view.shown["key"]) == ([keys[0]], keys[0])
     send(studio, "delete", key=keys[0])
     assert (studio.view.history, studio.view.shown, studio.controls.reuse.disabled) == ([], {}, True)
+
+
+def test_before_is_the_picture_that_a_run_began_with(studio, monkeypatch):
+    """At the size of the result, with what was added around it."""
+    send(studio, "outpaint", sides=[0, 0, 16, 0])
+    request = studio.generate().result(WAIT).request
+    sent = []
+    monkeypatch.setattr(studio.view, "send", lambda message, buffers: sent.append((message, buffers)))
+    assert studio.view.shown["began"]
+    send(studio, "before", key=studio.view.shown["key"])
+    ((message, (png,)),) = sent
+    assert message == {"do": "before", "key": studio.view.shown["key"]}
+    before = images.read(Image.open(io.BytesIO(png)))
+    assert before.size == (request.width, request.height) == (80, 48)
+    np.testing.assert_array_equal(np.asarray(before)[:, :64], np.asarray(images.read("start.png")))

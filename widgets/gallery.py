@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import images
+from .. import images, pictures
 from ..errors import Error
 from ..request import Request
 
@@ -50,6 +50,17 @@ class Picture:
             return self.title
         guidance = "" if r.guidance is None else f" · guidance {r.guidance:g}"
         return f"seed {r.seed} · {r.width} × {r.height} · {r.steps} steps of {r.sampler}{guidance}"
+
+    def before(self) -> bytes:
+        """A PNG of the picture that it began with or edited, as it was cut for the run."""
+        r, out = self.request, io.BytesIO()
+        if r.strength is None:  # an edit
+            image = images.read(r.pictures[0])
+        else:
+            canvas = pictures.canvas(r, pictures.read(r))
+            image = canvas.image if canvas.whole is None else canvas.whole.image
+        image.save(out, "PNG", compress_level=1)
+        return out.getvalue()
 
     def unenlargeable(self) -> str:
         """Why it cannot be drawn again in two passes, the second at twice the size; "" if it can."""

@@ -49,7 +49,12 @@ function render({ model, el }) {
   const purpose = h("span");
   const hint = ["Your picture forms here.", h("br"), purpose];
   const empty = h("p", { class: "mlxdiff-empty" }, ...hint);
-  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas);
+  const began = h("img", { alt: "What it began with" });
+  const split = h("div", { class: "mlxdiff-split", hidden: "" }, began, h("input", {
+    type: "range", min: 0, max: 100, "aria-label": "Before and after", oninput: (event) => cut(event.target.value),
+  }));
+  const cut = (part) => { began.style.clipPath = `inset(0 ${100 - part}% 0 0)`; split.style.setProperty("--cut", `${part}%`); };
+  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas, split);
 
   const fill = h("div");
   const range = { "aria-label": "Progress", "aria-valuemin": 0, "aria-valuemax": 100 };
@@ -65,6 +70,10 @@ function render({ model, el }) {
   const back = button("Back to the preview", () => { pinned = null; update(); }, "Show the running picture");
   const begin = button("", () => send("begin", { key: current }), "");
   const enlarge = button("Enlarge 2×", () => send("enlarge", { key: current }), "");
+  const compare = button("Before / after", () => {
+    if (split.hidden) send("before", { key: current });
+    split.hidden = true;
+  }, "Slide between this picture and what it began with");
   const full = button("Full screen", () => stage.requestFullscreen(), "The picture alone (Esc: back)");
   full.hidden = !document.fullscreenEnabled;
   const remove = button("Delete", () => {
@@ -83,7 +92,7 @@ function render({ model, el }) {
   const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
-    begin, change, enlarge, full, download, remove, back);
+    begin, change, enlarge, compare, full, download, remove, back);
   const frame = h("div", { class: "mlxdiff-frame" }, stage);
   const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
   const paper = painting({ model, send, h, covered });
@@ -115,6 +124,8 @@ function render({ model, el }) {
   function shown() {
     const it = model.get("shown");
     tools.hidden = !it.png;
+    split.hidden = true;
+    compare.hidden = !it.began;
     sure(false);
     if (!it.png) {
       canvas.setAttribute("aria-label", "No picture yet");
@@ -135,6 +146,16 @@ function render({ model, el }) {
     download.href = url;
     download.download = it.name;
     setCurrent(it.key);
+  }
+
+  function beside(png) {
+    const src = URL.createObjectURL(new Blob([png], { type: "image/png" }));
+    began.onload = () => URL.revokeObjectURL(src);
+    began.src = src;
+    split.querySelector("input").value = 50;
+    cut(50);
+    split.hidden = false;
+    split.querySelector("input").focus();
   }
 
   function copier(text) {
@@ -260,8 +281,9 @@ function render({ model, el }) {
 
   function receive(message, buffers) {
     if (message.do === "paint") return paper.open();
+    if (message.do === "before") return message.key === current && beside(buffers[0]);
     if (message.do !== "frame" || pinned !== null || !model.get("running")) return;
-    empty.hidden = true;
+    empty.hidden = split.hidden = true;
     paint(buffers[0], "image/jpeg", message.title);
     setCurrent(null);
   }

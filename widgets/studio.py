@@ -316,6 +316,8 @@ class Studio(Settings, w.VBox):
             self._reuse(self._history[key])
         elif do == "begin":
             self._add(self._history[key].path)
+        elif do == "before":
+            self.view.send({"do": "before", "key": key}, [self._history[key].before()])
         elif do == "enlarge":
             self._enlarge(self._history[key])
         elif do == "delete":

@@ -2,7 +2,7 @@
 
 It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
 The page only sends messages. They are dicts whose `do` is generate, compare, cancel; view, restore, seed, begin, paint,
-enlarge or delete (with a picture of the history); drop or mask (with bytes); outpaint or soften (with numbers)."""
+before, enlarge, delete (with a picture of the history); drop, mask (with bytes); outpaint, soften (with numbers)."""
 
 import re
 import traceback
@@ -57,7 +57,7 @@ class View(anywidget.AnyWidget):
     error = t.Dict().tag(sync=True)  # problem, fix, trace
     shown = t.Dict().tag(
         sync=True
-    )  # key, png, title, words, caption, name, unenlargeable, path: the picture on the canvas
+    )  # key, png, title, words, caption, name, unenlargeable, began, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
     _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
@@ -102,6 +102,7 @@ class View(anywidget.AnyWidget):
             "caption": picture.caption(),
             "name": path.name,
             "unenlargeable": picture.unenlargeable(),
+            "began": bool(picture.request.pictures) and not picture.title,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
         }
 

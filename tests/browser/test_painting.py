@@ -106,6 +106,17 @@ def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings,
     assert np.abs(drawn[mask == 255].astype(int) - first[mask == 255]).mean() > 8
     np.testing.assert_array_equal(drawn, np.asarray(mlxdiff.load("storybook")(_here(request, tmp_path)).image))
 
+    # Before and after, on one picture.
+    split = s.root.locator(".mlxdiff-split")
+    expect(split).to_be_hidden()
+    s.press("Before / after")
+    expect(split).to_be_visible()
+    s.root.get_by_label("Before and after").fill("30")
+    expect(split.locator("img")).to_have_attribute("style", re.compile(r"inset\(0px 70% 0px 0px\)"))
+    page.screenshot(path=SHOTS / "before-after.png")
+    s.press("Before / after")
+    expect(split).to_be_hidden()
+
     # A reloaded page shows the mask again. A key adds pixels, another paints.
     page.reload()
     s.press("Change a part")
