@@ -176,6 +176,7 @@ MAY = {
         "mlxdiff.families",
         "mlxdiff.models.build",
         "mlxdiff.recipe",
+        "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.weights",
     },
@@ -338,7 +339,7 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.tokenizers",
     },
-    "mlxdiff.console": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.spelling"},
+    "mlxdiff.console": {"mlxdiff.arguments", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.spelling"},
     "mlxdiff.catalogue": {
         "mlxdiff.advice",
         "mlxdiff.builtin",

@@ -364,12 +364,12 @@ def network(path: Path, what: str, fix: str, *, dtype: str) -> nn.Module:
     from .. import convert
 
     try:
-        networks = convert.read(path, recipe.DTYPES[dtype])
+        held = convert.open(path)
+        if _ALONE[what] not in held.components:
+            raise Error(f"{path} is not {what} but {held.layout.title}.", fix)
+        return convert.read(path, recipe.DTYPES[dtype])[_ALONE[what]]
     except Error as e:  # convert would name checkpoints of models
         raise Error(e.problem, fix if e.fix == convert.KNOWN else e.fix) from None
-    if _ALONE[what] not in networks:
-        raise Error(f"{path} is not {what} but {', '.join(networks)}.", fix)
-    return networks[_ALONE[what]]
 
 
 def adapter_file(name: str, what: str, *, offline: bool) -> Path:
