@@ -50,6 +50,7 @@ def test_one_command_then_a_prompt_then_a_picture(started, timings, page, tmp_pa
     timings["mlxdiff studio: prompt box after"] = time.perf_counter() - begin
     assert "token" not in page.url
     s.label("Prompt").fill("a red house under a full moon")
+    s.root.get_by_role("slider", name="Steps", exact=True).fill("25")
     s.record()
     begin = page.evaluate("() => performance.now() / 1000")
     s.press("Generate")
