@@ -203,9 +203,9 @@ function render({ model, el }) {
 
   async function take(dropped, begin = false) {
     if (!dropped) return;
-    const parts = Math.ceil(dropped.size / PART) || 1;
+    const parts = Math.ceil(dropped.size / PART) || 1, file = `${Math.random()}`;
     for (let part = 0; part < parts; part++) {
-      send("drop", { part, parts, begin }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
+      send("drop", { file, part, parts, begin }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
     }
   }
 

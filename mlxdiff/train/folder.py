@@ -26,9 +26,13 @@ class Picture:
 def read(folder: Path, prompt: str | None, size: int, multiple: int, crop: bool) -> list[Picture]:
     """The pictures of a folder, checked before the work. prompt: for those without a .txt file. size: edge of a square
     of the area that each takes. multiple: of all edges. crop: all are cropped to the square."""
-    if not folder.is_dir():
-        raise Error(f"There is no folder {folder}.", "Give a folder of pictures.")
-    files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    try:
+        files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        raise Error(f"There is no folder {folder}.", "Give a folder of pictures.") from None
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise Error(f"{folder} cannot be read: {why}.", "Give a folder of pictures.") from None
     pictures = [f for f in files if f.suffix.lower() in _SUFFIXES]
     if not pictures:
         raise Error(f"{folder} holds no pictures.", f"Put some there, as {', '.join(_SUFFIXES)}.")

@@ -15,12 +15,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import ImageOps
 
-from .. import conditioning, images, samplers, schedules
+from .. import conditioning, foreign, images, samplers, schedules
 from ..errors import Error
 from ..families.base import EMBEDDED, INPUT
 from ..networks import dtype_of
 from ..pipeline import Pipeline
-from ..request import Request
+from ..request import Request, check_text
 from . import folder as folders
 from . import lora, objective
 from .fit import Plan, Report, fit, same_run
@@ -65,6 +65,9 @@ class Tuning:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # NaN fails too
                 raise Error(f"{name} must be from {low:g} to {high:g}; {value:g} was given.", f"Change `{name}`.")
+        for name in ("prompt", "trigger", "class_prompt"):
+            if (value := getattr(self, name)) is not None:
+                check_text(name, value)
         if self.class_images is None and self.class_prompt is not None:
             fix = "Give a folder: `class_images=FOLDER`. `mlxdiff generate` draws such pictures."
             raise Error("class_prompt describes pictures of the class, and there are none.", fix)
@@ -158,9 +161,9 @@ def pictures(pipe: Pipeline, tuning: Tuning) -> list[list[Picture]]:
         raise Error(
             f"Size {size} is not a multiple of {multiple} up to 4096.", f"Use `size={pipe.description.defaults.size}`."
         )
-    sets = [folders.read(Path(tuning.images).expanduser(), tuning.prompt, size, multiple, tuning.crop)]
+    sets = [folders.read(foreign.path(tuning.images), tuning.prompt, size, multiple, tuning.crop)]
     if tuning.class_images is not None:
-        place = Path(tuning.class_images).expanduser()
+        place = foreign.path(tuning.class_images)
         sets.append(folders.read(place, tuning.class_prompt, size, multiple, tuning.crop))
     return sets
 
