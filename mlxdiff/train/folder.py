@@ -11,6 +11,7 @@ from .. import foreign, images
 from ..errors import Error
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+_LONGEST = 20_000  # characters of a caption; encoders read a few hundred
 _BUCKETS = 16  # a bucket's edges are multiples of this fraction of the size, or of what the model needs
 
 
@@ -51,6 +52,8 @@ def _read(file: Path, prompt: str | None, size: int, multiple: int, crop: bool) 
     if not caption:
         what = f"{text} is empty" if text.exists() else f"{file} has no caption"
         raise Error(f"{what}.", f"Write one to {text.name} beside the picture, or give all one: `prompt=TEXT`.")
+    if len(caption) > _LONGEST:
+        raise Error(f"The caption of {file} has {len(caption):,} characters.", f"Use at most {_LONGEST:,}.")
     width, height = (size, size) if crop else bucket(image.size, size, multiple)
     return Picture(file, caption, width, height, images.fingerprint(image))
 

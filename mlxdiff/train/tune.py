@@ -20,7 +20,7 @@ from ..errors import Error
 from ..families.base import EMBEDDED, INPUT
 from ..networks import dtype_of
 from ..pipeline import Pipeline
-from ..request import Request, check_text
+from ..request import MAX_SEED, Request, check_text
 from . import folder as folders
 from . import lora, objective
 from .fit import Plan, Report, fit, same_run
@@ -54,11 +54,12 @@ class Tuning:
 
     def check(self) -> None:
         """Raise for a number out of range."""
-        whole = {"steps": 10**6, "batch": 1024, "rank": lora.MOST_RANK, "save_every": 10**6}
+        whole = {"steps": 10**6, "batch": 1024, "rank": lora.MOST_RANK, "save_every": 10**6, "seed": MAX_SEED}
         for name, most in whole.items():
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise Error(f"{name} must be a whole number from 1 to {most}; {value} was given.", f"Change `{name}`.")
+            value, least = getattr(self, name), int(name != "seed")
+            if not least <= value <= most:
+                problem = f"{name} must be a whole number from {least} to {most}; {value} was given."
+                raise Error(problem, f"Change `{name}`.")
         if not 0 <= self.warmup <= self.steps:
             raise Error(f"warmup must be from 0 to {self.steps} steps; {self.warmup} was given.", "Change `warmup`.")
         for name, low, high in (("rate", 1e-9, 1.0), ("alpha", 1e-3, 1e4), ("prior", 0.0, 100.0)):
