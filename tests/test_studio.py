@@ -490,6 +490,19 @@ def test_a_file_in_parts_is_put_together(studio):
     assert other.prompt == "a boat"
 
 
+def test_two_pages_that_drop_files_at_once_mix_nothing(studio):
+    draw(studio, prompt="a boat")
+    data = studio.images[0].path.read_bytes()
+    other = Studio("fake", worker=studio._worker)
+    heard(other, do="drop", file="a", part=0, parts=2, begin=False, data=data[:300])
+    heard(other, do="drop", file="b", part=0, parts=2, begin=False, data=data[:200])
+    for part in (1, 2, -1):
+        with pytest.raises(Error, match="at the same time"):
+            heard(other, do="drop", file="a", part=part, parts=part + 1, begin=False, data=data[300:])
+    heard(other, do="drop", file="b", part=1, parts=2, begin=False, data=data[200:])
+    assert other.prompt == "a boat"
+
+
 def test_restoring_finds_the_model_where_it_can(studio):
     request = Request("x", seed=1, steps=3)
     for name, expected in (("stable-diffusion-v1-5", "sd15"), ("sdxl", "sdxl"), ("unheard-of", "sdxl"), (None, "sdxl")):

@@ -273,9 +273,9 @@ function render({ model, el }) {
   }
 
   async function take(dropped, use) {
-    const parts = Math.ceil(dropped.size / PART) || 1;
+    const parts = Math.ceil(dropped.size / PART) || 1, file = `${Math.random()}`;
     for (let part = 0; part < parts; part++) {
-      send("drop", { part, parts, use }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
+      send("drop", { file, part, parts, use }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
     }
   }
 

@@ -61,11 +61,15 @@ class View(anywidget.AnyWidget):
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
     _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
+    _file: str | None = None  # which one
 
     def whole(self, message: dict, buffers: list) -> bytes | None:
         """Add a part of a dropped file; return the file when it is complete. A single large message would end the
-        connection to the kernel."""
-        self._parts = (*(self._parts if message["part"] else ()), bytes(buffers[0]))
+        connection to the kernel. Raises if another page drops one at the same time."""
+        kept = self._parts if message["part"] else ()
+        if len(kept) != message["part"] or (kept and self._file != message.get("file")):
+            raise Error("Two files were dropped at the same time.", "Drop them one after the other.")
+        self._parts, self._file = (*kept, bytes(buffers[0])), message.get("file")
         return b"".join(self._parts) if message["part"] + 1 == message["parts"] else None
 
     def say(self, text: str, progress: float = 0.0, aloud: bool = True) -> None:
