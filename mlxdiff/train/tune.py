@@ -14,13 +14,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import ImageOps
 
-from .. import conditioning, images, samplers, schedules
+from .. import conditioning, foreign, images, samplers, schedules
 from ..description import Description
 from ..errors import Error
 from ..families.base import EMBEDDED
 from ..networks import dtype_of
 from ..pipeline import Pipeline
-from ..request import MAX_EDGE, Request
+from ..request import MAX_EDGE, MAX_SEED, Request, check_text
 from . import folder as folders
 from . import lora, objective
 from .fit import Plan, Report, fit, same_run
@@ -50,7 +50,11 @@ class Tuning:
         for name, most in (("steps", 10**6), ("batch", 1024), ("save_every", 10**6)):
             whole(name, getattr(self, name), 1, most)
         whole("warmup", self.warmup, 0, self.steps)
+        whole("seed", self.seed, 0, MAX_SEED)
         within("rate", self.rate, 1e-9, 1.0)
+        for name in ("prompt", "trigger", "class_prompt", "word", "initial"):
+            if (value := getattr(self, name, None)) is not None:
+                check_text(name, value)
 
     def size_for(self, model: Description) -> int:
         return model.defaults.size if self.size is None else self.size
@@ -163,7 +167,7 @@ def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None) -> lis
     if size % multiple or not multiple <= size <= MAX_EDGE:
         usual = pipe.description.defaults.size
         raise Error(f"Size {size} is not a multiple of {multiple} up to {MAX_EDGE}.", f"Use `size={usual}`.")
-    return folders.read(Path(images).expanduser(), prompt, size, multiple, tuning.crop)
+    return folders.read(foreign.path(images), prompt, size, multiple, tuning.crop)
 
 
 def texts(pipe: Pipeline, chosen: list[Picture], request: Request) -> Callable[[Picture], conditioning.Text]:
