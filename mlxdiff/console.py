@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +59,7 @@ def run(prog: str, body: Callable[[], int]) -> int:
     """Run `body` and return its exit code. An Error prints one line and returns 1, Ctrl-C returns 130, and a closed
     pipe prints nothing."""
     open_streams()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about a picture's size or EXIF, which are read all the same
     try:
         try:
             code = body()

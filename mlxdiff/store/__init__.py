@@ -479,9 +479,13 @@ def fingerprint(path: Path) -> str:
     """Of a file, or of all weights in a folder."""
     seen = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        with open(file, "rb") as f:
-            while block := f.read(2**20):
-                seen.update(block)
+        try:
+            foreign.check_regular(file)
+            with open(file, "rb") as f:
+                while block := f.read(2**20):
+                    seen.update(block)
+        except OSError as e:
+            raise Error(f"{file} cannot be read: {e.strerror}.", "Give a .safetensors file.") from None
     return seen.hexdigest()[:16]
 
 
