@@ -28,6 +28,15 @@ class Config(flux.Config):
         return not self.hint
 
     @property
+    def draws(self) -> bool:
+        """Whether it reads a sample of the latents, for which a seed draws noise, or their mean."""
+        return True
+
+    def pixels(self, picture, mode: str | None):
+        """What the VAE is shown of a picture in [-1, 1]."""
+        return picture
+
+    @property
     def multiple(self) -> int:
         """A picture's edges must be multiples of this."""
         return 2 * 2 ** max(0, len(self.hint) - 1)
