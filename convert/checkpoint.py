@@ -204,6 +204,8 @@ def _single(path: Path, prediction: str | None, layout: str | None) -> Checkpoin
                 networks.setdefault(component, []).append((rest, tensor))
             else:
                 stray[name] = "no part of this family"
+    if not networks:
+        raise Error(f"{path} holds no tensor of {layout.title}.", "Download it again.")
     if len(networks) == 1:
         components = {name: by_itself(name, layout, path, tensors) for name, tensors in networks.items()}
     else:

@@ -9,7 +9,15 @@ from .layout import Layout
 from .rules import Lacking, Row, Shapes
 from .settings import Settings
 
+
+def _layer(found: re.Match) -> str:
+    """The authors number the layers of a U-Net that read text 1, 3, 5 and so on: those between read the picture."""
+    n = int(found[1])
+    return f"layers.{n // 2}." if n % 2 else found[0]
+
+
 TABLE: list[Row] = [
+    (r"^ip_adapter\.([1-9][0-9]{0,4})\.", _layer),
     (r"^ip_adapter_proj_model\.", "image_proj."),
     (r"^double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.", r"layers.\1.to_\2_ip."),
 ]
@@ -27,9 +35,7 @@ def recognise(keys: Shapes) -> str | None:
 
 
 def table(names: list[str], like: Config | None) -> list[Row]:
-    """The authors number the layers of a U-Net that read text 1, 3, 5 and so on: those between read the picture."""
-    n = len({m[1] for name in names if (m := re.match(r"ip_adapter\.(\d+)\.", name))})
-    return [*TABLE, *((rf"^ip_adapter\.{2 * i + 1}\.", f"layers.{i}.") for i in range(n))]
+    return TABLE
 
 
 def config(shapes: Shapes, like: Config | None) -> Config:

@@ -1,8 +1,10 @@
 """Foreign names and axes to ours. A row of a table is (pattern, target). Rows apply in order, each to the name that the
-last one made. A tuple of targets splits axis 0; None drops a key on purpose. At the end of a target, `.T` transposes,
-and `+0`, `+1`, ... are pieces of one parameter, which are laid end to end along axis 0."""
+last one made. A tuple of targets splits axis 0; None drops a key on purpose; a function gives what takes the place of
+the pattern. At the end of a target, `.T` transposes, and `+0`, `+1`, ... are pieces of one parameter, which are laid
+end to end along axis 0."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 from . import gguf
 from .source import Tensor
 
-Row = tuple[str, str | tuple[str, ...] | None]
+Row = tuple[str, str | tuple[str, ...] | Callable[[re.Match], str] | None]
 Named = list[tuple[str, Tensor]]  # a name can occur twice: then one of the two is reported, not lost
 
 

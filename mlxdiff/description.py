@@ -298,7 +298,8 @@ class Description:
         """The error to raise when numbers overflow. It names a dtype in which they do not."""
         dtype = self.recipe.dtype
         other = "bfloat16" if dtype == "float16" else "float32"
-        fix = f"Run it with `dtype={other!r}`." if dtype != other else "Its weights are damaged: fetch them again."
+        damaged = "Its weights, or those of a file beside it, are damaged: fetch them again."
+        fix = f"Run it with `dtype={other!r}`." if dtype != other else damaged
         return Error(f"{self.name} gave values that are not finite in {dtype}.", fix)
 
     def write(self, folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:

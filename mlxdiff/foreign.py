@@ -2,9 +2,9 @@
 terminal shows it."""
 
 import json
-import math
 import os
 import stat
+import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -26,8 +26,9 @@ def path(text: str | Path) -> Path:
 
 def check_regular(file: str | Path) -> None:
     """Raise OSError unless this is a regular file: reading a pipe or a device may never end."""
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise OSError(0, "it is not a regular file")
+    mode = os.stat(file).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(0, "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
 
 
 def read(file: Path, fix: str) -> bytes:
@@ -74,7 +75,7 @@ def fits(value, kind) -> bool:
         known = isinstance(value, dict) and needed <= value.keys() <= types.keys()
         return known and all(fits(v, types[name]) for name, v in value.items())
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # also of a whole number beyond it
     return type(value) is kind or (kind is type(None) and value is None)
 
 

@@ -131,7 +131,7 @@ _EXAMPLES = """examples:
   mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8
   mlxdiff generate "a lighthouse" -m sd15 --detect canny --control canny photo.png
   mlxdiff generate "a lighthouse" -m sdxl --reference ip-adapter-plus photo.png 0.6
-  mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
+  mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras
 """
 
 

@@ -190,7 +190,7 @@ class Request:
         it; `strength`: how much of a start image is redrawn."""
         for name in ("sampler", "schedule", "noise"):  # these names are looked up before `check` runs
             if (value := getattr(self, name)) is not None:
-                _text(name, value)
+                check_text(name, value)
         if self.sampler is None:
             sampler, schedule = _first(defaults.sampler, scheduler[0]), _first(defaults.schedule, scheduler[1])
         else:
@@ -237,9 +237,9 @@ class Request:
 
     def check(self, multiple: int) -> None:
         """Raise one Error, which names the setting, if a value is out of range."""
-        _text("prompt", self.prompt)
+        check_text("prompt", self.prompt)
         if self.negative is not None:
-            _text("negative prompt", self.negative)
+            check_text("negative prompt", self.negative)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("steps", self.steps, 1, 1000)
         _whole("count", self.count, 1, 1000)
@@ -329,7 +329,7 @@ class Request:
             if not isinstance(value, tuple | list | None):
                 raise Error(f"{name} {reprlib.repr(value)} is not a list.", 'Give a list, such as ["a.safetensors"].')
             for text in value or ():
-                _text("LoRA" if name == "loras" else "embedding", text)
+                check_text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
             _number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
 
@@ -346,7 +346,7 @@ class Request:
                 _number(f"{name} scale", guide.scale, 0, MAX_SCALE)
                 _span(f"{name} interval", guide.interval)
                 if guide.mode is not None:
-                    _text(f"mode of a {name}", guide.mode)
+                    check_text(f"mode of a {name}", guide.mode)
                 if guide.detect is not None and (name == "reference" or guide.detect not in DETECTORS):
                     near = did_you_mean(str(guide.detect), DETECTORS)
                     problem = f"detect {reprlib.repr(guide.detect)} makes no picture for a {name}."
@@ -496,7 +496,7 @@ def _first(*values):
     return next((v for v in values if v is not None), None)
 
 
-def _text(name: str, value) -> None:
+def check_text(name: str, value) -> None:
     if not isinstance(value, str):
         raise Error(f"The {name} is {type(value).__name__}, not text.", f"Give the {name} as a string.")
     try:

@@ -3,6 +3,7 @@ which hung, filled the memory or ended in a traceback before they were checked."
 
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 import mlxdiff
-from mlxdiff import builtin, console, convert, description, foreign, images, store
+from mlxdiff import builtin, console, convert, description, foreign, images, store, upscale
 from mlxdiff.convert import source
 from mlxdiff.errors import Error
 from mlxdiff.families import MODELS
@@ -55,6 +56,38 @@ def test_a_pipe_in_a_checkpoint_does_not_hang(tmp_path, name):
         convert.convert(folder, tmp_path / "out")
     except Error:
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("read", [store.fingerprint, lambda path: upscale.Upscaler(path, offline=True)])
+def test_a_pipe_is_no_network(tmp_path, read):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(Error, match="not a regular file"):
+        read(tmp_path / "x.safetensors")
+
+
+def test_an_adapter_of_very_many_layers_takes_linear_time(tmp_path):
+    """A row of the table for each layer took hours."""
+    shapes = {f"ip_adapter.{2 * i + 1}.to_k_ip.weight": (1, 1) for i in range(20_000)}
+    begin = time.perf_counter()
+    with pytest.raises(Error, match="has 20,000 layers"):
+        convert.open(checkpoints.sparse(tmp_path / "x.safetensors", shapes))
+    assert time.perf_counter() - begin < 5
+
+
+def test_a_vision_model_of_no_tensors_is_an_error(tmp_path):
+    with pytest.raises(Error, match="holds no tensor of"):
+        convert.open(checkpoints.sparse(tmp_path / "model.safetensors", {}), layout="vision")
+
+
+def test_a_whole_number_larger_than_any_float_is_no_float():
+    assert foreign.fits(10**300, float)
+    assert not any(foreign.fits(value, float) for value in (10**400, -(10**400), math.nan, math.inf, True))
+
+
+def test_a_picture_with_damaged_exif_is_read_without_a_word(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*" + b"\xff" * 30)
+    typed = [sys.executable, "-m", "mlxdiff.detect", str(tmp_path / "a.jpg"), "invert"]
+    assert subprocess.run(typed, check=True, capture_output=True, cwd=ROOT).stderr == b""
 
 
 def test_a_pipe_is_no_picture(tmp_path):

@@ -165,9 +165,17 @@ def test_nonsense_from_a_page_ends_nothing(visit, capsys):
         await socket.write_message(json.dumps({"id": view, "data": ask, "buffers": 0}))
         while page.studio.status != "KeyError: 99":
             await asyncio.sleep(0.02)
-        for nonsense in ("not json", "[]", '{"id": 3}', b"stray"):
+        capsys.readouterr()
+        good = {"id": view, "data": {"method": "custom"}, "buffers": 0}
+        wrong = ({"id": 3}, {"id": [view]}, {"data": None}, {"data": []}, {"buffers": -1}, {"buffers": 10**9})
+        wrong = ["[]", "3", "{}", *(json.dumps(good | w) for w in (*wrong, {"buffers": 0.0}, {"buffers": True}))]
+        for nonsense in ("not json", *wrong, "[" * 100_000, "9" * 5000, b"stray"):
             (lone := await page.join())
             await lone.write_message(nonsense, binary=isinstance(nonsense, bytes))
+            while await lone.read_message() is not None:  # until it is closed
+                pass
+            assert lone.close_code == 1008, nonsense[:80]
+        assert capsys.readouterr().err == ""
         assert (await page.get("", Cookie=page.cookie))[0] == 200
         assert threading.current_thread() is threading.main_thread()
 

@@ -2,7 +2,10 @@
 its file, the picture without the file. That gradients are those of peft is parity/test_tune.py's."""
 
 import json
+import os
 import re
+import resource
+import signal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +17,7 @@ from PIL import Image
 import mlxdiff
 from mlxdiff.convert import lora as reader
 from mlxdiff.errors import Error
-from mlxdiff.train import folder, tune
+from mlxdiff.train import fit, folder, tune
 from mlxdiff.train.__main__ import main
 
 STEPS, WORD = 24, "zork"
@@ -215,7 +218,13 @@ def stray_caption(place):
     (place / "b.txt").write_text("a house")
 
 
+def endless_caption(place):
+    picture(place / "a.png")
+    (place / "a.txt").write_text("word " * 5000)
+
+
 BAD = {
+    endless_caption: "The caption of .*a.png has 24,999 characters",
     empty: "holds no pictures",
     unreadable: "a.png cannot be read as a picture",
     without_caption: "a.png has no caption.*--prompt TEXT",
@@ -247,6 +256,11 @@ def refused(capsys, *args: str) -> str:
         ("--rank", "0"): "rank must be a whole number from 1 to 1024; 0 was given.",
         ("--rank", "100"): "Rank 100 is too high: ",
         ("--layers", "to_w"): "storybook has no layer 'to_w'. Did you mean ",
+        ("--seed", "-1"): "seed must be a whole number from 0 to",
+        ("--trigger", "\udcff"): "trigger '\\udcff' is not valid UTF-8.",
+        ("--images", "x" * 5000): "cannot be read: File name too long.",
+        ("--images", "~nosuchuser/x"): "names a home folder that does not exist.",
+        ("--sample", "a <lora:nowhere:1>"): "There is no LoRA 'nowhere'.",
         ("--rate", "nan"): "rate must be from 1e-09 to 1; nan was given.",
         ("--size", "60"): "Size 60 is not a multiple of 8",
         ("--class-prompt", "a house"): "there are none. Give a folder: --class-images FOLDER.",
@@ -259,6 +273,44 @@ def test_a_bad_setting_is_refused(rings, tmp_path, capsys, args, problem):
     said = refused(capsys, "-i", str(rings), "-o", str(out), "-p", "a thing", *args)
     assert problem in said
     assert not out.exists()
+
+
+def test_damaged_states_are_refused(rings, tmp_path, capsys):
+    typed = ["-i", str(rings), "-o", str(tmp_path / "out"), "-p", "a thing", "--size", "64", "--rank", "2"]
+    typed += ["--steps", "1"]
+    assert main(["lora", "-m", "storybook", "--dtype", "float32", *typed]) == 0
+    file = tmp_path / "out" / tune.RUN / "state.safetensors"
+    good, step = mx.load(str(file)), {"step": "1"}
+    mx.eval(good)  # before the file is written over
+    name = next(n for n in good if n.startswith("model."))
+    moment = next(n for n in good if n.startswith("optimizer.") and good[n].ndim == 2)
+    for changed, header, problem in (
+        ({name: mx.zeros((3, 3))}, step, "holds mlx.core.float32 (3, 3) in the place of"),
+        ({name: good[name] * np.nan}, step, "holds numbers that are not finite"),
+        ({moment: mx.array(1.0)}, step, "holds mlx.core.float32 () in the place of"),
+        ({}, {"step": "x"}, "invalid literal"),
+    ):
+        mx.save_safetensors(str(file), good | changed, header)
+        capsys.readouterr()
+        assert main(["lora", "-m", "storybook", "--dtype", "float32", *typed]) == 1
+        assert f"{file} cannot be continued: {problem}" in capsys.readouterr().err.replace("it holds", "holds")
+    file.unlink()
+    os.mkfifo(file)
+    assert main(["lora", "-m", "storybook", "--dtype", "float32", *typed]) == 1
+    assert "not a regular file" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """And no half of a file stays. A limit of the size stands for the disk."""
+    before, stop = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(Error, match=r"a\.safetensors cannot be written"):
+            fit.write_arrays(tmp_path / "a.safetensors", {"x": mx.zeros(1000)}, {})
+        assert not [*tmp_path.iterdir()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, stop)
 
 
 def test_a_folder_with_something_else_is_refused(rings, tmp_path, capsys):

@@ -37,6 +37,7 @@ _POLICY = "; ".join(
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     )
 )
+_MOST_PARTS = 16  # of a message; the page sends one at most
 _NOT_YOURS = "Open the address that `mlxdiff studio` printed when it started."
 
 
@@ -164,7 +165,7 @@ class _Socket(WebSocketHandler, _Guarded):
 
     def initialize(self, wire: Wire, **facts) -> None:
         super().initialize(**facts)
-        self.wire, self._head, self._parts = wire, None, []
+        self.wire, self._head, self._parts = wire, {}, []
 
     def open(self) -> None:
         self.set_nodelay(True)
@@ -181,11 +182,24 @@ class _Socket(WebSocketHandler, _Guarded):
 
     def on_message(self, message: str | bytes) -> None:
         if isinstance(message, str):
-            self._head, self._parts = json.loads(message), []
-        else:
+            self._head, self._parts = read_head(message), []
+        elif self._head:
             self._parts.append(message)
-        if len(self._parts) == self._head["buffers"]:
+        if not self._head:
+            self.close(1008, "This is no message of the studio's page.")
+        elif len(self._parts) == self._head["buffers"]:
             try:
                 self.wire.take(self, self._head, self._parts)
             except Exception:  # of a widget: the page stays connected, as in Jupyter
                 traceback.print_exc(file=sys.stderr)
+
+
+def read_head(text: str) -> dict:
+    """The JSON of a message; empty if no page of ours sends such a one."""
+    try:
+        head = json.loads(text)
+    except (ValueError, RecursionError):  # a number of 5000 digits, deep nesting
+        return {}
+    kinds = {"id": str, "data": dict, "buffers": int}
+    sound = isinstance(head, dict) and all(type(head.get(name)) is kind for name, kind in kinds.items())
+    return head if sound and 0 <= head["buffers"] <= _MOST_PARTS else {}

@@ -1,9 +1,8 @@
 """The right half of the studio, which ipywidgets cannot draw: canvas, progress, history, file drop, shortcuts.
 
 It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
-The page only sends messages. They are dicts whose `do` is generate, compare, cancel, view, restore, seed, begin (with
-a picture of the history), drop (with bytes), paint (with a picture of the history), mask (with bytes), outpaint or
-soften."""
+The page only sends messages. They are dicts whose `do` is generate, compare, cancel; view, restore, seed, begin, paint,
+before, enlarge, delete (with a picture of the history); drop, mask (with bytes); outpaint, soften (with numbers)."""
 
 import re
 import traceback
@@ -50,20 +49,27 @@ class View(anywidget.AnyWidget):
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 if unknown
     running = t.Bool(False).tag(sync=True)
     edits = t.Bool(False).tag(sync=True)  # whether the model edits the pictures it is given
+    uses = t.List().tag(sync=True)  # what a picture from the page may be for: dicts of name, label, why not ("")
     unpaintable = t.Unicode("").tag(sync=True)  # why this model draws no part of a picture anew; "" if it does
     paper = t.Dict().tag(sync=True)  # png, width, height: what is painted on; empty without a start picture
     mask = t.Dict({"id": "", "png": b""}).tag(sync=True)  # the paint, and who painted it
     around = t.Dict().tag(sync=True)  # sides, inner, step, blur: see Painting
     error = t.Dict().tag(sync=True)  # problem, fix, trace
-    shown = t.Dict().tag(sync=True)  # key, png, title, words, caption, name, path: the picture on the canvas
+    shown = t.Dict().tag(
+        sync=True
+    )  # key, png, title, words, caption, name, unenlargeable, began, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
     _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
+    _file: str | None = None  # which one
 
     def whole(self, message: dict, buffers: list) -> bytes | None:
         """Add a part of a dropped file; return the file when it is complete. A single large message would end the
-        connection to the kernel."""
-        self._parts = (*(self._parts if message["part"] else ()), bytes(buffers[0]))
+        connection to the kernel. Raises if another page drops one at the same time."""
+        kept = self._parts if message["part"] else ()
+        if len(kept) != message["part"] or (kept and self._file != message.get("file")):
+            raise Error("Two files were dropped at the same time.", "Drop them one after the other.")
+        self._parts, self._file = (*kept, bytes(buffers[0])), message.get("file")
         return b"".join(self._parts) if message["part"] + 1 == message["parts"] else None
 
     def say(self, text: str, progress: float = 0.0, aloud: bool = True) -> None:
@@ -99,6 +105,8 @@ class View(anywidget.AnyWidget):
             "words": picture.words(),
             "caption": picture.caption(),
             "name": path.name,
+            "unenlargeable": picture.unenlargeable(),
+            "began": bool(picture.request.pictures) and not picture.title,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
         }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from . import flux
 from .controlnet import Hint
@@ -32,7 +33,7 @@ class Config(flux.Config):
         """Whether it reads a sample of the latents, for which a seed draws noise, or their mean."""
         return True
 
-    def pixels(self, picture, mode: str | None):
+    def pixels(self, picture: np.ndarray, mode: str | None) -> np.ndarray:
         """What the VAE is shown of a picture in [-1, 1]."""
         return picture
 

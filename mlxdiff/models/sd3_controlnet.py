@@ -1,11 +1,12 @@
-"""ControlNets of Stable Diffusion 3 and 3.5, which read the latents of a picture: InstantX's, whose blocks read the text
-too, and Stability's for 3.5 large, whose blocks do not. net(x, t, **net.prepare(...), hint=...) -> residuals."""
+"""ControlNets of Stable Diffusion 3 and 3.5, which read the latents of a picture: InstantX's, whose blocks read the
+text too, and Stability's for 3.5 large, whose blocks do not. net(x, t, **net.prepare(...), hint=...) -> residuals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from . import sd3
 from .layers import adaptive_norm, gated, of_time
@@ -39,7 +40,7 @@ class Config(sd3.Config):
         """A picture's edges must be multiples of this."""
         return 1
 
-    def pixels(self, picture, mode: str | None):
+    def pixels(self, picture: np.ndarray, mode: str | None) -> np.ndarray:
         """What the VAE is shown of a picture in [-1, 1]. Stability's network for edges was trained on far too bright
         ones."""
         return (picture / 2 + 0.5) * 127.5 + 0.5 if mode == EDGES else picture

@@ -364,12 +364,12 @@ def network(path: Path, what: str, fix: str, *, dtype: str) -> nn.Module:
     from .. import convert
 
     try:
-        networks = convert.read(path, recipe.DTYPES[dtype])
+        held = convert.open(path)
+        if _ALONE[what] not in held.components:
+            raise Error(f"{path} is not {what} but {held.layout.title}.", fix)
+        return convert.read(path, recipe.DTYPES[dtype])[_ALONE[what]]
     except Error as e:  # convert would name checkpoints of models
         raise Error(e.problem, fix if e.fix == convert.KNOWN else e.fix) from None
-    if _ALONE[what] not in networks:
-        raise Error(f"{path} is not {what} but {', '.join(networks)}.", fix)
-    return networks[_ALONE[what]]
 
 
 def adapter_file(name: str, what: str, *, offline: bool) -> Path:
@@ -473,9 +473,13 @@ def fingerprint(path: Path) -> str:
     """Of a file, or of all weights in a folder."""
     seen = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        with open(file, "rb") as f:
-            while block := f.read(2**20):
-                seen.update(block)
+        try:
+            foreign.check_regular(file)
+            with open(file, "rb") as f:
+                while block := f.read(2**20):
+                    seen.update(block)
+        except OSError as e:
+            raise Error(f"{file} cannot be read: {e.strerror}.", "Give a .safetensors file.") from None
     return seen.hexdigest()[:16]
 
 

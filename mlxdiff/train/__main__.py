@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .. import blas, images
 from ..console import Parser, run, say
 from ..recipe import BITS, bits_of, default_dtype
+from ..request import Request
 from . import storybook as sb
 from .fit import same_run
 from .objective import PREDICTIONS
@@ -146,21 +147,25 @@ def _tune(args, run: Callable, flag: str) -> int:
     dtype = args.dtype or ("float32" if default_dtype() == "float32" else "bfloat16")
     blas.use_all_cores()
     pipe = load(args.model, bits=args.quantize, dtype=dtype, offline=args.offline)
+    for prompt in args.sample or ():
+        pipe.resolve(Request(prompt))  # a bad one is refused before the work
     made = run(pipe, tuning, args.out)
     for line in made.lines():
         say(line)
     say("Ctrl-C stops the run, and the same command continues it.")
     bar, mean = None, None
-    for report in made.steps():
-        if bar is None:
-            bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
-        mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
-        bar.set_postfix_str(f"loss {mean:.4f}, {tuning.batch / report.seconds:.2g} samples/s", refresh=False)
-        bar.update(1)
-        if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
-            made.sample(args.sample, report.step)
-    if bar is not None:
-        bar.close()
+    try:
+        for report in made.steps():
+            if bar is None:
+                bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
+            mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
+            bar.set_postfix_str(f"loss {mean:.4f}, {tuning.batch / report.seconds:.2g} samples/s", refresh=False)
+            bar.update(1)
+            if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
+                made.sample(args.sample, report.step)
+    finally:
+        if bar is not None:
+            bar.close()
     say(f"{made.file} is ready: mlxdiff generate PROMPT -m {args.model} {flag} {args.out}")
     return 0
 

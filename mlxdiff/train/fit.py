@@ -5,8 +5,10 @@ import csv
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +19,13 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from PIL import Image, ImageDraw
 
+from .. import foreign
 from ..errors import Error
 
 # Muon trains matrices between hidden layers; AdamW trains the first and last layers, embeddings, norms and biases.
 ENDS = ("conv_in", "conv_out", "quant_conv", "embedding.", "time_embedding.linear_1")
+
+_LINE = re.compile(r"(\d{1,9}),\d+(\.\d+)?(e[+-]\d\d)?,[^,]+,[^,]+$", re.ASCII)  # of the log: a step and its loss first
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ def rate_at(plan: Plan, step: int) -> float:
 def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: Plan, folder: Path) -> Iterator[Report]:
     """loss(model, *batch(step)) -> scalar. The model is trained in place; `averaged` reads its mean from the folder.
     What is frozen of a model is neither changed nor saved."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     chosen = optimizer(plan.optimizer, plan.weight_decay)
     chosen.init(model.trainable_parameters())
     mean = tree_map(mx.array, model.trainable_parameters())
@@ -76,7 +82,8 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
         start, mean = _restore(folder / "state.safetensors", model, chosen)
     gradient = nn.value_and_grad(model, loss)
     step, saved = start, start
-    _cut_log(folder / "log.csv", start)
+    with writing(folder):
+        _cut_log(folder / "log.csv", start)
     try:
         while step < plan.steps:
             began = time.perf_counter()
@@ -93,11 +100,11 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
             if not math.isfinite(report.loss):
                 saved = step  # the last state that is sound stays
                 raise Error(f"The loss of step {step} is not finite.", "Lower the rate, or continue with float32.")
-            with open(folder / "log.csv", "a", newline="") as file:
+            with writing(folder), open(folder / "log.csv", "a", newline="") as file:
                 csv.writer(file).writerow([step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
             if step - saved >= plan.save_every:
-                saved = step
                 _save(folder, model, chosen, mean, step)
+                saved = step
             yield report
     finally:
         if step > saved:
@@ -108,22 +115,40 @@ def same_run(folder: Path, settings: dict) -> None:
     """Raise unless the folder is empty or holds a run with the same settings: other settings would mix two runs. Then
     note them there."""
     file = folder / "recipe.json"
-    if file.exists():
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+    with writing(folder):
+        str(folder).encode()  # MLX writes no other names
+        if file.exists():
+            before = foreign.read_json(file, "Give a new folder.")
             changed = [k for k in settings if settings[k] != before.get(k)]
-        except (AttributeError, OSError, ValueError) as e:
-            raise Error(f"{file} cannot be read: {e}.", "Give a new folder.") from None
-        if changed:
-            stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
-            raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another --out.")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
-    try:
+            if changed:
+                stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
+                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another --out.")
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise Error(f"{folder} cannot be written: {e.strerror}.", "Give another --out.") from None
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Make one Error of whatever keeps a file of a run from being written."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as e:  # MLX raises the second, a name that no file can have the third
+        why = getattr(e, "strerror", None) or e
+        fix = "Check the free space and the permissions, or give another --out."
+        raise Error(f"{place} cannot be written: {why}.", fix) from None
+
+
+def write_arrays(file: Path, arrays: dict[str, mx.array], header: dict[str, str]) -> None:
+    """Write a .safetensors file completely or not at all, over an older one."""
+    part = file.with_name(f".{file.name}.new.safetensors")
+    with writing(file):
+        try:
+            mx.save_safetensors(str(part), arrays, header)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def averaged(model: nn.Module, folder: Path) -> nn.Module:
@@ -134,32 +159,41 @@ def averaged(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, step: int) -> None:
-    """Write the state beside the old one, then replace the old one: it is written completely or not at all."""
     trees = {"model": model.trainable_parameters(), "optimizer": chosen.state, "mean": mean}
     arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
-    mx.save_safetensors(str(folder / "state.new.safetensors"), arrays, {"step": str(step)})
-    os.replace(folder / "state.new.safetensors", folder / "state.safetensors")
-    plot(folder / "log.csv", folder / "loss.png")
+    write_arrays(folder / "state.safetensors", arrays, {"step": str(step)})
+    with writing(folder / "loss.png"):
+        plot(folder / "log.csv", folder / "loss.png")
 
 
 def _restore(path: Path, model: nn.Module, chosen: opt.Optimizer) -> tuple[int, dict]:
     def saved(name: str, tree: dict) -> dict:
-        return tree_map_with_path(lambda at, _: arrays[f"{name}.{at}"], tree)
+        return tree_map_with_path(lambda at, now: _alike(arrays[f"{name}.{at}"], now), tree)
 
     try:
+        foreign.check_regular(path)
         arrays, metadata = mx.load(str(path), return_metadata=True)
-        trained = model.trainable_parameters()
+        step, trained = int(metadata["step"]), model.trainable_parameters()
         model.update(saved("model", trained))
         chosen.state = saved("optimizer", chosen.state)
-        return int(metadata["step"]), saved("mean", trained)
+        return step, saved("mean", trained)
     except (KeyError, OSError, RuntimeError, ValueError) as e:
         raise Error(f"{path} cannot be continued: {e}.", "Start again in a new folder.") from None
 
 
+def _alike(found: mx.array, now: mx.array) -> mx.array:
+    """What is found in a saved state. Raises ValueError unless it can take the place of what is there now."""
+    if found.shape != now.shape or found.dtype != now.dtype:
+        raise ValueError(f"it holds {found.dtype} {found.shape} in the place of {now.dtype} {now.shape}")
+    if not mx.isfinite(found).all().item():
+        raise ValueError("it holds numbers that are not finite")
+    return found
+
+
 def _cut_log(path: Path, step: int) -> None:
-    """Remove log lines that are newer than the saved state."""
-    rows = path.read_text().splitlines()[1:] if path.exists() else []
-    kept = [r for r in rows if int(r.split(",")[0]) <= step]
+    """Remove log lines that are newer than the saved state, and what is no line of a log."""
+    rows = foreign.read_text(path, "Remove it.").splitlines()[1:] if path.exists() else []
+    kept = [r for r in rows if (m := _LINE.match(r)) and int(m[1]) <= step]
     path.write_text("\n".join(["step,loss,rate,seconds", *kept]) + "\n")
 
 

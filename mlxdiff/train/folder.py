@@ -11,6 +11,7 @@ from .. import foreign, images
 from ..errors import Error
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+_LONGEST = 20_000  # characters of a caption; encoders read a few hundred
 _BUCKETS = 16  # a bucket's edges are multiples of this fraction of the size, or of what the model needs
 
 
@@ -26,9 +27,13 @@ class Picture:
 def read(folder: Path, prompt: str | None, size: int, multiple: int, crop: bool) -> list[Picture]:
     """The pictures of a folder, checked before the work. prompt: for those without a .txt file. size: edge of a square
     of the area that each takes. multiple: of all edges. crop: all are cropped to the square."""
-    if not folder.is_dir():
-        raise Error(f"There is no folder {folder}.", "Give a folder of pictures.")
-    files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    try:
+        files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        raise Error(f"There is no folder {folder}.", "Give a folder of pictures.") from None
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise Error(f"{folder} cannot be read: {why}.", "Give a folder of pictures.") from None
     pictures = [f for f in files if f.suffix.lower() in _SUFFIXES]
     if not pictures:
         raise Error(f"{folder} holds no pictures.", f"Put some there, as {', '.join(_SUFFIXES)}.")
@@ -47,6 +52,8 @@ def _read(file: Path, prompt: str | None, size: int, multiple: int, crop: bool) 
     if not caption:
         what = f"{text} is empty" if text.exists() else f"{file} has no caption"
         raise Error(f"{what}.", f"Write one to {text.name} beside the picture, or give all one: `prompt=TEXT`.")
+    if len(caption) > _LONGEST:
+        raise Error(f"The caption of {file} has {len(caption):,} characters.", f"Use at most {_LONGEST:,}.")
     width, height = (size, size) if crop else bucket(image.size, size, multiple)
     return Picture(file, caption, width, height, images.fingerprint(image))
 

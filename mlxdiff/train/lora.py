@@ -2,7 +2,6 @@
 and first values as in peft."""
 
 import json
-import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +11,7 @@ import numpy as np
 from ..adapters import SidePath
 from ..description import Description
 from ..errors import Error, did_you_mean
+from .fit import write_arrays
 
 FILE = "pytorch_lora_weights.safetensors"
 MOST_RANK = 1024
@@ -99,7 +99,5 @@ def write(file: Path, tensors: dict[str, mx.array], header: dict[str, str], note
     header = header | {"mlxdiff": json.dumps(notes)}
     if notes.get("trigger"):
         header["modelspec.trigger_phrase"] = notes["trigger"]
-    part = file.with_name(f".{file.name}.new.safetensors")
-    mx.save_safetensors(str(part), tensors, header)
-    os.replace(part, file)
+    write_arrays(file, tensors, header)
     return file

@@ -15,12 +15,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import ImageOps
 
-from .. import conditioning, images, samplers, schedules
+from .. import conditioning, foreign, images, samplers, schedules
 from ..errors import Error
 from ..families.base import EMBEDDED, INPUT
 from ..networks import dtype_of
 from ..pipeline import Pipeline
-from ..request import Request
+from ..request import MAX_SEED, Request, check_text
 from . import folder as folders
 from . import lora, objective
 from .fit import Plan, Report, fit, same_run
@@ -54,17 +54,21 @@ class Tuning:
 
     def check(self) -> None:
         """Raise for a number out of range."""
-        whole = {"steps": 10**6, "batch": 1024, "rank": lora.MOST_RANK, "save_every": 10**6}
+        whole = {"steps": 10**6, "batch": 1024, "rank": lora.MOST_RANK, "save_every": 10**6, "seed": MAX_SEED}
         for name, most in whole.items():
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise Error(f"{name} must be a whole number from 1 to {most}; {value} was given.", f"Change `{name}`.")
+            value, least = getattr(self, name), int(name != "seed")
+            if not least <= value <= most:
+                problem = f"{name} must be a whole number from {least} to {most}; {value} was given."
+                raise Error(problem, f"Change `{name}`.")
         if not 0 <= self.warmup <= self.steps:
             raise Error(f"warmup must be from 0 to {self.steps} steps; {self.warmup} was given.", "Change `warmup`.")
         for name, low, high in (("rate", 1e-9, 1.0), ("alpha", 1e-3, 1e4), ("prior", 0.0, 100.0)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # NaN fails too
                 raise Error(f"{name} must be from {low:g} to {high:g}; {value:g} was given.", f"Change `{name}`.")
+        for name in ("prompt", "trigger", "class_prompt"):
+            if (value := getattr(self, name)) is not None:
+                check_text(name, value)
         if self.class_images is None and self.class_prompt is not None:
             fix = "Give a folder: `class_images=FOLDER`. `mlxdiff generate` draws such pictures."
             raise Error("class_prompt describes pictures of the class, and there are none.", fix)
@@ -158,9 +162,9 @@ def pictures(pipe: Pipeline, tuning: Tuning) -> list[list[Picture]]:
         raise Error(
             f"Size {size} is not a multiple of {multiple} up to 4096.", f"Use `size={pipe.description.defaults.size}`."
         )
-    sets = [folders.read(Path(tuning.images).expanduser(), tuning.prompt, size, multiple, tuning.crop)]
+    sets = [folders.read(foreign.path(tuning.images), tuning.prompt, size, multiple, tuning.crop)]
     if tuning.class_images is not None:
-        place = Path(tuning.class_images).expanduser()
+        place = foreign.path(tuning.class_images)
         sets.append(folders.read(place, tuning.class_prompt, size, multiple, tuning.crop))
     return sets
 
