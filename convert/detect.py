@@ -19,10 +19,7 @@ FOREIGN = [
         r"\.(lora_(down|up|mid|A|B)|lora|\w+_lora\d?\.(down|up)|hada_w\d.*|lokr_.*|oft_.*|dora_scale)(\.|$)|\.lora_linear_layer\.",
         "a LoRA",
     ),
-    (
-        r"^control_(layers|all_x_embedder)\.|^pos_embed_input\.proj\.",
-        "a ControlNet",
-    ),
+    (r"^control_(layers|all_x_embedder)\.", "a ControlNet"),
     (r"motion_modules\.", "an AnimateDiff motion module"),
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma model"),
     (r"(^|\.)siglip_embedder\.", "a Z-Image Omni model, which also reads pictures"),

@@ -41,6 +41,7 @@ def look(model: str, as_json: bool, **options) -> int:
     with ExitStack() as stack:
         try:
             path = stack.enter_context(store.original(model, half=True, offline=True))
+            path = next(iter(store.usual_loras(path)), path)
         except Error as e:  # the original is not here, which is no error if a copy is
             if not copies:
                 raise Error(e.problem, f"`mlxdiff convert {model} -o DIR` fetches it.") from None

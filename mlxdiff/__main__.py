@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     if helps or word.startswith("-") or (meant and " " not in word):  # anything else is a prompt
         names = f"Use one of {', '.join(COMMANDS)}."
         fix = names if helps or not meant else f"To draw it: mlxdiff generate {word}"
+        if word.startswith("-") and not helps:
+            meant, fix = "", f"To draw: mlxdiff generate {word} ..., or the prompt first: mlxdiff PROMPT {word} ..."
         print(f"mlxdiff: {word!r} is not a command. {meant}{fix}", file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS["generate"][0]).main(argv)

@@ -123,7 +123,8 @@ def _members(hint) -> tuple[type, ...]:
 def _error(what: str, unknown: list[str], hints: list[str], names: tuple[str, ...]) -> Error:
     fix = " ".join(h for h in hints if h)
     if not all(hints):
-        fix = f"{fix} The names are {', '.join(names)}.".strip()
+        known = ", ".join(n for n in names if not n.endswith(("_hash", "_hashes")))  # those are set by `resolve`
+        fix = f"{fix} The names are {known}.".strip()
     *most, last = unknown
     return Error(f"{what} {', '.join(most)}{' or ' if most else ''}{last}.", fix)
 

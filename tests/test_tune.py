@@ -290,6 +290,7 @@ def test_damaged_states_are_refused(rings, tmp_path, capsys):
         ({name: good[name] * np.nan}, step, "holds numbers that are not finite"),
         ({moment: mx.array(1.0)}, step, "holds mlx.core.float32 () in the place of"),
         ({}, {"step": "x"}, "invalid literal"),
+        ({}, {"step": "-5"}, "it is of step -5"),
     ):
         mx.save_safetensors(str(file), good | changed, header)
         capsys.readouterr()

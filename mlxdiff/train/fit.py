@@ -174,6 +174,8 @@ def _restore(path: Path, model: nn.Module, chosen: opt.Optimizer) -> tuple[int, 
         foreign.check_regular(path)
         arrays, metadata = mx.load(str(path), return_metadata=True)
         step, trained = int(metadata["step"]), model.trainable_parameters()
+        if step < 0:
+            raise ValueError(f"it is of step {step}")
         model.update(saved("model", trained))
         chosen.state = saved("optimizer", chosen.state)
         return step, saved("mean", trained)
@@ -199,7 +201,7 @@ def _cut_log(path: Path, step: int) -> None:
 
 def plot(log: Path, picture: Path) -> None:
     """Plot the loss over the steps, with a logarithmic axis: single steps in grey, their running mean in red."""
-    losses = [float(row["loss"]) for row in csv.DictReader(log.open())]
+    losses = [max(float(row["loss"]), 1e-9) for row in csv.DictReader(log.open())]  # 0 has no logarithm
     if len(losses) < 2:
         return
     means, mean = [], losses[0]
