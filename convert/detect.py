@@ -19,10 +19,7 @@ FOREIGN = [
         r"\.(lora_(down|up|mid|A|B)|lora|\w+_lora\d?\.(down|up)|hada_w\d.*|lokr_.*|oft_.*|dora_scale)(\.|$)|\.lora_linear_layer\.",
         "a LoRA",
     ),
-    (
-        r"^control_(layers|all_x_embedder)\.|^pos_embed_input\.proj\.",
-        "a ControlNet",
-    ),
+    (r"^control_(layers|all_x_embedder)\.", "a ControlNet"),
     (r"motion_modules\.", "an AnimateDiff motion module"),
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma model"),
     (r"(^|\.)siglip_embedder\.", "a Z-Image Omni model, which also reads pictures"),
@@ -48,6 +45,7 @@ UPSCALERS = [
 
 USE = {
     "a LoRA": "Name the model that it changes, and give the file as `loras=[FILE]`.",
+    "a textual inversion": "Name the model that draws, and give the file as `embeddings=[FILE]`.",
     FACE_ID: FACE_ID_FIX,
 }
 
@@ -65,7 +63,7 @@ def layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, bool]:
     keys = Shapes({name: tensor.shape for name, tensor in tensors.items()})
     for pattern, what in FOREIGN:
         if keys.has(pattern):
-            why = "no model by itself" if what == "a LoRA" else "not supported yet"
+            why = "no model by itself" if what in USE and what != FACE_ID else "not supported yet"
             raise Error(f"{path} is {what}, which is {why}.", USE.get(what, KNOWN))
     for pattern, what in UPSCALERS:
         if keys.has(pattern):

@@ -14,6 +14,7 @@ from ..errors import Error
 from ..families import FAMILIES
 from ..models import build
 from ..recipe import Recipe, component_dtype
+from ..spelling import as_flags
 from . import Checkpoint, Component, check, lora, open
 from .registry import LAYOUTS
 
@@ -40,6 +41,7 @@ def look(model: str, as_json: bool, **options) -> int:
     with ExitStack() as stack:
         try:
             path = stack.enter_context(store.original(model, half=True, offline=True))
+            path = next(iter(store.usual_loras(path)), path)
         except Error as e:  # the original is not here, which is no error if a copy is
             if not copies:
                 raise Error(e.problem, f"`mlxdiff convert {model} -o DIR` fetches it.") from None
@@ -126,7 +128,8 @@ _NAMES = {"single-file": "original names", "diffusers": "diffusers names", "conv
 
 
 def describe(facts: dict) -> str:
-    lines = [f"{facts['path']}: {_title(facts)}, {facts['variant']}, {_NAMES[facts['layout']]}"]
+    variant = f"{facts['variant']}, " if facts["family"] in FAMILIES else ""
+    lines = [f"{facts['path']}: {_title(facts)}, {variant}{_NAMES[facts['layout']]}"]
     for name, c in facts["components"].items():
         error = "" if c.get("error") is None else f", quantized with an error of {c['error']:.2%}"
         size = f"{c['bytes'] / 1e9:8.3f} GB {c['dtype']}{error}"
@@ -145,8 +148,9 @@ def describe(facts: dict) -> str:
             lines.append(f"  ... and {len(names) - _SHOWN} more ({title})")
     if facts.get("lacking"):
         lines.append(f"  not a whole model: no {', no '.join(facts['lacking'])}")
-    elif facts["family"] not in FAMILIES and not LAYOUTS[facts["family"]].use:
-        lines.append("  not a whole model: one network of it")
+    elif facts["family"] not in FAMILIES:
+        use = as_flags(LAYOUTS[facts["family"]].use)
+        lines.append(f"  to use it: {use[0].lower()}{use[1:]}" if use else "  not a whole model: one network of it")
     if facts.get("part_of") is not None:
         lines.append(f"  the whole is {facts['part_of']}")
     return "\n".join(lines)

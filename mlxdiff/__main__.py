@@ -9,16 +9,16 @@ from .errors import did_you_mean
 
 COMMANDS = {
     "generate": ("mlxdiff.generate", "draw a picture from a prompt"),
-    "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder"),
-    "inspect": ("mlxdiff.convert.inspect", "say what a checkpoint or a model folder holds"),
-    "bench": ("mlxdiff.bench.__main__", "measure time, memory and kernels"),
-    "detect": ("mlxdiff.detect.__main__", "make a control picture: edges, depth, grey, inverted"),
     "upscale": ("mlxdiff.upscale.__main__", "enlarge a picture"),
+    "detect": ("mlxdiff.detect.__main__", "make a control picture: edges, depth, grey, inverted"),
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),
+    "inspect": ("mlxdiff.convert.inspect", "say what a file or a model folder holds"),
+    "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder"),
     "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
     "train": ("mlxdiff.train.__main__", "train a LoRA on your pictures, or the built-in model from nothing"),
+    "bench": ("mlxdiff.bench.__main__", "measure time, memory and kernels"),
 }
 
 
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     if helps or word.startswith("-") or (meant and " " not in word):  # anything else is a prompt
         names = f"Use one of {', '.join(COMMANDS)}."
         fix = names if helps or not meant else f"To draw it: mlxdiff generate {word}"
+        if word.startswith("-") and not helps:
+            meant, fix = "", f"To draw: mlxdiff generate {word} ..., or the prompt first: mlxdiff PROMPT {word} ..."
         print(f"mlxdiff: {word!r} is not a command. {meant}{fix}", file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS["generate"][0]).main(argv)

@@ -14,24 +14,45 @@ OPTIONS = ("model", "bits", "dtype", "refiner", "taesd", "low_memory", "force", 
 OPTIONS += ("tokenizer", "prediction", "parts", "t5", "loras", "embeddings", "progress")
 # Names from diffusers and similar programs -> our names.
 THEIRS = {
+    "batch": "count",
+    "batch_count": "count",
     "batch_size": "count",
     "cfg": "guidance",
     "cfg_scale": "guidance",
+    "checkpoint": "model",
+    "ckpt": "model",
+    "control_image": "controls",
+    "controlnet": "controls",
+    "ddim_steps": "steps",
+    "denoise": "strength",
     "denoising_end": "refine_at",
     "denoising_start": "refine_at",
+    "denoising_strength": "strength",
     "generator": "seed",
     "guidance_rescale": "rescale",
     "guidance_scale": "guidance",
+    "image_path": "image",
     "init_image": "image",
+    "init_img": "image",
+    "ip_adapter": "references",
+    "ip_adapter_image": "references",
     "local_files_only": "offline",
+    "lora_path": "loras",
+    "lora_paths": "loras",
     "low_cpu_mem_usage": "low_memory",
+    "mask_image": "mask",
+    "n_iter": "count",
+    "n_samples": "count",
     "negative_prompt": "negative",
     "num_images": "count",
     "num_images_per_prompt": "count",
     "num_inference_steps": "steps",
     "num_steps": "steps",
+    "pretrained_model_name_or_path": "model",
     "quantization_config": "bits",
     "quantize": "bits",
+    "sampling_method": "sampler",
+    "scale": "guidance",
     "scheduler": "sampler",
     "skip_guidance_layers": "skip_layers",
     "skip_layer_guidance_scale": "skip_scale",
@@ -49,11 +70,17 @@ NEITHER = {
     "cache_dir": "set the environment variable MLXDIFF_CACHE",
     "callback": "loop over pipe.stream(...)",
     "callback_on_step_end": "loop over pipe.stream(...)",
+    "controlnet_conditioning_scale": "write the number behind the picture of `controls`",
     "device": "leave it out: MLX chooses the device",
     "device_map": "leave it out: MLX chooses the device",
+    "image_strength": "give `strength`, which is larger where more is drawn anew",
+    "ip_adapter_scale": "write the number behind the picture of `references`",
+    "lora_scale": "write the number behind the file: `loras=FILE:0.8`",
+    "lora_scales": "write the number behind the file: `loras=FILE:0.8`",
     "output_type": "leave it out: result.images are PIL images",
     "return_dict": "leave it out: a call returns a Result",
     "safety_checker": "leave it out: there is none",
+    "size": "give `width` and `height`",
     "token": "log in with `hf auth login`",
     "use_safetensors": "leave it out: pickles are never read",
     "variant": "leave it out: of several, the file without a suffix is read, then fp16",
@@ -96,7 +123,8 @@ def _members(hint) -> tuple[type, ...]:
 def _error(what: str, unknown: list[str], hints: list[str], names: tuple[str, ...]) -> Error:
     fix = " ".join(h for h in hints if h)
     if not all(hints):
-        fix = f"{fix} The names are {', '.join(names)}.".strip()
+        known = ", ".join(n for n in names if not n.endswith(("_hash", "_hashes")))  # those are set by `resolve`
+        fix = f"{fix} The names are {known}.".strip()
     *most, last = unknown
     return Error(f"{what} {', '.join(most)}{' or ' if most else ''}{last}.", fix)
 

@@ -113,7 +113,7 @@ class Attached:
             problem = "no kind was given" if mode is None else f"{mode!r} was given"
             first = f"`controls=[('{guide.model}:{modes[0]}', PICTURE)]`"
             raise Error(
-                f"{guide.model} reads several kinds of pictures; {problem}.",
+                f"{guide.model} must be told which kind of picture it reads; {problem}.",
                 f"Name one of {', '.join(modes)}: {first}.",
             )
         return mode
@@ -143,10 +143,10 @@ class Attached:
             self._networks.pop(path, None)
         return self._opened[key][1]
 
-    def encoded(self, request: Request) -> list[Image]:
-        """The pictures of the controls whose networks read latents."""
-        named = [guide for guide in request.controls if guide.model is not None]
-        return [self.picture(guide) for guide in named if self.control(guide)[1].reads_latents]
+    def encoded(self, request: Request) -> list[tuple[Image, Config, str | None]]:
+        """Of the controls whose networks read latents: the picture, the network's Config, the kind of picture."""
+        named = [(guide, self.control(guide)[1]) for guide in request.controls if guide.model is not None]
+        return [(self.picture(guide), config, guide.mode) for guide, config in named if config.reads_latents]
 
     def check_size(self, request: Request) -> None:
         """Raise unless the networks that guide can read pictures of a resolved request's size."""

@@ -32,12 +32,12 @@ def chosen(name: str | None) -> int:
 def adapters(name: str | None) -> int:
     """List the networks that guide a named model, or all models."""
     family = None if name is None else _model(name).family.name
-    print(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'hub id':62} licence")
+    print(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'licence':27} hub id")
     for (of, called), row in ADAPTERS.items():
         if family in (None, of):
             place = row.repo if row.file is None else f"{row.repo}/{row.file}"
             size, title = row.size + row.encoder, FAMILIES[of].title
-            print(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {place:62} {row.licence}")
+            print(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {row.licence:27} {place}")
     print('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
     print('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
     return 0
@@ -87,6 +87,8 @@ def one(name: str) -> int:
 
 
 def _model(name: str) -> Model:
+    if any(name == called for _, called in ADAPTERS):
+        raise Error(f"{name} guides a model, and is none itself.", "`mlxdiff models --adapters` lists such networks.")
     if name not in MODELS:
         raise Error(f"There is no model named {name!r}.", f"{did_you_mean(name, MODELS, 3)}`mlxdiff models` lists all.")
     return MODELS[name]

@@ -1,7 +1,7 @@
 """From a prompt to the conditions of the denoiser: tokenize it, read it with one text encoder after the other, join the
 results. The differences between families (which layer, pooled vector, size ids, T5) are in their TextPlan."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +15,13 @@ from .description import Description
 from .errors import Error
 from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
 from .guides import Guide
-from .models import flux_controlnet
+from .models import flux_controlnet, sd3_controlnet
 from .models.clip import CLIPText
 from .models.controlnet import Control, Union
 from .models.flux_controlnet import FluxControlNet
 from .models.layers import sinusoids
 from .models.qwen3 import Qwen3
+from .models.sd3_controlnet import SD3ControlNet
 from .models.t2i import Features, T2IAdapter
 from .models.t5 import T5Encoder
 from .request import Request
@@ -246,12 +247,14 @@ def control(
     pictures: list[mx.array],
     ts: list[float],
     texts: list[Text],
-    sides: Collection[str],
+    sides: dict[str, dict],
     times: tuple[float, float],
-) -> dict[str, Control | Features | flux_controlnet.Control]:
+    base: nn.Module,
+) -> dict[str, Control | Features | flux_controlnet.Control | sd3_controlnet.Control]:
     """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text, a
     T2I-Adapter none. guides: one, or several of a union. pictures: theirs, (1, H, W, 3) in [0, 1] each, or latents
-    where the network reads them. sides: those of the conditions. times: it is on from the first down to the second."""
+    where the network reads them. sides: the conditions. times: it is on from the first down to the second. base: the
+    denoiser."""
     scale, config = guides[0].scale, net.config
     if isinstance(net, T2IAdapter):
         features, on = [scale * f for f in net(pictures[0])], [s for s in sides if s != "uncond" or not request.guess]
@@ -264,6 +267,12 @@ def control(
         cond = prepare(model, net, request, ts, texts[-1:], False, **fixed)["cond"] | {"hint": net.hint(pixels)}
         blocks = model.net.double, model.net.single
         return {s: flux_controlnet.Control(net, cond, scale, times, s == "both", blocks) for s in sides}
+    if isinstance(net, SD3ControlNet):
+        vae, own = model.components["vae"], (base.pos_embed, sides["cond"]["pos"])
+        hint = net.hint(pictures[0], vae.scale, vae.shift)
+        conds = prepare(model, net, request, ts, texts, "both" in sides, base=own)
+        held = {side: cond | {"hint": hint} for side, cond in conds.items()}
+        return {s: sd3_controlnet.Control(net, cond, scale, times, model.net.layers) for s, cond in held.items()}
     if isinstance(net, Union):
         tasks, scales = [net.config.modes.index(g.mode) for g in guides], [g.scale for g in guides]
         hint, fixed = net.hints(pictures, tasks, [1.0] if len(guides) == 1 else scales), net.emphasis(tasks)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import unquote, urlsplit
 
+from .arguments import NEITHER, THEIRS
 from .errors import Error, did_you_mean
 from .foreign import shown
-from .spelling import as_flags
+from .spelling import as_flags, flag
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -30,12 +31,23 @@ class Parser(argparse.ArgumentParser):
         open_streams()
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
-            if flag is None:
+            typed = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+            if typed is None:
                 self.error(f"{unknown[0]!r} is not expected here")
-            meant = did_you_mean(flag, (f for f in self._option_string_actions if f.startswith("--")))
-            self.error(f"There is no flag {flag}. {meant}".rstrip(" ."))
+            self.error(f"There is no flag {typed}. {self._advice(typed)}".rstrip(" ."))
         return parsed, unknown
+
+    def _advice(self, typed: str) -> str:
+        """What to type instead of a flag that is misspelt, shortened or another program's; "" if it is like none."""
+        flags = {long: action for long, action in self._option_string_actions.items() if long.startswith("--")}
+        name = typed.lstrip("-").replace("-", "_").casefold()
+        if name in NEITHER:
+            return as_flags(NEITHER[name][0].upper() + NEITHER[name][1:])
+        ours = self._option_string_actions.get(flag(THEIRS[name])) if name in THEIRS else None
+        if ours is not None:
+            return f"Did you mean {next(f for f in ours.option_strings if f in flags)}?"
+        begun = [long for long in flags if long.startswith(typed.casefold())]
+        return f"Did you mean {begun[0]}?" if len(begun) == 1 else did_you_mean(typed, begun or flags)
 
     def error(self, message: str):
         stop = "" if message.endswith("?") else "."

@@ -26,8 +26,9 @@ def path(text: str | Path) -> Path:
 
 def check_regular(file: str | Path) -> None:
     """Raise OSError unless this is a regular file: reading a pipe or a device may never end."""
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise OSError(0, "it is not a regular file")
+    mode = os.stat(file).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(0, "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
 
 
 def read(file: Path, fix: str) -> bytes:

@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed; their seeds count up from it")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
+    g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
+
+    g = p.add_argument_group("from a picture")
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
     what = f"how much of a start image to redraw; 1 is all ({STRENGTH}, to outpaint {OUTPAINT}, for inpaint models 1)"
@@ -52,11 +55,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--no-keep", dest="keep", action="store_false", default=None, help=what)
     sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
     g.add_argument("--outpaint", type=int, nargs=4, metavar=sides, help="pixels to add around the start image")
-    what = "draw it, enlarge it and draw on: SCALE 2 doubles its edges; STRENGTH of the second pass is 0 to 1"
-    form = ("SCALE", "STRENGTH")
-    g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
-    what = "enlarge by this upscaler (mlxdiff upscale --help lists some): the finished picture, or that of --hires"
-    g.add_argument("--upscale", dest="upscaler", metavar="MODEL", help=what)
+
+    g = p.add_argument_group("guided by pictures")
     what = (
         "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file; no MODEL"
     )
@@ -70,7 +70,13 @@ def parser() -> argparse.ArgumentParser:
     what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it"
     form = ("[MODEL] IMAGE", "SCALE")
     g.add_argument("--reference", dest="references", action="append", nargs="+", metavar=form, help=what)
-    g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
+
+    g = p.add_argument_group("larger")
+    what = "draw it, enlarge it and draw on: SCALE 2 doubles its edges; STRENGTH of the second pass is 0 to 1"
+    form = ("SCALE", "STRENGTH")
+    g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
+    what = "enlarge by this upscaler (mlxdiff upscale --help lists some): the finished picture, or that of --hires"
+    g.add_argument("--upscale", dest="upscaler", metavar="MODEL", help=what)
 
     g = p.add_argument_group("how to draw it")
     g.add_argument("--steps", type=int, metavar="N", help="more steps are slower and finer (default: the model's)")
@@ -86,15 +92,15 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--skip-layers", type=int, nargs="+", metavar="N", help="SD3.5 medium: 7 8 9 draws firmer shapes")
     g.add_argument("--skip-scale", type=float, metavar="G", help="how far to push from the pass without them (2.8)")
     g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in which steps (0.01 0.2)")
-    many = "a file that changes the model, at a scale if it is not 1; may be given several times"
-    g.add_argument("--lora", dest="loras", action="append", metavar="FILE[:SCALE]", help=many)
-    many = "a word that is taught to CLIP (textual inversion); may be given several times"
-    g.add_argument("--embedding", dest="embeddings", action="append", metavar="FILE[=WORD]", help=many)
     g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: leave T5 out, for less memory")
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
     g = p.add_argument_group("with which model")
     g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder, .safetensors or .gguf ({DEFAULT})")
+    many = "a file that changes the model, at a scale if it is not 1; may be given several times"
+    g.add_argument("--lora", dest="loras", action="append", metavar="FILE[:SCALE]", help=many)
+    many = "a word that is taught to CLIP (textual inversion); may be given several times"
+    g.add_argument("--embedding", dest="embeddings", action="append", metavar="FILE[=WORD]", help=many)
     g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
     g.add_argument("--refine-at", type=float, metavar="F", help="fraction of the steps before the refiner begins (0.8)")
     g.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help=SMALLER)
@@ -131,7 +137,7 @@ _EXAMPLES = """examples:
   mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8
   mlxdiff generate "a lighthouse" -m sd15 --detect canny --control canny photo.png
   mlxdiff generate "a lighthouse" -m sdxl --reference ip-adapter-plus photo.png 0.6
-  mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras --steps 20
+  mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras
 """
 
 

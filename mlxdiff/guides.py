@@ -14,7 +14,9 @@ Picture = str | Path | Image
 # What makes a control picture of a photograph: the kinds of `mlxdiff.detect`.
 DETECTORS = ("canny", "depth", "grey", "invert")
 _MODE = re.compile(r"(.{2,}):([\w-]+)")  # two characters at least: C:\ is a disk
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _FORM = {"control": "[MODEL] IMAGE [SCALE [FROM TO]]", "reference": "[MODEL] IMAGE [SCALE]"}
+_LIKE = {"control": '("canny", "edges.png")', "reference": '("ip-adapter", "photo.png")'}
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,14 @@ class Guide:
 def guides(values, what: str) -> tuple[Guide, ...]:
     """Guides as a caller may write them: [("canny", "edges.png", 0.7)]. what: "control" or "reference"."""
     if not isinstance(values, list | tuple):
-        fix = f'Give a list, such as [("canny", "edges.png")]: {_FORM[what]} each.'
+        fix = f"Give a list, such as [{_LIKE[what]}]: {_FORM[what]} each."
         raise Error(f"{what}s is {type(values).__name__}, not a list.", fix)
+    if (
+        isinstance(values, tuple)
+        and values[1:]
+        and all(_number(v) is not None or isinstance(v, Picture) for v in values)
+    ):
+        raise Error(f"{what}s is one {what}, not a list.", f"Put brackets around it, as in `{what}s=[{_LIKE[what]}]`.")
     return tuple(_guide(value, what) for value in values)
 
 
@@ -73,6 +81,8 @@ def _guide(value, what: str) -> Guide:
         written = " ".join("a picture" if isinstance(w, Image) else str(w) for w in [*words, *numbers])
         raise Error(f"{written[:80]!r} is no {what}.", f"Give {_FORM[what]}.")
     model, image = (None, *words) if len(words) == 1 else words
+    if isinstance(model, Image) or Path("" if model is None else model).suffix.lower() in _PICTURES:
+        raise Error(f"The first word of a {what} names its network; it is {Guide(model)}.", f"Give {_FORM[what]}.")
     return Guide(image, model, *numbers[:1], **({"interval": tuple(numbers[1:])} if numbers[1:] else {}))
 
 

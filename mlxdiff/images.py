@@ -101,7 +101,8 @@ def _readable(source: str | Path | Image.Image) -> Iterator[tuple[str, Image.Ima
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check the path.") from None
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e  # else a buffer's address
+        why = getattr(e, "strerror", None) or e
+        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else why  # else a buffer's address
         fix = f"Give one of {', '.join(FORMATS)}."
         raise Error(f"{name} cannot be read as a picture: {why}.", fix) from None
 

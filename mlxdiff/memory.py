@@ -90,7 +90,8 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     wider = 1 if config.decoder_channels is None else config.decoder_channels[0] / config.channels[0]
 
     encode = max([_reads(m, request) for m in models] + [_sees(model, reader) for reader in workload.readers])
-    encodes = request.image is not None or bool(model.row.reads)
+    guided = any(not isinstance(network, int) and network.reads_latents for network in workload.beside)
+    encodes = request.image is not None or bool(model.row.reads) or guided
     if encodes:
         encode = max(encode, _encodes(workload, max(references, default=drawn), gpu))
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -334,7 +334,8 @@ class Pipeline:
         prompts = [request.prompt]
         if guided and not zeros:
             prompts.insert(0, "" if request.negative is None else request.negative)
-        key = (prompts, request.clip_skip, zeros, t5, request.loras, request.embeddings)
+        files = request.loras, request.lora_hashes, request.embeddings, request.embedding_hashes
+        key = (prompts, request.clip_skip, zeros, t5, *files)
         if self._texts is None or self._texts[0] != key:
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
@@ -419,11 +420,12 @@ class Pipeline:
         texts: list,
         sigmas: list[float],
         start: Start | None,
-        sides: Collection[str],
+        sides: dict[str, dict],
     ) -> Iterator[Event]:
         """What the networks that guide add to the conditions of each side. sigmas: those of the whole run."""
         latents = iter(() if start is None else start.hints)
         added, taken = {}, self.description.taken(request)
+        base = self.networks.get(self.description.family.denoiser)
         for path in self.attached.networks(request):
             yield Event("load", 0, 1, 0.0)
             begin = time.perf_counter()
@@ -438,7 +440,7 @@ class Pipeline:
             else:
                 cut = [self.starts.control(request, self.attached.picture(guide)) for guide in guides]
                 hints = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
-            found = conditioning.control(self.description, net, guides, request, hints, ts, texts, sides, times)
+            found = conditioning.control(self.description, net, guides, request, hints, ts, texts, sides, times, base)
             for side, control in found.items():
                 mx.eval(vars(control))
                 added.setdefault(side, []).append(control)

@@ -56,11 +56,12 @@ class Starts:
         """A control picture of a resolved request as its network reads it."""
         return pictures.control(request, self.pictures(request), picture)
 
-    def controls(self, request: Request, controls: list[Image.Image], draw: Callable[[], mx.array]) -> Iterator:
-        """Events, then the latents of control pictures: one sample for each seed. In diffusers too these draws come
-        before all others."""
-        pixels = [images.to_pixels(self.control(request, picture)) for picture in controls]
-        return (yield from self._encode(pixels, [partial(_sample, noise=draw()) for _ in controls]))
+    def controls(self, request: Request, controls: list[tuple], draw: Callable[[], mx.array]) -> Iterator:
+        """Events, then the latents of control pictures, each given with its network's Config and its kind: one sample
+        for each seed, or the mean. In diffusers too these draws come before all others."""
+        pixels = [c.pixels(images.to_pixels(self.control(request, picture)), mode) for picture, c, mode in controls]
+        hows = [partial(_sample, noise=draw()) if c.draws else _mean for _, c, _ in controls]
+        return (yield from self._encode(pixels, hows))
 
     def begin(
         self,

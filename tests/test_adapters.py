@@ -185,7 +185,8 @@ def test_inspect_says_what_a_lora_fits(pipe, tmp_path, capsys):
         "  fits storybook and models of the same shapes",
         "  trained on 'moss house', 'green'",
     ]
-    assert inspect.main([str(file), "--json"]) == 0
+    file = file.rename(tmp_path / "pytorch_lora_weights.safetensors")
+    assert inspect.main([str(tmp_path), "--json"]) == 0  # a folder, as training makes it
     assert json.loads(capsys.readouterr().out)["fits"] == ["storybook"]
     assert generate.main(["a house", "-m", str(file)]) == 1
     assert "is a LoRA, which is no model by itself. Name the model that it changes" in capsys.readouterr().err

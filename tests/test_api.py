@@ -87,6 +87,8 @@ WRONG = [
     ({"bits": 4}, "For bits, give `bits` to mlxdiff.load."),
     ({"output_type": "pil"}, "For output_type, leave it out"),
     ({"callback_on_step_end": print}, "pipe.stream"),
+    ({"mask_image": None}, "For mask_image, use `mask`."),
+    ({"controlnet_conditioning_scale": 0.5}, "write the number behind the picture of `controls`"),
     ({"Stpes": 4}, "For Stpes, use `steps`."),
     ({"STEPS": 4}, "For STEPS, use `steps`."),
     ({"colour": "red", "stpes": 4, "xyz": 1}, "no setting colour, stpes or xyz. For stpes, use `steps`. The names are"),

@@ -283,6 +283,8 @@ BAD = {
     # files that are no safetensors
     "empty": (lambda p: p.bytes(b""), "is empty"),
     "a web page": (lambda p: p.bytes(b"<!DOCTYPE html><html>sign in</html>"), "web page"),
+    "a PNG": (lambda p: p.bytes(b"\x89PNG\r\n\x1a\n" + bytes(40), "house.png"), "is a picture, not weights."),
+    "a WebP": (lambda p: p.bytes(b"RIFF\x20\x00\x00\x00WEBPVP8 " + bytes(40)), "is a picture, not weights."),
     "an LFS pointer": (lambda p: p.bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "LFS pointer"),
     "a .ckpt": (lambda p: p.bytes(b"PK\x03\x04", "model.ckpt"), "can run any code"),
     "a .pt": (lambda p: p.bytes(b"\x80\x02}q", "model.pt"), "can run any code"),

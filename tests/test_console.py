@@ -46,6 +46,14 @@ def typed(*words: str) -> Parser:
         (["--step=3"], "prog: There is no flag --step. Did you mean --steps? See prog --help."),  # not taken for it
         (["--colour"], "prog: There is no flag --colour. See prog --help."),
         (["draw", "--sede", "3"], "prog draw: There is no flag --sede. Did you mean --seed? See prog draw --help."),
+        (
+            ["--num-inference-steps=3"],
+            "prog: There is no flag --num-inference-steps. Did you mean --steps? See prog --help.",
+        ),
+        (["--quan"], "prog: There is no flag --quan. Did you mean --quantize? See prog --help."),
+        (["--guidance-scale"], "prog: There is no flag --guidance-scale. See prog --help."),  # it has no --guidance
+        (["--device"], "prog: There is no flag --device. Leave it out: MLX chooses the device. See prog --help."),
+        (["--size"], "prog: There is no flag --size. Give -W and -H. See prog --help."),
         (["draw", "more"], "prog draw: 'more' is not expected here. See prog draw --help."),
     ],
 )

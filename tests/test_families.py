@@ -47,6 +47,7 @@ def mentions(path: Path, name: str) -> list[int]:
 # network -> files of other networks that are built of its layers, or read with its rules
 REUSED = {"flux": {"convert/flux2.py", "mlxdiff/models/flux2.py", "mlxdiff/models/zimage.py"}}
 REUSED["flux"] |= {"convert/flux_controlnet.py", "mlxdiff/models/flux_controlnet.py"}
+REUSED["sd3"] = {"convert/sd3_controlnet.py", "mlxdiff/models/sd3_controlnet.py"}
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "zimage"])

@@ -1,6 +1,7 @@
 """Painting on the start picture without a browser: what the page sends, what it is told, files and requests."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +186,170 @@ def test_a_mask_without_a_picture_is_an_error_of_the_run(studio):
     studio.image, studio.mask = None, "start.png"
     with pytest.raises(Error, match="A mask needs a start image"):
         studio.generate().result(WAIT)
+
+
+# --- what a picture from the page is for, and those that guide
+
+
+def file_of(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def drop(studio, use: str, image: Image.Image) -> None:
+    send(studio, "drop", file_of(image), part=0, parts=1, use=use)
+
+
+def whys(studio) -> dict[str, str]:
+    return {use["name"]: use["why"] for use in studio.view.uses}
+
+
+def test_a_picture_is_taken_for_what_it_was_said_to_be(studio):
+    mask = painted(10, 10, 30, 20)
+    drop(studio, "mask", mask)
+    assert studio.request().mask == Path("pictures") / f"mask-{images.fingerprint(mask)}.png"
+    assert studio.strength == 1.0
+    drop(studio, "mask", painted(size=(64, 64)))
+    assert "another shape" in studio.status
+    assert studio.mask.name == f"mask-{images.fingerprint(mask)}.png"  # the earlier one stays
+    drop(studio, "begin", Image.new("RGB", (32, 32), "red"))
+    assert (studio.mask, studio.image.name[:6]) == (None, "begin-")
+    drop(studio, "restore", Image.new("RGB", (32, 32), "red"))
+    assert "carries no settings" in studio.status
+
+
+def test_what_the_model_cannot_take_is_grey_with_the_reason(studio):
+    assert whys(studio) == dict.fromkeys(("begin", "mask", "control", "reference", "restore"), "")
+    studio.image = None
+    assert whys(studio)["mask"] == "There is no start picture yet."
+    drop(studio, "mask", painted(1, 1, 2, 2))
+    assert (studio.status, studio.mask) == ("There is no start picture yet.", None)
+    studio._learn(fakes.describe("Z", "z-image-turbo"))
+    assert whys(studio)["reference"] == "fake takes no references."
+    drop(studio, "reference", painted())
+    assert studio.reference_guides == []
+    studio._learn(fakes.editor())
+    assert whys(studio)["mask"] == "fake edits: it takes no mask."
+
+
+def test_controls_and_references_have_rows_and_reach_the_request(studio):
+    rows = studio.controls.guides
+    drop(studio, "control", Image.new("RGB", (40, 30), "white"))
+    drop(studio, "control", Image.new("RGB", (30, 40), "white"))
+    drop(studio, "reference", Image.new("RGB", (20, 20), "green"))
+    first = rows["control"].rows[0]
+    names = [name for name, _ in first.network.options]
+    assert {"canny", "depth"} <= {*names}  # of the fake model's family
+    assert "ip-adapter" not in names
+    first.network.value, first.scale.value, first.begin.value, first.end.value = "depth", 0.7, 0.1, 0.8
+    assert rows["control"].rows[0] is first  # the row stays: a person has its slider in hand
+    rows["control"].rows[1].network.value = ""
+    rows["control"].rows[1].file.value = " mine.safetensors "
+    request = studio.generate().result(WAIT).request
+    guide, other = request.controls
+    assert (guide.model, guide.scale, guide.interval) == ("depth", 0.7, (0.1, 0.8))
+    assert images.read(guide.image).size == (40, 30)
+    assert (other.model, other.image.name[:6]) == ("mine.safetensors", "guide-")
+    assert request.references[0].model in rows["reference"].rows[0].network.label
+    assert "Control" in dict(studio.images[-1].words())
+
+    file = studio.images[-1].path
+    rows["control"].rows[0].remove.click()
+    assert [g.model for g in studio.control_guides] == ["mine.safetensors"]
+    studio.reference_guides = []
+    assert rows["reference"].layout.display == "none"
+    studio.load(file)
+    assert [(g.model, g.scale, str(g.image)) for g in studio.control_guides] == [
+        ("depth", 0.7, str(guide.image)),
+        ("mine.safetensors", 1.0, str(other.image)),
+    ]
+    assert (len(studio.reference_guides), studio.more) == (1, {})
+    studio.recall()
+    assert not [entry for entry in studio.view.history if "guide" in entry["title"]]
+
+
+def test_a_guide_whose_picture_is_gone_is_named_and_forgotten(studio):
+    studio.control_guides = [("canny", "gone.png", 0.7)]
+    assert studio.status.startswith("There is no picture at gone.png.")
+    assert studio.control_guides == []
+
+
+def test_a_model_that_reads_its_control_itself_names_no_network(studio):
+    studio._learn(fakes.describe("Canny", "flux-canny"))
+    drop(studio, "control", Image.new("RGB", (40, 30), "white"))
+    assert studio.control_guides[0].model is None
+    assert len(studio.controls.guides["control"].rows[0].children) == 3  # picture, remove, edges
+
+
+def test_edges_are_made_of_a_control_picture(studio, monkeypatch):
+    cv2 = pytest.importorskip("cv2", reason="OpenCV makes the edges: pip install .[control]")
+    photo = Image.new("RGB", (40, 30), "white")
+    photo.paste("black", (10, 10, 25, 20))
+    drop(studio, "control", photo)
+    studio.controls.guides["control"].rows[0].edges.click()
+    made = images.read(studio.control_guides[0].image)
+    np.testing.assert_array_equal(np.asarray(made)[..., 0], cv2.Canny(np.asarray(photo), 100, 200))
+
+
+def test_without_opencv_edges_are_grey_with_the_reason(studio, monkeypatch):
+    monkeypatch.setattr("mlxdiff.widgets.guide_rows.importlib.util.find_spec", lambda name: None)
+    drop(studio, "control", Image.new("RGB", (40, 30), "white"))
+    edges = studio.controls.guides["control"].rows[0].edges
+    assert edges.disabled
+    assert edges.tooltip.startswith("This needs OpenCV: pip install")
+
+
+# --- what is done with a picture of the history
+
+
+def test_enlarging_draws_the_same_again_at_twice_the_size(studio):
+    studio.image = None
+    first = studio.generate().result(WAIT).request
+    studio.prompt = "something else"
+    key = studio.view.history[-1]["key"]
+    send(studio, "enlarge", key=key)
+    studio._worker.submit("fake", None, lambda *_: None).result(WAIT)
+    again = studio.images[-1].request
+    assert again == replace(first, hires=(2.0, 0.5))
+    assert (studio.prompt, studio.view.shown["unenlargeable"]) == ("something else", "It was enlarged already.")
+    send(studio, "enlarge", key=studio.view.history[-1]["key"])
+    assert studio.status == "It was enlarged already."
+    again.resolve(fakes.DEFAULTS, ("euler", "leading"), "leading", 1, 8)  # a request that runs
+
+
+def test_what_cannot_be_enlarged_says_why(studio):
+    send(studio, "mask", paint(painted(10, 10, 30, 20)), id="page 1")
+    studio.generate().result(WAIT)
+    assert studio.view.shown["unenlargeable"].startswith("Only a part of it was drawn.")
+
+
+def test_a_deleted_picture_is_gone_from_the_folder_and_the_history(studio):
+    studio.image = None
+    studio.generate().result(WAIT)
+    first, second = studio.images
+    keys = [entry["key"] for entry in studio.view.history]
+    send(studio, "begin", key=keys[1])
+    send(studio, "delete", key=keys[1])
+    assert "is to begin with this one" in studio.status
+    studio.image = None
+    send(studio, "delete", key=keys[1])
+    assert (second.path.exists(), first.path.exists(), studio.images) == (False, True, [first])
+    assert ([e["key"] for e in studio.view.history], studio.view.shown["key"]) == ([keys[0]], keys[0])
+    send(studio, "delete", key=keys[0])
+    assert (studio.view.history, studio.view.shown, studio.controls.reuse.disabled) == ([], {}, True)
+
+
+def test_before_is_the_picture_that_a_run_began_with(studio, monkeypatch):
+    """At the size of the result, with what was added around it."""
+    send(studio, "outpaint", sides=[0, 0, 16, 0])
+    request = studio.generate().result(WAIT).request
+    sent = []
+    monkeypatch.setattr(studio.view, "send", lambda message, buffers: sent.append((message, buffers)))
+    assert studio.view.shown["began"]
+    send(studio, "before", key=studio.view.shown["key"])
+    ((message, (png,)),) = sent
+    assert message == {"do": "before", "key": studio.view.shown["key"]}
+    before = images.read(Image.open(io.BytesIO(png)))
+    assert before.size == (request.width, request.height) == (80, 48)
+    np.testing.assert_array_equal(np.asarray(before)[:, :64], np.asarray(images.read("start.png")))

@@ -145,6 +145,9 @@ def test_a_guide_is_on_in_the_steps_of_diffusers(steps, interval):
 
 BAD = [
     ({"controls": "edges.png"}, "controls is str, not a list. Give a list"),
+    ({"controls": ("canny", "edges.png")}, "is one control, not a list. Put brackets around it, as in `controls=[("),
+    ({"references": ("ip-adapter", "a.png", 0.5)}, "references is one reference, not a list"),
+    ({"controls": [("edges.png", "canny")]}, "The first word of a control names its network; it is edges.png. Give"),
     ({"controls": [("a", "b", "c")]}, "'a b c' is no control. Give [MODEL] IMAGE [SCALE [FROM TO]]"),
     ({"controls": [("a", 1, 0)]}, "'a 1.0 0.0' is no control"),
     ({"controls": [5]}, "'5' is no control"),

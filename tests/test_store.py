@@ -193,6 +193,11 @@ def test_full_disk_is_told_before_the_conversion(cache, tmp_path, monkeypatch):
         store.resolve(tmp_path / "model", dtype="float32", bits=4)
 
 
+def test_a_tokenizer_that_is_not_there_is_refused(cache, tmp_path):
+    with pytest.raises(Error, match="There is no folder"):
+        store.resolve(folder(tmp_path / "a"), tokenizer=tmp_path / "none")
+
+
 def test_the_shards_of_an_index_count(cache, tmp_path):
     index, shard = tmp_path / "unet.safetensors.index.json", tmp_path / "unet-00001-of-00001.safetensors"
     index.write_text("{}", encoding="utf-8")

@@ -473,7 +473,7 @@ def test_a_stochastic_sampler_s_eta_is_not_carried_to_another(studio):
 def test_a_dropped_picture_of_ours_restores_everything(studio, tmp_path):
     request = draw(studio, prompt="a boat", more={"clip_skip": 2}).request
     other = Studio("fake", worker=studio._worker)
-    heard(other, do="drop", part=0, parts=1, begin=False, data=studio.images[0].path.read_bytes())
+    heard(other, do="drop", part=0, parts=1, use="restore", data=studio.images[0].path.read_bytes())
     assert other.generate().result(WAIT).request == request
 
 
@@ -482,11 +482,11 @@ def test_a_file_in_parts_is_put_together(studio):
     draw(studio, prompt="a boat")
     data = studio.images[0].path.read_bytes()
     other = Studio("fake", worker=studio._worker)
-    heard(other, do="drop", part=0, parts=3, begin=False, data=b"something left behind")
+    heard(other, do="drop", part=0, parts=3, use="restore", data=b"something left behind")
     for part in range(3):
         assert other.prompt != "a boat"
         end = part * 300 + 300 if part < 2 else None
-        heard(other, do="drop", part=part, parts=3, begin=False, data=data[part * 300 : end])
+        heard(other, do="drop", part=part, parts=3, use="restore", data=data[part * 300 : end])
     assert other.prompt == "a boat"
 
 
@@ -520,7 +520,7 @@ def test_a_picture_without_settings_says_so(studio):
     with pytest.raises(Error, match=r"^The picture cannot be read as a picture: its format is not known\."):
         studio.load(b"not a picture")
     with pytest.raises(Error, match=r"^The file cannot be read"):
-        heard(studio, do="drop", part=0, parts=1, begin=True, data=b"not a picture")
+        heard(studio, do="drop", part=0, parts=1, use="begin", data=b"not a picture")
 
 
 def test_a_file_that_is_gone_is_named(studio):
@@ -543,7 +543,7 @@ def bare(width=96, height=48) -> bytes:
 def test_a_picture_without_settings_becomes_the_start_picture(studio, tmp_path):
     """Width and height take its shape, at no more pixels than the model's default size; the file is kept unchanged."""
     draw(studio)
-    heard(studio, do="drop", part=0, parts=1, begin=False, data=bare())
+    heard(studio, do="drop", part=0, parts=1, use="begin", data=bare())
     assert studio.image.read_bytes() == bare()
     assert (studio.width, studio.height) == (88, 48)  # 64 x 64 pixels make 90.5 x 45.3, in multiples of 8
     assert studio.controls.start_picture.layout.display is None
@@ -576,10 +576,10 @@ def test_a_picture_with_settings_restores_them_unless_it_is_to_be_the_start_pict
     draw(studio, prompt="a boat")
     png = studio.images[0].path.read_bytes()
     studio.prompt = "another"
-    heard(studio, do="drop", part=0, parts=1, begin=True, data=png)
+    heard(studio, do="drop", part=0, parts=1, use="begin", data=png)
     assert (studio.prompt, studio.status) == ("another", "The next picture begins with this one")
     assert studio.image.read_bytes() == png
-    heard(studio, do="drop", part=0, parts=1, begin=False, data=png)
+    heard(studio, do="drop", part=0, parts=1, use="restore", data=png)
     assert (studio.prompt, studio.image, studio.status) == ("a boat", None, "Settings restored")
     heard(studio, do="begin", key=0)
     assert studio.image == studio.images[0].path
@@ -588,7 +588,7 @@ def test_a_picture_with_settings_restores_them_unless_it_is_to_be_the_start_pict
 def test_restoring_brings_back_the_start_picture(studio):
     first = draw(studio, image=Image.new("RGB", (32, 32)), strength=0.5).request
     assert first.image.size == (32, 32)
-    heard(studio, do="drop", part=0, parts=1, begin=True, data=bare())
+    heard(studio, do="drop", part=0, parts=1, use="begin", data=bare())
     drawn = draw(studio, strength=0.3).request
     studio.image, studio.strength = None, 0.9
     heard(studio, do="restore", key=1)
@@ -606,7 +606,7 @@ def test_a_model_that_edits_takes_several_pictures(studio):
     shown, why = studio.controls.start_picture, studio.controls.why
     draw(studio, model="editor")
     for width in (96, 48):
-        heard(studio, do="drop", part=0, parts=1, begin=False, data=bare(width))
+        heard(studio, do="drop", part=0, parts=1, use="begin", data=bare(width))
         assert studio.status == "The next picture edits this one"
     first, second = studio.image
     assert (len(shown.remove), shown.sizes, studio.view.edits) == (2, [(96, 48), (48, 48)], True)
@@ -616,7 +616,7 @@ def test_a_model_that_edits_takes_several_pictures(studio):
         "This model edits: it takes no strength and no mask.",
     )
     with pytest.raises(Error, match="editor takes at most 2 pictures to edit"):
-        heard(studio, do="drop", part=0, parts=1, begin=True, data=bare(40))
+        heard(studio, do="drop", part=0, parts=1, use="begin", data=bare(40))
     request = draw(studio).request
     assert (request.image, request.strength) == ((first, second), None)
     assert (request.width, request.height) == (96, 48)

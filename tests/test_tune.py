@@ -41,8 +41,8 @@ def rings(tmp_path_factory):
     return place
 
 
-def tuning(rings, **settings) -> tune.Tuning:
-    return tune.Tuning(str(rings), **{"prompt": f"a {WORD}", "size": 64, "rank": 4, "batch": 2} | settings)
+def tuning(rings, **settings) -> tune.LoraTuning:
+    return tune.LoraTuning(str(rings), **{"prompt": f"a {WORD}", "size": 64, "rank": 4, "batch": 2} | settings)
 
 
 def drawn(pipe, prompt, *loras) -> np.ndarray:
@@ -138,8 +138,8 @@ def test_it_trains_over_four_bits(rings, tmp_path):
     small = mlxdiff.load("storybook", bits=4, dtype="float32")
     run = tune.LoraRun(small, tuning(rings, steps=3, rate=5e-3, alpha=8.0), tmp_path / "run")
     assert any(isinstance(layer.layer, nn.QuantizedLinear) for layer in run.made.values())
-    data = tune.encode(small, run.sets[0], run.tuning)
-    part = tune.Objective(small.description, 64).part(data, np.random.default_rng(0), 2)
+    (data,) = run.encoded()
+    part = tune.Objective(small.description).part(data, np.random.default_rng(0), 2)
     _, quantized = nn.value_and_grad(run.net, tune.loss)(run.net, [part])
     dense = tune.LoraRun(small, tuning(rings, steps=3, rate=5e-3, alpha=8.0), tmp_path / "dense")
     for layer in dense.made.values():
@@ -167,8 +167,9 @@ def test_pictures_of_the_class_count_by_their_weight(pipe, rings, tmp_path):
     run = tune.LoraRun(
         pipe, tuning(rings, class_images=str(rings), class_prompt="a house", prior=0.5, steps=1), tmp_path / "run"
     )
-    sets = [tune.encode(pipe, s, run.tuning, w) for s, w in zip(run.sets, (1.0, 0.5), strict=True)]
-    aim = tune.Objective(pipe.description, 64)
+    sets = run.encoded()
+    assert [data.weight for data in sets] == [1.0, 0.5]
+    aim = tune.Objective(pipe.description)
     parts = [aim.part(data, np.random.default_rng(i), 2) for i, data in enumerate(sets)]
     one, other = (tune.loss(run.net, [p._replace(weight=1.0)]).item() for p in parts)
     assert abs(tune.loss(run.net, parts).item() - (one + 0.5 * other)) < 1e-5

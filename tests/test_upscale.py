@@ -236,7 +236,7 @@ BAD = {
     "a file that is gone": ([], gone, "There is no upscaler, file or folder 'x2.safetensors'"),
     "a file that is cut": ([], cut, "x2.safetensors is cut short"),
     "a named one, offline": (["a.png", "-m", "realesrgan-x4plus", "--offline"], None, "real_esrgan is not on this"),
-    "a model": (["a.png", "-m", str(mlxdiff.builtin.FOLDER)], None, "is not an upscaler but text_encoder"),
+    "a model": (["a.png", "-m", str(mlxdiff.builtin.FOLDER)], None, "is not an upscaler but Stable Diffusion 1.x."),
     "too large to hold": (["a.png"], lambda h: None, "machine has 0.0"),
 }  # fmt: skip
 
@@ -266,7 +266,7 @@ def test_an_upscaler_is_no_model(here, capsys):
     said = capsys.readouterr().err
     assert "is an ESRGAN upscaler, which is no model by itself. Enlarge pictures with it: --upscale FILE" in said
     assert generate(["a house", "--taesd", "x2.safetensors", "--preview-dir", "p"]) == 1
-    assert "is not a TAESD but upscaler" in capsys.readouterr().err
+    assert "is not a TAESD but an ESRGAN upscaler" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from ..errors import Error
 from ..families import MODELS
 from ..recipe import BITS
 from ..request import MAX_SEED
+from .guide_rows import GuideRows
 from .known import MULTIPLE, SHAPES, Known
-from .settings import FIELDS, ignored, presets
+from .settings import FIELDS, GUIDES, ignored, presets
 from .start_picture import StartPicture
 
 _ANOTHER = ""
@@ -43,6 +44,7 @@ class Controls(w.VBox):
         self.words = Words()
         self.start_picture = StartPicture()
         self.strength = self.start_picture.strength
+        self.guides = {what: GuideRows(what) for what in GUIDES}
         self.generate = w.Button(description="Generate", tooltip="Draw this (Ctrl+Enter)", button_style="primary")
         self.cancel = w.Button(description="Cancel", tooltip="Stop the running picture (Esc)", disabled=True)
         self.clear = w.Button(description="Cancel all", tooltip="Stop the running picture and empty the queue")
@@ -79,9 +81,8 @@ class Controls(w.VBox):
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
         self.compare = Compare()
         go = w.HBox([self.generate, self.cancel, self.clear]).add_class("mlxdiff-go")
-        ask = w.VBox([self.prompt, self.words, self.negative, self.why, self.start_picture, go]).add_class(
-            "mlxdiff-ask"
-        )
+        pictures = [self.start_picture, *self.guides.values()]
+        ask = w.VBox([self.prompt, self.words, self.negative, self.why, *pictures, go]).add_class("mlxdiff-ask")
         settings = w.VBox(
             [
                 self.model,

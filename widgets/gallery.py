@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import images
+from .. import images, pictures
 from ..errors import Error
 from ..request import Request
 
@@ -51,6 +51,28 @@ class Picture:
         guidance = "" if r.guidance is None else f" · guidance {r.guidance:g}"
         return f"seed {r.seed} · {r.width} × {r.height} · {r.steps} steps of {r.sampler}{guidance}"
 
+    def before(self) -> bytes:
+        """A PNG of the picture that it began with or edited, as it was cut for the run."""
+        r, out = self.request, io.BytesIO()
+        if r.strength is None:  # an edit
+            image = images.read(r.pictures[0])
+        else:
+            canvas = pictures.canvas(r, pictures.read(r))
+            image = canvas.image if canvas.whole is None else canvas.whole.image
+        image.save(out, "PNG", compress_level=1)
+        return out.getvalue()
+
+    def unenlargeable(self) -> str:
+        """Why it cannot be drawn again in two passes, the second at twice the size; "" if it can."""
+        r = self.request
+        if self.title:
+            return "A comparison is not drawn in one run."
+        if r.hires is not None:
+            return "It was enlarged already."
+        if r.masked:
+            return "Only a part of it was drawn. Begin with it, and enlarge what is drawn then."
+        return "A model that edits does not enlarge." if r.pictures and r.strength is None else ""
+
     def words(self) -> list[tuple[str, str]]:
         """What it was drawn from, each with a name: the prompts, and the pictures that it began with or edited."""
         r, out = self.request, []
@@ -58,13 +80,15 @@ class Picture:
             out.append(("Prompt", r.prompt))
         if r.negative:
             out.append(("Negative prompt", r.negative))
-        names = [Path(p).name if isinstance(p, str | Path) else "a picture" for p in r.pictures]
+        names = [_name(picture) for picture in r.pictures]
         if names:
             edited = r.strength is None
             out.append(("Edited", ", ".join(names)) if edited else ("Start picture", names[0]))
             out += [] if edited else [("Strength", f"{r.strength:g}")]
         if r.mask is not None:
-            out.append(("Mask", Path(r.mask).name if isinstance(r.mask, str | Path) else "a picture"))
+            out.append(("Mask", _name(r.mask)))
+        for what, guides in (("Control", r.controls), ("Reference", r.references)):
+            out += [(what, f"{_name(guide.image)}, scale {guide.scale:g}") for guide in guides]
         if any(r.outpaint):
             out.append(("Added around", ", ".join(map(str, r.outpaint))))
         return out
@@ -74,6 +98,10 @@ class Picture:
             return self.path.read_bytes()
         except OSError as e:
             raise Error(f"{self.path} cannot be read: {e.strerror}.", "Was it moved? Draw it again.") from None
+
+
+def _name(picture: str | Path | Image.Image) -> str:
+    return Path(picture).name if isinstance(picture, str | Path) else "a picture"
 
 
 def writable(folder: str | Path) -> Path:

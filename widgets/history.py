@@ -9,7 +9,7 @@ from PIL import Image
 from .. import images
 from ..errors import Error
 from .gallery import COMPARISON, Picture, thumbnail
-from .start_picture import START
+from .start_picture import GUIDE, START
 from .view import STRIP, View
 
 
@@ -31,10 +31,25 @@ class History:
     def show(self, key: int) -> None:
         self._view.show(key, self._pictures[key])
 
+    def delete(self, key: int) -> None:
+        """Delete a picture's file, and show the newest of the others."""
+        path = self._pictures[key].path
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            raise Error(f"{path} cannot be deleted: {e.strerror}.", "Delete it yourself.") from None
+        self._pictures.pop(key)
+        self._view.history = [entry for entry in self._view.history if entry["key"] != key]
+        if self._view.history:
+            self.show(self._view.history[-1]["key"])
+        else:
+            self._view.shown = {}
+
     def recall(self, folder: str | Path) -> None:
         """Put the newest pictures of the folder before those in the strip. Files without settings are left out."""
         here = {picture.path for picture in self._pictures.values()}
-        found = [p for p in Path(folder).resolve().glob("*.png") if not p.name.startswith(START) and p not in here]
+        found = [p for p in Path(folder).resolve().glob("*.png") if not p.name.startswith((START, GUIDE))]
+        found = [p for p in found if p not in here]
         earlier = []
         for path in sorted(found, key=lambda p: p.stat().st_mtime_ns)[-STRIP:]:
             with suppress(Error):

@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import advice, families, images
 from ..advice import Machine
 from ..description import Description, published
-from ..families import MODELS, Defaults
+from ..families import ADAPTERS, MODELS, Defaults
 from ..memory import Workload, peak
 from ..recipe import recipe
 from ..request import Request
@@ -48,6 +48,24 @@ class Known:
         """Whether the model was made to draw a part of a picture anew, and draws nothing else."""
         model = self.description
         return model is not None and model.row.inpaints
+
+    @property
+    def reads_control(self) -> bool:
+        """Whether the model itself reads a control picture, without a network beside it."""
+        model = self.description
+        return model is not None and "control" in model.row.reads
+
+    @property
+    def takes_references(self) -> bool:
+        """Whether a reference picture may guide the model, as far as it is known."""
+        model = self.description
+        return model is None or bool(model.family.references)
+
+    def networks(self, role: str) -> list[str]:
+        """The names of networks that guide the model. role: "control" or "reference"."""
+        model = self.description
+        family = None if model is None else model.family.name
+        return [name for (of, name), row in ADAPTERS.items() if (of, row.role) == (family, role)]
 
     @property
     def multiple(self) -> int:

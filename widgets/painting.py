@@ -10,7 +10,7 @@ from .. import images, pictures
 from ..errors import Error
 from ..request import OUTPAINT, STRENGTH, Request
 from .settings import Settings
-from .start_picture import StartPicture
+from .start_picture import StartPicture, opened
 from .view import View
 
 MASK = "mask-"  # how the names of masks' files begin
@@ -81,6 +81,12 @@ class Painting:
         self._shown = images.fingerprint(mask) if painted else None
         self._view.mask = {"id": sender, "png": png}
         self._set("mask", write_mask(mask, folder) if painted else None)
+
+    def take_file(self, data: bytes, folder: Path) -> None:
+        """Take a picture from the page as the mask: white where the start picture is drawn anew."""
+        mask = images.read(opened(data), ground="black").convert("L")
+        pictures.read(Request("", image=self._studio.image, mask=mask))  # its shape is checked before it is saved
+        self._set("mask", write_mask(mask, folder))
 
     def take_around(self, sides: list) -> None:
         """Take the pixels that are to be added at the left, top, right and bottom."""

@@ -14,6 +14,7 @@ from ..description import Description
 from ..errors import Error
 from ..families import DEFAULT, MODELS, Defaults
 from ..families.base import SECOND_PASS
+from ..guides import Guide, guides
 from ..memory import Workload
 from ..request import STRENGTH, Request, asked
 from .known import Known, estimate, fit
@@ -31,6 +32,7 @@ FIELDS: dict[str, Callable] = {
     "prompt": str,
     "negative": str,
 }
+GUIDES = {"control": "control_guides", "reference": "reference_guides"}
 PART = ("mask", "mask_blur", "outpaint")  # what is drawn anew of the start picture
 _BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
 _QUICK, _FINE = 0.4, 2.0  # times the model's default number of steps
@@ -73,7 +75,7 @@ def unusual(request: Request, model: Description | None) -> dict:
         defaults["clip_skip"] = model.family.clip_skip
     if request.sampler is not None:
         defaults["eta"] = samplers.SAMPLERS[dialects.sampler(request.sampler)[0]].eta
-    shown = (*FIELDS, "count", "image", "image_hash", *PART, "mask_hash")
+    shown = (*FIELDS, "count", "image", "image_hash", *PART, "mask_hash", "controls", "references")
     others = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
     return {n: v for n, v in others.items() if v not in (getattr(plain, n), defaults.get(n))}
 
@@ -98,6 +100,8 @@ class Settings(t.HasTraits):
     mask = t.Any(None, help="where the start picture is drawn anew: a path or a PIL image, white there; or 'alpha'")
     mask_blur = t.Float(0.0, help="softens the edge of the mask, in pixels of the result")
     outpaint = t.Tuple((0, 0, 0, 0), help="pixels to add to the start picture at the left, top, right and bottom")
+    control_guides = t.List(help="Request's controls: Guides or tuples, such as ('canny', 'edges.png', 0.7)")
+    reference_guides = t.List(help="Request's references: Guides or tuples, such as ('ip-adapter', 'photo.png', 0.6)")
     more = t.Dict(help="the Request's fields that have no control, such as {'clip_skip': 2}")
     folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
     options = t.Dict(help="arguments of mlxdiff.load, such as {'bits': 8}")
@@ -113,23 +117,35 @@ class Settings(t.HasTraits):
         values["strength"] = None if self.image is None or self._known.edits else self.strength
         if not self._known.edits:
             values |= {n: getattr(self, n) for n in PART if n != "mask_blur" or self.masked}
+        values |= {f"{what}s": tuple(getattr(self, name)) for what, name in GUIDES.items()}
         if self._known.defaults is None:
             values |= {n: None for n in _BY_MODEL if values[n] == self._before[n]}
         return asked(values.pop("prompt"), values | self.more)
 
     def restore(self, request: Request, model: str | None = None) -> None:
         """Take over all settings of a request, and its model if one of that name can be opened here."""
-        published = {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
-        known = self._seen | {n: n for n in MODELS} | published
-        self.model = known.get(model, self.model)
+        self.model = self._opens(model)
         self.prompt, self.negative = request.prompt, request.negative
         self.image = request.image  # before the mask, which it removes, and the size, which both change
         for name in (*PART, *FIELDS, "count"):
             value = getattr(request, name)
             if value is not None or self.traits()[name].allow_none:
                 setattr(self, name, value)
+        self.control_guides = [replace(g, hash=None, model_hash=None) for g in request.controls]
+        self.reference_guides = [replace(g, hash=None, model_hash=None) for g in request.references]
         self.locked = self.locked or request.seed is not None
         self.more = unusual(request, self._known.opened)
+
+    def _opens(self, model: str | None) -> str:
+        """What opens the model of this name in files, or the current model if it is not known."""
+        published = {r.repo.rpartition("/")[2]: n for n, r in MODELS.items() if r.repo}
+        known = self._seen | {n: n for n in MODELS} | published
+        return known.get(model, self.model)
+
+    @t.validate(*GUIDES.values())
+    def _as_guides(self, proposal: dict) -> list[Guide]:
+        what = next(what for what, name in GUIDES.items() if name == proposal["trait"].name)
+        return list(guides(proposal["value"], what))
 
     def load(self, png: str | Path | bytes) -> None:
         """Restore the settings stored in a picture by this program, by A1111 or by a similar program."""

@@ -14,6 +14,7 @@ from ..errors import Error
 from .gallery import thumbnail
 
 START = "begin-"  # how the names of their files begin
+GUIDE = "guide-"  # and those of controls and references
 
 
 class StartPicture(w.HBox):
@@ -37,7 +38,7 @@ class StartPicture(w.HBox):
         self.sizes, self.remove, shown = [picture.size for picture in pictures], [], []
         for i, picture in enumerate(pictures):
             what = "The start picture" if not edits else f"Picture {i + 1} to edit"
-            shown.append(w.HTML(_img(picture, what)))
+            shown.append(w.HTML(picture_tag(picture, what)))
             tooltip = "Begin with noise alone" if not edits else f"Leave picture {i + 1} out"
             self.remove.append(w.Button(description="Remove", tooltip=tooltip))
             self.remove[i].on_click(lambda _, i=i: self.drop(i))
@@ -51,22 +52,29 @@ class StartPicture(w.HBox):
 
     def show_part(self, picture: Image.Image, part: bool) -> None:
         """picture: the start picture, with its mask if it has one. part: whether only a part is drawn anew."""
-        self._first.value = _img(picture, "The start picture")
+        self._first.value = picture_tag(picture, "The start picture")
         self.forget.layout.display = None if part else "none"
 
 
-def _img(picture: Image.Image, what: str) -> str:
+def picture_tag(picture: Image.Image, what: str) -> str:
+    """A thumbnail as HTML."""
     data = base64.b64encode(thumbnail(picture)).decode()
     return f'<img alt="{what}" src="data:image/jpeg;base64,{data}">'
 
 
-def write_start_picture(data: bytes, folder: Path) -> Path:
-    """Save a picture from the page beside the pictures that will be drawn from it: their settings name this file."""
+def opened(data: bytes) -> Image.Image:
+    """A picture from the page."""
     try:
-        image = images.open_file(io.BytesIO(data))
+        return images.open_file(io.BytesIO(data))
     except (OSError, Image.DecompressionBombError):
         raise Error("The file cannot be read as a picture.", "Give a PNG, JPEG or WebP file.") from None
-    path = folder / f"{START}{images.fingerprint(images.read(image))}.{image.format.lower()}"
+
+
+def write_picture(data: bytes, folder: Path, kind: str) -> Path:
+    """Save a picture from the page beside the pictures that will be drawn from it: their settings name this file.
+    kind: START or GUIDE."""
+    image = opened(data)
+    path = folder / f"{kind}{images.fingerprint(images.read(image))}.{image.format.lower()}"
     part = path.with_suffix(".part")
     part.write_bytes(data)
     return part.replace(path)

@@ -6,7 +6,7 @@ import { painting } from "./painting.js";
 const PART = 4 * 2 ** 20; // bytes of a dropped file in one message: Jupyter's server closes on messages above 10 MiB
 
 const KEYS = [
-  ["Ctrl + Enter", "Generate"], ["Esc", "Cancel"], ["← →", "Walk the history"], ["Drop", "Restore a picture's settings"],
+  ["Ctrl + Enter", "Generate"], ["Esc", "Cancel"], ["← →", "Walk the history"], ["Drop", "Use a picture of yours"],
   ["B E R", "Brush, eraser, rectangle"], ["[ ]", "A smaller or larger brush"], ["Ctrl + Z", "Undo, with Shift redo"],
   ["Arrows, Space", "Move the brush, paint"],
 ];
@@ -47,9 +47,14 @@ function render({ model, el }) {
   const canvas = h("canvas", { role: "img", "aria-label": "No picture yet" });
   const paint = painter(canvas);
   const purpose = h("span");
-  const hint = ["Your picture forms here.", h("br"), "Drop one to restore its settings or, if it has none,", h("br"), purpose];
+  const hint = ["Your picture forms here.", h("br"), purpose];
   const empty = h("p", { class: "mlxdiff-empty" }, ...hint);
-  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas);
+  const began = h("img", { alt: "What it began with" });
+  const split = h("div", { class: "mlxdiff-split", hidden: "" }, began, h("input", {
+    type: "range", min: 0, max: 100, "aria-label": "Before and after", oninput: (event) => cut(event.target.value),
+  }));
+  const cut = (part) => { began.style.clipPath = `inset(0 ${100 - part}% 0 0)`; split.style.setProperty("--cut", `${part}%`); };
+  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas, split);
 
   const fill = h("div");
   const range = { "aria-label": "Progress", "aria-valuemin": 0, "aria-valuemax": 100 };
@@ -64,16 +69,35 @@ function render({ model, el }) {
   const download = h("a", { class: "mlxdiff-button" }, "Download");
   const back = button("Back to the preview", () => { pinned = null; update(); }, "Show the running picture");
   const begin = button("", () => send("begin", { key: current }), "");
+  const enlarge = button("Enlarge 2×", () => send("enlarge", { key: current }), "");
+  const compare = button("Before / after", () => {
+    if (split.hidden) send("before", { key: current });
+    split.hidden = true;
+  }, "Slide between this picture and what it began with");
+  const full = button("Full screen", () => stage.requestFullscreen(), "The picture alone (Esc: back)");
+  full.hidden = !document.fullscreenEnabled;
+  const remove = button("Delete", () => {
+    if (remove.dataset.sure) send("delete", { key: current });
+    sure(!remove.dataset.sure);
+  }, "Delete its file");
+  let unsure = 0;
+  function sure(yes) {
+    clearTimeout(unsure);
+    remove.textContent = yes ? "Really delete?" : "Delete";
+    if (!yes) return delete remove.dataset.sure;
+    remove.dataset.sure = "yes";
+    unsure = setTimeout(() => sure(false), 4000);
+  }
   const change = button("Change a part of it", () => send("paint", { key: current }), "");
   const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
-    begin, change, download, back);
+    begin, change, enlarge, compare, full, download, remove, back);
   const frame = h("div", { class: "mlxdiff-frame" }, stage);
   const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
   const paper = painting({ model, send, h, covered });
-  function chooser(text, begin) {
-    const chosen = (event) => { take(event.target.files[0], begin); event.target.value = ""; };
+  function chooser(text, action) {
+    const chosen = (event) => { const file = event.target.files[0]; event.target.value = ""; if (file) action(file); };
     const file = h("input", { type: "file", accept: "image/*", class: "mlxdiff-spoken", onchange: chosen });
     return h("label", { class: "mlxdiff-button mlxdiff-open" }, text, file);
   }
@@ -81,14 +105,17 @@ function render({ model, el }) {
   const help = h("details", { class: "mlxdiff-keys" }, h("summary", { class: "mlxdiff-button" }, "Keys"),
     h("dl", {}, ...KEYS.flatMap(([key, does]) => [h("dt", {}, key), h("dd", {}, does)])));
   const open = h("div", { class: "mlxdiff-tools mlxdiff-files" },
-    chooser("Restore settings from…", false), chooser(other, true), help);
+    chooser("Restore settings from…", (file) => take(file, "restore")), chooser(other, (file) => take(file, "begin")),
+    chooser("Guide with a picture…", (file) => ask(file)), help);
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
+
+  const asks = h("div", { class: "mlxdiff-asks", role: "dialog", "aria-label": "What is this picture for?", hidden: "" });
 
   el.classList.add("mlxdiff-view");
   const about = h("div", { class: "mlxdiff-about" }, words, caption, path);
   const main = h("div", { class: "mlxdiff-main" },
     frame, paper.frame, paper.bar, bar, status, spoken, error, tools);
-  el.append(main, h("div", { class: "mlxdiff-side" }, about, strip, open));
+  el.append(main, h("div", { class: "mlxdiff-side" }, about, strip, open), asks);
 
   let current = null; // key of the picture on the canvas; null for a preview, which has no file
   let pinned = null; // key of an older picture that the user looks at while a new one forms
@@ -97,7 +124,18 @@ function render({ model, el }) {
   function shown() {
     const it = model.get("shown");
     tools.hidden = !it.png;
-    if (!it.png) return;
+    split.hidden = true;
+    compare.hidden = !it.began;
+    sure(false);
+    if (!it.png) {
+      canvas.setAttribute("aria-label", "No picture yet");
+      about.hidden = true;
+      empty.hidden = false;
+      return;
+    }
+    about.hidden = false;
+    enlarge.disabled = Boolean(it.unenlargeable);
+    enlarge.title = it.unenlargeable || "Draw it again, and then on at twice its size";
     empty.hidden = true;
     paint(it.png, "image/png", it.title);
     words.replaceChildren(...it.words.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text, copier(text))]));
@@ -108,6 +146,16 @@ function render({ model, el }) {
     download.href = url;
     download.download = it.name;
     setCurrent(it.key);
+  }
+
+  function beside(png) {
+    const src = URL.createObjectURL(new Blob([png], { type: "image/png" }));
+    began.onload = () => URL.revokeObjectURL(src);
+    began.src = src;
+    split.querySelector("input").value = 50;
+    cut(50);
+    split.hidden = false;
+    split.querySelector("input").focus();
   }
 
   function copier(text) {
@@ -122,7 +170,7 @@ function render({ model, el }) {
 
   function purposes() {
     const edits = model.get("edits");
-    purpose.textContent = edits ? "to edit it." : "to begin with it.";
+    purpose.textContent = `Drop one to ${edits ? "edit it" : "begin with it"}, or for another use.`;
     other.textContent = edits ? "Edit a picture…" : "Begin with a picture…";
     begin.textContent = edits ? "Edit it" : "Begin with it";
     begin.title = edits ? "Edit this picture next" : "Begin the next picture with this one";
@@ -201,24 +249,48 @@ function render({ model, el }) {
     update();
   }
 
-  async function take(dropped, begin = false) {
-    if (!dropped) return;
+  // Ask what a picture is for.
+  let before = null;
+  function ask(file) {
+    before = document.activeElement;
+    const src = URL.createObjectURL(file);
+    const forget = () => URL.revokeObjectURL(src);
+    const picture = h("img", { src, alt: file.name, onload: forget, onerror: forget });
+    const choices = model.get("uses").map(({ name, label, why }) => {
+      const choice = button(label, () => { asked(); take(file, name); }, why);
+      choice.disabled = Boolean(why);
+      return why ? h("div", {}, choice, h("small", {}, why)) : h("div", {}, choice);
+    });
+    asks.replaceChildren(picture, h("p", {}, "What is this picture for?"), ...choices, button("Cancel", asked, "Esc"));
+    asks.hidden = false;
+    asks.querySelector("button:enabled").focus();
+  }
+
+  function asked() {
+    if (asks.hidden) return;
+    asks.hidden = true;
+    before?.focus?.();
+  }
+
+  async function take(dropped, use) {
     const parts = Math.ceil(dropped.size / PART) || 1, file = `${Math.random()}`;
     for (let part = 0; part < parts; part++) {
-      send("drop", { file, part, parts, begin }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
+      send("drop", { file, part, parts, use }, [await dropped.slice(part * PART, (part + 1) * PART).arrayBuffer()]);
     }
   }
 
   function receive(message, buffers) {
     if (message.do === "paint") return paper.open();
+    if (message.do === "before") return message.key === current && beside(buffers[0]);
     if (message.do !== "frame" || pinned !== null || !model.get("running")) return;
-    empty.hidden = true;
+    empty.hidden = split.hidden = true;
     paint(buffers[0], "image/jpeg", message.title);
     setCurrent(null);
   }
 
   function keys(event) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) act(event, "generate");
+    else if (event.key === "Escape" && !asks.hidden) { asked(); event.stopPropagation(); }
     else if (paper.keys(event)) return;
     else if (event.key === "Escape" && model.get("running")) act(event, "cancel");
   }
@@ -272,7 +344,7 @@ function render({ model, el }) {
     event.preventDefault();
     event.stopPropagation();
     leave();
-    take(event.dataTransfer.files[0]);
+    if (event.dataTransfer.files[0]) ask(event.dataTransfer.files[0]);
   };
 
   // The listeners are on the whole studio, which can be found only once this part of it is on the page.

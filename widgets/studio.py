@@ -31,10 +31,12 @@ from .history import History
 from .known import Known
 from .painting import Painting
 from .previews import jpeg
-from .settings import FIELDS, Settings
-from .start_picture import write_start_picture
+from .second_pictures import SecondPictures
+from .settings import FIELDS, GUIDES, Settings
 from .view import View, line, seconds, size
 from .worker import Job, Update, Worker, shared
+
+ENLARGE = (2.0, 0.5)  # times, and the strength of the second pass
 
 
 class Studio(Settings, w.VBox):
@@ -53,6 +55,7 @@ class Studio(Settings, w.VBox):
         self.controls, self.view = Controls(str(model)), View()
         self._history = History(self.view)
         self._painting = Painting(self, self.view, self.controls.start_picture)
+        self._second = SecondPictures(self, self._painting, self.controls.guides)
         super().__init__([w.HBox([self.controls, self.view]).add_class("mlxdiff-body")])
         self.add_class("mlxdiff-studio")
         known = [*Settings.class_own_traits(), *Studio.class_own_traits()]
@@ -69,6 +72,7 @@ class Studio(Settings, w.VBox):
         self._wire()
         self._count()
         self._show_pictures()
+        self._second.show()
 
     # --- for cells
 
@@ -104,9 +108,9 @@ class Studio(Settings, w.VBox):
         writable(self.folder)
         return self.request()
 
-    def _submit(self, request: Request | None, tell: Callable[[Job, Update], None]) -> Job:
+    def _submit(self, request: Request | None, tell: Callable[[Job, Update], None], model: str | None = None) -> Job:
         self._clear()
-        job = self._worker.submit(self.model, request, tell, **self.options)
+        job = self._worker.submit(self.model if model is None else model, request, tell, **self.options)
         self._jobs.append(job)
         if job.state not in ("queued", "running"):  # it ended before it was added, so nothing else removes it
             self._leave(job)
@@ -206,6 +210,7 @@ class Studio(Settings, w.VBox):
         self.controls.width.step = self.controls.height.step = model.multiple
         if model.row.edits:
             self._show_pictures()
+        self._second.show()
         if model.row.inpaints:
             self.strength = 1.0  # as it was trained
         self._judge()
@@ -214,6 +219,7 @@ class Studio(Settings, w.VBox):
         self.view.edits = self._known.edits > 0
         self.view.unpaintable = f"{self.model} edits: say in the prompt what to change." if self._known.edits else ""
         self._painting.show_around()
+        self.view.uses = self._second.uses()
         self.controls.judge(self._known, self.prompt, self.guidance, self.more)
         self.controls.memory.tell(self._estimate())
 
@@ -245,15 +251,6 @@ class Studio(Settings, w.VBox):
         self.mask, self.outpaint = None, (0, 0, 0, 0)
         self._show_pictures()
 
-    def _take(self, data: bytes, begin: bool) -> None:
-        """Restore the settings of a picture from the page. With `begin`, or without any, it is the start picture."""
-        if not begin:
-            with suppress(images.NoSettings):
-                self.load(data)
-                return self._say("Settings restored")
-        self._add(write_start_picture(data, writable(self.folder)))
-        return self._say(f"The next picture {'edits' if self._known.edits else 'begins with'} this one")
-
     # --- from the page
 
     def _wire(self) -> None:
@@ -265,6 +262,10 @@ class Studio(Settings, w.VBox):
         self.observe(lambda _: self._try(self._change_pictures), "image")
         self.observe(lambda _: self._try(self._show_part), ["mask", "outpaint"])
         self.observe(lambda _: self._judge(), "mask_blur")
+        self.observe(lambda _: self._try(self._second.show), [*GUIDES.values(), "model"])
+        for what, rows in c.guides.items():
+            rows.change = functools.partial(self.set_trait, GUIDES[what])
+        c.guides["control"].edges = lambda i: self._do(self._second.make_edges, i)
         c.start_picture.drop = lambda i: self._try(self._drop, i)
         self.view.on_msg(lambda _, message, buffers: self._do(self._on_message, message, buffers))
         buttons = {
@@ -315,6 +316,12 @@ class Studio(Settings, w.VBox):
             self._reuse(self._history[key])
         elif do == "begin":
             self._add(self._history[key].path)
+        elif do == "before":
+            self.view.send({"do": "before", "key": key}, [self._history[key].before()])
+        elif do == "enlarge":
+            self._enlarge(self._history[key])
+        elif do == "delete":
+            self._delete(key)
         elif do == "restore":
             self.restore(self._history[key].request, self._history[key].model)
             self._say("Settings restored")
@@ -327,10 +334,27 @@ class Studio(Settings, w.VBox):
         elif do == "soften":
             self._painting.take_blur(message["pixels"])
         elif do == "drop" and (data := self.view.whole(message, buffers)) is not None:
-            self._take(data, message["begin"])
+            self._say(self._second.take(data, message["use"]))
 
     def _draw_grid(self) -> None:
         self.compare(**self.controls.compare.axes())
+
+    def _enlarge(self, picture: Picture) -> None:
+        """Draw a picture again, and then on at twice its size."""
+        if why := picture.unenlargeable():
+            raise Error(why)
+        writable(self.folder)
+        request = replace(picture.request, hires=ENLARGE, upscaler=None, upscaler_hash=None)
+        self._submit(request, self._on_update, self._opens(picture.model))
+
+    def _delete(self, key: int) -> None:
+        picture = self._history[key]
+        if any(isinstance(p, str | Path) and Path(p).resolve() == picture.path for p in self._taken):
+            raise Error("The next picture is to begin with this one.", "Remove it there first.")
+        self._history.delete(key)
+        self.images = [p for p in self.images if p.path != picture.path]
+        self.controls.reuse.disabled = not self.images
+        self._say(f"{picture.path.name} is deleted")
 
     def _reuse(self, picture: Picture) -> None:
         self.seed, self.locked = picture.request.seed, True

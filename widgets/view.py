@@ -1,9 +1,8 @@
 """The right half of the studio, which ipywidgets cannot draw: canvas, progress, history, file drop, shortcuts.
 
 It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
-The page only sends messages. They are dicts whose `do` is generate, compare, cancel, view, restore, seed, begin (with
-a picture of the history), drop (with bytes), paint (with a picture of the history), mask (with bytes), outpaint or
-soften."""
+The page only sends messages. They are dicts whose `do` is generate, compare, cancel; view, restore, seed, begin, paint,
+before, enlarge, delete (with a picture of the history); drop, mask (with bytes); outpaint, soften (with numbers)."""
 
 import re
 import traceback
@@ -50,12 +49,15 @@ class View(anywidget.AnyWidget):
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 if unknown
     running = t.Bool(False).tag(sync=True)
     edits = t.Bool(False).tag(sync=True)  # whether the model edits the pictures it is given
+    uses = t.List().tag(sync=True)  # what a picture from the page may be for: dicts of name, label, why not ("")
     unpaintable = t.Unicode("").tag(sync=True)  # why this model draws no part of a picture anew; "" if it does
     paper = t.Dict().tag(sync=True)  # png, width, height: what is painted on; empty without a start picture
     mask = t.Dict({"id": "", "png": b""}).tag(sync=True)  # the paint, and who painted it
     around = t.Dict().tag(sync=True)  # sides, inner, step, blur: see Painting
     error = t.Dict().tag(sync=True)  # problem, fix, trace
-    shown = t.Dict().tag(sync=True)  # key, png, title, words, caption, name, path: the picture on the canvas
+    shown = t.Dict().tag(
+        sync=True
+    )  # key, png, title, words, caption, name, unenlargeable, began, path: the picture on the canvas
     history = t.List().tag(sync=True)  # dicts of key, title, thumb
 
     _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
@@ -103,6 +105,8 @@ class View(anywidget.AnyWidget):
             "words": picture.words(),
             "caption": picture.caption(),
             "name": path.name,
+            "unenlargeable": picture.unenlargeable(),
+            "began": bool(picture.request.pictures) and not picture.title,
             "path": str(path.relative_to(here) if path.is_relative_to(here) else path),
         }
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from ..errors import Error
 from ..models.sd3 import Config
 from ..request import Request
-from .base import Careful, Defaults, Family, Model, TextPlan
+from .base import Beside, Careful, Defaults, Family, Model, TextPlan
 from .published import CLIP_G, CLIP_L, FLOW, T5_XXL, VAE_FLOW
 
 _PREVIEW = (
@@ -70,7 +70,7 @@ SD3 = Family(
     taesd="madebyollin/taesd3",
     preview=_PREVIEW,
     careful=Careful(
-        whole=("time_text_embed", "context_embedder", "norm_out", "proj_out"),
+        whole=("time_text_embed", "context_embedder", "norm_out", "proj_out", "controlnet_"),
         eight=(".norm1",),
     ),
     activations=_activations,
@@ -142,4 +142,12 @@ MODELS = {
         defaults=replace(_DEFAULTS, steps=4, guidance=0.0),
         gated=True,
     ),
+}
+
+_LICENCE = "Stability AI Community"
+_STABILITY = "stabilityai/stable-diffusion-3.5-large-controlnet-"
+ADAPTERS = {(SD3.name, "canny"): Beside("ControlNet for SD3 medium", "InstantX/SD3-Controlnet-Canny", _LICENCE, 1.19)}
+ADAPTERS |= {
+    (SD3.name, f"{mode}-large"): Beside("ControlNet for SD3.5 large", f"{_STABILITY}{mode}", _LICENCE, 4.31, mode=mode)
+    for mode in ("blur", "canny", "depth")
 }

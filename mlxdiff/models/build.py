@@ -21,6 +21,7 @@ from . import (
     qwen3,
     redux,
     sd3,
+    sd3_controlnet,
     t2i,
     t5,
     taesd,
@@ -41,6 +42,7 @@ NETWORKS = {
     "flux2": (flux2.Config, flux2.Flux2),
     "zimage": (zimage.Config, zimage.ZImage),
     "flux_controlnet": (flux_controlnet.Config, flux_controlnet.FluxControlNet),
+    "sd3_controlnet": (sd3_controlnet.Config, sd3_controlnet.SD3ControlNet),
     "union": (controlnet.UnionConfig, controlnet.Union),
     "t2i": (t2i.Config, t2i.T2IAdapter),
     "vae": (vae.Config, vae.VAE),
@@ -54,11 +56,11 @@ NETWORKS = {
 Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flux.Config
 Config |= controlnet.Config | controlnet.UnionConfig | t2i.Config | flux2.Config | zimage.Config | vae.Config
 Config |= taesd.Config | esrgan.Config | depth.Config | vision.Config | ip_adapter.Config | redux.Config
-Config |= flux_controlnet.Config
+Config |= flux_controlnet.Config | sd3_controlnet.Config
 # Networks that guide a denoiser -> a function of their Config, the denoiser's, and the pixels that one latent covers:
 # what keeps the two from each other, in words; "" if nothing does.
 GUIDES = {"controlnet": controlnet.misfit, "union": controlnet.misfit, "t2i": t2i.misfit}
-GUIDES |= {"flux_controlnet": flux_controlnet.misfit}
+GUIDES |= {"flux_controlnet": flux_controlnet.misfit, "sd3_controlnet": sd3_controlnet.misfit}
 # Networks that make of a reference picture what a denoiser reads -> a function of their Config and the denoiser's: the
 # same.
 READERS = {"ip_adapter": ip_adapter.misfit, "redux": redux.misfit}

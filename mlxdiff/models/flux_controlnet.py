@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from . import flux
 from .controlnet import Hint
@@ -26,6 +27,15 @@ class Config(flux.Config):
     @property
     def reads_latents(self) -> bool:
         return not self.hint
+
+    @property
+    def draws(self) -> bool:
+        """Whether it reads a sample of the latents, for which a seed draws noise, or their mean."""
+        return True
+
+    def pixels(self, picture: np.ndarray, mode: str | None) -> np.ndarray:
+        """What the VAE is shown of a picture in [-1, 1]."""
+        return picture
 
     @property
     def multiple(self) -> int:

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: velocity sd3(x, t, **sd3.prepare(...)), x (B, h, w, c) with even sides, t a sigma in
 [0, 1]. Esser et al. 2024; names as in diffusers' SD3Transformer2DModel."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -143,11 +144,19 @@ class Block(nn.Module):
         return x, txt
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, config: Config):
+class Patches(nn.Module):
+    def __init__(self, channels: int, d: int, patch: int):
         super().__init__()
+        self.proj = nn.Conv2d(channels, d, patch, stride=patch)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.proj(x).flatten(1, 2)  # (B, N, d)
+
+
+class PatchEmbed(Patches):
+    def __init__(self, config: Config):
         d = config.heads * config.head_dim
-        self.proj = nn.Conv2d(config.in_channels, d, config.patch, stride=config.patch)
+        super().__init__(config.in_channels, d, config.patch)
         self.pos_embed = mx.zeros((1, config.positions**2, d))
         self.positions = config.positions
 
@@ -157,9 +166,6 @@ class PatchEmbed(nn.Module):
         whole = self.pos_embed.reshape(self.positions, self.positions, -1)
         return whole[top : top + h, left : left + w].reshape(1, h * w, -1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.proj(x).flatten(1, 2)  # (B, N, d)
-
 
 class TimeTextEmbed(nn.Module):
     def __init__(self, config: Config):
@@ -167,6 +173,11 @@ class TimeTextEmbed(nn.Module):
         d = config.heads * config.head_dim
         self.timestep_embedder = TimeEmbedding(256, d)
         self.text_embedder = TimeEmbedding(config.pooled, d)
+
+    def __call__(self, t: mx.array, vec: mx.array) -> mx.array:
+        """What modulations are made of, at times t, (..., B or 1), for a pooled text that was embedded."""
+        waves = sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(vec.dtype)
+        return silu(self.timestep_embedder(waves) + vec)
 
 
 class SD3(nn.Module):
@@ -192,9 +203,11 @@ class SD3(nn.Module):
         times: dict[float, int],
         mods: tuple[list, list] | None,
         skip_layers: tuple[int, ...] = (),
+        residuals: Sequence[mx.array] = (),
     ) -> mx.array:
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`, except
-        `skip_layers`, which skip-layer guidance leaves out of its extra pass."""
+        `skip_layers`, which skip-layer guidance leaves out of its extra pass, and `residuals`, which are added to the
+        picture after each block but the last."""
         if isinstance(t, mx.array) or t not in times:
             mods = self.mods(mx.array(t).reshape(-1), vec)
         else:
@@ -206,6 +219,8 @@ class SD3(nn.Module):
         for i, (block, m) in enumerate(zip(self.transformer_blocks, blocks, strict=True)):
             if i not in skip_layers:
                 x, txt = block(x, txt, m)
+            if i < len(residuals):
+                x = x + residuals[i]
         x = self.proj_out(adaptive_norm(x, *final))
         p = self.config.patch
         x = x.reshape(B, h // p, w // p, p, p, -1).swapaxes(2, 3)
@@ -233,8 +248,7 @@ class SD3(nn.Module):
 
     def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list]:
         """The modulations of every block at times t, (..., B or 1)."""
-        waves = sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(self.dtype)
-        vec = silu(self.time_text_embed.timestep_embedder(waves) + vec)
+        vec = self.time_text_embed(t, vec)
         return [block.mods(vec) for block in self.transformer_blocks], self.norm_out(vec)
 
     @property

@@ -71,6 +71,9 @@ def resolve(
     known, which is before a conversion; an exception from it ends the call."""
     asked, how = {"dtype": dtype, "bits": bits, "prediction": prediction}, recipe.recipe(bits, dtype)
     tokenizer = None if tokenizer is None else foreign.path(tokenizer)
+    if tokenizer is not None and not tokenizer.is_dir():
+        fix = "Give `tokenizer=DIR`, the tokenizer folder of a model in diffusers layout."
+        raise Error(f"There is no folder {tokenizer}.", fix)
     given = {kind: foreign.path(file) for kind, file in (parts or {}).items()}
     options = Options(
         recipe=how,
@@ -364,12 +367,12 @@ def network(path: Path, what: str, fix: str, *, dtype: str) -> nn.Module:
     from .. import convert
 
     try:
-        networks = convert.read(path, recipe.DTYPES[dtype])
+        held = convert.open(path)
+        if _ALONE[what] not in held.components:
+            raise Error(f"{path} is not {what} but {held.layout.title}.", fix)
+        return convert.read(path, recipe.DTYPES[dtype])[_ALONE[what]]
     except Error as e:  # convert would name checkpoints of models
         raise Error(e.problem, fix if e.fix == convert.KNOWN else e.fix) from None
-    if _ALONE[what] not in networks:
-        raise Error(f"{path} is not {what} but {', '.join(networks)}.", fix)
-    return networks[_ALONE[what]]
 
 
 def adapter_file(name: str, what: str, *, offline: bool) -> Path:
@@ -379,9 +382,7 @@ def adapter_file(name: str, what: str, *, offline: bool) -> Path:
     if path is None and folder:
         path = next((p for end in ("", ".safetensors") if (p := foreign.path(folder) / f"{name}{end}").is_file()), None)
     if path is not None and path.is_dir():
-        found = [path / usual for usual in _LORA_NAMES if (path / usual).is_file()] or sorted(
-            path.glob("*.safetensors")
-        )
+        found = usual_loras(path) or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise Error(f"{path} holds {len(found)} .safetensors files.", "Give the path of one of them.")
         path = found[0]
@@ -392,6 +393,11 @@ def adapter_file(name: str, what: str, *, offline: bool) -> Path:
     if path is None:
         path = _one_file(match[1], match[2] or _LORA_NAMES[0], offline, _silent)
     return path
+
+
+def usual_loras(folder: Path) -> list[Path]:
+    """The files in a folder that are called as a LoRA usually is."""
+    return [folder / name for name in _LORA_NAMES if (folder / name).is_file()]
 
 
 def named_control(name: str | Path | None, model: Description) -> Beside | None:

@@ -1,4 +1,4 @@
-"""`python -m mlxdiff.train`: train a LoRA, or the built-in model from nothing, or measure it."""
+"""`python -m mlxdiff.train`: train a LoRA or a word, or the built-in model from nothing, or measure it."""
 
 import argparse
 import sys
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="mlxdiff train", description=__doc__.partition(": ")[2])
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
     _lora(kinds.add_parser("lora", help="a LoRA: teach a model a thing or a style from pictures"))
+    _embedding(kinds.add_parser("embedding", help="a new word (textual inversion), in a file of a few kilobytes"))
     s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
     s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder; an unfinished run continues")
     s.add_argument("--pictures", type=int, default=60000, metavar="N", help="how many renders to learn from (60000)")
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _lora(s: argparse.ArgumentParser) -> None:
     _common(s)
+    s.add_argument("--trigger", metavar="TEXT", help="the words that prompts need later; they are noted in the file")
     s.add_argument("--class-images", metavar="DIR", help="pictures of such things, which it goes on drawing as before")
     s.add_argument("--class-prompt", metavar="TEXT", help="their caption, such as 'a photo of a dog' (DreamBooth)")
     s.add_argument("--prior", type=float, metavar="W", help="weight of their loss (1)")
@@ -64,13 +66,21 @@ def _lora(s: argparse.ArgumentParser) -> None:
     s.add_argument("--layers", nargs="+", metavar="NAME", help="which layers, by the ends of their names (attention)")
 
 
+def _embedding(s: argparse.ArgumentParser) -> None:
+    _common(s)
+    s.add_argument(
+        "--word", required=True, metavar="WORD", help="a new word that will mean the thing, such as '<moss>'"
+    )
+    s.add_argument("--initial", required=True, metavar="WORDS", help="known words that it begins as, such as 'plant'")
+    s.add_argument("--vectors", type=int, metavar="N", help="how many tokens the word has (1)")
+
+
 def _common(s: argparse.ArgumentParser) -> None:
     s.add_argument("-m", "--model", required=True, metavar="MODEL", help="name, hub id, folder or file to train for")
     what = "pictures; a .txt file beside a picture, with its name, is its caption"
     s.add_argument("-i", "--images", required=True, metavar="DIR", help=what)
     s.add_argument("-p", "--prompt", metavar="TEXT", help="caption of the pictures that have no .txt file")
     s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder; an unfinished run continues")
-    s.add_argument("--trigger", metavar="TEXT", help="the words that prompts need later; they are noted in the file")
     s.add_argument("--steps", type=int, metavar="N", help="(1000)")
     s.add_argument("--batch", type=int, metavar="N", help="pictures a step (1)")
     s.add_argument("--rate", type=float, metavar="R", help="learning rate")
@@ -89,7 +99,10 @@ def _common(s: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     return run(
-        "mlxdiff train", lambda: {"lora": lora, "storybook": train, "judge": judge, "scenes": scenes}[args.what](args)
+        "mlxdiff train",
+        lambda: {"lora": lora, "embedding": embedding, "storybook": train, "judge": judge, "scenes": scenes}[args.what](
+            args
+        ),
     )
 
 
@@ -132,16 +145,22 @@ def train(args) -> int:
 def lora(args) -> int:
     from . import tune
 
-    return _tune(args, tune.LoraRun, "--lora")
+    return _tune(args, tune.LoraTuning, tune.LoraRun)
 
 
-def _tune(args, run: Callable, flag: str) -> int:
-    """Train a file for a model, with a bar. run: makes the training from a Pipeline, its settings and a folder."""
+def embedding(args) -> int:
+    from . import inversion
+
+    return _tune(args, inversion.WordTuning, inversion.WordRun)
+
+
+def _tune(args, settings: Callable, run: Callable) -> int:
+    """Train a file for a model, with a bar. settings: the type of its settings. run: makes the training from a
+    Pipeline, its settings and a folder."""
     from .. import load
-    from . import tune
 
-    given = {f.name: v for f in fields(tune.Tuning) if (v := getattr(args, f.name, None)) is not None}
-    tuning = tune.Tuning(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    given = {f.name: v for f in fields(settings) if (v := getattr(args, f.name, None)) is not None}
+    tuning = settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     tuning.check()
     # The small numbers of gradients are lost in float16.
     dtype = args.dtype or ("float32" if default_dtype() == "float32" else "bfloat16")
@@ -166,7 +185,7 @@ def _tune(args, run: Callable, flag: str) -> int:
     finally:
         if bar is not None:
             bar.close()
-    say(f"{made.file} is ready: mlxdiff generate PROMPT -m {args.model} {flag} {args.out}")
+    say(f"{made.file} is ready: mlxdiff generate PROMPT -m {args.model} {made.flag}")
     return 0
 
 

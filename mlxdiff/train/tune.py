@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,11 +15,12 @@ from mlx.utils import tree_flatten
 from PIL import ImageOps
 
 from .. import conditioning, foreign, images, samplers, schedules
+from ..description import Description
 from ..errors import Error
-from ..families.base import EMBEDDED, INPUT
+from ..families.base import EMBEDDED
 from ..networks import dtype_of
 from ..pipeline import Pipeline
-from ..request import MAX_SEED, Request, check_text
+from ..request import MAX_EDGE, MAX_SEED, Request, check_text
 from . import folder as folders
 from . import lora, objective
 from .fit import Plan, Report, fit, same_run
@@ -35,10 +35,6 @@ class Tuning:
 
     images: str
     prompt: str | None = None  # of pictures without a .txt file
-    trigger: str | None = None  # the word or phrase that a prompt needs later; it is noted in the file
-    class_images: str | None = None  # pictures of the class, so that the model keeps what it knew
-    class_prompt: str | None = None
-    prior: float = 1.0  # weight of their loss
     size: int | None = None  # None: the model's
     crop: bool = False  # to squares; else pictures keep about their shape
     flip: bool = False  # also learn from mirrored pictures
@@ -46,29 +42,52 @@ class Tuning:
     batch: int = 1
     rate: float = 1e-4
     warmup: int = 0
-    rank: int = 16
-    alpha: float | None = None  # None: the rank
-    layers: tuple[str, ...] = ()  # none: the family's
     seed: int = 0
     save_every: int = 100
 
     def check(self) -> None:
-        """Raise for a number out of range."""
-        whole = {"steps": 10**6, "batch": 1024, "rank": lora.MOST_RANK, "save_every": 10**6, "seed": MAX_SEED}
-        for name, most in whole.items():
-            value, least = getattr(self, name), int(name != "seed")
-            if not least <= value <= most:
-                problem = f"{name} must be a whole number from {least} to {most}; {value} was given."
-                raise Error(problem, f"Change `{name}`.")
-        if not 0 <= self.warmup <= self.steps:
-            raise Error(f"warmup must be from 0 to {self.steps} steps; {self.warmup} was given.", "Change `warmup`.")
-        for name, low, high in (("rate", 1e-9, 1.0), ("alpha", 1e-3, 1e4), ("prior", 0.0, 100.0)):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # NaN fails too
-                raise Error(f"{name} must be from {low:g} to {high:g}; {value:g} was given.", f"Change `{name}`.")
-        for name in ("prompt", "trigger", "class_prompt"):
-            if (value := getattr(self, name)) is not None:
+        """Raise for a setting that cannot be."""
+        for name, most in (("steps", 10**6), ("batch", 1024), ("save_every", 10**6)):
+            whole(name, getattr(self, name), 1, most)
+        whole("warmup", self.warmup, 0, self.steps)
+        whole("seed", self.seed, 0, MAX_SEED)
+        within("rate", self.rate, 1e-9, 1.0)
+        for name in ("prompt", "trigger", "class_prompt", "word", "initial"):
+            if (value := getattr(self, name, None)) is not None:
                 check_text(name, value)
+
+    def size_for(self, model: Description) -> int:
+        return model.defaults.size if self.size is None else self.size
+
+
+def whole(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        problem = f"{name} must be a whole number from {low} to {high}; {value} was given."
+        raise Error(problem, f"Change `{name}`.")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # NaN fails too
+        raise Error(f"{name} must be from {low:g} to {high:g}; {value:g} was given.", f"Change `{name}`.")
+
+
+@dataclass(frozen=True)
+class LoraTuning(Tuning):
+    """Of a LoRA."""
+
+    trigger: str | None = None  # the word or phrase that a prompt needs later; it is noted in the file
+    class_images: str | None = None  # pictures of the class, so that the model keeps what it knew
+    class_prompt: str | None = None
+    prior: float = 1.0  # weight of their loss
+    rank: int = 16
+    alpha: float | None = None  # None: the rank
+    layers: tuple[str, ...] = ()  # none: the family's
+
+    def check(self) -> None:
+        super().check()
+        whole("rank", self.rank, 1, lora.MOST_RANK)
+        within("alpha", self.rank if self.alpha is None else self.alpha, 1e-3, 1e4)
+        within("prior", self.prior, 0.0, 100.0)
         if self.class_images is None and self.class_prompt is not None:
             fix = "Give a folder: `class_images=FOLDER`. `mlxdiff generate` draws such pictures."
             raise Error("class_prompt describes pictures of the class, and there are none.", fix)
@@ -89,7 +108,7 @@ class Data:
     """Encoded pictures. Those of a bucket, which have the same shape, can share a batch."""
 
     means: list[np.ndarray]  # (h, w, c)
-    spreads: list[np.ndarray]  # of the VAE's distribution around them; all 0 where a model learns from the mean
+    spreads: list[np.ndarray]  # of the VAE's distribution around them
     args: list[dict[str, mx.array]]  # of the denoiser's `prepare`
     weight: float = 1.0
     buckets: list[list[int]] = field(default_factory=list)
@@ -104,35 +123,19 @@ class Data:
 class Objective:
     """Noise levels and targets as the model was trained with."""
 
-    def __init__(self, model, tokens: int):
-        self.prediction, self.distilled = model.prediction, model.guidance == INPUT
-        if model.flow:
-            self.flow = schedules.flow(model.schedule, tokens, steps=28)
-        else:
-            self.alpha_bar = schedules.discrete(model.schedule, samplers.SAMPLERS["ddim"].grid).alpha_bar
-
-    def levels(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Times, which are the network's input, and their levels."""
-        u = objective.stratified(rng, n)
-        if self.prediction != "flow":
-            return objective.levels(self.prediction, self.alpha_bar, u)
-        normal = np.array([NormalDist().inv_cdf(min(max(p, 1e-6), 1 - 1e-6)) for p in u])
-        sigma = self.flow.shifted(1 / (1 + np.exp(-normal)))  # logit-normal (Esser et al. 2024)
-        return sigma * self.flow.n / 1000, sigma
+    def __init__(self, model: Description):
+        self.prediction = model.prediction
+        self.alpha_bar = schedules.discrete(model.schedule, samplers.SAMPLERS["ddim"].grid).alpha_bar
 
     def part(self, data: Data, rng: np.random.Generator, n: int) -> Part:
         """The batch of a step."""
         picks = data.picks(rng, n)
         mean, spread = (np.stack([of[i] for i in picks]) for of in (data.means, data.spreads))
         noises = rng.standard_normal((2, *mean.shape), np.float32)
-        t, level = self.levels(rng, n)
+        t, level = objective.levels(self.prediction, self.alpha_bar, objective.stratified(rng, n))
         x0 = mx.array(mean + spread * noises[0])
         x, target = objective.mixture(self.prediction, x0, mx.array(noises[1]), mx.array(level.astype(np.float32)))
         args = {k: mx.concatenate([data.args[i][k] for i in picks]) for k in data.args[0]}
-        if self.prediction == "flow":
-            args["size"] = mean.shape[1:3]
-        if self.distilled:
-            args["guidance"] = 1.0  # the model then draws as without guidance, which is what pictures teach
         return Part(x, mx.array(t.astype(np.float32)), target, args, data.weight)
 
 
@@ -148,79 +151,95 @@ def loss(net: nn.Module, parts: list[Part]) -> mx.array:
 def check(pipe: Pipeline) -> None:
     """Raise for a model that this cannot train for."""
     model = pipe.description
+    if model.flow:
+        problem = f"{model.name} is {model.family.title}, which this cannot train for yet."
+        raise Error(problem, "Train for a model of SD 1.x, 2.x or XL.")
     if model.guidance == EMBEDDED or model.row.beside or model.row.edits:
         fix = "Train for the base model of its family; what it learns often works with its relatives too."
         raise Error(f"{model.name} is a {model.variant} model, which this cannot train for.", fix)
 
 
-def pictures(pipe: Pipeline, tuning: Tuning) -> list[list[Picture]]:
-    """The pictures, and those of the class if there are any. Raises for what is wrong with them."""
+def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None) -> list[Picture]:
+    """The pictures of a folder. Raises for what is wrong with them, with the settings or with the model."""
     tuning.check()
     check(pipe)
-    size, multiple = _size(pipe, tuning), pipe.description.multiple
-    if size % multiple or not multiple <= size <= 4096:
-        raise Error(
-            f"Size {size} is not a multiple of {multiple} up to 4096.", f"Use `size={pipe.description.defaults.size}`."
-        )
-    sets = [folders.read(foreign.path(tuning.images), tuning.prompt, size, multiple, tuning.crop)]
-    if tuning.class_images is not None:
-        place = foreign.path(tuning.class_images)
-        sets.append(folders.read(place, tuning.class_prompt, size, multiple, tuning.crop))
-    return sets
+    size, multiple = tuning.size_for(pipe.description), pipe.description.multiple
+    if size % multiple or not multiple <= size <= MAX_EDGE:
+        usual = pipe.description.defaults.size
+        raise Error(f"Size {size} is not a multiple of {multiple} up to {MAX_EDGE}.", f"Use `size={usual}`.")
+    return folders.read(foreign.path(images), prompt, size, multiple, tuning.crop)
 
 
-def _size(pipe: Pipeline, tuning: Tuning) -> int:
-    return pipe.description.defaults.size if tuning.size is None else tuning.size
-
-
-def encode(pipe: Pipeline, chosen: list[Picture], tuning: Tuning, weight: float = 1.0) -> Data:
-    """Encode pictures and captions, each once. The encoders are released."""
-    model, data = pipe.description, Data([], [], [], weight)
-    request = pipe.resolve(Request("", width=_size(pipe, tuning), height=_size(pipe, tuning)))
+def texts(pipe: Pipeline, chosen: list[Picture], request: Request) -> Callable[[Picture], conditioning.Text]:
+    """The encoded captions of pictures. Each is read once; the encoders are released."""
     captions = list(dict.fromkeys(p.caption for p in chosen))
-    texts = dict(zip(captions, pipe.read(captions, request, model.reads_t5(request)), strict=True))
+    found = pipe.read(captions, request, pipe.description.reads_t5(request))
+    by_caption = dict(zip(captions, found, strict=True))
+    return lambda picture: by_caption[picture.caption]
+
+
+def encode(
+    pipe: Pipeline, chosen: list[Picture], tuning: Tuning, args: Callable[[Picture, Request], dict], weight: float = 1.0
+) -> Data:
+    """Encode pictures once; the VAE is released. args: what a step reads of a picture besides its latents."""
+    model, data = pipe.description, Data([], [], [], weight)
+    request = drawn(pipe, tuning)
     vae, buckets = pipe.networks.get("vae"), {}
     for picture in chosen:
         image = images.fit(images.read(picture.path), picture.width, picture.height)
         sized = replace(request, width=picture.width, height=picture.height)
         for shown in (image, ImageOps.mirror(image)) if tuning.flip else (image,):
             mean, logvar = vae.encode(mx.array(images.to_pixels(shown))[None])
-            packed = mean.shape != logvar.shape  # FLUX.2, which learns from the mean
-            spread = mx.zeros_like(mean) if packed else mx.exp(0.5 * mx.clip(logvar, -30, 20)) * vae.config.scale
+            spread = mx.exp(0.5 * mx.clip(logvar, -30, 20)) * vae.config.scale
             buckets.setdefault(mean.shape, []).append(len(data.means))
             data.means.append(np.array(mean[0].astype(mx.float32)))
             data.spreads.append(np.array(spread[0].astype(mx.float32)))
             if not np.isfinite(data.means[-1]).all():
                 raise model.not_finite()
-            data.args.append(conditioning.arguments(model.text, texts[picture.caption], sized, negative=False))
+            data.args.append(args(picture, sized))
     pipe.networks.release("vae")
     data.buckets.extend(buckets.values())
     return data
 
 
+def drawn(pipe: Pipeline, tuning: Tuning) -> Request:
+    """The resolved request of a picture as it is trained."""
+    size = tuning.size_for(pipe.description)
+    return pipe.resolve(Request("", width=size, height=size))
+
+
+def notes(kind: str, pipe: Pipeline, tuning: Tuning, sets: list[list[Picture]]) -> dict:
+    """What makes a training what it is, as JSON has it."""
+    model, seen = pipe.description, [folders.fingerprint(s) for s in sets]
+    start = {"kind": kind, "model": model.name, "recipe": str(model.recipe), "pictures": seen}
+    return json.loads(json.dumps(start | asdict(tuning)))
+
+
 class LoraRun:
     """A training of a LoRA: made, and checked, before the work."""
 
-    def __init__(self, pipe: Pipeline, tuning: Tuning, out: Path):
+    def __init__(self, pipe: Pipeline, tuning: LoraTuning, out: Path):
         self.pipe, self.tuning, self.out = pipe, tuning, out
-        self.sets = pictures(pipe, tuning)
+        self.sets = [read(pipe, tuning, tuning.images, tuning.prompt)]
+        if tuning.class_images is not None:
+            self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt))
         model = pipe.description
+        pipe.networks.adapt([])  # what it drew with before does not count
         self.net = pipe.networks.open(model.family.denoiser)
         layers = tuning.layers or model.family.trained
         alpha = tuning.rank if tuning.alpha is None else tuning.alpha
         self.made = lora.attach(self.net, model.name, layers, tuning.rank, alpha, tuning.seed)
+        self.notes = notes("lora", pipe, tuning, self.sets)
         same_run(out, self.notes)
-
-    @property
-    def notes(self) -> dict:
-        model = self.pipe.description
-        seen = [folders.fingerprint(s) for s in self.sets]
-        kind = {"kind": "lora", "model": model.name, "recipe": str(model.recipe), "pictures": seen}
-        return json.loads(json.dumps(kind | asdict(self.tuning)))
 
     @property
     def file(self) -> Path:
         return self.out / lora.FILE
+
+    @property
+    def flag(self) -> str:
+        """How the command line takes it."""
+        return f"--lora {self.out}"
 
     def lines(self) -> list[str]:
         """What will be trained, for people."""
@@ -232,15 +251,21 @@ class LoraRun:
 
     def sample(self, prompts: Sequence[str], step: int) -> list[Path]:
         """Draw pictures with what is trained so far."""
-        self.pipe.networks.hold(self.pipe.description.family.denoiser, self.net)
-        return samples(self.pipe, prompts, step, self.out)
+        return samples(self.pipe, self.net, prompts, step, self.out)
 
     def steps(self) -> Iterator[Report]:
         """Train, step by step. The file is written whenever the state is saved, and in the end."""
-        tuning, model = self.tuning, self.pipe.description
-        weights = (1.0, tuning.prior)
-        sets = [encode(self.pipe, s, tuning, w) for s, w in zip(self.sets, weights, strict=False)]
-        yield from trained(self.net, loss, sets, model, tuning, self.out, self.export)
+        yield from trained(self.net, loss, self.encoded(), self.pipe, self.tuning, self.out, self.export)
+
+    def encoded(self) -> list[Data]:
+        """The pictures and those of the class, with their captions."""
+        text = texts(self.pipe, [p for s in self.sets for p in s], drawn(self.pipe, self.tuning))
+
+        def args(picture: Picture, request: Request) -> dict[str, mx.array]:
+            return conditioning.arguments(self.pipe.description.text, text(picture), request, negative=False)
+
+        weights = (1.0, self.tuning.prior)
+        return [encode(self.pipe, s, self.tuning, args, w) for s, w in zip(self.sets, weights, strict=False)]
 
     def export(self) -> Path:
         return lora.export(self.made, self.pipe.description, self.notes, self.out)
@@ -253,21 +278,27 @@ def told(sets: Sequence[Sequence[Picture]]) -> str:
     return " and of the class ".join(parts) + "."
 
 
-def samples(pipe: Pipeline, prompts: Sequence[str], step: int, out: Path) -> list[Path]:
-    """Draw pictures of prompts into the folder of a run."""
+def samples(pipe: Pipeline, net: nn.Module, prompts: Sequence[str], step: int, out: Path, **settings) -> list[Path]:
+    """Draw pictures of prompts into the folder of a run, with the denoiser that is open already."""
+    pipe.networks.hold(pipe.description.family.denoiser, net)
     files = []
     for i, prompt in enumerate(prompts):
-        files += pipe(prompt, seed=0).save(out / f"sample-{step:06}-{i + 1}.png")
+        files += pipe(prompt, seed=0, **settings).save(out / f"sample-{step:06}-{i + 1}.png")
     pipe.networks.release(pipe.description.family.denoiser)
     return files
 
 
 def trained(
-    net: nn.Module, loss: Callable, sets: Sequence[Data], model, tuning: Tuning, out: Path, export: Callable[[], Path]
+    net: nn.Module,
+    loss: Callable,
+    sets: Sequence[Data],
+    pipe: Pipeline,
+    tuning: Tuning,
+    out: Path,
+    export: Callable[[], Path],
 ) -> Iterator[Report]:
     """The steps of a training. What was trained is written whenever the state is saved, and when the run stops."""
-    size = model.defaults.size if tuning.size is None else tuning.size
-    aim = Objective(model, (size // model.multiple) ** 2)
+    aim = Objective(pipe.description)
 
     def batch(step: int) -> tuple[list[Part]]:
         rng = np.random.default_rng([tuning.seed, 11, step])

@@ -19,9 +19,7 @@ from . import DEFAULT, NAMES, Upscaler
 def parser() -> argparse.ArgumentParser:
     lines = [f"  {name:24} {n.title}; {n.licence}, {n.download * 1000:.0f} MB" for name, n in NAMES.items()]
     p = Parser(prog="mlxdiff upscale", epilog="\n".join(["upscalers that have a name:", *lines]))
-    p.description = (
-        "Enlarge pictures with an upscaler of the ESRGAN family. A picture keeps the settings that it carries."
-    )
+    p.description = "Enlarge pictures with an upscaler of the ESRGAN family. Their settings are kept."
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("pictures", nargs="+", metavar="PICTURE", help="PNG, JPEG, WebP, TIFF, BMP or GIF")
     p.add_argument("-m", "--model", default=DEFAULT, help=f"a name, a .safetensors file, org/repo/file ({DEFAULT})")

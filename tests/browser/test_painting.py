@@ -106,6 +106,17 @@ def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings,
     assert np.abs(drawn[mask == 255].astype(int) - first[mask == 255]).mean() > 8
     np.testing.assert_array_equal(drawn, np.asarray(mlxdiff.load("storybook")(_here(request, tmp_path)).image))
 
+    # Before and after, on one picture.
+    split = s.root.locator(".mlxdiff-split")
+    expect(split).to_be_hidden()
+    s.press("Before / after")
+    expect(split).to_be_visible()
+    s.root.get_by_label("Before and after").fill("30")
+    expect(split.locator("img")).to_have_attribute("style", re.compile(r"inset\(0px 70% 0px 0px\)"))
+    page.screenshot(path=SHOTS / "before-after.png")
+    s.press("Before / after")
+    expect(split).to_be_hidden()
+
     # A reloaded page shows the mask again. A key adds pixels, another paints.
     page.reload()
     s.press("Change a part")
@@ -129,6 +140,19 @@ def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings,
     page.wait_for_function("() => document.querySelector('.mlxdiff-painting .mlxdiff-button:disabled')")
     s.press("Done")
     expect(s.root.locator(".mlxdiff-stage")).to_be_visible()
+
+    # The first picture is enlarged, which the second cannot be; then the large one is deleted.
+    enlarge = s.root.get_by_role("button", name="Enlarge 2×")
+    expect(enlarge).to_be_disabled()
+    s.thumbs.last.click()
+    enlarge.click()
+    expect(s.thumbs).to_have_count(3)
+    s.says("Done in")
+    assert rgb(s).shape == (256, 256, 3)
+    s.press("Delete")
+    s.press("Really delete?")
+    expect(s.thumbs).to_have_count(2)
+    assert len([*(tmp_path / "pictures").glob("a-*.png")]) == 2
 
 
 def _here(request: Request, folder: Path) -> Request:

@@ -191,7 +191,7 @@ def test_a_dropped_picture_restores_its_settings(desk):
     fakes.picture(Request("x", seed=1, width=64, height=64)).save(ours, "PNG", pnginfo=info)
     for _ in range(2):
         s.label("Prompt").fill("before")
-        _drop(s, ours.getvalue())
+        _drop(s, ours.getvalue(), "Restore its settings")
         expect(s.label("Prompt")).to_have_value("a lighthouse")
         expect(s.label("Negative prompt")).to_have_value("fog")
         expect(s.label("Seed")).to_have_value("77")
@@ -200,7 +200,7 @@ def test_a_dropped_picture_restores_its_settings(desk):
         expect(s.root.get_by_text("Also set: noise nv.")).to_be_visible()
         s.press("Forget these")
         expect(s.root.get_by_text("Also set")).to_have_count(0)
-        _drop(s, b"no picture")
+        _drop(s, b"no picture", "Restore its settings")
         expect(s.error).to_contain_text("The picture cannot be read")
     chosen = {"name": "a.png", "mimeType": "image/png", "buffer": ours.getvalue()}
     for _ in range(2):
@@ -211,7 +211,7 @@ def test_a_dropped_picture_restores_its_settings(desk):
 
 
 def test_a_start_picture(desk, lab):
-    """It is dropped without settings, chosen, or taken from the history; its strength is set; it is removed again."""
+    """It is dropped, chosen, or taken from the history; its strength is set; it is removed again."""
     d = desk("begin.ipynb", QUICK)
     d.run_all()
     s = d.studio()
@@ -223,7 +223,7 @@ def test_a_start_picture(desk, lab):
     for n in (1, 2):
         expect(thumb).to_be_hidden()
         if n == 1:
-            _drop(s, plain.getvalue())
+            _drop(s, plain.getvalue(), "Begin with it")
         else:
             s.label("Begin with a picture…").set_input_files(chosen)
         expect(thumb).to_be_visible()
@@ -251,12 +251,13 @@ def test_a_start_picture(desk, lab):
         assert Path(request.image).name == drawn(lab)[-2].name
 
 
-def _drop(hand: Hand, data: bytes) -> None:
+def _drop(hand: Hand, data: bytes, use: str) -> None:
     transfer = hand.page.evaluate_handle(
         "bytes => { const t = new DataTransfer(); t.items.add(new File([new Uint8Array(bytes)], 'a.png')); return t; }",
         list(data),
     )
     hand.canvas.dispatch_event("drop", {"dataTransfer": transfer})
+    hand.root.get_by_role("dialog").get_by_role("button", name=use, exact=True).click()
 
 
 def test_looking_back_while_a_picture_forms(desk):

@@ -11,9 +11,10 @@ from mlx.utils import tree_flatten
 from peft import LoraConfig
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import mlxdiff
-from mlxdiff.train import tune
+from mlxdiff.train import inversion, tune
 
 from . import tiny
 from .oracle import nchw
@@ -49,7 +50,7 @@ def photos(tmp_path_factory):
 def started(ours, photos, out, **settings) -> tune.LoraRun:
     """A run whose changes are not 0 at first: else the gradients of half of the weights would be."""
     given = {"prompt": "a blue boat", "size": 32, "rank": RANK, "alpha": ALPHA, "batch": 2, "rate": RATE, "steps": 3}
-    run, g = tune.LoraRun(ours, tune.Tuning(str(photos), **(given | settings)), out), np.random.default_rng(1)
+    run, g = tune.LoraRun(ours, tune.LoraTuning(str(photos), **(given | settings)), out), np.random.default_rng(1)
     for layer in run.made.values():
         layer.up = mx.array(g.normal(size=layer.up.shape).astype(np.float32) * 0.1)
     return run
@@ -98,8 +99,8 @@ def test_gradients_and_three_steps_are_those_of_peft(models, photos, name, tmp_p
     theirs, ours = models[name]
     run = started(ours, photos, tmp_path / "run")
     parameters = with_peft(theirs, run)
-    data = tune.encode(ours, run.sets[0], run.tuning)
-    aim, parts = tune.Objective(ours.description, 16), []
+    (data,) = run.encoded()
+    aim, parts = tune.Objective(ours.description), []
     for step in range(3):
         parts.append(aim.part(data, np.random.default_rng([0, 11, step]), 2))
     try:
@@ -130,7 +131,7 @@ def test_what_is_encoded_is_what_diffusers_encodes(models, photos, name, tmp_pat
     """Latents and their spread, and the text; the caption of a file is one line."""
     theirs, ours = models[name]
     run = started(ours, photos, tmp_path / "run")
-    data = tune.encode(ours, run.sets[0], run.tuning)
+    (data,) = run.encoded()
     for i, caption in enumerate(("a blue boat", "a red fox in the snow")):
         pixels = np.asarray(Image.open(photos / f"{i}.png")).astype(np.float32) / 127.5 - 1
         found = theirs.vae.encode(torch.tensor(pixels.transpose(2, 0, 1))[None]).latent_dist
@@ -167,3 +168,67 @@ def test_diffusers_draws_with_the_file_as_we_do(models, photos, name, tmp_path):
     with safe_open(run.file, "np") as f:
         notes = f.metadata()
     assert (notes["modelspec.trigger_phrase"], notes["ss_network_dim"]) == ("moss", str(RANK))
+
+
+# ---- a word
+
+
+def word(ours, photos, out, **settings) -> inversion.WordRun:
+    given = {"word": "<moss>", "initial": "fox snow", "size": 32, "batch": 2, "steps": 1, "vectors": 2}
+    (photos / "1.txt").write_text("<moss> in the snow")
+    try:
+        return inversion.WordRun(ours, inversion.WordTuning(images=str(photos), **(given | settings)), out)
+    finally:
+        (photos / "1.txt").write_text("a red fox\n in the snow")
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_word_is_taught_as_in_diffusers(models, photos, name, tmp_path):
+    """The gradients of its rows are torch's, and diffusers draws with the file as we do."""
+    theirs, ours = models[name]
+    run = word(ours, photos, tmp_path / "run")
+    run.out.mkdir(exist_ok=True)
+    run.export()
+    part = tune.Objective(ours.description).part(run.encoded(), np.random.default_rng(4), 2)
+    sides = [(theirs.tokenizer, theirs.text_encoder, "clip_l")]
+    sides += [(theirs.tokenizer_2, theirs.text_encoder_2, "clip_g")] if name == "sdxl" else []
+    state, tables = load_file(run.file), []
+    before = oracle(theirs, num_inference_steps=4)
+    for tok, encoder, key in sides:
+        given = state if name == "sd1" else {"<moss>": state[key]}
+        theirs.load_textual_inversion(given, token="<moss>", text_encoder=encoder, tokenizer=tok)
+        tables.append(encoder.get_input_embeddings().weight)
+        tables[-1].requires_grad_(True)
+    try:
+        prompts = [run.captions[i] for i in part.args["caption"].tolist()]
+        assert len(prompts) == 2
+
+        with torch.enable_grad():
+            context, _, *pooled = theirs.encode_prompt(prompts, device="cpu", num_images_per_prompt=1,
+                                          do_classifier_free_guidance=False)  # fmt: skip
+            x, target, t = (torch.tensor(a) for a in (nchw(part.x), nchw(part.target), np.array(part.t)))
+            sizes = torch.tensor(np.array(part.args["time_ids"])) if pooled else None
+            added = {"text_embeds": pooled[0], "time_ids": sizes} if pooled else None
+            out = theirs.unet(x, t, context, added_cond_kwargs=added).sample
+            total = torch.nn.functional.mse_loss(out, target)
+            total.backward()
+
+        def loss(reader):
+            return tune.loss(reader.net, [part._replace(args=run._read(reader, part.args, run_skip))])
+
+        run_skip = ours.resolve("").clip_skip
+        value, grads = nn.value_and_grad(run.reader, loss)(run.reader)
+        assert abs(value.item() - total.item()) < NEAR * total.item()
+        grads = dict(tree_flatten(grads))
+        assert len(grads) == len(sides)
+        for encoder, table in zip(run.encoders, tables, strict=True):
+            close(grads[f"encoders.{encoder}.embeddings.token_embedding.rows"], table.grad[-2:])
+        same = {"generator": torch.Generator("cpu").manual_seed(SEED), "num_inference_steps": 4, **SIZE}
+        want = np.asarray(theirs("a <moss> fox", guidance_scale=5.0, **same).images[0])
+    finally:
+        for (tok, encoder, _), table in zip(sides, tables, strict=True):
+            table.requires_grad_(False)
+            theirs.unload_textual_inversion(text_encoder=encoder, tokenizer=tok)
+    settings = {"steps": 4, "guidance": 5.0, "seed": SEED, "embeddings": [f"{run.out}=<moss>"]} | SIZE
+    assert psnr(np.asarray(ours("a <moss> fox", **settings).image), want) > DB
+    assert psnr(want, before) < DB - 10

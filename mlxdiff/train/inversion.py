@@ -1,0 +1,174 @@
+"""Teaches a model a word: only the embeddings of its new tokens are trained (textual inversion; Gal et al. 2022)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import conditioning
+from ..adapters import Word
+from ..description import Description
+from ..errors import Error
+from ..pipeline import Pipeline
+from ..request import Request
+from . import lora, tune
+from .fit import Report, same_run
+from .folder import Picture
+
+FILE = "learned_embeds.safetensors"
+MOST_VECTORS = 32
+PROMPT = "a photo of {}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordTuning(tune.Tuning):
+    """Of a word."""
+
+    word: str
+    initial: str  # known words that it begins as
+    vectors: int = 1  # how many tokens it has
+    rate: float = 5e-4
+
+    def check(self) -> None:
+        super().check()
+        tune.whole("vectors", self.vectors, 1, MOST_VECTORS)
+
+
+class Taught(nn.Module):
+    """A frozen embedding and new rows behind its own, which are trained in float32."""
+
+    def __init__(self, base: nn.Embedding, rows: mx.array):
+        super().__init__()
+        self.base, self.rows = base, rows
+
+    @property
+    def weight(self) -> mx.array:
+        return mx.concatenate([self.base.weight, self.rows.astype(self.base.weight.dtype)])
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        n = self.base.weight.shape[0]
+        known, new = self.base(mx.minimum(ids, n - 1)), self.rows[mx.maximum(ids - n, 0)]
+        return mx.where(ids[..., None] < n, known, new.astype(known.dtype))
+
+
+class Reader(nn.Module):
+    """A denoiser and the text encoders that are taught; all of them frozen but for the new rows."""
+
+    def __init__(self, model: Description, net: nn.Module, encoders: dict[str, nn.Module]):
+        super().__init__()
+        self.net, self.encoders, self._model = net, encoders, model
+        self.freeze()
+        for encoder in encoders.values():
+            encoder.embeddings.token_embedding.unfreeze(keys="rows", recurse=False)
+
+    def texts(self, words: dict[str, conditioning.Words], clip_skip: int) -> list[conditioning.Text]:
+        plan = self._model.text
+        parts = {n: conditioning.read(plan, self.encoders[n], w, clip_skip) for n, w in words.items()}
+        return conditioning.join(plan, parts, self._model.net.context)
+
+
+class WordRun:
+    """A training of a word: made, and checked, before the work."""
+
+    def __init__(self, pipe: Pipeline, tuning: WordTuning, out: Path):
+        self.pipe, self.tuning, self.out = pipe, tuning, out
+        model, plan = pipe.description, pipe.description.text
+        prompt = PROMPT.format(tuning.word) if tuning.prompt is None else tuning.prompt
+        self.pictures = tune.read(pipe, tuning, tuning.images, prompt)
+        lacks = next((p for p in self.pictures if tuning.word not in p.caption), None)
+        if lacks is not None:
+            problem = f"The caption of {lacks.path} has no {tuning.word}: {lacks.caption!r:.80}."
+            raise Error(problem, "Put the word into it.")
+        pipe.networks.adapt([])  # what it drew with before does not count
+        toks, encoders = conditioning.load_tokenizers(plan, pipe.networks.folder, t5=False), {}
+        for name in plan.clip:
+            encoder = pipe.networks.open(name)
+            encoder.embeddings.token_embedding = taught(encoder, toks[name].ids(tuning.initial), tuning)
+            encoders[name] = encoder
+        self.encoders = encoders
+        conditioning.teach_tokenizers(toks, [self.word], model.components)
+        self.captions = list(dict.fromkeys(p.caption for p in self.pictures))
+        self.words = conditioning.tokenize(plan, toks, self.captions)
+        self.net = pipe.networks.open(model.family.denoiser)
+        self.reader = Reader(model, self.net, encoders)
+        self.notes = tune.notes("embedding", pipe, tuning, [self.pictures])
+        same_run(out, self.notes)
+
+    @property
+    def word(self) -> Word:
+        """The word as it is trained so far."""
+        return Word(self.tuning.word, {n: e.embeddings.token_embedding.rows for n, e in self.encoders.items()})
+
+    @property
+    def file(self) -> Path:
+        return self.out / FILE
+
+    @property
+    def flag(self) -> str:
+        """How the command line takes it."""
+        return f"--embedding '{self.out}={self.tuning.word}'"
+
+    def lines(self) -> list[str]:
+        """What will be trained, for people."""
+        sizes = ", ".join(f"{v.shape[0]} x {v.shape[1]} numbers of {n}" for n, v in self.word.vectors.items())
+        return [tune.told([self.pictures]), f"The word {self.tuning.word}: {sizes}."]
+
+    def steps(self) -> Iterator[Report]:
+        """Train, step by step. The file is written whenever the state is saved, and in the end."""
+        skip = tune.drawn(self.pipe, self.tuning).clip_skip
+
+        def loss(reader: Reader, parts: list[tune.Part]) -> mx.array:
+            return tune.loss(reader.net, [part._replace(args=self._read(reader, part.args, skip)) for part in parts])
+
+        yield from tune.trained(self.reader, loss, [self.encoded()], self.pipe, self.tuning, self.out, self.export)
+
+    def encoded(self) -> tune.Data:
+        """The pictures, with the numbers of their captions."""
+        plan = self.pipe.description.text
+
+        def args(picture: Picture, request: Request) -> dict[str, mx.array]:
+            number = mx.array([self.captions.index(picture.caption)])
+            sizes = conditioning.arguments(plan, conditioning.Text(number, None), request, negative=False)
+            return {"caption": sizes.pop("context"), **sizes}
+
+        return tune.encode(self.pipe, self.pictures, self.tuning, args)
+
+    def _read(self, reader: Reader, args: dict, clip_skip: int) -> dict[str, mx.array]:
+        """The arguments of the denoiser's `prepare`, with captions that are read anew in each step."""
+        args, numbers = dict(args), args["caption"].tolist()
+        words = {n: w._replace(chunks=[w.chunks[i] for i in numbers]) for n, w in self.words.items()}
+        found = reader.texts(words, clip_skip)
+        del args["caption"]
+        args["context"] = mx.concatenate([text.context for text in found])
+        if found[0].pooled is not None:
+            args["pooled"] = mx.concatenate([text.pooled for text in found])
+        return args
+
+    def sample(self, prompts: Sequence[str], step: int) -> list[Path]:
+        """Draw pictures with what is trained so far."""
+        given = f"{self.export()}={self.tuning.word}"
+        return tune.samples(self.pipe, self.net, prompts, step, self.out, embeddings=[given])
+
+    def export(self) -> Path:
+        """Write the word as a file that diffusers, A1111, ComfyUI and mlxdiff read."""
+        values = list(self.word.vectors.values())
+        keys = (self.tuning.word,) if len(values) == 1 else ("clip_l", "clip_g")
+        notes = self.notes | {"trigger": self.tuning.word}
+        return lora.write(self.file, dict(zip(keys, values, strict=True)), {"format": "pt"}, notes)
+
+
+def taught(encoder: nn.Module, ids: list[int], tuning: WordTuning) -> Taught:
+    """The embedding of a text encoder with new rows, which begin as those of known words; one row begins as their
+    mean."""
+    base = encoder.embeddings.token_embedding
+    if not ids:
+        raise Error("The initial words are empty.", "Give a word that is close to the thing: `initial=TEXT`.")
+    rows = base.weight[mx.array(ids)].astype(mx.float32)
+    rows = rows.mean(0, keepdims=True) if tuning.vectors == 1 else rows[mx.arange(tuning.vectors) % len(ids)]
+    if tuning.vectors > len(ids):  # rows that begin equal would stay equal
+        noise = np.random.default_rng([tuning.seed, 13]).standard_normal(rows.shape).astype(np.float32)
+        rows = rows + 0.1 * mx.std(base.weight.astype(mx.float32)) * mx.array(noise)
+    return Taught(base, rows)
