@@ -412,8 +412,9 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
     },
+    "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign"},
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
-    "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors"},
+    "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors", "mlxdiff.train.fit"},
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
         "mlxdiff.conditioning",
@@ -428,6 +429,7 @@ MAY = {
         "mlxdiff.description",
         "mlxdiff.errors",
         "mlxdiff.families.base",
+        "mlxdiff.foreign",
         "mlxdiff.images",
         "mlxdiff.networks",
         "mlxdiff.pipeline",
