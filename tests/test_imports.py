@@ -404,6 +404,7 @@ MAY = {
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
         "mlxdiff.errors",
+        "mlxdiff.foreign",
         "mlxdiff.guidance",
         "mlxdiff.families",
         "mlxdiff.models.*",
@@ -428,6 +429,7 @@ MAY = {
         "mlxdiff.conditioning",
         "mlxdiff.description",
         "mlxdiff.errors",
+        "mlxdiff.foreign",
         "mlxdiff.families.base",
         "mlxdiff.foreign",
         "mlxdiff.images",
@@ -446,6 +448,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.images",
         "mlxdiff.recipe",
+        "mlxdiff.request",
         "mlxdiff.train.*",
     },
     "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
