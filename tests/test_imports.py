@@ -431,7 +431,6 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.foreign",
         "mlxdiff.families.base",
-        "mlxdiff.foreign",
         "mlxdiff.images",
         "mlxdiff.networks",
         "mlxdiff.pipeline",
