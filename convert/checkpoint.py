@@ -146,7 +146,7 @@ def open(
 def _folder(path: Path, prediction: str | None, t5: bool) -> Checkpoint:
     index, components, skipped = Settings(path / "model_index.json"), {}, _BESIDE if t5 else {*_BESIDE, *_OPTIONAL}
     networks = {
-        name: entry[-1]
+        name: str(entry[-1])
         for name, entry in index.values.items()
         if isinstance(entry, list) and entry[-1:] not in ([], [None], *([c] for c in _UNREAD)) and name not in skipped
     }

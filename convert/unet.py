@@ -251,7 +251,7 @@ def _attends(s: Settings, key: str, default: list[str], n: int) -> list[bool]:
     """Whether each block attends to the text, from its class."""
     kinds = s.get(key, default)
     known = {k for d in ("Down", "Up") for k in (f"{d}Block2D", f"CrossAttn{d}Block2D")}
-    if not isinstance(kinds, list) or len(kinds) != n or not all(k in known for k in kinds):
+    if not isinstance(kinds, list) or len(kinds) != n or not all(str(k) in known for k in kinds):
         s.refuse(key, kinds)
     return [k.startswith("CrossAttn") for k in kinds]
 

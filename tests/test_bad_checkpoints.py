@@ -388,6 +388,7 @@ BAD = {
     "a component's folder missing": (lambda p: p.folder(lambda f: shutil.rmtree(f / "vae")), "lacks the folder vae"),
     "config.json missing": (gone("unet/config.json"), "unet/config.json"),
     "a component unknown": (lambda p: p.json("model_index.json", controlnet=["x", "ControlNetModel"]), "controlnet"),
+    "a class that is no text": (lambda p: p.json("model_index.json", vae=["x", ["y"]]), "whose vae is a ['y']"),
     "no unet": (lambda p: p.json("model_index.json", unet=[None, None]), "has no unet and no transformer"),
     "a folder of FLUX": (
         lambda p: p.json("model_index.json", _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer"]),
@@ -395,6 +396,7 @@ BAD = {
     ),
     "noise of continuous time": (scheduler(timestep_type="continuous"), "timestep_type"),
     "a setting not implemented": (unet(class_embed_type="timestep"), "class_embed_type"),
+    "a block that is no text": (unet(down_block_types=["DownBlock2D", {"a": 1}]), "down_block_types"),
     "a block not implemented": (unet(down_block_types=["AttnDownBlock2D"] * 2), "AttnDown"),
     "a setting of the wrong kind": (unet(layers_per_block="two"), "layers_per_block"),
     "heads that do not divide": (unet(attention_head_dim=5), "unet is 32 wide, which is no multiple of its 5 heads"),

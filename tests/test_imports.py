@@ -413,6 +413,7 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
     },
+    "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign"},
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
     "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors", "mlxdiff.train.fit"},
     "mlxdiff.train.inversion": {

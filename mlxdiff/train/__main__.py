@@ -14,7 +14,6 @@ from tqdm import tqdm
 from .. import blas, images
 from ..console import Parser, run, say
 from ..recipe import BITS, bits_of, default_dtype
-from ..request import Request
 from . import storybook as sb
 from .fit import same_run
 from .objective import PREDICTIONS
@@ -167,7 +166,7 @@ def _tune(args, settings: Callable, run: Callable) -> int:
     blas.use_all_cores()
     pipe = load(args.model, bits=args.quantize, dtype=dtype, offline=args.offline)
     for prompt in args.sample or ():
-        pipe.resolve(Request(prompt))  # a bad one is refused before the work
+        pipe.resolve(prompt)  # a bad one is refused before the work
     made = run(pipe, tuning, args.out)
     for line in made.lines():
         say(line)
