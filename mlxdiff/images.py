@@ -223,7 +223,7 @@ def new_folder(path: Path) -> Path:
 
 def is_folder(path: str | Path) -> bool:
     """Whether a path means a folder of pictures rather than one picture file. The path need not exist yet."""
-    return foreign.path(path).is_dir() or str(path).endswith(("/", "\\")) or not Path(path).suffix
+    return os.path.isdir(foreign.path(path)) or str(path).endswith(("/", "\\")) or not Path(path).suffix
 
 
 def kind_of(path: Path) -> str:

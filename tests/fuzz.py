@@ -14,12 +14,16 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from mlxdiff import builtin, convert, description, images, tokenizers
-from mlxdiff.convert import source, write
+from mlxdiff.convert import lora, source, write
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
+from mlxdiff.store import references
+from tests import checkpoints
 
 SLOW = 5.0  # seconds that one input may take
 _VALUES = [
@@ -105,11 +109,40 @@ class Fuzz:
         convert.describe(checkpoint, recipe(None, "float32")).write(self.notes)
         self.note = (self.notes / "model.json").read_bytes()
         self.ends: Counter[str] = Counter()
+        self.network = folder / "network.safetensors"
+        self.described = description.read(self.notes)
+        net = self.described.net
+        few = {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": net.channels[0]}
+        lora_weights = {
+            f"unet.{n}.lora_{ab}.weight": s for n, w in few.items() for ab, s in (("A", (2, w)), ("B", (w, 2)))
+        }
+        adapter = {"image_proj.proj.weight": (4 * net.context, 12), "image_proj.proj.bias": (4 * net.context,)}
+        adapter |= {f"image_proj.norm.{leaf}": (net.context,) for leaf in ("weight", "bias")}
+        adapter |= {
+            f"ip_adapter.{2 * i + 1}.to_{kv}_ip.weight": (w, net.context)
+            for i, w in enumerate(net.reading)
+            for kv in "kv"
+        }
+        shapes = {name: x.shape for name, x in checkpoints.esrgan(1, 4, 2, 1, 1).items()}
+        self.networks = [
+            (
+                checkpoints.full(self.network, {n: np.ones(shape, np.float32) for n, shape in of.items()}).read_bytes(),
+                read,
+            )
+            for of, read in (
+                (shapes, lambda file: convert.read(file, mx.float32)),
+                (lora_weights, lambda file: lora.read(file, self.described)),
+                (adapter, lambda file: references._adapter(file, self.described)),
+            )
+        ]
+        for good, read in self.networks:
+            self.network.write_bytes(good)
+            read(self.network)
 
     def one(self, number: int) -> None:
         """Make the input of this number and read it. Anything but success or an Error is raised."""
         rng = random.Random(number)
-        kind = rng.choice([self.checkpoint, self.description, self.settings, self.index])
+        kind = rng.choice([self.checkpoint, self.description, self.settings, self.index, self.beside])
         begin = time.perf_counter()
         try:
             kind(rng)
@@ -154,6 +187,12 @@ class Fuzz:
         request, _ = images.read_settings(self.picture)
         request.check_adapters()
         images.read(self.picture)
+
+    def beside(self, rng: random.Random) -> None:
+        """A file beside a model: an upscaler, a LoRA or an IP-Adapter."""
+        good, read = rng.choice(self.networks)
+        self.network.write_bytes(_with_header(good, lambda header: damaged(rng, header, True)))
+        read(self.network)
 
     def index(self, rng: random.Random) -> None:
         file = self.model / "unet" / "model.safetensors.index.json"

@@ -20,6 +20,7 @@ from mlxdiff import builtin, console, convert, description, foreign, images, sto
 from mlxdiff.convert import source
 from mlxdiff.errors import Error
 from mlxdiff.families import MODELS
+from mlxdiff.generate import main as draw
 from mlxdiff.models import build
 from mlxdiff.request import Request
 from tests import checkpoints
@@ -224,6 +225,11 @@ def test_a_prompt_that_is_not_utf_8_is_refused_before_the_work(converted, settin
     texts = {"prompt": "a red fox"} | {setting: os.fsdecode(b"r\xf6t")}
     with pytest.raises(Error, match="is not valid UTF-8"):
         next(mlxdiff.load(converted).stream(**texts, steps=1))
+
+
+def test_an_overlong_name_is_refused_in_one_line(tmp_path, capsys):
+    assert draw(["a red house", "-o", str(tmp_path / ("x" * 300 + ".png"))]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_names_up_to_the_limit_are_written_and_numbered(tmp_path):

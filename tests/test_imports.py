@@ -404,6 +404,7 @@ MAY = {
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
         "mlxdiff.errors",
+        "mlxdiff.foreign",
         "mlxdiff.guidance",
         "mlxdiff.families",
         "mlxdiff.models.*",
@@ -413,7 +414,7 @@ MAY = {
         "mlxdiff.train.*",
     },
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
-    "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors"},
+    "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors", "mlxdiff.train.fit"},
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
         "mlxdiff.conditioning",
@@ -427,6 +428,7 @@ MAY = {
         "mlxdiff.conditioning",
         "mlxdiff.description",
         "mlxdiff.errors",
+        "mlxdiff.foreign",
         "mlxdiff.families.base",
         "mlxdiff.images",
         "mlxdiff.networks",
@@ -444,6 +446,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.images",
         "mlxdiff.recipe",
+        "mlxdiff.request",
         "mlxdiff.train.*",
     },
     "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
