@@ -13,7 +13,7 @@ from typing import TypedDict, TypeVar
 
 from PIL.Image import Image
 
-from . import arguments, dialects, samplers, schedules
+from . import arguments, dialects, samplers, schedules, values
 from .errors import Error, did_you_mean
 from .foreign import fits
 from .guides import DETECTORS, Guide, Picture, guides
@@ -190,7 +190,7 @@ class Request:
         it; `strength`: how much of a start image is redrawn."""
         for name in ("sampler", "schedule", "noise"):  # these names are looked up before `check` runs
             if (value := getattr(self, name)) is not None:
-                check_text(name, value)
+                values.text(name, value)
         if self.sampler is None:
             sampler, schedule = _first(defaults.sampler, scheduler[0]), _first(defaults.schedule, scheduler[1])
         else:
@@ -223,7 +223,7 @@ class Request:
         left, top, right, bottom = self.outpaint
         added = {"width": left + right, "height": top + bottom}
         for name, edge in given.items():
-            _whole(name, edge, multiple, MAX_EDGE)
+            values.whole(name, edge, multiple, MAX_EDGE)
             given[name] = edge - added[name]
             if given[name] < multiple:
                 problem = f"outpaint adds {added[name]} pixels, which leaves no place for the image in {name} {edge}."
@@ -237,28 +237,28 @@ class Request:
 
     def check(self, multiple: int) -> None:
         """Raise one Error, which names the setting, if a value is out of range."""
-        check_text("prompt", self.prompt)
+        values.text("prompt", self.prompt)
         if self.negative is not None:
-            check_text("negative prompt", self.negative)
-        _whole("seed", self.seed, 0, MAX_SEED)
-        _whole("steps", self.steps, 1, 1000)
-        _whole("count", self.count, 1, 1000)
-        _whole("clip_skip", self.clip_skip, 1, 12)
-        _number("guidance", self.guidance, 0, 100)
-        _number("rescale", self.rescale, 0, 1)
-        _number("refine_at", self.refine_at, 0, 1)
-        _number("true_cfg", self.true_cfg, 0, 100)
-        _number("skip_scale", self.skip_scale, 0, 100)
+            values.text("negative prompt", self.negative)
+        values.whole("seed", self.seed, 0, MAX_SEED)
+        values.whole("steps", self.steps, 1, 1000)
+        values.whole("count", self.count, 1, 1000)
+        values.whole("clip_skip", self.clip_skip, 1, 12)
+        values.number("guidance", self.guidance, 0, 100)
+        values.number("rescale", self.rescale, 0, 1)
+        values.number("refine_at", self.refine_at, 0, 1)
+        values.number("true_cfg", self.true_cfg, 0, 100)
+        values.number("skip_scale", self.skip_scale, 0, 100)
         if self.shift is not None:
-            _number("shift", self.shift, 0.01, 100)
+            values.number("shift", self.shift, 0.01, 100)
         if self.strength is not None:
-            _number("strength", self.strength, 0, 1)
+            values.number("strength", self.strength, 0, 1)
         if self.image is None and (self.strength is not None or self.image_hash is not None):
             raise Error("These settings need a start image, and none was given.", "Give it as `image=FILE`.")
         if not isinstance(self.t5, bool):
             raise Error(f"t5 {self.t5!r} is neither true nor false.", "Use `t5=False` to leave T5 out.")
         if self.eta is not None:
-            _number("eta", self.eta, 0, 10)
+            values.number("eta", self.eta, 0, 10)
         if self.eta is not None and not samplers.SAMPLERS[self.sampler].noisy:
             raise Error(f"eta has no meaning for {self.sampler}, which adds no noise.", "Leave `eta` out, or use ddim.")
         self.check_mask()
@@ -267,12 +267,12 @@ class Request:
                 problem = f"outpaint adds {n} pixels, which is not a multiple of {multiple}."
                 raise Error(problem, f"Add {n // multiple * multiple or multiple}, or another multiple.")
         for name, value in (("width", self.width), ("height", self.height)):
-            _whole(name, value, multiple, MAX_EDGE)
+            values.whole(name, value, multiple, MAX_EDGE)
             if value % multiple:
                 low = value // multiple * multiple
                 raise Error(f"{name} {value} is not a multiple of {multiple}.", f"Use {low} or {low + multiple}.")
-        _span("interval", self.interval)
-        _span("skip_interval", self.skip_interval)
+        values.span("interval", self.interval)
+        values.span("skip_interval", self.skip_interval)
         if not isinstance(self.skip_layers, tuple | list):
             raise Error(f"skip_layers {self.skip_layers!r} is not a list of layers.", "Give a few, such as (7, 8, 9).")
         self.check_adapters()
@@ -292,10 +292,10 @@ class Request:
             fix = "Give the pixels at the left, top, right and bottom, such as (128, 0, 128, 0)."
             raise Error(f"outpaint {reprlib.repr(self.outpaint)} is not four numbers.", fix)
         for n in self.outpaint:
-            _whole("outpaint", n, 0, MAX_EDGE)
-        _number("mask_blur", self.mask_blur, 0, MAX_BLUR)
+            values.whole("outpaint", n, 0, MAX_EDGE)
+        values.number("mask_blur", self.mask_blur, 0, MAX_BLUR)
         if self.mask_crop is not None:
-            _whole("mask_crop", self.mask_crop, 0, MAX_EDGE)
+            values.whole("mask_crop", self.mask_crop, 0, MAX_EDGE)
         if not isinstance(self.keep, bool):
             raise Error(f"keep {self.keep!r} is neither true nor false.", "Use `keep=False` to paste nothing back.")
         if self.mask_hash is not None and self.mask is None:
@@ -315,9 +315,9 @@ class Request:
             if not isinstance(self.hires, tuple | list) or len(self.hires) not in (1, 2):
                 fix = "Give how many times to enlarge, or that and a strength, such as (2, 0.5)."
                 raise Error(f"hires {reprlib.repr(self.hires)} is not one or two numbers.", fix)
-            _number("hires", self.hires[0], 1, MAX_HIRES)
+            values.number("hires", self.hires[0], 1, MAX_HIRES)
             if len(self.hires) > 1:
-                _number("the strength of hires", self.hires[1], 0, 1)
+                values.number("the strength of hires", self.hires[1], 0, 1)
         if not isinstance(self.upscaler, str | Path | None):
             raise Error(f"The upscaler is {type(self.upscaler).__name__}, not a name or a path.", "Give text.")
         if self.upscaler_hash is not None and self.upscaler is None:
@@ -329,9 +329,9 @@ class Request:
             if not isinstance(value, tuple | list | None):
                 raise Error(f"{name} {reprlib.repr(value)} is not a list.", 'Give a list, such as ["a.safetensors"].')
             for text in value or ():
-                check_text("LoRA" if name == "loras" else "embedding", text)
+                values.text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
-            _number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
+            values.number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
 
     def check_guides(self) -> None:
         """Raise unless the guides have pictures and numbers in range, before their files are read."""
@@ -343,10 +343,10 @@ class Request:
                 if not isinstance(guide.model, str | Path | None):
                     problem = f"The model of a {name} is {type(guide.model).__name__}, not a name or a path."
                     raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
-                _number(f"{name} scale", guide.scale, 0, MAX_SCALE)
-                _span(f"{name} interval", guide.interval)
+                values.number(f"{name} scale", guide.scale, 0, MAX_SCALE)
+                values.span(f"{name} interval", guide.interval)
                 if guide.mode is not None:
-                    check_text(f"mode of a {name}", guide.mode)
+                    values.text(f"mode of a {name}", guide.mode)
                 if guide.detect is not None and (name == "reference" or guide.detect not in DETECTORS):
                     near = did_you_mean(str(guide.detect), DETECTORS)
                     problem = f"detect {reprlib.repr(guide.detect)} makes no picture for a {name}."
@@ -363,12 +363,12 @@ class Request:
 
     def to_json(self) -> str:
         """The settings as JSON. If an image or the mask is not a file, it becomes null; the hashes stay."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
         if any(isinstance(picture, Image) for picture in self.pictures):
-            values["image"] = None
+            held["image"] = None
         if isinstance(self.mask, Image):
-            values["mask"] = None
-        text = json.dumps(values, ensure_ascii=False, default=_plain)
+            held["mask"] = None
+        text = json.dumps(held, ensure_ascii=False, default=_plain)
         # A path that is not UTF-8 has lone surrogates, which JSON escapes, and which come back when it is read.
         return "".join(f"\\u{ord(c):04x}" if "\ud800" <= c <= "\udfff" else c for c in text)
 
@@ -377,19 +377,19 @@ class Request:
         """Read `to_json`. Raises ValueError if the text is not JSON or a value has the wrong type; `check` checks
         ranges."""
         try:
-            values = json.loads(text)
+            held = json.loads(text)
         except RecursionError:
             raise ValueError("they are nested too deeply") from None
-        if not isinstance(values, dict) or "prompt" not in values:
+        if not isinstance(held, dict) or "prompt" not in held:
             raise ValueError("they have no prompt")
         types = {f.name: f.type for f in fields(cls)}
-        for name, value in values.items():
+        for name, value in held.items():
             if name not in types:
                 problem = f"The settings hold {reprlib.repr(name)}, which this version does not know."
                 raise Error(problem, "Update mlxdiff.")
             if not fits(value, types[name]):
                 raise ValueError(f"{name} is {reprlib.repr(value)}")
-        return cls(**{k: tuple(map(_made, v)) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**{k: tuple(map(_made, v)) if isinstance(v, list) else v for k, v in held.items()})
 
 
 class Settings(TypedDict, total=False):
@@ -494,36 +494,3 @@ def _several(value) -> tuple:
 
 def _first(*values):
     return next((v for v in values if v is not None), None)
-
-
-def check_text(name: str, value) -> None:
-    if not isinstance(value, str):
-        raise Error(f"The {name} is {type(value).__name__}, not text.", f"Give the {name} as a string.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # Python puts such characters in the place of bytes that are not UTF-8
-        raise Error(f"The {name} {reprlib.repr(value)} is not valid UTF-8.", "Type it again.") from None
-
-
-def _whole(name: str, value, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Error(f"{_title(name)} must be a whole number from {low} to {high}; {value!r} was given.")
-
-
-def _number(name: str, value, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise Error(f"{_title(name)} must be a number from {low} to {high}; {reprlib.repr(value)} was given.")
-
-
-def _title(name: str) -> str:
-    """A setting's name at the start of a sentence; a name of two words stays as it is in Python."""
-    return name if "_" in name else name.capitalize()
-
-
-def _span(name: str, value) -> None:
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise Error(f"{name} {value!r} is not a pair of numbers.", "Give two fractions, such as (0.1, 0.8).")
-    for v in value:
-        _number(name, v, 0, 1)
-    if value[0] > value[1]:
-        raise Error(f"{name} {value[0]} to {value[1]} ends before it begins.", "Give the smaller fraction first.")

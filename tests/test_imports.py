@@ -44,6 +44,7 @@ MAY = {
     "mlxdiff.guidance": {"mlxdiff.errors", "mlxdiff.schedules"},
     "mlxdiff.tokenizers": {"mlxdiff.errors", "mlxdiff.foreign"},
     "mlxdiff.guides": {"mlxdiff.errors"},
+    "mlxdiff.values": {"mlxdiff.errors"},
     "mlxdiff.request": {
         "mlxdiff.arguments",
         "mlxdiff.dialects",
@@ -53,6 +54,7 @@ MAY = {
         "mlxdiff.noise",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.values",
     },
     "mlxdiff.images": {"mlxdiff.dialects", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.request"},
     "mlxdiff.result": {"mlxdiff.foreign", "mlxdiff.images", "mlxdiff.request"},
@@ -424,6 +426,7 @@ MAY = {
         "mlxdiff.pipeline",
         "mlxdiff.request",
         "mlxdiff.train.*",
+        "mlxdiff.values",
     },
     "mlxdiff.train.tune": {
         "mlxdiff.conditioning",
@@ -438,6 +441,7 @@ MAY = {
         "mlxdiff.samplers",
         "mlxdiff.schedules",
         "mlxdiff.train.*",
+        "mlxdiff.values",
     },
     "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.probe", "mlxdiff.train.*"},
     "mlxdiff.train.__main__": {

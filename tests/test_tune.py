@@ -254,19 +254,19 @@ def refused(capsys, *args: str) -> str:
 @pytest.mark.parametrize(
     ("args", "problem"),
     {
-        ("--rank", "0"): "rank must be a whole number from 1 to 1024; 0 was given.",
+        ("--rank", "0"): "Rank must be a whole number from 1 to 1024; 0 was given.",
         ("--rank", "100"): "Rank 100 is too high: ",
         ("--layers", "to_w"): "storybook has no layer 'to_w'. Did you mean ",
-        ("--seed", "-1"): "seed must be a whole number from 0 to",
+        ("--seed", "-1"): "Seed must be a whole number from 0 to",
         ("--trigger", "\udcff"): "trigger '\\udcff' is not valid UTF-8.",
         ("--images", "x" * 5000): "cannot be read: File name too long.",
         ("--images", "~nosuchuser/x"): "names a home folder that does not exist.",
         ("--sample", "a <lora:nowhere:1>"): "There is no LoRA 'nowhere'.",
-        ("--rate", "nan"): "rate must be from 1e-09 to 1; nan was given.",
+        ("--rate", "nan"): "Rate must be a number from 1e-09 to 1.0; nan was given.",
         ("--size", "60"): "Size 60 is not a multiple of 8",
         ("--class-prompt", "a house"): "there are none. Give a folder: --class-images FOLDER.",
         ("--images", "nowhere"): "There is no folder nowhere.",
-        ("-m", "storybook", "--steps", "0"): "steps must be a whole number from 1",
+        ("-m", "storybook", "--steps", "0"): "Steps must be a whole number from 1",
     }.items(),
 )
 def test_a_bad_setting_is_refused(rings, tmp_path, capsys, args, problem):

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import conditioning
+from .. import conditioning, values
 from ..adapters import Word
 from ..description import Description
 from ..errors import Error
@@ -34,7 +34,7 @@ class WordTuning(tune.Tuning):
 
     def check(self) -> None:
         super().check()
-        tune.whole("vectors", self.vectors, 1, MOST_VECTORS)
+        values.whole("vectors", self.vectors, 1, MOST_VECTORS)
 
 
 class Taught(nn.Module):

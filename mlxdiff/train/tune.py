@@ -14,13 +14,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import ImageOps
 
-from .. import conditioning, foreign, images, samplers, schedules
+from .. import conditioning, foreign, images, samplers, schedules, values
 from ..description import Description
 from ..errors import Error
 from ..families.base import EMBEDDED
 from ..networks import dtype_of
 from ..pipeline import Pipeline
-from ..request import MAX_EDGE, MAX_SEED, Request, check_text
+from ..request import MAX_EDGE, MAX_SEED, Request
 from . import folder as folders
 from . import lora, objective
 from .fit import Plan, Report, fit, same_run
@@ -48,27 +48,16 @@ class Tuning:
     def check(self) -> None:
         """Raise for a setting that cannot be."""
         for name, most in (("steps", 10**6), ("batch", 1024), ("save_every", 10**6)):
-            whole(name, getattr(self, name), 1, most)
-        whole("warmup", self.warmup, 0, self.steps)
-        whole("seed", self.seed, 0, MAX_SEED)
-        within("rate", self.rate, 1e-9, 1.0)
+            values.whole(name, getattr(self, name), 1, most)
+        values.whole("warmup", self.warmup, 0, self.steps)
+        values.whole("seed", self.seed, 0, MAX_SEED)
+        values.number("rate", self.rate, 1e-9, 1.0)
         for name in ("prompt", "trigger", "class_prompt", "word", "initial"):
             if (value := getattr(self, name, None)) is not None:
-                check_text(name, value)
+                values.text(name, value)
 
     def size_for(self, model: Description) -> int:
         return model.defaults.size if self.size is None else self.size
-
-
-def whole(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        problem = f"{name} must be a whole number from {low} to {high}; {value} was given."
-        raise Error(problem, f"Change `{name}`.")
-
-
-def within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # NaN fails too
-        raise Error(f"{name} must be from {low:g} to {high:g}; {value:g} was given.", f"Change `{name}`.")
 
 
 @dataclass(frozen=True)
@@ -85,9 +74,9 @@ class LoraTuning(Tuning):
 
     def check(self) -> None:
         super().check()
-        whole("rank", self.rank, 1, lora.MOST_RANK)
-        within("alpha", self.rank if self.alpha is None else self.alpha, 1e-3, 1e4)
-        within("prior", self.prior, 0.0, 100.0)
+        values.whole("rank", self.rank, 1, lora.MOST_RANK)
+        values.number("alpha", self.rank if self.alpha is None else self.alpha, 1e-3, 1e4)
+        values.number("prior", self.prior, 0.0, 100.0)
         if self.class_images is None and self.class_prompt is not None:
             fix = "Give a folder: `class_images=FOLDER`. `mlxdiff generate` draws such pictures."
             raise Error("class_prompt describes pictures of the class, and there are none.", fix)
