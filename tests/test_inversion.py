@@ -105,7 +105,7 @@ def test_the_command(discs, tmp_path, capsys):
     ("settings", "problem"),
     [
         ({"prompt": "a house"}, "has no <ring>: 'a house'"),
-        ({"vectors": 0}, "vectors must be a whole number from 1 to 32; 0 was given"),
+        ({"vectors": 0}, "Vectors must be a whole number from 1 to 32; 0 was given"),
         ({"initial": " "}, "The initial words are empty"),
         ({"word": "a ring"}, "A word that is taught cannot be 'a ring'"),
         ({"word": "red"}, "The tokenizer knows the word 'red' already"),
