@@ -12,6 +12,8 @@ from .registry import MODULES
 from .rules import Shapes, Weight
 from .source import Tensor
 
+WORD = "a textual inversion"
+
 # One such key is enough, and the first row that has one names the file.
 FOREIGN = [
     (r"^ip_adapter\.\d+\.to_\w+_lora\.|^image_proj\.perceiver_resampler\.", FACE_ID),
@@ -27,7 +29,7 @@ FOREIGN = [
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo model"),
     (r"(^|\.)transformer_blocks\.\d+\.img_mod\.", "a Qwen-Image model"),
     (r"^1\.conv\.0\.", "the encoder of a TAESD, whose decoder alone is used"),  # in a decoder's file, 1 is no block
-    (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion"),
+    (r"^(emb_params|string_to_param|clip_[lg])$", WORD),
     (r"^edm_(mean|std)$|^edm_vpred\.", "an SDXL model with EDM noise (Playground 2.5, CosXL)"),
     (r"^depth_model\.|^low_scale_model\.|^noise_augmentor\.", "a depth, upscaling or unCLIP model"),
 ]
@@ -45,7 +47,7 @@ UPSCALERS = [
 
 USE = {
     "a LoRA": "Name the model that it changes, and give the file as `loras=[FILE]`.",
-    "a textual inversion": "Name the model that draws, and give the file as `embeddings=[FILE]`.",
+    WORD: "Name the model that draws, and give the file as `embeddings=[FILE]`.",
     FACE_ID: FACE_ID_FIX,
 }
 
@@ -85,6 +87,9 @@ def layout(path: Path, tensors: dict[str, Tensor]) -> tuple[str, bool]:
         raise Error(f"{path} is a vision model with other names, which is not supported yet.", KNOWN)
     if keys.has(r"(^|\.)cap_embedder\.0\."):  # Z-Image, which has such a layer too, is recognised by then
         raise Error(f"{path} is a Lumina-Image 2 model, which is not supported yet.", KNOWN)
+    shapes = [tensor.shape for tensor in tensors.values()]
+    if len(shapes) == 1 and len(shapes[0]) in (1, 2) and shapes[0][-1] >= 64:  # diffusers calls it as the word
+        raise Error(f"{path} is {WORD}, which is no model by itself.", USE[WORD])
     raise Error(
         f"{path} is no checkpoint that is known here; its first tensor is {min(tensors, default='none')!r}.",
         KNOWN,

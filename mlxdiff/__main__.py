@@ -17,7 +17,7 @@ COMMANDS = {
     "inspect": ("mlxdiff.convert.inspect", "say what a file or a model folder holds"),
     "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder"),
     "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
-    "train": ("mlxdiff.train.__main__", "train a LoRA on your pictures, or the built-in model from nothing"),
+    "train": ("mlxdiff.train.__main__", "train a LoRA or a word on your pictures, or the built-in model"),
     "bench": ("mlxdiff.bench.__main__", "measure time, memory and kernels"),
 }
 

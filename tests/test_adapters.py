@@ -192,6 +192,14 @@ def test_inspect_says_what_a_lora_fits(pipe, tmp_path, capsys):
     assert "is a LoRA, which is no model by itself. Name the model that it changes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["<moss>", "emb_params"])
+def test_a_taught_word_is_named_for_what_it_is(tmp_path, capsys, key):
+    file = full(tmp_path / "moss.safetensors", {key: np.ones((1, 768), np.float32)})
+    for command, words in ((inspect, [str(file)]), (generate, ["a house", "-m", str(file)])):
+        assert command.main(words) == 1
+        assert "is a textual inversion, which is no model by itself. Name the model" in capsys.readouterr().err
+
+
 def test_inspect_says_what_is_wrong_in_the_model_that_a_lora_fits(pipe, tmp_path, capsys):
     file = full(tmp_path / "a.safetensors", pair(pipe, LAYER) | {f"{LAYER}.alpha": np.full(1, np.float32(3e38))})
     assert inspect.main([str(file)]) == 1

@@ -21,7 +21,9 @@ from .recipe import Recipe, storybook
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="mlxdiff train", description=__doc__.partition(": ")[2])
+    p = Parser(
+        prog="mlxdiff train", description="Train a LoRA or a word, or the built-in model from nothing, or measure it."
+    )
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
     _lora(kinds.add_parser("lora", help="a LoRA: teach a model a thing or a style from pictures"))
     _embedding(kinds.add_parser("embedding", help="a new word (textual inversion), in a file of a few kilobytes"))
