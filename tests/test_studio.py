@@ -494,12 +494,12 @@ def test_two_pages_that_drop_files_at_once_mix_nothing(studio):
     draw(studio, prompt="a boat")
     data = studio.images[0].path.read_bytes()
     other = Studio("fake", worker=studio._worker)
-    heard(other, do="drop", file="a", part=0, parts=2, begin=False, data=data[:300])
-    heard(other, do="drop", file="b", part=0, parts=2, begin=False, data=data[:200])
+    heard(other, do="drop", file="a", part=0, parts=2, use="restore", data=data[:300])
+    heard(other, do="drop", file="b", part=0, parts=2, use="restore", data=data[:200])
     for part in (1, 2, -1):
         with pytest.raises(Error, match="at the same time"):
-            heard(other, do="drop", file="a", part=part, parts=part + 1, begin=False, data=data[300:])
-    heard(other, do="drop", file="b", part=1, parts=2, begin=False, data=data[200:])
+            heard(other, do="drop", file="a", part=part, parts=part + 1, use="restore", data=data[300:])
+    heard(other, do="drop", file="b", part=1, parts=2, use="restore", data=data[200:])
     assert other.prompt == "a boat"
 
 
