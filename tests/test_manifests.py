@@ -470,10 +470,6 @@ def test_files_like_the_published(tmp_path, capsys, name, dtype):
 
 
 REFUSED = {
-    "a Z-Image ControlNet": (
-        lambda: facts("z_image_transformer") | {"control_layers.0.after_proj.weight": (3840, 3840)},
-        "a ControlNet",
-    ),
     "T5 in scaled 8-bit numbers": (lambda: facts("t5xxl_encoder") | {"scaled_fp8": (0,)}, "scaled 8-bit numbers"),
     "FLUX in scaled 8-bit numbers": (
         lambda: facts("flux1-dev") | {"double_blocks.0.img_attn.proj.weight_scale": ()},
