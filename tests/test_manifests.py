@@ -470,13 +470,6 @@ def test_files_like_the_published(tmp_path, capsys, name, dtype):
 
 
 REFUSED = {
-    "an SD3 ControlNet": (
-        lambda: (
-            facts("sd3_medium_transformer")
-            | {"controlnet_blocks.0.weight": (1536, 1536), "pos_embed_input.proj.weight": (1536, 16, 2, 2)}
-        ),
-        "a ControlNet",
-    ),
     "T5 in scaled 8-bit numbers": (lambda: facts("t5xxl_encoder") | {"scaled_fp8": (0,)}, "scaled 8-bit numbers"),
     "FLUX in scaled 8-bit numbers": (
         lambda: facts("flux1-dev") | {"double_blocks.0.img_attn.proj.weight_scale": ()},

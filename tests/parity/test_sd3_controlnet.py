@@ -21,7 +21,7 @@ from mlxdiff import convert
 from mlxdiff.errors import Error
 
 from . import tiny
-from .oracle import randomize
+from .oracle import error, nhwc, randomize
 from .test_controlnet import picture
 from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, oracle, psnr
 
@@ -99,6 +99,22 @@ def test_a_controlnet_draws_as_in_diffusers(models, kind):
     assert psnr(drawn(ours, (f"{folders[of]}{mode}", shown, 0.7)), want) > DB
     assert psnr(drawn(ours), want) < DB - 10
     assert psnr(drawn(ours, (f"{folders[of]}{mode}", picture(2, (32, 24)), 0.7)), want) < DB - 10
+
+
+@pytest.mark.parametrize("kind", ["instantx", "told"])
+def test_residuals_equal_diffusers(models, kind):
+    _, _, nets, folders = models
+    (ours,) = convert.read(folders[kind], mx.float32).values()
+    g = np.random.default_rng(1)
+    x, z = (g.standard_normal((1, 16, 6, 8), np.float32) for _ in range(2))
+    context, pooled = g.standard_normal((1, 5, 88), np.float32), g.standard_normal((1, 64), np.float32)
+    shown = torch.tensor(pooled if kind == "told" else np.zeros_like(pooled))
+    (want,) = nets[kind](torch.tensor(x), torch.tensor(z), 1.0, torch.tensor(context), shown, torch.tensor([600.0]),
+                         return_dict=False)  # fmt: skip
+    cond = ours.prepare([0.6], mx.array(context), mx.array(pooled), (6, 8), base=(None, None))
+    found = ours(nhwc(x), 0.6, **cond, hint=ours.hint(nhwc(z), 1.5, 0.0))
+    for a, b in zip(found, want, strict=True):
+        assert error(a, b.numpy()) < 1e-4  # float32 in another order
 
 
 def test_two_controlnets_a_batch_and_little_memory(models):
