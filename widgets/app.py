@@ -33,12 +33,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def studio(model: str | None, folder: str | None, browser: bool) -> int:
     """Serve the page until Ctrl-C, until a signal ends this process, or until it loses its terminal."""
-    lab.needed("tornado", "ipywidgets", "anywidget", "jupyter_core")
     settings = {k: v for k, v in (("model", model), ("folder", folder)) if v is not None}
     if model is not None:
         from .. import store
 
         store.check_name(model)
+    lab.needed("tornado", "ipywidgets", "anywidget", "jupyter_core")
     print("Starting the studio ...", flush=True)
     from .server import serve
     from .studio import Studio

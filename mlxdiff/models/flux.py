@@ -223,11 +223,10 @@ class Stack(nn.Module):
 
     def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list]:
         """The modulations of every block at times t, (..., B or 1)."""
-        vec = self.moment(t, vec)
-        return [b.mods(vec) for b in self.double_blocks], [b.modulation(vec) for b in self.single_blocks]
+        return self.modulations(silu(self.time_in(self.waves(t)) + vec))
 
-    def moment(self, t: mx.array, vec: mx.array) -> mx.array:
-        return silu(self.time_in(self.waves(t)) + vec)
+    def modulations(self, vec: mx.array) -> tuple[list, list]:
+        return [b.mods(vec) for b in self.double_blocks], [b.modulation(vec) for b in self.single_blocks]
 
     def mods_at(self, t: float | mx.array, vec: mx.array, times: dict[float, int], mods: tuple | None) -> tuple:
         """Those at a time t, a float or one per sample (B,), of `prepare` if it knew that time."""
@@ -285,9 +284,8 @@ class Flux(Stack):
         if self.config.guidance:
             del self.guidance_in
 
-    def mods(self, t: mx.array, vec: mx.array) -> tuple[list, list, Pair]:
-        double, single = super().mods(t, vec)
-        return double, single, self.final_layer.mods(self.moment(t, vec))
+    def modulations(self, vec: mx.array) -> tuple[list, list, Pair]:
+        return *super().modulations(vec), self.final_layer.mods(vec)
 
 
 def add_at(x: mx.array, y: mx.array, start: int) -> mx.array:
