@@ -62,7 +62,7 @@ def test_what_is_no_taesd_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny", "act_fn": "gelu"}')
     with pytest.raises(Error, match="act_fn = 'gelu'"):
         store.taesd(tmp_path, dtype="float32", offline=True)
-    with pytest.raises(Error, match="not a TAESD but Stable Diffusion 1.x"):
+    with pytest.raises(Error, match=r"not a TAESD but Stable Diffusion 1\.x"):
         store.taesd(builtin.FOLDER, dtype="float32", offline=True)
 
 
