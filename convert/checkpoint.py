@@ -243,9 +243,11 @@ def check(checkpoint: Checkpoint) -> None:
     unmapped, missing, wrong = checkpoint.unmapped, checkpoint.missing, []
     if unmapped:
         key, why = next(iter(unmapped.items()))
-        wrong.append(f"{len(unmapped)} of its tensors have no place (such as {key!r}: {why})")
+        have = "has" if len(unmapped) == 1 else "have"
+        wrong.append(f"{len(unmapped)} of its tensors {have} no place (such as {key!r}: {why})")
     if missing:
-        wrong.append(f"{len(missing)} parameters are missing (such as {missing[0]})")
+        are = "parameter is" if len(missing) == 1 else "parameters are"
+        wrong.append(f"{len(missing)} {are} missing (such as {missing[0]})")
     if wrong:
         raise Error(
             f"{checkpoint.path} is not a complete {checkpoint.family} checkpoint: {'; '.join(wrong)}.",
