@@ -214,7 +214,7 @@ def test_strictness_is_that_of_safetensors(parts, words, tmp_path):
     with pytest.raises(Error, match="holds only transformer, without text_encoder, text_encoder_2, vae"):
         convert.convert(written(tmp_path / "a.gguf", net), tmp_path / "out", tokenizer=words)
     for changed, said in (
-        ({n: x for n, x in net.items() if n != first}, "parameters are missing"),
+        ({n: x for n, x in net.items() if n != first}, "missing"),
         (net | {"stray.weight": np.ones(3, np.float32)}, "no such parameter"),
         (net | {first: net[first][:-1]}, "does not fit"),
         ({n: (x * np.nan if n == first else x) for n, x in net.items()}, "NaN or infinite"),

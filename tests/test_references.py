@@ -212,7 +212,7 @@ BAD = {
     "cut short": ([("CUT", "S")], "is cut short"),
     "a tensor too few": ([("FEW", "S")], "1 parameter is missing (such as ip_adapter.image_proj.norm.bias)"),
     "a tensor too many": ([("MANY", "S")], "1 of its tensors has no place (such as 'more'"),
-    "a gap in its layers": ([("GAP", "S")], "parameters are missing"),
+    "a gap in its layers": ([("GAP", "S")], "missing"),
     "NaN": ([("NAN", "S")], "has numbers that are NaN or infinite"),
     "NaN in the vision model": ([("NANEYES", "S")], "has numbers that are NaN or infinite"),
 }  # fmt: skip

@@ -147,7 +147,7 @@ BAD = {
     "a layer twice": (lambda c: c["backbone_config"].update(out_indices=[1, 2, 2, 3]), "out_indices = [1, 2, 2, 3]"),
     "other factors": (lambda c: c.update(reassemble_factors=[2, 2, 1, 1]), "reassemble_factors"),
     "heads that do not divide": (lambda c: c["backbone_config"].update(num_attention_heads=5), "of its 5 heads"),
-    "more layers": (lambda c: c["backbone_config"].update(num_hidden_layers=5), "parameters are missing"),
+    "more layers": (lambda c: c["backbone_config"].update(num_hidden_layers=5), "missing"),
     "another size": (lambda c: c["backbone_config"].update(image_size=40), "does not fit"),
     "a huge size": (lambda c: c["backbone_config"].update(image_size=10**9), "image_size"),
 }  # fmt: skip
