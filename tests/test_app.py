@@ -192,7 +192,9 @@ def started(request, tmp_path):
     browser.chmod(0o755)
     env = os.environ | {"PYTHONPATH": str(ROOT), "BROWSER": str(browser), "IPYTHONDIR": str(tmp_path / "ipython")}
     env |= {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
-    code = "import sys; from mlxdiff.widgets import app, lab; from pathlib import Path\n"
+    # Whoever started the tests may ignore the signals that end a terminal, and hand that down.
+    code = "import signal; [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGTERM)]\n"
+    code += "import sys; from mlxdiff.widgets import app, lab; from pathlib import Path\n"
     code += {
         "lab": "sys.exit(lab.studio(Path('studio.ipynb').resolve(), None, True))",
         "page": "sys.exit(app.studio(None, None, True))",
