@@ -11,12 +11,12 @@ import numpy as np
 
 from .layers import (
     adaptive_norm,
+    at_time,
     attention,
     fused,
     gated,
     gelu_tanh,
     modulation,
-    of_time,
     pack,
     silu,
     sinusoids,
@@ -228,12 +228,6 @@ class Stack(nn.Module):
     def modulations(self, vec: mx.array) -> tuple[list, list]:
         return [b.mods(vec) for b in self.double_blocks], [b.modulation(vec) for b in self.single_blocks]
 
-    def mods_at(self, t: float | mx.array, vec: mx.array, times: dict[float, int], mods: tuple | None) -> tuple:
-        """Those at a time t, a float or one per sample (B,), of `prepare` if it knew that time."""
-        if isinstance(t, mx.array) or t not in times:
-            return self.mods(mx.array(t).reshape(-1), vec)
-        return of_time(mods, times[t])
-
     def waves(self, t: mx.array) -> mx.array:
         return sinusoids(1000 * t, 256, flip_sin_to_cos=True, freq_shift=0).astype(self.img_in.bias.dtype)
 
@@ -260,7 +254,7 @@ class Flux(Stack):
     ) -> mx.array:
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`.
         residuals, single_residuals: what a ControlNet adds to the picture's tokens after each block."""
-        double, single, final = self.mods_at(t, vec, times, mods)
+        double, single, final = at_time(t, times, mods, lambda t: self.mods(t, vec))
         img = self.img_in(pack(x))  # (B, N, d)
         B, N, _ = img.shape
         img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import flux
 from .flux import Attention, Embedder, LastLayer, Modulation, Pair, QKNorm, turns
-from .layers import fused, of_time, silu, sinusoids
+from .layers import at_time, fused, silu, sinusoids
 
 REFERENCE = 10  # the distance along the first axis between the picture and the first reference, and between references
 
@@ -100,11 +100,7 @@ class Flux2(nn.Module):
         mods: tuple[tuple[list, list], list, Pair] | None,
     ) -> mx.array:
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`."""
-        if isinstance(t, mx.array) or t not in times:
-            mods = self.mods(mx.array(t).reshape(-1), vec)
-        else:
-            mods = of_time(mods, times[t])
-        double, single, final = mods
+        double, single, final = at_time(t, times, mods, lambda t: self.mods(t, vec))
 
         B, h, w, c = x.shape
         img = self.img_in(x.reshape(B, h * w, c))  # (B, N, d)

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import flux
 from .controlnet import Hint
-from .layers import pack
+from .layers import at_time, pack
 
 MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")  # of InstantX's union, by their numbers
 
@@ -93,7 +93,7 @@ class FluxControlNet(flux.Stack):
         self, x: mx.array, t: float, *, txt: mx.array, pe: flux.Pair, vec: mx.array, times: dict, mods: tuple,
         hint: mx.array,
     ) -> tuple[list[mx.array], list[mx.array]]:  # fmt: skip
-        double, single = self.mods_at(t, vec, times, mods)
+        double, single = at_time(t, times, mods, lambda t: self.mods(t, vec))
         img = self.img_in(pack(x[..., : self.config.in_channels // 4])) + hint
         doubles, singles, M = [], [], txt.shape[1]
         for block, m, out in zip(self.double_blocks, double, self.controlnet_blocks, strict=True):

@@ -253,6 +253,14 @@ def of_time(mods: list | tuple, i: int) -> list | tuple:
     return tree_map(lambda m: m[i : i + 1].squeeze(0), mods)
 
 
+def at_time(t: float | mx.array, times: dict[float, int], mods: list | tuple | None, make: Callable) -> list | tuple:
+    """The modulations at a time t, a float or one per sample (B,): those that `prepare` made, if it knew that time,
+    else those of make(t), for t (B or 1,)."""
+    if isinstance(t, mx.array) or t not in times:
+        return make(mx.array(t).reshape(-1))
+    return of_time(mods, times[t])
+
+
 @fused
 def affine(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
     return (x.astype(mx.float32) * a + b).astype(x.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import TimeEmbedding, adaptive_norm, attention, gated, gelu_tanh, modulation, of_time, silu, sinusoids
+from .layers import TimeEmbedding, adaptive_norm, at_time, attention, gated, gelu_tanh, modulation, silu, sinusoids
 
 Pair = tuple[mx.array, mx.array]
 
@@ -208,11 +208,7 @@ class SD3(nn.Module):
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`, except
         `skip_layers`, which skip-layer guidance leaves out of its extra pass, and `residuals`, which are added to the
         picture after each block but the last."""
-        if isinstance(t, mx.array) or t not in times:
-            mods = self.mods(mx.array(t).reshape(-1), vec)
-        else:
-            mods = of_time(mods, times[t])
-        blocks, (final,) = mods
+        blocks, (final,) = at_time(t, times, mods, lambda t: self.mods(t, vec))
 
         B, h, w, _ = x.shape
         x = self.pos_embed(x) + pos

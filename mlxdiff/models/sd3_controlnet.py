@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import sd3
-from .layers import adaptive_norm, gated, of_time
+from .layers import adaptive_norm, at_time, gated
 
 EDGES = "canny"
 
@@ -123,7 +123,7 @@ class SD3ControlNet(nn.Module):
         self, x: mx.array, t: float, *, txt: mx.array | None, patches: nn.Module, pos: mx.array, vec: mx.array,
         times: dict, mods: list | None, hint: mx.array,
     ) -> list[mx.array]:  # fmt: skip
-        mods = of_time(mods, times[t]) if t in times else self.mods(mx.array(t).reshape(-1), vec)
+        mods = at_time(t, times, mods, lambda t: self.mods(t, vec))
         x = patches(x) + pos + hint
         outs = []
         for block, m, out in zip(self.transformer_blocks, mods, self.controlnet_blocks, strict=True):

@@ -130,7 +130,12 @@ class Features:
     guess: bool  # whether it is for the second half of the samples alone
 
     def adds(self, x: mx.array, t: float) -> dict[str, list[mx.array]]:
+        if not self.guess:
+            return {"features": self.features}
         n = x.shape[0] // 2
-        zeros = [mx.zeros((n, *f.shape[1:]), f.dtype) for f in self.features] if self.guess else []
-        halves = [mx.concatenate([z, mx.repeat(f, n, axis=0)]) for z, f in zip(zeros, self.features, strict=False)]
-        return {"features": halves or self.features}
+        zeros = [mx.zeros((n, *f.shape[1:]), f.dtype) for f in self.features]
+        return {
+            "features": [
+                mx.concatenate([z, mx.repeat(f, n, axis=0)]) for z, f in zip(zeros, self.features, strict=True)
+            ]
+        }

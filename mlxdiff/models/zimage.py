@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .flux import Pair, rotate, turns
-from .layers import SHRINK, StreamNorm, attention, gated, of_time, silu, sinusoids, split_heads
+from .layers import SHRINK, StreamNorm, at_time, attention, gated, silu, sinusoids, split_heads
 from .qwen3 import gated_silu
 
 MULTIPLE = 32  # of the tokens of a picture, and of a text
@@ -150,11 +150,7 @@ class ZImage(nn.Module):
         mods: tuple[list, list, mx.array] | None,
     ) -> mx.array:
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`."""
-        if isinstance(t, mx.array) or t not in times:
-            mods = self.mods(mx.array(t).reshape(-1))
-        else:
-            mods = of_time(mods, times[t])
-        refiners, layers, final = mods
+        refiners, layers, final = at_time(t, times, mods, self.mods)
 
         B, h, w, _ = x.shape
         img = self.x_embedder(pack(x))  # (B, h/2 * w/2, d)
