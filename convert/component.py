@@ -43,7 +43,7 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, li
     module = MODULES[CLASSES[cls]]
     config = module.from_json(settings, cls)
     try:
-        build.check_size(config)
+        build.check_size(config, len(tensors))
     except Error as e:
         raise Error(f"{settings.path}: {e.problem}", e.fix) from None
     if hasattr(module, "kept"):
