@@ -182,6 +182,22 @@ def test_no_more_layers_are_built_than_the_file_has_tensors(tmp_path, converted,
         weights.load(converted / "text_encoder.safetensors", model.family, replace(text, layers=900), model.recipe)
 
 
+# ---- files that change while they are in use
+
+
+def test_weights_that_are_cut_short_after_they_were_opened(converted, tmp_path):
+    """They are read when they are first needed, so this is found in the middle of a run."""
+    folder = shutil.copytree(converted, tmp_path / "model")
+    pipe = mlxdiff.load(folder)
+    events = pipe.stream("a red house", steps=1, width=64, height=64)
+    while next(events).stage != "denoise":
+        pass
+    pipe.networks.get("vae")
+    os.truncate(folder / "vae.safetensors", 100_000)
+    with pytest.raises(Error, match=r"A file of .* changed while it was in use"):
+        list(events)
+
+
 # ---- paths
 
 
