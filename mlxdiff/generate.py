@@ -97,8 +97,10 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("with which model")
     g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder, .safetensors or .gguf ({DEFAULT})")
-    many = "a file that changes the model, at a scale if it is not 1; may be given several times"
+    many = "a file or name (lcm, ...) that changes the model, at a scale if it is not 1; may be given several times"
     g.add_argument("--lora", dest="loras", action="append", metavar="FILE[:SCALE]", help=many)
+    where = "where --lora, --embedding and <lora:NAME> in a prompt find names ($MLXDIFF_LORAS)"
+    g.add_argument("--lora-dir", type=Path, metavar="DIR", help=where)
     many = "a word that is taught to CLIP (textual inversion); may be given several times"
     g.add_argument("--embedding", dest="embeddings", action="append", metavar="FILE[=WORD]", help=many)
     g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
@@ -178,6 +180,7 @@ def draw(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             prediction=args.prediction,
             t5=any(r.t5 for r in requests),
+            lora_dir=args.lora_dir,
             parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
             progress=bar.progress,
         )
@@ -190,6 +193,8 @@ def draw(args: argparse.Namespace) -> int:
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for adapter, scale in pipe.attached.adapters(requests[0]):
             bar.write(f"{adapter}, scale {scale:g}")
+        for note in pipe.attached.notes(requests[0]):
+            bar.write(note)
         for guide in requests[0].controls:
             steps = pipe.description.taken(requests[0])
             on = steps_on(guide.interval, steps)

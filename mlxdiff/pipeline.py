@@ -68,6 +68,7 @@ def load(
     t5: bool = True,
     loras: list[str] | tuple[str, ...] = (),
     embeddings: list[str] | tuple[str, ...] = (),
+    lora_dir: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **unknown: NoReturn,
 ) -> "Pipeline":
@@ -84,16 +85,22 @@ def load(
     tokenizer: a folder, for a checkpoint without a tokenizer. prediction: "eps" or "v", if the checkpoint does not say.
     parts: files of "vae", "clip", "clip_g", "t5" and "text_encoder" for a checkpoint that lacks them.
     t5: False leaves SD3's T5 out and does not fetch it.
-    loras: LoRA files for every picture that does not say, such as ["style.safetensors:0.8"].
+    loras: LoRAs for every picture that does not say, such as ["style.safetensors:0.8"].
     embeddings: the same for words that are taught to CLIP (textual inversion), such as ["moss.safetensors=<moss>"].
+    lora_dir: a folder where the names of both are looked up, in place of that of the variable MLXDIFF_LORAS.
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
     from . import store
+    from .store import adapters
+
+    lora_dir = adapters.folder_of(lora_dir)
 
     def check(model: description.Description, **others) -> None:
         others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
-        advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
-        attached.check(loras, embeddings, request, model)
+        others |= {"loras": attached.changes(loras, request, model, lora_dir)}
+        full = None if request is None else attached.settled(request, loras, model, lora_dir)[0]
+        advice.check_request(model, request=full, low_memory=low_memory, force=force, t5=t5, **others)
+        attached.check(embeddings, request, model, lora_dir)
         pictures.check(request, model)
         if request is not None and request.upscaler is not None and store.local(request.upscaler) is not None:
             Upscaler(request.upscaler, offline=True)  # one that is wrong is refused here
@@ -109,7 +116,7 @@ def load(
 
     pipe = opened(model, check=check)
     pipe.attached.progress = progress
-    pipe.attached.loras, pipe.attached.embeddings = tuple(loras), tuple(embeddings)
+    pipe.attached.loras, pipe.attached.embeddings, pipe.attached.lora_dir = tuple(loras), tuple(embeddings), lora_dir
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
@@ -177,7 +184,8 @@ class Pipeline:
         sizes = self.starts.pictures(request).sizes
         beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
         readers = tuple(self.attached.references.reader(guide).workload for guide in request.references)
-        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers)
+        loras = tuple(adapter for adapter, _ in self.attached.adapters(request))
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers, loras)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:

@@ -55,6 +55,8 @@ class References:
             fix = "Name an IP-Adapter or FLUX Redux before the picture: `references=[(FILE, PICTURE)]`."
             raise Error(f"The reference {guide} has no network that reads it.", fix)
         row = ADAPTERS.get((self.model.family.name, str(guide.model)))
+        if row is not None and row.role == "lora":
+            raise Error(f"{guide.model} is a LoRA, which reads no pictures.", f"Give it as `loras=['{guide.model}']`.")
         if row is not None and row.role != "reference":
             fix = "Give it as `controls=[(MODEL, PICTURE)]`, or an IP-Adapter here."
             raise Error(f"{guide.model} is a {row.kind}, which reads control pictures, not references.", fix)
