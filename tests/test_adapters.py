@@ -4,6 +4,7 @@ files mean what they mean elsewhere is parity/test_lora.py's."""
 import json
 import re
 import warnings
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxdiff
-from mlxdiff import generate, images
+from mlxdiff import advice, generate, images, memory
 from mlxdiff.adapters import SidePath
 from mlxdiff.attached import settled
 from mlxdiff.convert import __main__ as convert
@@ -249,6 +250,57 @@ def at(network, layer: str):
     for part in layer.split(".")[1:]:
         network = network[int(part)] if part.isdigit() else network[part]
     return network
+
+
+# ---- memory
+
+
+def test_memory_counts_what_a_quantized_network_gains(pipe, tmp_path, quantized):
+    """Exactly: the parameters of the network with and without it. One layer runs beside, one is no longer quantized."""
+    other = LAYER.replace("to_k", "to_v")
+    state = pair(pipe, LAYER) | {f"{other}.diff": np.full(shape(pipe, other), 0.01, np.float32)}
+    small = quantized(4)
+    adapter = lora.read(full(tmp_path / "a.safetensors", state), small.description)
+    held = [sum(v.nbytes for _, v in tree_flatten(small.networks.open("unet").parameters()))]
+    small.networks.adapt([(adapter, 1.0)])
+    held.append(sum(v.nbytes for _, v in tree_flatten(small.networks.open("unet").parameters())))
+    work = small.workload(small.resolve("a house", seed=1, width=64, height=64))
+    bare, more = (memory.peaks(replace(work, loras=loras), gpu=False) for loras in ((), (adapter,)))
+    numbers = sum(x.size for x in state.values())
+    assert more.denoise - bare.denoise == held[1] - held[0] + 4 * numbers > 4 * numbers
+    assert more.encode - bare.encode == 4 * numbers
+    known = memory.peaks(replace(work, loras=(2 * numbers,)), gpu=False)  # one that is not here: its bytes in 16 bits
+    assert known.encode == more.encode
+    assert known.denoise - bare.denoise == 4 * numbers + 4 * numbers  # in float32, as held and as run beside
+
+
+def test_a_lora_that_does_not_fit_the_machine_is_refused_before_a_download(monkeypatch):
+    monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
+    request = Request("a house", loras=("hyper-8",), width=512, height=512)
+    work = advice.named("sdxl", Recipe("float16", None), request=Request("a house", width=512, height=512, guidance=0))
+    need = memory.peak(work, gpu=True)
+    between = advice.Machine(int((need + 0.8e9) / memory.SURE), 2**40, True)  # two bytes a number become four: 1.6 GB
+    monkeypatch.setattr(advice, "this_machine", lambda: between)
+    with pytest.raises(Error, match=r"sdxl at 512x512 takes about .* GB; this machine has"):
+        mlxdiff.load("sdxl", dtype="float16", request=request)
+    with pytest.raises(Error, match="is not on this machine, and the network"):  # it fits
+        mlxdiff.load("sdxl", dtype="float16", request=replace(request, loras=()), offline=True)
+
+
+def test_a_change_as_large_as_the_model_is_not_kept(pipe, tmp_path):
+    """A file's factors stay in memory, not the product, which is made for each layer anew."""
+    conv = "unet.down_blocks.2.resnets.0.conv2"
+    c = pipe.description.net.channels[-1]
+    factors = {f"{conv}.lora_down.weight": (1, c, 3, 3), f"{conv}.lora_up.weight": (c, 1, 1, 1)}
+    file = full(tmp_path / "a.safetensors", {k: np.ones(v, np.float32) for k, v in factors.items()})
+    adapter = lora.read(file, pipe.description)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    pipe.networks.adapt([(adapter, 1.0)])
+    mx.eval(pipe.networks.open("unet").parameters())
+    pipe.networks.adapt([])
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < 0.1 * 4 * 9 * c**2
 
 
 # ---- written into a model, and inspected
