@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--detect", choices=DETECTORS, metavar="KIND", help=what)
     what = "controls guide the prompt's pass alone: the picture decides more, the prompt less"
     g.add_argument("--guess", action="store_true", default=None, help=what)
-    what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it"
-    form = ("[MODEL] IMAGE", "SCALE")
+    what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it; MODEL:style or"
+    what += " MODEL:layout takes over that alone"
     g.add_argument("--reference", dest="references", action="append", nargs="+", metavar=form, help=what)
 
     g = p.add_argument_group("larger")
@@ -195,13 +195,12 @@ def draw(args: argparse.Namespace) -> int:
             bar.write(f"{adapter}, scale {scale:g}")
         for note in pipe.attached.notes(requests[0]):
             bar.write(note)
-        for guide in requests[0].controls:
+        guided = [("control", guide) for guide in requests[0].controls]
+        for what, guide in guided + [("reference", guide) for guide in requests[0].references]:
             steps = pipe.description.taken(requests[0])
             on = steps_on(guide.interval, steps)
             span = "" if len(on) == steps else f", in steps {on.start + 1} to {on.stop} of {steps}"
-            bar.write(f"control {guide}: scale {guide.scale:g}{span}")
-        for guide in requests[0].references:
-            bar.write(f"reference {guide}: scale {guide.scale:g}")
+            bar.write(f"{what} {guide}: scale {guide.scale:g}{span}")
         for word in pipe.attached.words(requests[0]):
             n = max(map(len, word.vectors.values()))
             bar.write(f"{word.word}: {n} token{'s' * (n > 1)}, for {', '.join(word.vectors)}")

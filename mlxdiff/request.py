@@ -97,7 +97,8 @@ class Request:
     controls: pictures that the drawing follows line by line, each with the network that reads it (ControlNet): a list
     of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
     and to.
-    references: pictures whose style or things the drawing takes over, in the same form, without a part of the steps.
+    references: pictures whose style or things the drawing takes over, in the same form: ("ip-adapter", "a.png", 0.6).
+    "ip-adapter:style" takes over the style alone, "ip-adapter:layout" where things are.
     guess: whether controls guide the prompt's pass alone, so that they decide more than the prompt does.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 

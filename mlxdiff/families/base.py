@@ -133,6 +133,8 @@ class Family:
     patch: int = 1  # latents along the edge of one token
     zero_negative: bool = False  # zeros, not an empty text, replace a missing negative prompt
     references: tuple[str, ...] = ()  # networks that read reference pictures for it, keys of models.build.NETWORKS
+    # What an IP-Adapter can take alone from a picture -> the parts of the denoiser that decide it.
+    aspects: dict[str, tuple[str, ...]] = field(default_factory=dict)
     trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # how the names end of layers that a LoRA changes
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})

@@ -44,6 +44,7 @@ SD1 = Family(
     activations=unet_activations,
     takes=("guess",),
     references=("ip_adapter",),
+    aspects={"style": ("up_blocks.1",), "layout": ("down_blocks.2", "mid_block")},
     variants=unet_variants(replace(_DEFAULTS, size=768)),
 )
 SD2 = replace(

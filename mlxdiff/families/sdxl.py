@@ -44,6 +44,7 @@ SDXL = Family(
     careful=UNET_CAREFUL,
     activations=unet_activations,
     references=("ip_adapter",),
+    aspects={"style": ("up_blocks.0.attentions.1",), "layout": ("down_blocks.2.attentions.1",)},
     zero_negative=True,
     takes=("guess",),
     variants=unet_variants(_DEFAULTS),
@@ -56,6 +57,7 @@ REFINER = replace(
         clip=("text_encoder_2",), final_norm=False, pooled=("text_encoder_2",), sizes=True, scores=(6.0, 2.5)
     ),
     references=(),
+    aspects={},
     zero_negative=False,
 )
 FAMILIES = (SDXL, REFINER)
