@@ -125,6 +125,7 @@ MAY = {
         "mlxdiff.models.build",
         "mlxdiff.recipe",
         "mlxdiff.request",
+        "mlxdiff.adapters",
     },
     "mlxdiff.pictures": {
         "mlxdiff.description",
@@ -183,6 +184,7 @@ MAY = {
         "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.weights",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.convert.__main__": {
         "mlxdiff.convert.*",
@@ -193,6 +195,8 @@ MAY = {
         "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.store.tokenizer",
+        "mlxdiff.store.adapters",
+        "mlxdiff.description",
     },
     "mlxdiff.store.hub": {"mlxdiff.errors"},
     "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.recipe"},
@@ -214,6 +218,15 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.store.hub",
         "mlxdiff.weights",
+    },
+    "mlxdiff.store.adapters": {
+        "mlxdiff.adapters",
+        "mlxdiff.convert.*",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.foreign",
+        "mlxdiff.store",
     },
     "mlxdiff.store.references": {
         "mlxdiff.convert",
@@ -264,6 +277,7 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.request",
         "mlxdiff.result",
+        "mlxdiff.store.guides",
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
@@ -283,6 +297,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.store",
         "mlxdiff.store.guides",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.detect": {
         "mlxdiff.console",
@@ -343,6 +358,7 @@ MAY = {
         "mlxdiff.start",
         "mlxdiff.store",
         "mlxdiff.upscale",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.probe": {
         "mlxdiff.conditioning",
@@ -660,7 +676,7 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = ("mlxdiff.store", "mlxdiff.store.guides", "mlxdiff.store.references", "mlxdiff.store.tokenizer")
+        stores = tuple(f"mlxdiff.store{part}" for part in ("", ".adapters", ".guides", ".references", ".tokenizer"))
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
 
