@@ -272,6 +272,7 @@ MAY = {
         "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.models.ip_adapter",
+        "mlxdiff.models.layers",
         "mlxdiff.models.redux",
         "mlxdiff.models.vision",
         "mlxdiff.recipe",
