@@ -269,6 +269,21 @@ def _check_masked(guide: Guide, model: Description, config: Config | None) -> No
         raise Error(problem, f"Give it as `controls=[({str(guide.model)!r}, '{MASKED}')]`.")
 
 
+def under(loras: Names, request: Request | None, model: Description) -> Description:
+    """A model as LoRAs make it. If one is not here yet, the model counts as one that reads a control picture where the
+    request has one for it."""
+    from . import store
+
+    asked = Request("") if request is None else request
+    written = dialects.loras(asked.prompt)[1] if isinstance(asked.prompt, str) else ()
+    named = [name for name, _ in map(lora, [*loras, *(asked.loras or ()), *written])]
+    if model.wider is None or not named or all(guide.model is not None for guide in asked.controls):
+        return model
+    here = [store.adapter_file(name, "LoRA", offline=True) for name in named if store.local(name) is not None]
+    absent = len(here) < len(named)
+    return model.widened() if absent or any(store.lora(file, model)[0].inputs for file in here) else model
+
+
 def check(loras: Names, embeddings: Names, request: Request | None, model: Description) -> None:
     """Raise for a file that does not fit a model. Only files that are here are read: a model may be fetched after
     this."""
