@@ -97,11 +97,12 @@ def read(path: Path, model: Description) -> Adapter:
     layers: dict[str, int] = {}
     ranks = set()
     moves = False
+    wider = {} if model.wider is None else {model.family.first: model.wider[1]}
     for name, tensors in stored.items():
         place, layer = places[name], _Layer(path, name, tensors)
         layers[place.component] = layers.get(place.component, 0) + 1
         ranks |= {tensors["down"].shape[0]} if "down" in tensors else set()
-        for rows, change in layer.changes(place, alphas):
+        for rows, change in layer.changes(place, alphas, wider):
             changes.setdefault(place.component, {}).setdefault(rows.parameter, []).append(change)
         moves |= layer.moves
     if not moves:
@@ -298,7 +299,8 @@ class _Layer:
     def wrong(self, what: str) -> Error:
         return Error(f"{self.path}: {self.name} {what}.", _AGAIN)
 
-    def changes(self, place: _Place, alphas: _Alphas) -> Iterator[tuple[_Rows, Change]]:
+    def changes(self, place: _Place, alphas: _Alphas, wider: dict[str, int]) -> Iterator[tuple[_Rows, Change]]:
+        """wider: how many columns a change may make of a parameter's."""
         left = set(self.values)
         if "value" in left:
             yield from self._spread(place.weight, lambda: self.values["value"], replaces=True)
@@ -309,9 +311,11 @@ class _Layer:
             yield from self._spread(place.bias, lambda: self.values["bias"])
             left.discard("bias")
         if left:
-            yield from self._weight(place.weight, left, alphas)
+            yield from self._weight(place.weight, left, alphas, wider)
 
-    def _weight(self, places: tuple[_Rows, ...], left: set[str], alphas: _Alphas) -> Iterator[tuple[_Rows, Change]]:
+    def _weight(
+        self, places: tuple[_Rows, ...], left: set[str], alphas: _Alphas, wider: dict[str, int]
+    ) -> Iterator[tuple[_Rows, Change]]:
         v, used = self.values, set()
         magnitude = next((k for k in ("columns", "magnitude") if k in left), None)
 
@@ -326,7 +330,7 @@ class _Layer:
             low = [x.reshape(*x.shape[:2]) if math.prod(x.shape[2:]) == 1 else x for x in (v["down"], v["up"])]
             if linear and not takes("mid") and all(x.ndim == 2 for x in low):
                 self._agree(low[1].shape[1] == low[0].shape[0], "down", "up")
-                yield from self._low(places, low[0], scale * low[1], magnitude)
+                yield from self._low(places, low[0], scale * low[1], magnitude, wider)
             else:
                 takes("mid")
                 yield from self._spread(places, lambda: scale * self._convolved(), magnitude)
@@ -407,12 +411,16 @@ class _Layer:
             return mx.einsum("ijhw,jq,ip->pqhw", middle, right, left)
         raise self.wrong(f"has {a} of shape {self.shapes[a]}, which does not fit {t} {self.shapes[t]}")
 
-    def _low(self, places, down: mx.array, up: mx.array, magnitude: str | None) -> Iterator[tuple[_Rows, Change]]:
+    def _low(
+        self, places, down: mx.array, up: mx.array, magnitude: str | None, wider: dict[str, int]
+    ) -> Iterator[tuple[_Rows, Change]]:
         for rows in places:
-            cut = self._part(up, rows, (up.shape[0], down.shape[1]))
-            if (cut.shape[0], down.shape[1]) != rows.shape:
-                raise self._misfit((up.shape[0] // rows.parts, down.shape[1]), rows)
-            yield rows, Change(rows.first, rows.shape[0], (down, cut), magnitude=self._magnitude(magnitude, rows))
+            cut, columns = self._part(up, rows, (up.shape[0], down.shape[1])), down.shape[1]
+            widens = columns if columns == wider.get(rows.parameter) and magnitude is None else 0
+            if (cut.shape[0], columns) != (rows.shape[0], widens or rows.shape[1]):
+                raise self._misfit((up.shape[0] // rows.parts, columns), rows)
+            change = self._magnitude(magnitude, rows)
+            yield rows, Change(rows.first, rows.shape[0], (down, cut), magnitude=change, widens=widens)
 
     def _spread(
         self, places, make: Callable[[], mx.array], magnitude: str | None = None, replaces: bool = False

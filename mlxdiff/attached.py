@@ -331,6 +331,20 @@ def changes(
     return tuple(found)
 
 
+def under(loras: Names, request: Request | None, model: Description, folder: Path | None) -> Description:
+    """A model as LoRAs make it. If one is not here yet, the model counts as one that reads a control picture where the
+    request has one for it."""
+    from .store import adapters as store
+
+    asked = Request("") if request is None else request
+    if model.wider is None or all(guide.model is not None for guide in asked.controls):
+        return model
+    names = [name for name, _ in settled(asked, loras, model, folder)[1]]
+    here = [path for name in names if (path := store.here(name, folder)) is not None]
+    absent = len(here) < len(names)
+    return model.widened() if absent or any(store.lora(path, model)[0].inputs for path in here) else model
+
+
 def check(embeddings: Names, request: Request | None, model: Description, folder: Path | None) -> None:
     """Raise for a file that does not fit a model. Only files that are here are read: a model may be fetched after
     this."""

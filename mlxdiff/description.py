@@ -52,6 +52,21 @@ class Description:
     seal: seals.Seal = field(default_factory=dict)  # of the files of the folder that it was read from
 
     @property
+    def wider(self) -> tuple[str, int] | None:
+        """The variant that a LoRA may make of this model, which reads a control picture, and the channels of its input.
+        None if there is none: published ones are for a base model."""
+        name = next((n for n, v in self.family.variants.items() if v.reads == ("control",)), None)
+        if name is None or not self.family.first or self.variant != "base":
+            return None
+        return name, self.net.in_channels + self.family.variants[name].beside
+
+    def widened(self) -> "Description":
+        """The model that such a LoRA makes of this one."""
+        name, channels = self.wider
+        net = replace(self.net, in_channels=channels)
+        return replace(self, variant=name, components=self.components | {self.family.denoiser: net})
+
+    @property
     def row(self) -> Variant:
         return self.family.variants[self.variant]
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,11 +98,12 @@ def load(
     lora_dir = adapters.folder_of(lora_dir)
 
     def check(model: description.Description, **others) -> None:
+        bare, model = model, attached.under(loras, request, model, lora_dir)
         others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
-        others |= {"loras": attached.changes(loras, request, model, lora_dir)}
-        full = None if request is None else attached.settled(request, loras, model, lora_dir)[0]
+        others |= {"loras": attached.changes(loras, request, bare, lora_dir)}
+        full = None if request is None else attached.settled(request, loras, bare, lora_dir)[0]
         advice.check_request(model, request=full, low_memory=low_memory, force=force, t5=t5, **others)
-        attached.check(embeddings, request, model, lora_dir)
+        attached.check(embeddings, request, bare, lora_dir)
         pictures.check(request, model)
         if request is not None and request.upscaler is not None:
             upscale.check(request.upscaler)
@@ -147,7 +149,8 @@ class Pipeline:
         self._taesd: nn.Module | None = None
         self._upscaler: Upscaler | None = None  # the last one
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        self.starts = Starts(networks, low_memory)
+        self.starts = Starts(networks, self.description, low_memory)
+        self._wider: Pipeline | None = None  # what a LoRA that reads control pictures makes of this one
 
     def __repr__(self) -> str:
         model = self.description
@@ -174,13 +177,28 @@ class Pipeline:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
         request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
-        full = self.starts.resolve(request)
-        for each in [full] if full.hires is None else [full, self.description.second_pass(full)]:
+        pipe = self.under(request)
+        full = pipe.starts.resolve(request)
+        for each in [full] if full.hires is None else [full, pipe.description.second_pass(full)]:
             self.attached.check_size(each)
         return full
 
+    def under(self, request: Request) -> "Pipeline":
+        """The pipeline that draws a request whose LoRAs are known: this one, or one of the same networks if a LoRA lets
+        the denoiser read a control picture."""
+        if self._wider is self or not any(adapter.inputs for adapter, _ in self.attached.adapters(request)):
+            return self
+        if self._wider is None:
+            self._wider = copy(self)
+            self._wider._wider = self._wider
+            self._wider.description = self.description.widened()
+            self._wider.starts = Starts(self.networks, self._wider.description, self.low_memory)
+        return self._wider
+
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
+        if (pipe := self.under(request)) is not self:
+            return pipe.workload(request)
         refiner = None if self.refiner is None else self.refiner.description
         sizes = self.starts.pictures(request).sizes
         beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
@@ -212,6 +230,9 @@ class Pipeline:
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to use in place of the seed's first
         noise."""
+        if (pipe := self.under(request)) is not self:
+            yield from pipe.run(request, given)
+            return
         if not self.force:
             advice.check(self.workload(request))
         if request.hires is not None:

@@ -135,6 +135,7 @@ MAY = {
         "mlxdiff.request",
     },
     "mlxdiff.start": {
+        "mlxdiff.description",
         "mlxdiff.images",
         "mlxdiff.memory",
         "mlxdiff.networks",

@@ -22,6 +22,7 @@ from mlxdiff.models import build, ip_adapter, redux, vision
 from mlxdiff.recipe import Recipe
 from mlxdiff.request import Request
 from mlxdiff.store import hub
+from mlxdiff.store import references as store_references
 from tests.checkpoints import full, manifest, sparse
 
 SAME = {"seed": 1, "steps": 4, "width": 64, "height": 64}
@@ -366,6 +367,20 @@ def test_the_files_of_a_named_adapter_are_fetched_from_one_repository(pipe, file
     monkeypatch.setattr(hub, "offline", lambda: True)
     with pytest.raises(Error, match=r"The vision model of .*ip.safetensors is not on this machine, and the network"):
         pipe.resolve("x", references=[("org/repo/sdxl_models/ip.safetensors", style)], **SAME)
+
+
+def test_a_vision_model_may_be_in_another_repository(pipe, file, style, tmp_path, monkeypatch):
+    """XLabs' IP-Adapter for FLUX reads what OpenAI's CLIP gives."""
+    write_encoder(tmp_path / "eyes", SEES)
+    adapter = tmp_path / "alone" / file.name
+    adapter.parent.mkdir()
+    adapter.write_bytes(file.read_bytes())
+    row = replace(ADAPTERS["flux", "ip-adapter"], net=pipe.description.net)
+    monkeypatch.setitem(ADAPTERS, ("sd1", "eyes"), row)
+    monkeypatch.setattr(store_references, "_one_file", lambda repo, *_: adapter if repo == row.repo else None)
+    monkeypatch.setattr(store_references, "one_network", lambda repo, *_: {row.sees: tmp_path / "eyes"}[repo])
+    found, beside = (pipe.resolve("x", references=[(name, style)], **SAME).references[0] for name in ("eyes", file))
+    assert found.model_hash == beside.model_hash
 
 
 def test_memory_counts_the_networks_that_read_and_the_tokens():

@@ -138,6 +138,7 @@ class Family:
     # What an IP-Adapter can take alone from a picture -> the parts of the denoiser that decide it.
     aspects: dict[str, tuple[str, ...]] = field(default_factory=dict)
     trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # how the names end of layers that a LoRA changes
+    first: str = ""  # the parameter that reads the latents, which a LoRA may widen to read a control picture
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
     # (width, height, multiple of all edges) of a picture to edit -> its cut, which is also the size of the result.
@@ -169,6 +170,7 @@ class Beside:
     mode: str | None = None  # the kind of picture that the name means, of a network for several
     masked: bool = False  # whether its picture is the start image without what the mask marks
     encoder: float = 0.0  # GB at 16 bits of the vision model, for one that reads reference pictures
+    sees: str | None = None  # hub id of the vision model, if it is in another repository
     tokens: int = 0  # that it makes of a reference picture
 
     def fits(self, net: Config) -> bool:

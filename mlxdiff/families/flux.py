@@ -60,6 +60,7 @@ FLUX = Family(
     guidance=INPUT,
     patch=2,
     references=("ip_adapter", "redux"),
+    first="img_in.weight",
     takes=("shift", "true_cfg"),
     cut=_cut,
     variants={
@@ -185,7 +186,29 @@ ADAPTERS = {
         "flux1-redux-dev.safetensors",
         encoder=0.86,
         tokens=729,
+    ),
+    (FLUX.name, "ip-adapter"): Beside(
+        "IP-Adapter",
+        "XLabs-AI/flux-ip-adapter",
+        "FLUX.1-dev Non-Commercial",
+        0.98,
+        _NETWORK,
+        "ip_adapter.safetensors",
+        encoder=0.61,
+        sees="openai/clip-vit-large-patch14",
+        tokens=4,
+    ),
+}
+ADAPTERS |= {
+    (FLUX.name, f"xlabs-{name}"): Beside(
+        "ControlNet",
+        f"XLabs-AI/flux-controlnet-{name}-v3",
+        "FLUX.1-dev Non-Commercial",
+        1.49,
+        _NETWORK,
+        f"flux-{name}-controlnet-v3.safetensors",
     )
+    for name in ("canny", "depth", "hed")
 }
 
 _UNION = Beside(

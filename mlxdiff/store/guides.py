@@ -62,7 +62,7 @@ def control_folder(name: str | Path, model: Description, offline: bool, progress
     progress = _silent if progress is None else progress
     if file is not None:
         return _one_file(repo, file, offline, progress)
-    return _one_network(repo, model.recipe.dtype != "float32", offline, progress)
+    return one_network(repo, model.recipe.dtype != "float32", offline, progress)
 
 
 def control(path: Path, model: Description) -> tuple[build.Config, str]:
@@ -97,7 +97,7 @@ def control_network(path: Path, model: Description) -> nn.Module:
     return weights.quantized(network, plan).eval()
 
 
-def _one_network(repo: str, half: bool, offline: bool, progress: Progress) -> Path:
+def one_network(repo: str, half: bool, offline: bool, progress: Progress) -> Path:
     """The folder of a repository that holds one network. One that is already here is not requested again: its
     config.json comes last."""
     from . import hub

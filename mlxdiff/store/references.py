@@ -17,7 +17,7 @@ from ..families import FAMILIES
 from ..families.published import VISION
 from ..models import build, ip_adapter, redux, vision
 from . import Progress, _one_file, _sample, _silent, fingerprint
-from .guides import locate
+from .guides import locate, one_network, row
 
 if TYPE_CHECKING:
     from ..convert import Checkpoint
@@ -58,8 +58,11 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
     if folder is None and repo is None:
         raise _lacks(path, config)
     if repo is not None and (folder is None or not any(folder.glob("*.safetensors"))):  # or its download was cut off
-        half = model.recipe.dtype != "float32"
-        folder = _fetched(repo, file, path, config, half, offline, progress)
+        half, named = model.recipe.dtype != "float32", row(name, model, "reference")
+        if named is None or named.sees is None:
+            folder = _fetched(repo, file, path, config, half, offline, progress)
+        else:
+            folder = one_network(named.sees, half, offline, progress)
     encoder = _encoder(folder)
     files = [*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]
     return Reader(
