@@ -229,6 +229,12 @@ MAY = {
         "mlxdiff.foreign",
         "mlxdiff.store",
     },
+    "mlxdiff.store.loras": {
+        "mlxdiff.convert.lora_header",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+    },
     "mlxdiff.store.references": {
         "mlxdiff.convert",
         "mlxdiff.convert.settings",
@@ -499,6 +505,7 @@ MAY = {
     "mlxdiff.widgets.start_picture": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.widgets.gallery"},
     "mlxdiff.widgets.history": {
         "mlxdiff.errors",
+        "mlxdiff.foreign",
         "mlxdiff.images",
         "mlxdiff.widgets.gallery",
         "mlxdiff.widgets.start_picture",
@@ -509,6 +516,13 @@ MAY = {
         "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.widgets.start_picture",
+    },
+    "mlxdiff.widgets.loras": {
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.request",
+        "mlxdiff.store.loras",
+        "mlxdiff.widgets.settings",
     },
     "mlxdiff.widgets.second_pictures": {
         "mlxdiff.detect",
@@ -560,8 +574,10 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.upscale",
         "mlxdiff.widgets.guide_rows",
         "mlxdiff.widgets.known",
+        "mlxdiff.widgets.loras",
         "mlxdiff.widgets.settings",
         "mlxdiff.widgets.start_picture",
     },
@@ -678,7 +694,8 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = tuple(f"mlxdiff.store{part}" for part in ("", ".adapters", ".guides", ".references", ".tokenizer"))
+        stores = ("", ".adapters", ".guides", ".loras", ".references", ".tokenizer")
+        stores = tuple(f"mlxdiff.store{part}" for part in stores)
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
 
