@@ -133,7 +133,12 @@ class Family:
     patch: int = 1  # latents along the edge of one token
     zero_negative: bool = False  # zeros, not an empty text, replace a missing negative prompt
     references: tuple[str, ...] = ()  # networks that read reference pictures for it, keys of models.build.NETWORKS
-    trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # how the names end of layers that a LoRA changes
+    trained: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )  # how the names in diffusers end of what a LoRA changes
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
     # (width, height, multiple of all edges) of a picture to edit -> its cut, which is also the size of the result.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.nn as nn
 
 from .. import builtin, description, foreign, recipe, seal, weights
-from ..adapters import Adapter, Word
+from ..adapters import Adapter, Rows, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES, MODELS, Beside
@@ -466,6 +466,13 @@ def lora(path: Path, model: Description) -> tuple[Adapter, str]:
     from ..convert import lora
 
     return lora.read(path, model), fingerprint(path)
+
+
+def layers(model: Description, component: str) -> dict[str, Rows]:
+    """The linear layers of a component by their names in diffusers and transformers."""
+    from ..convert import lora
+
+    return lora.layers(component, model.components[component])
 
 
 def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:
