@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import description
-from ..adapters import Adapter, Change
+from ..adapters import Adapter, Change, Rows
 from ..description import Description
 from ..errors import Error
 from ..families import MODELS
@@ -151,6 +151,20 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 # ---- the names of a model's layers
+
+
+def layers(component: str, config: build.Config) -> dict[str, Rows]:
+    """The linear layers of a network by their names in diffusers and transformers. Where our layer is several of theirs
+    in one, each is some of its rows."""
+    module, places = MODULES[build.name_of(config)], _layers(component, config)
+    others = module.layers(config) if hasattr(module, "layers") else []
+    ours = [name for name in places if name not in others]
+    found = {}
+    for name in others if any(re.search(module.ORIGINAL, f"{n}.") for n in ours) else ours:
+        (rows, *more) = places[name].weight if name in places and places[name].weight else (None,)
+        if rows is not None and not more and rows.parts == 1 and len(rows.shape) == 2:
+            found[name] = Rows(rows.parameter.rpartition(".")[0], rows.first, rows.shape[0])
+    return found
 
 
 def _places(model: Description) -> dict[str, _Place]:

@@ -165,6 +165,16 @@ class Pipeline:
         self.description.check_refiner(refiner.description)
         self.refiner = refiner
 
+    def hold(self, networks: dict[str, nn.Module]) -> None:
+        """Draw the next picture with these networks, which are being trained. `release` ends that."""
+        for name, network in networks.items():
+            self.networks.hold(name, network)
+        self._texts = None  # they may have been read by an encoder before it was trained
+
+    def release(self, networks: dict[str, nn.Module]) -> None:
+        self.networks.release(*networks)
+        self._texts = None
+
     def attach_taesd(self, decoder: nn.Module) -> None:
         """Use a tiny decoder for previews."""
         self.description.check_taesd(decoder.config.latent_channels)
@@ -416,7 +426,7 @@ class Pipeline:
         net = self.networks.get(name)
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
-        source = self.networks.open(name) if model.flow else net
+        source = self.networks.whole(name) if model.flow else net
         references, beside = ((), None) if start is None else (start.references, start.beside)
         conds = conditioning.prepare(model, source, request, ts, texts, both, references, pictures)
         del source  # it would hold the modulation weights until all conditions are evaluated

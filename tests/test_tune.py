@@ -17,28 +17,10 @@ from PIL import Image
 import mlxdiff
 from mlxdiff.convert import lora as reader
 from mlxdiff.errors import Error
-from mlxdiff.train import fit, folder, tune
+from mlxdiff.train import batches, fit, folder, lora, tune
 from mlxdiff.train.__main__ import main
 
 STEPS, WORD = 24, "zork"
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return mlxdiff.load("storybook", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def rings(tmp_path_factory):
-    """Four pictures of rings, which are no thing of the built-in model's world."""
-    place = tmp_path_factory.mktemp("rings")
-    y, x = np.mgrid[:64, :64]
-    for i in range(4):
-        pixels = np.full((64, 64, 3), (250, 240, 220), np.uint8)
-        for radius, colour in ((24, (200, 30, 60)), (17, (20, 20, 120)), (10, (240, 200, 0))):
-            pixels[(x - 26 - 4 * i) ** 2 + (y - 36 + 3 * i) ** 2 < radius**2] = colour
-        Image.fromarray(pixels).save(place / f"{i}.png")
-    return place
 
 
 def tuning(rings, **settings) -> tune.LoraTuning:
@@ -76,14 +58,15 @@ def test_the_file_is_what_was_trained(pipe, learned):
     """Loaded anew, it draws as the trained network does, and its header says what it is."""
     run, _ = learned
     adapter = reader.read(run.file, pipe.description)
-    assert sum(adapter.layers.values()) == len(run.made) == 80  # five blocks of a U-Net with 16 layers each
+    assert sum(adapter.layers.values()) == len(run.made["unet"]) == 80  # five blocks of a U-Net with 16 layers each
     assert reader.describe(run.file)["words"] == [WORD]
     (shown,) = run.sample(["a red house"], 7)
-    want = pipe("a red house", seed=0, loras=[str(run.out)])
+    size = {"width": 64, "height": 64}  # that of the training
+    want = pipe("a red house", seed=0, loras=[str(run.out)], **size)
     again = np.asarray(Image.open(shown)).astype(float)
     assert np.abs(again - np.asarray(want.image)).max() <= 2  # merged or beside: rounding
     assert shown.name == "sample-000007-1.png"
-    bare = pipe("a red house", seed=0)
+    bare = pipe("a red house", seed=0, **size)
     assert np.abs(np.asarray(bare.image) - again).max() > 10  # the next picture is without it
 
 
@@ -96,7 +79,7 @@ def test_a_resumed_run_is_the_same_run(pipe, rings, tmp_path):
         if report.step == 3:
             break
     held = reader.read(first.file, pipe.description)
-    assert sum(held.layers.values()) == len(first.made)
+    assert sum(held.layers.values()) == len(first.made["unet"])
     second = tune.LoraRun(pipe, tuning(rings, steps=5, save_every=2, crop=True), tmp_path / "parts")
     assert [r.loss for r in second.steps()] == losses[3:]
     for path, value in changes(whole.net).items():
@@ -137,20 +120,24 @@ def test_it_trains_over_four_bits(rings, tmp_path):
     """The first gradient is that over the weights which the four bits stand for; the file draws on them."""
     small = mlxdiff.load("storybook", bits=4, dtype="float32")
     run = tune.LoraRun(small, tuning(rings, steps=3, rate=5e-3, alpha=8.0), tmp_path / "run")
-    assert any(isinstance(layer.layer, nn.QuantizedLinear) for layer in run.made.values())
+    assert any(isinstance(layer.layer, nn.QuantizedLinear) for layer in changed(run.net))
     (data,) = run.encoded()
-    part = tune.Objective(small.description).part(data, np.random.default_rng(0), 2)
-    _, quantized = nn.value_and_grad(run.net, tune.loss)(run.net, [part])
+    part = batches.Objective(small.description).part(data, np.random.default_rng(0), 2)
+    _, quantized = nn.value_and_grad(run.net, batches.loss)(run.net, [part])
     dense = tune.LoraRun(small, tuning(rings, steps=3, rate=5e-3, alpha=8.0), tmp_path / "dense")
-    for layer in dense.made.values():
+    for layer in changed(dense.net):
         if isinstance(layer.layer, nn.QuantizedLinear):
             layer.layer = dense_of(layer.layer)
-    _, want = nn.value_and_grad(dense.net, tune.loss)(dense.net, [part])
+    _, want = nn.value_and_grad(dense.net, batches.loss)(dense.net, [part])
     for (path, a), (_, b) in zip(tree_flatten(quantized), tree_flatten(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3 * max(1e-6, mx.abs(b).max().item()), err_msg=path)  # float32 sums
     list(run.steps())
     bare, taught = drawn(small, f"a {WORD} house"), drawn(small, f"a {WORD} house", str(run.out))
     assert np.abs(taught - bare).max() > 10
+
+
+def changed(net: nn.Module) -> list[lora.Changed]:
+    return [m for m in net.modules() if isinstance(m, lora.Changed)]
 
 
 def dense_of(layer: nn.QuantizedLinear) -> nn.Linear:
@@ -169,10 +156,10 @@ def test_pictures_of_the_class_count_by_their_weight(pipe, rings, tmp_path):
     )
     sets = run.encoded()
     assert [data.weight for data in sets] == [1.0, 0.5]
-    aim = tune.Objective(pipe.description)
+    aim = batches.Objective(pipe.description)
     parts = [aim.part(data, np.random.default_rng(i), 2) for i, data in enumerate(sets)]
-    one, other = (tune.loss(run.net, [p._replace(weight=1.0)]).item() for p in parts)
-    assert abs(tune.loss(run.net, parts).item() - (one + 0.5 * other)) < 1e-5
+    one, other = (batches.loss(run.net, [p._replace(weight=1.0)]).item() for p in parts)
+    assert abs(batches.loss(run.net, parts).item() - (one + 0.5 * other)) < 1e-5
     assert mx.abs(parts[0].args["context"] - parts[1].args["context"]).max().item() > 0.1
     (report,) = run.steps()
     assert report.loss > 0
@@ -329,7 +316,7 @@ def test_the_command(rings, tmp_path, capsys):
     assert main([*typed, "--steps", "2", "--size", "64", "--rank", "4", "--flip", "--sample", "a zork"]) == 0
     said = capsys.readouterr().out
     assert "4 pictures (64x64)" in said
-    assert "80 layers, rank 4" in said
+    assert "80 layers of unet, rank 4" in said
     assert (out / "sample-000002-1.png").is_file()
     notes = json.loads((out / "recipe.json").read_text())
     assert (notes["model"], notes["rank"], notes["flip"]) == ("storybook", 4, True)

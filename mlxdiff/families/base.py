@@ -137,7 +137,8 @@ class Family:
     references: tuple[str, ...] = ()  # networks that read reference pictures for it, keys of models.build.NETWORKS
     # What an IP-Adapter can take alone from a picture -> the parts of the denoiser that decide it.
     aspects: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # how the names end of layers that a LoRA changes
+    # How the names in diffusers end of the layers that a LoRA changes.
+    trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     first: str = ""  # the parameter that reads the latents, which a LoRA may widen to read a control picture
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})

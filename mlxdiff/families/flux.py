@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ..models.flux import Config
 from .base import INPUT, NONE, Beside, Careful, Cut, Defaults, Family, Fast, Model, TextPlan, Variant
-from .published import CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX, hyper
+from .published import ATTENTION, CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX, hyper
 
 # The sizes of the pictures that Kontext was trained on (Labs et al. 2025), width and height; each also turned around.
 KONTEXT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
@@ -60,6 +60,7 @@ FLUX = Family(
     guidance=INPUT,
     patch=2,
     references=("ip_adapter", "redux"),
+    trained=ATTENTION,
     first="img_in.weight",
     takes=("shift", "true_cfg"),
     cut=_cut,

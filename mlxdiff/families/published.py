@@ -169,6 +169,9 @@ def unet_variants(defaults: Defaults) -> dict[str, Variant]:
     }
 
 
+# The layers of transformers of two streams that a LoRA changes, as in diffusers' training scripts.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
 # From the Stable Diffusion authors' v1-inference.yaml; spacing and offset are from the published diffusers folders.
 DISCRETE = {
     "betas": "scaled_linear",

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import foreign
-from ..adapters import Adapter, Word
+from ..adapters import Adapter, Rows, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES, MODELS, Fast
@@ -105,6 +105,13 @@ def lora(path: Path, model: Description, called: str | None = None) -> tuple[Ada
 
     adapter = lora.read(path, model)
     return adapter if called is None else replace(adapter, name=called), fingerprint(path)
+
+
+def layers(model: Description, component: str) -> dict[str, Rows]:
+    """The linear layers of a component by their names in diffusers and transformers."""
+    from ..convert import lora
+
+    return lora.layers(component, model.components[component])
 
 
 def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:

@@ -67,7 +67,11 @@ def _lora(s: argparse.ArgumentParser) -> None:
     s.add_argument("--prior", type=float, metavar="W", help="weight of their loss (1)")
     s.add_argument("--rank", type=int, metavar="R", help="of the change of each layer; more learns more details (16)")
     s.add_argument("--alpha", type=float, metavar="A", help="the change is scaled by alpha / rank (default: the rank)")
-    s.add_argument("--layers", nargs="+", metavar="NAME", help="which layers, by the ends of their names (attention)")
+    s.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="which layers, by the ends of diffusers' names (attention)"
+    )
+    what = "train the CLIP encoders along, for new words (SD 1.x, 2.x, XL)"
+    s.add_argument("--text-encoder", action="store_true", default=None, help=what)
 
 
 def _embedding(s: argparse.ArgumentParser) -> None:
@@ -87,6 +91,8 @@ def _common(s: argparse.ArgumentParser) -> None:
     _output(s, "DIR", "folder; an unfinished run continues")
     s.add_argument("--steps", type=int, metavar="N", help="(1000)")
     s.add_argument("--batch", type=int, metavar="N", help="pictures a step (1)")
+    s.add_argument("--accumulate", type=int, metavar="N", help="batches a step, one after the other (1)")
+    s.add_argument("--low-memory", action="store_true", default=None, help="compute twice what need not be kept then")
     s.add_argument("--rate", type=float, metavar="R", help="learning rate")
     s.add_argument("--warmup", type=int, metavar="N", help="steps until the rate is reached (0)")
     s.add_argument("--size", type=int, metavar="PX", help="edge of a square with as many pixels (the model's size)")
@@ -182,7 +188,9 @@ def _tune(args, settings: Callable, run: Callable) -> int:
             if bar is None:
                 bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
             mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
-            bar.set_postfix_str(f"loss {mean:.4f}, {tuning.batch / report.seconds:.2g} samples/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {mean:.4f}, {tuning.batch * tuning.accumulate / report.seconds:.2g} samples/s", refresh=False
+            )
             bar.update(1)
             if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
                 made.sample(args.sample, report.step)

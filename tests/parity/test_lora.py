@@ -14,7 +14,6 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-import mlxdiff
 from mlxdiff.adapters import Adapter
 from mlxdiff.convert import lora
 from tests import original
@@ -31,13 +30,7 @@ PLAIN = {"num_inference_steps": 4, "max_sequence_length": 512}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict:
     """name -> (diffusers pipeline, our pipeline)"""
-    root, made = tmp_path_factory.mktemp("lora"), {}
-    for name, make in KINDS.items():
-        theirs = make(root / f"{name}-words")
-        theirs.set_progress_bar_config(disable=True)
-        theirs.save_pretrained(root / name)
-        made[name] = theirs, mlxdiff.load(root / name, dtype="float32")
-    return made
+    return tiny.saved(tmp_path_factory.mktemp("lora"), KINDS)
 
 
 def layers(theirs: torch.nn.Module, kinds=(torch.nn.Linear,)) -> dict[str, torch.nn.Module]:
