@@ -136,9 +136,13 @@ def loss(net: nn.Module, parts: list[Part]) -> mx.array:
 def recompute(net: nn.Module) -> None:
     """Let the blocks of a network keep only what they read, and compute the rest again for the gradients (Chen et al.
     2016)."""
-    for block in net.modules():
-        if type(block) in _BLOCKS:
-            block.__class__ = _again(type(block))
+    for block in blocks(net):
+        block.__class__ = _again(type(block))
+
+
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """Those that `recompute` changes."""
+    return [module for module in net.modules() if type(module) in _BLOCKS]
 
 
 _BLOCKS = (ResBlock, unet.TransformerLayer, clip.Layer, sd3.Block, flux.DoubleBlock, flux.SingleBlock)

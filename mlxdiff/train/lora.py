@@ -123,8 +123,11 @@ def export(made: dict[str, dict[str, LowRank]], model: Description, notes: dict,
             tensors[f"{path}.lora_A.weight"] = change.down
             tensors[f"{path}.lora_B.weight"] = change.scale * change.up
         rank = next(iter(changes.values())).down.shape[0]
-        targets = sorted(path.removeprefix(f"{component}.") for path in names)
-        settings = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+        settings = {
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": sorted(changes),
+        }  # peft reads them as ends of names
         peft |= {f"{component}.{key}": value for key, value in settings.items()}
     header = {
         "format": "pt",
