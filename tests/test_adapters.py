@@ -2,6 +2,7 @@
 files mean what they mean elsewhere is parity/test_lora.py's."""
 
 import json
+import math
 import re
 import warnings
 from dataclasses import replace
@@ -25,7 +26,7 @@ from mlxdiff.recipe import Recipe
 from mlxdiff.request import Request
 from mlxdiff.store import hub
 from mlxdiff.store.adapters import named
-from tests.checkpoints import full, header, raw
+from tests.checkpoints import full, header, manifest, raw
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -217,6 +218,37 @@ def test_a_change_beside_a_quantized_layer_is_not_lost(pipe, tmp_path, bits, qua
     np.testing.assert_allclose(np.array(layer(x)), np.array(want), atol=1e-3 * np.abs(np.array(want)).max())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_change_survives_quantized_weights_and_comes_off(pipe, tmp_path, bits, quantized):
+    """What is left of the change, projected on it, at a tenth of the weights' size: all of it beside a layer; at least
+    95 % of it if it is merged before the weights are quantized. Taken off, the picture is the bare one bit for bit."""
+    small, settings = quantized(bits), {"seed": 1, "steps": 2, "width": 64, "height": 64}
+    bare = np.asarray(small("a red house", **settings).image)
+    state = pair(pipe, LAYER)
+    whole = weight(pipe, f"{LAYER.partition('.')[2]}.weight")
+    change = state[UP] @ state[DOWN]
+    state[UP] *= 0.1 * np.linalg.norm(whole) / np.linalg.norm(change)
+    change = state[UP] @ state[DOWN]
+    file = full(tmp_path / "a.safetensors", state)
+    drawn = np.asarray(small("a red house", loras=[str(file)], **settings).image)
+    assert (drawn != bare).any()
+    assert (np.asarray(small("a red house", **settings).image) == bare).all()
+
+    def left(after: np.ndarray, before: np.ndarray) -> float:
+        return ((after - before) * change).sum() / np.square(change).sum()
+
+    small.networks.adapt([(lora.read(file, small.description), 1.0)])
+    eye = mx.eye(change.shape[1])
+    layer = at(small.networks.open("unet"), LAYER)
+    assert left(np.array(layer(eye).T), np.array(layer.layer(eye).T)) == pytest.approx(1, abs=1e-3)
+    small.networks.adapt([])
+    group = {"group_size": layer.layer.group_size, "bits": bits}
+    baked, plain = (
+        np.array(mx.dequantize(*mx.quantize(mx.array(w), **group), **group)) for w in (whole + change, whole)
+    )
+    assert left(baked, plain) > 0.95
+
+
 def test_a_change_of_full_rank_leaves_its_layer_unquantized(pipe, tmp_path, quantized):
     small = quantized(4)
     value = np.full(shape(pipe, LAYER), 0.01, np.float32)
@@ -352,6 +384,35 @@ def test_inspect_says_what_is_wrong_in_the_model_that_a_lora_fits(pipe, tmp_path
     file = full(tmp_path / "a.safetensors", pair(pipe, LAYER) | {f"{LAYER}.alpha": np.full(1, np.float32(3e38))})
     assert inspect.main([str(file)]) == 1
     assert "has an alpha of 3e+38, which cannot be" in capsys.readouterr().err
+
+
+# ---- the names in published files
+
+MANIFESTS = {
+    "lora_diffusers_sd15_lora_down_up": "sd15", "lora_kohya_sd15": "sd15", "lora_lcm_sd15": "sd15",
+    "lora_peft_sd15_unet": "sd15", "lora_peft_sd15_unet_te": "sd15", "lora_kohya_sdxl": "sdxl",
+    "lora_peft_sdxl_unet": "sdxl", "lora_kohya_flux": "flux-dev", "lora_peft_flux_aitoolkit": "flux-dev",
+    "lora_peft_flux_dreambooth": "flux-dev",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_tensor_of_a_published_file_has_one_place(name, tmp_path):
+    """None is left, no rows are changed twice, and every shape fits. The numbers are not read."""
+    tensors = manifest(name)["tensors"]
+    model = published(MANIFESTS[name], Recipe("float32", None))
+    places, kinds, taken = lora._places(model), {}, {}
+    for key, shape in tensors.items():
+        layer, kind = lora._split(key)
+        kinds.setdefault(layer, {})[kind] = tuple(shape)
+        for rows in places[layer].weight:
+            taken.setdefault((places[layer].component, rows.parameter, rows.first, kind), set()).add(layer)
+    assert all(len(layers) == 1 for layers in taken.values())
+    for layer, shapes in kinds.items():
+        up, down = shapes["up"], shapes["down"]
+        rows = places[layer].weight
+        assert up[:2] == (sum(r.shape[0] for r in rows), down[0]), layer
+        assert math.prod(down[1:]) == math.prod(rows[0].shape[1:]), layer
 
 
 # ---- files that are refused

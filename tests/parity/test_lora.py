@@ -35,6 +35,8 @@ def models(tmp_path_factory) -> dict:
     root, made = tmp_path_factory.mktemp("lora"), {}
     for name, make in KINDS.items():
         theirs = make(root / f"{name}-words")
+        if name == "zimage":  # no shape shows how many groups its VAE's norms have: as many as in the published one
+            theirs.register_modules(vae=tiny.vae(45, 0.3611, 16, shift_factor=0.1159))
         theirs.set_progress_bar_config(disable=True)
         theirs.save_pretrained(root / name)
         made[name] = theirs, mlxdiff.load(root / name, dtype="float32")
@@ -75,10 +77,11 @@ def test_a_lora_of_denoiser_and_text_draws_as_in_diffusers(models, name, tmp_pat
     theirs, ours = models[name]
     denoiser = "unet" if hasattr(theirs, "unet") else "transformer"
     state = low_rank(getattr(theirs, denoiser), f"{denoiser}.", 1)
-    for encoder in ("text_encoder", "text_encoder_2") if name == "sdxl" else ("text_encoder",):
+    encoders = {"sdxl": ("text_encoder", "text_encoder_2"), "zimage": ()}  # diffusers reads no LoRA of Qwen
+    for encoder in encoders.get(name, ("text_encoder",)):
         state |= low_rank(getattr(theirs, encoder), f"{encoder}.", 2)
     save_file(state, tmp_path / "style.safetensors")
-    settings = PLAIN if name == "flux" else CFG
+    settings = {"flux": PLAIN, "zimage": {"num_inference_steps": 4, "guidance_scale": 0.0}}.get(name, CFG)
     bare = oracle(theirs, **settings)
     theirs.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
     try:
