@@ -21,7 +21,7 @@ from mlxdiff.convert import __main__ as convert
 from mlxdiff.convert import inspect, lora
 from mlxdiff.description import published
 from mlxdiff.errors import Error
-from mlxdiff.families import ADAPTERS, Fast
+from mlxdiff.families import ADAPTERS, MODELS, Fast
 from mlxdiff.recipe import Recipe
 from mlxdiff.request import Request
 from mlxdiff.store import hub
@@ -117,7 +117,7 @@ def weight(pipe, name: str, *adapters) -> np.ndarray:
 def fast(pipe, tmp_path, monkeypatch):
     """A LoRA of the built-in model that has a name, and lies on the hub; and what was fetched."""
     made = full(tmp_path / "published" / "file.safetensors", pair(pipe, LAYER))
-    how = {"made_for": "storybook", "scale": 0.5, "steps": 2, "guidance": 1.0, "sampler": "ddim"}
+    how = {"net": pipe.description.net, "scale": 0.5, "steps": 2, "guidance": 1.0, "sampler": "ddim"}
     row = Fast("Fast LoRA", "org/fast", "MIT", 0.01, file="file.safetensors", **how)
     monkeypatch.setitem(ADAPTERS, ("sd1", "fast"), row)
     fetched = []
@@ -163,14 +163,14 @@ def test_a_file_goes_before_a_name(pipe, fast, tmp_path):
 @pytest.mark.parametrize(
     ("model", "name", "says"),
     [
-        ("storybook", "lcm", "The LoRA lcm was made for sd15; the layers of storybook are others"),
+        ("storybook", "lcm", "which was made for sd15, sd15-inpaint: it does not fit storybook"),
         (
             "flux-dev",
             "lcm",
             r"for Stable Diffusion 1.x and Stable Diffusion XL; flux-dev is FLUX.1. FLUX.1 has hyper-8",
         ),
-        ("flux-schnell", "turbo", "The LoRA turbo was made for flux-dev; the layers of flux-schnell are others"),
-        ("sd3.5-medium", "hyper-8", "The LoRA hyper-8 was made for sd3-medium; the layers of sd3.5-medium are others"),
+        ("flux-schnell", "turbo", "which was made for flux-dev, flux-krea, flux-kontext: it does not fit flux-schnell"),
+        ("sd3.5-medium", "hyper-8", "which was made for sd3-medium: it does not fit sd3.5-medium"),
         ("sd21", "hyper-4", "sd21 is Stable Diffusion 2.x. Leave it out"),
         ("sdxl", "lightning4", "There is no LoRA 'lightning4'. Did you mean lightning-4"),
         ("sdxl", "nothing", "There is no LoRA 'nothing'. Stable Diffusion XL has lcm, lightning-2"),
@@ -190,8 +190,10 @@ def test_named_loras_fit_the_models_that_they_were_made_for():
     rows = {key: row for key, row in ADAPTERS.items() if row.role == "lora"}
     assert len(rows) == 18
     for (family, name), row in rows.items():
-        model = published(row.made_for, Recipe("float32", None))
-        assert (model.family.name, row) == (family, named(name, model))
+        fit = [n for n, m in MODELS.items() if row.fits(m.networks[m.family.denoiser]) and m.family.name == family]
+        model = published(fit[0], Recipe("float32", None))
+        assert named(name, model) == row
+        assert row.file.endswith(".safetensors")
         request, ((_, scale),) = settled(Request("x", loras=(name,)), (), model, None)
         full = model.resolve(request)
         assert scale == row.scale

@@ -335,7 +335,7 @@ def test_networks_for_controls_and_for_references_are_not_confused(style, monkey
     [
         ("flux-dev", ("redux", "S", 1, 0, 0.5), "becomes a part of the prompt, which is the same in all steps"),
         ("flux-dev", ("redux:style", "S"), "flux-dev cannot take 'style' alone from a reference. Leave it out"),
-        ("sdxl", ("lcm", "S"), "lcm is a LoRA, which reads no pictures. Give it as `loras=['lcm']`"),
+        ("sdxl", ("lcm", "S"), "lcm is a LoRA (LCM LoRA), not a network for references. Give it as `loras=[NAME]`"),
     ],
 )
 def test_what_a_named_network_cannot_do_is_refused_before_a_download(model, guide, says, style, monkeypatch):
