@@ -228,6 +228,7 @@ MAY = {
         "mlxdiff.families",
         "mlxdiff.foreign",
         "mlxdiff.store",
+        "mlxdiff.store.guides",
     },
     "mlxdiff.store.loras": {
         "mlxdiff.convert.lora_header",

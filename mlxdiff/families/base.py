@@ -1,7 +1,7 @@
 """The dataclasses that every family's file fills in. Nothing here is about one family."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..models.build import Config
@@ -166,7 +166,7 @@ class Beside:
     repo: str  # hub id
     licence: str
     size: float  # GB at 16 bits
-    net: Config | None = None  # the denoiser that it was made for; of a LoRA `made_for` says it
+    net: Config  # the denoiser that it was made for
     file: str | None = None  # of the repository; None: its network in diffusers layout
     mode: str | None = None  # the kind of picture that the name means, of a network for several
     masked: bool = False  # whether its picture is the start image without what the mask marks
@@ -188,12 +188,17 @@ class Beside:
 class Fast(Beside):
     """A published LoRA that lets a model draw in few steps, and has a name here. It changes the defaults."""
 
-    made_for: str = ""  # a named model; it fits those of the same shapes
     scale: float = 1.0
     steps: int = 4
     guidance: float = 0.0
     sampler: str = "euler"
     schedule: str = "trailing"
+
+    def fits(self, net: Config) -> bool:
+        """Whether a denoiser has the layers of that which it was made for. None of these changes a U-Net's first layer,
+        which is wider in a model that inpaints."""
+        narrow = {"in_channels": self.net.in_channels} if hasattr(net, "up_depth") else {}
+        return type(net) is type(self.net) and replace(net, **narrow) == self.net
 
     @property
     def role(self) -> str:

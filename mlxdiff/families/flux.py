@@ -225,7 +225,7 @@ ADAPTERS |= {(FLUX.name, name): _UNION for name in ("canny", "depth", "gray", "o
 ADAPTERS |= {(FLUX.name, name): replace(_TOLD, mode=name) for name in ("blur", "lq", "tile")}
 ADAPTERS |= {
     (FLUX.name, f"hyper-{steps}"): hyper(
-        f"FLUX.1-dev-{steps}steps-lora", "flux-dev", 1.39, steps, scale=0.125, guidance=3.5, sampler="euler"
+        f"FLUX.1-dev-{steps}steps-lora", 1.39, _NETWORK, steps, scale=0.125, guidance=3.5, sampler="euler"
     )
     for steps in (8, 16)
 }
@@ -235,8 +235,8 @@ ADAPTERS |= {
         "alimama-creative/FLUX.1-Turbo-Alpha",
         "FLUX.1-dev Non-Commercial",
         0.69,
+        _NETWORK,
         "diffusion_pytorch_model.safetensors",
-        made_for="flux-dev",
         steps=8,
         guidance=3.5,
     )

@@ -164,8 +164,8 @@ ADAPTERS |= {
 ADAPTERS |= {
     (SD3.name, f"hyper-{steps}"): hyper(
         f"SD3-{steps}steps-CFG-lora",
-        "sd3-medium",
         0.47,
+        _NETWORK,
         steps,
         scale=0.125,
         guidance=guidance,
