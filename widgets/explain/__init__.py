@@ -4,6 +4,7 @@ from .film import FilmStrip
 from .forward import ForwardNoise
 from .guidance import GuidanceSweep, Negative, TwoAnswers
 from .latent import Channels, Nudge, RoundTrip
+from .nothing import Checks, Strip
 from .race import SamplerRace
 from .seeds import BetweenSeeds, SeedGrid
 from .tokens import Tokens
@@ -13,6 +14,7 @@ from .words import WordMaps
 __all__ = [
     "BetweenSeeds",
     "Channels",
+    "Checks",
     "FilmStrip",
     "ForwardNoise",
     "GuidanceSweep",
@@ -22,6 +24,7 @@ __all__ = [
     "RoundTrip",
     "SamplerRace",
     "SeedGrid",
+    "Strip",
     "Tokens",
     "TwoAnswers",
     "TwoMoons",
