@@ -13,8 +13,7 @@ from . import conditioning, detect, dialects, images, memory
 from .adapters import Adapter, Word
 from .description import Description
 from .errors import Error
-from .families import ADAPTERS
-from .guides import Guide
+from .guides import MASKED, Guide
 from .models.build import Config
 from .models.controlnet import ALIASES
 from .references import References
@@ -87,24 +86,28 @@ class Attached:
 
     def _guide(self, guide: Guide, what: str, pictures: dict[tuple, Image]) -> Guide:
         """A guide with its fingerprints. Its picture goes into `pictures`."""
-        picture = images.read(guide.image)
-        found, network = images.fingerprint(picture), None
+        picture = None if guide.masked else images.read(guide.image)
+        found, network = picture and images.fingerprint(picture), None
         if what == "reference":
             network = self.references.reader(guide, self.progress).hash
         elif guide.model is not None:
             _, config, network = self.control(guide)
             guide = replace(guide, mode=self._mode(guide, config.modes))
+            _check_masked(guide, self.model, config)
         for wanted, given, which in ((guide.hash, found, "picture"), (guide.model_hash, network, "network")):
             if wanted not in (None, given):
                 problem = f"The {which} of {what} {guide} is not the one that these settings name."
                 raise Error(problem, f"Give that one as `{what}s=[...]`.")
         key = found, guide.detect
-        pictures[key] = self._pictures[key] if key in self._pictures else self._made(guide, picture)
+        if picture is not None:
+            pictures[key] = self._pictures[key] if key in self._pictures else self._made(guide, picture)
         return replace(guide, hash=found, model_hash=network)
 
     def _mode(self, guide: Guide, modes: tuple[str, ...]) -> str | None:
         """The kind of picture that a guide shows. Raises unless its network needs to be told and knows it."""
-        row = ADAPTERS.get((self.model.family.name, str(guide.model)))
+        from .store import guides as store
+
+        row = store.row(guide.model, self.model, "control")
         mode = row.mode if guide.mode is None and row is not None else guide.mode
         mode = ALIASES.get(mode, mode) if mode not in modes else mode
         if mode is not None and not modes:
@@ -118,8 +121,10 @@ class Attached:
             )
         return mode
 
-    def picture(self, guide: Guide) -> Image:
-        """The picture of a resolved guide."""
+    def picture(self, guide: Guide) -> Image | None:
+        """The picture of a resolved guide; None if it is the masked start image."""
+        if guide.masked:
+            return None
         key = guide.hash, guide.detect
         return self._pictures[key] if key in self._pictures else self._made(guide, images.read(guide.image))
 
@@ -132,7 +137,7 @@ class Attached:
     def control(self, guide: Guide) -> tuple[Path, Config, str]:
         """Where a control's network is, its Config and its fingerprint. The Config is read once, and again if a file
         has changed."""
-        from . import store
+        from .store import guides as store
 
         path = store.control_folder(guide.model, self.model, self.offline, self.progress)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -143,7 +148,7 @@ class Attached:
             self._networks.pop(path, None)
         return self._opened[key][1]
 
-    def encoded(self, request: Request) -> list[tuple[Image, Config, str | None]]:
+    def encoded(self, request: Request) -> list[tuple[Image | None, Config, str | None]]:
         """Of the controls whose networks read latents: the picture, the network's Config, the kind of picture."""
         named = [(guide, self.control(guide)[1]) for guide in request.controls if guide.model is not None]
         return [(self.picture(guide), config, guide.mode) for guide, config in named if config.reads_latents]
@@ -165,7 +170,7 @@ class Attached:
 
     def open(self, path: Path) -> None:
         """Read a network that guides."""
-        from . import store
+        from .store import guides as store
 
         self._networks[path] = network = store.control_network(path, self.model)
         mx.eval(network.parameters())
@@ -219,14 +224,14 @@ def _same(what: str, setting: str, wanted: Names, found: Names) -> None:
 def readers(request: Request | None, model: Description) -> tuple[memory.Reader, ...]:
     """The networks that read a request's references, for the memory estimate: by their Configs; of those that are not
     here, by their bytes in 16 bits, if these are known. Raises for one that is here and does not fit."""
-    from . import store
+    from .store import guides as store
 
     found, references = [], References(model, offline=True)
     for guide in () if request is None else request.references:
         references.check(guide)
-        if store.local(guide.model) is not None:
+        if isinstance(store.locate(guide.model, model, "reference"), Path):
             found.append(references.reader(guide).workload)
-        elif (row := ADAPTERS.get((model.family.name, str(guide.model)))) is not None:
+        elif (row := store.row(guide.model, model, "reference")) is not None:
             found.append(memory.Reader(int((row.size + row.encoder) * 1e9), row.tokens))
     return tuple(found)
 
@@ -234,15 +239,34 @@ def readers(request: Request | None, model: Description) -> tuple[memory.Reader,
 def beside(request: Request | None, model: Description) -> tuple[Config | int, ...]:
     """The networks that guide a request, for the memory estimate, by their Configs; of those that are not here, the
     bytes that they take in 16 bits, if that is known. Raises for one that is here and does not fit."""
-    from . import store
+    from .store import guides as store
 
     found = []
-    for guide in () if request is None else request.controls:
-        if guide.model is not None and (path := store.local(guide.model)) is not None:
-            found.append(store.control(path, model)[0])
-        elif (row := store.named_control(guide.model, model)) is not None:
+    for guide in [] if request is None else [guide for guide in request.controls if guide.model is not None]:
+        path = store.locate(guide.model, model, "control")
+        config = store.control(path, model)[0] if isinstance(path, Path) else None
+        _check_masked(guide, model, config)
+        if config is not None:
+            found.append(config)
+        elif (row := store.row(guide.model, model, "control")) is not None:
             found.append(int(row.size * 1e9))
     return tuple(found)
+
+
+def _check_masked(guide: Guide, model: Description, config: Config | None) -> None:
+    """Raise if a network that was made to inpaint is not shown the masked start image, or if another one is. config:
+    None if it is not here yet; then its name may show it."""
+    from .store import guides as store
+
+    row = store.row(guide.model, model, "control")
+    if row is None and config is None:
+        return
+    reads, needs = (row.masked,) * 2 if row is not None else (config.hole is not None, config.reads_mask)
+    if guide.masked and not reads:
+        raise Error(f"{guide.model} was not made to inpaint: it reads no mask.", "Give it a picture of its own.")
+    if needs and not guide.masked:
+        problem = f"{guide.model} was made to inpaint: it reads the start image and the mask, and no other picture."
+        raise Error(problem, f"Give it as `controls=[({str(guide.model)!r}, '{MASKED}')]`.")
 
 
 def check(loras: Names, embeddings: Names, request: Request | None, model: Description) -> None:

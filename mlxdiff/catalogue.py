@@ -8,6 +8,7 @@ from . import advice, builtin, memory
 from .console import Parser, run
 from .errors import Error, did_you_mean
 from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Model
+from .guides import MASKED
 from .recipe import default_dtype, recipe
 
 # The table's columns: (bits, whether --low-memory); bits None means 16 bits, not quantized.
@@ -39,6 +40,7 @@ def adapters(name: str | None) -> int:
             size, title = row.size + row.encoder, FAMILIES[of].title
             print(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {row.licence:27} {place}")
     print('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
+    print(f"inpaint reads the start image and its mask: -i photo.png --mask door.png --control inpaint {MASKED}")
     print('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
     return 0
 

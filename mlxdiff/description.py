@@ -161,7 +161,8 @@ class Description:
         schedule = self.schedule
         pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
         strength = OUTPAINT if any(request.outpaint) else STRENGTH
-        strength = None if self.row.edits else 1.0 if self.row.inpaints else strength
+        inpaints = self.row.inpaints or any(guide.masked for guide in request.controls)
+        strength = None if self.row.edits else 1.0 if inpaints else strength
         spacing, clip_skip = schedule["spacing"], self.family.clip_skip
         return request.resolve(self.defaults, pair, spacing, clip_skip, self.multiple, strength)
 

@@ -20,7 +20,7 @@ from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
 from .families.base import SECOND_PASS
-from .guides import DETECTORS, guides, steps_on
+from .guides import DETECTORS, MASKED, guides, steps_on
 from .pipeline import Event, Pipeline, load
 from .recipe import BITS, DTYPES, SMALLER, bits_of
 from .request import OUTPAINT, STRENGTH, Request
@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
     what = (
         "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file; no MODEL"
     )
-    what += " for flux-depth and flux-canny, which read it themselves"
+    what += f" for flux-depth and flux-canny, which read it themselves; IMAGE {MASKED}: the start image without what"
+    what += " the mask marks, for a ControlNet that inpaints"
     form = ("[MODEL] IMAGE", "SCALE [FROM TO]")
     g.add_argument("--control", dest="controls", action=_Control, nargs="+", metavar=form, help=what)
     what = f"make a control picture of the photograph of the next --control: {', '.join(DETECTORS)}"
@@ -136,6 +137,7 @@ _EXAMPLES = """examples:
   mlxdiff generate "a lighthouse" -m sdxl --lora style.safetensors:0.8
   mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8
   mlxdiff generate "a lighthouse" -m sd15 --detect canny --control canny photo.png
+  mlxdiff generate "a red door" -m sd15 -i photo.png --mask door.png --control inpaint masked
   mlxdiff generate "a lighthouse" -m sdxl --reference ip-adapter-plus photo.png 0.6
   mlxdiff generate "a lighthouse" -m model.safetensors --sampler dpmpp_2m --schedule karras
 """

@@ -11,6 +11,8 @@ from .errors import Error
 
 Picture = str | Path | Image
 
+MASKED = "masked"  # as a control picture: the start image without what the mask marks, for networks that inpaint
+
 # What makes a control picture of a photograph: the kinds of `mlxdiff.detect`.
 DETECTORS = ("canny", "depth", "grey", "invert")
 _MODE = re.compile(r"(.{2,}):([\w-]+)")  # two characters at least: C:\ is a disk
@@ -23,7 +25,8 @@ _LIKE = {"control": '("canny", "edges.png")', "reference": '("ip-adapter", "phot
 class Guide:
     """A picture that guides a drawing. What its network is, the network's file says.
 
-    image: a path or a PIL image; None in settings of a picture that was never a file.
+    image: a path or a PIL image; "masked": the start image without what the mask marks; None in settings of a picture
+    that was never a file.
     model: the network that reads it: a name (`mlxdiff models --adapters`), a hub id, a folder or a .safetensors file.
     None: the drawing model itself reads it.
     scale: how strongly it guides. interval: the part of the steps in which it does.
@@ -53,6 +56,11 @@ class Guide:
         named = [f"{self.model}{mode}"] if self.model is not None else []
         named.append("a picture" if self.image is None or isinstance(self.image, Image) else str(self.image))
         return " ".join(named)
+
+    @property
+    def masked(self) -> bool:
+        """Whether its picture is the start image without what the mask marks."""
+        return isinstance(self.image, str) and self.image == MASKED
 
 
 def guides(values, what: str) -> tuple[Guide, ...]:

@@ -27,6 +27,7 @@ from . import (
     pictures,
     samplers,
     schedules,
+    upscale,
 )
 from .arguments import check_options
 from .attached import Attached
@@ -95,8 +96,8 @@ def load(
         advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
         attached.check(loras, embeddings, request, model)
         pictures.check(request, model)
-        if request is not None and request.upscaler is not None and store.local(request.upscaler) is not None:
-            Upscaler(request.upscaler, offline=True)  # one that is wrong is refused here
+        if request is not None and request.upscaler is not None:
+            upscale.check(request.upscaler)
 
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype), check)
@@ -438,8 +439,8 @@ class Pipeline:
             if net.config.reads_latents:
                 hints = [next(latents)]
             else:
-                cut = [self.starts.control(request, self.attached.picture(guide)) for guide in guides]
-                hints = [mx.array(images.to_pixels(picture))[None] / 2 + 0.5 for picture in cut]
+                shown, hole = [self.attached.picture(guide) for guide in guides], net.config.hole
+                hints = [mx.array(self.starts.control(request, picture, hole))[None] / 2 + 0.5 for picture in shown]
             found = conditioning.control(self.description, net, guides, request, hints, ts, texts, sides, times, base)
             for side, control in found.items():
                 mx.eval(vars(control))

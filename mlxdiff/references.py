@@ -13,7 +13,7 @@ from . import images
 from .conditioning import Layers, Sides, Text
 from .description import Description
 from .errors import Error
-from .families import ADAPTERS, FAMILIES
+from .families import FAMILIES
 from .guides import Guide
 from .models import vision
 from .models.ip_adapter import IPAdapter
@@ -54,10 +54,6 @@ class References:
         if guide.model is None:
             fix = "Name an IP-Adapter or FLUX Redux before the picture: `references=[(FILE, PICTURE)]`."
             raise Error(f"The reference {guide} has no network that reads it.", fix)
-        row = ADAPTERS.get((self.model.family.name, str(guide.model)))
-        if row is not None and row.role != "reference":
-            fix = "Give it as `controls=[(MODEL, PICTURE)]`, or an IP-Adapter here."
-            raise Error(f"{guide.model} is a {row.kind}, which reads control pictures, not references.", fix)
 
     def reader(self, guide: Guide, progress: Progress | None = None) -> "Reader":
         """The networks of a reference, whose headers are read once, and again if the files have changed. Raises if the

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from . import arguments, dialects, samplers, schedules, values
 from .errors import Error, did_you_mean
 from .foreign import fits
-from .guides import DETECTORS, Guide, Picture, guides
+from .guides import DETECTORS, MASKED, Guide, Picture, guides
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
@@ -72,7 +72,7 @@ class Request:
     A PNG stores the paths as they were typed, never the pixels.
     image_hash: a fingerprint of each image, set by `Pipeline.resolve`: a replay needs the same images.
     strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; 0.8
-    with `outpaint`; 1 for a model that was made for inpainting.
+    with `outpaint`; 1 for a model or a control that was made for inpainting.
     mask: where the start image is drawn anew: a picture of the same shape, white there and black elsewhere; or "alpha":
     where the start image is transparent.
     mask_hash: a fingerprint of the mask, as for the image.
@@ -94,7 +94,8 @@ class Request:
     upscaler_hash: a fingerprint of its file, set by `Pipeline.resolve`: a replay needs the same file.
     controls: pictures that the drawing follows line by line, each with the network that reads it (ControlNet): a list
     of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
-    and to.
+    and to. "masked" as a picture is the start image without what the mask marks, for a network that was made for that:
+    ("inpaint", "masked").
     references: pictures whose style or things the drawing takes over, in the same form, without a part of the steps.
     guess: whether controls guide the prompt's pass alone, so that they decide more than the prompt does.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
@@ -345,6 +346,8 @@ class Request:
                     raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
                 values.number(f"{name} scale", guide.scale, 0, MAX_SCALE)
                 values.span(f"{name} interval", guide.interval)
+                if guide.masked:
+                    self._check_masked(guide, name)
                 if guide.mode is not None:
                     values.text(f"mode of a {name}", guide.mode)
                 if guide.detect is not None and (name == "reference" or guide.detect not in DETECTORS):
@@ -356,6 +359,14 @@ class Request:
             raise Error(f"guess {self.guess!r} is neither true nor false.", "Use `guess=True` to guess.")
         if self.guess and not self.controls:
             raise Error("guess is for controls, and there is none.", "Leave `guess` out, or add `controls=[...]`.")
+
+    def _check_masked(self, guide: Guide, what: str) -> None:
+        """Raise unless a guide may be the start image without what the mask marks."""
+        if what == "reference" or guide.model is None or guide.detect is not None:
+            problem = f'"{MASKED}" is the start image without what the mask marks, for a control that inpaints.'
+            raise Error(problem, f'Give it as `controls=[("inpaint", "{MASKED}")]`.')
+        if not self.masked:
+            raise Error(f"The control {guide} needs a mask, and none was given.", "Give `image=FILE` and `mask=FILE`.")
 
     def singles(self) -> list["Request"]:
         """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""

@@ -30,8 +30,8 @@ MAY = {
         "mlxdiff.models.flux",
         "mlxdiff.models.layers",
     },
-    "mlxdiff.models.sd3_controlnet": {"mlxdiff.models.layers", "mlxdiff.models.sd3"},
-    "mlxdiff.models.t2i": {"mlxdiff.models.unet"},
+    "mlxdiff.models.sd3_controlnet": {"mlxdiff.models.controlnet", "mlxdiff.models.layers", "mlxdiff.models.sd3"},
+    "mlxdiff.models.t2i": {"mlxdiff.models.controlnet", "mlxdiff.models.unet"},
     "mlxdiff.models.flux2": {"mlxdiff.models.flux", "mlxdiff.models.layers"},
     "mlxdiff.models.zimage": {"mlxdiff.models.flux", "mlxdiff.models.layers", "mlxdiff.models.qwen3"},
     "mlxdiff.models.vision": {"mlxdiff.models.clip"},
@@ -204,6 +204,17 @@ MAY = {
         "mlxdiff.store.hub",
         "mlxdiff.tokenizers",
     },
+    "mlxdiff.store.guides": {
+        "mlxdiff.convert",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.models.build",
+        "mlxdiff.recipe",
+        "mlxdiff.store",
+        "mlxdiff.store.hub",
+        "mlxdiff.weights",
+    },
     "mlxdiff.store.references": {
         "mlxdiff.convert",
         "mlxdiff.convert.settings",
@@ -215,6 +226,7 @@ MAY = {
         "mlxdiff.memory",
         "mlxdiff.models.*",
         "mlxdiff.store",
+        "mlxdiff.store.guides",
         "mlxdiff.store.hub",
     },
     "mlxdiff.store": {
@@ -270,6 +282,7 @@ MAY = {
         "mlxdiff.models.controlnet",
         "mlxdiff.request",
         "mlxdiff.store",
+        "mlxdiff.store.guides",
     },
     "mlxdiff.detect": {
         "mlxdiff.console",
@@ -350,6 +363,7 @@ MAY = {
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.families",
+        "mlxdiff.guides",
         "mlxdiff.memory",
         "mlxdiff.recipe",
     },
@@ -646,7 +660,7 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = ("mlxdiff.store", "mlxdiff.store.references", "mlxdiff.store.tokenizer")
+        stores = ("mlxdiff.store", "mlxdiff.store.guides", "mlxdiff.store.references", "mlxdiff.store.tokenizer")
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
 

@@ -196,7 +196,7 @@ def test_a_whole_clip_serves_as_vision_model(pipe, file, style, tmp_path):
 # ---- what is refused, in one line and before any work
 
 BAD = {
-    "no such adapter": ([("ip-adaptr", "S")], "There is no adapter, file or folder 'ip-adaptr'. Did you mean"),
+    "no such adapter": ([("ip-adaptr", "S")], "There is no reference network, file or folder 'ip-adaptr'. Did"),
     "no such picture": ([("IP", "none.png")], "There is no picture at none.png."),
     "no network": (["S"], "has no network that reads it. Name an IP-Adapter or FLUX Redux before the"),
     "an interval": ([Guide("S", "IP", interval=(0, 0.5))], "has an interval or a mode, which only controls have"),
@@ -289,9 +289,12 @@ def test_networks_for_controls_and_for_references_are_not_confused(style, monkey
     for settings, says in (
         (
             {"references": [("canny", style)]},
-            "canny is a ControlNet, which reads control pictures, not references. Give",
+            "canny is a network for control pictures (ControlNet), not a network for references. Give",
         ),
-        ({"controls": [("ip-adapter", style)]}, "ip-adapter is a network (IP-Adapter) for references, not for control"),
+        (
+            {"controls": [("ip-adapter", style)]},
+            "ip-adapter is a network for references (IP-Adapter), not a network",
+        ),
     ):
         with pytest.raises(Error, match=re.escape(says)):
             mlxdiff.load("sd15", force=True, request=Request("a house", **settings))

@@ -23,6 +23,8 @@ PARTS = {
 }
 
 
+_WIDTHS = ("channels", "width", "heads", "head_dim", "context")  # fields of the denoisers' Configs
+
 PROMPT = "{prompt}"  # in a template
 
 
@@ -160,10 +162,16 @@ class Beside:
     repo: str  # hub id
     licence: str
     size: float  # GB at 16 bits
+    net: Config  # the denoiser that it was made for
     file: str | None = None  # of the repository; None: its network in diffusers layout
     mode: str | None = None  # the kind of picture that the name means, of a network for several
+    masked: bool = False  # whether its picture is the start image without what the mask marks
     encoder: float = 0.0  # GB at 16 bits of the vision model, for one that reads reference pictures
     tokens: int = 0  # that it makes of a reference picture
+
+    def fits(self, net: Config) -> bool:
+        """Whether a denoiser is as wide as that which it was made for. The network itself may show more."""
+        return all(getattr(net, name, None) == getattr(self.net, name, None) for name in _WIDTHS)
 
     @property
     def role(self) -> str:

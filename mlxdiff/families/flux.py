@@ -181,6 +181,7 @@ ADAPTERS = {
         "black-forest-labs/FLUX.1-Redux-dev",
         "FLUX.1-dev Non-Commercial",
         0.13,
+        _NETWORK,
         "flux1-redux-dev.safetensors",
         encoder=0.86,
         tokens=729,
@@ -192,6 +193,7 @@ _UNION = Beside(
     "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0",
     "FLUX.1-dev Non-Commercial",
     4.28,
+    _NETWORK,
     "diffusion_pytorch_model.safetensors",
 )  # of the kinds of pictures that it reads it need not be told which it is
 _TOLD = replace(_UNION, repo="InstantX/FLUX.1-dev-Controlnet-Union", size=6.6)

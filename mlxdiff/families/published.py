@@ -129,10 +129,10 @@ UNET_CAREFUL = Careful(
 )
 
 
-def ip_adapter(file: str, size: float, tokens: int) -> Beside:
+def ip_adapter(file: str, size: float, tokens: int, net: unet.Config) -> Beside:
     """One of the IP-Adapters that their authors published; all that have a name here read what CLIP ViT-H gives."""
     place = {"repo": "h94/IP-Adapter", "file": f"{file}.safetensors"}
-    return Beside("IP-Adapter", **place, licence="Apache 2.0", size=size, encoder=1.26, tokens=tokens)
+    return Beside("IP-Adapter", **place, licence="Apache 2.0", size=size, net=net, encoder=1.26, tokens=tokens)
 
 
 def unet_activations(net: unet.Config, latents: int, tokens: int, gpu: bool) -> float:

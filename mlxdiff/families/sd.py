@@ -139,12 +139,13 @@ _CONTROLNETS = {
     "tile": "11f1e_sd15_tile",
 }
 ADAPTERS = {
-    (SD1.name, name): Beside("ControlNet", f"lllyasviel/control_v{repo}", "CreativeML OpenRAIL-M", 0.72)
+    (SD1.name, name): Beside("ControlNet", f"lllyasviel/control_v{repo}", "CreativeML OpenRAIL-M", 0.72, UNET)
     for name, repo in _CONTROLNETS.items()
 }
+ADAPTERS[SD1.name, "inpaint"] = replace(ADAPTERS[SD1.name, "inpaint"], masked=True)
 ADAPTERS |= {
-    (SD1.name, "ip-adapter"): ip_adapter("models/ip-adapter_sd15", 0.04, 4),
-    (SD1.name, "ip-adapter-plus"): ip_adapter("models/ip-adapter-plus_sd15", 0.10, 16),
-    (SD1.name, "ip-adapter-plus-face"): ip_adapter("models/ip-adapter-plus-face_sd15", 0.10, 16),
-    (SD1.name, "ip-adapter-full-face"): ip_adapter("models/ip-adapter-full-face_sd15", 0.04, 257),
+    (SD1.name, "ip-adapter"): ip_adapter("models/ip-adapter_sd15", 0.04, 4, UNET),
+    (SD1.name, "ip-adapter-plus"): ip_adapter("models/ip-adapter-plus_sd15", 0.10, 16, UNET),
+    (SD1.name, "ip-adapter-plus-face"): ip_adapter("models/ip-adapter-plus-face_sd15", 0.10, 16, UNET),
+    (SD1.name, "ip-adapter-full-face"): ip_adapter("models/ip-adapter-full-face_sd15", 0.04, 257, UNET),
 }

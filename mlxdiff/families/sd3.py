@@ -146,8 +146,16 @@ MODELS = {
 
 _LICENCE = "Stability AI Community"
 _STABILITY = "stabilityai/stable-diffusion-3.5-large-controlnet-"
-ADAPTERS = {(SD3.name, "canny"): Beside("ControlNet for SD3 medium", "InstantX/SD3-Controlnet-Canny", _LICENCE, 1.19)}
+_MEDIUM = "ControlNet for SD3 medium"
+ADAPTERS = {
+    (SD3.name, "canny"): Beside(_MEDIUM, "InstantX/SD3-Controlnet-Canny", _LICENCE, 1.19, _NETWORK),
+    (SD3.name, "inpaint"): Beside(
+        _MEDIUM, "alimama-creative/SD3-Controlnet-Inpainting", _LICENCE, 3.92, _NETWORK, masked=True
+    ),
+}
 ADAPTERS |= {
-    (SD3.name, f"{mode}-large"): Beside("ControlNet for SD3.5 large", f"{_STABILITY}{mode}", _LICENCE, 4.31, mode=mode)
+    (SD3.name, f"{mode}-large"): Beside(
+        "ControlNet for SD3.5 large", f"{_STABILITY}{mode}", _LICENCE, 4.31, _LARGE, mode=mode
+    )
     for mode in ("blur", "canny", "depth")
 }

@@ -115,18 +115,24 @@ MODELS = {
 }
 
 ADAPTERS = {
-    (SDXL.name, name): Beside("ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5)
+    (SDXL.name, name): Beside(
+        "ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5, _UNET
+    )
     for name in ("canny", "depth")
 }
 _UNION = Beside(
-    "ControlNet", "xinsir/controlnet-union-sdxl-1.0", "Apache 2.0", 2.51, "diffusion_pytorch_model.safetensors"
+    "ControlNet", "xinsir/controlnet-union-sdxl-1.0", "Apache 2.0", 2.51, _UNET, "diffusion_pytorch_model.safetensors"
 )
+_PROMAX = replace(_UNION, file="diffusion_pytorch_model_promax.safetensors")  # which reads two kinds more
 ADAPTERS |= {
     (SDXL.name, name): replace(_UNION, mode=name)
     for name in ("openpose", "scribble", "softedge", "lineart", "mlsd", "normal", "seg")
 }
+ADAPTERS |= {(SDXL.name, name): replace(_PROMAX, mode=name, masked=name == "inpaint") for name in ("tile", "inpaint")}
 ADAPTERS |= {
-    (SDXL.name, f"t2i-{name}"): Beside("T2I-Adapter", f"TencentARC/t2i-adapter-{repo}-sdxl-1.0", "Apache 2.0", 0.16)
+    (SDXL.name, f"t2i-{name}"): Beside(
+        "T2I-Adapter", f"TencentARC/t2i-adapter-{repo}-sdxl-1.0", "Apache 2.0", 0.16, _UNET
+    )
     for name, repo in {
         "canny": "canny",
         "depth": "depth-midas",
@@ -136,7 +142,7 @@ ADAPTERS |= {
     }.items()
 }
 ADAPTERS |= {
-    (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4),
-    (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16),
-    (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16),
+    (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4, _UNET),
+    (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16, _UNET),
+    (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16, _UNET),
 }

@@ -9,6 +9,7 @@ from .race import SamplerRace
 from .seeds import BetweenSeeds, SeedGrid
 from .tokens import Tokens
 from .training import Loss, TwoMoons
+from .whole import Map, here
 from .words import WordMaps
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ForwardNoise",
     "GuidanceSweep",
     "Loss",
+    "Map",
     "Negative",
     "Nudge",
     "RoundTrip",
@@ -29,4 +31,5 @@ __all__ = [
     "TwoAnswers",
     "TwoMoons",
     "WordMaps",
+    "here",
 ]
