@@ -344,6 +344,7 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.upscale",
     },
+    "mlxdiff.surgery": {"mlxdiff.errors", "mlxdiff.pipeline"},
     "mlxdiff.probe": {
         "mlxdiff.conditioning",
         "mlxdiff.errors",
@@ -569,6 +570,7 @@ MAY = {
         "mlxdiff.images",
         "mlxdiff.probe",
         "mlxdiff.schedules",
+        "mlxdiff.surgery",
         "mlxdiff.train.*",
         "mlxdiff.widgets.explain.*",
     },

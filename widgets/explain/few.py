@@ -16,6 +16,7 @@ from ...schedules import Discrete, Flow, alpha_bar, betas
 from ...train import objective, storybook, toy
 from ...train.fit import Plan, averaged, fit
 from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Report, seed_box
+from .seeds import sharpness
 
 # ---- the noise table
 
@@ -30,11 +31,6 @@ def weights(kind: str, t: int) -> tuple[float, float]:
     start, end = (0.00085, 0.012) if kind == "scaled_linear" else (0.0001, 0.02)
     share = 1.0 if t == 0 else alpha_bar(betas(kind, 1000, start, end))[t - 1]
     return float(np.sqrt(share)), float(np.sqrt(1 - share))
-
-
-def grain(pixels: np.ndarray) -> float:
-    """The mean difference of a value from its right and its lower neighbour. Noise raises it, a blur lowers it."""
-    return (np.abs(np.diff(pixels, axis=0)).mean() + np.abs(np.diff(pixels, axis=1)).mean()) / 2
 
 
 class Table(NamedTuple):
@@ -76,11 +72,12 @@ class NoiseTable(Lesson):
         noisy = pipe.decode(np.concatenate(mixed).astype(np.float32))
         return Table(pixels.astype(np.float64), noisy, pipe.decode(np.concatenate(seen)), caption)
 
-    def mixed(self, t: int) -> np.ndarray:
-        """The picture after t steps, in 0 .. 255, not yet cut off at either end."""
+    def mixed(self, t: int) -> Image.Image:
+        """The picture after t steps."""
         a, b = weights(self.asked["kind"], t)
         noise = np.random.default_rng(0).standard_normal(self.data.pixels.shape)
-        return 127.5 + a * (self.data.pixels - 127.5) + b * 127.5 * noise
+        mixed = 127.5 + a * (self.data.pixels - 127.5) + b * 127.5 * noise
+        return Image.fromarray(mixed.clip(0, 255).round().astype(np.uint8))
 
     def figure(self) -> Figure:
         kind = self.asked["kind"]
@@ -88,7 +85,7 @@ class NoiseTable(Lesson):
         axes = fig.subplots(4, len(TIMES), height_ratios=(1, 1, 1, 0.16))
         for k, (t, column) in enumerate(zip(TIMES, axes.T, strict=True)):
             a, b = weights(kind, t)
-            pictures = (self.mixed(t).clip(0, 255).astype(np.uint8), self.data.noisy[k], self.data.seen[k])
+            pictures = (self.mixed(t), self.data.noisy[k], self.data.seen[k])
             for ax, image in zip(column, pictures, strict=False):
                 ax.imshow(image)
                 ax.set(xticks=[], yticks=[])
@@ -107,10 +104,11 @@ class NoiseTable(Lesson):
     def words(self) -> str:
         kind = self.asked["kind"]
         said = [f"{a:.2f} and {b:.2f} at {t}" for t, (a, b) in ((t, weights(kind, t)) for t in TIMES)]
-        grains = [grain(self.mixed(t).clip(0, 255)) for t in TIMES]
+        grain = [sharpness(self.mixed(t)) for t in (TIMES[0], TIMES[-1])]
         return (
             f"“{self.data.caption}”, schedule {kind}. The weights of picture and noise: {', '.join(said)}. "
-            f"Neighbouring pixels differ by {grains[0]:.0f} of 255 at t = 0 and by {grains[-1]:.0f} at t = 1000: grain, not blur."
+            f"Neighbouring pixels differ by {grain[0]:.0f} of 255 at t = 0 and by {grain[1]:.0f} at t = 1000: "
+            "grain, not blur."
         )
 
 
