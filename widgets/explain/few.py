@@ -114,7 +114,7 @@ class NoiseTable(Lesson):
 
 # ---- samplers on the ring
 
-POINTS, PATHS, JUDGED = 400, 24, 1000
+POINTS, PATHS, JUDGED = 600, 24, 1000
 COUNTS = (1, 2, 4, 8, 16, 32, 100)
 RUNNERS = {"DDPM": ("ddpm", GREY), "DDIM": ("ddim", BLUE), "DPM++ 2M": ("dpmpp_2m", ORANGE), "flow": ("euler", GREEN)}
 LONG = 1000  # steps of DDPM's longest run: as many as in training
@@ -197,16 +197,20 @@ class FewSteps(Lesson):
             path = self.data.paths[name][n]
             said.append(
                 f"{name} with {n}: {on_blob(path[-1], self.asked['blobs']):.0%} on a blob, distance "
-                f"{self.data.off[name][n]:.3f}, straightness {straightness(path):.2f}"
+                f"{self.data.off[name][n]:.3f}"
             )
-        return f"{'; '.join(said)}. Points of the world itself have distance {self.data.floor:.3f} from one another."
+        straight = [f"{name} {straightness(runs[COUNTS[-1]]):.2f}" for name, runs in self.data.paths.items()]
+        return (
+            f"{'; '.join(said)}. Points of the world itself have distance {self.data.floor:.3f} from one another. "
+            f"Straightness of the ways in {COUNTS[-1]} steps: {', '.join(straight)}."
+        )
 
 
 def cloud(ax, path: np.ndarray, colour: str) -> None:
     """New points, and the paths of some of them."""
     ax.plot(*path[:, :PATHS].transpose(2, 0, 1), color=GREY, lw=0.5, alpha=0.7)
     ax.scatter(*path[-1].T, s=3, color=colour, lw=0)
-    ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
+    ax.set(xlim=(-2.25, 2.25), ylim=(-2.25, 2.25), xticks=[], yticks=[], aspect="equal")
     ax.spines[:].set_visible(False)
 
 
@@ -244,7 +248,7 @@ class Straighten(Lesson):
         return Straight(teacher, {n: pupil.paths(POINTS, n) for n in STUDENT})
 
     def figure(self) -> Figure:
-        fig = Figure(figsize=(8.4, 5.9), layout="constrained")
+        fig = Figure(figsize=(8.4, 5.6), layout="constrained")
         rows = (("teacher", self.data.teacher, GREEN), ("student", self.data.student, RED))
         for axes, (name, runs, colour) in zip(fig.subplots(2, len(STUDENT)), rows, strict=True):
             for ax, (n, path) in zip(axes, runs.items(), strict=True):

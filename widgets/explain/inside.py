@@ -97,7 +97,7 @@ class Lies(NamedTuple):
 class LyingAboutTime(Lesson):
     title = "Lying about the time"
     idea = "The network is told how much noise there is. Here it is told wrong, in every step, and shown the truth."
-    trying = "Look at the edges: told of too little noise it leaves some, told of too much it wipes detail away."
+    trying = "Which lie does more harm: less noise than there is, or more? Is it the same with other prompts?"
 
     def __init__(self, prompt: str = PROMPT, seed: int = 7, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
@@ -178,8 +178,8 @@ class WhoDecides(Lesson):
         ax = bottom.subplots()
         most = max(d.share, key=d.share.__getitem__)
         colours = [ORANGE if name == most else BLUE for name in d.share]
-        bars = ax.bar(list(d.share), [100 * v for v in d.share.values()], color=colours)
-        ax.bar_label(bars, [f"{v:.0%}" for v in d.share.values()], fontsize=8)
+        bars = ax.bar(list(d.share), list(d.share.values()), color=colours)
+        ax.bar_label(bars, [percent(v) for v in d.share.values()], fontsize=8)
         ax.axhline(0, color=GREY, lw=0.8)
         ax.set_title("how far the picture follows the one block, in % of the way to the other picture")
         ax.set_yticks([])
@@ -188,10 +188,14 @@ class WhoDecides(Lesson):
 
     def words(self) -> str:
         d = self.data
-        said = ", ".join(f"{name} {share:.0%}" for name, share in d.share.items())
+        said = ", ".join(f"{name} {percent(share)}" for name, share in d.share.items())
         most = max(d.share, key=d.share.__getitem__)
         return (
             f"Of the way from “{self.asked['prompt']}” to “{self.asked['other']}” the picture goes, if one block alone "
-            f"reads the other: {said}. Most by {most}; all together {sum(d.share.values()):.0%}, where 100% would mean "
-            "that blocks decide independently."
+            f"reads the other: {said}. Most by {most}. The sum is {percent(sum(d.share.values()))}: "
+            "near 100% the blocks' shares simply add up."
         )
+
+
+def percent(share: float) -> str:
+    return f"{round(100 * share)}%"  # never -0%

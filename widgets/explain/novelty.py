@@ -19,7 +19,7 @@ from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Report, seed_box
 
 # ---- points
 
-DRAWN, STEPS = 400, 32  # points drawn by each, in so many steps
+DRAWN, STEPS = 400, 250  # points drawn by each, in so many steps: the last noise is smaller than their distances
 
 
 class Copies(NamedTuple):
