@@ -369,6 +369,7 @@ MAY = {
         "mlxdiff.upscale",
         "mlxdiff.store.adapters",
     },
+    "mlxdiff.surgery": {"mlxdiff.errors", "mlxdiff.pipeline"},
     "mlxdiff.probe": {
         "mlxdiff.conditioning",
         "mlxdiff.errors",
@@ -617,6 +618,7 @@ MAY = {
         "mlxdiff.images",
         "mlxdiff.probe",
         "mlxdiff.schedules",
+        "mlxdiff.surgery",
         "mlxdiff.train.*",
         "mlxdiff.widgets.explain.*",
     },
