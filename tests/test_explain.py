@@ -702,10 +702,8 @@ def test_obedience_is_what_the_judge_reads():
     wrong = [replace(s, colour="red" if s.colour != "red" else "blue") for s in right]
     lesson = Obedience(count=3)
     lesson.data = lesson.work(Painter([*wrong, *right]), quiet, count=3)
-    assert (
-        lesson.words()
-        == "The judge finds all six words in 0 of 3 with 2 steps (83% of the words) and 3 of 3 with 6 steps (100% of the words)."
-    )
+    found = "0 of 3 with 2 steps (83% of the words) and 3 of 3 with 6 steps (100% of the words)"
+    assert lesson.words() == f"The judge finds all six words in {found}."
     assert lesson.image.value == b""
     lesson.redraw()
     assert lesson.error is None
@@ -717,9 +715,8 @@ def test_bias_counts_colours_and_says_what_chance_does():
     colours = ["red"] * 5 + ["blue"] * 3
     houses = [replace(scene, colour=colour) for colour in colours]
     lesson = Bias("house", count=16)
-    lesson.data = lesson.work(
-        Painter(houses + [replace(scene, object="castle", colour="red")] * 8), quiet, "house", 16, 0
-    )
+    castles = [replace(scene, object="castle", colour="red")] * 8
+    lesson.data = lesson.work(Painter([*houses, *castles]), quiet, "house", 16, 0)
     assert dict(zip(sb.COLOURS, lesson.data.counts.tolist(), strict=True))["red"] == 5
     assert lesson.data.counts.sum() == 8
     assert lesson.data.trained[sb.COLOURS.index("purple")] == 0
