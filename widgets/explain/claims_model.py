@@ -227,7 +227,7 @@ def two_passes(pipe, seed: int) -> Evidence:
 
 def seven_to_twelve(pipe, seed: int) -> Evidence:
     rows = guided()
-    drawn = [pipe(PROMPT, seed=seed, steps=8, guidance=g).image for g in GUIDANCE]
+    drawn = [pipe(PROMPT, seed=seed, steps=9, guidance=g).image for g in GUIDANCE]
     cut, grey = [clipped(image) for image in drawn], [saturation(image) for image in drawn]
     below = sum(g < 7 for g in rows.values())
     return Evidence(
@@ -258,70 +258,70 @@ def same_seed(pipe, seed: int) -> Evidence:
 
 _LOOK = "Try other seeds. Does the verdict hold for every one?"
 STORES = Claim(
-    "The model makes something new; it stores no pictures.",
+    "The model makes something new; it stores no pictures",
     "imprecise",
     "It can store them: a perfect answer to what it is taught is a copy. It does not because it is not perfect.",
     "Lesson 8 has the two moons: let them learn for 100 steps, and for 5000.",
     stores,
 )
 SHARPER = Claim(
-    "The network learns the noise, not the picture, and that is why pictures are sharp.",
+    "The network learns the noise, not the picture, and that is why pictures are sharp",
     "wrong",
     "Both are the same regression, since one gives the other. They only weigh the noise levels differently.",
     _LOOK,
     noise_is_sharper,
 )
 EVERY_STEP = Claim(
-    "Each picture is trained on with every one of its noise steps.",
+    "Each picture is trained on with every one of its noise steps",
     "wrong",
     "Each time a picture is met, one time step is drawn for it, and most pairs are never met.",
     _LOOK,
     every_step,
 )
 TIME = Claim(
-    "The network reads the time step by cross-attention, as it reads the words.",
+    "The network reads the time step by cross-attention, as it reads the words",
     "wrong",
     "In Stable Diffusion the time is added to every residual block; cross-attention is for the words.",
     _LOOK,
     time_is_read,
 )
 TEXT = Claim(
-    "The text enters at each layer of the U-Net.",
+    "The text enters at each layer of the U-Net",
     "imprecise",
     "It enters where there is cross-attention, and some blocks have none.",
     "Which blocks read no text, the fine ones or the coarse ones?",
     text_everywhere,
 )
 FEWER = Claim(
-    "64 × 64 × 4 is 4 times (or 64 times) fewer numbers than the picture has.",
+    "64 × 64 × 4 is 4 times (or 64 times) fewer numbers than the picture has",
     "wrong",
     "“4” counts something else, “64” forgets that three colours become four channels: it is 48.",
     "Lesson 6 counts bytes too.",
     times_fewer,
 )
 QUALITY = Claim(
-    "The latents give back a picture of the same quality.",
+    "The latents give back a picture of the same quality",
     "imprecise",
     "They keep what the VAE was trained to keep, and lose fine detail everywhere, most in pictures it never saw.",
     _LOOK,
     same_quality,
 )
 TWO = Claim(
-    "Guidance makes every step run the network twice.",
+    "Guidance makes every step run the network twice",
     "imprecise",
     "Only where the model has not learned guidance itself, and only above 1.",
     "<code>mlxdiff models</code> shows each model's default guidance.",
     two_passes,
 )
 SEVEN = Claim(
-    "Set guidance to between 7 and 12.",
+    "Set guidance to between 7 and 12",
     "imprecise",
     "The right value belongs to the model. Take its default, and change it a little.",
     _LOOK,
     seven_to_twelve,
 )
 SEED = Claim(
-    "The same seed gives the same picture.",
+    "The same seed gives the same picture",
     "imprecise",
     "Only with the same model, words, size, sampler, steps and source of random numbers.",
     _LOOK,

@@ -244,70 +244,70 @@ def one_earlier(pipe, seed: int) -> Evidence:
 
 _LOOK = "Try other seeds. Does the verdict hold for every one?"
 GRAIN = Claim(
-    "Noise makes the picture blurry, step by step.",
+    "Noise makes the picture blurry, step by step",
     "wrong",
     "Noise adds grain. Blur takes detail away, noise hides it.",
     _LOOK,
     grain,
 )
 NOTHING_LEFT = Claim(
-    "After the last step there is nothing of the picture left.",
+    "After the last step there is nothing of the picture left",
     "imprecise",
     "It depends on the schedule. The common one leaves a trace, so pure noise is a start that training never saw.",
     "Try other seeds: how much does so little decide?",
     nothing_left,
 )
 COSINE = Claim(
-    "Stable Diffusion, like most modern models, uses the cosine schedule.",
+    "Stable Diffusion, like most modern models, uses the cosine schedule",
     "wrong",
     "Stable Diffusion uses scaled linear, the newer models use flow.",
     "<code>mlxdiff models sdxl</code> shows what else a named model is.",
     cosine,
 )
 SAYS_NOISE = Claim(
-    "The network predicts the noise.",
+    "The network predicts the noise",
     "imprecise",
     "Some predict noise, some v, some the way from picture to noise. Any of them gives the others.",
     "Which of the three maps would you rather predict, if you had to?",
     says_noise,
 )
 RANDOM_PATH = Claim(
-    "Generation is not deterministic: two runs share no path.",
+    "Generation is not deterministic: two runs share no path",
     "wrong",
     "The first noise is random. The path from there is fixed, unless the sampler adds noise, and that has a seed too.",
     _LOOK,
     random_path,
 )
 SENSITIVE = Claim(
-    "The smallest change of the noise leads to an entirely different picture.",
+    "The smallest change of the noise leads to an entirely different picture",
     "wrong",
     "Near noises lead to near pictures; that is why one can be turned into another.",
     _LOOK,
     sensitive,
 )
 HIGH_ORDER = Claim(
-    "DPM++ is for many steps: it gets better the more you take.",
+    "DPM++ is for many steps: it gets better the more you take",
     "wrong",
     "Every sampler comes nearer with more steps. DPM++ was made to need few.",
     _LOOK,
     high_order,
 )
 FLAT = Claim(
-    "Up to 30 to 50 steps quality grows; fewer steps cost none.",
+    "Up to 30 to 50 steps quality grows; fewer steps cost none",
     "imprecise",
     "The gain ends where the error can no longer be seen. Where that is, depends on sampler and guidance.",
     "The race of lesson 5 has the same with guidance, which needs more steps.",
     flat,
 )
 ONE_STEP = Claim(
-    "Consistency models are different: they predict the clean picture.",
+    "Consistency models are different: they predict the clean picture",
     "imprecise",
     "Every denoiser does. A consistency model is taught to give the same sharp answer all along the path.",
     _LOOK,
     one_step,
 )
 ONE_EARLIER = Claim(
-    "The network predicts the picture of one step earlier.",
+    "The network predicts the picture of one step earlier",
     "wrong",
     "It says what is clean and what is noise. How far to go is the sampler's choice.",
     _LOOK,
