@@ -1,4 +1,4 @@
-"""`mlxdiff lessons` copies the notebooks for the reader and opens JupyterLab on them. There they start by themselves."""
+"""`mlxdiff lessons` copies the notebooks for the reader and opens JupyterLab on them, where they start alone."""
 
 import json
 import shutil
