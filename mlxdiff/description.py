@@ -161,7 +161,8 @@ class Description:
         schedule = self.schedule
         pair = self.family.fallback if schedule["sampler"] is None else (schedule["sampler"], schedule["spacing"])
         strength = OUTPAINT if any(request.outpaint) else STRENGTH
-        strength = None if self.row.edits else 1.0 if self.row.inpaints else strength
+        inpaints = self.row.inpaints or any(guide.masked for guide in request.controls)
+        strength = None if self.row.edits else 1.0 if inpaints else strength
         spacing, clip_skip = schedule["spacing"], self.family.clip_skip
         return request.resolve(self.defaults, pair, spacing, clip_skip, self.multiple, strength)
 
@@ -208,10 +209,10 @@ class Description:
             fix = "Leave `guess` out, or use more guidance."
             raise Error("guess leaves the negative prompt's pass alone, and without guidance there is none.", fix)
         steps = self.taken(request)
-        for guide in request.controls:
+        for what, guide in [("control", c) for c in request.controls] + [("reference", r) for r in request.references]:
             if steps and not steps_on(guide.interval, steps):
                 span = f"{guide.interval[0]:g} to {guide.interval[1]:g}"
-                raise Error(f"The control interval {span} holds none of {steps} steps.", "Give a longer one.")
+                raise Error(f"The {what} interval {span} holds none of {steps} steps.", "Give a longer one.")
 
     def _check(self, request: Request) -> None:
         """Raise before the work if this model cannot do what the request asks."""

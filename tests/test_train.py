@@ -289,7 +289,7 @@ def test_adherence_and_distance_by_hand(monkeypatch):
 
 def test_a_sheet_of_scenes_goes_where_it_can_and_nowhere_else(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    draw = ["scenes", "--size", "16", "--out"]
+    draw = ["scenes", "--size", "16", "--output"]
     bad = {
         "sc": "is not a kind of picture that mlxdiff writes",
         "sc.gif": "End it in one of",

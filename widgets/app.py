@@ -13,7 +13,8 @@ from . import lab
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff studio", description="Draw in the browser. The page is served to this machine alone.")
     p.add_argument("-m", "--model", metavar="MODEL", help="name, hub id, folder, .safetensors or .gguf")
-    p.add_argument("-o", "--out", metavar="DIR", help="where pictures are kept (default pictures)")
+    where = "where pictures are kept (default pictures)"
+    p.add_argument("-o", "--output", "--out", dest="out", metavar="DIR", help=where)  # --out: its first name
     p.add_argument(
         "--lab",
         nargs="?",
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.lab is None:
         return run("mlxdiff studio", lambda: studio(args.model, args.out, not args.no_browser))
     if args.out is not None:
-        p.error("--out is for the page alone: in a notebook, set studio.folder")
+        p.error("--output is for the page alone: in a notebook, set studio.folder")
     return run("mlxdiff studio", lambda: lab.studio(args.lab.resolve(), args.model, not args.no_browser))
 
 

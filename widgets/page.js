@@ -160,6 +160,7 @@ function slider(model) {
   const digits = Number(/\.(\d)f/.exec(model.get("readout_format"))?.[1] ?? 0);
   follow(model, ["value", "max"], (value) => {
     control.value = value;
+    control.style.setProperty("--part", `${100 * (value - control.min) / (control.max - control.min)}%`);
     readout.textContent = value.toFixed(digits);
   });
   control.addEventListener("input", () => model.put("value", control.valueAsNumber));

@@ -151,7 +151,7 @@ export function painting({ model, send, h, covered }) {
   function layout() {
     const { inner, blur } = model.get("around");
     const wide = inner[0] + sides[0] + sides[2], tall = inner[1] + sides[1] + sides[3];
-    paper.style.setProperty("--shape", wide / tall);
+    frame.style.setProperty("--shape", wide / tall);
     SIDES.forEach((side, i) => { sheet.style[side] = `${100 * sides[i] / (i % 2 ? tall : wide)}%`; });
     handles.forEach((handle, i) => {
       handle.setAttribute("aria-valuenow", sides[i]);

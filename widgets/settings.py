@@ -34,7 +34,7 @@ FIELDS: dict[str, Callable] = {
 }
 GUIDES = {"control": "control_guides", "reference": "reference_guides"}
 PART = ("mask", "mask_blur", "outpaint")  # what is drawn anew of the start picture
-_BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
+BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
 _QUICK, _FINE = 0.4, 2.0  # times the model's default number of steps
 
 
@@ -108,7 +108,7 @@ class Settings(t.HasTraits):
 
     _known: Known
     _seen: dict[str, str]  # an opened model's name in files -> the name that opened it
-    _before: dict  # the settings of _BY_MODEL when the model was named
+    _before: dict  # the settings of BY_MODEL when the model was named
     _sizes: tuple[tuple[int, int], ...] = ()  # width and height of the pictures that the next run takes
 
     def request(self) -> Request:
@@ -119,7 +119,7 @@ class Settings(t.HasTraits):
             values |= {n: getattr(self, n) for n in PART if n != "mask_blur" or self.masked}
         values |= {f"{what}s": tuple(getattr(self, name)) for what, name in GUIDES.items()}
         if self._known.defaults is None:
-            values |= {n: None for n in _BY_MODEL if values[n] == self._before[n]}
+            values |= {n: None for n in BY_MODEL if values[n] == self._before[n]}
         return asked(values.pop("prompt"), values | self.more)
 
     def restore(self, request: Request, model: str | None = None) -> None:
@@ -156,7 +156,7 @@ class Settings(t.HasTraits):
     def _name_model(self) -> None:
         """Another model was named: take its defaults, if they are known."""
         self._known = Known(self.model)
-        self._before = {n: getattr(self, n) for n in _BY_MODEL}
+        self._before = {n: getattr(self, n) for n in BY_MODEL}
         if self._known.defaults is not None:
             self._apply("standard")
 
@@ -165,7 +165,7 @@ class Settings(t.HasTraits):
         new = self._known.defaults is None
         self._known.open(model)
         if new:
-            untouched = [n for n in _BY_MODEL if getattr(self, n) == self._before[n]]
+            untouched = [n for n in BY_MODEL if getattr(self, n) == self._before[n]]
             self._set({n: v for n, v in self._preset("standard").items() if n in untouched})
 
     def _set(self, settings: dict) -> None:

@@ -32,7 +32,7 @@ function painter(canvas) {
     canvas.width = bitmap.width;
     canvas.height = bitmap.height;
     canvas.getContext("2d").drawImage(bitmap, 0, 0);
-    canvas.parentElement.style.setProperty("--shape", bitmap.width / bitmap.height);
+    canvas.closest(".mlxdiff-frame").style.setProperty("--shape", bitmap.width / bitmap.height);
     canvas.setAttribute("aria-label", title);
     canvas.dataset.frames = 1 + Number(canvas.dataset.frames || 0);
     bitmap.close();
@@ -89,10 +89,10 @@ function render({ model, el }) {
     unsure = setTimeout(() => sure(false), 4000);
   }
   const change = button("Change a part of it", () => send("paint", { key: current }), "");
-  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
+  const settle = h("div", { class: "mlxdiff-tools mlxdiff-settle", role: "group", "aria-label": "Its settings" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
-    button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
-    begin, change, enlarge, compare, full, download, remove, back);
+    button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"));
+  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" }, begin, change, enlarge, compare, full, download, remove, back);
   const frame = h("div", { class: "mlxdiff-frame" }, stage);
   const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
   const paper = painting({ model, send, h, covered });
@@ -112,7 +112,7 @@ function render({ model, el }) {
   const asks = h("div", { class: "mlxdiff-asks", role: "dialog", "aria-label": "What is this picture for?", hidden: "" });
 
   el.classList.add("mlxdiff-view");
-  const about = h("div", { class: "mlxdiff-about" }, words, caption, path);
+  const about = h("div", { class: "mlxdiff-about" }, words, h("div", { class: "mlxdiff-facts" }, caption, path), settle);
   const main = h("div", { class: "mlxdiff-main" },
     frame, paper.frame, paper.bar, bar, status, spoken, error, tools);
   el.append(main, h("div", { class: "mlxdiff-side" }, about, strip, open), asks);
@@ -123,7 +123,6 @@ function render({ model, el }) {
 
   function shown() {
     const it = model.get("shown");
-    tools.hidden = !it.png;
     split.hidden = true;
     compare.hidden = !it.began;
     sure(false);
@@ -131,7 +130,7 @@ function render({ model, el }) {
       canvas.setAttribute("aria-label", "No picture yet");
       about.hidden = true;
       empty.hidden = false;
-      return;
+      return setCurrent(null);
     }
     about.hidden = false;
     enlarge.disabled = Boolean(it.unenlargeable);
@@ -291,12 +290,32 @@ function render({ model, el }) {
   function keys(event) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) act(event, "generate");
     else if (event.key === "Escape" && !asks.hidden) { asked(); event.stopPropagation(); }
+    else if (event.key === "Escape" && closed(event)) return;
     else if (paper.keys(event)) return;
     else if (event.key === "Escape" && model.get("running")) act(event, "cancel");
   }
 
+  // On a page of its own some buttons open a panel over the picture: a click elsewhere and Esc close it.
+  function closePanel(focus) {
+    const open = [...el.closest(".mlxdiff-studio").querySelectorAll(".mlxdiff-unfold.mod-active")].find((each) => {
+      const content = panelOf(each);
+      return content && getComputedStyle(content).position === "fixed" && !each.closest(".mlxdiff-fold")?.contains(focus);
+    });
+    open?.click();
+    return open;
+  }
+  const panelOf = (button) => button.closest(".mlxdiff-fold").querySelector(".mlxdiff-panel");
+
+  function closed(event) {
+    const button = closePanel(null);
+    button?.focus();
+    if (button) { event.preventDefault(); event.stopPropagation(); }
+    return Boolean(button);
+  }
+
   function clicks(event) {
     if (!help.contains(event.target)) help.open = false;
+    closePanel(event.target);
     const chip = event.target.closest(".mlxdiff-chip");
     if (chip) say(chip.textContent);
     else if (event.target.closest(".mlxdiff-generate")) act(event, "generate");
@@ -320,6 +339,7 @@ function render({ model, el }) {
     const box = document.activeElement; // a text box reports typed text only when it loses the focus
     if (box instanceof HTMLInputElement) { box.blur(); box.focus(); }
     if (action === "cancel") return send(action);
+    if (action === "compare") closePanel(null);
     await paper.sent(); // what was painted last
     send(action, { settings: await settings() });
   }

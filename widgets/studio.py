@@ -32,7 +32,7 @@ from .known import Known
 from .painting import Painting
 from .previews import jpeg
 from .second_pictures import SecondPictures
-from .settings import FIELDS, GUIDES, Settings
+from .settings import BY_MODEL, FIELDS, GUIDES, Settings
 from .view import View, line, seconds, size
 from .worker import Job, Update, Worker, shared
 
@@ -220,7 +220,7 @@ class Studio(Settings, w.VBox):
         self.view.unpaintable = f"{self.model} edits: say in the prompt what to change." if self._known.edits else ""
         self._painting.show_around()
         self.view.uses = self._second.uses()
-        self.controls.judge(self._known, self.prompt, self.guidance, self.more)
+        self.controls.judge(self._known, self.prompt, {n: getattr(self, n) for n in BY_MODEL}, self.more)
         self.controls.memory.tell(self._estimate())
 
     # --- the start picture, or the pictures to edit
@@ -257,7 +257,7 @@ class Studio(Settings, w.VBox):
         c = self.controls
         self.observe(lambda _: self._try(self._on_model), "model")
         self.observe(lambda _: self._clear(), ["prompt", "negative"])
-        self.observe(lambda _: self._judge(), ["prompt", "guidance", "more", "width", "height", "count", "options"])
+        self.observe(lambda _: self._judge(), ["prompt", *BY_MODEL, "more", "count", "options"])
         self.observe(lambda _: self._forget("eta"), "sampler")
         self.observe(lambda _: self._try(self._change_pictures), "image")
         self.observe(lambda _: self._try(self._show_part), ["mask", "outpaint"])

@@ -122,7 +122,7 @@ def same_run(folder: Path, settings: dict) -> None:
             changed = [k for k in settings if settings[k] != before.get(k)]
             if changed:
                 stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
-                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another --out.")
+                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another `output`.")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError) as e:  # MLX raises the second, a name that no file can have the third
         why = getattr(e, "strerror", None) or e
-        fix = "Check the free space and the permissions, or give another --out."
+        fix = "Check the free space and the permissions, or give another `output`."
         raise Error(f"{place} cannot be written: {why}.", fix) from None
 
 
