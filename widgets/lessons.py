@@ -51,6 +51,7 @@ def write_starter(place: Path) -> None:
     built = script.replace("const LESSONS = {};", f"const LESSONS = {json.dumps(code)};")
     (folder / "static" / "start.js").write_text(built, encoding="utf-8")
     about = {"_build": {"load": "static/start.js", "extension": "./extension"}, "extension": True}
+    about["disabledExtensions"] = ["@jupyterlab/apputils-extension:announcements"]  # no question about news comes first
     package = {"name": "mlxdiff-lessons", "version": mlxdiff.__version__, "jupyterlab": about}
     (folder / "package.json").write_text(json.dumps(package), encoding="utf-8")
 

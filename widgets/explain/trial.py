@@ -36,7 +36,7 @@ class Claim(NamedTuple):
 class Trial(Lesson):
     """One claim. The evidence stays covered until there is a guess; a saved notebook shows it."""
 
-    idea = "True, imprecise or wrong? Guess first: the evidence is covered until you do."
+    idea = "True, imprecise or wrong? Guess before you look."
 
     def __init__(self, claim: Claim, seed: int = 7, **options):
         self.claim = claim
