@@ -113,8 +113,9 @@ def cosine(pipe, seed: int) -> Evidence:
 
 def says_noise(pipe, seed: int) -> Evidence:
     counts = {}
-    for model in MODELS.values():
-        kind = model.prediction or model.family.prediction
+    for name, model in MODELS.items():
+        own = pipe.description.prediction if name == pipe.name else None  # a file may say what its family does not
+        kind = own or model.prediction or model.family.prediction
         counts[kind] = counts.get(kind, 0) + 1
     steps = list(trace(pipe, PROMPT, seed=seed, steps=6, guidance=1.0))
     first, late = (v_of(step) for step in (steps[0], steps[-1]))
