@@ -622,6 +622,22 @@ MAY = {
         "mlxdiff.train.*",
         "mlxdiff.widgets.explain.*",
     },
+    "mlxdiff.widgets.explain.claims_noise": {
+        "mlxdiff.families",
+        "mlxdiff.images",
+        "mlxdiff.probe",
+        "mlxdiff.schedules",
+        "mlxdiff.train.*",
+        "mlxdiff.widgets.explain.*",
+    },
+    "mlxdiff.widgets.explain.claims_model": {
+        "mlxdiff.families",
+        "mlxdiff.families.base",
+        "mlxdiff.noise",
+        "mlxdiff.probe",
+        "mlxdiff.train.*",
+        "mlxdiff.widgets.explain.*",
+    },
     "mlxdiff.widgets.server": set(),
     "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store"},
     "mlxdiff.widgets.app": {
