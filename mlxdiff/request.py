@@ -16,7 +16,7 @@ from PIL.Image import Image
 from . import arguments, dialects, samplers, schedules, values
 from .errors import Error, did_you_mean
 from .foreign import fits
-from .guides import DETECTORS, Guide, Picture, guides
+from .guides import DETECTORS, MASKED, Guide, Picture, guides
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
@@ -72,7 +72,7 @@ class Request:
     A PNG stores the paths as they were typed, never the pixels.
     image_hash: a fingerprint of each image, set by `Pipeline.resolve`: a replay needs the same images.
     strength: the part of the steps that redraws the start image; 1 ignores it, as in diffusers. None is 0.6; 0.8
-    with `outpaint`; 1 for a model that was made for inpainting.
+    with `outpaint`; 1 for a model or a control that was made for inpainting.
     mask: where the start image is drawn anew: a picture of the same shape, white there and black elsewhere; or "alpha":
     where the start image is transparent.
     mask_hash: a fingerprint of the mask, as for the image.
@@ -81,8 +81,10 @@ class Request:
     is drawn, and puts it back into the whole picture.
     keep: pastes the pixels outside the mask back in the end. Otherwise they are what the VAE makes of them.
     outpaint: how many pixels to add to the start image at its left, top, right and bottom.
-    loras: LoRA files or hub ids that change the model, each with a scale if it is not 1: "style.safetensors:0.8". None
-    stands for those that the model was loaded with. A prompt may name them too: <lora:style:0.8>.
+    loras: LoRAs that change the model: files, hub ids or names (`mlxdiff models --adapters`), each with a scale if it
+    is not 1: "style.safetensors:0.8". None stands for those that the model was loaded with. A prompt may name them too:
+    <lora:style:0.8>. A named one that draws in few steps brings its steps, guidance, sampler and schedule: they are the
+    defaults then.
     lora_hashes: fingerprints of these files, set by `Pipeline.resolve`: a replay needs the same files.
     embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
     "moss.safetensors=<moss>". None stands for those that the model was loaded with.
@@ -94,8 +96,10 @@ class Request:
     upscaler_hash: a fingerprint of its file, set by `Pipeline.resolve`: a replay needs the same file.
     controls: pictures that the drawing follows line by line, each with the network that reads it (ControlNet): a list
     of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
-    and to.
-    references: pictures whose style or things the drawing takes over, in the same form, without a part of the steps.
+    and to. "masked" as a picture is the start image without what the mask marks, for a network that was made for that:
+    ("inpaint", "masked").
+    references: pictures whose style or things the drawing takes over, in the same form: ("ip-adapter", "a.png", 0.6).
+    "ip-adapter:style" takes over the style alone, "ip-adapter:layout" where things are.
     guess: whether controls guide the prompt's pass alone, so that they decide more than the prompt does.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
@@ -331,7 +335,8 @@ class Request:
             for text in value or ():
                 values.text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
-            values.number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
+            if (scale := lora(text)[1]) is not None:
+                values.number("lora scale", scale, -MAX_SCALE, MAX_SCALE)
 
     def check_guides(self) -> None:
         """Raise unless the guides have pictures and numbers in range, before their files are read."""
@@ -345,6 +350,8 @@ class Request:
                     raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
                 values.number(f"{name} scale", guide.scale, 0, MAX_SCALE)
                 values.span(f"{name} interval", guide.interval)
+                if guide.masked:
+                    self._check_masked(guide, name)
                 if guide.mode is not None:
                     values.text(f"mode of a {name}", guide.mode)
                 if guide.detect is not None and (name == "reference" or guide.detect not in DETECTORS):
@@ -356,6 +363,14 @@ class Request:
             raise Error(f"guess {self.guess!r} is neither true nor false.", "Use `guess=True` to guess.")
         if self.guess and not self.controls:
             raise Error("guess is for controls, and there is none.", "Leave `guess` out, or add `controls=[...]`.")
+
+    def _check_masked(self, guide: Guide, what: str) -> None:
+        """Raise unless a guide may be the start image without what the mask marks."""
+        if what == "reference" or guide.model is None or guide.detect is not None:
+            problem = f'"{MASKED}" is the start image without what the mask marks, for a control that inpaints.'
+            raise Error(problem, f'Give it as `controls=[("inpaint", "{MASKED}")]`.')
+        if not self.masked:
+            raise Error(f"The control {guide} needs a mask, and none was given.", "Give `image=FILE` and `mask=FILE`.")
 
     def singles(self) -> list["Request"]:
         """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""
@@ -446,13 +461,13 @@ def asked(prompt: str | Request, settings: dict) -> Request:
     return prompt.but(settings) if isinstance(prompt, Request) else Request(prompt, **settings)
 
 
-def lora(text: str) -> tuple[str, float]:
-    """A LoRA and its scale: style.safetensors:0.8. Without a scale it is 1."""
+def lora(text: str) -> tuple[str, float | None]:
+    """A LoRA and its scale: style.safetensors:0.8. None: it is not said."""
     name, _, scale = text.rpartition(":")
     try:
-        return (name, float(scale)) if name else (text, 1.0)
+        return (name, float(scale)) if name else (text, None)
     except ValueError:
-        return text, 1.0
+        return text, None
 
 
 def embedding(text: str) -> tuple[str, str | None]:

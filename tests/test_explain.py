@@ -45,6 +45,7 @@ from mlxdiff.widgets.explain import (
     race,
     seeds,
     training,
+    whole,
     words,
 )
 from mlxdiff.widgets.explain.lesson import Lesson, played
@@ -96,6 +97,33 @@ def stands(lesson):
             moved += 1
     lesson.redraw()
     return moved and (lesson.image.value, lesson.caption.value) == (drawn, said)
+
+
+# ---- the map at the head of every lesson
+
+
+def test_the_map_shows_the_run_that_the_pipeline_makes(pipe):
+    """The picture, each step's latents and the answers against the pipeline and the probe."""
+    lesson = whole.here("guidance", "training")
+    lesson.prompt.value, lesson.seed.value = "a blue boat", 5
+    lesson._job.result()
+    settings = {"seed": 5, "steps": whole.STEPS}
+    assert lesson.data.picture.tobytes() == pipe("a blue boat", **settings).image.tobytes()
+    steps = list(probe.trace(pipe, "a blue boat", **settings))
+    assert [z.tolist() for z in lesson.data.x0] == [step.x0[0].tolist() for step in steps]
+    both = lesson.data.empty + pipe.resolve("a blue boat").guidance * (lesson.data.positive - lesson.data.empty)
+    np.testing.assert_allclose(both, steps[1].x0[0], rtol=0, atol=1e-4)  # guidance's own line
+    count, noise, latents, asked, calls, values, off = numbers(lesson.words().replace(",", ""))
+    assert (count, noise, latents) == (3, 1024, 1024)
+    assert (asked, calls, values) == (whole.STEPS, 2 * whole.STEPS, 128 * 128 * 3)
+    assert 0 < off < 100
+    assert lesson.words().startswith("This lesson is about: guidance, the network learns to see under it.")
+    assert stands(lesson)
+
+
+def test_the_map_knows_its_stations():
+    with pytest.raises(Error, match="judge is no station of the map"):
+        whole.here("judge")
 
 
 # ---- lesson 1, forward noise

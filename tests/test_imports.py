@@ -30,8 +30,8 @@ MAY = {
         "mlxdiff.models.flux",
         "mlxdiff.models.layers",
     },
-    "mlxdiff.models.sd3_controlnet": {"mlxdiff.models.layers", "mlxdiff.models.sd3"},
-    "mlxdiff.models.t2i": {"mlxdiff.models.unet"},
+    "mlxdiff.models.sd3_controlnet": {"mlxdiff.models.controlnet", "mlxdiff.models.layers", "mlxdiff.models.sd3"},
+    "mlxdiff.models.t2i": {"mlxdiff.models.controlnet", "mlxdiff.models.unet"},
     "mlxdiff.models.flux2": {"mlxdiff.models.flux", "mlxdiff.models.layers"},
     "mlxdiff.models.zimage": {"mlxdiff.models.flux", "mlxdiff.models.layers", "mlxdiff.models.qwen3"},
     "mlxdiff.models.vision": {"mlxdiff.models.clip"},
@@ -125,6 +125,7 @@ MAY = {
         "mlxdiff.models.build",
         "mlxdiff.recipe",
         "mlxdiff.request",
+        "mlxdiff.adapters",
     },
     "mlxdiff.pictures": {
         "mlxdiff.description",
@@ -134,6 +135,7 @@ MAY = {
         "mlxdiff.request",
     },
     "mlxdiff.start": {
+        "mlxdiff.description",
         "mlxdiff.images",
         "mlxdiff.memory",
         "mlxdiff.networks",
@@ -183,6 +185,7 @@ MAY = {
         "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.weights",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.convert.__main__": {
         "mlxdiff.convert.*",
@@ -193,6 +196,8 @@ MAY = {
         "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.store.tokenizer",
+        "mlxdiff.store.adapters",
+        "mlxdiff.description",
     },
     "mlxdiff.store.hub": {"mlxdiff.errors"},
     "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.recipe"},
@@ -203,6 +208,26 @@ MAY = {
         "mlxdiff.store.cache",
         "mlxdiff.store.hub",
         "mlxdiff.tokenizers",
+    },
+    "mlxdiff.store.guides": {
+        "mlxdiff.convert",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.models.build",
+        "mlxdiff.recipe",
+        "mlxdiff.store",
+        "mlxdiff.store.hub",
+        "mlxdiff.weights",
+    },
+    "mlxdiff.store.adapters": {
+        "mlxdiff.adapters",
+        "mlxdiff.convert.*",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.foreign",
+        "mlxdiff.store",
     },
     "mlxdiff.store.loras": {
         "mlxdiff.convert.lora_header",
@@ -221,6 +246,7 @@ MAY = {
         "mlxdiff.memory",
         "mlxdiff.models.*",
         "mlxdiff.store",
+        "mlxdiff.store.guides",
         "mlxdiff.store.hub",
     },
     "mlxdiff.store": {
@@ -253,11 +279,13 @@ MAY = {
         "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.models.ip_adapter",
+        "mlxdiff.models.layers",
         "mlxdiff.models.redux",
         "mlxdiff.models.vision",
         "mlxdiff.recipe",
         "mlxdiff.request",
         "mlxdiff.result",
+        "mlxdiff.store.guides",
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
@@ -276,6 +304,8 @@ MAY = {
         "mlxdiff.models.controlnet",
         "mlxdiff.request",
         "mlxdiff.store",
+        "mlxdiff.store.guides",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.detect": {
         "mlxdiff.console",
@@ -336,6 +366,7 @@ MAY = {
         "mlxdiff.start",
         "mlxdiff.store",
         "mlxdiff.upscale",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.probe": {
         "mlxdiff.conditioning",
@@ -356,6 +387,7 @@ MAY = {
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.families",
+        "mlxdiff.guides",
         "mlxdiff.memory",
         "mlxdiff.recipe",
     },
@@ -662,7 +694,8 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = ("mlxdiff.store", *(f"mlxdiff.store.{part}" for part in ("loras", "references", "tokenizer")))
+        stores = ("", ".adapters", ".guides", ".loras", ".references", ".tokenizer")
+        stores = tuple(f"mlxdiff.store{part}" for part in stores)
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
 

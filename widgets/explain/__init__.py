@@ -8,6 +8,7 @@ from .race import SamplerRace
 from .seeds import BetweenSeeds, SeedGrid
 from .tokens import Tokens
 from .training import Loss, TwoMoons
+from .whole import Map, here
 from .words import WordMaps
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ForwardNoise",
     "GuidanceSweep",
     "Loss",
+    "Map",
     "Negative",
     "Nudge",
     "RoundTrip",
@@ -26,4 +28,5 @@ __all__ = [
     "TwoAnswers",
     "TwoMoons",
     "WordMaps",
+    "here",
 ]
