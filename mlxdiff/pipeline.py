@@ -35,7 +35,7 @@ from .attached import Attached
 from .errors import Error
 from .guides import Guide, steps_on
 from .models.controlnet import controlled
-from .networks import Networks, dtype_of
+from .networks import Networks, computing, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
 from .references import extended, shown
@@ -245,15 +245,16 @@ class Pipeline:
             return
         if not self.force:
             advice.check(self.workload(request))
-        if request.hires is not None:
-            yield from self._two_passes(request, given)
-            return
-        for event in self._pass(request, given):
-            if event.image is None or request.upscaler is None:
-                yield event
-            else:
-                yield event._replace(image=None)
-                yield from self._upscale(request, event.image)
+        with computing(self.name):
+            if request.hires is not None:
+                yield from self._two_passes(request, given)
+                return
+            for event in self._pass(request, given):
+                if event.image is None or request.upscaler is None:
+                    yield event
+                else:
+                    yield event._replace(image=None)
+                    yield from self._upscale(request, event.image)
 
     def _two_passes(self, request: Request, given: np.ndarray | None) -> Iterator[Event]:
         """Draw, enlarge, and draw on, one picture at a time: each equals what it gives by the commands one by one."""
