@@ -15,7 +15,7 @@ from .description import Description
 from .errors import Error
 from .guides import MASKED, Guide
 from .models.build import Config
-from .models.controlnet import ALIASES
+from .models.controlnet import ALIASES, INPAINT
 from .references import References
 from .request import Request, embedding, lora
 
@@ -261,7 +261,11 @@ def _check_masked(guide: Guide, model: Description, config: Config | None) -> No
     row = store.row(guide.model, model, "control")
     if row is None and config is None:
         return
-    reads, needs = (row.masked,) * 2 if row is not None else (config.hole is not None, config.reads_mask)
+    if row is not None:
+        reads = needs = row.masked
+    else:
+        kind = ALIASES.get(guide.mode, guide.mode)
+        reads, needs = config.hole is not None and (not config.modes or kind == INPAINT), config.reads_mask
     if guide.masked and not reads:
         raise Error(f"{guide.model} was not made to inpaint: it reads no mask.", "Give it a picture of its own.")
     if needs and not guide.masked:

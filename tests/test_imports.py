@@ -134,6 +134,7 @@ MAY = {
         "mlxdiff.request",
     },
     "mlxdiff.start": {
+        "mlxdiff.description",
         "mlxdiff.images",
         "mlxdiff.memory",
         "mlxdiff.networks",
