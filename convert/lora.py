@@ -4,9 +4,9 @@ of our parameters. A name is never taken apart: all spellings of all layers of t
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -107,7 +107,8 @@ def read(path: Path, model: Description) -> Adapter:
         moves |= layer.moves
     if not moves:
         raise Error(f"{path} changes nothing: all of its numbers are 0.", _AGAIN)
-    return Adapter(path.stem, changes, layers, tuple(sorted(ranks)))
+    numbers = sum(math.prod(t.shape) for tensors in stored.values() for t in tensors.values())
+    return Adapter(path.stem, changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size)
 
 
 def recognise(path: Path) -> bool:
@@ -302,12 +303,12 @@ class _Layer:
         """wider: how many columns a change may make of a parameter's."""
         left = set(self.values)
         if "value" in left:
-            yield from self._spread(place.weight, self.values["value"], replaces=True)
+            yield from self._spread(place.weight, lambda: self.values["value"], replaces=True)
             left.discard("value")
         if "bias" in left:
             if not place.bias:
                 raise self.wrong("has a change of its bias, but in this model it has no bias")
-            yield from self._spread(place.bias, self.values["bias"])
+            yield from self._spread(place.bias, lambda: self.values["bias"])
             left.discard("bias")
         if left:
             yield from self._weight(place.weight, left, alphas, wider)
@@ -332,30 +333,41 @@ class _Layer:
                 yield from self._low(places, low[0], scale * low[1], magnitude, wider)
             else:
                 takes("mid")
-                yield from self._spread(places, scale * self._convolved(), magnitude)
+                yield from self._spread(places, lambda: scale * self._convolved(), magnitude)
         elif takes("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"):
             scale = self._scale(left, v["hada_w1_b"].shape[0], alphas)
-            parts = [self._tucker(f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}", takes(f"hada_t{n}")) for n in (1, 2)]
-            self._agree(parts[0].shape == parts[1].shape, "hada_w1_a", "hada_w2_a")
-            yield from self._spread(places, scale * parts[0] * parts[1], magnitude)
+            cores = [takes(f"hada_t{n}") for n in (1, 2)]
+
+            def product() -> mx.array:
+                of = (
+                    (f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}", core) for n, core in zip((1, 2), cores, strict=True)
+                )
+                one, two = (self._tucker(*names) for names in of)
+                self._agree(one.shape == two.shape, "hada_w1_a", "hada_w2_a")
+                return scale * one * two
+
+            yield from self._spread(places, product, magnitude)
         elif any(k.startswith("lokr") for k in left):
             factors, ranks = [], []
             for n in ("1", "2"):
                 if takes(f"lokr_w{n}"):
-                    factors.append(v[f"lokr_w{n}"])
+                    factors.append(lambda n=n: v[f"lokr_w{n}"])
                 elif takes(f"lokr_w{n}_a", f"lokr_w{n}_b"):
-                    core = n == "2" and takes("lokr_t2")
-                    factors.append(self._tucker(f"lokr_w{n}_a", f"lokr_w{n}_b", "lokr_t2", core))
+                    of = f"lokr_w{n}_a", f"lokr_w{n}_b", "lokr_t2", n == "2" and takes("lokr_t2")
+                    factors.append(lambda of=of: self._tucker(*of))
                     ranks.append(v[f"lokr_w{n}_b"].shape[0])
                 else:
                     raise self.wrong(f"lacks lokr_w{n}")
             whole = not ranks and "alpha" in left  # LyCORIS stores an alpha for whole factors too, and ignores it
             scale = 1.0 if whole else self._scale(left, ranks[-1] if ranks else None, alphas)
-            one, two = factors
-            one = one.reshape(*one.shape, *[1] * (two.ndim - one.ndim))
-            yield from self._spread(places, scale * mx.kron(one, two), magnitude)
+
+            def kron() -> mx.array:
+                one, two = (make() for make in factors)
+                return scale * mx.kron(one.reshape(*one.shape, *[1] * (two.ndim - one.ndim)), two)
+
+            yield from self._spread(places, kron, magnitude)
         elif takes("diff"):
-            yield from self._spread(places, v["diff"], magnitude)
+            yield from self._spread(places, lambda: v["diff"], magnitude)
         else:
             raise self.wrong(f"lacks the other half of {', '.join(sorted(left))}")
         if rest := left - used - {"alpha", magnitude}:
@@ -411,19 +423,25 @@ class _Layer:
             yield rows, Change(rows.first, rows.shape[0], (down, cut), magnitude=change, widens=widens)
 
     def _spread(
-        self, places, value: mx.array, magnitude: str | None = None, replaces: bool = False
+        self, places, make: Callable[[], mx.array], magnitude: str | None = None, replaces: bool = False
     ) -> Iterator[tuple[_Rows, Change]]:
+        """make: gives the stored change. It is called once here, which computes nothing, for the sake of its shape."""
+        whole = make()
         for rows in places:
-            cut = self._part(value, rows, value.shape)
-            size = math.prod(rows.shape)
-            if cut.ndim == 2 and len(rows.shape) == 4 and cut.size == size:  # LoHa and LoKr may store a flat kernel
-                o, h, w, i = rows.shape
-                cut = cut.reshape(o, i, h, w)
-            full = rules.fit(cut, rows.shape)
-            if full is None:
-                raise self._misfit(cut.shape, rows)
-            change = self._magnitude(magnitude, rows)
-            yield rows, Change(rows.first, rows.shape[0], full=full, magnitude=change, replaces=replaces)
+            cut = self._fitted(whole, rows)
+            if cut is None:
+                raise self._misfit(self._part(whole, rows, whole.shape).shape, rows)
+            lengths = self._magnitude(magnitude, rows)
+            full = partial(lambda rows: self._fitted(make(), rows), rows)
+            yield rows, Change(rows.first, rows.shape[0], full=full, magnitude=lengths, replaces=replaces)
+
+    def _fitted(self, value: mx.array, rows: _Rows) -> mx.array | None:
+        """A stored change in the shape of our rows; None if it has another size."""
+        cut = self._part(value, rows, value.shape)
+        if cut.ndim == 2 and len(rows.shape) == 4 and cut.size == math.prod(rows.shape):
+            o, h, w, i = rows.shape
+            cut = cut.reshape(o, i, h, w)  # LoHa and LoKr may store a flat kernel
+        return rules.fit(cut, rows.shape)
 
     def _part(self, value: mx.array, rows: _Rows, shape: tuple[int, ...]) -> mx.array:
         if rows.parts == 1:

@@ -1,6 +1,7 @@
 """Adapters: small files that change a model's weights (LoRA and its relatives). `convert.lora` reads their spellings;
 this applies what it gives to a network."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,17 +17,19 @@ class Change:
     first: int  # the first of the rows
     rows: int
     low: Pair | None = None  # down (r, in) and up (rows, r): the change is up @ down
-    full: mx.array | None = None  # (rows, ...)
+    full: Callable[[], mx.array] | None = (
+        None  # makes (rows, ...); made anew each time: it may be as large as the model
+    )
     magnitude: mx.array | None = None  # DoRA: the length of each row, (rows, 1), or of each column, (1, in)
-    replaces: bool = False  # `full` takes the place of the rows, whatever the adapter's scale is
+    replaces: bool = False  # what `full` makes takes the place of the rows, whatever the adapter's scale is
     widens: int = 0  # how many columns it makes of the parameter's, which has fewer, and zeros there; 0: it keeps them
 
     def of(self, bare: mx.array, scale: float) -> mx.array:
         """What is added to the rows of the bare parameter, in float32."""
         bare = bare.astype(mx.float32)
         if self.replaces:
-            return self.full - bare
-        change = self.full if self.low is None else self.low[1] @ self.low[0]
+            return self.full() - bare
+        change = self.full() if self.low is None else self.low[1] @ self.low[0]
         if self.magnitude is None:
             return scale * change
         new = bare + change
@@ -41,6 +44,7 @@ class Adapter:
     changes: dict[str, dict[str, list[Change]]]  # component -> parameter -> its changes
     layers: dict[str, int]  # component -> how many of its layers the file changes
     ranks: tuple[int, ...]
+    nbytes: int  # in memory, as long as it is known
 
     @property
     def inputs(self) -> int:

@@ -30,6 +30,7 @@ class Attached:
         self.folder, self.model, self.offline = folder, model, offline
         self.loras: tuple[str, ...] = ()
         self.embeddings: tuple[str, ...] = ()
+        self.lora_dir: Path | None = None  # where their names are looked up, in place of MLXDIFF_LORAS
         self.progress: Progress | None = None  # is told of the download of a network that guides
         self.references = References(model, offline)
         self._opened: dict[tuple, tuple] = {}  # name -> its file's time and size, then what it holds
@@ -40,13 +41,7 @@ class Attached:
     def resolve(self, request: Request) -> Request:
         """The request with the LoRAs that its prompt names and those that the model was loaded with, and with the
         fingerprints of all files."""
-        request.check_adapters()
-        prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
-        loras = [*map(lora, [*(self.loras if request.loras is None else request.loras), *named])]
-        names = [name for name, _ in loras]
-        if len(set(names)) < len(names):
-            again = next(name for i, name in enumerate(names) if name in names[:i])
-            raise Error(f"The LoRA {again} is named twice.", "Name it once, with the scale that it should have.")
+        request, loras = settled(request, self.loras, self.model, self.lora_dir)
         words = tuple(self.embeddings if request.embeddings is None else request.embeddings)
         taught = [self._word(*embedding(text)) for text in words]
         if taught:  # a word that cannot be taught is refused here, not in the run
@@ -61,11 +56,12 @@ class Attached:
         controls = tuple(self._guide(guide, "control", pictures) for guide in request.controls)
         references = tuple(self._guide(guide, "reference", pictures) for guide in request.references)
         self._pictures = pictures
+        used = {self._key(name) for name, _ in loras} | {embedding(text) for text in words}
+        self._opened = {key: held for key, held in self._opened.items() if key in used or key[0] == "control"}
         return replace(
             request,
             controls=controls,
             references=references,
-            prompt=prompt,
             loras=tuple(f"{name}:{scale:g}" for name, scale in loras),
             lora_hashes=lora_hashes,
             embeddings=words,
@@ -75,6 +71,19 @@ class Attached:
     def adapters(self, request: Request) -> list[tuple[Adapter, float]]:
         """The LoRAs of a resolved request, with their scales."""
         return [(self._lora(name)[0], scale) for name, scale in map(lora, request.loras or ())]
+
+    def notes(self, request: Request) -> list[str]:
+        """For people: what the named LoRAs of a resolved request were made for, and which of its settings differ."""
+        from .store import adapters as store
+
+        notes = []
+        for name, _ in map(lora, request.loras or ()):
+            if (row := store.published(name, self.model, self.lora_dir)) is not None:
+                wants = ", ".join(f"{key} {_short(value)}" for key, value in row.wants.items())
+                others = [k for k, v in row.wants.items() if getattr(request, k) != v]
+                differs = ", ".join(f"{key} {_short(getattr(request, key))}" for key in others)
+                notes.append(f"{name} was made for {wants}." + (f" This picture has {differs}." if others else ""))
+        return notes
 
     def words(self, request: Request) -> list[Word]:
         """The taught words of a resolved request."""
@@ -195,21 +204,28 @@ class Attached:
 
     def _lora(self, name: str) -> tuple[Adapter, str]:
         """A LoRA and its fingerprint."""
-        from . import store
+        from .store import adapters as store
 
-        return self._once(store.lora, name, "LoRA")
+        return self._once(store.lora, "LoRA", *self._key(name))
+
+    def _key(self, name: str) -> tuple[str, str | None]:
+        """A LoRA, and the name that it has in place of its file's."""
+        from .store import adapters as store
+
+        return name, None if store.published(name, self.model, self.lora_dir) is None else name
 
     def _word(self, name: str, word: str | None) -> tuple[Word, str]:
         """A taught word and its fingerprint."""
-        from . import store
+        from .store import adapters as store
 
-        return self._once(store.embedding, name, "embedding", word)
+        return self._once(store.embedding, "embedding", name, word)
 
-    def _once(self, read: Callable, name: str, what: str, *more) -> tuple:
+    def _once(self, read: Callable, what: str, name: str, *more) -> tuple:
         """What `read` makes of a file, which is read once, and again if it has changed."""
-        from . import store
+        from .store import adapters as store
 
-        path, key = store.adapter_file(name, what, offline=self.offline), (name, *more)
+        place = {"offline": self.offline, "folder": self.lora_dir, "progress": self.progress}
+        path, key = store.find(name, what, self.model, **place), (name, *more)
         stamp = path.stat().st_mtime_ns, path.stat().st_size
         if self._opened.get(key, (None,))[0] != stamp:
             self._opened[key] = stamp, read(path, self.model, *more)
@@ -273,33 +289,76 @@ def _check_masked(guide: Guide, model: Description, config: Config | None) -> No
         raise Error(problem, f"Give it as `controls=[({str(guide.model)!r}, '{MASKED}')]`.")
 
 
-def under(loras: Names, request: Request | None, model: Description) -> Description:
+def settled(
+    request: Request, loaded: Names, model: Description, folder: Path | None
+) -> tuple[Request, list[tuple[str, float]]]:
+    """The LoRAs of a request, with their scales, and the request with the settings that a published one brings, where
+    it has no others, and without LoRAs in its prompt. loaded: those of requests that do not say. Raises for one that
+    does not fit the model, as far as no file shows it: this reads none."""
+    from .store import adapters as store
+
+    request.check_adapters()
+    prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
+    loras = [*map(lora, [*(loaded if request.loras is None else request.loras), *named])]
+    names = [name for name, _ in loras]
+    if len(set(names)) < len(names):
+        again = next(name for i, name in enumerate(names) if name in names[:i])
+        raise Error(f"The LoRA {again} is named twice.", "Name it once, with the scale that it should have.")
+    for name in names:
+        store.check(name, "LoRA", model, folder)
+    rows = [store.published(name, model, folder) for name in names]
+    scales = [store.scale(row, scale) for row, (_, scale) in zip(rows, loras, strict=True)]
+    wants = next((row.wants for row in rows if row is not None), {})
+    if request.sampler is not None:
+        wants.pop("schedule", None)  # that one belongs to its sampler
+    open_ones = {key: value for key, value in wants.items() if getattr(request, key) is None}
+    return replace(request, prompt=prompt, **open_ones), [*zip(names, scales, strict=True)]
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def changes(
+    loras: Names, request: Request | None, model: Description, folder: Path | None
+) -> tuple[Adapter | int, ...]:
+    """The LoRAs of a request, for the memory estimate; of those that are not here, the bytes that they take in 16 bits,
+    if that is known. Raises for one that is here and does not fit."""
+    from .store import adapters as store
+
+    found = []
+    for name, _ in settled(Request("") if request is None else request, loras, model, folder)[1]:
+        if (path := store.here(name, folder)) is not None:
+            found.append(store.lora(path, model)[0])
+        elif (row := store.named(name, model)) is not None:
+            found.append(int(row.size * 1e9))
+    return tuple(found)
+
+
+def under(loras: Names, request: Request | None, model: Description, folder: Path | None) -> Description:
     """A model as LoRAs make it. If one is not here yet, the model counts as one that reads a control picture where the
     request has one for it."""
-    from . import store
+    from .store import adapters as store
 
     asked = Request("") if request is None else request
-    written = dialects.loras(asked.prompt)[1] if isinstance(asked.prompt, str) else ()
-    named = [name for name, _ in map(lora, [*loras, *(asked.loras or ()), *written])]
-    if model.wider is None or not named or all(guide.model is not None for guide in asked.controls):
+    if model.wider is None or all(guide.model is not None for guide in asked.controls):
         return model
-    here = [store.adapter_file(name, "LoRA", offline=True) for name in named if store.local(name) is not None]
-    absent = len(here) < len(named)
-    return model.widened() if absent or any(store.lora(file, model)[0].inputs for file in here) else model
+    names = [name for name, _ in settled(asked, loras, model, folder)[1]]
+    here = [path for name in names if (path := store.here(name, folder)) is not None]
+    absent = len(here) < len(names)
+    return model.widened() if absent or any(store.lora(path, model)[0].inputs for path in here) else model
 
 
-def check(loras: Names, embeddings: Names, request: Request | None, model: Description) -> None:
+def check(embeddings: Names, request: Request | None, model: Description, folder: Path | None) -> None:
     """Raise for a file that does not fit a model. Only files that are here are read: a model may be fetched after
     this."""
-    from . import store
+    from .store import adapters as store
 
     asked = Request("") if request is None else request
-    for name, _ in map(lora, [*loras, *(asked.loras or ())]):
-        if store.local(name) is not None:
-            store.lora(store.adapter_file(name, "LoRA", offline=True), model)
     for guide in asked.controls:
         if guide.detect is not None:
             detect.check(guide.detect)
-    for name, word in map(embedding, [*embeddings, *(asked.embeddings or ())]):
-        if store.local(name) is not None:
-            store.embedding(store.adapter_file(name, "embedding", offline=True), model, word)
+    for name, word in map(embedding, [*(embeddings if asked.embeddings is None else asked.embeddings)]):
+        store.check(name, "embedding", model, folder)
+        if (path := store.here(name, folder)) is not None:
+            store.embedding(path, model, word)

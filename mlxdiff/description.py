@@ -224,10 +224,10 @@ class Description:
             fix = "Leave `guess` out, or use more guidance."
             raise Error("guess leaves the negative prompt's pass alone, and without guidance there is none.", fix)
         steps = self.taken(request)
-        for guide in request.controls:
+        for what, guide in [("control", c) for c in request.controls] + [("reference", r) for r in request.references]:
             if steps and not steps_on(guide.interval, steps):
                 span = f"{guide.interval[0]:g} to {guide.interval[1]:g}"
-                raise Error(f"The control interval {span} holds none of {steps} steps.", "Give a longer one.")
+                raise Error(f"The {what} interval {span} holds none of {steps} steps.", "Give a longer one.")
 
     def _check(self, request: Request) -> None:
         """Raise before the work if this model cannot do what the request asks."""

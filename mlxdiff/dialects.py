@@ -115,7 +115,7 @@ _LORA = re.compile(r"<lora:([^:<>]+)(?::([-+.\d]+))?[^<>]*>")
 
 def loras(prompt: str) -> tuple[str, list[str]]:
     """A prompt without A1111's <lora:name:scale>, and these LoRAs as a request has them."""
-    named = [f"{name}:{scale or 1}" for name, scale in _LORA.findall(prompt)]
+    named = [f"{name}:{scale}" if scale else name for name, scale in _LORA.findall(prompt)]
     return (_LORA.sub("", prompt).strip(), named) if named else (prompt, named)
 
 

@@ -17,7 +17,7 @@ MASKED = "masked"  # as a control picture: the start image without what the mask
 DETECTORS = ("canny", "depth", "grey", "invert")
 _MODE = re.compile(r"(.{2,}):([\w-]+)")  # two characters at least: C:\ is a disk
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_FORM = {"control": "[MODEL] IMAGE [SCALE [FROM TO]]", "reference": "[MODEL] IMAGE [SCALE]"}
+_FORM = "[MODEL] IMAGE [SCALE [FROM TO]]"
 _LIKE = {"control": '("canny", "edges.png")', "reference": '("ip-adapter", "photo.png")'}
 
 
@@ -30,7 +30,8 @@ class Guide:
     model: the network that reads it: a name (`mlxdiff models --adapters`), a hub id, a folder or a .safetensors file.
     None: the drawing model itself reads it.
     scale: how strongly it guides. interval: the part of the steps in which it does.
-    mode: what kind of picture it is, for a network that reads several kinds; `model` may say it too: "FILE:canny".
+    mode: what kind of picture it is, for a network that reads several kinds; for a reference through an IP-Adapter,
+    "style" or "layout" if that alone should be taken over. `model` may say it too: "FILE:canny", "ip-adapter:style".
     detect: which control picture to make of the image first: "canny", "depth", "grey" or "invert".
     hash, model_hash: fingerprints of picture and network, set by `Pipeline.resolve`: a replay needs the same ones."""
 
@@ -66,7 +67,7 @@ class Guide:
 def guides(values, what: str) -> tuple[Guide, ...]:
     """Guides as a caller may write them: [("canny", "edges.png", 0.7)]. what: "control" or "reference"."""
     if not isinstance(values, list | tuple):
-        fix = f"Give a list, such as [{_LIKE[what]}]: {_FORM[what]} each."
+        fix = f"Give a list, such as [{_LIKE[what]}]: {_FORM} each."
         raise Error(f"{what}s is {type(values).__name__}, not a list.", fix)
     if (
         isinstance(values, tuple)
@@ -84,13 +85,13 @@ def _guide(value, what: str) -> Guide:
     words, numbers = [*value] if isinstance(value, list | tuple) else [value], []
     while len(words) > 1 and _number(words[-1]) is not None:
         numbers.insert(0, _number(words.pop()))
-    fits = 1 <= len(words) <= 2 and len(numbers) in ((0, 1, 3) if what == "control" else (0, 1))
+    fits = 1 <= len(words) <= 2 and len(numbers) in (0, 1, 3)
     if not fits or not isinstance(words[-1], Picture) or not isinstance(words[0], Picture):
         written = " ".join("a picture" if isinstance(w, Image) else str(w) for w in [*words, *numbers])
-        raise Error(f"{written[:80]!r} is no {what}.", f"Give {_FORM[what]}.")
+        raise Error(f"{written[:80]!r} is no {what}.", f"Give {_FORM}.")
     model, image = (None, *words) if len(words) == 1 else words
     if isinstance(model, Image) or Path("" if model is None else model).suffix.lower() in _PICTURES:
-        raise Error(f"The first word of a {what} names its network; it is {Guide(model)}.", f"Give {_FORM[what]}.")
+        raise Error(f"The first word of a {what} names its network; it is {Guide(model)}.", f"Give {_FORM}.")
     return Guide(image, model, *numbers[:1], **({"interval": tuple(numbers[1:])} if numbers[1:] else {}))
 
 

@@ -33,12 +33,12 @@ from . import (
 from .arguments import check_options
 from .attached import Attached
 from .errors import Error
-from .guides import steps_on
+from .guides import Guide, steps_on
 from .models.controlnet import controlled
 from .networks import Networks, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
-from .references import extended, sides
+from .references import extended, shown
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
@@ -70,6 +70,7 @@ def load(
     t5: bool = True,
     loras: list[str] | tuple[str, ...] = (),
     embeddings: list[str] | tuple[str, ...] = (),
+    lora_dir: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **unknown: NoReturn,
 ) -> "Pipeline":
@@ -86,17 +87,23 @@ def load(
     tokenizer: a folder, for a checkpoint without a tokenizer. prediction: "eps" or "v", if the checkpoint does not say.
     parts: files of "vae", "clip", "clip_g", "t5" and "text_encoder" for a checkpoint that lacks them.
     t5: False leaves SD3's T5 out and does not fetch it.
-    loras: LoRA files for every picture that does not say, such as ["style.safetensors:0.8"].
+    loras: LoRAs for every picture that does not say, such as ["style.safetensors:0.8"].
     embeddings: the same for words that are taught to CLIP (textual inversion), such as ["moss.safetensors=<moss>"].
+    lora_dir: a folder where the names of both are looked up, in place of that of the variable MLXDIFF_LORAS.
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
     from . import store
+    from .store import adapters
+
+    lora_dir = adapters.folder_of(lora_dir)
 
     def check(model: description.Description, **others) -> None:
-        bare, model = model, attached.under(loras, request, model)
+        bare, model = model, attached.under(loras, request, model, lora_dir)
         others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
-        advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
-        attached.check(loras, embeddings, request, bare)
+        others |= {"loras": attached.changes(loras, request, bare, lora_dir)}
+        full = None if request is None else attached.settled(request, loras, bare, lora_dir)[0]
+        advice.check_request(model, request=full, low_memory=low_memory, force=force, t5=t5, **others)
+        attached.check(embeddings, request, bare, lora_dir)
         pictures.check(request, model)
         if request is not None and request.upscaler is not None:
             upscale.check(request.upscaler)
@@ -112,7 +119,7 @@ def load(
 
     pipe = opened(model, check=check)
     pipe.attached.progress = progress
-    pipe.attached.loras, pipe.attached.embeddings = tuple(loras), tuple(embeddings)
+    pipe.attached.loras, pipe.attached.embeddings, pipe.attached.lora_dir = tuple(loras), tuple(embeddings), lora_dir
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
@@ -196,7 +203,8 @@ class Pipeline:
         sizes = self.starts.pictures(request).sizes
         beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
         readers = tuple(self.attached.references.reader(guide).workload for guide in request.references)
-        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers)
+        loras = tuple(adapter for adapter, _ in self.attached.adapters(request))
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers, loras)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -300,9 +308,10 @@ class Pipeline:
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            read, shown = (start, sides(request.references, seen)) if pipe is self else (None, [])
+            span = partial(self._span, request, schedule, whole)
+            read, see = (start, shown(model, request.references, seen, span)) if pipe is self else (None, [])
             asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
-            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, shown)
+            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, see)
             if start.mask is not None:
                 denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
@@ -390,11 +399,11 @@ class Pipeline:
         texts: list,
         sigmas: list[float],
         start: Start | None = None,
-        shown: Sequence[conditioning.Sides] = (),
+        pictures: Sequence[conditioning.Picture] = (),
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
-        run starts with; shown: what IP-Adapters give."""
+        run starts with; pictures: what IP-Adapters give."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -409,7 +418,7 @@ class Pipeline:
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
         source = self.networks.open(name) if model.flow else net
         references, beside = ((), None) if start is None else (start.references, start.beside)
-        conds = conditioning.prepare(model, source, request, ts, texts, both, references, shown)
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references, pictures)
         del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
@@ -446,7 +455,7 @@ class Pipeline:
     ) -> Iterator[Event]:
         """What the networks that guide add to the conditions of each side. sigmas: those of the whole run."""
         latents = iter(() if start is None else start.hints)
-        added, taken = {}, self.description.taken(request)
+        added = {}
         base = self.networks.get(self.description.family.denoiser)
         for path in self.attached.networks(request):
             yield Event("load", 0, 1, 0.0)
@@ -454,9 +463,7 @@ class Pipeline:
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
         for guides in self.attached.together([guide for guide in request.controls if guide.model is not None]):
-            net, on = self.attached.network(guides[0]), steps_on(guides[0].interval, taken)
-            last = sigmas[on.stop - 1 - taken]
-            times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
+            net, times = self.attached.network(guides[0]), self._span(request, schedule, sigmas, guides[0])
             if net.config.reads_latents:
                 hints = [next(latents)]
             else:
@@ -467,6 +474,14 @@ class Pipeline:
                 mx.eval(vars(control))
                 added.setdefault(side, []).append(control)
         return added
+
+    def _span(self, request: Request, schedule: Schedule, sigmas: list[float], guide: Guide) -> tuple[float, float]:
+        """The times in which a guide is on: from the first down to the second, which is excluded. sigmas: those of the
+        whole run."""
+        taken = self.description.taken(request)
+        on = steps_on(guide.interval, taken)
+        last = sigmas[on.stop - 1 - taken]
+        return schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
 
     def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""

@@ -81,8 +81,10 @@ class Request:
     is drawn, and puts it back into the whole picture.
     keep: pastes the pixels outside the mask back in the end. Otherwise they are what the VAE makes of them.
     outpaint: how many pixels to add to the start image at its left, top, right and bottom.
-    loras: LoRA files or hub ids that change the model, each with a scale if it is not 1: "style.safetensors:0.8". None
-    stands for those that the model was loaded with. A prompt may name them too: <lora:style:0.8>.
+    loras: LoRAs that change the model: files, hub ids or names (`mlxdiff models --adapters`), each with a scale if it
+    is not 1: "style.safetensors:0.8". None stands for those that the model was loaded with. A prompt may name them too:
+    <lora:style:0.8>. A named one that draws in few steps brings its steps, guidance, sampler and schedule: they are the
+    defaults then.
     lora_hashes: fingerprints of these files, set by `Pipeline.resolve`: a replay needs the same files.
     embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
     "moss.safetensors=<moss>". None stands for those that the model was loaded with.
@@ -96,7 +98,8 @@ class Request:
     of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
     and to. "masked" as a picture is the start image without what the mask marks, for a network that was made for that:
     ("inpaint", "masked").
-    references: pictures whose style or things the drawing takes over, in the same form, without a part of the steps.
+    references: pictures whose style or things the drawing takes over, in the same form: ("ip-adapter", "a.png", 0.6).
+    "ip-adapter:style" takes over the style alone, "ip-adapter:layout" where things are.
     guess: whether controls guide the prompt's pass alone, so that they decide more than the prompt does.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
@@ -332,7 +335,8 @@ class Request:
             for text in value or ():
                 values.text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
-            values.number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
+            if (scale := lora(text)[1]) is not None:
+                values.number("lora scale", scale, -MAX_SCALE, MAX_SCALE)
 
     def check_guides(self) -> None:
         """Raise unless the guides have pictures and numbers in range, before their files are read."""
@@ -457,13 +461,13 @@ def asked(prompt: str | Request, settings: dict) -> Request:
     return prompt.but(settings) if isinstance(prompt, Request) else Request(prompt, **settings)
 
 
-def lora(text: str) -> tuple[str, float]:
-    """A LoRA and its scale: style.safetensors:0.8. Without a scale it is 1."""
+def lora(text: str) -> tuple[str, float | None]:
+    """A LoRA and its scale: style.safetensors:0.8. None: it is not said."""
     name, _, scale = text.rpartition(":")
     try:
-        return (name, float(scale)) if name else (text, 1.0)
+        return (name, float(scale)) if name else (text, None)
     except ValueError:
-        return text, 1.0
+        return text, None
 
 
 def embedding(text: str) -> tuple[str, str | None]:

@@ -125,6 +125,7 @@ MAY = {
         "mlxdiff.models.build",
         "mlxdiff.recipe",
         "mlxdiff.request",
+        "mlxdiff.adapters",
     },
     "mlxdiff.pictures": {
         "mlxdiff.description",
@@ -184,6 +185,7 @@ MAY = {
         "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.weights",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.convert.__main__": {
         "mlxdiff.convert.*",
@@ -194,6 +196,8 @@ MAY = {
         "mlxdiff.spelling",
         "mlxdiff.store",
         "mlxdiff.store.tokenizer",
+        "mlxdiff.store.adapters",
+        "mlxdiff.description",
     },
     "mlxdiff.store.hub": {"mlxdiff.errors"},
     "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.recipe"},
@@ -215,6 +219,21 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.store.hub",
         "mlxdiff.weights",
+    },
+    "mlxdiff.store.adapters": {
+        "mlxdiff.adapters",
+        "mlxdiff.convert.*",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.foreign",
+        "mlxdiff.store",
+    },
+    "mlxdiff.store.loras": {
+        "mlxdiff.convert.lora_header",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
     },
     "mlxdiff.store.references": {
         "mlxdiff.convert",
@@ -260,11 +279,13 @@ MAY = {
         "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.models.ip_adapter",
+        "mlxdiff.models.layers",
         "mlxdiff.models.redux",
         "mlxdiff.models.vision",
         "mlxdiff.recipe",
         "mlxdiff.request",
         "mlxdiff.result",
+        "mlxdiff.store.guides",
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
@@ -284,6 +305,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.store",
         "mlxdiff.store.guides",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.detect": {
         "mlxdiff.console",
@@ -344,6 +366,7 @@ MAY = {
         "mlxdiff.start",
         "mlxdiff.store",
         "mlxdiff.upscale",
+        "mlxdiff.store.adapters",
     },
     "mlxdiff.probe": {
         "mlxdiff.conditioning",
@@ -482,6 +505,7 @@ MAY = {
     "mlxdiff.widgets.start_picture": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.widgets.gallery"},
     "mlxdiff.widgets.history": {
         "mlxdiff.errors",
+        "mlxdiff.foreign",
         "mlxdiff.images",
         "mlxdiff.widgets.gallery",
         "mlxdiff.widgets.start_picture",
@@ -492,6 +516,13 @@ MAY = {
         "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.widgets.start_picture",
+    },
+    "mlxdiff.widgets.loras": {
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.request",
+        "mlxdiff.store.loras",
+        "mlxdiff.widgets.settings",
     },
     "mlxdiff.widgets.second_pictures": {
         "mlxdiff.detect",
@@ -543,8 +574,10 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.upscale",
         "mlxdiff.widgets.guide_rows",
         "mlxdiff.widgets.known",
+        "mlxdiff.widgets.loras",
         "mlxdiff.widgets.settings",
         "mlxdiff.widgets.start_picture",
     },
@@ -661,7 +694,8 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = ("mlxdiff.store", "mlxdiff.store.guides", "mlxdiff.store.references", "mlxdiff.store.tokenizer")
+        stores = ("", ".adapters", ".guides", ".loras", ".references", ".tokenizer")
+        stores = tuple(f"mlxdiff.store{part}" for part in stores)
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
 

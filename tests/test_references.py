@@ -159,6 +159,34 @@ def test_low_memory_draws_the_same(pipe, file, style):
     assert abs(pixels(drawn[0]) - pixels(drawn[1])).max() <= 1  # tiles and passes, summed in another order
 
 
+def test_a_part_of_the_steps_and_of_the_picture_is_kept_and_said(pipe, file, style, tmp_path, capsys):
+    """Two references of one adapter that differ in either are read apart."""
+    typed = ["--steps", "4", "-s", "1", "-W", "64", "-H", "64", "--dtype", "float32"]
+    typed += [
+        "--reference",
+        f"{file}:style",
+        str(style),
+        "0.8",
+        "0",
+        "0.5",
+        "--reference",
+        f"{file}:layout",
+        str(style),
+    ]
+    assert generate.main(["a red house", *typed, "-o", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr().err
+    assert f"reference {file}:style {style}: scale 0.8, in steps 1 to 2 of 4\n" in said
+    assert f"reference {file}:layout {style}: scale 1\n" in said
+    request, _ = images.read_settings(tmp_path / "a.png")
+    assert [(guide.mode, guide.interval) for guide in request.references] == [("style", (0, 0.5)), ("layout", (0, 1))]
+    again = pixels(pipe(request))
+    assert (again == np.asarray(Image.open(tmp_path / "a.png")).astype(int)).all()
+    for other in ([("IP:style", "S", 0.8), ("IP:layout", "S")], [("IP", "S", 0.8, 0, 0.5), ("IP:layout", "S")]):
+        words = {"IP": str(file), "S": style}
+        changed = [(words.get(m, m.replace("IP", str(file))), words[s], *n) for m, s, *n in other]
+        assert abs(pixels(pipe("a red house", references=changed, **SAME)) - again).mean() > 0.1
+
+
 def test_a_scale_of_zero_draws_as_without(pipe, file, style):
     bare, nothing = (pipe("a red house", references=r, **SAME) for r in ([], [(file, style, 0)]))
     assert (pixels(bare) == pixels(nothing)).all()
@@ -200,7 +228,8 @@ BAD = {
     "no such adapter": ([("ip-adaptr", "S")], "There is no reference network, file or folder 'ip-adaptr'. Did"),
     "no such picture": ([("IP", "none.png")], "There is no picture at none.png."),
     "no network": (["S"], "has no network that reads it. Name an IP-Adapter or FLUX Redux before the"),
-    "an interval": ([Guide("S", "IP", interval=(0, 0.5))], "has an interval or a mode, which only controls have"),
+    "an interval without a step": ([Guide("S", "IP", interval=(0.1, 0.2))], "0.1 to 0.2 holds none of 4 steps"),
+    "a part of it that none takes": ([Guide("S", "IP", mode="mood")], "cannot take 'mood' alone from a reference. Use"),
     "another family's": ([("SD15", "S")], "is an IP-Adapter that reads text 768 wide, not 128: it does not fit storyb"),
     "Redux": ([("REDUX", "S")], "is a FLUX Redux embedder, for FLUX.1; storybook is Stable Diffusion 1.x."),
     "FaceID": ([("FACE", "S")], "is an IP-Adapter FaceID, which reads faces by insightface, which is not"),

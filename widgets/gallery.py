@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import images, pictures
 from ..errors import Error
-from ..request import Request
+from ..request import Request, lora
 
 _THUMB = 160  # pixels: the strip shows 80; sharp screens need twice that
 COMPARISON = "compare-"  # how the names of comparisons' files begin
@@ -89,6 +89,8 @@ class Picture:
             out.append(("Mask", _name(r.mask)))
         for what, guides in (("Control", r.controls), ("Reference", r.references)):
             out += [(what, f"{_name(guide.image)}, scale {guide.scale:g}") for guide in guides]
+        for name, scale in map(lora, r.loras or ()):
+            out.append(("LoRA", f"{Path(name).stem}, scale {1 if scale is None else scale:g}"))
         if any(r.outpaint):
             out.append(("Added around", ", ".join(map(str, r.outpaint))))
         return out

@@ -135,6 +135,8 @@ class Family:
     patch: int = 1  # latents along the edge of one token
     zero_negative: bool = False  # zeros, not an empty text, replace a missing negative prompt
     references: tuple[str, ...] = ()  # networks that read reference pictures for it, keys of models.build.NETWORKS
+    # What an IP-Adapter can take alone from a picture -> the parts of the denoiser that decide it.
+    aspects: dict[str, tuple[str, ...]] = field(default_factory=dict)
     trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # how the names end of layers that a LoRA changes
     first: str = ""  # the parameter that reads the latents, which a LoRA may widen to read a control picture
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
@@ -163,7 +165,7 @@ class Beside:
     repo: str  # hub id
     licence: str
     size: float  # GB at 16 bits
-    net: Config  # the denoiser that it was made for
+    net: Config | None = None  # the denoiser that it was made for; of a LoRA `made_for` says it
     file: str | None = None  # of the repository; None: its network in diffusers layout
     mode: str | None = None  # the kind of picture that the name means, of a network for several
     masked: bool = False  # whether its picture is the start image without what the mask marks
@@ -177,7 +179,29 @@ class Beside:
 
     @property
     def role(self) -> str:
+        """What people give it to: "control", "reference" or "lora"."""
         return "reference" if self.tokens else "control"
+
+
+@dataclass(frozen=True)
+class Fast(Beside):
+    """A published LoRA that lets a model draw in few steps, and has a name here. It changes the defaults."""
+
+    made_for: str = ""  # a named model; it fits those of the same shapes
+    scale: float = 1.0
+    steps: int = 4
+    guidance: float = 0.0
+    sampler: str = "euler"
+    schedule: str = "trailing"
+
+    @property
+    def role(self) -> str:
+        return "lora"
+
+    @property
+    def wants(self) -> dict[str, int | float | str]:
+        """The settings of a request that it was made for."""
+        return {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "schedule")}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ..models.flux import Config
-from .base import INPUT, NONE, Beside, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
-from .published import CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX
+from .base import INPUT, NONE, Beside, Careful, Cut, Defaults, Family, Fast, Model, TextPlan, Variant
+from .published import CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX, hyper
 
 # The sizes of the pictures that Kontext was trained on (Labs et al. 2025), width and height; each also turned around.
 KONTEXT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
@@ -222,3 +222,21 @@ _UNION = Beside(
 _TOLD = replace(_UNION, repo="InstantX/FLUX.1-dev-Controlnet-Union", size=6.6)
 ADAPTERS |= {(FLUX.name, name): _UNION for name in ("canny", "depth", "gray", "openpose", "softedge")}
 ADAPTERS |= {(FLUX.name, name): replace(_TOLD, mode=name) for name in ("blur", "lq", "tile")}
+ADAPTERS |= {
+    (FLUX.name, f"hyper-{steps}"): hyper(
+        f"FLUX.1-dev-{steps}steps-lora", "flux-dev", 1.39, steps, scale=0.125, guidance=3.5, sampler="euler"
+    )
+    for steps in (8, 16)
+}
+ADAPTERS |= {
+    (FLUX.name, "turbo"): Fast(
+        "Turbo LoRA",
+        "alimama-creative/FLUX.1-Turbo-Alpha",
+        "FLUX.1-dev Non-Commercial",
+        0.69,
+        "diffusion_pytorch_model.safetensors",
+        made_for="flux-dev",
+        steps=8,
+        guidance=3.5,
+    )
+}

@@ -16,6 +16,7 @@ from . import _HUB_ID, Progress, _one_file, _sample, _silent, local
 _ROLES = {  # -> what people call such a network, how it is given, what else a name may be
     "control": ("a network for control pictures", "`controls=[(MODEL, PICTURE)]`", "a hub id (org/repo), a folder"),
     "reference": ("a network for references", "`references=[(MODEL, PICTURE)]`", "a folder"),
+    "lora": ("a LoRA", "`loras=[NAME]`", "a file"),
 }
 
 
