@@ -167,7 +167,7 @@ ADAPTERS |= {
         "ByteDance/SDXL-Lightning",
         "CreativeML OpenRAIL++-M",
         0.39,
-        f"sdxl_lightning_{steps}step_lora.safetensors",
+        file=f"sdxl_lightning_{steps}step_lora.safetensors",
         made_for="sdxl",
         steps=steps,
     )
@@ -182,7 +182,7 @@ ADAPTERS |= {
         "shiroppo/sd_xl_turbo_lora",
         "Stability AI Community",  # of SDXL-Turbo, from which it was made
         0.39,
-        "sd_xl_turbo_lora_v1-64dim.safetensors",
+        file="sd_xl_turbo_lora_v1-64dim.safetensors",
         made_for="sdxl",
         sampler="euler_ancestral",
     )

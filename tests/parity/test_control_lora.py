@@ -105,10 +105,11 @@ def test_a_request_with_one_passes_the_check_before_a_model_is_fetched(model, mo
         raise Error("asked the hub", "")
 
     monkeypatch.setattr(hub, "listing", listing)
+    bare = Request("x", controls=[picture(1)])
     absent = Request("x <lora:org/depth-lora/depth.safetensors:1>", controls=[picture(1)])
     for settings, says in (
         (absent, "asked the hub|is not on this machine"),
-        (Request("x", controls=[picture(1)]), "itself reads no control"),
+        (bare, "itself reads no control"),
     ):
         with pytest.raises(Error, match=says):
             mlxdiff.load("flux-dev", dtype="float32", request=settings, force=True)
