@@ -95,6 +95,7 @@ class Attached:
 
     def _guide(self, guide: Guide, what: str, pictures: dict[tuple, Image]) -> Guide:
         """A guide with its fingerprints. Its picture goes into `pictures`."""
+        _check_picture(guide, what, self.model)
         picture = None if guide.masked else images.read(guide.image)
         found, network = picture and images.fingerprint(picture), None
         if what == "reference":
@@ -244,6 +245,7 @@ def readers(request: Request | None, model: Description) -> tuple[memory.Reader,
 
     found, references = [], References(model, offline=True)
     for guide in () if request is None else request.references:
+        _check_picture(guide, "reference", model)
         references.check(guide)
         if isinstance(store.locate(guide.model, model, "reference"), Path):
             found.append(references.reader(guide).workload)
@@ -258,7 +260,10 @@ def beside(request: Request | None, model: Description) -> tuple[Config | int, .
     from .store import guides as store
 
     found = []
-    for guide in [] if request is None else [guide for guide in request.controls if guide.model is not None]:
+    for guide in () if request is None else request.controls:
+        _check_picture(guide, "control", model)
+        if guide.model is None:
+            continue
         path = store.locate(guide.model, model, "control")
         config = store.control(path, model)[0] if isinstance(path, Path) else None
         _check_masked(guide, model, config)
@@ -267,6 +272,18 @@ def beside(request: Request | None, model: Description) -> tuple[Config | int, .
         elif (row := store.row(guide.model, model, "control")) is not None:
             found.append(int(row.size * 1e9))
     return tuple(found)
+
+
+def _check_picture(guide: Guide, what: str, model: Description) -> None:
+    """Raise if the only word of a guide names a network."""
+    from .store import guides as store
+
+    if guide.model is not None or not isinstance(guide.image, str):
+        return
+    if (row := store.row(guide.image, model, what)) is not None:
+        shown = repr(MASKED) if row.masked else "PICTURE"
+        problem = f"{guide.image} is a network, and the picture that it should read is missing."
+        raise Error(problem, f"Give both: `{what}s=[({guide.image!r}, {shown})]`.")
 
 
 def _check_masked(guide: Guide, model: Description, config: Config | None) -> None:
