@@ -43,7 +43,7 @@ MAY = {
     "mlxdiff.samplers": {"mlxdiff.errors", "mlxdiff.schedules"},
     "mlxdiff.guidance": {"mlxdiff.errors", "mlxdiff.schedules"},
     "mlxdiff.tokenizers": {"mlxdiff.errors", "mlxdiff.foreign"},
-    "mlxdiff.guides": {"mlxdiff.errors"},
+    "mlxdiff.guides": {"mlxdiff.errors", "mlxdiff.values"},
     "mlxdiff.values": {"mlxdiff.errors"},
     "mlxdiff.request": {
         "mlxdiff.arguments",
