@@ -112,6 +112,7 @@ MAY = {
         "mlxdiff.models.clip",
     },
     "mlxdiff.networks": {
+        "mlxdiff.errors",
         "mlxdiff.adapters",
         "mlxdiff.blas",
         "mlxdiff.description",
