@@ -165,6 +165,7 @@ MAY = {
         "mlxdiff.foreign",
         "mlxdiff.models.*",
         "mlxdiff.recipe",
+        "mlxdiff.schedules",
         "mlxdiff.weights",
     },
     "mlxdiff.convert": {"mlxdiff.convert.*"},
