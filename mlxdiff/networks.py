@@ -21,6 +21,7 @@ class Networks:
     def __init__(self, folder: Path, description: Description):
         self.folder, self.description = folder, description
         self._held: dict[str, nn.Module] = {}
+        self._trained: set[str] = set()  # those of them that are being trained
         self._adapters: list[tuple[Adapter, float]] = []  # with their scales
 
     def __contains__(self, name: str) -> bool:
@@ -43,10 +44,15 @@ class Networks:
         adapters.apply(network, name, self._adapters)
         return network
 
+    def whole(self, name: str) -> nn.Module:
+        """The network with all its weights: one that is held may have dropped some that only `prepare` reads."""
+        return self._held[name] if name in self._trained else self.open(name)
+
     def hold(self, name: str, network: nn.Module) -> None:
         """Use this one, which is being trained, without adapters, until it is released."""
         self.adapt([])
         self._held[name] = network
+        self._trained.add(name)
 
     def adapt(self, changed: list[tuple[Adapter, float]]) -> None:
         """Use these adapters and no others. Networks for which that makes a difference are released."""
@@ -57,6 +63,7 @@ class Networks:
     def release(self, *names: str) -> None:
         for name in names:
             self._held.pop(name, None)
+            self._trained.discard(name)
         mx.clear_cache()
 
 

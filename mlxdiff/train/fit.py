@@ -39,6 +39,7 @@ class Plan:
     ema: float  # the largest share of the average that one step keeps
     save_every: int
     weight_decay: float = 0.0  # of AdamW
+    accumulate: int = 1  # batches of a step, one after the other; the mean of their gradients counts
 
 
 class Report(NamedTuple):
@@ -70,8 +71,8 @@ def rate_at(plan: Plan, step: int) -> float:
 
 
 def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: Plan, folder: Path) -> Iterator[Report]:
-    """loss(model, *batch(step)) -> scalar. The model is trained in place; `averaged` reads its mean from the folder.
-    What is frozen of a model is neither changed nor saved."""
+    """loss(model, *batch(number)) -> scalar; a step takes `accumulate` batches. The model is trained in place;
+    `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     chosen = optimizer(plan.optimizer, plan.weight_decay)
@@ -89,7 +90,13 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
             began = time.perf_counter()
             rate = rate_at(plan, step)
             set_rate(chosen, rate)
-            value, grads = gradient(model, *batch(step))
+            value, grads = gradient(model, *batch(step * plan.accumulate))
+            for k in range(1, plan.accumulate):
+                mx.eval(value, grads)  # what it took is free again before the next batch
+                more, others = gradient(model, *batch(step * plan.accumulate + k))
+                value, grads = value + more, tree_map(mx.add, grads, others)
+            if plan.accumulate > 1:
+                value, grads = value / plan.accumulate, tree_map(lambda g: g / plan.accumulate, grads)
             grads, _ = opt.clip_grad_norm(grads, plan.clip)
             chosen.update(model, grads)
             keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
@@ -122,7 +129,7 @@ def same_run(folder: Path, settings: dict) -> None:
             changed = [k for k in settings if settings[k] != before.get(k)]
             if changed:
                 stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
-                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another --out.")
+                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another `output`.")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +143,7 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError) as e:  # MLX raises the second, a name that no file can have the third
         why = getattr(e, "strerror", None) or e
-        fix = "Check the free space and the permissions, or give another --out."
+        fix = "Check the free space and the permissions, or give another `output`."
         raise Error(f"{place} cannot be written: {why}.", fix) from None
 
 
