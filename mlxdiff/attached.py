@@ -12,12 +12,13 @@ from PIL.Image import Image
 from . import conditioning, detect, dialects, images, memory
 from .adapters import Adapter, Word
 from .description import Description
+from .dialects import embedding, lora
 from .errors import Error
 from .guides import MASKED, Guide
 from .models.build import Config
 from .models.controlnet import ALIASES, INPAINT
 from .references import References
-from .request import Request, embedding, lora
+from .request import Request
 
 Names = Sequence[str]
 Progress = Callable[[str, int, int], None]

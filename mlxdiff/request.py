@@ -334,7 +334,7 @@ class Request:
             for text in value or ():
                 values.text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
-            if (scale := lora(text)[1]) is not None:
+            if (scale := dialects.lora(text)[1]) is not None:
                 values.number("lora scale", scale, -MAX_SCALE, MAX_SCALE)
 
     def check_guides(self) -> None:
@@ -434,21 +434,6 @@ def asked(prompt: str | Request, settings: dict) -> Request:
     """The request of a call: a prompt or an earlier request, whose settings the given settings replace."""
     arguments.check_settings(settings, SETTINGS)
     return prompt.but(settings) if isinstance(prompt, Request) else Request(prompt, **settings)
-
-
-def lora(text: str) -> tuple[str, float | None]:
-    """A LoRA and its scale: style.safetensors:0.8. None: it is not said."""
-    name, _, scale = text.rpartition(":")
-    try:
-        return (name, float(scale)) if name else (text, None)
-    except ValueError:
-        return text, None
-
-
-def embedding(text: str) -> tuple[str, str | None]:
-    """An embedding's file and its word: moss.safetensors=<moss>. None: the word that the file has."""
-    name, found, word = text.partition("=")
-    return name, word if found else None
 
 
 def takes_settings(call: Call) -> Call:

@@ -1,6 +1,7 @@
 // How the finished picture is looked at: enlarged more sharply than a browser does, and zoomed in full screen.
 
 const MOST = 32; // times
+const SOFT = 0.65, FIRM = 0.8; // the radius in the picture's pixels, and the strength, of the unsharp mask
 
 // A picture of few pixels on a large screen: bicubic, and a little firmer. `copy` lies over `canvas`, whose pixels stay the
 // file's.
@@ -15,11 +16,11 @@ export function sharpening(canvas, copy) {
     const to = copy.getContext("2d", { willReadFrequently: true }), soft = blurred.getContext("2d");
     for (const each of [to, soft]) each.imageSmoothingQuality = "high";
     to.drawImage(canvas, 0, 0, wide, tall);
-    soft.filter = `blur(${0.65 * scale}px)`;
+    soft.filter = `blur(${SOFT * scale}px)`;
     soft.drawImage(copy, 0, 0);
     if (soft.filter === undefined) return; // Safari before 18
     const sharp = to.getImageData(0, 0, wide, tall), low = soft.getImageData(0, 0, wide, tall).data, data = sharp.data;
-    for (let i = 0; i < data.length; i++) if (i % 4 < 3 && low[i | 3] === 255) data[i] += data[i] - low[i];
+    for (let i = 0; i < data.length; i++) if (i % 4 < 3 && low[i | 3] === 255) data[i] += FIRM * (data[i] - low[i]);
     to.putImageData(sharp, 0, 0);
   }
   let due = 0;

@@ -120,8 +120,9 @@ LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 def test_a_lora_by_keyboard_a_favourite_and_the_picture_in_full_screen(started, page, tmp_path):
-    down, up = np.random.default_rng(0).normal(size=(2, 4, 128)).astype(np.float32)
-    full(tmp_path / "loras" / "ink.safetensors", {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up.T})
+    g = np.random.default_rng(0)
+    down, up = (g.normal(size=size).astype(np.float32) for size in ((4, 128), (96, 4)))
+    full(tmp_path / "loras" / "ink.safetensors", {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up})
     full(tmp_path / "loras" / "wide.safetensors", {f"{LAYER}.lora_A.weight": np.ones((4, 768), np.float32)})
     page.set_viewport_size({"width": 1440, "height": 900})
     page.goto(started)
