@@ -112,6 +112,7 @@ MAY = {
         "mlxdiff.models.clip",
     },
     "mlxdiff.networks": {
+        "mlxdiff.errors",
         "mlxdiff.adapters",
         "mlxdiff.blas",
         "mlxdiff.description",
@@ -164,6 +165,7 @@ MAY = {
         "mlxdiff.foreign",
         "mlxdiff.models.*",
         "mlxdiff.recipe",
+        "mlxdiff.schedules",
         "mlxdiff.weights",
     },
     "mlxdiff.convert": {"mlxdiff.convert.*"},
