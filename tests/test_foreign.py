@@ -161,6 +161,37 @@ def test_no_network_of_too_many_layers_is_built():
         build.build(type(unet)(**many))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 10**9),
+        ("steps", 1.5),
+        ("start", 1e308),
+        ("end", -1),
+        ("offset", 10**6),
+        ("spacing", "x"),
+        ("spacing", 1),
+    ],
+)
+def test_a_schedule_that_cannot_be(converted, tmp_path, key, value):
+    """10^9 training steps took 8 GB for each array of them. The hash is right: an attacker can compute it."""
+    values = json.loads((converted / "model.json").read_text(encoding="utf-8"))
+    values["schedule"][key] = value
+    values["hash"] = description.hash_of(values)
+    (tmp_path / "model.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(Error, match=r"model\.json has schedule"):
+        description.read(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_train_timesteps", 10**7), ("beta_start", 1.0), ("beta_end", 1e200)])
+def test_a_scheduler_that_cannot_be(tmp_path, key, value):
+    folder = shutil.copytree(builtin.FOLDER, tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
+    with pytest.raises(Error, match=f"scheduler_config.json has {key}"):
+        convert.open(folder)
+
+
 @pytest.mark.parametrize("kind", ["mixers", "hint"])
 def test_an_adapter_of_too_many_layers_is_not_built(kind):
     union = union_names.LAYOUTS["union"].published["union"]

@@ -6,18 +6,23 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
+import time
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from PIL import Image
 
 import mlxdiff
+from mlxdiff import advice
 from mlxdiff.convert import lora as reader
 from mlxdiff.errors import Error
-from mlxdiff.train import batches, fit, folder, lora, tune
+from mlxdiff.memory import SURE
+from mlxdiff.train import batches, fit, folder, footprint, lora, tune
 from mlxdiff.train.__main__ import main
 
 STEPS, WORD = 24, "zork"
@@ -100,6 +105,115 @@ def test_a_killed_run_leaves_its_last_save(pipe, rings, tmp_path, monkeypatch):
     steps.close()
     assert saved.ranks == (4,)
     assert (run.out / tune.RUN / "state.safetensors").is_file()
+
+
+def test_a_process_that_is_killed_twice_ends_at_the_same_weights(pipe, rings, tmp_path):
+    """SIGKILL, at moments that nobody chose; then the run is finished. Against a run that was left alone."""
+    settings = {"steps": 6, "save_every": 1, "batch": 1, "rank": 2}
+    whole = tune.LoraRun(pipe, tuning(rings, **settings), tmp_path / "whole")
+    list(whole.steps())
+    typed = [
+        "-m",
+        "mlxdiff.train",
+        "lora",
+        "-m",
+        "storybook",
+        "--dtype",
+        "float32",
+        "-i",
+        str(rings),
+        "-p",
+        f"a {WORD}",
+    ]
+    typed += [
+        "-p",
+        f"a {WORD}",
+        "-o",
+        str(tmp_path / "parts"),
+        "--size",
+        "64",
+        "--rank",
+        "2",
+        "--steps",
+        "6",
+        "--save-every",
+        "1",
+    ]
+    log, lines = tmp_path / "parts" / tune.RUN / "log.csv", 1
+    for wanted in (2, 4):  # steps, and then some
+        child = subprocess.Popen([sys.executable, *typed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while child.poll() is None and lines <= wanted:
+            time.sleep(0.01)
+            lines = len(log.read_text().splitlines()) if log.exists() else 1
+        child.kill()
+        child.wait()
+    second = tune.LoraRun(pipe, tuning(rings, **settings), tmp_path / "parts")
+    list(second.steps())
+    assert [line.split(",")[:2] for line in log.read_text().splitlines()] == [
+        line.split(",")[:2] for line in (tmp_path / "whole" / tune.RUN / "log.csv").read_text().splitlines()
+    ]
+    for path, value in changes(whole.net).items():
+        assert mx.array_equal(value, changes(second.net)[path]), path
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_step_takes_the_memory_that_was_told(pipe, rings, tmp_path, low):
+    """Against MLX's own count. MLX begins operations before others end, so it may need more than the walk says."""
+    given = tuning(rings, size=128, batch=8, rank=2, steps=2, low_memory=low)
+    run = tune.LoraRun(pipe, given, tmp_path / "run")
+    steps = run.steps()
+    next(steps)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    next(steps)
+    steps.close()
+    assert 0.8 < footprint.step(pipe.description, given).peak / mx.get_peak_memory() < SURE
+
+
+def test_recomputing_and_accumulating_change_nothing(pipe, rings, tmp_path):
+    """Blocks that are computed twice give the same losses to rounding. The gradient of a step of two batches is the
+    mean of theirs."""
+    given = {"steps": 2, "batch": 1, "rate": 1e-2, "rank": 2}
+    plain = [r.loss for r in tune.LoraRun(pipe, tuning(rings, **given), tmp_path / "a").steps()]
+    low = [r.loss for r in tune.LoraRun(pipe, tuning(rings, **given, low_memory=True), tmp_path / "b").steps()]
+    np.testing.assert_allclose(low, plain, rtol=1e-5)
+    run = tune.LoraRun(pipe, tuning(rings, **given | {"steps": 1}, accumulate=2), tmp_path / "c")
+    first = dict(tree_flatten(run.net.trainable_parameters()))
+    (data,), aim = run.encoded(), batches.Objective(pipe.description)
+    parts = [aim.part(data, np.random.default_rng([0, 11, k]), 1) for k in range(2)]
+    found = [nn.value_and_grad(run.net, batches.loss)(run.net, [part]) for part in parts]
+    run.net.update(tree_unflatten(list(first.items())))
+    (report,) = run.steps()
+    assert abs(report.loss - np.mean([value.item() for value, _ in found])) < 1e-6
+    state = mx.load(str(run.out / tune.RUN / "state.safetensors"))
+    (one, two), rate = (dict(tree_flatten(grads)) for _, grads in found), 0.1
+    norm = np.sqrt(sum(np.square((np.array(one[k]) + np.array(two[k])) / 2).sum() for k in one))
+    for k in one:  # AdamW's first moment is a tenth of the clipped gradient
+        want = rate * (one[k] + two[k]) / 2 * min(1.0, 1 / norm)
+        np.testing.assert_allclose(state[f"optimizer.{k}.m"], want, atol=1e-6 * max(1, norm), err_msg=k)
+
+
+def test_what_was_encoded_is_kept(pipe, rings, tmp_path, monkeypatch):
+    """A run that continues opens neither the VAE nor the text encoder; a damaged file is made anew."""
+    run = tune.LoraRun(pipe, tuning(rings, steps=1), tmp_path / "run")
+    (first,) = run.encoded()
+    monkeypatch.setattr(tune, "encode", None)
+    (again,) = run.encoded()
+    assert first.buckets == again.buckets
+    assert all(mx.array_equal(a, b) for a, b in zip(first.means, again.means, strict=True))
+    assert all(mx.array_equal(a["context"], b["context"]) for a, b in zip(first.args, again.args, strict=True))
+    (run.out / tune.RUN / "encoded-0.safetensors").write_bytes(b"half")
+    with pytest.raises(TypeError):  # it encodes, which this test took away
+        run.encoded()
+
+
+def test_too_little_memory_is_told_before_the_work(rings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(advice, "this_machine", lambda: advice.Machine(10**7, 10**7, False))
+    said = refused(capsys, "-i", str(rings), "-o", str(tmp_path / "out"), "-p", "a thing")
+    assert re.search(r"A step takes about \d+\.\d GB; this machine has 0\.0\. Train .* --force tries", said), said
+    assert not (tmp_path / "out").exists()
+    assert main(["lora", "-m", "storybook", "-i", "x", "-o", "y", "-p", "z", "--estimate"]) == 0
+    assert "float32-4bit" in capsys.readouterr().out
 
 
 def test_only_the_changes_move(pipe, rings, tmp_path):
@@ -251,6 +365,7 @@ def refused(capsys, *args: str) -> str:
         ("--sample", "a <lora:nowhere:1>"): "There is no LoRA 'nowhere'.",
         ("--rate", "nan"): "Rate must be a number from 1e-09 to 1.0; nan was given.",
         ("--size", "60"): "Size 60 is not a multiple of 8",
+        ("--accumulate", "0"): "Accumulate must be a whole number from 1",
         ("--class-prompt", "a house"): "there are none. Give a folder: --class-images FOLDER.",
         ("--images", "nowhere"): "There is no folder nowhere.",
         ("-m", "storybook", "--steps", "0"): "Steps must be a whole number from 1",

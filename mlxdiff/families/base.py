@@ -186,7 +186,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class Fast(Beside):
-    """A published LoRA that lets a model draw in few steps, and has a name here. It changes the defaults."""
+    """A published LoRA that has a name here, and changes the defaults: most let a model draw in few steps."""
 
     scale: float = 1.0
     steps: int = 4

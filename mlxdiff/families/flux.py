@@ -241,3 +241,16 @@ ADAPTERS |= {
         guidance=3.5,
     )
 }
+ADAPTERS |= {  # with these flux-dev reads a control picture, as FLUX.1 Depth and Canny do
+    (FLUX.name, f"{name}-lora"): Fast(
+        "Control LoRA",
+        f"black-forest-labs/FLUX.1-{name.title()}-dev-lora",
+        "FLUX.1-dev Non-Commercial",
+        1.24,
+        file=f"flux1-{name}-dev-lora.safetensors",
+        net=_NETWORK,
+        steps=like.steps,
+        guidance=like.guidance,
+    )
+    for name, like in (("depth", _DEPTH), ("canny", _CANNY))
+}

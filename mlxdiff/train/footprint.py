@@ -4,16 +4,20 @@ from the operation that makes it to the last that reads it. So there are no figu
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from .. import recipe, store, weights
+from .. import advice, conditioning, recipe, weights
 from ..description import Description
+from ..errors import Error
 from ..models import build
-from . import batches, lora
+from ..tokenizers import Chunk
+from . import batches, texts, tune
+from .tune import LoraTuning
 
 # Of an input, these make another view, and of what they compute, none of the others is the input's buffer.
 _VIEWS = {"Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends", "ExpandDims", "Flatten", "Reshape"}
@@ -31,33 +35,50 @@ class Step(NamedTuple):
     peak: int
 
 
-def step(model: Description, tuning) -> Step:
-    """The largest memory of a step of a LoRA's training at the size of its square bucket, in a LoraTuning's
-    settings."""
-    denoiser = model.family.denoiser
-    net = blank(model, denoiser)
-    held = _bytes(net.parameters())
-    alpha = tuning.rank if tuning.alpha is None else tuning.alpha
-    layers = tuning.layers or model.family.trained
-    lora.attach(net, model.name, store.layers(model, denoiser), layers, tuning.rank, alpha, [0])
-    calls = _without_blocks(net) if tuning.low_memory else []
+def step(model: Description, tuning: LoraTuning) -> Step:
+    """The largest memory of a step of a LoRA's training, for square pictures of its size."""
+    names = [model.family.denoiser, *model.text.clip * tuning.text_encoder]
+    nets = {name: blank(model, name) for name in names}
+    held = _bytes([net.parameters() for net in nets.values()])
+    for name, net in nets.items():
+        tune.attach(net, model, name, tuning)
+    denoiser, *encoders = nets.values()
+    whole = texts.Reader(denoiser, dict(zip(names[1:], encoders, strict=True)))
+    calls = _without_blocks(whole) if tuning.low_memory else []
     aim, size = batches.Objective(model), tuning.size_for(model) // model.factor
     x = mx.zeros((tuning.batch, size, size, model.latent_channels))
     sets = 1 if tuning.class_images is None else 2
 
-    def run(params: dict, x: mx.array, t: mx.array, args: dict) -> list[mx.array]:
-        net.update(params)
+    def loss(whole: texts.Reader, x: mx.array, t: mx.array, args: dict) -> mx.array:
+        args = args | _encoded(model, whole, tuning.batch)
         each = [{k: v[i : i + 1] for k, v in args.items()} for i in range(tuning.batch)]
         part = batches.Part(x, t, x, aim.arguments(each, x.shape[1:3]), 1.0)
-        value, grads = nn.value_and_grad(net, batches.loss)(net, [part] * sets)
+        return batches.loss(whole.net, [part] * sets)
+
+    def run(params: dict, *inputs) -> list[mx.array]:
+        whole.update(params)
+        value, grads = nn.value_and_grad(whole, loss)(whole, *inputs)
         return [value, *(g for _, g in tree_flatten(grads))]
 
-    trained = _bytes(net.trainable_parameters())
-    passing = walked(run, net.parameters(), x, mx.zeros((tuning.batch,)), _read(model, tuning.batch))
+    trained = _bytes(whole.trainable_parameters())
+    passing = walked(run, whole.parameters(), x, mx.zeros((tuning.batch,)), _read(model, tuning.batch))
     passing += max((_of_block(*call) for call in {key: call for key, *call in calls}.values()), default=0)
     more = trained if tuning.accumulate > 1 else 0  # the sum of the gradients so far
     update = held + (2 * _STATES + 1) * trained  # the new ones, while the old are held
     return Step(held, max(passing + (_STATES - 1) * trained + more, update))
+
+
+def _encoded(model: Description, whole: texts.Reader, n: int) -> dict[str, mx.array]:
+    """What encoders that are trained make of n captions."""
+    if not whole.encoders:
+        return {}
+    parts = {}
+    for name, encoder in whole.encoders.items():
+        blank = Chunk([0] * encoder.config.positions, [1.0] * encoder.config.positions)
+        parts[name] = conditioning.read(model.text, encoder, conditioning.Words([[blank]] * n, None), 1)
+    found = conditioning.join(model.text, parts, model.net.context)
+    made = {"context": mx.concatenate([text.context for text in found])}
+    return made | ({} if found[0].pooled is None else {"pooled": mx.concatenate([text.pooled for text in found])})
 
 
 def _without_blocks(net: nn.Module) -> list[tuple]:
@@ -181,6 +202,40 @@ def walked(run: Callable, *inputs) -> int:
             alive -= size[b]
             held.discard(b)
     return most
+
+
+def told(model: Description, tuning: LoraTuning, force: bool) -> str:
+    """What a step takes, for people. Raises if this machine clearly has less. force: try it all the same."""
+    need, machine = step(model, tuning), advice.this_machine()
+    said = f"A step takes about {need.peak / 1e9:.1f} GB"
+    if need.peak > advice.SURE * machine.memory and not force:
+        fitting = [(k, step(*other).peak) for k, *other in _others(model, tuning)]
+        fitting = [f"`{k}` ({n / 1e9:.1f} GB)" for k, n in fitting if n <= machine.budget]
+        fix = f"What fits: {', or '.join(fitting)}." if fitting else "Train for a smaller model."
+        fix = f"{fix} `force=True` tries it as it is."
+        raise Error(f"{said}; this machine has {machine.memory / 1e9:.1f}.", fix)
+    return f"{said}, the model's {need.weights / 1e9:.1f} among them; this machine has {machine.memory / 1e9:.1f}."
+
+
+def _others(model: Description, tuning: LoraTuning) -> list[tuple[str, Description, LoraTuning]]:
+    """Settings that take less, as Python spells them."""
+    low, four = replace(tuning, low_memory=True), replace(model, recipe=replace(model.recipe, bits=4))
+    found = [] if tuning.low_memory else [("low_memory=True", model, low)]
+    if model.recipe.bits is None or recipe.BITS[model.recipe.bits] > 4:
+        found += [("bits=4", four, tuning)] if tuning.low_memory else [("low_memory=True bits=4", four, low)]
+    half = tuning.size_for(model) // 2 // model.multiple * model.multiple
+    return [*found, (f"low_memory=True bits=4 size={half}", four, replace(low, size=half))] if half else found
+
+
+def table(model: Description, tuning: LoraTuning) -> str:
+    """What a step takes with 16, 8 and 4 bits, and with low_memory or without, for people."""
+    size = tuning.size_for(model)
+    lines = [f"{model.name} at {size}x{size}, rank {tuning.rank}, {tuning.batch} at once: a step takes about"]
+    for bits in (None, 8, 4):
+        how = replace(model, recipe=replace(model.recipe, bits=bits))
+        plain, low = (step(how, replace(tuning, low_memory=each)).peak / 1e9 for each in (False, True))
+        lines.append(f"  {how.recipe!s:16}{plain:7.1f} GB, with --low-memory {low:.1f} GB")
+    return "\n".join(lines)
 
 
 def _bytes(tree) -> int:

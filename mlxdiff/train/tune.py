@@ -85,9 +85,11 @@ class LoraTuning(Tuning):
             raise Error("class_prompt describes pictures of the class, and there are none.", fix)
 
 
-def check(pipe: Pipeline) -> None:
+def check(model: Description, tuning: Tuning) -> None:
     """Raise for a model that this cannot train for."""
-    model = pipe.description
+    if getattr(tuning, "text_encoder", False) and model.flow:
+        problem = f"{model.name} is {model.family.title}, whose text encoders are not trained."
+        raise Error(problem, "Leave `text_encoder` out: the denoiser learns words too.")
     if model.guidance in (EMBEDDED, NONE) or model.row.beside or (model.row.edits and model.variant != "base"):
         fix = "Train for the base model of its family; what it learns often works with its relatives too."
         raise Error(f"{model.name} is a {model.variant} model, which this cannot train for.", fix)
@@ -96,7 +98,7 @@ def check(pipe: Pipeline) -> None:
 def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None) -> list[Picture]:
     """The pictures of a folder. Raises for what is wrong with them, with the settings or with the model."""
     tuning.check()
-    check(pipe)
+    check(pipe.description, tuning)
     size, multiple = tuning.size_for(pipe.description), pipe.description.multiple
     if size % multiple or not multiple <= size <= MAX_EDGE:
         usual = pipe.description.defaults.size
@@ -147,19 +149,9 @@ class LoraRun:
         if tuning.class_images is not None:
             self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt))
         model, denoiser = pipe.description, pipe.description.family.denoiser
-        if tuning.text_encoder and model.flow:
-            problem = f"{model.name} is {model.family.title}, whose text encoders are not trained."
-            raise Error(problem, "Leave `text_encoder` out: the denoiser learns words too.")
         pipe.networks.adapt([])  # what it drew with before does not count
         self.networks = {n: pipe.networks.open(n) for n in (denoiser, *model.text.clip * tuning.text_encoder)}
-        alpha = tuning.rank if tuning.alpha is None else tuning.alpha
-        self.made = {}
-        for i, (name, net) in enumerate(self.networks.items()):
-            layers = lora.OF_TEXT if i else tuning.layers or model.family.trained
-            known = adapters.layers(model, name)
-            self.made[name] = lora.attach(
-                net, model.name, known, layers, tuning.rank, alpha, [tuning.seed, 7 + 100 * i]
-            )
+        self.made = {name: attach(net, model, name, tuning) for name, net in self.networks.items()}
         self.net, *encoders = self.networks.values()
         self.trained, self.captions = self.net, None
         if encoders:
@@ -217,6 +209,15 @@ class LoraRun:
 
     def export(self) -> Path:
         return lora.export(self.made, self.pipe.description, self.notes, self.out)
+
+
+def attach(net: nn.Module, model: Description, name: str, tuning: LoraTuning) -> dict[str, lora.LowRank]:
+    """Put changes beside the layers of a component."""
+    encoders = list(model.text.clip)
+    layers = lora.OF_TEXT if name in encoders else tuning.layers or model.family.trained
+    seed = [tuning.seed, 107 + 100 * encoders.index(name) if name in encoders else 7]
+    alpha = tuning.rank if tuning.alpha is None else tuning.alpha
+    return lora.attach(net, model.name, adapters.layers(model, name), layers, tuning.rank, alpha, seed)
 
 
 def told(sets: Sequence[Sequence[Picture]]) -> str:
