@@ -115,9 +115,8 @@ class WordRun:
     def sample(self, prompts: Sequence[str], step: int) -> list[Path]:
         """Draw pictures with what is trained so far."""
         given = f"{self.export()}={self.tuning.word}"
-        return tune.samples(
-            self.pipe, {self.pipe.description.family.denoiser: self.net}, prompts, step, self.out, embeddings=[given]
-        )
+        networks = {self.pipe.description.family.denoiser: self.net}
+        return tune.samples(self.pipe, self.tuning, networks, prompts, step, self.out, embeddings=[given])
 
     def export(self) -> Path:
         """Write the word as a file that diffusers, A1111, ComfyUI and mlxdiff read."""
