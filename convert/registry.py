@@ -15,6 +15,10 @@ an encoder's module of which a family reads some layers only also
 
     kept(config, like)         the Config of the layers that are read
 
+a module whose published config.json is wrong also
+
+    corrected(config, shapes)  its Config, from what config.json says and from shapes
+
 and a denoiser's module also
 
     layout(config, components)   which of LAYOUTS a folder of diffusers has

@@ -63,7 +63,7 @@ def config(shapes: Shapes, like: Config) -> Config:
         dual=tuple(i for i in range(layers) if f"transformer_blocks.{i}.attn2.to_q.weight" in shapes),
         qk_norm=norm in shapes,
         hint_channels=shapes.size(hint, 1),
-        told=text not in shapes,
+        told=text not in shapes and shapes.size(hint, 1) != channels + 1,
     )
 
 
@@ -93,6 +93,15 @@ def from_json(s: Settings, cls: str) -> Config:
         hint_channels=channels + (s.whole("extra_conditioning_channels", 0) if more else 0),
         told=not s.flag("force_zeros_for_pooled_projection", True),
     )
+
+
+def corrected(config: Config, shapes: Shapes) -> Config:
+    """The published config.json of the one that reads a mask does not say so: diffusers must be told. Such a network is
+    not told the pooled text, whatever its config.json says."""
+    channels = shapes.get("pos_embed_input.proj.weight", ())[1:2]
+    if channels != (config.in_channels + 1,) or config.hint_channels not in (config.in_channels, *channels):
+        return config
+    return replace(config, hint_channels=channels[0], told=False)
 
 
 def divided(config: Config) -> list[tuple[int, int, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from . import images, memory, pictures
+from .description import Description
 from .networks import Networks
 from .request import Request
 from .result import Event
@@ -33,8 +34,8 @@ class Start(NamedTuple):
 class Starts:
     """Those of one model's runs. The pictures of the last request are kept, and the latents of those to edit."""
 
-    def __init__(self, networks: Networks, low_memory: bool):
-        self.networks, self.model, self.low_memory = networks, networks.description, low_memory
+    def __init__(self, networks: Networks, model: Description, low_memory: bool):
+        self.networks, self.model, self.low_memory = networks, model, low_memory
         self._taken: tuple[tuple, pictures.Taken] | None = None  # after their fingerprints
         self._references: tuple[tuple, list[mx.array]] = (), []  # the same
 
@@ -52,16 +53,28 @@ class Starts:
         known = len(request.hashes) == len(request.pictures)  # a second pass begins with a picture that is in no file
         return self._taken[1] if held and known else pictures.read(request)
 
-    def control(self, request: Request, picture: Image.Image) -> Image.Image:
-        """A control picture of a resolved request as its network reads it."""
-        return pictures.control(request, self.pictures(request), picture)
+    def control(self, request: Request, picture: Image.Image | None, hole: float | None = None) -> np.ndarray:
+        """A control picture of a resolved request as its network reads it, (H, W, 3) in [-1, 1]. None: the start image,
+        and `hole`, in [0, 1], where the mask is white."""
+        taken = self.pictures(request)
+        if picture is not None:
+            return images.to_pixels(pictures.control(request, taken, picture))
+        canvas = pictures.canvas(request, taken)
+        return np.where(canvas.anew[..., None], np.float32(2 * hole - 1), images.to_pixels(canvas.image))
 
     def controls(self, request: Request, controls: list[tuple], draw: Callable[[], mx.array]) -> Iterator:
         """Events, then the latents of control pictures, each given with its network's Config and its kind: one sample
-        for each seed, or the mean. In diffusers too these draws come before all others."""
-        pixels = [c.pixels(images.to_pixels(self.control(request, picture)), mode) for picture, c, mode in controls]
+        for each seed, or the mean; behind it the mask, 0 where it is white, if the network reads it. In diffusers too
+        these draws come before all others."""
+        pixels = [c.pixels(self.control(request, picture, c.hole), mode) for picture, c, mode in controls]
         hows = [partial(_sample, noise=draw()) if c.draws else _mean for _, c, _ in controls]
-        return (yield from self._encode(pixels, hows))
+        latents = yield from self._encode(pixels, hows)
+        if any(c.reads_mask for _, c, _ in controls):
+            kept = 1 - mx.array(pictures.canvas(request, self.pictures(request)).latents(self.model.factor))
+        return [
+            mx.concatenate([z, kept.astype(z.dtype)], axis=-1) if c.reads_mask else z
+            for z, (_, c, _) in zip(latents, controls, strict=True)
+        ]
 
     def begin(
         self,
@@ -80,7 +93,7 @@ class Starts:
         canvas = pictures.canvas(request, self.pictures(request)) if starts else None
         pixels = {} if canvas is None else canvas.pixels
         if control is not None:
-            pixels["control"] = images.to_pixels(self.control(request, control))
+            pixels["control"] = self.control(request, control)
         afresh = not starts or (request.masked and request.strength == 1)  # from noise alone
         wanted = [n for n in noises if n in row.reads or (n == "image" and not (afresh and row.inpaints))]
         samples = [partial(_sample, noise=noises[name]) for name in wanted]

@@ -21,6 +21,7 @@ from PIL import Image
 FOLDER = Path(__file__).parent.parent / "notebooks"
 TIMEOUT = 300  # seconds a cell
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+_PICTURE = re.compile(r"!\[([^]]*)\]\(data:image/png;base64,([A-Za-z0-9+/=]+)\)")
 _LIVE = ("application/vnd.jupyter.widget-view+json", "application/javascript")
 
 
@@ -56,9 +57,19 @@ def still(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 if live is not None and not output.data.keys() - {"text/plain"}:
                     continue  # a progress bar that has gone
                 output.metadata = {}
-            kept.append(output)
+            kept += parts(output)
         cell.outputs = kept
     return book
+
+
+def parts(output: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """A saved lesson as words, picture and words: some pages show no picture that is inside Markdown."""
+    found = _PICTURE.search(output.get("data", {}).get("text/markdown", ""))
+    if found is None:
+        return [output]
+    above, below = (found.string[: found.start()].strip(), found.string[found.end() :].strip())
+    shown = ({"text/markdown": above}, {"image/png": found[2], "text/plain": found[1]}, {"text/markdown": below})
+    return [nbformat.v4.new_output("display_data", data) for data in shown]
 
 
 def light(book: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -194,6 +194,73 @@ def test_a_wrong_control_is_refused_before_a_model_is_fetched(files, monkeypatch
         mlxdiff.load("sd15", request=request)
 
 
+def test_the_masked_start_image_draws_again_and_is_refused_without_a_mask(pipe, net, edges, tmp_path):
+    hole = Image.new("L", (64, 64))
+    hole.paste(255, (10, 10, 40, 40))
+    hole.save(tmp_path / "hole.png")
+    masked = {"image": edges, "mask": tmp_path / "hole.png"}
+    result = pipe("a red house", controls=[(str(net), "masked")], **masked, **SAME)
+    assert (result.request.strength, result.request.controls[0].image) == (1.0, "masked")
+    assert abs(pixels(result) - pixels(pipe("a red house", **masked, strength=1.0, **SAME))).mean() > 1
+    (file,) = result.save(tmp_path / "a.png")
+    assert (pixels(pipe(images.read_settings(file)[0])) == pixels(result)).all()
+    cropped = pipe("a red house", controls=[(str(net), "masked")], mask_crop=4, **masked, **SAME)
+    assert abs(pixels(cropped) - pixels(result)).mean() > 1
+    for settings, says in (
+        ({"controls": [(net, "masked")]}, "needs a mask, and none was given"),
+        ({"controls": ["masked"]}, "for a control that inpaints"),
+        ({"controls": [Guide("masked", net, detect="grey")]}, "for a control that inpaints"),
+        ({"references": [(net, "masked")]}, "for a control that inpaints"),
+    ):
+        with pytest.raises(Error, match=says):
+            pipe.resolve("x", **(SAME | settings))
+    with pytest.raises(Error, match="was not made to inpaint"):
+        mlxdiff.load("sd15", request=Request("x", controls=[("canny", "masked")], **masked))
+    with pytest.raises(Error, match=r"was made to inpaint.*controls=\[\('inpaint', 'masked'\)\]"):
+        mlxdiff.load("sd15", request=Request("x", controls=[("inpaint", edges)], **masked))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "says"),
+    [
+        (
+            "storybook",
+            {"controls": [("canny", "E")]},
+            "which was made for sd15, .*: it does not fit storybook",
+        ),
+        (
+            "storybook",
+            {"references": [("ip-adapter", "E")]},
+            "h94/IP-Adapter, which was made for sd15, ",
+        ),
+        (
+            "sd3-medium",
+            {"controls": [("canny-large", "E")]},
+            "which was made for sd3.5-large, sd3.5-large-turbo",
+        ),
+        (
+            "sdxl",
+            {"controls": [("cany", "E")]},
+            "There is no control network, file or folder 'cany'. Did you",
+        ),
+        ("sdxl", {"references": [("ip-adaptr", "E")]}, "There is no reference network, file or folder 'ip-adaptr'"),
+        ("sd15", {"controls": [("inpaint",)]}, r"is a network, and the picture .* is missing.*\('inpaint', 'masked'\)"),
+        ("sd15", {"references": [("ip-adapter",)]}, r"is a network, and the picture .*\('ip-adapter', PICTURE\)"),
+        ("sd15", {"upscaler": "realesrgan-x4"}, "There is no upscaler, file or folder 'realesrgan-x4'. Did you mean"),
+    ],
+)
+def test_a_name_that_does_not_fit_is_refused_before_any_download(edges, monkeypatch, model, settings, says):
+    for name in ("listing", "download"):
+        monkeypatch.setattr(hub, name, lambda *_: pytest.fail("asked the hub"))
+    given = settings | {
+        k: [tuple(edges if word == "E" else word for word in guide) for guide in v]
+        for k, v in settings.items()
+        if isinstance(v, list)
+    }
+    with pytest.raises(Error, match=says):
+        mlxdiff.load(model, request=Request("a house", **given))
+
+
 # ---- named networks, and memory
 
 

@@ -90,7 +90,7 @@ def test_the_command(rings, tmp_path, capsys):
         ({"vectors": 0}, "Vectors must be a whole number from 1 to 32; 0 was given"),
         ({"initial": " "}, "The initial words are empty"),
         ({"word": "a ring"}, "A word that is taught cannot be 'a ring'"),
-        ({"word": "red"}, "The tokenizer knows the word 'red' already"),
+        ({"word": "red"}, "The tokenizer knows the word 'red' already. Give a `word` without spaces"),
     ],
 )
 def test_a_bad_word_is_refused(pipe, rings, tmp_path, settings, problem):

@@ -390,14 +390,23 @@ def test_damaged_states_are_refused(rings, tmp_path, capsys):
 
 def test_a_full_disk_is_one_line(tmp_path):
     """And no half of a file stays. A limit of the size stands for the disk."""
-    before, stop = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    limits, stop = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(Error, match=r"a\.safetensors cannot be written"):
             fit.write_arrays(tmp_path / "a.safetensors", {"x": mx.zeros(1000)}, {})
         assert not [*tmp_path.iterdir()]
+        run = tmp_path / "run"
+        fit.same_run(run, {"steps": 3})
+        (run / "log.csv").write_text("step,loss,rate,seconds\n1,0.5,1e-3,0.1\n")
+        before = {file.name: file.read_text() for file in run.iterdir()}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3, limits[1]))
+        for write in (lambda: fit.same_run(run, {"steps": 3}), lambda: fit._cut_log(run / "log.csv", 1)):
+            with pytest.raises(Error, match="cannot be written"):
+                write()
+        assert {file.name: file.read_text() for file in run.iterdir()} == before
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, stop)
 
 

@@ -1,5 +1,6 @@
 """`mlxdiff studio` opens the studio as a page of its own. With --lab it is a notebook in JupyterLab."""
 
+import os
 import sys
 import webbrowser
 from contextlib import ExitStack, suppress
@@ -13,7 +14,9 @@ from . import lab
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff studio", description="Draw in the browser. The page is served to this machine alone.")
     p.add_argument("-m", "--model", metavar="MODEL", help="name, hub id, folder, .safetensors or .gguf")
-    p.add_argument("-o", "--out", metavar="DIR", help="where pictures are kept (default pictures)")
+    where = "where pictures are kept (default pictures)"
+    p.add_argument("-o", "--output", "--out", dest="out", metavar="DIR", help=where)  # --out: its first name
+    p.add_argument("--lora-dir", metavar="DIR", help="where your LoRAs are ($MLXDIFF_LORAS)")
     p.add_argument(
         "--lab",
         nargs="?",
@@ -24,10 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     args = p.parse_args(argv)
+    if args.lora_dir is not None:
+        if not Path(args.lora_dir).is_dir():
+            p.error(f"There is no folder {args.lora_dir}. Give the folder of your LoRAs: --lora-dir DIR.")
+        os.environ["MLXDIFF_LORAS"] = args.lora_dir  # also for a notebook's kernel
     if args.lab is None:
         return run("mlxdiff studio", lambda: studio(args.model, args.out, not args.no_browser))
     if args.out is not None:
-        p.error("--out is for the page alone: in a notebook, set studio.folder")
+        p.error("--output is for the page alone: in a notebook, set studio.folder")
     return run("mlxdiff studio", lambda: lab.studio(args.lab.resolve(), args.model, not args.no_browser))
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 import ipywidgets as w
 import traitlets as t
 
-from .. import builtin, samplers, schedules
+from .. import builtin, samplers, schedules, upscale
 from ..errors import Error
 from ..families import MODELS
 from ..recipe import BITS
 from ..request import MAX_SEED
 from .guide_rows import GuideRows
 from .known import MULTIPLE, SHAPES, Known
+from .loras import Loras
 from .settings import FIELDS, GUIDES, ignored, presets
 from .start_picture import StartPicture
 
@@ -39,6 +40,7 @@ class Controls(w.VBox):
     def __init__(self, model: str):
         wide = w.Layout(width="auto")
         self.prompt = w.Textarea(description="Prompt", rows=3, layout=wide, placeholder="What to draw")
+        self.prompt.add_class("mlxdiff-prompt")
         self.negative = w.Textarea(description="Negative prompt", rows=2, layout=wide, placeholder="What to keep away")
         self.why = w.HTML().add_class("mlxdiff-why")
         self.words = Words()
@@ -71,6 +73,8 @@ class Controls(w.VBox):
             n: w.Button(description=n, tooltip=f"Set a {n.lower()} size that suits the model") for n in SHAPES
         }
         self.memory = Memory()
+        for control in (self.model, self.sampler, self.schedule, self.memory.bits):
+            control.add_class("mlxdiff-beside")
         self.bits, self.low_memory = self.memory.bits, self.memory.low_memory
         # A text field, because a browser's numbers lose the last digits of large seeds.
         self.seed = w.Text(description="Seed", continuous_update=False, layout=wide)
@@ -79,7 +83,12 @@ class Controls(w.VBox):
         self.reuse = w.Button(description="Last", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
         self.more = w.HTML().add_class("mlxdiff-why")
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
-        self.compare = Compare()
+        self.loras, self.compare = Loras(), Compare()
+        self.enlarging = Enlarging()
+        self.upscaler = self.enlarging.upscaler
+        folds = [_fold("LoRA", self.loras, panel=True)]
+        folds += [_fold("Enlarge", self.enlarging, panel=True), _fold("Compare", self.compare, panel=True)]
+        self.loras_shown = folds[0].children[0]
         go = w.HBox([self.generate, self.cancel, self.clear]).add_class("mlxdiff-go")
         pictures = [self.start_picture, *self.guides.values()]
         ask = w.VBox([self.prompt, self.words, self.negative, self.why, *pictures, go]).add_class("mlxdiff-ask")
@@ -99,7 +108,7 @@ class Controls(w.VBox):
                 ).add_class("mlxdiff-roomy"),
                 w.HBox([self.seed, self.locked, self.dice, self.reuse]).add_class("mlxdiff-seed"),
                 w.HBox([self.more, self.forget]),
-                _fold("Compare settings", self.compare),
+                w.HBox(folds).add_class("mlxdiff-folds"),
             ]
         ).add_class("mlxdiff-settings")
         super().__init__(
@@ -128,10 +137,11 @@ class Controls(w.VBox):
         self.sampler.options = _with_default(fit)
         self.schedule.options = _with_default(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
-    def judge(self, known: Known, prompt: str, guidance: float, more: dict) -> None:
-        """Disable controls that would change nothing now and say why; name the settings that have no control."""
+    def judge(self, known: Known, prompt: str, chosen: dict, more: dict) -> None:
+        """Disable controls that would change nothing now and say why; name the settings that have no control. chosen:
+        the settings that presets and shapes set."""
         model, edits = known.description, known.edits > 0
-        reasons = ignored(model, guidance, more.get("true_cfg", 1.0))
+        reasons = ignored(model, chosen["guidance"], more.get("true_cfg", 1.0))
         self.strength.disabled = edits
         if edits and self.start_picture.sizes:
             reasons["strength"] = "This model edits: it takes no strength and no mask."
@@ -144,6 +154,9 @@ class Controls(w.VBox):
         possible = {} if known.defaults is None else presets(known.defaults)
         for name, button in self.presets.items():
             button.disabled = name not in possible
+            _mark(button, name in possible and chosen.items() >= _settings_of(possible[name]).items())
+        for name, button in self.shapes.items():
+            _mark(button, known.defaults is not None and chosen.items() >= known.shaped(name).items())
         also = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in more.items())
         self.more.value = html.escape(f"Also set: {also}.") if also else ""
         self.forget.layout.display = None if also else "none"
@@ -152,7 +165,7 @@ class Controls(w.VBox):
         """Tie every control to its trait, in both directions."""
         for name in ("prompt", "steps", "guidance", "width", "height", "strength", "count", "locked"):
             _tie(studio, name, getattr(self, name))
-        for name in ("negative", "sampler", "schedule"):
+        for name in ("negative", "sampler", "schedule", "upscaler"):
             _tie(studio, name, getattr(self, name), lambda v: "" if v is None else v, lambda v: v or None)
         _tie(studio, "seed", self.seed, str, _seed)
         self.memory.bind(studio)
@@ -179,8 +192,8 @@ class Words(w.VBox):
         self.surprise = w.Button(description="Surprise me", tooltip="A prompt of random words that the model knows")
         unfold = w.ToggleButton(description="Its words").add_class("mlxdiff-unfold")
         head = w.HBox([unfold, self.surprise]).add_class("mlxdiff-words-head")
-        super().__init__([head, w.HTML(chips).add_class("mlxdiff-chips")])
-        self.add_class("mlxdiff-words-known")
+        super().__init__([head, w.HTML(chips).add_class("mlxdiff-chips").add_class("mlxdiff-panel")])
+        self.add_class("mlxdiff-words-known").add_class("mlxdiff-fold")
 
 
 class Memory(w.VBox):
@@ -194,8 +207,8 @@ class Memory(w.VBox):
             description="Fit it to this machine", tooltip="Change settings until the next picture fits this machine"
         )
         self.need = w.HTML().add_class("mlxdiff-why")
-        rows = [[self.bits, self.low_memory], [self.fit, self.need]]
-        super().__init__([w.HBox(row).add_class("mlxdiff-memory") for row in rows])
+        rows = [w.HBox(row).add_class("mlxdiff-memory") for row in ([self.bits], [self.low_memory, self.fit])]
+        super().__init__([*rows, self.need])
 
     def tell(self, estimate: str) -> None:
         self.need.value = html.escape(estimate)
@@ -215,6 +228,22 @@ class Memory(w.VBox):
         self.low_memory.observe(lambda change: take("low_memory", change["new"]), "value")
         studio.observe(show, "options")
         show()
+
+
+class Enlarging(w.VBox):
+    """With what the picture's button Enlarge enlarges."""
+
+    def __init__(self):
+        self.upscaler = w.Combobox(
+            description="Upscaler",
+            options=tuple(upscale.NAMES),
+            placeholder="none: smoothly",
+            continuous_update=False,
+            tooltip="A name, a .safetensors file, or org/repo/file on the hub",
+        )
+        rows = "".join(f"<br>{name}: {row.title}, {row.download * 1000:.0f} MB" for name, row in upscale.NAMES.items())
+        what = "Enlarge 2× draws a picture again, enlarges it, and draws on at that size. An upscaler makes it sharper."
+        super().__init__([self.upscaler, w.HTML(what + rows).add_class("mlxdiff-why")])
 
 
 class Compare(w.VBox):
@@ -293,7 +322,20 @@ def _chip(words: str) -> str:
     return f'<button type="button" class="mlxdiff-chip">{html.escape(words)}</button>'
 
 
-def _fold(title: str, *children: w.Widget) -> w.VBox:
-    """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion."""
+def _settings_of(preset: dict) -> dict:
+    """What a preset sets beside the size."""
+    return {k: v for k, v in preset.items() if k not in ("width", "height")}
+
+
+def _mark(button: w.Button, chosen: bool) -> None:
+    (button.add_class if chosen else button.remove_class)("mlxdiff-chosen")
+
+
+def _fold(title: str, *children: w.Widget, panel: bool = False) -> w.VBox:
+    """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion. panel: on a
+    page of its own they are shown beside the other controls, not between them."""
     button = w.ToggleButton(description=title).add_class("mlxdiff-unfold")
-    return w.VBox([button, w.VBox(children)]).add_class("mlxdiff-fold")
+    content = w.VBox(children)
+    if panel:
+        content.add_class("mlxdiff-panel")
+    return w.VBox([button, content]).add_class("mlxdiff-fold")

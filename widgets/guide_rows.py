@@ -75,8 +75,10 @@ class Row(w.HBox):
             if here
             else f"This needs OpenCV: {install('control')}",
         )
-        parts = [w.HTML(picture_tag(images.read(guide.image), f"{what.title()} {n}")), self.remove]
-        if what == "control":
+        label = f"{what.title()} {n}"
+        shown = f"{label}: the masked start picture" if guide.masked else picture_tag(images.read(guide.image), label)
+        parts = [w.HTML(shown), self.remove]
+        if what == "control" and not guide.masked:
             parts.append(self.edges)
         if not alone:
             parts += [self.network, self.file, self.scale]

@@ -142,6 +142,15 @@ function text(kind, tag) {
   };
 }
 
+// A text box that offers some values.
+function combobox(model) {
+  const element = text("widget-text", "input")(model), offers = h("datalist", { id: `${model.id}-offers` });
+  follow(model, ["options"], (options) => offers.replaceChildren(...options.map((value) => h("option", { value }))));
+  element.querySelector("input").setAttribute("list", offers.id);
+  element.append(offers);
+  return element;
+}
+
 function number(model) {
   const control = h("input", { type: "number" }); // it has no min, from which its arrows would count the steps
   follow(model, ["step"], (step) => { control.step = step; });
@@ -160,6 +169,7 @@ function slider(model) {
   const digits = Number(/\.(\d)f/.exec(model.get("readout_format"))?.[1] ?? 0);
   follow(model, ["value", "max"], (value) => {
     control.value = value;
+    control.style.setProperty("--part", `${100 * (value - control.min) / (control.max - control.min)}%`);
     readout.textContent = value.toFixed(digits);
   });
   control.addEventListener("input", () => model.put("value", control.valueAsNumber));
@@ -206,6 +216,7 @@ const KINDS = {
   HBoxView: box("widget-hbox"),
   VBoxView: box("widget-vbox"),
   TextView: text("widget-text", "input"),
+  ComboboxView: combobox,
   TextareaView: text("widget-textarea", "textarea"),
   IntTextView: number,
   IntSliderView: slider,

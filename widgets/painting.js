@@ -144,6 +144,7 @@ export function painting({ model, send, h, covered }) {
     sides = now;
     soft.value = Math.max(Number(soft.min), blur);
     softness.textContent = `${blur} px`;
+    filled(soft);
     numbers.forEach((number, i) => { number.value = sides[i]; number.step = step; });
     layout();
   }
@@ -151,7 +152,7 @@ export function painting({ model, send, h, covered }) {
   function layout() {
     const { inner, blur } = model.get("around");
     const wide = inner[0] + sides[0] + sides[2], tall = inner[1] + sides[1] + sides[3];
-    paper.style.setProperty("--shape", wide / tall);
+    frame.style.setProperty("--shape", wide / tall);
     SIDES.forEach((side, i) => { sheet.style[side] = `${100 * sides[i] / (i % 2 ? tall : wide)}%`; });
     handles.forEach((handle, i) => {
       handle.setAttribute("aria-valuenow", sides[i]);
@@ -190,9 +191,11 @@ export function painting({ model, send, h, covered }) {
   function sized(pixels) {
     size = Math.round(Math.min(Math.max(pixels, 1), Number(slider.max)));
     slider.value = size;
+    filled(slider);
     thickness.textContent = `${size} px`;
     rounded();
   }
+  const filled = ({ style, value, min, max }) => style.setProperty("--part", `${100 * (value - min) / (max - min)}%`);
   const larger = (steps) => sized(size + steps * Math.max(1, Math.round(size / 8)));
 
   let mark = null, pointer = null;

@@ -34,7 +34,7 @@ FIELDS: dict[str, Callable] = {
 }
 GUIDES = {"control": "control_guides", "reference": "reference_guides"}
 PART = ("mask", "mask_blur", "outpaint")  # what is drawn anew of the start picture
-_BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
+BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # each model has defaults for these
 _QUICK, _FINE = 0.4, 2.0  # times the model's default number of steps
 
 
@@ -76,6 +76,7 @@ def unusual(request: Request, model: Description | None) -> dict:
     if request.sampler is not None:
         defaults["eta"] = samplers.SAMPLERS[dialects.sampler(request.sampler)[0]].eta
     shown = (*FIELDS, "count", "image", "image_hash", *PART, "mask_hash", "controls", "references")
+    shown += ("loras", "lora_hashes")
     others = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
     return {n: v for n, v in others.items() if v not in (getattr(plain, n), defaults.get(n))}
 
@@ -102,13 +103,15 @@ class Settings(t.HasTraits):
     outpaint = t.Tuple((0, 0, 0, 0), help="pixels to add to the start picture at the left, top, right and bottom")
     control_guides = t.List(help="Request's controls: Guides or tuples, such as ('canny', 'edges.png', 0.7)")
     reference_guides = t.List(help="Request's references: Guides or tuples, such as ('ip-adapter', 'photo.png', 0.6)")
+    loras = t.List(t.Unicode(), help="LoRAs, each with its scale, such as ['style.safetensors:0.8']")
+    upscaler = t.Unicode(None, allow_none=True, help="with what the page's Enlarge enlarges: a name, file or hub id")
     more = t.Dict(help="the Request's fields that have no control, such as {'clip_skip': 2}")
     folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
     options = t.Dict(help="arguments of mlxdiff.load, such as {'bits': 8}")
 
     _known: Known
     _seen: dict[str, str]  # an opened model's name in files -> the name that opened it
-    _before: dict  # the settings of _BY_MODEL when the model was named
+    _before: dict  # the settings of BY_MODEL when the model was named
     _sizes: tuple[tuple[int, int], ...] = ()  # width and height of the pictures that the next run takes
 
     def request(self) -> Request:
@@ -118,8 +121,9 @@ class Settings(t.HasTraits):
         if not self._known.edits:
             values |= {n: getattr(self, n) for n in PART if n != "mask_blur" or self.masked}
         values |= {f"{what}s": tuple(getattr(self, name)) for what, name in GUIDES.items()}
+        values["loras"] = tuple(self.loras) or None  # None: those of `options`
         if self._known.defaults is None:
-            values |= {n: None for n in _BY_MODEL if values[n] == self._before[n]}
+            values |= {n: None for n in BY_MODEL if values[n] == self._before[n]}
         return asked(values.pop("prompt"), values | self.more)
 
     def restore(self, request: Request, model: str | None = None) -> None:
@@ -133,6 +137,7 @@ class Settings(t.HasTraits):
                 setattr(self, name, value)
         self.control_guides = [replace(g, hash=None, model_hash=None) for g in request.controls]
         self.reference_guides = [replace(g, hash=None, model_hash=None) for g in request.references]
+        self.loras = list(request.loras or ())
         self.locked = self.locked or request.seed is not None
         self.more = unusual(request, self._known.opened)
 
@@ -156,7 +161,7 @@ class Settings(t.HasTraits):
     def _name_model(self) -> None:
         """Another model was named: take its defaults, if they are known."""
         self._known = Known(self.model)
-        self._before = {n: getattr(self, n) for n in _BY_MODEL}
+        self._before = {n: getattr(self, n) for n in BY_MODEL}
         if self._known.defaults is not None:
             self._apply("standard")
 
@@ -165,7 +170,7 @@ class Settings(t.HasTraits):
         new = self._known.defaults is None
         self._known.open(model)
         if new:
-            untouched = [n for n in _BY_MODEL if getattr(self, n) == self._before[n]]
+            untouched = [n for n in BY_MODEL if getattr(self, n) == self._before[n]]
             self._set({n: v for n, v in self._preset("standard").items() if n in untouched})
 
     def _set(self, settings: dict) -> None:

@@ -1,14 +1,15 @@
 // The browser's part of view.py: canvas, progress, history, file drop, shortcuts. It only mirrors traits and sends
-// messages. It fetches nothing: view.py puts painting.js into it.
+// messages. It fetches nothing: view.py puts painting.js and zoom.js into it.
 
 import { painting } from "./painting.js";
+import { sharpening, zooming } from "./zoom.js";
 
 const PART = 4 * 2 ** 20; // bytes of a dropped file in one message: Jupyter's server closes on messages above 10 MiB
 
 const KEYS = [
   ["Ctrl + Enter", "Generate"], ["Esc", "Cancel"], ["← →", "Walk the history"], ["Drop", "Use a picture of yours"],
   ["B E R", "Brush, eraser, rectangle"], ["[ ]", "A smaller or larger brush"], ["Ctrl + Z", "Undo, with Shift redo"],
-  ["Arrows, Space", "Move the brush, paint"],
+  ["Arrows, Space", "Move the brush, paint"], ["+ - 0, drag", "Zoom and move in full screen"],
 ];
 
 function h(tag, attributes = {}, ...children) {
@@ -32,7 +33,7 @@ function painter(canvas) {
     canvas.width = bitmap.width;
     canvas.height = bitmap.height;
     canvas.getContext("2d").drawImage(bitmap, 0, 0);
-    canvas.parentElement.style.setProperty("--shape", bitmap.width / bitmap.height);
+    canvas.closest(".mlxdiff-frame").style.setProperty("--shape", bitmap.width / bitmap.height);
     canvas.setAttribute("aria-label", title);
     canvas.dataset.frames = 1 + Number(canvas.dataset.frames || 0);
     bitmap.close();
@@ -54,7 +55,10 @@ function render({ model, el }) {
     type: "range", min: 0, max: 100, "aria-label": "Before and after", oninput: (event) => cut(event.target.value),
   }));
   const cut = (part) => { began.style.clipPath = `inset(0 ${100 - part}% 0 0)`; split.style.setProperty("--cut", `${part}%`); };
-  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas, split);
+  const copy = h("canvas", { class: "mlxdiff-sharp", "aria-hidden": "true", hidden: "" });
+  const percent = h("output", { class: "mlxdiff-percent", hidden: "" });
+  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas, copy, split, percent);
+  const sharp = sharpening(canvas, copy), zoom = zooming(stage, canvas, percent);
 
   const fill = h("div");
   const range = { "aria-label": "Progress", "aria-valuemin": 0, "aria-valuemax": 100 };
@@ -76,6 +80,7 @@ function render({ model, el }) {
   }, "Slide between this picture and what it began with");
   const full = button("Full screen", () => stage.requestFullscreen(), "The picture alone (Esc: back)");
   full.hidden = !document.fullscreenEnabled;
+  const star = button("", () => send("star", { key: current }), "");
   const remove = button("Delete", () => {
     if (remove.dataset.sure) send("delete", { key: current });
     sure(!remove.dataset.sure);
@@ -89,10 +94,10 @@ function render({ model, el }) {
     unsure = setTimeout(() => sure(false), 4000);
   }
   const change = button("Change a part of it", () => send("paint", { key: current }), "");
-  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" },
+  const settle = h("div", { class: "mlxdiff-tools mlxdiff-settle", role: "group", "aria-label": "Its settings" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
-    button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"),
-    begin, change, enlarge, compare, full, download, remove, back);
+    button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"));
+  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" }, begin, change, enlarge, compare, star, full, download, remove, back);
   const frame = h("div", { class: "mlxdiff-frame" }, stage);
   const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
   const paper = painting({ model, send, h, covered });
@@ -108,14 +113,18 @@ function render({ model, el }) {
     chooser("Restore settings from…", (file) => take(file, "restore")), chooser(other, (file) => take(file, "begin")),
     chooser("Guide with a picture…", (file) => ask(file)), help);
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
+  const only = button("★ Favourites", () => { only.setAttribute("aria-pressed", only.ariaPressed !== "true"); history(); },
+    "Show only these");
+  only.setAttribute("aria-pressed", "false");
+  const past = h("div", { class: "mlxdiff-tools mlxdiff-head" }, h("span", {}, "History"), only);
 
   const asks = h("div", { class: "mlxdiff-asks", role: "dialog", "aria-label": "What is this picture for?", hidden: "" });
 
   el.classList.add("mlxdiff-view");
-  const about = h("div", { class: "mlxdiff-about" }, words, caption, path);
+  const about = h("div", { class: "mlxdiff-about" }, words, h("div", { class: "mlxdiff-facts" }, caption, path), settle);
   const main = h("div", { class: "mlxdiff-main" },
     frame, paper.frame, paper.bar, bar, status, spoken, error, tools);
-  el.append(main, h("div", { class: "mlxdiff-side" }, about, strip, open), asks);
+  el.append(main, h("div", { class: "mlxdiff-side" }, about, past, strip, open), asks);
 
   let current = null; // key of the picture on the canvas; null for a preview, which has no file
   let pinned = null; // key of an older picture that the user looks at while a new one forms
@@ -123,7 +132,6 @@ function render({ model, el }) {
 
   function shown() {
     const it = model.get("shown");
-    tools.hidden = !it.png;
     split.hidden = true;
     compare.hidden = !it.began;
     sure(false);
@@ -131,13 +139,13 @@ function render({ model, el }) {
       canvas.setAttribute("aria-label", "No picture yet");
       about.hidden = true;
       empty.hidden = false;
-      return;
+      return setCurrent(null);
     }
     about.hidden = false;
     enlarge.disabled = Boolean(it.unenlargeable);
     enlarge.title = it.unenlargeable || "Draw it again, and then on at twice its size";
     empty.hidden = true;
-    paint(it.png, "image/png", it.title);
+    paint(it.png, "image/png", it.title).then(() => { if (current !== null) sharp.draw(); });
     words.replaceChildren(...it.words.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text, copier(text))]));
     caption.textContent = it.caption;
     path.textContent = it.path;
@@ -186,6 +194,10 @@ function render({ model, el }) {
     current = key;
     for (const part of [about, tools]) part.classList.toggle("mlxdiff-past", key === null);
     for (const child of strip.children) child.setAttribute("aria-pressed", String(Number(child.dataset.key) === key));
+    const starred = Boolean(model.get("history").find((it) => it.key === key)?.star);
+    star.textContent = starred ? "★ Favourite" : "☆ Favourite";
+    star.title = starred ? "It is a favourite no more" : "Keep it among the favourites";
+    star.setAttribute("aria-pressed", starred);
   }
 
   const thumbs = new Map(); // key -> button: kept, so that existing thumbnails stay in place as the history grows
@@ -206,8 +218,12 @@ function render({ model, el }) {
       const thumb = thumbs.get(it.key);
       if (!thumb.isConnected || thumb.nextSibling !== next) strip.insertBefore(thumb, next);
       next = thumb;
+      thumb.classList.toggle("mlxdiff-starred", it.star);
+      thumb.setAttribute("aria-label", it.star ? `${it.title}, a favourite` : it.title);
+      thumb.hidden = only.ariaPressed === "true" && !it.star;
     }
-    strip.hidden = thumbs.size === 0;
+    only.hidden = only.ariaPressed !== "true" && !model.get("history").some((it) => it.star);
+    strip.hidden = past.hidden = thumbs.size === 0;
     setCurrent(current);
   }
 
@@ -220,7 +236,8 @@ function render({ model, el }) {
 
   function walk(event) {
     const next = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
-    const target = next && document.activeElement[next];
+    let target = next && document.activeElement[next];
+    while (target?.hidden) target = target[next];
     if (target) { target.focus(); event.preventDefault(); }
   }
 
@@ -284,6 +301,7 @@ function render({ model, el }) {
     if (message.do === "before") return message.key === current && beside(buffers[0]);
     if (message.do !== "frame" || pinned !== null || !model.get("running")) return;
     empty.hidden = split.hidden = true;
+    sharp.hide();
     paint(buffers[0], "image/jpeg", message.title);
     setCurrent(null);
   }
@@ -291,12 +309,32 @@ function render({ model, el }) {
   function keys(event) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) act(event, "generate");
     else if (event.key === "Escape" && !asks.hidden) { asked(); event.stopPropagation(); }
-    else if (paper.keys(event)) return;
+    else if (event.key === "Escape" && closed(event)) return;
+    else if (zoom.keys(event) || paper.keys(event)) return;
     else if (event.key === "Escape" && model.get("running")) act(event, "cancel");
+  }
+
+  // On a page of its own some buttons open a panel over the picture: a click elsewhere and Esc close it.
+  function closePanel(focus) {
+    const open = [...el.closest(".mlxdiff-studio").querySelectorAll(".mlxdiff-unfold.mod-active")].find((each) => {
+      const content = panelOf(each);
+      return content && getComputedStyle(content).position === "fixed" && !each.closest(".mlxdiff-fold")?.contains(focus);
+    });
+    open?.click();
+    return open;
+  }
+  const panelOf = (button) => button.closest(".mlxdiff-fold").querySelector(".mlxdiff-panel");
+
+  function closed(event) {
+    const button = closePanel(null);
+    button?.focus();
+    if (button) { event.preventDefault(); event.stopPropagation(); }
+    return Boolean(button);
   }
 
   function clicks(event) {
     if (!help.contains(event.target)) help.open = false;
+    closePanel(event.target);
     const chip = event.target.closest(".mlxdiff-chip");
     if (chip) say(chip.textContent);
     else if (event.target.closest(".mlxdiff-generate")) act(event, "generate");
@@ -320,6 +358,7 @@ function render({ model, el }) {
     const box = document.activeElement; // a text box reports typed text only when it loses the focus
     if (box instanceof HTMLInputElement) { box.blur(); box.focus(); }
     if (action === "cancel") return send(action);
+    if (action === "compare") closePanel(null);
     await paper.sent(); // what was painted last
     send(action, { settings: await settings() });
   }
@@ -391,6 +430,7 @@ function render({ model, el }) {
 
   return () => {
     paper.away();
+    sharp.away();
     arrival.disconnect();
     naming.disconnect();
     away.abort();

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from ..models import clip, qwen3, t5, unet, vae, vision
-from .base import EMBEDDED, Beside, Careful, Defaults, Variant
+from ..models.build import Config
+from .base import EMBEDDED, Beside, Careful, Defaults, Fast, Variant
 
 CLIP_L = clip.Config(
     vocab=49408,
@@ -129,10 +130,25 @@ UNET_CAREFUL = Careful(
 )
 
 
-def ip_adapter(file: str, size: float, tokens: int) -> Beside:
+def ip_adapter(file: str, size: float, tokens: int, net: unet.Config) -> Beside:
     """One of the IP-Adapters that their authors published; all that have a name here read what CLIP ViT-H gives."""
     place = {"repo": "h94/IP-Adapter", "file": f"{file}.safetensors"}
-    return Beside("IP-Adapter", **place, licence="Apache 2.0", size=size, encoder=1.26, tokens=tokens)
+    return Beside("IP-Adapter", **place, licence="Apache 2.0", size=size, net=net, encoder=1.26, tokens=tokens)
+
+
+def lcm(repo: str, size: float, net: unet.Config) -> Fast:
+    """The LCM LoRA of a model (Luo et al. 2023)."""
+    place = {"repo": f"latent-consistency/{repo}", "file": "pytorch_lora_weights.safetensors", "size": size}
+    how = {"net": net, "guidance": 1.0, "sampler": "lcm", "schedule": "lcm"}
+    return Fast("LCM LoRA", **place, licence="CreativeML OpenRAIL++-M", **how)
+
+
+def hyper(file: str, size: float, net: Config, steps: int, **how: float | str) -> Fast:
+    """One of the Hyper-SD LoRAs (Ren et al. 2024). Their authors declare no licence. how: if it is not DDIM without
+    guidance."""
+    place = {"repo": "ByteDance/Hyper-SD", "file": f"Hyper-{file}.safetensors", "size": size}
+    how = {"sampler": "ddim"} | how
+    return Fast("Hyper LoRA", **place, licence="none declared", net=net, steps=steps, **how)
 
 
 def unet_activations(net: unet.Config, latents: int, tokens: int, gpu: bool) -> float:

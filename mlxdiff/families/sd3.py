@@ -6,7 +6,7 @@ from ..errors import Error
 from ..models.sd3 import Config
 from ..request import Request
 from .base import Beside, Careful, Defaults, Family, Model, TextPlan
-from .published import ATTENTION, CLIP_G, CLIP_L, FLOW, T5_XXL, VAE_FLOW
+from .published import ATTENTION, CLIP_G, CLIP_L, FLOW, T5_XXL, VAE_FLOW, hyper
 
 _PREVIEW = (
     (-0.0922, -0.0175, 0.0749),
@@ -147,8 +147,30 @@ MODELS = {
 
 _LICENCE = "Stability AI Community"
 _STABILITY = "stabilityai/stable-diffusion-3.5-large-controlnet-"
-ADAPTERS = {(SD3.name, "canny"): Beside("ControlNet for SD3 medium", "InstantX/SD3-Controlnet-Canny", _LICENCE, 1.19)}
+_MEDIUM = "ControlNet for SD3 medium"
+ADAPTERS = {
+    (SD3.name, "canny"): Beside(_MEDIUM, "InstantX/SD3-Controlnet-Canny", _LICENCE, 1.19, _NETWORK),
+    (SD3.name, "inpaint"): Beside(
+        _MEDIUM, "alimama-creative/SD3-Controlnet-Inpainting", _LICENCE, 3.92, _NETWORK, masked=True
+    ),
+}
 ADAPTERS |= {
-    (SD3.name, f"{mode}-large"): Beside("ControlNet for SD3.5 large", f"{_STABILITY}{mode}", _LICENCE, 4.31, mode=mode)
+    (SD3.name, f"{mode}-large"): Beside(
+        "ControlNet for SD3.5 large", f"{_STABILITY}{mode}", _LICENCE, 4.31, _LARGE, mode=mode
+    )
     for mode in ("blur", "canny", "depth")
+}
+# The guidance that the authors give for each.
+ADAPTERS |= {
+    (SD3.name, f"hyper-{steps}"): hyper(
+        f"SD3-{steps}steps-CFG-lora",
+        0.47,
+        _NETWORK,
+        steps,
+        scale=0.125,
+        guidance=guidance,
+        sampler="euler",
+        schedule="linspace",
+    )
+    for steps, guidance in ((4, 3.0), (8, 5.0), (16, 7.0))
 }

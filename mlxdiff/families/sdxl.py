@@ -4,8 +4,20 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import Beside, Defaults, Family, Model, TextPlan
-from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, ip_adapter, unet_activations, unet_variants
+from .base import Beside, Defaults, Family, Fast, Model, TextPlan
+from .published import (
+    CLIP_G,
+    CLIP_L,
+    DISCRETE,
+    UNET,
+    UNET_CAREFUL,
+    VAE,
+    hyper,
+    ip_adapter,
+    lcm,
+    unet_activations,
+    unet_variants,
+)
 
 _PREVIEW = (
     (0.3651, 0.4232, 0.4341),
@@ -32,6 +44,7 @@ SDXL = Family(
     careful=UNET_CAREFUL,
     activations=unet_activations,
     references=("ip_adapter",),
+    aspects={"style": ("up_blocks.0.attentions.1",), "layout": ("down_blocks.2.attentions.1",)},
     zero_negative=True,
     takes=("guess",),
     variants=unet_variants(_DEFAULTS),
@@ -44,6 +57,7 @@ REFINER = replace(
         clip=("text_encoder_2",), final_norm=False, pooled=("text_encoder_2",), sizes=True, scores=(6.0, 2.5)
     ),
     references=(),
+    aspects={},
     zero_negative=False,
 )
 FAMILIES = (SDXL, REFINER)
@@ -115,18 +129,24 @@ MODELS = {
 }
 
 ADAPTERS = {
-    (SDXL.name, name): Beside("ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5)
+    (SDXL.name, name): Beside(
+        "ControlNet", f"diffusers/controlnet-{name}-sdxl-1.0", "CreativeML OpenRAIL++-M", 2.5, _UNET
+    )
     for name in ("canny", "depth")
 }
 _UNION = Beside(
-    "ControlNet", "xinsir/controlnet-union-sdxl-1.0", "Apache 2.0", 2.51, "diffusion_pytorch_model.safetensors"
+    "ControlNet", "xinsir/controlnet-union-sdxl-1.0", "Apache 2.0", 2.51, _UNET, "diffusion_pytorch_model.safetensors"
 )
+_PROMAX = replace(_UNION, file="diffusion_pytorch_model_promax.safetensors")  # which reads two kinds more
 ADAPTERS |= {
     (SDXL.name, name): replace(_UNION, mode=name)
     for name in ("openpose", "scribble", "softedge", "lineart", "mlsd", "normal", "seg")
 }
+ADAPTERS |= {(SDXL.name, name): replace(_PROMAX, mode=name, masked=name == "inpaint") for name in ("tile", "inpaint")}
 ADAPTERS |= {
-    (SDXL.name, f"t2i-{name}"): Beside("T2I-Adapter", f"TencentARC/t2i-adapter-{repo}-sdxl-1.0", "Apache 2.0", 0.16)
+    (SDXL.name, f"t2i-{name}"): Beside(
+        "T2I-Adapter", f"TencentARC/t2i-adapter-{repo}-sdxl-1.0", "Apache 2.0", 0.16, _UNET
+    )
     for name, repo in {
         "canny": "canny",
         "depth": "depth-midas",
@@ -136,7 +156,32 @@ ADAPTERS |= {
     }.items()
 }
 ADAPTERS |= {
-    (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4),
-    (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16),
-    (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16),
+    (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4, _UNET),
+    (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16, _UNET),
+    (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16, _UNET),
+}
+ADAPTERS |= {(SDXL.name, "lcm"): lcm("lcm-lora-sdxl", 0.39, _UNET)}
+ADAPTERS |= {
+    (SDXL.name, f"lightning-{steps}"): Fast(
+        "Lightning LoRA",
+        "ByteDance/SDXL-Lightning",
+        "CreativeML OpenRAIL++-M",
+        0.39,
+        _UNET,
+        f"sdxl_lightning_{steps}step_lora.safetensors",
+        steps=steps,
+    )
+    for steps in (2, 4, 8)
+}
+ADAPTERS |= {(SDXL.name, f"hyper-{steps}"): hyper(f"SDXL-{steps}steps-lora", 0.79, _UNET, steps) for steps in (2, 4, 8)}
+ADAPTERS |= {
+    (SDXL.name, "turbo"): Fast(
+        "Turbo LoRA",
+        "shiroppo/sd_xl_turbo_lora",
+        "Stability AI Community",  # of SDXL-Turbo, from which it was made
+        0.39,
+        _UNET,
+        "sd_xl_turbo_lora_v1-64dim.safetensors",
+        sampler="euler_ancestral",
+    )
 }

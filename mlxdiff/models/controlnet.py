@@ -12,27 +12,29 @@ from . import unet
 from .layers import TimeEmbedding, quick_gelu
 
 
+class Reads:
+    """What a Config of a network that guides says of the pictures that it reads. Each changes what differs."""
+
+    modes: tuple[str, ...] = ()  # the kinds of pictures that it must be told apart; () if it reads one kind
+    reads_latents: bool = False  # whether it reads the VAE's latents of a picture, not its pixels
+    reads_mask: bool = False  # whether it also reads a mask, so that it reads no other picture than MASKED
+    draws: bool = False  # whether it reads a sample of the latents, for which a seed draws noise, or their mean
+    multiple: int = 1  # a picture's edges must be multiples of this
+    hole: float | None = None  # what the pixels of MASKED are where the mask is white; None if it reads no such picture
+
+
 @dataclass(frozen=True)
-class Config(unet.HalfConfig):
+class Config(unet.HalfConfig, Reads):
     """Of a U-Net's."""
 
     hint_channels: int  # of the picture
     hint: tuple[int, ...]  # widths of the convolutions that read it; between two of them it is halved
     pooled: bool  # whether residuals are averages over the picture: the one kind that shows content, not lines
 
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """The kinds of pictures that it must be told apart; () if it reads one kind."""
-        return ()
-
-    @property
-    def reads_latents(self) -> bool:
-        """Whether it reads the VAE's latents of a picture, not its pixels."""
-        return False
+    hole = -1.0  # as the authors' for inpainting was trained
 
     @property
     def multiple(self) -> int:
-        """A picture's edges must be multiples of this."""
         return 2 ** (len(self.hint) - 1)
 
 
@@ -108,8 +110,9 @@ class ControlNet(unet.HalfUNet):
 
 
 # What pictures a union reads, by their numbers in it (Xinsir 2024), and other names for some of them.
-MODES = ("openpose", "depth", "scribble", "canny", "normal", "seg", "tile", "inpaint")
-ALIASES = {"hed": "scribble", "softedge": "scribble", "lineart": "canny", "mlsd": "canny", "repaint": "inpaint"}
+INPAINT = "inpaint"
+MODES = ("openpose", "depth", "scribble", "canny", "normal", "seg", "tile", INPAINT)
+ALIASES = {"hed": "scribble", "softedge": "scribble", "lineart": "canny", "mlsd": "canny", "repaint": INPAINT}
 ALIASES |= {"grey": "gray"}
 
 
@@ -117,6 +120,7 @@ ALIASES |= {"grey": "gray"}
 class UnionConfig(Config):
     tasks: int  # kinds of pictures
     mixers: int  # layers that prepare what the kind adds
+    hole = 0.0
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -9,16 +9,17 @@ import mlx.nn as nn
 import numpy as np
 
 from . import flux
-from .controlnet import Hint
+from .controlnet import Hint, Reads
 from .layers import at_time, pack
 
 MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")  # of InstantX's union, by their numbers
 
 
 @dataclass(frozen=True)
-class Config(flux.Config):
+class Config(flux.Config, Reads):
     tasks: int  # kinds of pictures that it is told apart; 0: it reads one kind
     hint: tuple[int, ...]  # widths of the convolutions that read pixels; (): it reads latents
+    draws = True
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -28,18 +29,12 @@ class Config(flux.Config):
     def reads_latents(self) -> bool:
         return not self.hint
 
-    @property
-    def draws(self) -> bool:
-        """Whether it reads a sample of the latents, for which a seed draws noise, or their mean."""
-        return True
-
     def pixels(self, picture: np.ndarray, mode: str | None) -> np.ndarray:
         """What the VAE is shown of a picture in [-1, 1]."""
         return picture
 
     @property
     def multiple(self) -> int:
-        """A picture's edges must be multiples of this."""
         return 2 * 2 ** max(0, len(self.hint) - 1)
 
 

@@ -9,17 +9,19 @@ import mlx.nn as nn
 import numpy as np
 
 from . import sd3
+from .controlnet import Reads
 from .layers import adaptive_norm, at_time, gated
 
 EDGES = "canny"
 
 
 @dataclass(frozen=True)
-class Config(sd3.Config):
+class Config(sd3.Config, Reads):
     """positions: 0 if patches and their positions come from the denoiser. context: 0 if it reads no text."""
 
-    hint_channels: int  # of the picture's latents
+    hint_channels: int  # of the picture's latents, and of a mask, if it reads one
     told: bool  # whether it is told the pooled text; else it reads zeros, and latents without the VAE's shift
+    reads_latents = True
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -27,18 +29,13 @@ class Config(sd3.Config):
         return () if self.context else ("blur", EDGES, "depth")
 
     @property
-    def reads_latents(self) -> bool:
-        return True
+    def reads_mask(self) -> bool:
+        """Alimama's for inpainting does."""
+        return self.hint_channels == self.in_channels + 1
 
     @property
-    def draws(self) -> bool:
-        """Whether it reads a sample of the latents, for which a seed draws noise, or their mean."""
-        return False
-
-    @property
-    def multiple(self) -> int:
-        """A picture's edges must be multiples of this."""
-        return 1
+    def hole(self) -> float | None:
+        return 0.0 if self.reads_mask else None
 
     def pixels(self, picture: np.ndarray, mode: str | None) -> np.ndarray:
         """What the VAE is shown of a picture in [-1, 1]. Stability's network for edges was trained on far too bright
@@ -55,7 +52,7 @@ def misfit(config: Config, net: object, factor: int) -> str:
         left_out = name in ("context", "positions") and not ours
         if not left_out and ours != theirs and (name != "positions" or ours < theirs):
             return f"has {name} {ours}, not {theirs}"
-    if config.hint_channels != net.in_channels:
+    if config.hint_channels - config.reads_mask != net.in_channels:
         return f"reads {config.hint_channels} channels of its picture, not {net.in_channels}"
     if config.layers >= net.layers:
         return f"has {config.layers} blocks, not fewer than {net.layers}"
@@ -98,8 +95,10 @@ class SD3ControlNet(nn.Module):
         self.controlnet_blocks = [nn.Linear(d, d) for _ in range(config.layers)]
 
     def hint(self, z: mx.array, scale: float, shift: float) -> mx.array:
-        """What it reads of a picture's latents (B, h, w, c), as a VAE with this scale and shift makes them."""
-        return self.pos_embed_input((z if self.config.told else z + scale * shift).astype(self.dtype))
+        """What it reads of a picture's latents (B, h, w, c), as a VAE with this scale and shift makes them, and of a
+        mask behind them."""
+        shifted = self.config.told or self.config.reads_mask
+        return self.pos_embed_input((z if shifted else z + scale * shift).astype(self.dtype))
 
     def prepare(
         self, ts: list[float] | None, context: mx.array, pooled: mx.array, size: tuple[int, int],

@@ -7,10 +7,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import unet
+from .controlnet import Reads
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Reads):
     kind: str  # full, light, or xl, which is halved once in all
     in_channels: int  # 3, or 1 for grey pictures
     channels: tuple[int, ...]  # per feature
@@ -18,18 +19,7 @@ class Config:
     patch: int  # pixels along the edge that become one
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        """The kinds of pictures that it must be told apart: none, it reads one kind."""
-        return ()
-
-    @property
-    def reads_latents(self) -> bool:
-        """Whether it reads the VAE's latents of a picture, not its pixels."""
-        return False
-
-    @property
     def multiple(self) -> int:
-        """A picture's edges must be multiples of this."""
         return self.patch
 
     @property

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from .. import builtin, description, foreign, recipe, seal, weights
-from ..adapters import Adapter, Rows, Word
+from .. import builtin, description, foreign, recipe, seal
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, FAMILIES, MODELS, Beside
-from ..models import build
+from ..families import FAMILIES, MODELS
 from ..recipe import Recipe
 from . import cache
 from .tokenizer import tokenizer_for
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 # convert and hub take most of a second to load: they are imported only where a cached model is not enough.
 
 Progress = Callable[[str, int, int], None]
-_LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_LARGE = 2**29  # bytes of a file that takes too long to read whole
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.gguf)(?<!\.ckpt))(?:/(.+\.(?:safetensors|gguf)))?")
 
 
@@ -354,12 +352,18 @@ def network_file(name: str | Path, what: str, fix: str, *, offline: bool, progre
     do if there is none of this name."""
     path = local(name)
     if path is None:
-        match = _HUB_ID.fullmatch(str(name))
-        if match is None:
-            raise Error(f"There is no {what.split(' ', 1)[1]}, file or folder {str(name)!r}.", fix)
+        match = check_hub_id(name, what, fix)
         file = "diffusion_pytorch_model.safetensors" if match[2] is None else match[2]
         path = _one_file(match[1], file, offline, _silent if progress is None else progress)
     return path
+
+
+def check_hub_id(name: str | Path, what: str, fix: str) -> re.Match:
+    """The parts of a hub id. Raises if a name is none."""
+    match = _HUB_ID.fullmatch(str(name))
+    if match is None:
+        raise Error(f"There is no {what.split(' ', 1)[1]}, file or folder {str(name)!r}.", fix)
+    return match
 
 
 def network(path: Path, what: str, fix: str, *, dtype: str) -> nn.Module:
@@ -375,138 +379,22 @@ def network(path: Path, what: str, fix: str, *, dtype: str) -> nn.Module:
         raise Error(e.problem, fix if e.fix == convert.KNOWN else e.fix) from None
 
 
-def adapter_file(name: str, what: str, *, offline: bool) -> Path:
-    """The file of a LoRA or an embedding: a path, a name in the folder MLXDIFF_LORAS, or a hub repository (`org/repo`,
-    or `org/repo/file.safetensors`), from which it is fetched once."""
-    path, folder = local(name), os.environ.get("MLXDIFF_LORAS")
-    if path is None and folder:
-        path = next((p for end in ("", ".safetensors") if (p := foreign.path(folder) / f"{name}{end}").is_file()), None)
-    if path is not None and path.is_dir():
-        found = usual_loras(path) or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise Error(f"{path} holds {len(found)} .safetensors files.", "Give the path of one of them.")
-        path = found[0]
-    match = _HUB_ID.fullmatch(name) if path is None else None
-    if path is None and match is None:
-        fix = "Give a .safetensors file, a hub id, or a name in the folder of the environment variable MLXDIFF_LORAS."
-        raise Error(f"There is no {what} {name!r}.", fix)
-    if path is None:
-        path = _one_file(match[1], match[2] or _LORA_NAMES[0], offline, _silent)
-    return path
-
-
-def usual_loras(folder: Path) -> list[Path]:
-    """The files in a folder that are called as a LoRA usually is."""
-    return [folder / name for name in _LORA_NAMES if (folder / name).is_file()]
-
-
-def named_control(name: str | Path | None, model: Description) -> Beside | None:
-    """The control network that a name means for a model. Raises if it means one for references."""
-    row = ADAPTERS.get((model.family.name, str(name)))
-    if row is not None and row.role != "control":
-        fix = "Give it as `references=[(MODEL, PICTURE)]`."
-        raise Error(f"{name} is a network ({row.kind}) for references, not for control pictures.", fix)
-    return row
-
-
-def control_folder(name: str | Path, model: Description, offline: bool, progress: Progress | None = None) -> Path:
-    """Where a network is that guides a model: a file, a folder, a name that it has for this family, or a hub repository
-    (`org/repo`, or `org/repo/file.safetensors`), from which it is fetched once."""
-    path = local(name)
-    if path is not None:
-        return path
-    row = named_control(name, model)
-    match = None if row is not None else _HUB_ID.fullmatch(str(name))
-    if row is None and match is None:
-        known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, "control")]
-        names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
-        fix = f"{did_you_mean(str(name), known)}{names} a hub id (org/repo), a folder or a .safetensors file."
-        raise Error(f"There is no control network, file or folder {str(name)!r}.", fix)
-    repo, file = (row.repo, row.file) if row is not None else (match[1], match[2])
-    progress = _silent if progress is None else progress
-    if file is not None:
-        return _one_file(repo, file, offline, progress)
-    return _one_network(repo, model.recipe.dtype != "float32", offline, progress)
-
-
-def control(path: Path, model: Description) -> tuple[build.Config, str]:
-    """The Config of a network that guides a model, and a fingerprint of its files. Raises unless it fits this model and
-    every tensor has its place. This reads headers only."""
-    from .. import convert
-
-    checkpoint = None if (path / "model.json").is_file() else convert.open(path)
-    kind = None if checkpoint is None else checkpoint.family
-    if kind not in build.GUIDES:
-        alone = checkpoint is not None and checkpoint.layout.family is None
-        what = checkpoint.layout.title if alone else "a model"
-        problem = f"{path} is {what}, not a network that reads a control picture."
-        raise Error(problem, "Give a ControlNet or a T2I-Adapter; a model to draw with is given as `model=FILE`.")
-    convert.check(checkpoint)
-    component = checkpoint.components[kind]
-    wrong = build.GUIDES[kind](component.config, model.net, model.factor)
-    if wrong:
-        made_for = f"Use one that was made for {model.family.title}."
-        raise Error(f"{path} is {checkpoint.layout.title} that {wrong}: it does not fit {model.name}.", made_for)
-    files = {piece.tensor.file for weight in component.weights.values() for piece in weight.pieces}
-    stamps = sorted([file.stat().st_size, _sample(file, file.stat().st_size)] for file in files)
-    return component.config, hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
-
-
-def control_network(path: Path, model: Description) -> nn.Module:
-    """A network that guides a model, with its weights as the model's are stored. No converted copy is kept."""
-    from .. import convert
-
-    (network,) = convert.read(path, recipe.DTYPES[model.recipe.dtype]).values()
-    plan = recipe.quantization_plan(model.family, model.family.denoiser, network, model.recipe.bits)
-    return weights.quantized(network, plan).eval()
-
-
-def lora(path: Path, model: Description) -> tuple[Adapter, str]:
-    """What a LoRA file changes in a model, and the file's fingerprint."""
-    from ..convert import lora
-
-    return lora.read(path, model), fingerprint(path)
-
-
-def layers(model: Description, component: str) -> dict[str, Rows]:
-    """The linear layers of a component by their names in diffusers and transformers."""
-    from ..convert import lora
-
-    return lora.layers(component, model.components[component])
-
-
-def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:
-    """What a textual inversion teaches a model, and the file's fingerprint."""
-    from ..convert import embedding
-
-    return embedding.read(path, model, word), fingerprint(path)
-
-
-def fingerprint(path: Path) -> str:
-    """Of a file, or of all weights in a folder."""
+def fingerprint(*paths: Path) -> str:
+    """Of files, and of all weights in folders: of all bytes of a file, or of the size and a sample of a large one."""
     seen = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        try:
+    try:
+        for file in (f for path in paths for f in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])):
             foreign.check_regular(file)
+            size = file.stat().st_size
+            if size > _LARGE:
+                seen.update(f"{size} {seal.sample(file, size)}".encode())
+                continue
             with open(file, "rb") as f:
                 while block := f.read(2**20):
                     seen.update(block)
-        except OSError as e:
-            raise Error(f"{file} cannot be read: {e.strerror}.", "Give a .safetensors file.") from None
+    except OSError as e:
+        raise Error(f"{file} cannot be read: {e.strerror}.", "Give a .safetensors file.") from None
     return seen.hexdigest()[:16]
-
-
-def _one_network(repo: str, half: bool, offline: bool, progress: Progress) -> Path:
-    """The folder of a repository that holds one network. One that is already here is not requested again: its
-    config.json comes last."""
-    from . import hub
-
-    for config in reversed(hub.snapshots("config.json", repo)):
-        if any(config.parent.glob("*.safetensors")):
-            return config.parent
-    commit, names = hub.held(repo, "main") if offline or hub.offline() else hub.listing(repo, "main")
-    files = {name: names[name] for name in hub.select_network(repo, names, half)}
-    return hub.download(repo, "main", commit, files, progress)
 
 
 def _one_file(repo: str, file: str, offline: bool, progress: Progress) -> Path:

@@ -1,7 +1,6 @@
 """The networks that read a reference picture, an adapter and its vision model: found, held against the model that
 draws, and read where they are."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ import mlx.nn as nn
 
 from .. import memory
 from ..description import Description
-from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, FAMILIES
+from ..errors import Error
+from ..families import FAMILIES
 from ..families.published import VISION
 from ..models import build, ip_adapter, redux, vision
-from . import _HUB_ID, Progress, _one_file, _sample, _silent, fingerprint, local
+from . import Progress, _one_file, _silent, fingerprint
+from .guides import locate, one_network, row
 
 if TYPE_CHECKING:
     from ..convert import Checkpoint
@@ -45,16 +45,10 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
     """The networks that a reference names: the adapter by a file, a folder or a hub repository, from which it is
     fetched once. Its vision model lies in image_encoder/ beside the adapter's file, or beside that one's folder."""
     progress = _silent if progress is None else progress
-    path, repo, file = local(name), None, None
-    if path is None:
-        row = ADAPTERS.get((model.family.name, str(name)))
-        match = None if row is not None else _HUB_ID.fullmatch(str(name))
-        if row is None and match is None:
-            known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, "reference")]
-            names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
-            fix = f"{did_you_mean(str(name), known)}{names} a folder or a file: org/repo/file.safetensors."
-            raise Error(f"There is no adapter, file or folder {str(name)!r}.", fix)
-        repo, file = (row.repo, row.file) if row is not None else (match[1], match[2] or _only_file(match[1], offline))
+    path, repo, file = locate(name, model, "reference"), None, None
+    if not isinstance(path, Path):
+        repo, file = path
+        file = _only_file(repo, offline) if file is None else file
         path = _one_file(repo, file, offline, progress)
     elif path.is_dir() and (path / "image_embedder").is_dir():  # Redux in diffusers layout
         path = path / "image_embedder"
@@ -63,16 +57,18 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
     if folder is None and repo is None:
         raise _lacks(path, config)
     if repo is not None and (folder is None or not any(folder.glob("*.safetensors"))):  # or its download was cut off
-        half = model.recipe.dtype != "float32"
-        folder = _fetched(repo, file, path, config, half, offline, progress)
+        half, named = model.recipe.dtype != "float32", row(name, model, "reference")
+        if named is None or named.sees is None:
+            folder = _fetched(repo, file, path, config, half, offline, progress)
+        else:
+            folder = one_network(named.sees, half, offline, progress)
     encoder = _encoder(folder)
-    files = [*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]
     return Reader(
         adapter=path,
         encoder=folder,
         config=config,
         sees=_config(encoder),
-        hash=hashlib.sha256(repr(files).encode()).hexdigest()[:16],
+        hash=fingerprint(*_files(checkpoint), *_files(encoder)),
     )
 
 
@@ -195,8 +191,3 @@ def _only_file(repo: str, offline: bool) -> str:
 def _files(checkpoint: "Checkpoint") -> list[Path]:
     (component,) = checkpoint.components.values()
     return sorted({piece.tensor.file for weight in component.weights.values() for piece in weight.pieces})
-
-
-def _stamps(encoder: "Checkpoint") -> list:
-    """Size and a sample of each file: a vision model has gigabytes."""
-    return [[size := file.stat().st_size, _sample(file, size)] for file in _files(encoder)]

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     _lora(kinds.add_parser("lora", help="a LoRA: teach a model a thing or a style from pictures"))
     _embedding(kinds.add_parser("embedding", help="a new word (textual inversion), in a file of a few kilobytes"))
     s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
-    s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder; an unfinished run continues")
+    _output(s, "DIR", "folder; an unfinished run continues")
     s.add_argument("--pictures", type=int, default=60000, metavar="N", help="how many renders to learn from (60000)")
     s.add_argument("--vae-steps", type=int, default=4000, metavar="N", help="steps of the VAE, the first stage (4000)")
     s.add_argument("--steps", type=int, default=8000, metavar="N", help="steps of U-Net and text encoder (8000)")
@@ -49,12 +49,15 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--quantize", type=bits_of, choices=BITS, metavar="BITS", help="quantize the model")
     s.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the dtype that suits this machine)")
     s = kinds.add_parser("scenes", help="draw some training pictures, with their captions")
-    s.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="PNG", help="file for the sheet of twelve; never overwrites"
-    )
+    _output(s, "PNG", "file for the sheet of twelve; never overwrites")
     s.add_argument("--size", type=int, default=128, metavar="PX", help="edge of each picture (128)")
     s.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
     return p
+
+
+def _output(s: argparse.ArgumentParser, what: str, about: str) -> None:
+    # --out is what it was called first.
+    s.add_argument("-o", "--output", "--out", dest="out", type=Path, required=True, metavar=what, help=about)
 
 
 def _lora(s: argparse.ArgumentParser) -> None:
@@ -88,7 +91,7 @@ def _common(s: argparse.ArgumentParser) -> None:
     what = "pictures; a .txt file beside a picture, with its name, is its caption"
     s.add_argument("-i", "--images", required=True, metavar="DIR", help=what)
     s.add_argument("-p", "--prompt", metavar="TEXT", help="caption of the pictures that have no .txt file")
-    s.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder; an unfinished run continues")
+    _output(s, "DIR", "folder; an unfinished run continues")
     s.add_argument("--steps", type=int, metavar="N", help="(1000)")
     s.add_argument("--batch", type=int, metavar="N", help="pictures a step (1)")
     s.add_argument("--accumulate", type=int, metavar="N", help="batches a step, one after the other (1)")

@@ -129,11 +129,11 @@ def same_run(folder: Path, settings: dict) -> None:
             changed = [k for k in settings if settings[k] != before.get(k)]
             if changed:
                 stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
-                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another --out.")
+                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another `output`.")
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        _write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 @contextmanager
@@ -143,19 +143,31 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError) as e:  # MLX raises the second, a name that no file can have the third
         why = getattr(e, "strerror", None) or e
-        fix = "Check the free space and the permissions, or give another --out."
+        fix = "Check the free space and the permissions, or give another `output`."
         raise Error(f"{place} cannot be written: {why}.", fix) from None
 
 
 def write_arrays(file: Path, arrays: dict[str, mx.array], header: dict[str, str]) -> None:
     """Write a .safetensors file completely or not at all, over an older one."""
     part = file.with_name(f".{file.name}.new.safetensors")
-    with writing(file):
-        try:
-            mx.save_safetensors(str(part), arrays, header)
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
+    with writing(file), _appearing(part, file):
+        mx.save_safetensors(str(part), arrays, header)
+
+
+def _write_text(file: Path, text: str) -> None:
+    """The same for a text: a full disk must not cost the notes of a run that is continued."""
+    part = file.with_name(f".{file.name}.new")
+    with writing(file), _appearing(part, file):
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _appearing(part: Path, file: Path) -> Iterator[None]:
+    try:
+        yield
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def averaged(model: nn.Module, folder: Path) -> nn.Module:
@@ -203,7 +215,7 @@ def _cut_log(path: Path, step: int) -> None:
     """Remove log lines that are newer than the saved state, and what is no line of a log."""
     rows = foreign.read_text(path, "Remove it.").splitlines()[1:] if path.exists() else []
     kept = [r for r in rows if (m := _LINE.match(r)) and int(m[1]) <= step]
-    path.write_text("\n".join(["step,loss,rate,seconds", *kept]) + "\n")
+    _write_text(path, "\n".join(["step,loss,rate,seconds", *kept]) + "\n")
 
 
 def plot(log: Path, picture: Path) -> None:

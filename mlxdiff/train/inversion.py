@@ -74,7 +74,10 @@ class WordRun:
             encoder.embeddings.token_embedding = taught(encoder, toks[name].ids(tuning.initial), tuning)
             encoders[name] = encoder
         self.encoders = encoders
-        conditioning.teach_tokenizers(toks, [self.word], model.components)
+        try:
+            conditioning.teach_tokenizers(toks, [self.word], model.components)
+        except Error as e:  # it would name the setting of a run
+            raise Error(e.problem, "Give a `word` without spaces that is not known yet.") from None
         self.captions = texts.Captions(model, toks, self.pictures, tune.drawn(pipe, tuning).clip_skip)
         self.net = pipe.networks.open(model.family.denoiser)
         self.reader = texts.Reader(self.net, encoders)

@@ -13,12 +13,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image, ImageOps
 
-from .. import conditioning, foreign, images, store, values
+from .. import conditioning, foreign, images, values
 from ..description import Description
 from ..errors import Error
 from ..families.base import EMBEDDED, NONE
 from ..pipeline import Pipeline
 from ..request import MAX_EDGE, MAX_SEED, Request
+from ..store import adapters
 from . import batches, lora, texts
 from . import folder as folders
 from .batches import Data, Objective, Part
@@ -217,7 +218,7 @@ def attach(net: nn.Module, model: Description, name: str, tuning: LoraTuning) ->
     layers = lora.OF_TEXT if name in encoders else tuning.layers or model.family.trained
     seed = [tuning.seed, 107 + 100 * encoders.index(name) if name in encoders else 7]
     alpha = tuning.rank if tuning.alpha is None else tuning.alpha
-    return lora.attach(net, model.name, store.layers(model, name), layers, tuning.rank, alpha, seed)
+    return lora.attach(net, model.name, adapters.layers(model, name), layers, tuning.rank, alpha, seed)
 
 
 def told(sets: Sequence[Sequence[Picture]]) -> str:

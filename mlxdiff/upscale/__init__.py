@@ -62,9 +62,9 @@ class Upscaler:
     def __init__(self, name: str | Path, *, dtype: str | None = None, offline: bool = False, progress=None):
         from .. import store
 
-        row = NAMES.get(str(name))
-        what, fix = "an upscaler", f"{did_you_mean(str(name), NAMES)}Use one of {', '.join(NAMES)}, or a file."
-        path = store.network_file(name if row is None else row.file, what, fix, offline=offline, progress=progress)
+        row, what = NAMES.get(str(name)), "an upscaler"
+        held = name if row is None else row.file
+        path = store.network_file(held, what, _fix(name), offline=offline, progress=progress)
         if dtype is None:  # bfloat16, with its 8 significant bits, would show banding
             dtype = "float32" if default_dtype() == "float32" else "float16"
         self.name, self.path, self.hash = str(name), path, store.fingerprint(path)
@@ -133,6 +133,20 @@ class Upscaler:
         if not finite.item():
             raise Error(f"{self.name} gave values that are not finite.", 'Use `dtype="float32"`.')
         return np.array(y)
+
+
+def check(name: str | Path) -> None:
+    """Raise if there is no upscaler of this name, or if it is a file that is none. Nothing is fetched."""
+    from .. import store
+
+    if store.local(name) is not None:
+        Upscaler(name, offline=True)
+    elif str(name) not in NAMES:
+        store.check_hub_id(name, "an upscaler", _fix(name))
+
+
+def _fix(name: str | Path) -> str:
+    return f"{did_you_mean(str(name), NAMES)}Use one of {', '.join(NAMES)}, or a file."
 
 
 def tile_edge() -> int:

@@ -237,6 +237,28 @@ def test_a_mask_and_a_control(models):
     assert psnr(small, drawn(ours, (folders[0], picture(1)), **whole)) > DB
 
 
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+def test_the_masked_start_image_guides(models, strength):
+    """As the card of the ControlNet for inpainting has it: what the mask marks is -1, where pictures begin at 0."""
+    theirs, ours, nets, folders = models["sd1"]
+    parts = {k: v for k, v in theirs.components.items() if k != "image_encoder"}
+    pipe = StableDiffusionControlNetInpaintPipeline(**parts, controlnet=nets[0], requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    hole = Image.new("L", (40, 24))
+    hole.paste(255, (10, 4, 31, 19))
+    shown = np.asarray(picture(4), np.float32) / 255
+    shown = np.where(np.asarray(hole)[..., None] > 127, np.float32(-1), shown)
+    shown = torch.tensor(shown).permute(2, 0, 1)[None]
+    given = {"image": picture(4), "mask_image": hole, "control_image": shown, "strength": strength}
+    want = oracle(pipe, **given, controlnet_conditioning_scale=0.9, **(CFG | {"num_inference_steps": 4}))
+    masked = {"image": picture(4), "mask": hole, "keep": False, "steps": 4}
+    masked |= {} if strength == 1 else {"strength": strength}  # 1 is the default beside such a control
+    control = (str(folders[0]), "masked", 0.9)
+    assert psnr(drawn(ours, control, **masked), want) > DB
+    other = drawn(ours, (folders[0], picture(4), 0.9), **(masked | {"strength": strength}))
+    assert psnr(other, want) < DB - 10  # the start image as it is
+
+
 def test_low_memory_and_a_batch_draw_the_same(models):
     _, ours, _, folders = models["sd1"]
     controls = [(folders[0], picture(1)), (folders[1], picture(2), 0.5, 0, 0.5)]

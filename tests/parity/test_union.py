@@ -5,7 +5,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetUnionModel, StableDiffusionXLControlNetUnionPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetUnionModel,
+    StableDiffusionXLControlNetUnionInpaintPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
 
 import mlxdiff
 from mlxdiff import convert
@@ -94,6 +100,27 @@ def test_one_picture_and_two_draw_as_in_diffusers(model):
     controls = [(f"{folder}:lineart", picture(1), 0.7), (f"{folder}:openpose", picture(2), 1.2)]
     assert psnr(drawn(ours, *controls), two) > DB
     assert psnr(one, two) < DB - 10
+
+
+def test_the_masked_start_image_guides(model, tmp_path):
+    """The union of eight kinds inpaints: what the mask marks is black."""
+    theirs, ours, _, _ = model
+    net = union(theirs.unet, 2, tasks=8)
+    net.save_pretrained(tmp_path / "promax")
+    hole = Image.new("L", (40, 24))
+    hole.paste(255, (10, 4, 31, 19))
+    shown = picture(4)
+    shown.paste((0, 0, 0), mask=hole)
+    pipe = StableDiffusionXLControlNetUnionInpaintPipeline(**theirs.components, controlnet=net)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"image": picture(4), "mask_image": hole, "strength": 1.0, "original_size": (24, 40)}
+    want = oracle(pipe, **given, control_image=[shown], control_mode=[7], **CFG)
+    masked = {"image": picture(4), "mask": hole, "keep": False}
+    assert psnr(drawn(ours, (f"{tmp_path / 'promax'}:inpaint", "masked"), **masked), want) > DB
+    other = drawn(ours, (f"{tmp_path / 'promax'}:inpaint", picture(4)), **masked, strength=1.0)
+    assert psnr(other, want) < DB - 10
+    with pytest.raises(Error, match=r"promax was not made to inpaint"):
+        drawn(ours, (f"{tmp_path / 'promax'}:tile", "masked"), **masked)
 
 
 def test_a_batch_and_low_memory_draw_the_same(model):

@@ -31,8 +31,8 @@ class FilmStrip(Lesson):
         "Then choose fewer steps."
     )
 
-    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 20, **options):
-        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=w.Layout(width="28em"))
+    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 16, **options):
+        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
         self.at = w.IntSlider(1, min=1, max=steps, description="Step")
@@ -58,7 +58,7 @@ class FilmStrip(Lesson):
         top, bottom = fig.subfigures(2, 1, height_ratios=(1.6, 1))
         panels = (
             (frame.noisy, f"what the network sees\nnoise {frame.sigma:.2f} to 1 of picture"),
-            (frame.noise, "what it takes for noise\n(one channel of four)"),
+            (frame.noise, "what it takes for noise\n(one of its channels)"),
             (frame.clean, "the picture it expects"),
             (last.clean, "where it ends"),
         )

@@ -39,13 +39,13 @@ _STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "black"),
     "axes.grid": False,
 }
-_DPI, _SHOWN = 144, 96  # pixels per inch in the file, and on the page: so a figure is sharp on sharp screens
+_DPI, _SHOWN = 144, 120  # pixels per inch in the file, and at most on the page
 _drawing = threading.Lock()  # matplotlib keeps its style and its fonts for the whole process
 Report = Callable[..., None]  # reports progress: steps done, of how many, and perhaps a function for the data so far
 
 
 class Lesson(w.VBox):
-    """A cell that shows a lesson waits for its work. Then it is live; a saved notebook keeps picture and words."""
+    """A cell that shows a lesson waits for its work. Then it is live; a saved notebook keeps all but the controls."""
 
     title = ""
     idea = ""  # one sentence
@@ -68,12 +68,12 @@ class Lesson(w.VBox):
         self.caption = w.HTML().add_class("mlxdiff-lesson-caption")
         super().__init__(
             [
-                w.HTML(f"<b>{self.title}.</b> {self.idea}"),
-                *([_row(*controls)] if controls else []),
+                w.HTML(f"<b>{self.title}.</b> {self.idea}").add_class("mlxdiff-lesson-title"),
+                *([_row(*controls).add_class("mlxdiff-lesson-controls")] if controls else []),
                 self.bar,
                 self.image,
                 self.caption,
-                w.HTML(f"<b>Try this.</b> {self.trying}"),
+                w.HTML(f"<b>Try this.</b> {self.trying}").add_class("mlxdiff-lesson-try"),
                 self.said,
             ]
         )
@@ -166,7 +166,7 @@ class Lesson(w.VBox):
         try:
             said = self.words()
             self.image.show(*png(self.figure), said)
-            self.caption.value = said
+            self.caption.value = html.escape(said, quote=False)
         except Exception as e:  # in a callback Jupyter would show nothing
             self._fail(e)
 
@@ -193,9 +193,21 @@ class Lesson(w.VBox):
     def _repr_mimebundle_(self, **options):
         self.ready()
         bundle = super()._repr_mimebundle_(**options)
-        bundle["image/png"] = base64.b64encode(self.image.value).decode()
+        bundle["text/markdown"] = self.saved()
         bundle["text/plain"] = self.words()
         return bundle
+
+    def saved(self) -> str:
+        """The lesson for a page that runs nothing, as Markdown: all but the controls."""
+        picture = base64.b64encode(self.image.value).decode()
+        return "\n\n".join(
+            (
+                f"**{self.title}.** {self.idea}",
+                f"![{self.title}](data:image/png;base64,{picture})",
+                html.escape(self.words(), quote=False),
+                f"**Try this.** {self.trying}",
+            )
+        )
 
 
 def seed_box(seed: int, name: str = "Seed") -> w.BoundedIntText:

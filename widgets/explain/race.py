@@ -146,7 +146,7 @@ class SamplerRace(Lesson):
         ax.set_yscale("log")
         ticks = COUNTS if self.axis.value == "steps" else (*COUNTS, 2 * COUNTS[-1])
         ax.set_xticks(ticks, map(str, ticks))
-        ax.set(xlabel=self.axis.value, title="distance to the reference, 1: as long as it is")
+        ax.set(xlabel=self.axis.value, title="distance to the reference, as a part of its length")
         ax.legend(fontsize=7, loc="lower left")
 
     def words(self) -> str:

@@ -12,7 +12,6 @@ from .lesson import BLUE, GREEN, GREY, ORANGE, Lesson, Report, seed_box
 
 PROMPTS = ("a house", "a tree", "a boat")
 PLACES = np.linspace(0, 1, 5)  # positions on the way between two seeds
-_PROMPT = w.Layout(width="28em")
 
 
 class Grids(NamedTuple):
@@ -26,7 +25,7 @@ class SeedGrid(Lesson):
     trying = "Say more: “a red house in the snow under a full moon”. What does the seed still decide?"
 
     def __init__(self, prompt: str = "a house", seed: int = 1, steps: int = 8, **options):
-        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=_PROMPT)
+        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed, "First seed")
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
         asks = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
@@ -74,7 +73,7 @@ class BetweenSeeds(Lesson):
     trying = "Choose other seeds, then a prompt that says less. Which small things does the way through leave out?"
 
     def __init__(self, prompt: str = "a tree under the stars", a: int = 1, b: int = 2, steps: int = 8, **options):
-        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=_PROMPT)
+        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.a = seed_box(a, "From seed")
         self.b = seed_box(b, "To seed")
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)

@@ -1,6 +1,8 @@
 """The picture of a lesson on the page. It is a light card in both themes, since figures are dark on white, and it has a
 name for screen readers, which ipywidgets' Image lacks."""
 
+from pathlib import Path
+
 import anywidget
 import traitlets as t
 
@@ -14,7 +16,7 @@ class Sheet(anywidget.AnyWidget):
         if (url) URL.revokeObjectURL(url);
         url = URL.createObjectURL(new Blob([model.get("value")], { type: "image/png" }));
         if (model.get("value").byteLength) image.src = url;
-        image.width = model.get("width");
+        image.style.maxWidth = `min(100%, ${model.get("width")}px)`;
       }
       const name = () => { image.alt = model.get("alt"); };
       el.classList.add("mlxdiff-sheet");
@@ -29,22 +31,10 @@ class Sheet(anywidget.AnyWidget):
     }
     export default { render };
     """
-    _css = """
-    .mlxdiff-sheet {
-      box-sizing: border-box;
-      width: fit-content;
-      max-width: 100%;
-      margin: 4px 2px;
-      padding: 12px;
-      border-radius: 10px;
-      background: #fff;
-    }
-    .mlxdiff-lesson .jupyter-widgets { max-width: calc(100% - 4px); } /* their margins */
-    .mlxdiff-sheet img { display: block; max-width: 100%; height: auto; }
-    """
+    _css = (Path(__file__).parent / "lesson.css").read_text(encoding="utf-8")
 
     value = t.Bytes().tag(sync=True)  # a PNG
-    width = t.Int().tag(sync=True)  # pixels, where there is room
+    width = t.Int().tag(sync=True)  # pixels, at most
     alt = t.Unicode().tag(sync=True)
 
     def show(self, png: bytes, width: int, alt: str) -> None:

@@ -38,7 +38,7 @@ class Tokens(Lesson):
     )
 
     def __init__(self, prompt: str = "a (red:1.3) toadstool under a full moon", word: int = 3, **options):
-        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False, layout=w.Layout(width="36em"))
+        self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.at = w.IntSlider(word, min=1, max=99, description="Word")
         super().__init__(self.prompt, self.at, asks={"prompt": self.prompt}, **options)
 
