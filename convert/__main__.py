@@ -5,15 +5,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import store
+from .. import description, store
 from ..console import Parser, run, say
-from ..families import PARTS
-from ..recipe import BITS, DTYPES, SMALLER, bits_of, default_dtype
-from ..request import lora
+from ..dialects import lora
+from ..families import PARTS, name_of
+from ..recipe import BITS, DTYPES, SMALLER, bits_of, default_dtype, recipe
 from ..spelling import flag
+from ..store import Progress, adapters
 from ..store.tokenizer import tokenizer_for
-from . import PREDICTIONS, open, save
-from .inspect import describe, look, of_folder
+from . import PREDICTIONS, Checkpoint, describe, open, save
+from .inspect import describe as describe_facts
+from .inspect import look, of_folder
 
 
 def parser() -> Parser:
@@ -28,6 +30,7 @@ def parser() -> Parser:
         p.add_argument(flag(part), metavar="FILE", type=Path, help=f"{what} to use, if MODEL has none or another")
     many = "a LoRA that changes the weights before they are quantized; may be given several times"
     p.add_argument("--lora", dest="loras", action="append", default=[], metavar="FILE[:SCALE]", help=many)
+    p.add_argument("--lora-dir", type=Path, metavar="DIR", help="where --lora finds names ($MLXDIFF_LORAS)")
     p.add_argument("--no-t5", action="store_true", help="SD3: leave T5 out, for less memory")
     p.add_argument("--offline", action="store_true", help="never use the network, not even for a tokenizer")
     p.add_argument("--check", action="store_true", help="write nothing: say what `mlxdiff inspect MODEL` says")
@@ -51,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(args, options: dict) -> int:
     dtype = default_dtype() if args.dtype is None else args.dtype
+    folder, name = adapters.folder_of(args.lora_dir), None if store.local(args.source) else name_of(args.source)
+    if name is not None:  # before it is fetched
+        for file, _ in map(lora, args.loras):
+            adapters.check(file, "LoRA", description.published(name, recipe(args.quantize, dtype)), folder)
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
 
         def show(stage: str, done: int, total: int) -> None:
@@ -64,12 +71,22 @@ def _convert(args, options: dict) -> int:
             words = args.tokenizer
             if words is None:
                 words = tokenizer_for(checkpoint, args.offline, show)
-            loras = [
-                (store.adapter_file(name, "LoRA", offline=args.offline), scale) for name, scale in map(lora, args.loras)
-            ]
+            loras = _loras(args, folder, checkpoint, show)
             save(checkpoint, args.output, args.quantize, dtype, words, show, loras)
-    say(describe(of_folder(args.output)))
+    say(describe_facts(of_folder(args.output)))
     return 0
+
+
+def _loras(args, folder: Path | None, checkpoint: Checkpoint, show: Progress) -> list[tuple[Path, float]]:
+    """The files of the LoRAs, and their scales."""
+    if not args.loras:
+        return []
+    model, found = describe(checkpoint, recipe(args.quantize, args.dtype)), []
+    for name, scale in map(lora, args.loras):
+        row = adapters.published(name, model, folder)
+        path = adapters.find(name, "LoRA", model, offline=args.offline, folder=folder, progress=show)
+        found.append((path, adapters.scale(row, scale)))
+    return found
 
 
 if __name__ == "__main__":

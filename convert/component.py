@@ -45,7 +45,7 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, li
     if hasattr(module, "corrected"):
         config = module.corrected(config, rules.shapes(tensors, module.table([n for n, _ in tensors], config)))
     try:
-        build.check_size(config)
+        build.check_size(config, len(tensors))
     except Error as e:
         raise Error(f"{settings.path}: {e.problem}", e.fix) from None
     if hasattr(module, "kept"):

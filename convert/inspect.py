@@ -15,6 +15,7 @@ from ..families import FAMILIES
 from ..models import build
 from ..recipe import Recipe, component_dtype
 from ..spelling import as_flags
+from ..store.adapters import usual_loras
 from . import Checkpoint, Component, check, lora, open
 from .registry import LAYOUTS
 
@@ -41,7 +42,7 @@ def look(model: str, as_json: bool, **options) -> int:
     with ExitStack() as stack:
         try:
             path = stack.enter_context(store.original(model, half=True, offline=True))
-            path = next(iter(store.usual_loras(path)), path)
+            path = next(iter(usual_loras(path)), path)
         except Error as e:  # the original is not here, which is no error if a copy is
             if not copies:
                 raise Error(e.problem, f"`mlxdiff convert {model} -o DIR` fetches it.") from None

@@ -4,16 +4,16 @@ of our parameters. A name is never taken apart: all spellings of all layers of t
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import description
-from ..adapters import Adapter, Change
+from ..adapters import Adapter, Change, Rows
 from ..description import Description
 from ..errors import Error
 from ..families import MODELS
@@ -43,9 +43,13 @@ _SPELLING: list[rules.Row] = [
     (r"^(base_model\.model\.|model\.(?=diffusion_model\.))", ""),
     (r"\.processor\.(qkv|proj)_lora1\.", r".img_attn.\1.lora."),
     (r"\.processor\.(qkv|proj)_lora2\.", r".txt_attn.\1.lora."),
+    (r"\.processor\.qkv_lora\.", r".qkv.lora."),
+    (r"\.processor\.proj_lora\.", r".linear2.lora."),
     (r"\.processor\.to_out_lora\.", ".to_out.0.lora."),
     (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
 ]
+# What ComfyUI calls text encoders: the first and the second of a network.
+_COMFY = {"clip": (("clip_l", "clip_h"), ("clip_g",)), "t5": (("t5xxl",),), "qwen3": (("qwen3_4b", "qwen3_8b"),)}
 _AGAIN = "Use another copy of it."
 _WORDS = 8  # that are shown of a header
 _MOST = 1e6  # of an alpha and of a rank; real ones have up to four digits
@@ -97,16 +101,18 @@ def read(path: Path, model: Description) -> Adapter:
     layers: dict[str, int] = {}
     ranks = set()
     moves = False
+    wider = {} if model.wider is None else {model.family.first: model.wider[1]}
     for name, tensors in stored.items():
         place, layer = places[name], _Layer(path, name, tensors)
         layers[place.component] = layers.get(place.component, 0) + 1
         ranks |= {tensors["down"].shape[0]} if "down" in tensors else set()
-        for rows, change in layer.changes(place, alphas):
+        for rows, change in layer.changes(place, alphas, wider):
             changes.setdefault(place.component, {}).setdefault(rows.parameter, []).append(change)
         moves |= layer.moves
     if not moves:
         raise Error(f"{path} changes nothing: all of its numbers are 0.", _AGAIN)
-    return Adapter(path.stem, changes, layers, tuple(sorted(ranks)))
+    numbers = sum(math.prod(t.shape) for tensors in stored.values() for t in tensors.values())
+    return Adapter(path.stem, changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size)
 
 
 def recognise(path: Path) -> bool:
@@ -151,6 +157,20 @@ def _split(key: str) -> tuple[str, str | None]:
 # ---- the names of a model's layers
 
 
+def layers(component: str, config: build.Config) -> dict[str, Rows]:
+    """The linear layers of a network by their names in diffusers and transformers. Where our layer is several of theirs
+    in one, each is some of its rows."""
+    module, places = MODULES[build.name_of(config)], _layers(component, config)
+    others = module.layers(config) if hasattr(module, "layers") else []
+    ours = [name for name in places if name not in others]
+    found = {}
+    for name in others if any(re.search(module.ORIGINAL, f"{n}.") for n in ours) else ours:
+        (rows, *more) = places[name].weight if name in places and places[name].weight else (None,)
+        if rows is not None and not more and rows.parts == 1 and len(rows.shape) == 2:
+            found[name] = Rows(rows.parameter.rpartition(".")[0], rows.first, rows.shape[0])
+    return found
+
+
 def _places(model: Description) -> dict[str, _Place]:
     """Every spelling of every layer."""
     places: dict[str, _Place] = {}
@@ -163,10 +183,13 @@ def _places(model: Description) -> dict[str, _Place]:
             dotted += ["", "unet.", "transformer.", "diffusion_model."]
             scored += ["lora_unet_", "lora_transformer_", "lycoris_"]
         else:
-            n = encoders.index(component) + 1
-            scored += [f"lora_te{n}_", *["lora_te_"] * (n == 1)]
-            dotted += [f"{component}.text_model."]
-            scored += [f"{prefix}text_model_" for prefix in scored]
+            n, network = encoders.index(component) + 1, model.text.encoders[component]
+            scored += [f"lora_te{n}_", *["lora_te_"] * (n == 1), *["lora_te3_"] * (network == "t5")]
+            before = [name for name in encoders[: n - 1] if model.text.encoders[name] == network]
+            dotted += [f"text_encoders.{name}.transformer." for name in _COMFY[network][len(before)]]
+            inside = "model" if network == "qwen3" else "text_model"
+            dotted += [f"{prefix}{inside}." for prefix in dotted]
+            scored += [f"{prefix}{inside}_" for prefix in scored]
         for name, place in _layers(component, config).items():
             places |= {f"{prefix}{name}": place for prefix in dotted}
             places |= {f"{prefix}{name.replace('.', '_')}": place for prefix in scored}
@@ -297,20 +320,23 @@ class _Layer:
     def wrong(self, what: str) -> Error:
         return Error(f"{self.path}: {self.name} {what}.", _AGAIN)
 
-    def changes(self, place: _Place, alphas: _Alphas) -> Iterator[tuple[_Rows, Change]]:
+    def changes(self, place: _Place, alphas: _Alphas, wider: dict[str, int]) -> Iterator[tuple[_Rows, Change]]:
+        """wider: how many columns a change may make of a parameter's."""
         left = set(self.values)
         if "value" in left:
-            yield from self._spread(place.weight, self.values["value"], replaces=True)
+            yield from self._spread(place.weight, lambda: self.values["value"], replaces=True)
             left.discard("value")
         if "bias" in left:
             if not place.bias:
                 raise self.wrong("has a change of its bias, but in this model it has no bias")
-            yield from self._spread(place.bias, self.values["bias"])
+            yield from self._spread(place.bias, lambda: self.values["bias"])
             left.discard("bias")
         if left:
-            yield from self._weight(place.weight, left, alphas)
+            yield from self._weight(place.weight, left, alphas, wider)
 
-    def _weight(self, places: tuple[_Rows, ...], left: set[str], alphas: _Alphas) -> Iterator[tuple[_Rows, Change]]:
+    def _weight(
+        self, places: tuple[_Rows, ...], left: set[str], alphas: _Alphas, wider: dict[str, int]
+    ) -> Iterator[tuple[_Rows, Change]]:
         v, used = self.values, set()
         magnitude = next((k for k in ("columns", "magnitude") if k in left), None)
 
@@ -325,33 +351,44 @@ class _Layer:
             low = [x.reshape(*x.shape[:2]) if math.prod(x.shape[2:]) == 1 else x for x in (v["down"], v["up"])]
             if linear and not takes("mid") and all(x.ndim == 2 for x in low):
                 self._agree(low[1].shape[1] == low[0].shape[0], "down", "up")
-                yield from self._low(places, low[0], scale * low[1], magnitude)
+                yield from self._low(places, low[0], scale * low[1], magnitude, wider)
             else:
                 takes("mid")
-                yield from self._spread(places, scale * self._convolved(), magnitude)
+                yield from self._spread(places, lambda: scale * self._convolved(), magnitude)
         elif takes("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"):
             scale = self._scale(left, v["hada_w1_b"].shape[0], alphas)
-            parts = [self._tucker(f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}", takes(f"hada_t{n}")) for n in (1, 2)]
-            self._agree(parts[0].shape == parts[1].shape, "hada_w1_a", "hada_w2_a")
-            yield from self._spread(places, scale * parts[0] * parts[1], magnitude)
+            cores = [takes(f"hada_t{n}") for n in (1, 2)]
+
+            def product() -> mx.array:
+                of = (
+                    (f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}", core) for n, core in zip((1, 2), cores, strict=True)
+                )
+                one, two = (self._tucker(*names) for names in of)
+                self._agree(one.shape == two.shape, "hada_w1_a", "hada_w2_a")
+                return scale * one * two
+
+            yield from self._spread(places, product, magnitude)
         elif any(k.startswith("lokr") for k in left):
             factors, ranks = [], []
             for n in ("1", "2"):
                 if takes(f"lokr_w{n}"):
-                    factors.append(v[f"lokr_w{n}"])
+                    factors.append(lambda n=n: v[f"lokr_w{n}"])
                 elif takes(f"lokr_w{n}_a", f"lokr_w{n}_b"):
-                    core = n == "2" and takes("lokr_t2")
-                    factors.append(self._tucker(f"lokr_w{n}_a", f"lokr_w{n}_b", "lokr_t2", core))
+                    of = f"lokr_w{n}_a", f"lokr_w{n}_b", "lokr_t2", n == "2" and takes("lokr_t2")
+                    factors.append(lambda of=of: self._tucker(*of))
                     ranks.append(v[f"lokr_w{n}_b"].shape[0])
                 else:
                     raise self.wrong(f"lacks lokr_w{n}")
             whole = not ranks and "alpha" in left  # LyCORIS stores an alpha for whole factors too, and ignores it
             scale = 1.0 if whole else self._scale(left, ranks[-1] if ranks else None, alphas)
-            one, two = factors
-            one = one.reshape(*one.shape, *[1] * (two.ndim - one.ndim))
-            yield from self._spread(places, scale * mx.kron(one, two), magnitude)
+
+            def kron() -> mx.array:
+                one, two = (make() for make in factors)
+                return scale * mx.kron(one.reshape(*one.shape, *[1] * (two.ndim - one.ndim)), two)
+
+            yield from self._spread(places, kron, magnitude)
         elif takes("diff"):
-            yield from self._spread(places, v["diff"], magnitude)
+            yield from self._spread(places, lambda: v["diff"], magnitude)
         else:
             raise self.wrong(f"lacks the other half of {', '.join(sorted(left))}")
         if rest := left - used - {"alpha", magnitude}:
@@ -395,27 +432,37 @@ class _Layer:
             return mx.einsum("ijhw,jq,ip->pqhw", middle, right, left)
         raise self.wrong(f"has {a} of shape {self.shapes[a]}, which does not fit {t} {self.shapes[t]}")
 
-    def _low(self, places, down: mx.array, up: mx.array, magnitude: str | None) -> Iterator[tuple[_Rows, Change]]:
-        for rows in places:
-            cut = self._part(up, rows, (up.shape[0], down.shape[1]))
-            if (cut.shape[0], down.shape[1]) != rows.shape:
-                raise self._misfit((up.shape[0] // rows.parts, down.shape[1]), rows)
-            yield rows, Change(rows.first, rows.shape[0], (down, cut), magnitude=self._magnitude(magnitude, rows))
-
-    def _spread(
-        self, places, value: mx.array, magnitude: str | None = None, replaces: bool = False
+    def _low(
+        self, places, down: mx.array, up: mx.array, magnitude: str | None, wider: dict[str, int]
     ) -> Iterator[tuple[_Rows, Change]]:
         for rows in places:
-            cut = self._part(value, rows, value.shape)
-            size = math.prod(rows.shape)
-            if cut.ndim == 2 and len(rows.shape) == 4 and cut.size == size:  # LoHa and LoKr may store a flat kernel
-                o, h, w, i = rows.shape
-                cut = cut.reshape(o, i, h, w)
-            full = rules.fit(cut, rows.shape)
-            if full is None:
-                raise self._misfit(cut.shape, rows)
+            cut, columns = self._part(up, rows, (up.shape[0], down.shape[1])), down.shape[1]
+            widens = columns if columns == wider.get(rows.parameter) and magnitude is None else 0
+            if (cut.shape[0], columns) != (rows.shape[0], widens or rows.shape[1]):
+                raise self._misfit((up.shape[0] // rows.parts, columns), rows)
             change = self._magnitude(magnitude, rows)
-            yield rows, Change(rows.first, rows.shape[0], full=full, magnitude=change, replaces=replaces)
+            yield rows, Change(rows.first, rows.shape[0], (down, cut), magnitude=change, widens=widens)
+
+    def _spread(
+        self, places, make: Callable[[], mx.array], magnitude: str | None = None, replaces: bool = False
+    ) -> Iterator[tuple[_Rows, Change]]:
+        """make: gives the stored change. It is called once here, which computes nothing, for the sake of its shape."""
+        whole = make()
+        for rows in places:
+            cut = self._fitted(whole, rows)
+            if cut is None:
+                raise self._misfit(self._part(whole, rows, whole.shape).shape, rows)
+            lengths = self._magnitude(magnitude, rows)
+            full = partial(lambda rows: self._fitted(make(), rows), rows)
+            yield rows, Change(rows.first, rows.shape[0], full=full, magnitude=lengths, replaces=replaces)
+
+    def _fitted(self, value: mx.array, rows: _Rows) -> mx.array | None:
+        """A stored change in the shape of our rows; None if it has another size."""
+        cut = self._part(value, rows, value.shape)
+        if cut.ndim == 2 and len(rows.shape) == 4 and cut.size == math.prod(rows.shape):
+            o, h, w, i = rows.shape
+            cut = cut.reshape(o, i, h, w)  # LoHa and LoKr may store a flat kernel
+        return rules.fit(cut, rows.shape)
 
     def _part(self, value: mx.array, rows: _Rows, shape: tuple[int, ...]) -> mx.array:
         if rows.parts == 1:

@@ -67,6 +67,7 @@ def save(
         model = describe(checkpoint, recipe)
         tokenizers = _tokenizers(checkpoint, None if tokenizer is None else Path(tokenizer))
         changes = [(lora.read(Path(path), model), scale) for path, scale in loras or ()]
+        model = model.widened() if any(adapter.inputs for adapter, _ in changes) else model
         with _appearing(target) as folder:
             _write(checkpoint, model, folder, tokenizers, (lambda *_: None) if progress is None else progress, changes)
     except OSError as e:
@@ -185,7 +186,9 @@ def _write(
         kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
         # What a LoRA changes has other numbers than the file.
         stored = {} if changes else {key: weight.bits for key, weight in part.weights.items()}
-        writer = weights.Writer(folder / f"{name}.safetensors", model.family, part.config, model.recipe, stored)
+        writer = weights.Writer(
+            folder / f"{name}.safetensors", model.family, model.components[name], model.recipe, stored
+        )
         writers.append((part, writer, kind))
     size, free = sum(w.size for _, w, _ in writers), shutil.disk_usage(folder).free
     if free < size:

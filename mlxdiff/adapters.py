@@ -1,12 +1,22 @@
 """Adapters: small files that change a model's weights (LoRA and its relatives). `convert.lora` reads their spellings;
 this applies what it gives to a network."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 Pair = tuple[mx.array, mx.array]
+
+
+class Rows(NamedTuple):
+    """What a layer of another layout is here: some rows of the weight of one of our layers."""
+
+    layer: str
+    first: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -16,16 +26,19 @@ class Change:
     first: int  # the first of the rows
     rows: int
     low: Pair | None = None  # down (r, in) and up (rows, r): the change is up @ down
-    full: mx.array | None = None  # (rows, ...)
+    full: Callable[[], mx.array] | None = (
+        None  # makes (rows, ...); made anew each time: it may be as large as the model
+    )
     magnitude: mx.array | None = None  # DoRA: the length of each row, (rows, 1), or of each column, (1, in)
-    replaces: bool = False  # `full` takes the place of the rows, whatever the adapter's scale is
+    replaces: bool = False  # what `full` makes takes the place of the rows, whatever the adapter's scale is
+    widens: int = 0  # how many columns it makes of the parameter's, which has fewer, and zeros there; 0: it keeps them
 
     def of(self, bare: mx.array, scale: float) -> mx.array:
         """What is added to the rows of the bare parameter, in float32."""
         bare = bare.astype(mx.float32)
         if self.replaces:
-            return self.full - bare
-        change = self.full if self.low is None else self.low[1] @ self.low[0]
+            return self.full() - bare
+        change = self.full() if self.low is None else self.low[1] @ self.low[0]
         if self.magnitude is None:
             return scale * change
         new = bare + change
@@ -40,6 +53,12 @@ class Adapter:
     changes: dict[str, dict[str, list[Change]]]  # component -> parameter -> its changes
     layers: dict[str, int]  # component -> how many of its layers the file changes
     ranks: tuple[int, ...]
+    nbytes: int  # in memory, as long as it is known
+
+    @property
+    def inputs(self) -> int:
+        """How many channels the denoiser's input has with it; 0 if it has as many as before."""
+        return max((c.widens for named in self.changes.values() for cs in named.values() for c in cs), default=0)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {n}" for name, n in self.layers.items())
@@ -112,11 +131,17 @@ def _at(module, path: str):
 
 
 def _changed(bare: mx.array, changes: list[tuple[Change, float]]) -> mx.array:
-    new = bare.astype(mx.float32)
+    wide = max(change.widens for change, _ in changes)
+    new = _widened(bare.astype(mx.float32), wide)
     for change, scale in changes:
         rows = slice(change.first, change.first + change.rows)
-        new[rows] = new[rows] + change.of(bare[rows], scale)
+        new[rows] = new[rows] + _widened(change.of(_widened(bare[rows], change.widens), scale), wide)
     return new.astype(bare.dtype)
+
+
+def _widened(value: mx.array, columns: int) -> mx.array:
+    """With zeros as further columns, if it has fewer."""
+    return value if columns <= value.shape[-1] else mx.pad(value, [(0, 0), (0, columns - value.shape[-1])])
 
 
 def _whole(change: Change, scale: float, layer: nn.QuantizedLinear) -> Pair:

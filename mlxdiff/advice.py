@@ -94,6 +94,7 @@ def check_request(
     refiner: Description | None = None,
     beside: tuple = (),
     readers: tuple = (),
+    loras: tuple = (),
 ) -> None:
     """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory.
     None: what will be drawn is not known yet, and counts as a small picture."""
@@ -107,7 +108,7 @@ def check_request(
         sizes = pictures.sizes(request)
         full = model.resolve(request, sizes)
     if not force:
-        check(Workload(model, full, low_memory, refiner, sizes, beside, readers))
+        check(Workload(model, full, low_memory, refiner, sizes, beside, readers, loras))
 
 
 def check_named(models: list[str | None], recipe: Recipe, check: Callable) -> None:

@@ -12,12 +12,13 @@ from PIL.Image import Image
 from . import conditioning, detect, dialects, images, memory
 from .adapters import Adapter, Word
 from .description import Description
+from .dialects import embedding, lora
 from .errors import Error
 from .guides import MASKED, Guide
 from .models.build import Config
-from .models.controlnet import ALIASES
+from .models.controlnet import ALIASES, INPAINT
 from .references import References
-from .request import Request, embedding, lora
+from .request import Request
 
 Names = Sequence[str]
 Progress = Callable[[str, int, int], None]
@@ -30,6 +31,7 @@ class Attached:
         self.folder, self.model, self.offline = folder, model, offline
         self.loras: tuple[str, ...] = ()
         self.embeddings: tuple[str, ...] = ()
+        self.lora_dir: Path | None = None  # where their names are looked up, in place of MLXDIFF_LORAS
         self.progress: Progress | None = None  # is told of the download of a network that guides
         self.references = References(model, offline)
         self._opened: dict[tuple, tuple] = {}  # name -> its file's time and size, then what it holds
@@ -40,13 +42,7 @@ class Attached:
     def resolve(self, request: Request) -> Request:
         """The request with the LoRAs that its prompt names and those that the model was loaded with, and with the
         fingerprints of all files."""
-        request.check_adapters()
-        prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
-        loras = [*map(lora, [*(self.loras if request.loras is None else request.loras), *named])]
-        names = [name for name, _ in loras]
-        if len(set(names)) < len(names):
-            again = next(name for i, name in enumerate(names) if name in names[:i])
-            raise Error(f"The LoRA {again} is named twice.", "Name it once, with the scale that it should have.")
+        request, loras = settled(request, self.loras, self.model, self.lora_dir)
         words = tuple(self.embeddings if request.embeddings is None else request.embeddings)
         taught = [self._word(*embedding(text)) for text in words]
         if taught:  # a word that cannot be taught is refused here, not in the run
@@ -61,11 +57,12 @@ class Attached:
         controls = tuple(self._guide(guide, "control", pictures) for guide in request.controls)
         references = tuple(self._guide(guide, "reference", pictures) for guide in request.references)
         self._pictures = pictures
+        used = {self._key(name) for name, _ in loras} | {embedding(text) for text in words}
+        self._opened = {key: held for key, held in self._opened.items() if key in used or key[0] == "control"}
         return replace(
             request,
             controls=controls,
             references=references,
-            prompt=prompt,
             loras=tuple(f"{name}:{scale:g}" for name, scale in loras),
             lora_hashes=lora_hashes,
             embeddings=words,
@@ -75,6 +72,19 @@ class Attached:
     def adapters(self, request: Request) -> list[tuple[Adapter, float]]:
         """The LoRAs of a resolved request, with their scales."""
         return [(self._lora(name)[0], scale) for name, scale in map(lora, request.loras or ())]
+
+    def notes(self, request: Request) -> list[str]:
+        """For people: what the named LoRAs of a resolved request were made for, and which of its settings differ."""
+        from .store import adapters as store
+
+        notes = []
+        for name, _ in map(lora, request.loras or ()):
+            if (row := store.published(name, self.model, self.lora_dir)) is not None:
+                wants = ", ".join(f"{key} {_short(value)}" for key, value in row.wants.items())
+                others = [k for k, v in row.wants.items() if getattr(request, k) != v]
+                differs = ", ".join(f"{key} {_short(getattr(request, key))}" for key in others)
+                notes.append(f"{name} was made for {wants}." + (f" This picture has {differs}." if others else ""))
+        return notes
 
     def words(self, request: Request) -> list[Word]:
         """The taught words of a resolved request."""
@@ -86,6 +96,7 @@ class Attached:
 
     def _guide(self, guide: Guide, what: str, pictures: dict[tuple, Image]) -> Guide:
         """A guide with its fingerprints. Its picture goes into `pictures`."""
+        _check_picture(guide, what, self.model)
         picture = None if guide.masked else images.read(guide.image)
         found, network = picture and images.fingerprint(picture), None
         if what == "reference":
@@ -195,21 +206,28 @@ class Attached:
 
     def _lora(self, name: str) -> tuple[Adapter, str]:
         """A LoRA and its fingerprint."""
-        from . import store
+        from .store import adapters as store
 
-        return self._once(store.lora, name, "LoRA")
+        return self._once(store.lora, "LoRA", *self._key(name))
+
+    def _key(self, name: str) -> tuple[str, str | None]:
+        """A LoRA, and the name that it has in place of its file's."""
+        from .store import adapters as store
+
+        return name, None if store.published(name, self.model, self.lora_dir) is None else name
 
     def _word(self, name: str, word: str | None) -> tuple[Word, str]:
         """A taught word and its fingerprint."""
-        from . import store
+        from .store import adapters as store
 
-        return self._once(store.embedding, name, "embedding", word)
+        return self._once(store.embedding, "embedding", name, word)
 
-    def _once(self, read: Callable, name: str, what: str, *more) -> tuple:
+    def _once(self, read: Callable, what: str, name: str, *more) -> tuple:
         """What `read` makes of a file, which is read once, and again if it has changed."""
-        from . import store
+        from .store import adapters as store
 
-        path, key = store.adapter_file(name, what, offline=self.offline), (name, *more)
+        place = {"offline": self.offline, "folder": self.lora_dir, "progress": self.progress}
+        path, key = store.find(name, what, self.model, **place), (name, *more)
         stamp = path.stat().st_mtime_ns, path.stat().st_size
         if self._opened.get(key, (None,))[0] != stamp:
             self._opened[key] = stamp, read(path, self.model, *more)
@@ -228,6 +246,7 @@ def readers(request: Request | None, model: Description) -> tuple[memory.Reader,
 
     found, references = [], References(model, offline=True)
     for guide in () if request is None else request.references:
+        _check_picture(guide, "reference", model)
         references.check(guide)
         if isinstance(store.locate(guide.model, model, "reference"), Path):
             found.append(references.reader(guide).workload)
@@ -242,7 +261,10 @@ def beside(request: Request | None, model: Description) -> tuple[Config | int, .
     from .store import guides as store
 
     found = []
-    for guide in [] if request is None else [guide for guide in request.controls if guide.model is not None]:
+    for guide in () if request is None else request.controls:
+        _check_picture(guide, "control", model)
+        if guide.model is None:
+            continue
         path = store.locate(guide.model, model, "control")
         config = store.control(path, model)[0] if isinstance(path, Path) else None
         _check_masked(guide, model, config)
@@ -253,6 +275,18 @@ def beside(request: Request | None, model: Description) -> tuple[Config | int, .
     return tuple(found)
 
 
+def _check_picture(guide: Guide, what: str, model: Description) -> None:
+    """Raise if the only word of a guide names a network."""
+    from .store import guides as store
+
+    if guide.model is not None or not isinstance(guide.image, str):
+        return
+    if (row := store.row(guide.image, model, what)) is not None:
+        shown = repr(MASKED) if row.masked else "PICTURE"
+        problem = f"{guide.image} is a network, and the picture that it should read is missing."
+        raise Error(problem, f"Give both: `{what}s=[({guide.image!r}, {shown})]`.")
+
+
 def _check_masked(guide: Guide, model: Description, config: Config | None) -> None:
     """Raise if a network that was made to inpaint is not shown the masked start image, or if another one is. config:
     None if it is not here yet; then its name may show it."""
@@ -261,7 +295,11 @@ def _check_masked(guide: Guide, model: Description, config: Config | None) -> No
     row = store.row(guide.model, model, "control")
     if row is None and config is None:
         return
-    reads, needs = (row.masked,) * 2 if row is not None else (config.hole is not None, config.reads_mask)
+    if row is not None:
+        reads = needs = row.masked
+    else:
+        kind = ALIASES.get(guide.mode, guide.mode)
+        reads, needs = config.hole is not None and (not config.modes or kind == INPAINT), config.reads_mask
     if guide.masked and not reads:
         raise Error(f"{guide.model} was not made to inpaint: it reads no mask.", "Give it a picture of its own.")
     if needs and not guide.masked:
@@ -269,18 +307,76 @@ def _check_masked(guide: Guide, model: Description, config: Config | None) -> No
         raise Error(problem, f"Give it as `controls=[({str(guide.model)!r}, '{MASKED}')]`.")
 
 
-def check(loras: Names, embeddings: Names, request: Request | None, model: Description) -> None:
-    """Raise for a file that does not fit a model. Only files that are here are read: a model may be fetched after
-    this."""
-    from . import store
+def settled(
+    request: Request, loaded: Names, model: Description, folder: Path | None
+) -> tuple[Request, list[tuple[str, float]]]:
+    """The LoRAs of a request, with their scales, and the request with the settings that a published one brings, where
+    it has no others, and without LoRAs in its prompt. loaded: those of requests that do not say. Raises for one that
+    does not fit the model, as far as no file shows it: this reads none."""
+    from .store import adapters as store
+
+    request.check_adapters()
+    prompt, named = dialects.loras(request.prompt) if isinstance(request.prompt, str) else (request.prompt, [])
+    loras = [*map(lora, [*(loaded if request.loras is None else request.loras), *named])]
+    names = [name for name, _ in loras]
+    if len(set(names)) < len(names):
+        again = next(name for i, name in enumerate(names) if name in names[:i])
+        raise Error(f"The LoRA {again} is named twice.", "Name it once, with the scale that it should have.")
+    for name in names:
+        store.check(name, "LoRA", model, folder)
+    rows = [store.published(name, model, folder) for name in names]
+    scales = [store.scale(row, scale) for row, (_, scale) in zip(rows, loras, strict=True)]
+    wants = next((row.wants for row in rows if row is not None), {})
+    if request.sampler is not None:
+        wants.pop("schedule", None)  # that one belongs to its sampler
+    open_ones = {key: value for key, value in wants.items() if getattr(request, key) is None}
+    return replace(request, prompt=prompt, **open_ones), [*zip(names, scales, strict=True)]
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def changes(
+    loras: Names, request: Request | None, model: Description, folder: Path | None
+) -> tuple[Adapter | int, ...]:
+    """The LoRAs of a request, for the memory estimate; of those that are not here, the bytes that they take in 16 bits,
+    if that is known. Raises for one that is here and does not fit."""
+    from .store import adapters as store
+
+    found = []
+    for name, _ in settled(Request("") if request is None else request, loras, model, folder)[1]:
+        if (path := store.here(name, folder)) is not None:
+            found.append(store.lora(path, model)[0])
+        elif (row := store.named(name, model)) is not None:
+            found.append(int(row.size * 1e9))
+    return tuple(found)
+
+
+def under(loras: Names, request: Request | None, model: Description, folder: Path | None) -> Description:
+    """A model as LoRAs make it. If one is not here yet, the model counts as one that reads a control picture where the
+    request has one for it."""
+    from .store import adapters as store
 
     asked = Request("") if request is None else request
-    for name, _ in map(lora, [*loras, *(asked.loras or ())]):
-        if store.local(name) is not None:
-            store.lora(store.adapter_file(name, "LoRA", offline=True), model)
+    if model.wider is None or all(guide.model is not None for guide in asked.controls):
+        return model
+    names = [name for name, _ in settled(asked, loras, model, folder)[1]]
+    here = [path for name in names if (path := store.here(name, folder)) is not None]
+    absent = len(here) < len(names)
+    return model.widened() if absent or any(store.lora(path, model)[0].inputs for path in here) else model
+
+
+def check(embeddings: Names, request: Request | None, model: Description, folder: Path | None) -> None:
+    """Raise for a file that does not fit a model. Only files that are here are read: a model may be fetched after
+    this."""
+    from .store import adapters as store
+
+    asked = Request("") if request is None else request
     for guide in asked.controls:
         if guide.detect is not None:
             detect.check(guide.detect)
-    for name, word in map(embedding, [*embeddings, *(asked.embeddings or ())]):
-        if store.local(name) is not None:
-            store.embedding(store.adapter_file(name, "embedding", offline=True), model, word)
+    for name, word in map(embedding, [*(embeddings if asked.embeddings is None else asked.embeddings)]):
+        store.check(name, "embedding", model, folder)
+        if (path := store.here(name, folder)) is not None:
+            store.embedding(path, model, word)

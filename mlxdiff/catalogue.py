@@ -21,7 +21,9 @@ _STAGES = memory.Peaks("reading the prompt", "drawing the steps", "decoding the 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff models", description="List the named models, or describe one.")
     p.add_argument("name", nargs="?", metavar="NAME", help=f"describe this model; {builtin.NAME} also lists its words")
-    p.add_argument("--adapters", action="store_true", help="list the networks that guide models, by their names")
+    p.add_argument(
+        "--adapters", action="store_true", help="list the networks that guide or change models, by their names"
+    )
     args = p.parse_args(argv)
     return run("mlxdiff models", lambda: adapters(args.name) if args.adapters else chosen(args.name))
 
@@ -31,7 +33,7 @@ def chosen(name: str | None) -> int:
 
 
 def adapters(name: str | None) -> int:
-    """List the networks that guide a named model, or all models."""
+    """List the networks that guide or change a named model, or all models."""
     family = None if name is None else _model(name).family.name
     print(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'licence':27} hub id")
     for (of, called), row in ADAPTERS.items():
@@ -42,6 +44,14 @@ def adapters(name: str | None) -> int:
     print('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
     print(f"inpaint reads the start image and its mask: -i photo.png --mask door.png --control inpaint {MASKED}")
     print('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
+    print('or, if it is a LoRA: mlxdiff generate "a lighthouse" -m sd15 --lora lcm')
+    fast = {key: row for key, row in ADAPTERS.items() if row.role == "lora" and family in (None, key[0])}
+    if fast:
+        print("\nThese LoRAs bring settings, which are used where you give no others; most draw in few steps:")
+    for (of, called), row in fast.items():
+        scale = "" if row.scale == 1 else f", scale {row.scale:g}"
+        wants = f"{row.steps:2} steps, guidance {row.guidance:<3g} {row.sampler:15} {row.schedule}{scale}"
+        print(f"{FAMILIES[of].title:27} {called:12} {wants}")
     return 0
 
 
@@ -89,8 +99,10 @@ def one(name: str) -> int:
 
 
 def _model(name: str) -> Model:
-    if any(name == called for _, called in ADAPTERS):
-        raise Error(f"{name} guides a model, and is none itself.", "`mlxdiff models --adapters` lists such networks.")
+    if name not in MODELS and any(name == called for _, called in ADAPTERS):
+        raise Error(
+            f"{name} guides or changes a model, and is none itself.", "`mlxdiff models --adapters` lists such networks."
+        )
     if name not in MODELS:
         raise Error(f"There is no model named {name!r}.", f"{did_you_mean(name, MODELS, 3)}`mlxdiff models` lists all.")
     return MODELS[name]

@@ -19,7 +19,7 @@ from .models import flux_controlnet, sd3_controlnet
 from .models.clip import CLIPText
 from .models.controlnet import Control, Union
 from .models.flux_controlnet import FluxControlNet
-from .models.layers import sinusoids
+from .models.layers import Shown, Span, sinusoids
 from .models.qwen3 import Qwen3
 from .models.sd3_controlnet import SD3ControlNet
 from .models.t2i import Features, T2IAdapter
@@ -27,7 +27,7 @@ from .models.t5 import T5Encoder
 from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
 
-Layers = list[tuple[mx.array, mx.array]]  # keys and values (1, n, c) for each of a denoiser's layers
+Layers = list[tuple[mx.array, mx.array]]  # keys and values (1, n, c) for each of a denoiser's layers, as in the file
 Tokenizers = dict[str, ClipTokenizer | T5Tokenizer | QwenTokenizer]  # text encoder -> its tokenizer
 
 
@@ -43,6 +43,14 @@ class Sides(NamedTuple):
 
     prompt: Layers
     negative: Layers | None
+
+
+class Picture(NamedTuple):
+    """What the denoiser reads of the pictures of an IP-Adapter, and when."""
+
+    prompt: Shown
+    negative: Shown | None
+    span: Span
 
 
 class Text(NamedTuple):
@@ -167,7 +175,7 @@ def _widened(context: mx.array, width: int) -> mx.array:
     return mx.pad(context, [(0, 0), (0, 0), (0, width - context.shape[-1])])
 
 
-def _longer(context: mx.array, length: int) -> mx.array:
+def longer(context: mx.array, length: int) -> mx.array:
     """The context padded with zeros to a length."""
     return mx.pad(context, [(0, 0), (0, length - context.shape[1]), (0, 0)])
 
@@ -197,7 +205,7 @@ def prepare(
     texts: list[Text],
     both: bool,
     references: Sequence[mx.array] = (),
-    pictures: Sequence[Sides] = (),
+    pictures: Sequence[Picture] = (),
     **fixed,
 ) -> dict[str, dict]:
     """A denoiser's arguments besides x and t, under the names of `guidance.denoiser`'s parameters. both: whether the
@@ -207,7 +215,8 @@ def prepare(
     sides = [arguments(model.text, text, request, negative=len(texts) == 2 and i == 0) for i, text in enumerate(texts)]
     if pictures:
         for side, which in zip(reversed(sides), ("prompt", "negative"), strict=False):
-            side["pictures"] = [getattr(of_adapter, which) for of_adapter in pictures]
+            side["pictures"] = [getattr(picture, which) for picture in pictures]
+        fixed["spans"] = [picture.span for picture in pictures]
     if model.guidance == EMBEDDED:
         sides[0]["guidance_embedding"] = guidance_embedding(request.guidance, model.net.time_cond)
     if model.flow:
@@ -226,7 +235,7 @@ def prepare(
             return mx.concatenate([mx.repeat(value, request.count, axis=0) for value in values])
 
         def batch(name: str) -> mx.array | list:
-            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+            values = [longer(side[name], longest) if name == "context" else side[name] for side in sides]
             return tree_map(joined, *values)
 
         told = {"lengths": tuple(n for n in own for _ in range(request.count))} if lengths else {}

@@ -52,6 +52,21 @@ class Description:
     seal: seals.Seal = field(default_factory=dict)  # of the files of the folder that it was read from
 
     @property
+    def wider(self) -> tuple[str, int] | None:
+        """The variant that a LoRA may make of this model, which reads a control picture, and the channels of its input.
+        None if there is none: published ones are for a base model."""
+        name = next((n for n, v in self.family.variants.items() if v.reads == ("control",)), None)
+        if name is None or not self.family.first or self.variant != "base":
+            return None
+        return name, self.net.in_channels + self.family.variants[name].beside
+
+    def widened(self) -> "Description":
+        """The model that such a LoRA makes of this one."""
+        name, channels = self.wider
+        net = replace(self.net, in_channels=channels)
+        return replace(self, variant=name, components=self.components | {self.family.denoiser: net})
+
+    @property
     def row(self) -> Variant:
         return self.family.variants[self.variant]
 
@@ -209,10 +224,10 @@ class Description:
             fix = "Leave `guess` out, or use more guidance."
             raise Error("guess leaves the negative prompt's pass alone, and without guidance there is none.", fix)
         steps = self.taken(request)
-        for guide in request.controls:
+        for what, guide in [("control", c) for c in request.controls] + [("reference", r) for r in request.references]:
             if steps and not steps_on(guide.interval, steps):
                 span = f"{guide.interval[0]:g} to {guide.interval[1]:g}"
-                raise Error(f"The control interval {span} holds none of {steps} steps.", "Give a longer one.")
+                raise Error(f"The {what} interval {span} holds none of {steps} steps.", "Give a longer one.")
 
     def _check(self, request: Request) -> None:
         """Raise before the work if this model cannot do what the request asks."""
@@ -395,12 +410,24 @@ def _alike(value, model, key: str) -> bool:
             return False
         numbers = () if value is None else value.values()
         known = value is None or any(value.keys() == dynamic.keys() for dynamic in (DYNAMIC, EMPIRICAL))
-        return known and all(_is_number(n) for n in numbers)
+        ends = [0, 1] if value is None else [value.get(f"{which}_image_seq_len", i) for i, which in enumerate(_ENDS)]
+        return known and all(_is_number(n) for n in numbers) and ends[0] < ends[1]
     if key == "sampler":
         return value is None or value in [*samplers.SAMPLERS]
     if isinstance(model, bool | str):
-        return type(value) is type(model)
-    return _is_number(value)
+        return type(value) is type(model) and (key not in _NAMED or value in _NAMED[key])
+    return _is_number(value) and _RANGES[key](value)
+
+
+_ENDS = ("base", "max")
+_NAMED = {"spacing": schedules.SPACINGS, "ends": schedules.FLOW_SPACINGS}
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "steps": lambda n: type(n) is int and 2 <= n <= schedules.MOST_STEPS,
+    "start": lambda beta: 0 < beta < 1,
+    "end": lambda beta: 0 < beta < 1,
+    "offset": lambda n: n in (0, 1),
+    "shift": lambda n: 0 < n < 1e30,
+}
 
 
 def _is_number(value) -> bool:

@@ -115,8 +115,23 @@ _LORA = re.compile(r"<lora:([^:<>]+)(?::([-+.\d]+))?[^<>]*>")
 
 def loras(prompt: str) -> tuple[str, list[str]]:
     """A prompt without A1111's <lora:name:scale>, and these LoRAs as a request has them."""
-    named = [f"{name}:{scale or 1}" for name, scale in _LORA.findall(prompt)]
+    named = [f"{name}:{scale}" if scale else name for name, scale in _LORA.findall(prompt)]
     return (_LORA.sub("", prompt).strip(), named) if named else (prompt, named)
+
+
+def lora(text: str) -> tuple[str, float | None]:
+    """A LoRA and its scale: style.safetensors:0.8. None: it is not said."""
+    name, _, scale = text.rpartition(":")
+    try:
+        return (name, float(scale)) if name else (text, None)
+    except ValueError:
+        return text, None
+
+
+def embedding(text: str) -> tuple[str, str | None]:
+    """An embedding's file and its word: moss.safetensors=<moss>. None: the word that the file has."""
+    name, found, word = text.partition("=")
+    return name, word if found else None
 
 
 def _quoted(text: str) -> str:

@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--detect", choices=DETECTORS, metavar="KIND", help=what)
     what = "controls guide the prompt's pass alone: the picture decides more, the prompt less"
     g.add_argument("--guess", action="store_true", default=None, help=what)
-    what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it"
-    form = ("[MODEL] IMAGE", "SCALE")
+    what = "a picture whose style or things to take over, and the IP-Adapter or Redux that reads it; MODEL:style or"
+    what += " MODEL:layout takes over that alone"
     g.add_argument("--reference", dest="references", action="append", nargs="+", metavar=form, help=what)
 
     g = p.add_argument_group("larger")
@@ -98,8 +98,10 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("with which model")
     g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder, .safetensors or .gguf ({DEFAULT})")
-    many = "a file that changes the model, at a scale if it is not 1; may be given several times"
+    many = "a file or name (lcm, ...) that changes the model, at a scale if it is not 1; may be given several times"
     g.add_argument("--lora", dest="loras", action="append", metavar="FILE[:SCALE]", help=many)
+    where = "where --lora, --embedding and <lora:NAME> in a prompt find names ($MLXDIFF_LORAS)"
+    g.add_argument("--lora-dir", type=Path, metavar="DIR", help=where)
     many = "a word that is taught to CLIP (textual inversion); may be given several times"
     g.add_argument("--embedding", dest="embeddings", action="append", metavar="FILE[=WORD]", help=many)
     g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
@@ -180,6 +182,7 @@ def draw(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             prediction=args.prediction,
             t5=any(r.t5 for r in requests),
+            lora_dir=args.lora_dir,
             parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
             progress=bar.progress,
         )
@@ -192,13 +195,14 @@ def draw(args: argparse.Namespace) -> int:
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
         for adapter, scale in pipe.attached.adapters(requests[0]):
             bar.write(f"{adapter}, scale {scale:g}")
-        for guide in requests[0].controls:
+        for note in pipe.attached.notes(requests[0]):
+            bar.write(note)
+        guided = [("control", guide) for guide in requests[0].controls]
+        for what, guide in guided + [("reference", guide) for guide in requests[0].references]:
             steps = pipe.description.taken(requests[0])
             on = steps_on(guide.interval, steps)
             span = "" if len(on) == steps else f", in steps {on.start + 1} to {on.stop} of {steps}"
-            bar.write(f"control {guide}: scale {guide.scale:g}{span}")
-        for guide in requests[0].references:
-            bar.write(f"reference {guide}: scale {guide.scale:g}")
+            bar.write(f"{what} {guide}: scale {guide.scale:g}{span}")
         for word in pipe.attached.words(requests[0]):
             n = max(map(len, word.vectors.values()))
             bar.write(f"{word.word}: {n} token{'s' * (n > 1)}, for {', '.join(word.vectors)}")

@@ -2,12 +2,14 @@
 it."""
 
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL.Image import Image
 
-from .errors import Error
+from . import values
+from .errors import Error, did_you_mean
 
 Picture = str | Path | Image
 
@@ -15,9 +17,10 @@ MASKED = "masked"  # as a control picture: the start image without what the mask
 
 # What makes a control picture of a photograph: the kinds of `mlxdiff.detect`.
 DETECTORS = ("canny", "depth", "grey", "invert")
+MAX_SCALE = 10  # of a control, a reference or a LoRA
 _MODE = re.compile(r"(.{2,}):([\w-]+)")  # two characters at least: C:\ is a disk
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_FORM = {"control": "[MODEL] IMAGE [SCALE [FROM TO]]", "reference": "[MODEL] IMAGE [SCALE]"}
+_FORM = "[MODEL] IMAGE [SCALE [FROM TO]]"
 _LIKE = {"control": '("canny", "edges.png")', "reference": '("ip-adapter", "photo.png")'}
 
 
@@ -30,7 +33,8 @@ class Guide:
     model: the network that reads it: a name (`mlxdiff models --adapters`), a hub id, a folder or a .safetensors file.
     None: the drawing model itself reads it.
     scale: how strongly it guides. interval: the part of the steps in which it does.
-    mode: what kind of picture it is, for a network that reads several kinds; `model` may say it too: "FILE:canny".
+    mode: what kind of picture it is, for a network that reads several kinds; for a reference through an IP-Adapter,
+    "style" or "layout" if that alone should be taken over. `model` may say it too: "FILE:canny", "ip-adapter:style".
     detect: which control picture to make of the image first: "canny", "depth", "grey" or "invert".
     hash, model_hash: fingerprints of picture and network, set by `Pipeline.resolve`: a replay needs the same ones."""
 
@@ -57,6 +61,29 @@ class Guide:
         named.append("a picture" if self.image is None or isinstance(self.image, Image) else str(self.image))
         return " ".join(named)
 
+    def check(self, what: str, with_mask: bool) -> None:
+        """Raise unless this has a picture and its numbers are in range, before files are read. what: "control" or
+        "reference". with_mask: whether the request has a mask."""
+        if self.image is None:
+            fix = f"Give that picture again: `{what}s=[...]`."
+            raise Error(f"These settings need the picture of a {what}, which was no file.", fix)
+        if not isinstance(self.model, str | Path | None):
+            problem = f"The model of a {what} is {type(self.model).__name__}, not a name or a path."
+            raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
+        values.number(f"{what} scale", self.scale, 0, MAX_SCALE)
+        values.span(f"{what} interval", self.interval)
+        if self.mode is not None:
+            values.text(f"mode of a {what}", self.mode)
+        if self.masked and (what == "reference" or self.model is None or self.detect is not None):
+            problem = f'"{MASKED}" is the start image without what the mask marks, for a control that inpaints.'
+            raise Error(problem, f'Give it as `controls=[("inpaint", "{MASKED}")]`.')
+        if self.masked and not with_mask:
+            raise Error(f"The control {self} needs a mask, and none was given.", "Give `image=FILE` and `mask=FILE`.")
+        if self.detect is not None and (what == "reference" or self.detect not in DETECTORS):
+            problem = f"detect {reprlib.repr(self.detect)} makes no picture for a {what}."
+            fix = f"{did_you_mean(str(self.detect), DETECTORS)}Use one of {', '.join(DETECTORS)}."
+            raise Error(problem, fix if what == "control" else "Leave it out.")
+
     @property
     def masked(self) -> bool:
         """Whether its picture is the start image without what the mask marks."""
@@ -66,7 +93,7 @@ class Guide:
 def guides(values, what: str) -> tuple[Guide, ...]:
     """Guides as a caller may write them: [("canny", "edges.png", 0.7)]. what: "control" or "reference"."""
     if not isinstance(values, list | tuple):
-        fix = f"Give a list, such as [{_LIKE[what]}]: {_FORM[what]} each."
+        fix = f"Give a list, such as [{_LIKE[what]}]: {_FORM} each."
         raise Error(f"{what}s is {type(values).__name__}, not a list.", fix)
     if (
         isinstance(values, tuple)
@@ -84,13 +111,13 @@ def _guide(value, what: str) -> Guide:
     words, numbers = [*value] if isinstance(value, list | tuple) else [value], []
     while len(words) > 1 and _number(words[-1]) is not None:
         numbers.insert(0, _number(words.pop()))
-    fits = 1 <= len(words) <= 2 and len(numbers) in ((0, 1, 3) if what == "control" else (0, 1))
+    fits = 1 <= len(words) <= 2 and len(numbers) in (0, 1, 3)
     if not fits or not isinstance(words[-1], Picture) or not isinstance(words[0], Picture):
         written = " ".join("a picture" if isinstance(w, Image) else str(w) for w in [*words, *numbers])
-        raise Error(f"{written[:80]!r} is no {what}.", f"Give {_FORM[what]}.")
+        raise Error(f"{written[:80]!r} is no {what}.", f"Give {_FORM}.")
     model, image = (None, *words) if len(words) == 1 else words
     if isinstance(model, Image) or Path("" if model is None else model).suffix.lower() in _PICTURES:
-        raise Error(f"The first word of a {what} names its network; it is {Guide(model)}.", f"Give {_FORM[what]}.")
+        raise Error(f"The first word of a {what} names its network; it is {Guide(model)}.", f"Give {_FORM}.")
     return Guide(image, model, *numbers[:1], **({"interval": tuple(numbers[1:])} if numbers[1:] else {}))
 
 

@@ -36,6 +36,7 @@ ENLARGED = "mlxdiff-upscale"  # what a picture was enlarged by, as JSON
 _MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
 _MOST_NAME = 255  # bytes of a file name, on every common file system
+_STRIP = 256  # rows
 _MOST = 100_000  # pictures of one name in a folder
 
 
@@ -57,9 +58,12 @@ def read(source: str | Path | Image.Image, ground: str = "white", alpha: bool = 
     """A picture that a run takes, in RGB: turned upright as its camera noted, what is transparent on a ground, 16 bits
     rounded to 8, and of an animation the first frame. alpha: what is transparent stays so, in RGBA."""
     with _readable(source) as (name, image):
-        kind, image = image.format, ImageOps.exif_transpose(image)
+        kind, given = image.format, image is source
+        if not given:  # else a caller's picture would be turned
+            ImageOps.exif_transpose(image, in_place=True)  # without a copy: large pictures take hundreds of megabytes
+        image = ImageOps.exif_transpose(image) if given else image
         if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):  # 16 bits in both cases
-            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+            image = _eight_bits(image)
         if image.mode in ("I", "F"):  # 32 bits, whose range nothing says
             raise Error(f"{name} has more than 16 bits a channel.", "Save it with 8 bits a channel, as PNG or JPEG.")
         if 0 in image.size:
@@ -67,11 +71,37 @@ def read(source: str | Path | Image.Image, ground: str = "white", alpha: bool = 
         if image.has_transparency_data and alpha:
             return image.convert("RGBA")
         if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time
-            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
+            return _grounded(image, ground)
+        if image.mode == "RGB" and not given:
+            image.load()
+            return image
         made = image.convert("RGB")
         if image.mode == "CMYK":
             made.info.pop("icc_profile", None)  # it would be of other colours
         return made
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """A picture in strips, each with the row that it begins in: less to hold in another form."""
+    for top in range(0, image.height, _STRIP):
+        yield top, image.crop((0, top, image.width, min(image.height, top + _STRIP)))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Of a grey picture in 16 bits."""
+    made = Image.new("L", image.size)
+    for top, strip in _strips(image):
+        made.paste(Image.fromarray((np.asarray(strip).astype(np.float32) / 257).round().astype(np.uint8)), (0, top))
+    return made
+
+
+def _grounded(image: Image.Image, ground: str) -> Image.Image:
+    """A transparent picture on a ground, in RGB."""
+    made = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, ground), strip.convert("RGBA"))
+        made.paste(strip.convert("RGB"), (0, top))
+    return made
 
 
 def transparency(source: str | Path | Image.Image) -> Image.Image:
@@ -130,7 +160,10 @@ def cut(
 
 
 def fingerprint(image: Image.Image) -> str:
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:16]
+    seen = hashlib.sha256(repr(image.size).encode())
+    for _, strip in _strips(image):
+        seen.update(strip.tobytes())
+    return seen.hexdigest()[:16]
 
 
 def preview(x0: np.ndarray, factors: tuple) -> Image.Image:

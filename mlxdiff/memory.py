@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import recipe
+from .adapters import Adapter
 from .description import Description
 from .families import FAMILIES
 from .models import build
@@ -61,6 +62,12 @@ class Workload:
     pictures: tuple[tuple[int, int], ...] = ()  # width and height of each picture of the request
     beside: tuple[build.Config | int, ...] = ()  # the networks that guide it, or their bytes in 16 bits
     readers: tuple[Reader, ...] = ()  # of its references
+    loras: tuple[Adapter | int, ...] = ()  # those that change the model, or their bytes in 16 bits
+
+    @property
+    def held(self) -> int:
+        """Bytes of the LoRAs themselves, which are held in float32."""
+        return sum(2 * lora if isinstance(lora, int) else lora.nbytes for lora in self.loras)
 
     def but(self, bits: int | str | None = None, **settings) -> "Workload":
         """The same workload with other settings: of the weights, of the run, or of the request."""
@@ -89,7 +96,10 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     references = [math.prod(cut.size) for cut in model.cuts(workload.pictures)]
     wider = 1 if config.decoder_channels is None else config.decoder_channels[0] / config.channels[0]
 
-    encode = max([_reads(m, request) for m in models] + [_sees(model, reader) for reader in workload.readers])
+    encode = max(
+        [_reads(m, request, workload.loras if m is model else ()) for m in models]
+        + [_sees(model, reader) for reader in workload.readers]
+    )
     guided = any(not isinstance(network, int) and network.reads_latents for network in workload.beside)
     encodes = request.image is not None or bool(model.row.reads) or guided
     if encodes:
@@ -100,14 +110,14 @@ def peaks(workload: Workload, gpu: bool) -> Peaks:
     for m in models:
         more = (sum(references), sum(reader.tokens for reader in workload.readers)) if m is model else (0, 0)
         held, passing = _draws(m, request, low, gpu, *more)
-        held += guides if m is model else 0
+        held += guides + _adapted(m, m.family.denoiser, workload.loras) if m is model else 0
         stays.append(held)
         denoise = max(denoise, kept + held + passing)
         kept += 0 if low else held
     decode = vae + _DECODER[gpu] * wider * _pixels(workload, drawn) + (0 if low else stays[0])
     if request.upscaler is not None:
         decode = max(decode, (0 if low else vae + stays[0]) + upscaling(gpu))
-    return Peaks(int(encode), int(denoise), int(decode))
+    return Peaks(*(int(stage + workload.held) for stage in (encode, denoise, decode)))
 
 
 def _of_two_passes(workload: Workload, gpu: bool) -> Peaks:
@@ -119,7 +129,9 @@ def _of_two_passes(workload: Workload, gpu: bool) -> Peaks:
     held = 0 if low else _weights(model, model.family.denoiser).held
     encode = _encodes(second, second.request.width * second.request.height, gpu)
     return Peaks(
-        max(first.encode, int(encode + held)), max(first.denoise, again.denoise), max(first.decode, again.decode)
+        max(first.encode, int(encode + held + workload.held)),
+        max(first.denoise, again.denoise),
+        max(first.decode, again.decode),
     )
 
 
@@ -145,10 +157,10 @@ def upscale_tile(gpu: bool) -> int:
     return 1024 if gpu else 512
 
 
-def _reads(model: Description, request: Request) -> float:
-    """Bytes of the largest text encoder while it works."""
+def _reads(model: Description, request: Request, loras: tuple[Adapter | int, ...]) -> float:
+    """Bytes of the largest text encoder while it works. loras: those of the model that it belongs to."""
     encoders = [name for name in model.text.encoders if name != model.text.t5 or model.reads_t5(request)]
-    return max(_weights(model, name).held + _reading(model, name) for name in encoders)
+    return max(_weights(model, name).held + _reading(model, name) + _adapted(model, name, loras) for name in encoders)
 
 
 def _reading(model: Description, name: str) -> int:
@@ -172,6 +184,34 @@ def _draws(
     latents = (request.width * request.height + references) // model.factor**2
     numbers = model.family.activations(model.net, latents, text, gpu) * (request.count if low else samples)
     return weights.held + prepared * item, numbers * item
+
+
+def _adapted(model: Description, name: str, loras: tuple[Adapter | int, ...]) -> float:
+    """Bytes that LoRAs add to a quantized network: their factors run beside its layers, in its dtype, and a layer that
+    one changes at full rank is no longer quantized. A network that is not quantized takes no more than without them."""
+    if model.recipe.bits is None or not loras:
+        return 0
+    shapes, item, more, dense = _built(model.components[name])[1], _item(model, name), 0.0, set()
+    plan = _plan(model.family.name, name, model.components[name], model.recipe.bits)
+    for lora in loras:
+        if isinstance(lora, int):
+            more += lora * item / 2 if name == model.family.denoiser else 0
+            continue
+        for parameter, changes in lora.changes.get(name, {}).items():
+            path, _, leaf = parameter.rpartition(".")
+            if leaf == "weight" and path in plan:
+                low = all(c.low is not None and c.magnitude is None for c in changes)
+                more += sum(c.low[0].shape[0] for c in changes) * sum(shapes[parameter]) * item if low else 0
+                dense |= set() if low else {(parameter, path)}
+    for parameter, path in dense:
+        small = _quantized(shapes[parameter], tuple(plan[path].items()), model.recipe.dtype)
+        more += math.prod(shapes[parameter]) * item - small
+    return more
+
+
+@cache
+def _plan(family_name: str, name: str, config: build.Config, bits: int | str) -> dict[str, dict]:
+    return recipe.quantization_plan(FAMILIES[family_name], name, _built(config)[0], bits)
 
 
 def _guides(model: Description, network: build.Config | int, request: Request, low: bool) -> float:

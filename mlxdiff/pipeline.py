@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,18 +32,17 @@ from . import (
 )
 from .arguments import check_options
 from .attached import Attached
-from .errors import Error
-from .guides import steps_on
+from .guides import Guide, steps_on
+from .larger import Larger
 from .models.controlnet import controlled
-from .networks import Networks, dtype_of
+from .networks import Networks, computing, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
-from .references import extended, sides
+from .references import extended, shown
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
 from .start import Start, Starts
-from .upscale import Upscaler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,6 +69,7 @@ def load(
     t5: bool = True,
     loras: list[str] | tuple[str, ...] = (),
     embeddings: list[str] | tuple[str, ...] = (),
+    lora_dir: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **unknown: NoReturn,
 ) -> "Pipeline":
@@ -85,16 +86,23 @@ def load(
     tokenizer: a folder, for a checkpoint without a tokenizer. prediction: "eps" or "v", if the checkpoint does not say.
     parts: files of "vae", "clip", "clip_g", "t5" and "text_encoder" for a checkpoint that lacks them.
     t5: False leaves SD3's T5 out and does not fetch it.
-    loras: LoRA files for every picture that does not say, such as ["style.safetensors:0.8"].
+    loras: LoRAs for every picture that does not say, such as ["style.safetensors:0.8"].
     embeddings: the same for words that are taught to CLIP (textual inversion), such as ["moss.safetensors=<moss>"].
+    lora_dir: a folder where the names of both are looked up, in place of that of the variable MLXDIFF_LORAS.
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
     from . import store
+    from .store import adapters
+
+    lora_dir = adapters.folder_of(lora_dir)
 
     def check(model: description.Description, **others) -> None:
+        bare, model = model, attached.under(loras, request, model, lora_dir)
         others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
-        advice.check_request(model, request=request, low_memory=low_memory, force=force, t5=t5, **others)
-        attached.check(loras, embeddings, request, model)
+        others |= {"loras": attached.changes(loras, request, bare, lora_dir)}
+        full = None if request is None else attached.settled(request, loras, bare, lora_dir)[0]
+        advice.check_request(model, request=full, low_memory=low_memory, force=force, t5=t5, **others)
+        attached.check(embeddings, request, bare, lora_dir)
         pictures.check(request, model)
         if request is not None and request.upscaler is not None:
             upscale.check(request.upscaler)
@@ -110,7 +118,7 @@ def load(
 
     pipe = opened(model, check=check)
     pipe.attached.progress = progress
-    pipe.attached.loras, pipe.attached.embeddings = tuple(loras), tuple(embeddings)
+    pipe.attached.loras, pipe.attached.embeddings, pipe.attached.lora_dir = tuple(loras), tuple(embeddings), lora_dir
     if refiner is not None:
         pipe.attach_refiner(opened(refiner))
     if taesd is not None and not (taesd == "auto" and pipe.previews_by_vae):
@@ -138,9 +146,10 @@ class Pipeline:
         self.attached = Attached(networks.folder, networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
-        self._upscaler: Upscaler | None = None  # the last one
+        self.larger = Larger(networks.description, offline)
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
-        self.starts = Starts(networks, low_memory)
+        self.starts = Starts(networks, self.description, low_memory)
+        self._wider: Pipeline | None = None  # what a LoRA that reads control pictures makes of this one
 
     def __repr__(self) -> str:
         model = self.description
@@ -155,6 +164,16 @@ class Pipeline:
         self.description.check_refiner(refiner.description)
         self.refiner = refiner
 
+    def hold(self, networks: dict[str, nn.Module]) -> None:
+        """Draw the next picture with these networks, which are being trained. `release` ends that."""
+        for name, network in networks.items():
+            self.networks.hold(name, network)
+        self._texts = None  # they may have been read by an encoder before it was trained
+
+    def release(self, networks: dict[str, nn.Module]) -> None:
+        self.networks.release(*networks)
+        self._texts = None
+
     def attach_taesd(self, decoder: nn.Module) -> None:
         """Use a tiny decoder for previews."""
         self.description.check_taesd(decoder.config.latent_channels)
@@ -166,19 +185,35 @@ class Pipeline:
     def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
-        request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
-        full = self.starts.resolve(request)
-        for each in [full] if full.hires is None else [full, self.description.second_pass(full)]:
+        request = self.larger.resolve(self.attached.resolve(asked(prompt, settings)))
+        pipe = self.under(request)
+        full = pipe.starts.resolve(request)
+        for each in [full] if full.hires is None else [full, pipe.description.second_pass(full)]:
             self.attached.check_size(each)
         return full
 
+    def under(self, request: Request) -> "Pipeline":
+        """The pipeline that draws a request whose LoRAs are known: this one, or one of the same networks if a LoRA lets
+        the denoiser read a control picture."""
+        if self._wider is self or not any(adapter.inputs for adapter, _ in self.attached.adapters(request)):
+            return self
+        if self._wider is None:
+            self._wider = copy(self)
+            self._wider._wider = self._wider
+            self._wider.description = self.description.widened()
+            self._wider.starts = Starts(self.networks, self._wider.description, self.low_memory)
+        return self._wider
+
     def workload(self, request: Request) -> memory.Workload:
         """The workload of a resolved request, for `memory`."""
+        if (pipe := self.under(request)) is not self:
+            return pipe.workload(request)
         refiner = None if self.refiner is None else self.refiner.description
         sizes = self.starts.pictures(request).sizes
         beside = tuple(self.attached.control(guide)[1] for guide in request.controls if guide.model is not None)
         readers = tuple(self.attached.references.reader(guide).workload for guide in request.references)
-        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers)
+        loras = tuple(adapter for adapter, _ in self.attached.adapters(request))
+        return memory.Workload(self.description, request, self.low_memory, refiner, sizes, beside, readers, loras)
 
     @takes_settings
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
@@ -204,55 +239,21 @@ class Pipeline:
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to use in place of the seed's first
         noise."""
+        if (pipe := self.under(request)) is not self:
+            yield from pipe.run(request, given)
+            return
         if not self.force:
             advice.check(self.workload(request))
-        if request.hires is not None:
-            yield from self._two_passes(request, given)
-            return
-        for event in self._pass(request, given):
-            if event.image is None or request.upscaler is None:
-                yield event
-            else:
-                yield event._replace(image=None)
-                yield from self._upscale(request, event.image)
-
-    def _two_passes(self, request: Request, given: np.ndarray | None) -> Iterator[Event]:
-        """Draw, enlarge, and draw on, one picture at a time: each equals what it gives by the commands one by one."""
-        drawn = []
-        for event in self._pass(replace(request, hires=None, upscaler=None), given):
-            drawn += [] if event.image is None else [event.image]
-            yield event._replace(image=None)
-        for i, (picture, single) in enumerate(zip(drawn, request.singles(), strict=True)):
-            second = self.description.second_pass(single)
-            if request.upscaler is not None:
-                for event in self._upscale(request, picture):
-                    picture = picture if event.image is None else event.image
-                    yield event._replace(image=None, hires=i)
-            picture = picture.resize((second.width, second.height), Image.Resampling.LANCZOS)
-            for event in self._pass(replace(second, image=picture)):
-                yield event._replace(hires=i)
-
-    def _upscale(self, request: Request, image: Image.Image) -> Iterator[Event]:
-        for tile in self._open_upscaler(request).tiles(image):
-            yield Event("upscale", tile.done, tile.tiles, tile.seconds, image=tile.image)
-
-    def _upscaled(self, request: Request) -> Request:
-        """The request with the fingerprint of its upscaler, which is opened here, before the work."""
-        request.check_hires()
-        if request.upscaler is None:
-            return request
-        if self._upscaler is not None and not self._upscaler.current:
-            self._upscaler = None
-        found = self._open_upscaler(request).hash
-        if request.upscaler_hash not in (None, found):
-            problem = f"The upscaler {request.upscaler} is not the one that these settings name."
-            raise Error(problem, "Give that file as `upscaler=FILE`.")
-        return replace(request, upscaler_hash=found)
-
-    def _open_upscaler(self, request: Request) -> Upscaler:
-        if self._upscaler is None or self._upscaler.name != str(request.upscaler):
-            self._upscaler = Upscaler(request.upscaler, offline=self.attached.offline)
-        return self._upscaler
+        with computing(self.name):
+            if request.hires is not None:
+                yield from self.larger.two_passes(self._pass, request, given)
+                return
+            for event in self._pass(request, given):
+                if event.image is None or request.upscaler is None:
+                    yield event
+                else:
+                    yield event._replace(image=None)
+                    yield from self.larger.upscale(request, event.image)
 
     def _pass(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """One pass of a resolved request."""
@@ -279,9 +280,10 @@ class Pipeline:
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            read, shown = (start, sides(request.references, seen)) if pipe is self else (None, [])
+            span = partial(self._span, request, schedule, whole)
+            read, see = (start, shown(model, request.references, seen, span)) if pipe is self else (None, [])
             asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
-            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, shown)
+            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, see)
             if start.mask is not None:
                 denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
@@ -369,11 +371,11 @@ class Pipeline:
         texts: list,
         sigmas: list[float],
         start: Start | None = None,
-        shown: Sequence[conditioning.Sides] = (),
+        pictures: Sequence[conditioning.Picture] = (),
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
-        run starts with; shown: what IP-Adapters give."""
+        run starts with; pictures: what IP-Adapters give."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -386,9 +388,9 @@ class Pipeline:
         net = self.networks.get(name)
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
-        source = self.networks.open(name) if model.flow else net
+        source = self.networks.whole(name) if model.flow else net
         references, beside = ((), None) if start is None else (start.references, start.beside)
-        conds = conditioning.prepare(model, source, request, ts, texts, both, references, shown)
+        conds = conditioning.prepare(model, source, request, ts, texts, both, references, pictures)
         del source  # it would hold the modulation weights until all conditions are evaluated
         # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
         # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
@@ -425,7 +427,7 @@ class Pipeline:
     ) -> Iterator[Event]:
         """What the networks that guide add to the conditions of each side. sigmas: those of the whole run."""
         latents = iter(() if start is None else start.hints)
-        added, taken = {}, self.description.taken(request)
+        added = {}
         base = self.networks.get(self.description.family.denoiser)
         for path in self.attached.networks(request):
             yield Event("load", 0, 1, 0.0)
@@ -433,9 +435,7 @@ class Pipeline:
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
         for guides in self.attached.together([guide for guide in request.controls if guide.model is not None]):
-            net, on = self.attached.network(guides[0]), steps_on(guides[0].interval, taken)
-            last = sigmas[on.stop - 1 - taken]
-            times = schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
+            net, times = self.attached.network(guides[0]), self._span(request, schedule, sigmas, guides[0])
             if net.config.reads_latents:
                 hints = [next(latents)]
             else:
@@ -446,6 +446,14 @@ class Pipeline:
                 mx.eval(vars(control))
                 added.setdefault(side, []).append(control)
         return added
+
+    def _span(self, request: Request, schedule: Schedule, sigmas: list[float], guide: Guide) -> tuple[float, float]:
+        """The times in which a guide is on: from the first down to the second, which is excluded. sigmas: those of the
+        whole run."""
+        taken = self.description.taken(request)
+        on = steps_on(guide.interval, taken)
+        last = sigmas[on.stop - 1 - taken]
+        return schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
 
     def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""

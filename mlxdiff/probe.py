@@ -73,7 +73,7 @@ def sides(pipe: Pipeline, prompt: str | Request, **settings) -> tuple[Look, Look
     request = pipe.resolve(prompt, **settings)
     if pipe.description.passes(request) == 1:
         raise Error("Without guidance there is one prediction, not two.", "Ask for guidance above 1.")
-    if pipe.description.row.reads:
+    if pipe.under(request).description.row.reads:
         raise Error(f"{pipe.name} also reads pictures, which are not known here.", "Look at a model that reads none.")
     if request.references:
         raise Error("The two predictions are those of the prompts alone.", "Leave `references` out.")

@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from . import images
-from .conditioning import Layers, Sides, Text
+from .conditioning import Layers, Picture, Sides, Text
 from .description import Description
 from .errors import Error
 from .families import FAMILIES
 from .guides import Guide
-from .models import vision
+from .models import redux, vision
 from .models.ip_adapter import IPAdapter
-from .models.redux import Redux
+from .models.layers import Shown, Span
 from .recipe import DTYPES
 from .request import Request
 from .result import Event
@@ -48,12 +48,23 @@ class References:
             problem = f"References are for {whose}; {self.model.name} is {self.model.family.title}."
             edits = ", or give the picture as `image=FILE`" if self.model.row.edits else ""
             raise Error(problem, f"Leave `references` out{edits}.")
-        if guide.interval != (0.0, 1.0) or guide.mode is not None:
-            problem = f"The reference {guide} has an interval or a mode, which only controls have."
-            raise Error(problem, "Leave it out.")
+        if guide.mode is not None and guide.mode not in self.model.family.aspects:
+            known = ", ".join(self.model.family.aspects)
+            fix = f"Use one of {known}, or leave it out." if known else "Leave it out."
+            raise Error(f"{self.model.name} cannot take {guide.mode!r} alone from a reference.", fix)
+        if guide.mode is not None and not reads(self.model, guide.mode):
+            problem = (
+                f"{self.model.name} has no layers that decide the {guide.mode} of a picture, as larger models have."
+            )
+            raise Error(problem, f"Leave :{guide.mode} out.")
         if guide.model is None:
             fix = "Name an IP-Adapter or FLUX Redux before the picture: `references=[(FILE, PICTURE)]`."
             raise Error(f"The reference {guide} has no network that reads it.", fix)
+        from .store import guides as store
+
+        row = store.row(guide.model, self.model, "reference")
+        if row is not None and "Redux" in row.kind:
+            _check_whole(guide)
 
     def reader(self, guide: Guide, progress: Progress | None = None) -> "Reader":
         """The networks of a reference, whose headers are read once, and again if the files have changed. Raises if the
@@ -65,7 +76,10 @@ class References:
 
             reader = store.find(guide.model, self.model, offline=self.offline, progress=progress)
             self._readers[str(guide.model)] = _times(reader), reader
-        return self._readers[str(guide.model)][1]
+        reader = self._readers[str(guide.model)][1]
+        if isinstance(reader.config, redux.Config):
+            _check_whole(guide)
+        return reader
 
     def see(self, request: Request, picture: Callable[[Guide], Image.Image]) -> Iterator[Event]:
         """What each reference of a resolved request becomes. picture: gives that of a guide."""
@@ -90,9 +104,11 @@ class References:
         self._seen = seen
         return [seen[guide.hash, guide.model_hash, guided] for guide in request.references]
 
-    def _become(self, encoder: vision.Vision, adapter: IPAdapter | Redux, picture: Image.Image, guided: bool) -> Seen:
+    def _become(
+        self, encoder: vision.Vision, adapter: IPAdapter | redux.Redux, picture: Image.Image, guided: bool
+    ) -> Seen:
         out = encoder(pixels(picture, encoder.config))
-        if isinstance(adapter, Redux):
+        if isinstance(adapter, redux.Redux):
             found = adapter(out)
         else:
             found = Sides(adapter(out), adapter(_nothing(encoder, adapter, out)) if guided else None)
@@ -103,28 +119,48 @@ class References:
         return found
 
 
-def sides(references: Sequence[Guide], seen: Sequence[Seen]) -> list[Sides]:
-    """What each IP-Adapter gives: its pictures side by side, the values of each times its scale. At equal scales this
-    is that scale times the attention to all of them, as in diffusers."""
-    of_adapter: dict[str, list[tuple[Sides, float]]] = {}
+def _check_whole(guide: Guide) -> None:
+    """Raise if a reference through Redux is not read in all steps."""
+    if guide.interval != (0.0, 1.0):
+        problem = f"The reference {guide} becomes a part of the prompt, which is the same in all steps."
+        raise Error(problem, "Leave FROM and TO out, or use an IP-Adapter.")
+
+
+def shown(
+    model: Description, references: Sequence[Guide], seen: Sequence[Seen], span: Callable[[Guide], Span]
+) -> list[Picture]:
+    """What the denoiser reads of each IP-Adapter: its pictures side by side, the values of each times its scale. At
+    equal scales this is that scale times the attention to all of them, as in diffusers. Pictures that are read in other
+    steps or by other layers are apart. span: the times of a guide."""
+    groups: dict[tuple, list[tuple[Sides, float]]] = {}
     for guide, found in zip(references, seen, strict=True):
         if isinstance(found, Sides):
-            of_adapter.setdefault(guide.model_hash, []).append((found, guide.scale))
+            groups.setdefault((guide.model_hash, span(guide), guide.mode), []).append((found, guide.scale))
 
-    def beside(several: list[Layers], scales: list[float]) -> Layers:
-        layers = []
-        for of_layer in zip(*several, strict=True):
-            keys = mx.concatenate([k for k, _ in of_layer], axis=1)
-            values = mx.concatenate([v * scale for (_, v), scale in zip(of_layer, scales, strict=True)], axis=1)
-            layers.append((keys, values))
-        return layers
+    def beside(several: list[Layers], scales: list[float], layers: list[int]) -> Shown:
+        read = {}
+        for i in layers:
+            keys = mx.concatenate([of[i][0] for of in several], axis=1)
+            values = mx.concatenate([of[i][1] * scale for of, scale in zip(several, scales, strict=True)], axis=1)
+            read[i] = keys, values
+        return read
 
-    joined = []
-    for pairs in of_adapter.values():
+    pictures = []
+    for (_, times, mode), pairs in groups.items():
         scales, both = [scale for _, scale in pairs], [found for found, _ in pairs]
-        negative = None if both[0].negative is None else beside([found.negative for found in both], scales)
-        joined.append(Sides(beside([found.prompt for found in both], scales), negative))
-    return joined
+        layers = reads(model, mode)
+        negative = None if both[0].negative is None else beside([found.negative for found in both], scales, layers)
+        pictures.append(Picture(beside([found.prompt for found in both], scales, layers), negative, times))
+    return pictures
+
+
+def reads(model: Description, mode: str | None) -> list[int]:
+    """The numbers, in an adapter's file, of the denoiser's layers that read a reference: those that decide its style or
+    its layout (Wang et al. 2024, InstantStyle), or all."""
+    if mode is None:
+        return [*range(len(model.net.reading))]
+    places = tuple(f"{place}." for place in model.family.aspects[mode])
+    return [i for i, name in enumerate(model.net.readers) if name.startswith(places)]
 
 
 def extended(texts: list[Text], references: Sequence[Guide], seen: Sequence[Seen]) -> list[Text]:

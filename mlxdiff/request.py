@@ -16,12 +16,11 @@ from PIL.Image import Image
 from . import arguments, dialects, samplers, schedules, values
 from .errors import Error, did_you_mean
 from .foreign import fits
-from .guides import DETECTORS, MASKED, Guide, Picture, guides
+from .guides import MAX_SCALE, Guide, Picture, guides
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
 MAX_EDGE = 16384
-MAX_SCALE = 10  # of a LoRA
 MAX_BLUR = 256
 MAX_HIRES = 8  # times
 STRENGTH = 0.6
@@ -81,8 +80,10 @@ class Request:
     is drawn, and puts it back into the whole picture.
     keep: pastes the pixels outside the mask back in the end. Otherwise they are what the VAE makes of them.
     outpaint: how many pixels to add to the start image at its left, top, right and bottom.
-    loras: LoRA files or hub ids that change the model, each with a scale if it is not 1: "style.safetensors:0.8". None
-    stands for those that the model was loaded with. A prompt may name them too: <lora:style:0.8>.
+    loras: LoRAs that change the model: files, hub ids or names (`mlxdiff models --adapters`), each with a scale if it
+    is not 1: "style.safetensors:0.8". None stands for those that the model was loaded with. A prompt may name them too:
+    <lora:style:0.8>. A named one that draws in few steps brings its steps, guidance, sampler and schedule: they are the
+    defaults then.
     lora_hashes: fingerprints of these files, set by `Pipeline.resolve`: a replay needs the same files.
     embeddings: words that are taught to CLIP (textual inversion): files, each with a word if its own does not suit:
     "moss.safetensors=<moss>". None stands for those that the model was loaded with.
@@ -96,7 +97,8 @@ class Request:
     of Guides, or of tuples ("canny", "edges.png", 0.7). The numbers are a scale, and then the part of the steps, from
     and to. "masked" as a picture is the start image without what the mask marks, for a network that was made for that:
     ("inpaint", "masked").
-    references: pictures whose style or things the drawing takes over, in the same form, without a part of the steps.
+    references: pictures whose style or things the drawing takes over, in the same form: ("ip-adapter", "a.png", 0.6).
+    "ip-adapter:style" takes over the style alone, "ip-adapter:layout" where things are.
     guess: whether controls guide the prompt's pass alone, so that they decide more than the prompt does.
     noise: where the noise comes from: "torch" as in diffusers, "nv" as in A1111 on a GPU, or "mlx"."""
 
@@ -332,41 +334,18 @@ class Request:
             for text in value or ():
                 values.text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
-            values.number("lora scale", lora(text)[1], -MAX_SCALE, MAX_SCALE)
+            if (scale := dialects.lora(text)[1]) is not None:
+                values.number("lora scale", scale, -MAX_SCALE, MAX_SCALE)
 
     def check_guides(self) -> None:
         """Raise unless the guides have pictures and numbers in range, before their files are read."""
         for name, several in (("control", self.controls), ("reference", self.references)):
             for guide in several:
-                if guide.image is None:
-                    fix = f"Give that picture again: `{name}s=[...]`."
-                    raise Error(f"These settings need the picture of a {name}, which was no file.", fix)
-                if not isinstance(guide.model, str | Path | None):
-                    problem = f"The model of a {name} is {type(guide.model).__name__}, not a name or a path."
-                    raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
-                values.number(f"{name} scale", guide.scale, 0, MAX_SCALE)
-                values.span(f"{name} interval", guide.interval)
-                if guide.masked:
-                    self._check_masked(guide, name)
-                if guide.mode is not None:
-                    values.text(f"mode of a {name}", guide.mode)
-                if guide.detect is not None and (name == "reference" or guide.detect not in DETECTORS):
-                    near = did_you_mean(str(guide.detect), DETECTORS)
-                    problem = f"detect {reprlib.repr(guide.detect)} makes no picture for a {name}."
-                    fix = f"{near}Use one of {', '.join(DETECTORS)}." if name == "control" else "Leave it out."
-                    raise Error(problem, fix)
+                guide.check(name, self.masked)
         if not isinstance(self.guess, bool):
             raise Error(f"guess {self.guess!r} is neither true nor false.", "Use `guess=True` to guess.")
         if self.guess and not self.controls:
             raise Error("guess is for controls, and there is none.", "Leave `guess` out, or add `controls=[...]`.")
-
-    def _check_masked(self, guide: Guide, what: str) -> None:
-        """Raise unless a guide may be the start image without what the mask marks."""
-        if what == "reference" or guide.model is None or guide.detect is not None:
-            problem = f'"{MASKED}" is the start image without what the mask marks, for a control that inpaints.'
-            raise Error(problem, f'Give it as `controls=[("inpaint", "{MASKED}")]`.')
-        if not self.masked:
-            raise Error(f"The control {guide} needs a mask, and none was given.", "Give `image=FILE` and `mask=FILE`.")
 
     def singles(self) -> list["Request"]:
         """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""
@@ -455,21 +434,6 @@ def asked(prompt: str | Request, settings: dict) -> Request:
     """The request of a call: a prompt or an earlier request, whose settings the given settings replace."""
     arguments.check_settings(settings, SETTINGS)
     return prompt.but(settings) if isinstance(prompt, Request) else Request(prompt, **settings)
-
-
-def lora(text: str) -> tuple[str, float]:
-    """A LoRA and its scale: style.safetensors:0.8. Without a scale it is 1."""
-    name, _, scale = text.rpartition(":")
-    try:
-        return (name, float(scale)) if name else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-def embedding(text: str) -> tuple[str, str | None]:
-    """An embedding's file and its word: moss.safetensors=<moss>. None: the word that the file has."""
-    name, found, word = text.partition("=")
-    return name, word if found else None
 
 
 def takes_settings(call: Call) -> Call:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from . import images, memory, pictures
+from .description import Description
 from .networks import Networks
 from .request import Request
 from .result import Event
@@ -33,8 +34,8 @@ class Start(NamedTuple):
 class Starts:
     """Those of one model's runs. The pictures of the last request are kept, and the latents of those to edit."""
 
-    def __init__(self, networks: Networks, low_memory: bool):
-        self.networks, self.model, self.low_memory = networks, networks.description, low_memory
+    def __init__(self, networks: Networks, model: Description, low_memory: bool):
+        self.networks, self.model, self.low_memory = networks, model, low_memory
         self._taken: tuple[tuple, pictures.Taken] | None = None  # after their fingerprints
         self._references: tuple[tuple, list[mx.array]] = (), []  # the same
 

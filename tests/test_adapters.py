@@ -2,8 +2,10 @@
 files mean what they mean elsewhere is parity/test_lora.py's."""
 
 import json
+import math
 import re
 import warnings
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,12 +14,19 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxdiff
-from mlxdiff import generate, images
+from mlxdiff import advice, generate, images, memory
 from mlxdiff.adapters import SidePath
+from mlxdiff.attached import settled
 from mlxdiff.convert import __main__ as convert
 from mlxdiff.convert import inspect, lora
+from mlxdiff.description import published
 from mlxdiff.errors import Error
-from tests.checkpoints import full, header, raw
+from mlxdiff.families import ADAPTERS, MODELS, Fast
+from mlxdiff.recipe import Recipe
+from mlxdiff.request import Request
+from mlxdiff.store import hub
+from mlxdiff.store.adapters import named
+from tests.checkpoints import full, header, manifest, raw
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -101,6 +110,98 @@ def weight(pipe, name: str, *adapters) -> np.ndarray:
         pipe.networks.adapt([])
 
 
+# ---- LoRAs with names
+
+
+@pytest.fixture
+def fast(pipe, tmp_path, monkeypatch):
+    """A LoRA of the built-in model that has a name, and lies on the hub; and what was fetched."""
+    made = full(tmp_path / "published" / "file.safetensors", pair(pipe, LAYER))
+    how = {"net": pipe.description.net, "scale": 0.5, "steps": 2, "guidance": 1.0, "sampler": "ddim"}
+    row = Fast("Fast LoRA", "org/fast", "MIT", 0.01, file="file.safetensors", **how)
+    monkeypatch.setitem(ADAPTERS, ("sd1", "fast"), row)
+    fetched = []
+    monkeypatch.setattr(hub, "snapshots", lambda *_: [])
+    monkeypatch.setattr(hub, "listing", lambda *_: ("c1", {"file.safetensors": 1}))
+    monkeypatch.setattr(hub, "download", lambda *asked: fetched.append(asked) or made.parent)
+    monkeypatch.setattr(hub, "offline", lambda: False)
+    return fetched
+
+
+def test_a_named_lora_brings_its_settings(pipe, fast, tmp_path, capsys):
+    """Those that the user leaves open. Closed form: a DDIM picture in two steps with the file's change."""
+    small = {"seed": 1, "width": 64, "height": 64}
+    bare = {"steps": 2, "guidance": 1.0, "sampler": "ddim", "schedule": "trailing"}
+    drawn = pipe("a red house", loras=["fast"], **small)
+    assert drawn.request.loras == ("fast:0.5",)
+    assert {key: getattr(drawn.request, key) for key in bare} == bare
+    want = pipe("a red house", loras=[f"{tmp_path / 'published' / 'file.safetensors'}:0.5"], **bare, **small)
+    assert (np.asarray(drawn.image) == np.asarray(want.image)).all()
+    said = pipe.resolve("a house <lora:fast>", steps=3)
+    assert (said.loras, said.steps, said.guidance, said.sampler) == (("fast:0.5",), 3, 1.0, "ddim")
+    said = pipe.resolve("a house", loras=["fast:1"], sampler="euler")
+    assert (said.loras, said.sampler, said.schedule) == (("fast:1",), "euler", pipe.description.schedule["spacing"])
+    typed = ["a red house", "-W", "64", "-H", "64", "--lora", "fast", "--dtype", "float32", "--steps", "3"]
+    assert generate.main([*typed, "-o", str(tmp_path / "a.png")]) == 0
+    told = capsys.readouterr().err
+    assert "fast: 1 layer (unet 1), rank 4, scale 0.5\n" in told
+    wants = "steps 2, guidance 1, sampler ddim, schedule trailing"
+    assert f"fast was made for {wants}. This picture has steps 3.\n" in told
+    again = pipe(images.read_settings(drawn.save(tmp_path / "b.png")[0])[0])
+    assert (np.asarray(again.image) == np.asarray(drawn.image)).all()
+
+
+def test_a_file_goes_before_a_name(pipe, fast, tmp_path):
+    full(tmp_path / "mine" / "fast.safetensors", pair(pipe, LAYER, seed=1))
+    held = mlxdiff.load("storybook", dtype="float32", lora_dir=tmp_path / "mine")
+    request = held.resolve("a house <lora:fast>")
+    assert (request.loras, request.steps, fast) == (("fast:1",), held.description.defaults.steps, [])
+    with pytest.raises(Error, match=r"There is no folder .*nowhere"):
+        mlxdiff.load("storybook", lora_dir=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "says"),
+    [
+        ("storybook", "lcm", "which was made for sd15, sd15-inpaint: it does not fit storybook"),
+        (
+            "flux-dev",
+            "lcm",
+            r"for Stable Diffusion 1.x and Stable Diffusion XL; flux-dev is FLUX.1. FLUX.1 has hyper-8",
+        ),
+        ("flux-schnell", "turbo", "which was made for flux-dev, flux-krea, flux-kontext: it does not fit flux-schnell"),
+        ("sd3.5-medium", "hyper-8", "which was made for sd3-medium: it does not fit sd3.5-medium"),
+        ("sd21", "hyper-4", "sd21 is Stable Diffusion 2.x. Leave it out"),
+        ("sdxl", "lightning4", "There is no LoRA 'lightning4'. Did you mean lightning-4"),
+        ("sdxl", "nothing", "There is no LoRA 'nothing'. Stable Diffusion XL has lcm, lightning-2"),
+    ],
+)
+def test_a_name_that_does_not_fit_is_refused_before_any_download(model, name, says, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(Error, match=says):
+        mlxdiff.load(model, force=True, request=Request(f"a house <lora:{name}>"))
+    if model != "storybook":
+        assert convert.main([model, "--lora", name, "-o", "nowhere"]) == 1
+        assert re.search(says, capsys.readouterr().err)
+
+
+def test_named_loras_fit_the_models_that_they_were_made_for():
+    """With settings that those models can draw with."""
+    rows = {key: row for key, row in ADAPTERS.items() if row.role == "lora"}
+    assert len(rows) == 20
+    assert all(row.file.endswith(".safetensors") and row.net is None for row in rows.values())
+    for (family, name), row in rows.items():
+        fit = [n for n, m in MODELS.items() if row.fits(m.networks[m.family.denoiser]) and m.family.name == family]
+        model = published(fit[0], Recipe("float32", None))
+        assert named(name, model) == row
+        assert row.file.endswith(".safetensors")
+        request, ((_, scale),) = settled(Request("x", loras=(name,)), (), model, None)
+        full = model.resolve(request)
+        assert scale == row.scale
+        assert row.wants == {key: getattr(full, key) for key in row.wants}
+    assert named("lcm", published("sd15-inpaint", Recipe("float32", None))) is not None
+
+
 # ---- beside quantized layers
 
 
@@ -118,6 +219,37 @@ def test_a_change_beside_a_quantized_layer_is_not_lost(pipe, tmp_path, bits, qua
     dense = mx.dequantize(bare_layer.weight, bare_layer.scales, bare_layer.get("biases"), **how)
     want = x @ (dense + 0.7 * change.low[1] @ change.low[0]).T
     np.testing.assert_allclose(np.array(layer(x)), np.array(want), atol=1e-3 * np.abs(np.array(want)).max())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_change_survives_quantized_weights_and_comes_off(pipe, tmp_path, bits, quantized):
+    """What is left of the change, projected on it, at a tenth of the weights' size: all of it beside a layer; at least
+    95 % of it if it is merged before the weights are quantized. Taken off, the picture is the bare one bit for bit."""
+    small, settings = quantized(bits), {"seed": 1, "steps": 2, "width": 64, "height": 64}
+    bare = np.asarray(small("a red house", **settings).image)
+    state = pair(pipe, LAYER)
+    whole = weight(pipe, f"{LAYER.partition('.')[2]}.weight")
+    change = state[UP] @ state[DOWN]
+    state[UP] *= 0.1 * np.linalg.norm(whole) / np.linalg.norm(change)
+    change = state[UP] @ state[DOWN]
+    file = full(tmp_path / "a.safetensors", state)
+    drawn = np.asarray(small("a red house", loras=[str(file)], **settings).image)
+    assert (drawn != bare).any()
+    assert (np.asarray(small("a red house", **settings).image) == bare).all()
+
+    def left(after: np.ndarray, before: np.ndarray) -> float:
+        return ((after - before) * change).sum() / np.square(change).sum()
+
+    small.networks.adapt([(lora.read(file, small.description), 1.0)])
+    eye = mx.eye(change.shape[1])
+    layer = at(small.networks.open("unet"), LAYER)
+    assert left(np.array(layer(eye).T), np.array(layer.layer(eye).T)) == pytest.approx(1, abs=1e-3)
+    small.networks.adapt([])
+    group = {"group_size": layer.layer.group_size, "bits": bits}
+    baked, plain = (
+        np.array(mx.dequantize(*mx.quantize(mx.array(w), **group), **group)) for w in (whole + change, whole)
+    )
+    assert left(baked, plain) > 0.95
 
 
 def test_a_change_of_full_rank_leaves_its_layer_unquantized(pipe, tmp_path, quantized):
@@ -153,6 +285,57 @@ def at(network, layer: str):
     for part in layer.split(".")[1:]:
         network = network[int(part)] if part.isdigit() else network[part]
     return network
+
+
+# ---- memory
+
+
+def test_memory_counts_what_a_quantized_network_gains(pipe, tmp_path, quantized):
+    """Exactly: the parameters of the network with and without it. One layer runs beside, one is no longer quantized."""
+    other = LAYER.replace("to_k", "to_v")
+    state = pair(pipe, LAYER) | {f"{other}.diff": np.full(shape(pipe, other), 0.01, np.float32)}
+    small = quantized(4)
+    adapter = lora.read(full(tmp_path / "a.safetensors", state), small.description)
+    held = [sum(v.nbytes for _, v in tree_flatten(small.networks.open("unet").parameters()))]
+    small.networks.adapt([(adapter, 1.0)])
+    held.append(sum(v.nbytes for _, v in tree_flatten(small.networks.open("unet").parameters())))
+    work = small.workload(small.resolve("a house", seed=1, width=64, height=64))
+    bare, more = (memory.peaks(replace(work, loras=loras), gpu=False) for loras in ((), (adapter,)))
+    numbers = sum(x.size for x in state.values())
+    assert more.denoise - bare.denoise == held[1] - held[0] + 4 * numbers > 4 * numbers
+    assert more.encode - bare.encode == 4 * numbers
+    known = memory.peaks(replace(work, loras=(2 * numbers,)), gpu=False)  # one that is not here: its bytes in 16 bits
+    assert known.encode == more.encode
+    assert known.denoise - bare.denoise == 4 * numbers + 4 * numbers  # in float32, as held and as run beside
+
+
+def test_a_lora_that_does_not_fit_the_machine_is_refused_before_a_download(monkeypatch):
+    monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
+    request = Request("a house", loras=("hyper-8",), width=512, height=512)
+    work = advice.named("sdxl", Recipe("float16", None), request=Request("a house", width=512, height=512, guidance=0))
+    need = memory.peak(work, gpu=True)
+    between = advice.Machine(int((need + 0.8e9) / memory.SURE), 2**40, True)  # two bytes a number become four: 1.6 GB
+    monkeypatch.setattr(advice, "this_machine", lambda: between)
+    with pytest.raises(Error, match=r"sdxl at 512x512 takes about .* GB; this machine has"):
+        mlxdiff.load("sdxl", dtype="float16", request=request)
+    with pytest.raises(Error, match="is not on this machine, and the network"):  # it fits
+        mlxdiff.load("sdxl", dtype="float16", request=replace(request, loras=()), offline=True)
+
+
+def test_a_change_as_large_as_the_model_is_not_kept(pipe, tmp_path):
+    """A file's factors stay in memory, not the product, which is made for each layer anew."""
+    conv = "unet.down_blocks.2.resnets.0.conv2"
+    c = pipe.description.net.channels[-1]
+    factors = {f"{conv}.lora_down.weight": (1, c, 3, 3), f"{conv}.lora_up.weight": (c, 1, 1, 1)}
+    file = full(tmp_path / "a.safetensors", {k: np.ones(v, np.float32) for k, v in factors.items()})
+    adapter = lora.read(file, pipe.description)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    pipe.networks.adapt([(adapter, 1.0)])
+    mx.eval(pipe.networks.open("unet").parameters())
+    pipe.networks.adapt([])
+    mx.clear_cache()
+    assert mx.get_active_memory() - before < 0.1 * 4 * 9 * c**2
 
 
 # ---- written into a model, and inspected
@@ -204,6 +387,35 @@ def test_inspect_says_what_is_wrong_in_the_model_that_a_lora_fits(pipe, tmp_path
     file = full(tmp_path / "a.safetensors", pair(pipe, LAYER) | {f"{LAYER}.alpha": np.full(1, np.float32(3e38))})
     assert inspect.main([str(file)]) == 1
     assert "has an alpha of 3e+38, which cannot be" in capsys.readouterr().err
+
+
+# ---- the names in published files
+
+MANIFESTS = {
+    "lora_diffusers_sd15_lora_down_up": "sd15", "lora_kohya_sd15": "sd15", "lora_lcm_sd15": "sd15",
+    "lora_peft_sd15_unet": "sd15", "lora_peft_sd15_unet_te": "sd15", "lora_kohya_sdxl": "sdxl",
+    "lora_peft_sdxl_unet": "sdxl", "lora_kohya_flux": "flux-dev", "lora_peft_flux_aitoolkit": "flux-dev",
+    "lora_peft_flux_dreambooth": "flux-dev",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_tensor_of_a_published_file_has_one_place(name, tmp_path):
+    """None is left, no rows are changed twice, and every shape fits. The numbers are not read."""
+    tensors = manifest(name)["tensors"]
+    model = published(MANIFESTS[name], Recipe("float32", None))
+    places, kinds, taken = lora._places(model), {}, {}
+    for key, shape in tensors.items():
+        layer, kind = lora._split(key)
+        kinds.setdefault(layer, {})[kind] = tuple(shape)
+        for rows in places[layer].weight:
+            taken.setdefault((places[layer].component, rows.parameter, rows.first, kind), set()).add(layer)
+    assert all(len(layers) == 1 for layers in taken.values())
+    for layer, shapes in kinds.items():
+        up, down = shapes["up"], shapes["down"]
+        rows = places[layer].weight
+        assert up[:2] == (sum(r.shape[0] for r in rows), down[0]), layer
+        assert math.prod(down[1:]) == math.prod(rows[0].shape[1:]), layer
 
 
 # ---- files that are refused

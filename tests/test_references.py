@@ -22,6 +22,7 @@ from mlxdiff.models import build, ip_adapter, redux, vision
 from mlxdiff.recipe import Recipe
 from mlxdiff.request import Request
 from mlxdiff.store import hub
+from mlxdiff.store import references as store_references
 from tests.checkpoints import full, manifest, sparse
 
 SAME = {"seed": 1, "steps": 4, "width": 64, "height": 64}
@@ -158,6 +159,34 @@ def test_low_memory_draws_the_same(pipe, file, style):
     assert abs(pixels(drawn[0]) - pixels(drawn[1])).max() <= 1  # tiles and passes, summed in another order
 
 
+def test_a_part_of_the_steps_and_of_the_picture_is_kept_and_said(pipe, file, style, tmp_path, capsys):
+    """Two references of one adapter that differ in either are read apart."""
+    typed = ["--steps", "4", "-s", "1", "-W", "64", "-H", "64", "--dtype", "float32"]
+    typed += [
+        "--reference",
+        f"{file}:style",
+        str(style),
+        "0.8",
+        "0",
+        "0.5",
+        "--reference",
+        f"{file}:layout",
+        str(style),
+    ]
+    assert generate.main(["a red house", *typed, "-o", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr().err
+    assert f"reference {file}:style {style}: scale 0.8, in steps 1 to 2 of 4\n" in said
+    assert f"reference {file}:layout {style}: scale 1\n" in said
+    request, _ = images.read_settings(tmp_path / "a.png")
+    assert [(guide.mode, guide.interval) for guide in request.references] == [("style", (0, 0.5)), ("layout", (0, 1))]
+    again = pixels(pipe(request))
+    assert (again == np.asarray(Image.open(tmp_path / "a.png")).astype(int)).all()
+    for other in ([("IP:style", "S", 0.8), ("IP:layout", "S")], [("IP", "S", 0.8, 0, 0.5), ("IP:layout", "S")]):
+        words = {"IP": str(file), "S": style}
+        changed = [(words.get(m, m.replace("IP", str(file))), words[s], *n) for m, s, *n in other]
+        assert abs(pixels(pipe("a red house", references=changed, **SAME)) - again).mean() > 0.1
+
+
 def test_a_scale_of_zero_draws_as_without(pipe, file, style):
     bare, nothing = (pipe("a red house", references=r, **SAME) for r in ([], [(file, style, 0)]))
     assert (pixels(bare) == pixels(nothing)).all()
@@ -199,7 +228,8 @@ BAD = {
     "no such adapter": ([("ip-adaptr", "S")], "There is no reference network, file or folder 'ip-adaptr'. Did"),
     "no such picture": ([("IP", "none.png")], "There is no picture at none.png."),
     "no network": (["S"], "has no network that reads it. Name an IP-Adapter or FLUX Redux before the"),
-    "an interval": ([Guide("S", "IP", interval=(0, 0.5))], "has an interval or a mode, which only controls have"),
+    "an interval without a step": ([Guide("S", "IP", interval=(0.1, 0.2))], "0.1 to 0.2 holds none of 4 steps"),
+    "a part of it that none takes": ([Guide("S", "IP", mode="mood")], "cannot take 'mood' alone from a reference. Use"),
     "another family's": ([("SD15", "S")], "is an IP-Adapter that reads text 768 wide, not 128: it does not fit storyb"),
     "Redux": ([("REDUX", "S")], "is a FLUX Redux embedder, for FLUX.1; storybook is Stable Diffusion 1.x."),
     "FaceID": ([("FACE", "S")], "is an IP-Adapter FaceID, which reads faces by insightface, which is not"),
@@ -300,6 +330,21 @@ def test_networks_for_controls_and_for_references_are_not_confused(style, monkey
             mlxdiff.load("sd15", force=True, request=Request("a house", **settings))
 
 
+@pytest.mark.parametrize(
+    ("model", "guide", "says"),
+    [
+        ("flux-dev", ("redux", "S", 1, 0, 0.5), "becomes a part of the prompt, which is the same in all steps"),
+        ("flux-dev", ("redux:style", "S"), "flux-dev cannot take 'style' alone from a reference. Leave it out"),
+        ("sdxl", ("lcm", "S"), "lcm is a LoRA (LCM LoRA), not a network for references. Give it as `loras=[NAME]`"),
+    ],
+)
+def test_what_a_named_network_cannot_do_is_refused_before_a_download(model, guide, says, style, monkeypatch):
+    monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
+    guide = tuple(style if word == "S" else word for word in guide)
+    with pytest.raises(Error, match=re.escape(says)):
+        mlxdiff.load(model, force=True, request=Request("a house", references=[guide]))
+
+
 def test_a_wrong_adapter_is_refused_before_a_model_is_fetched(files, monkeypatch):
     monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(Error, match="reads text 768 wide, not 2048"):
@@ -337,6 +382,20 @@ def test_the_files_of_a_named_adapter_are_fetched_from_one_repository(pipe, file
     monkeypatch.setattr(hub, "offline", lambda: True)
     with pytest.raises(Error, match=r"The vision model of .*ip.safetensors is not on this machine, and the network"):
         pipe.resolve("x", references=[("org/repo/sdxl_models/ip.safetensors", style)], **SAME)
+
+
+def test_a_vision_model_may_be_in_another_repository(pipe, file, style, tmp_path, monkeypatch):
+    """XLabs' IP-Adapter for FLUX reads what OpenAI's CLIP gives."""
+    write_encoder(tmp_path / "eyes", SEES)
+    adapter = tmp_path / "alone" / file.name
+    adapter.parent.mkdir()
+    adapter.write_bytes(file.read_bytes())
+    row = replace(ADAPTERS["flux", "ip-adapter"], net=pipe.description.net)
+    monkeypatch.setitem(ADAPTERS, ("sd1", "eyes"), row)
+    monkeypatch.setattr(store_references, "_one_file", lambda repo, *_: adapter if repo == row.repo else None)
+    monkeypatch.setattr(store_references, "one_network", lambda repo, *_: {row.sees: tmp_path / "eyes"}[repo])
+    found, beside = (pipe.resolve("x", references=[(name, style)], **SAME).references[0] for name in ("eyes", file))
+    assert found.model_hash == beside.model_hash
 
 
 def test_memory_counts_the_networks_that_read_and_the_tokens():

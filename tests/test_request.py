@@ -158,7 +158,7 @@ BAD = [
     ({"controls": [("a", 1, 0, 2)]}, "Control interval must be a number from 0 to 1; 2.0 was given"),
     ({"controls": [Guide("a", mode=3)]}, "The mode of a control is int, not text"),
     ({"controls": [Guide("a", model=3)]}, "The model of a control is int, not a name or a path"),
-    ({"references": [("a", 1, 0, 1)]}, "'a 1.0 0.0 1.0' is no reference. Give [MODEL] IMAGE [SCALE]"),
+    ({"references": [("a", 1, 0)]}, "'a 1.0 0.0' is no reference. Give [MODEL] IMAGE [SCALE [FROM TO]]"),
     ({"guess": 1, "controls": ["a"]}, "guess 1 is neither true nor false"),
     ({"guess": True}, "guess is for controls, and there is none"),
     ({"prompt": 3}, "prompt"),

@@ -14,13 +14,15 @@ from PIL import Image
 pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
 
 from mlxdiff import advice, builtin, families, images, samplers, schedules
+from mlxdiff.convert import lora_header
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
-from mlxdiff.widgets import Studio, controls, gallery, settings
+from mlxdiff.widgets import Studio, controls, gallery, history, settings
 from mlxdiff.widgets.view import line
 from mlxdiff.widgets.worker import Cancelled, Update, Worker
 from tests import fakes
+from tests.checkpoints import header, raw
 
 WAIT = 30
 
@@ -447,6 +449,37 @@ def test_a_studio_recalls_the_pictures_of_its_folder(studio, tmp_path):
     assert (other.prompt, other.seed) == ("one", first.seed)
 
 
+def test_favourites_are_kept_beside_the_pictures_and_outlast_the_strip(studio, monkeypatch):
+    monkeypatch.setattr(history, "STRIP", 2)
+    for prompt in ("one", "two"):
+        draw(studio, prompt=prompt)
+    heard(studio, do="star", key=0)
+    file = studio.images[0].path.parent / "favourites.txt"
+    assert file.read_text() == f"{studio.images[0].path.name}\n"
+    draw(studio, prompt="three")
+    shown = [(entry["title"].split(",")[0], entry["star"]) for entry in studio.view.history]
+    assert shown == [("one", True), ("two", False), ("three", False)]
+    other = Studio("fake", worker=studio._worker)
+    other.recall()
+    assert [entry["star"] for entry in other.view.history] == [True, False, False]
+    heard(studio, do="star", key=0)
+    assert [entry["star"] for entry in studio.view.history] == [False, False, False]
+    assert file.read_text() == ""
+    heard(studio, do="star", key=1)
+    heard(studio, do="delete", key=1)
+    assert file.read_text() == ""
+
+
+def test_enlarge_uses_the_chosen_upscaler(studio, monkeypatch):
+    draw(studio, prompt="one")
+    asked = []
+    monkeypatch.setattr(studio, "_submit", lambda request, *_: asked.append(request))
+    for chosen, wanted in (("", None), ("realesrgan-x2plus", "realesrgan-x2plus"), ("", None)):
+        studio.controls.upscaler.value = chosen
+        heard(studio, do="enlarge", key=0)
+        assert (asked[-1].hires, asked[-1].upscaler) == ((2.0, 0.5), wanted)
+
+
 def test_restore_all_or_the_seed_alone(studio):
     first = draw(studio, prompt="one", sampler="heun", negative="fog", more={"clip_skip": 2}).request
     draw(studio, prompt="two", sampler="euler", negative=None, more={})
@@ -748,3 +781,85 @@ def test_importing_the_widgets_needs_no_jupyter():
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "Install it with: pip install" in done.stderr
+
+
+# --- LoRAs
+
+
+def lora_file(path, width, layer="lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", **notes):
+    shapes = {f"{layer}.lora_down.weight": (4, width), f"{layer}.lora_up.weight": (320, 4)}
+    return raw(path, header(shapes, metadata=notes), size=4 * (width + 320) * 2)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Of LoRAs for SD 1.5, which the fake model is: one that fits, and others."""
+    (tmp_path / "loras" / "deep").mkdir(parents=True)
+    monkeypatch.setenv("MLXDIFF_LORAS", str(tmp_path / "loras"))
+    word = "ink\x1b[2J & <b>" + 60 * "x"
+    lora_file(tmp_path / "loras" / "deep" / "style.safetensors", 768, **{"modelspec.trigger_phrase": word})
+    lora_file(tmp_path / "loras" / "a wider one.safetensors", 2048)
+    lora_file(tmp_path / "loras" / "flux.safetensors", 64, "lora_unet_double_blocks_0_img_attn_qkv")
+    (tmp_path / "loras" / "broken.safetensors").write_bytes(b"")
+    rows = {name: families.MODELS[name] for name in ("sd15", "flux-dev")}
+    monkeypatch.setattr(lora_header, "MODELS", rows)  # all others take seconds
+    return tmp_path / "loras"
+
+
+def looked(studio):
+    studio._picker.thread.join(WAIT)
+    return studio.controls.loras
+
+
+def test_loras_of_a_folder_are_chosen_by_their_headers(studio, folder):
+    studio.controls.loras_shown.value = True
+    assert "once the model has drawn" in looked(studio).note.value
+    draw(studio)
+    entries = looked(studio)._list.children
+    fits, *others = entries
+    assert (fits.description, fits.disabled) == ("deep/style", False)
+    said = {entry.children[0].description: entry.children[1].value for entry in others}
+    assert all(entry.children[0].disabled for entry in others)
+    assert said["a wider one"].startswith("Its layers have other shapes than those of fake.")
+    assert said["flux"] == "2 of its 2 tensors have no place in fake. It seems to be made for FLUX.1."
+    assert "broken.safetensors" in said["broken"]
+
+    fits.click()
+    file = folder / "deep" / "style.safetensors"
+    assert studio.loras == [f"{file}:1"]
+    (row,) = looked(studio).rows
+    assert row.about.value == "1 of 1 layer (unet 1), rank 4"
+    (word,) = re.findall("<button[^>]*>(.*?)</button>", row.words.value)
+    assert word.startswith("ink\\x1b[2J &amp; &lt;b&gt;xxx")  # nothing of it reaches the page as it is
+    assert len(word) < 80
+    row.scale.value = -1.5
+    assert studio.request().loras == (f"{file}:-1.5",)
+    assert looked(studio).rows == [row]  # it still has the focus
+    assert studio.controls.loras_shown.description == "LoRA (1)"
+
+    studio.controls.loras.other.value = "org/repo:0.5"
+    assert studio.loras == [f"{file}:-1.5", "org/repo:0.5"]
+    row = looked(studio).rows[1]
+    assert (row.scale.value, row.about.value) == (0.5, "It is looked at when it is drawn with.")
+    row.remove.click()
+    looked(studio).rows[0].remove.click()
+    assert studio.request().loras is None
+    assert studio.controls.loras_shown.description == "LoRA"
+
+
+def test_a_lora_comes_back_with_a_picture_and_a_misfit_is_told(studio, folder):
+    kept = f"{folder / 'a wider one.safetensors'}:0.5"
+    studio.restore(Request("a fox", loras=(kept,), lora_hashes=("0",), seed=1, width=64, height=64))
+    assert studio.request().loras == (kept,)
+    assert studio.request().lora_hashes == ()
+    assert studio.more == {}
+    studio._learn(fakes.describe("fake"))
+    assert "mlxdiff-misfit" in looked(studio).rows[0]._dom_classes
+    assert "other shapes" in looked(studio).rows[0].about.value
+
+
+def test_another_model_begins_with_all_bits(studio):
+    studio.options = {"bits": 4, "low_memory": True, "taesd": "auto"}
+    studio.model = "sdxl"
+    assert studio.options == {"taesd": "auto"}
+    assert studio.controls.bits.value == ""

@@ -1,5 +1,6 @@
 """`mlxdiff studio` opens the studio as a page of its own. With --lab it is a notebook in JupyterLab."""
 
+import os
 import sys
 import webbrowser
 from contextlib import ExitStack, suppress
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("-m", "--model", metavar="MODEL", help="name, hub id, folder, .safetensors or .gguf")
     where = "where pictures are kept (default pictures)"
     p.add_argument("-o", "--output", "--out", dest="out", metavar="DIR", help=where)  # --out: its first name
+    p.add_argument("--lora-dir", metavar="DIR", help="where your LoRAs are ($MLXDIFF_LORAS)")
     p.add_argument(
         "--lab",
         nargs="?",
@@ -25,6 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     args = p.parse_args(argv)
+    if args.lora_dir is not None:
+        if not Path(args.lora_dir).is_dir():
+            p.error(f"There is no folder {args.lora_dir}. Give the folder of your LoRAs: --lora-dir DIR.")
+        os.environ["MLXDIFF_LORAS"] = args.lora_dir  # also for a notebook's kernel
     if args.lab is None:
         return run("mlxdiff studio", lambda: studio(args.model, args.out, not args.no_browser))
     if args.out is not None:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 import ipywidgets as w
 import traitlets as t
 
-from .. import builtin, samplers, schedules
+from .. import builtin, samplers, schedules, upscale
 from ..errors import Error
 from ..families import MODELS
 from ..recipe import BITS
 from ..request import MAX_SEED
 from .guide_rows import GuideRows
 from .known import MULTIPLE, SHAPES, Known
+from .loras import Loras
 from .settings import FIELDS, GUIDES, ignored, presets
 from .start_picture import StartPicture
 
@@ -82,7 +83,12 @@ class Controls(w.VBox):
         self.reuse = w.Button(description="Last", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
         self.more = w.HTML().add_class("mlxdiff-why")
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
-        self.compare = Compare()
+        self.loras, self.compare = Loras(), Compare()
+        self.enlarging = Enlarging()
+        self.upscaler = self.enlarging.upscaler
+        folds = [_fold("LoRA", self.loras, panel=True)]
+        folds += [_fold("Enlarge", self.enlarging, panel=True), _fold("Compare", self.compare, panel=True)]
+        self.loras_shown = folds[0].children[0]
         go = w.HBox([self.generate, self.cancel, self.clear]).add_class("mlxdiff-go")
         pictures = [self.start_picture, *self.guides.values()]
         ask = w.VBox([self.prompt, self.words, self.negative, self.why, *pictures, go]).add_class("mlxdiff-ask")
@@ -102,7 +108,7 @@ class Controls(w.VBox):
                 ).add_class("mlxdiff-roomy"),
                 w.HBox([self.seed, self.locked, self.dice, self.reuse]).add_class("mlxdiff-seed"),
                 w.HBox([self.more, self.forget]),
-                _fold("Compare settings", self.compare, panel=True),
+                w.HBox(folds).add_class("mlxdiff-folds"),
             ]
         ).add_class("mlxdiff-settings")
         super().__init__(
@@ -159,7 +165,7 @@ class Controls(w.VBox):
         """Tie every control to its trait, in both directions."""
         for name in ("prompt", "steps", "guidance", "width", "height", "strength", "count", "locked"):
             _tie(studio, name, getattr(self, name))
-        for name in ("negative", "sampler", "schedule"):
+        for name in ("negative", "sampler", "schedule", "upscaler"):
             _tie(studio, name, getattr(self, name), lambda v: "" if v is None else v, lambda v: v or None)
         _tie(studio, "seed", self.seed, str, _seed)
         self.memory.bind(studio)
@@ -222,6 +228,22 @@ class Memory(w.VBox):
         self.low_memory.observe(lambda change: take("low_memory", change["new"]), "value")
         studio.observe(show, "options")
         show()
+
+
+class Enlarging(w.VBox):
+    """With what the picture's button Enlarge enlarges."""
+
+    def __init__(self):
+        self.upscaler = w.Combobox(
+            description="Upscaler",
+            options=tuple(upscale.NAMES),
+            placeholder="none: smoothly",
+            continuous_update=False,
+            tooltip="A name, a .safetensors file, or org/repo/file on the hub",
+        )
+        rows = "".join(f"<br>{name}: {row.title}, {row.download * 1000:.0f} MB" for name, row in upscale.NAMES.items())
+        what = "Enlarge 2× draws a picture again, enlarges it, and draws on at that size. An upscaler makes it sharper."
+        super().__init__([self.upscaler, w.HTML(what + rows).add_class("mlxdiff-why")])
 
 
 class Compare(w.VBox):

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import images, pictures
+from ..dialects import lora
 from ..errors import Error
 from ..request import Request
 
@@ -89,6 +90,8 @@ class Picture:
             out.append(("Mask", _name(r.mask)))
         for what, guides in (("Control", r.controls), ("Reference", r.references)):
             out += [(what, f"{_name(guide.image)}, scale {guide.scale:g}") for guide in guides]
+        for name, scale in map(lora, r.loras or ()):
+            out.append(("LoRA", f"{Path(name).stem}, scale {1 if scale is None else scale:g}"))
         if any(r.outpaint):
             out.append(("Added around", ", ".join(map(str, r.outpaint))))
         return out

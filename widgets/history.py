@@ -1,4 +1,5 @@
-"""The pictures that a studio shows in its strip: those that it has drawn, and those that its folder held before."""
+"""The pictures that a studio shows in its strip: those that it has drawn, and those that its folder held before. A file
+beside the pictures names the favourites, one a line."""
 
 import itertools
 from contextlib import suppress
@@ -6,11 +7,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from .. import images
+from .. import foreign, images
 from ..errors import Error
 from .gallery import COMPARISON, Picture, thumbnail
 from .start_picture import GUIDE, START
 from .view import STRIP, View
+
+FAVOURITES = "favourites.txt"
 
 
 class History:
@@ -24,7 +27,7 @@ class History:
 
     def keep(self, picture: Picture, image: Image.Image, show: bool) -> None:
         entry = self._entry(picture, image)
-        self._view.history = [*self._view.history, entry][-STRIP:]
+        self._view.history = _newest([*self._view.history, entry])
         if show:
             self.show(entry["key"])
 
@@ -38,6 +41,8 @@ class History:
             path.unlink(missing_ok=True)
         except OSError as e:
             raise Error(f"{path} cannot be deleted: {e.strerror}.", "Delete it yourself.") from None
+        if path.name in (starred := favourites(path.parent)):
+            _write(path.parent, starred - {path.name})
         self._pictures.pop(key)
         self._view.history = [entry for entry in self._view.history if entry["key"] != key]
         if self._view.history:
@@ -50,17 +55,47 @@ class History:
         here = {picture.path for picture in self._pictures.values()}
         found = [p for p in Path(folder).resolve().glob("*.png") if not p.name.startswith((START, GUIDE))]
         found = [p for p in found if p not in here]
-        earlier = []
-        for path in sorted(found, key=lambda p: p.stat().st_mtime_ns)[-STRIP:]:
+        earlier, starred = [], favourites(Path(folder))
+        found.sort(key=lambda p: p.stat().st_mtime_ns)
+        for path in [*(p for p in found[:-STRIP] if p.name in starred), *found[-STRIP:]]:
             with suppress(Error):
                 request, model = images.read_settings(path)
                 title = "Comparison" if path.name.startswith(COMPARISON) else ""
                 picture = Picture(path, request, model or "", "", 0.0, title)
-                earlier.append(self._entry(picture, images.read(path)))
-        self._view.history = [*earlier, *self._view.history][-STRIP:]
+                earlier.append(self._entry(picture, images.read(path), path.name in starred))
+        self._view.history = _newest([*earlier, *self._view.history])
 
-    def _entry(self, picture: Picture, image: Image.Image) -> dict:
+    def star(self, key: int) -> None:
+        """Make a picture a favourite, or one no more."""
+        path = self._pictures[key].path
+        starred = favourites(path.parent) ^ {path.name}
+        _write(path.parent, starred)
+        entries = self._view.history
+        self._view.history = [e | {"star": path.name in starred} if e["key"] == key else e for e in entries]
+
+    def _entry(self, picture: Picture, image: Image.Image, star: bool = False) -> dict:
         key = next(self._keys)
         self._pictures[key] = picture
         title = picture.title or f"{picture.request.prompt or 'no prompt'}, seed {picture.request.seed}"
-        return {"key": key, "title": title, "thumb": thumbnail(image)}
+        return {"key": key, "title": title, "thumb": thumbnail(image), "star": star}
+
+
+def _newest(entries: list[dict]) -> list[dict]:
+    """As many as the strip holds, and the favourites among those before."""
+    return [*(e for e in entries[:-STRIP] if e["star"]), *entries[-STRIP:]]
+
+
+def favourites(folder: Path) -> set[str]:
+    """The names of a folder's favourites."""
+    if not (folder / FAVOURITES).exists():
+        return set()
+    return {*foreign.read_text(folder / FAVOURITES, f"Mend {FAVOURITES} there, or delete it.").splitlines()}
+
+
+def _write(folder: Path, names: set[str]) -> None:
+    part = folder / f"{FAVOURITES}.part"
+    try:
+        part.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
+        part.replace(folder / FAVOURITES)
+    except OSError as e:
+        raise Error(f"{folder / FAVOURITES} cannot be written: {e.strerror}.", "Check the permissions.") from None

@@ -142,6 +142,15 @@ function text(kind, tag) {
   };
 }
 
+// A text box that offers some values.
+function combobox(model) {
+  const element = text("widget-text", "input")(model), offers = h("datalist", { id: `${model.id}-offers` });
+  follow(model, ["options"], (options) => offers.replaceChildren(...options.map((value) => h("option", { value }))));
+  element.querySelector("input").setAttribute("list", offers.id);
+  element.append(offers);
+  return element;
+}
+
 function number(model) {
   const control = h("input", { type: "number" }); // it has no min, from which its arrows would count the steps
   follow(model, ["step"], (step) => { control.step = step; });
@@ -207,6 +216,7 @@ const KINDS = {
   HBoxView: box("widget-hbox"),
   VBoxView: box("widget-vbox"),
   TextView: text("widget-text", "input"),
+  ComboboxView: combobox,
   TextareaView: text("widget-textarea", "textarea"),
   IntTextView: number,
   IntSliderView: slider,

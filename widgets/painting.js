@@ -144,6 +144,7 @@ export function painting({ model, send, h, covered }) {
     sides = now;
     soft.value = Math.max(Number(soft.min), blur);
     softness.textContent = `${blur} px`;
+    filled(soft);
     numbers.forEach((number, i) => { number.value = sides[i]; number.step = step; });
     layout();
   }
@@ -190,9 +191,11 @@ export function painting({ model, send, h, covered }) {
   function sized(pixels) {
     size = Math.round(Math.min(Math.max(pixels, 1), Number(slider.max)));
     slider.value = size;
+    filled(slider);
     thickness.textContent = `${size} px`;
     rounded();
   }
+  const filled = ({ style, value, min, max }) => style.setProperty("--part", `${100 * (value - min) / (max - min)}%`);
   const larger = (steps) => sized(size + steps * Math.max(1, Math.round(size / 8)));
 
   let mark = null, pointer = null;

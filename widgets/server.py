@@ -26,7 +26,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 _HERE = Path(__file__).parent
 _FILES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 _FILES |= {f"{name}.css": "text/css" for name in ("studio", "painting")}
-_FILES |= {f"{name}.js": "text/javascript" for name in ("studio", "painting")}
+_FILES |= {f"{name}.js": "text/javascript" for name in ("studio", "painting", "zoom")}
 _POLICY = "; ".join(
     (
         "default-src 'none'",  # the page takes nothing from elsewhere, and no other page may frame it

@@ -1,14 +1,15 @@
 // The browser's part of view.py: canvas, progress, history, file drop, shortcuts. It only mirrors traits and sends
-// messages. It fetches nothing: view.py puts painting.js into it.
+// messages. It fetches nothing: view.py puts painting.js and zoom.js into it.
 
 import { painting } from "./painting.js";
+import { sharpening, zooming } from "./zoom.js";
 
 const PART = 4 * 2 ** 20; // bytes of a dropped file in one message: Jupyter's server closes on messages above 10 MiB
 
 const KEYS = [
   ["Ctrl + Enter", "Generate"], ["Esc", "Cancel"], ["← →", "Walk the history"], ["Drop", "Use a picture of yours"],
   ["B E R", "Brush, eraser, rectangle"], ["[ ]", "A smaller or larger brush"], ["Ctrl + Z", "Undo, with Shift redo"],
-  ["Arrows, Space", "Move the brush, paint"],
+  ["Arrows, Space", "Move the brush, paint"], ["+ - 0, drag", "Zoom and move in full screen"],
 ];
 
 function h(tag, attributes = {}, ...children) {
@@ -54,7 +55,10 @@ function render({ model, el }) {
     type: "range", min: 0, max: 100, "aria-label": "Before and after", oninput: (event) => cut(event.target.value),
   }));
   const cut = (part) => { began.style.clipPath = `inset(0 ${100 - part}% 0 0)`; split.style.setProperty("--cut", `${part}%`); };
-  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas, split);
+  const copy = h("canvas", { class: "mlxdiff-sharp", "aria-hidden": "true", hidden: "" });
+  const percent = h("output", { class: "mlxdiff-percent", hidden: "" });
+  const stage = h("div", { class: "mlxdiff-stage" }, empty, canvas, copy, split, percent);
+  const sharp = sharpening(canvas, copy), zoom = zooming(stage, canvas, percent);
 
   const fill = h("div");
   const range = { "aria-label": "Progress", "aria-valuemin": 0, "aria-valuemax": 100 };
@@ -76,6 +80,7 @@ function render({ model, el }) {
   }, "Slide between this picture and what it began with");
   const full = button("Full screen", () => stage.requestFullscreen(), "The picture alone (Esc: back)");
   full.hidden = !document.fullscreenEnabled;
+  const star = button("", () => send("star", { key: current }), "");
   const remove = button("Delete", () => {
     if (remove.dataset.sure) send("delete", { key: current });
     sure(!remove.dataset.sure);
@@ -92,7 +97,7 @@ function render({ model, el }) {
   const settle = h("div", { class: "mlxdiff-tools mlxdiff-settle", role: "group", "aria-label": "Its settings" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"));
-  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" }, begin, change, enlarge, compare, full, download, remove, back);
+  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" }, begin, change, enlarge, compare, star, full, download, remove, back);
   const frame = h("div", { class: "mlxdiff-frame" }, stage);
   const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
   const paper = painting({ model, send, h, covered });
@@ -108,6 +113,10 @@ function render({ model, el }) {
     chooser("Restore settings from…", (file) => take(file, "restore")), chooser(other, (file) => take(file, "begin")),
     chooser("Guide with a picture…", (file) => ask(file)), help);
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
+  const only = button("★ Favourites", () => { only.setAttribute("aria-pressed", only.ariaPressed !== "true"); history(); },
+    "Show only these");
+  only.setAttribute("aria-pressed", "false");
+  const past = h("div", { class: "mlxdiff-tools mlxdiff-head" }, h("span", {}, "History"), only);
 
   const asks = h("div", { class: "mlxdiff-asks", role: "dialog", "aria-label": "What is this picture for?", hidden: "" });
 
@@ -115,7 +124,7 @@ function render({ model, el }) {
   const about = h("div", { class: "mlxdiff-about" }, words, h("div", { class: "mlxdiff-facts" }, caption, path), settle);
   const main = h("div", { class: "mlxdiff-main" },
     frame, paper.frame, paper.bar, bar, status, spoken, error, tools);
-  el.append(main, h("div", { class: "mlxdiff-side" }, about, strip, open), asks);
+  el.append(main, h("div", { class: "mlxdiff-side" }, about, past, strip, open), asks);
 
   let current = null; // key of the picture on the canvas; null for a preview, which has no file
   let pinned = null; // key of an older picture that the user looks at while a new one forms
@@ -136,7 +145,7 @@ function render({ model, el }) {
     enlarge.disabled = Boolean(it.unenlargeable);
     enlarge.title = it.unenlargeable || "Draw it again, and then on at twice its size";
     empty.hidden = true;
-    paint(it.png, "image/png", it.title);
+    paint(it.png, "image/png", it.title).then(() => { if (current !== null) sharp.draw(); });
     words.replaceChildren(...it.words.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text, copier(text))]));
     caption.textContent = it.caption;
     path.textContent = it.path;
@@ -185,6 +194,10 @@ function render({ model, el }) {
     current = key;
     for (const part of [about, tools]) part.classList.toggle("mlxdiff-past", key === null);
     for (const child of strip.children) child.setAttribute("aria-pressed", String(Number(child.dataset.key) === key));
+    const starred = Boolean(model.get("history").find((it) => it.key === key)?.star);
+    star.textContent = starred ? "★ Favourite" : "☆ Favourite";
+    star.title = starred ? "It is a favourite no more" : "Keep it among the favourites";
+    star.setAttribute("aria-pressed", starred);
   }
 
   const thumbs = new Map(); // key -> button: kept, so that existing thumbnails stay in place as the history grows
@@ -205,8 +218,12 @@ function render({ model, el }) {
       const thumb = thumbs.get(it.key);
       if (!thumb.isConnected || thumb.nextSibling !== next) strip.insertBefore(thumb, next);
       next = thumb;
+      thumb.classList.toggle("mlxdiff-starred", it.star);
+      thumb.setAttribute("aria-label", it.star ? `${it.title}, a favourite` : it.title);
+      thumb.hidden = only.ariaPressed === "true" && !it.star;
     }
-    strip.hidden = thumbs.size === 0;
+    only.hidden = only.ariaPressed !== "true" && !model.get("history").some((it) => it.star);
+    strip.hidden = past.hidden = thumbs.size === 0;
     setCurrent(current);
   }
 
@@ -219,7 +236,8 @@ function render({ model, el }) {
 
   function walk(event) {
     const next = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
-    const target = next && document.activeElement[next];
+    let target = next && document.activeElement[next];
+    while (target?.hidden) target = target[next];
     if (target) { target.focus(); event.preventDefault(); }
   }
 
@@ -283,6 +301,7 @@ function render({ model, el }) {
     if (message.do === "before") return message.key === current && beside(buffers[0]);
     if (message.do !== "frame" || pinned !== null || !model.get("running")) return;
     empty.hidden = split.hidden = true;
+    sharp.hide();
     paint(buffers[0], "image/jpeg", message.title);
     setCurrent(null);
   }
@@ -291,7 +310,7 @@ function render({ model, el }) {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) act(event, "generate");
     else if (event.key === "Escape" && !asks.hidden) { asked(); event.stopPropagation(); }
     else if (event.key === "Escape" && closed(event)) return;
-    else if (paper.keys(event)) return;
+    else if (zoom.keys(event) || paper.keys(event)) return;
     else if (event.key === "Escape" && model.get("running")) act(event, "cancel");
   }
 
@@ -411,6 +430,7 @@ function render({ model, el }) {
 
   return () => {
     paper.away();
+    sharp.away();
     arrival.disconnect();
     naming.disconnect();
     away.abort();

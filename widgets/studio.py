@@ -29,6 +29,7 @@ from .controls import Controls
 from .gallery import Grid, Picture, writable
 from .history import History
 from .known import Known
+from .loras import Picker
 from .painting import Painting
 from .previews import jpeg
 from .second_pictures import SecondPictures
@@ -56,6 +57,7 @@ class Studio(Settings, w.VBox):
         self._history = History(self.view)
         self._painting = Painting(self, self.view, self.controls.start_picture)
         self._second = SecondPictures(self, self._painting, self.controls.guides)
+        self._picker = Picker(self, self.controls.loras, self.controls.loras_shown)
         super().__init__([w.HBox([self.controls, self.view]).add_class("mlxdiff-body")])
         self.add_class("mlxdiff-studio")
         known = [*Settings.class_own_traits(), *Studio.class_own_traits()]
@@ -197,6 +199,12 @@ class Studio(Settings, w.VBox):
         if self._known.here:
             self._submit(None, self._on_update)
         self._show_pictures()
+        self._picker.look()
+
+    def _change_model(self) -> None:
+        """What was chosen to make another model fit this machine does not count for this one."""
+        self.options = {k: v for k, v in self.options.items() if k not in ("bits", "low_memory", "refiner")}
+        self._on_model()
 
     def _learn(self, model: Description) -> None:
         """The model is open: offer what it can use."""
@@ -211,6 +219,7 @@ class Studio(Settings, w.VBox):
         if model.row.edits:
             self._show_pictures()
         self._second.show()
+        self._picker.look()
         if model.row.inpaints:
             self.strength = 1.0  # as it was trained
         self._judge()
@@ -255,7 +264,8 @@ class Studio(Settings, w.VBox):
 
     def _wire(self) -> None:
         c = self.controls
-        self.observe(lambda _: self._try(self._on_model), "model")
+        self.observe(lambda _: self._try(self._change_model), "model")
+        self.observe(lambda _: self._picker.look(), "loras")
         self.observe(lambda _: self._clear(), ["prompt", "negative"])
         self.observe(lambda _: self._judge(), ["prompt", *BY_MODEL, "more", "count", "options"])
         self.observe(lambda _: self._forget("eta"), "sampler")
@@ -320,6 +330,8 @@ class Studio(Settings, w.VBox):
             self.view.send({"do": "before", "key": key}, [self._history[key].before()])
         elif do == "enlarge":
             self._enlarge(self._history[key])
+        elif do == "star":
+            self._history.star(key)
         elif do == "delete":
             self._delete(key)
         elif do == "restore":
@@ -344,7 +356,7 @@ class Studio(Settings, w.VBox):
         if why := picture.unenlargeable():
             raise Error(why)
         writable(self.folder)
-        request = replace(picture.request, hires=ENLARGE, upscaler=None, upscaler_hash=None)
+        request = replace(picture.request, hires=ENLARGE, upscaler=self.upscaler, upscaler_hash=None)
         self._submit(request, self._on_update, self._opens(picture.model))
 
     def _delete(self, key: int) -> None:

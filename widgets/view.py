@@ -1,8 +1,9 @@
 """The right half of the studio, which ipywidgets cannot draw: canvas, progress, history, file drop, shortcuts.
 
 It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
-The page only sends messages. They are dicts whose `do` is generate, compare, cancel; view, restore, seed, begin, paint,
-before, enlarge, delete (with a picture of the history); drop, mask (with bytes); outpaint, soften (with numbers)."""
+The page only sends messages. They are dicts whose `do` is generate, compare, cancel; view, restore, seed, begin,
+paint, before, enlarge, star, delete (with a picture of the history); drop, mask (with bytes); outpaint, soften (with
+numbers)."""
 
 import re
 import traceback
@@ -58,7 +59,7 @@ class View(anywidget.AnyWidget):
     shown = t.Dict().tag(
         sync=True
     )  # key, png, title, words, caption, name, unenlargeable, began, path: the picture on the canvas
-    history = t.List().tag(sync=True)  # dicts of key, title, thumb
+    history = t.List().tag(sync=True)  # dicts of key, title, thumb, star
 
     _parts: tuple[bytes, ...] = ()  # of a dropped file, received so far
     _file: str | None = None  # which one

@@ -1,7 +1,7 @@
 """The families of models, and the named models. A family's file holds everything that is true of this family alone."""
 
 from . import flux, flux2, sd, sd3, sdxl, zimage
-from .base import PARTS, Beside, Defaults, Family, Model
+from .base import PARTS, Beside, Defaults, Family, Fast, Model
 
 _FILES = (sd, sdxl, sd3, flux, flux2, zimage)  # a new family's file goes here
 
@@ -22,6 +22,7 @@ __all__ = [
     "Beside",
     "Defaults",
     "Family",
+    "Fast",
     "Model",
     "find",
     "name_of",

@@ -1,7 +1,7 @@
 """The dataclasses that every family's file fills in. Nothing here is about one family."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..models.build import Config
@@ -135,7 +135,11 @@ class Family:
     patch: int = 1  # latents along the edge of one token
     zero_negative: bool = False  # zeros, not an empty text, replace a missing negative prompt
     references: tuple[str, ...] = ()  # networks that read reference pictures for it, keys of models.build.NETWORKS
-    trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # how the names end of layers that a LoRA changes
+    # What an IP-Adapter can take alone from a picture -> the parts of the denoiser that decide it.
+    aspects: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # How the names in diffusers end of the layers that a LoRA changes.
+    trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    first: str = ""  # the parameter that reads the latents, which a LoRA may widen to read a control picture
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
     # (width, height, multiple of all edges) of a picture to edit -> its cut, which is also the size of the result.
@@ -167,6 +171,7 @@ class Beside:
     mode: str | None = None  # the kind of picture that the name means, of a network for several
     masked: bool = False  # whether its picture is the start image without what the mask marks
     encoder: float = 0.0  # GB at 16 bits of the vision model, for one that reads reference pictures
+    sees: str | None = None  # hub id of the vision model, if it is in another repository
     tokens: int = 0  # that it makes of a reference picture
 
     def fits(self, net: Config) -> bool:
@@ -175,7 +180,34 @@ class Beside:
 
     @property
     def role(self) -> str:
+        """What people give it to: "control", "reference" or "lora"."""
         return "reference" if self.tokens else "control"
+
+
+@dataclass(frozen=True)
+class Fast(Beside):
+    """A published LoRA that has a name here, and changes the defaults: most let a model draw in few steps."""
+
+    scale: float = 1.0
+    steps: int = 4
+    guidance: float = 0.0
+    sampler: str = "euler"
+    schedule: str = "trailing"
+
+    def fits(self, net: Config) -> bool:
+        """Whether a denoiser has the layers of that which it was made for. None of these changes a U-Net's first layer,
+        which is wider in a model that inpaints."""
+        narrow = {"in_channels": self.net.in_channels} if hasattr(net, "up_depth") else {}
+        return type(net) is type(self.net) and replace(net, **narrow) == self.net
+
+    @property
+    def role(self) -> str:
+        return "lora"
+
+    @property
+    def wants(self) -> dict[str, int | float | str]:
+        """The settings of a request that it was made for."""
+        return {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "schedule")}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,19 @@ This file holds everything that is true of these families alone."""
 from dataclasses import replace
 
 from .base import Beside, Defaults, Family, Model, TextPlan
-from .published import CLIP_H, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, ip_adapter, unet_activations, unet_variants
+from .published import (
+    CLIP_H,
+    CLIP_L,
+    DISCRETE,
+    UNET,
+    UNET_CAREFUL,
+    VAE,
+    hyper,
+    ip_adapter,
+    lcm,
+    unet_activations,
+    unet_variants,
+)
 
 _PREVIEW = (
     (0.3512, 0.2297, 0.3227),
@@ -32,6 +44,7 @@ SD1 = Family(
     activations=unet_activations,
     takes=("guess",),
     references=("ip_adapter",),
+    aspects={"style": ("up_blocks.1",), "layout": ("down_blocks.2", "mid_block")},
     variants=unet_variants(replace(_DEFAULTS, size=768)),
 )
 SD2 = replace(
@@ -149,3 +162,5 @@ ADAPTERS |= {
     (SD1.name, "ip-adapter-plus-face"): ip_adapter("models/ip-adapter-plus-face_sd15", 0.10, 16, UNET),
     (SD1.name, "ip-adapter-full-face"): ip_adapter("models/ip-adapter-full-face_sd15", 0.04, 257, UNET),
 }
+ADAPTERS |= {(SD1.name, "lcm"): lcm("lcm-lora-sdv1-5", 0.13, UNET)}
+ADAPTERS |= {(SD1.name, f"hyper-{steps}"): hyper(f"SD15-{steps}steps-lora", 0.27, UNET, steps) for steps in (2, 4, 8)}

@@ -4,8 +4,20 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import Beside, Defaults, Family, Model, TextPlan
-from .published import CLIP_G, CLIP_L, DISCRETE, UNET, UNET_CAREFUL, VAE, ip_adapter, unet_activations, unet_variants
+from .base import Beside, Defaults, Family, Fast, Model, TextPlan
+from .published import (
+    CLIP_G,
+    CLIP_L,
+    DISCRETE,
+    UNET,
+    UNET_CAREFUL,
+    VAE,
+    hyper,
+    ip_adapter,
+    lcm,
+    unet_activations,
+    unet_variants,
+)
 
 _PREVIEW = (
     (0.3651, 0.4232, 0.4341),
@@ -32,6 +44,7 @@ SDXL = Family(
     careful=UNET_CAREFUL,
     activations=unet_activations,
     references=("ip_adapter",),
+    aspects={"style": ("up_blocks.0.attentions.1",), "layout": ("down_blocks.2.attentions.1",)},
     zero_negative=True,
     takes=("guess",),
     variants=unet_variants(_DEFAULTS),
@@ -44,6 +57,7 @@ REFINER = replace(
         clip=("text_encoder_2",), final_norm=False, pooled=("text_encoder_2",), sizes=True, scores=(6.0, 2.5)
     ),
     references=(),
+    aspects={},
     zero_negative=False,
 )
 FAMILIES = (SDXL, REFINER)
@@ -145,4 +159,29 @@ ADAPTERS |= {
     (SDXL.name, "ip-adapter"): ip_adapter("sdxl_models/ip-adapter_sdxl_vit-h", 0.70, 4, _UNET),
     (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16, _UNET),
     (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16, _UNET),
+}
+ADAPTERS |= {(SDXL.name, "lcm"): lcm("lcm-lora-sdxl", 0.39, _UNET)}
+ADAPTERS |= {
+    (SDXL.name, f"lightning-{steps}"): Fast(
+        "Lightning LoRA",
+        "ByteDance/SDXL-Lightning",
+        "CreativeML OpenRAIL++-M",
+        0.39,
+        _UNET,
+        f"sdxl_lightning_{steps}step_lora.safetensors",
+        steps=steps,
+    )
+    for steps in (2, 4, 8)
+}
+ADAPTERS |= {(SDXL.name, f"hyper-{steps}"): hyper(f"SDXL-{steps}steps-lora", 0.79, _UNET, steps) for steps in (2, 4, 8)}
+ADAPTERS |= {
+    (SDXL.name, "turbo"): Fast(
+        "Turbo LoRA",
+        "shiroppo/sd_xl_turbo_lora",
+        "Stability AI Community",  # of SDXL-Turbo, from which it was made
+        0.39,
+        _UNET,
+        "sd_xl_turbo_lora_v1-64dim.safetensors",
+        sampler="euler_ancestral",
+    )
 }

@@ -10,6 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from .layers import (
+    Shown,
+    Span,
     adaptive_norm,
     at_time,
     attention,
@@ -18,6 +20,7 @@ from .layers import (
     gelu_tanh,
     modulation,
     pack,
+    shows,
     silu,
     sinusoids,
     split_heads,
@@ -198,12 +201,13 @@ class Stack(nn.Module):
         size: tuple[int, int],
         guidance: float | mx.array | None = None,
         references: Sequence[mx.array] = (),
-        pictures: Sequence[list[Pair]] = (),
+        pictures: Sequence[Shown] = (),
+        spans: Sequence[Span] = (),
     ) -> dict:
         """All inputs that do not depend on x, made once per picture: the text, the rotations for x's size (h, w), and
         each block's modulations at each of `ts` (None: made in every call). context (B, M, n), pooled (B, p).
         references: latents of pictures to edit, (1, h_k, w_k, c), which all samples share. pictures: of
-        each IP-Adapter, keys and values (B, n, d) for every double block."""
+        each IP-Adapter, keys and values (B, n, d) for double blocks; spans: the times in which each is read."""
         dtype = self.img_in.bias.dtype
         vec = self.vector_in(pooled.astype(dtype))  # (B, d)
         if self.config.guidance:
@@ -216,8 +220,11 @@ class Stack(nn.Module):
             "times": {} if ts is None else {t: i for i, t in enumerate(ts)},
             "mods": None if ts is None else self.mods(mx.array(ts)[:, None], vec),  # (T, B, 1, d) each
             "pictures": [
-                [tuple(split_heads(x.astype(dtype), self.config.heads) for x in kv) for kv in of_adapter]
-                for of_adapter in pictures
+                (
+                    span,
+                    {i: tuple(split_heads(x.astype(dtype), self.config.heads) for x in kv) for i, kv in shown.items()},
+                )
+                for span, shown in zip(spans, pictures, strict=True)
             ],
         }
 
@@ -248,18 +255,19 @@ class Flux(Stack):
         vec: mx.array,
         times: dict[float, int],
         mods: tuple[list, list, Pair] | None,
-        pictures: list[list[Pair]],
+        pictures: list[tuple[Span, Shown]],
         residuals: Sequence[mx.array] = (),
         single_residuals: Sequence[mx.array] = (),
     ) -> mx.array:
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`.
         residuals, single_residuals: what a ControlNet adds to the picture's tokens after each block."""
         double, single, final = at_time(t, times, mods, lambda t: self.mods(t, vec))
+        on = [shown for span, shown in pictures if shows(span, t)]
         img = self.img_in(pack(x))  # (B, N, d)
         B, N, _ = img.shape
         img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
         for i, (block, m, r) in enumerate(zip_longest(self.double_blocks, double, residuals)):
-            img, txt = block(img, txt, m, pe, [of_adapter[i] for of_adapter in pictures])
+            img, txt = block(img, txt, m, pe, [shown[i] for shown in on])
             img = img if r is None else add_at(img, r, 0)
         both, M = mx.concatenate([txt, img], axis=1), txt.shape[1]
         for block, m, r in zip_longest(self.single_blocks, single, single_residuals):

@@ -125,6 +125,15 @@ def split_heads(x: mx.array, heads: int) -> mx.array:
     return x.reshape(B, N, heads, -1).swapaxes(1, 2)  # (B, heads, N, d)
 
 
+Shown = dict[int, tuple[mx.array, mx.array]]  # what an IP-Adapter gives: keys and values for layers of a denoiser
+Span = tuple[float, float]  # times: on from the first down to the second, which is excluded
+
+
+def shows(span: Span, t: float | mx.array) -> bool:
+    """Whether a span is on at a time. Times per sample, as in training, are in all spans."""
+    return isinstance(t, mx.array) or span[0] >= t > span[1]
+
+
 class Attention(nn.Module):
     """Multi-head attention. `kv` is separate from the call, so that a constant text needs them only once."""
 

@@ -13,10 +13,13 @@ from .layers import (
     Downsample,
     GroupNorm,
     ResBlock,
+    Shown,
+    Span,
     TimeEmbedding,
     Upsample,
     geglu,
     of_time,
+    shows,
     silu,
     sinusoids,
 )
@@ -49,11 +52,24 @@ class Config(HalfConfig):
     up_depth: tuple[tuple[int, ...], ...]  # transformer layers of each attention on the way up, deepest level first
 
     @property
-    def reading(self) -> tuple[int, ...]:
-        """Widths of the layers that read text, in the order in which IP-Adapters number them: down, up, middle."""
+    def readers(self) -> dict[str, int]:
+        """The layers that read text, by their transformers' names and numbers, and their widths, in the order in which
+        IP-Adapters number them: down, up, middle."""
         down, up = zip(self.channels, self.depth, strict=True), zip(self.channels[::-1], self.up_depth, strict=True)
-        sides = [c for c, depth in (*down, *up) for _ in range(sum(depth))]
-        return (*sides, *[self.channels[-1]] * (self.mid_depth or 0))
+        blocks = [(f"down_blocks.{i}", *of_block) for i, of_block in enumerate(down)]
+        blocks += [(f"up_blocks.{i}", *of_block) for i, of_block in enumerate(up)]
+        blocks += [("mid_block", self.channels[-1], (self.mid_depth,))] if self.mid_depth else []
+        return {
+            f"{block}.attentions.{j}.{k}": width
+            for block, width, depths in blocks
+            for j, depth in enumerate(depths)
+            for k in range(depth)
+        }
+
+    @property
+    def reading(self) -> tuple[int, ...]:
+        """Widths of the layers that read text, in the order of `readers`."""
+        return tuple(self.readers.values())
 
 
 class GEGLU(nn.Module):
@@ -282,12 +298,15 @@ class UNet(HalfUNet):
         times: dict[float, list[mx.array]],
         added: mx.array | None,
         guidance: mx.array | None,
+        pictures: list[tuple[Span, Shown]] = (),
         residuals: list[mx.array] | None = None,
         features: list[mx.array] = (),
     ) -> mx.array:
         """x (B, h, w, in) at time t, a float or one per sample (B,) -> (B, h, w, out). `prepare` makes the rest.
         residuals: what a ControlNet adds to each skip and, last, to the middle; features: see `down`."""
-        shifts, kv = self.shifts_at(t, times, added, guidance), iter(kv)
+        on = [layers for span, layers in pictures if shows(span, t)]
+        kv = ((*own, *(x for layers in on for x in layers.get(i, ()))) for i, own in enumerate(kv))
+        shifts = self.shifts_at(t, times, added, guidance)
         x, skips = self.down(self.conv_in(x), shifts, kv, features)
         if residuals is not None:
             skips = [skip + r for skip, r in zip(skips, residuals[:-1], strict=True)]
@@ -296,16 +315,23 @@ class UNet(HalfUNet):
             x = block(x, skips, shifts, kv)
         return self.conv_out(self.conv_norm_out(x))
 
-    def prepare(self, *args, pictures: Sequence[list[tuple[mx.array, mx.array]]] = (), **text: mx.array | None) -> dict:
-        """As of `HalfUNet`. pictures: of each IP-Adapter, keys and values (B, n, c) for every layer that reads text."""
+    def prepare(
+        self, *args, pictures: Sequence[Shown] = (), spans: Sequence[Span] = (), **text: mx.array | None
+    ) -> dict:
+        """As of `HalfUNet`. pictures: what IP-Adapters give, keys and values (B, n, c) for layers that read text, by
+        their numbers in the file; spans: the times in which each is read."""
         cond, layers = super().prepare(*args, **text), _readers(self.blocks())
-        first, last = (len(_readers(blocks)) for blocks in (self.down_blocks, self.up_blocks))
-        for of_adapter in pictures:  # adapters number the layers down, up, middle
-            ours = [*of_adapter[:first], *of_adapter[first + last :], *of_adapter[first : first + last]]
-            for i, (layer, (k, v)) in enumerate(zip(layers, ours, strict=True)):
-                k, v = (x.astype(self.conv_in.weight.dtype) for x in (k, v))
-                cond["kv"][i] = (*cond["kv"][i], *layer.of_heads(k, v))
-        return cond
+        down, up = (len(_readers(blocks)) for blocks in (self.down_blocks, self.up_blocks))
+        middle = len(layers) - down - up
+
+        def ours(i: int) -> int:  # adapters number the layers down, up, middle
+            return i if i < down else i + middle if i < down + up else i - up
+
+        def of_heads(shown: Shown) -> Shown:
+            dtype = self.conv_in.weight.dtype
+            return {ours(i): layers[ours(i)].of_heads(*(x.astype(dtype) for x in kv)) for i, kv in shown.items()}
+
+        return cond | {"pictures": [(span, of_heads(shown)) for span, shown in zip(spans, pictures, strict=True)]}
 
     def blocks(self) -> list[Block]:
         return [*super().blocks(), *self.up_blocks]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import mlx.nn as nn
 
 from .. import builtin, description, foreign, recipe, seal
-from ..adapters import Adapter, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import FAMILIES, MODELS
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 # convert and hub take most of a second to load: they are imported only where a cached model is not enough.
 
 Progress = Callable[[str, int, int], None]
-_LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_LARGE = 2**29  # bytes of a file that takes too long to read whole
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.gguf)(?<!\.ckpt))(?:/(.+\.(?:safetensors|gguf)))?")
 
 
@@ -380,56 +379,21 @@ def network(path: Path, what: str, fix: str, *, dtype: str) -> nn.Module:
         raise Error(e.problem, fix if e.fix == convert.KNOWN else e.fix) from None
 
 
-def adapter_file(name: str, what: str, *, offline: bool) -> Path:
-    """The file of a LoRA or an embedding: a path, a name in the folder MLXDIFF_LORAS, or a hub repository (`org/repo`,
-    or `org/repo/file.safetensors`), from which it is fetched once."""
-    path, folder = local(name), os.environ.get("MLXDIFF_LORAS")
-    if path is None and folder:
-        path = next((p for end in ("", ".safetensors") if (p := foreign.path(folder) / f"{name}{end}").is_file()), None)
-    if path is not None and path.is_dir():
-        found = usual_loras(path) or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise Error(f"{path} holds {len(found)} .safetensors files.", "Give the path of one of them.")
-        path = found[0]
-    match = _HUB_ID.fullmatch(name) if path is None else None
-    if path is None and match is None:
-        fix = "Give a .safetensors file, a hub id, or a name in the folder of the environment variable MLXDIFF_LORAS."
-        raise Error(f"There is no {what} {name!r}.", fix)
-    if path is None:
-        path = _one_file(match[1], match[2] or _LORA_NAMES[0], offline, _silent)
-    return path
-
-
-def usual_loras(folder: Path) -> list[Path]:
-    """The files in a folder that are called as a LoRA usually is."""
-    return [folder / name for name in _LORA_NAMES if (folder / name).is_file()]
-
-
-def lora(path: Path, model: Description) -> tuple[Adapter, str]:
-    """What a LoRA file changes in a model, and the file's fingerprint."""
-    from ..convert import lora
-
-    return lora.read(path, model), fingerprint(path)
-
-
-def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:
-    """What a textual inversion teaches a model, and the file's fingerprint."""
-    from ..convert import embedding
-
-    return embedding.read(path, model, word), fingerprint(path)
-
-
-def fingerprint(path: Path) -> str:
-    """Of a file, or of all weights in a folder."""
+def fingerprint(*paths: Path) -> str:
+    """Of files, and of all weights in folders: of all bytes of a file, or of the size and a sample of a large one."""
     seen = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        try:
+    try:
+        for file in (f for path in paths for f in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])):
             foreign.check_regular(file)
+            size = file.stat().st_size
+            if size > _LARGE:
+                seen.update(f"{size} {seal.sample(file, size)}".encode())
+                continue
             with open(file, "rb") as f:
                 while block := f.read(2**20):
                     seen.update(block)
-        except OSError as e:
-            raise Error(f"{file} cannot be read: {e.strerror}.", "Give a .safetensors file.") from None
+    except OSError as e:
+        raise Error(f"{file} cannot be read: {e.strerror}.", "Give a .safetensors file.") from None
     return seen.hexdigest()[:16]
 
 

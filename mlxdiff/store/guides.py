@@ -1,7 +1,6 @@
 """The networks that guide a model: what names mean for controls and references, and the networks of controls, which are
 held against the model that draws and read where they are."""
 
-import hashlib
 from pathlib import Path
 
 import mlx.nn as nn
@@ -11,11 +10,12 @@ from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, MODELS, Beside
 from ..models import build
-from . import _HUB_ID, Progress, _one_file, _sample, _silent, local
+from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, local
 
 _ROLES = {  # -> what people call such a network, how it is given, what else a name may be
     "control": ("a network for control pictures", "`controls=[(MODEL, PICTURE)]`", "a hub id (org/repo), a folder"),
     "reference": ("a network for references", "`references=[(MODEL, PICTURE)]`", "a folder"),
+    "lora": ("a LoRA", "`loras=[NAME]`", "a file"),
 }
 
 
@@ -61,7 +61,7 @@ def control_folder(name: str | Path, model: Description, offline: bool, progress
     progress = _silent if progress is None else progress
     if file is not None:
         return _one_file(repo, file, offline, progress)
-    return _one_network(repo, model.recipe.dtype != "float32", offline, progress)
+    return one_network(repo, model.recipe.dtype != "float32", offline, progress)
 
 
 def control(path: Path, model: Description) -> tuple[build.Config, str]:
@@ -83,8 +83,7 @@ def control(path: Path, model: Description) -> tuple[build.Config, str]:
         made_for = f"Use one that was made for {model.family.title}."
         raise Error(f"{path} is {checkpoint.layout.title} that {wrong}: it does not fit {model.name}.", made_for)
     files = {piece.tensor.file for weight in component.weights.values() for piece in weight.pieces}
-    stamps = sorted([file.stat().st_size, _sample(file, file.stat().st_size)] for file in files)
-    return component.config, hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+    return component.config, fingerprint(*sorted(files))
 
 
 def control_network(path: Path, model: Description) -> nn.Module:
@@ -96,7 +95,7 @@ def control_network(path: Path, model: Description) -> nn.Module:
     return weights.quantized(network, plan).eval()
 
 
-def _one_network(repo: str, half: bool, offline: bool, progress: Progress) -> Path:
+def one_network(repo: str, half: bool, offline: bool, progress: Progress) -> Path:
     """The folder of a repository that holds one network. One that is already here is not requested again: its
     config.json comes last."""
     from . import hub

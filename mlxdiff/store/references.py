@@ -1,7 +1,6 @@
 """The networks that read a reference picture, an adapter and its vision model: found, held against the model that
 draws, and read where they are."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from ..errors import Error
 from ..families import FAMILIES
 from ..families.published import VISION
 from ..models import build, ip_adapter, redux, vision
-from . import Progress, _one_file, _sample, _silent, fingerprint
-from .guides import locate
+from . import Progress, _one_file, _silent, fingerprint
+from .guides import locate, one_network, row
 
 if TYPE_CHECKING:
     from ..convert import Checkpoint
@@ -58,16 +57,18 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
     if folder is None and repo is None:
         raise _lacks(path, config)
     if repo is not None and (folder is None or not any(folder.glob("*.safetensors"))):  # or its download was cut off
-        half = model.recipe.dtype != "float32"
-        folder = _fetched(repo, file, path, config, half, offline, progress)
+        half, named = model.recipe.dtype != "float32", row(name, model, "reference")
+        if named is None or named.sees is None:
+            folder = _fetched(repo, file, path, config, half, offline, progress)
+        else:
+            folder = one_network(named.sees, half, offline, progress)
     encoder = _encoder(folder)
-    files = [*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]
     return Reader(
         adapter=path,
         encoder=folder,
         config=config,
         sees=_config(encoder),
-        hash=hashlib.sha256(repr(files).encode()).hexdigest()[:16],
+        hash=fingerprint(*_files(checkpoint), *_files(encoder)),
     )
 
 
@@ -190,8 +191,3 @@ def _only_file(repo: str, offline: bool) -> str:
 def _files(checkpoint: "Checkpoint") -> list[Path]:
     (component,) = checkpoint.components.values()
     return sorted({piece.tensor.file for weight in component.weights.values() for piece in weight.pieces})
-
-
-def _stamps(encoder: "Checkpoint") -> list:
-    """Size and a sample of each file: a vision model has gigabytes."""
-    return [[size := file.stat().st_size, _sample(file, size)] for file in _files(encoder)]

@@ -202,7 +202,7 @@ class Hand:
 
     def __init__(self, page, root):
         self.page, self.root = page, root
-        self.canvas = root.locator(".mlxdiff-stage canvas")
+        self.canvas = root.locator(".mlxdiff-stage canvas[role=img]")
         self.status = root.locator(".mlxdiff-status")
         self.error = root.get_by_role("alert")
         self.thumbs = root.locator(".mlxdiff-thumb")

@@ -13,6 +13,7 @@ import pytest
 import mlxdiff
 from mlxdiff import builtin, images
 from tests.browser.conftest import HOW, SHOTS, Hand, rgb
+from tests.checkpoints import full
 from tests.test_imports import ROOT
 
 expect = pytest.importorskip("playwright.sync_api", reason=HOW).expect
@@ -23,7 +24,8 @@ SIZES = ((1440, 900), (1024, 768), (768, 1024), (420, 900))
 @pytest.fixture
 def started(browser, timings, tmp_path):  # browser: for its skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
-    command = [sys.executable, "-m", "mlxdiff.widgets.app", "--no-browser"]
+    (tmp_path / "loras").mkdir()
+    command = [sys.executable, "-m", "mlxdiff.widgets.app", "--no-browser", "--lora-dir", "loras"]
     begin = time.perf_counter()
     # A shell that starts the tests in its background ignores SIGINT and hands that down; a user's shell does not.
     heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
@@ -108,7 +110,83 @@ def test_one_command_then_a_prompt_then_a_picture(started, timings, page, tmp_pa
         assert down <= height or width == 420
         if width == 1440:
             parts = (s.label("Prompt"), s.label("Seed"), s.canvas, s.status, s.thumbs.first)
-            for part in (*parts, s.root.get_by_role("button", name="Compare settings")):
+            for part in (*parts, s.root.get_by_role("button", name="Compare")):
                 box = part.bounding_box()
                 assert box["y"] + box["height"] <= height
             assert s.canvas.bounding_box()["width"] > 640
+
+
+LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+def test_a_lora_by_keyboard_a_favourite_and_the_picture_in_full_screen(started, page, tmp_path):
+    g = np.random.default_rng(0)
+    down, up = (g.normal(size=size).astype(np.float32) for size in ((4, 128), (96, 4)))
+    full(tmp_path / "loras" / "ink.safetensors", {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up})
+    full(tmp_path / "loras" / "wide.safetensors", {f"{LAYER}.lora_A.weight": np.ones((4, 768), np.float32)})
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.goto(started)
+    s = Hand(page, page.locator(".mlxdiff-studio"))
+    s.label("Prompt").fill("a red house under a full moon")
+    s.press("Quick")
+    shown = s.root.get_by_role("button", name="LoRA")
+    shown.press("Enter")
+    ink, wide = (s.root.get_by_role("button", name=name, exact=True) for name in ("ink", "wide"))
+    expect(wide).to_be_disabled()
+    expect(s.root.get_by_text("Its layers have other shapes")).to_be_visible()
+    ink.press("Enter")
+    expect(s.root.get_by_text("1 of 1 layer (unet 1), rank 4")).to_be_visible()
+    s.root.get_by_role("slider", name="Scale", exact=True).fill("-0.5")
+    page.screenshot(path=SHOTS / "app-loras.png")
+    page.keyboard.press("Escape")
+    expect(s.root.get_by_text("1 of 1 layer")).to_be_hidden()
+    page.reload()
+    expect(shown).to_have_text("LoRA (1)")
+    s.press("Generate")
+    expect(s.thumbs).to_have_count(1)
+    s.says("Done in")
+    (file,) = (tmp_path / "pictures").glob("*.png")
+    request = images.read_settings(file)[0]
+    assert request.loras == (f"{tmp_path / 'loras' / 'ink.safetensors'}:-0.5",)
+    np.testing.assert_array_equal(rgb(s), np.asarray(mlxdiff.load("storybook")(request).image))
+
+    # A favourite is on the disk, and can be shown alone.
+    s.press("☆ Favourite")
+    expect(s.thumbs.first).to_have_class(re.compile("mlxdiff-starred"))
+    assert (tmp_path / "pictures" / "favourites.txt").read_text() == f"{file.name}\n"
+    s.press("Generate")
+    expect(s.thumbs).to_have_count(2)
+    s.says("Done in")
+    s.press("★ Favourites")
+    expect(s.thumbs.and_(page.locator(":visible"))).to_have_count(1)
+    s.press("★ Favourites")
+    expect(s.thumbs.and_(page.locator(":visible"))).to_have_count(2)
+
+    # Over the picture's own pixels lies a sharper copy; in full screen it is zoomed and moved.
+    copy = s.root.locator(".mlxdiff-sharp")
+    expect(copy).to_be_visible()
+    assert copy.evaluate("c => c.width") > 700
+    stage = s.root.locator(".mlxdiff-stage")
+    zoom = lambda: float(stage.evaluate("e => e.style.getPropertyValue('--zoom')"))  # noqa: E731
+    s.press("Full screen")
+    expect(stage).to_have_css("width", "1440px")
+    page.keyboard.press("+")
+    assert zoom() == 1.25
+    page.mouse.move(1000, 300)
+    page.mouse.wheel(0, -300)
+    page.wait_for_timeout(50)
+    assert zoom() == 2.5
+    place = lambda: s.canvas.bounding_box()  # noqa: E731
+    before = place()
+    page.mouse.down()
+    page.mouse.move(1040, 330, steps=3)
+    page.mouse.up()
+    assert (place()["x"] - before["x"], place()["y"] - before["y"]) == (40, 30)
+    page.screenshot(path=SHOTS / "app-full-screen.png")
+    page.mouse.dblclick(700, 450)
+    assert zoom() == 1.0
+    page.mouse.dblclick(700, 450)
+    assert zoom() == 3.0
+    page.keyboard.press("0")
+    assert zoom() == 1.0
+    page.evaluate("() => document.exitFullscreen()")

@@ -312,7 +312,7 @@ def test_compare_fills_a_grid_and_writes_it(desk, lab):
     d = desk("compare.ipynb", QUICK)
     d.run_all()
     s = d.studio()
-    s.root.get_by_role("button", name="Compare settings").press("Enter")
+    s.root.get_by_role("button", name="Compare").press("Enter")
     s.label("Row values").fill("1, 2")
     s.label("Columns").select_option("steps")
     s.label("Column values").fill("3, 9")

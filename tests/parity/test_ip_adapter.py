@@ -1,10 +1,14 @@
 """Reference pictures through IP-Adapters against diffusers' `load_ip_adapter` with the same random weights. diffusers
 is handed pixels: it would resize by torchvision. Pictures: 40 dB, as for whole pipelines."""
 
+import inspect
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -26,11 +30,26 @@ def picture(seed: int, size: tuple[int, int] = (50, 37)) -> Image.Image:
     return Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC)
 
 
+def deep(folder):
+    """SDXL with as many levels and attentions as the published one."""
+    theirs, (first, *_) = tiny.sdxl(folder), tiny.CROSS["down_block_types"]
+    config = theirs.unet.config | {
+        "layers_per_block": 2, "block_out_channels": (16, 24, 40), "attention_head_dim": (2, 3, 5),
+        "transformer_layers_per_block": (1, 1, 2), "down_block_types": ("DownBlock2D", first, first),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    names = inspect.signature(UNet2DConditionModel.__init__).parameters
+    torch.manual_seed(7)
+    net = UNet2DConditionModel(**{k: v for k, v in config.items() if k in names})
+    theirs.register_modules(unet=tiny.stir(net, 7, 2))
+    return theirs
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict:
     """name -> (diffusers pipeline, our pipeline)"""
     root, made = tmp_path_factory.mktemp("ip"), {}
-    for name, make in {"sd1": tiny.sd1, "sdxl": tiny.sdxl}.items():
+    for name, make in {"sd1": tiny.sd1, "sdxl": deep}.items():
         theirs = make(root / f"{name}-words")
         theirs.set_progress_bar_config(disable=True)
         theirs.save_pretrained(root / name)
@@ -126,6 +145,54 @@ def test_several_pictures_and_adapters_draw_as_in_diffusers(models, tmp_path):
     assert psnr(fewer, want) < DB - 10
 
 
+# What diffusers' `set_ip_adapter_scale` calls the layers that InstantStyle names.
+ASPECTS = {"style": {"up": {"block_0": [0.0, 0.9, 0.0]}}, "layout": {"down": {"block_2": [0.0, 0.9]}}}
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_style_or_layout_alone_draws_as_in_diffusers(models, aspect, tmp_path):
+    theirs, ours = models["sdxl"]
+    state, image = adapters.plus(theirs.unet, 4), picture(5)
+    file = adapters.saved(tmp_path, state, theirs.image_encoder)
+    steps = {"num_inference_steps": 2}
+    whole, want = (wanted(theirs, [state], [how], [shown(image)], **steps) for how in (0.9, ASPECTS[aspect]))
+    assert psnr(want, whole) < DB - 10
+    assert psnr(want, oracle(theirs, **(CFG | steps))) < DB - 10
+    drawn = ours(PROMPT, references=[(f"{file}:{aspect}", image, 0.9)], **(OURS | {"steps": 2}))
+    assert psnr(np.asarray(drawn.image), want) > DB
+
+
+def test_the_layers_have_diffusers_names(models):
+    for theirs, ours in models.values():
+        names = [n for n in theirs.unet.attn_processors if "attn2" in n]
+        found = [
+            re.sub(r"\.(\d+)$", r".transformer_blocks.\1.attn2.processor", n) for n in ours.description.net.readers
+        ]
+        assert found == names
+
+
+@pytest.mark.parametrize("span", [(0, 0.5), (0.25, 1)])
+def test_a_part_of_the_steps_draws_as_in_diffusers(models, span, tmp_path):
+    """There a callback sets the scale of the next step."""
+    theirs, ours = models["sd1"]
+    state, image = adapters.plain(theirs.unet, 1), picture(3)
+    file = adapters.saved(tmp_path, state, theirs.image_encoder)
+    steps = {"num_inference_steps": 4}
+    whole = wanted(theirs, [state], [2.0], [shown(image)], **steps)
+
+    def scale(i: int) -> float:
+        return 2.0 if span[0] * 4 <= i < span[1] * 4 else 0.0
+
+    def after(pipe, i, t, tensors):
+        pipe.set_ip_adapter_scale(scale(i + 1))
+        return {}
+
+    want = wanted(theirs, [state], [scale(0)], [shown(image)], callback_on_step_end=after, **steps)
+    assert psnr(want, whole) < DB - 10
+    drawn = ours(PROMPT, references=[(file, image, 2.0, *span)], **(OURS | {"steps": 4}))
+    assert psnr(np.asarray(drawn.image), want) > DB
+
+
 FLUX = {"num_inference_steps": 3, "max_sequence_length": 512}
 
 
@@ -138,7 +205,7 @@ def flux(tmp_path_factory) -> tuple:
     return theirs, mlxdiff.load(root / "flux", dtype="float32")
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["one pass", "true_cfg"])
+@pytest.mark.parametrize("guided", [False, True], ids=["one pass, not in the first step", "true_cfg"])
 def test_flux_draws_as_in_diffusers(flux, guided, tmp_path):
     theirs, ours = flux
     state, image, encoder = adapters.xlabs(theirs.transformer, 11), picture(12), adapters.eyes()
@@ -152,11 +219,13 @@ def test_flux_draws_as_in_diffusers(flux, guided, tmp_path):
         state, weight_name="", image_encoder_pretrained_model_name_or_path=None, low_cpu_mem_usage=False
     )
     try:
-        theirs.set_ip_adapter_scale(0.8)
+        theirs.set_ip_adapter_scale(0.8 if guided else 0.0)
+        cfg |= {"callback_on_step_end": lambda pipe, *_: pipe.set_ip_adapter_scale(0.8) or {}}
         want = oracle(theirs, ip_adapter_image=[shown(image)], **FLUX, **cfg)
     finally:
         theirs.unload_ip_adapter()
     assert psnr(want, bare) < DB - 10
     settings = SIZE | {"steps": 3, "seed": SEED} | ({"true_cfg": 3.0, "negative": NEGATIVE} if guided else {})
-    assert psnr(np.asarray(ours(PROMPT, references=[(file, image, 0.8)], **settings).image), want) > DB
+    span = () if guided else (0.3, 1)
+    assert psnr(np.asarray(ours(PROMPT, references=[(file, image, 0.8, *span)], **settings).image), want) > DB
     assert psnr(np.asarray(ours(PROMPT, **settings).image), bare) > DB

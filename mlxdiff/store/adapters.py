@@ -1,0 +1,123 @@
+"""LoRAs and taught words: found by a path, a name or a hub id, and read where they are."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from .. import foreign
+from ..adapters import Adapter, Rows, Word
+from ..description import Description
+from ..errors import Error, did_you_mean
+from ..families import ADAPTERS, FAMILIES, Fast
+from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, guides, local
+
+_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+FOLDER = "MLXDIFF_LORAS"  # an environment variable: where names are looked up
+
+
+def folder_of(path: str | Path | None) -> Path | None:
+    """The folder in which names are looked up, if one is given. Raises if it does not exist."""
+    folder = None if path is None else foreign.path(path)
+    if folder is not None and not folder.is_dir():
+        raise Error(f"There is no folder {folder}.", "Give the folder of your LoRAs: `lora_dir=DIR`.")
+    return folder
+
+
+def here(name: str | Path, folder: Path | None = None) -> Path | None:
+    """The file of a LoRA or an embedding on this machine: a path, or a name in a folder, by default MLXDIFF_LORAS."""
+    path, said = local(name), os.environ.get(FOLDER)
+    folder = folder if folder is not None else foreign.path(said) if said else None
+    if path is None and folder is not None:
+        path = next((p for end in ("", ".safetensors") if (p := folder / f"{name}{end}").is_file()), None)
+    if path is not None and path.is_dir():
+        found = usual_loras(path) or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise Error(f"{path} holds {len(found)} .safetensors files.", "Give the path of one of them.")
+        path = found[0]
+    return path
+
+
+def named(name: str | Path, model: Description) -> Fast | None:
+    """The published LoRA that a name means for a model; None if the name is not one of those. Raises if that LoRA was
+    made for another model."""
+    families = [of for (of, called), row in ADAPTERS.items() if called == str(name) and row.role == "lora"]
+    if families and model.family.name not in families:
+        whose = " and ".join(FAMILIES[of].title for of in families)
+        fix = f"{model.family.title} has {', '.join(known)}." if (known := _known(model)) else "Leave it out."
+        raise Error(f"The LoRA {name} is for {whose}; {model.name} is {model.family.title}.", fix)
+    return guides.row(name, model, "lora")
+
+
+def published(name: str | Path, model: Description, folder: Path | None = None) -> Fast | None:
+    """As `named`; None if a file that is here has this name."""
+    return None if here(name, folder) is not None else named(name, model)
+
+
+def scale(row: Fast | None, said: float | None) -> float:
+    """The scale of a LoRA, published or not, of which a user says one or none."""
+    return said if said is not None else 1.0 if row is None else row.scale
+
+
+def find(
+    name: str | Path,
+    what: str,
+    model: Description,
+    *,
+    offline: bool,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The file of a LoRA or an embedding: one that is here, a published LoRA by its name, or one of a hub repository
+    (`org/repo`, or `org/repo/file.safetensors`). From the hub it is fetched once."""
+    check(name, what, model, folder)
+    path = here(name, folder)
+    if path is not None:
+        return path
+    row = published(name, model, folder) if what == "LoRA" else None
+    match = _HUB_ID.fullmatch(str(name))
+    repo, file = (row.repo, row.file) if row is not None else (match[1], match[2] or _NAMES[0])
+    return _one_file(repo, file, offline, _silent if progress is None else progress)
+
+
+def check(name: str | Path, what: str, model: Description, folder: Path | None = None) -> None:
+    """Raise unless `find` can find this name for this model, as far as it is known without the network."""
+    if here(name, folder) is not None or (what == "LoRA" and named(name, model) is not None):
+        return
+    if not _HUB_ID.fullmatch(str(name)):
+        known = _known(model) if what == "LoRA" else []
+        names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
+        fix = f"{did_you_mean(str(name), known)}{names} a .safetensors file, a hub id, or a name in the folder that"
+        raise Error(f"There is no {what} {str(name)!r}.", f"{fix} `lora_dir=DIR` or MLXDIFF_LORAS names.")
+
+
+def usual_loras(folder: Path) -> list[Path]:
+    """The files in a folder that are called as a LoRA usually is."""
+    return [folder / name for name in _NAMES if (folder / name).is_file()]
+
+
+def lora(path: Path, model: Description, called: str | None = None) -> tuple[Adapter, str]:
+    """What a LoRA file changes in a model, and the file's fingerprint. called: its name, if not the file's."""
+    from ..convert import lora
+
+    adapter = lora.read(path, model)
+    return adapter if called is None else replace(adapter, name=called), fingerprint(path)
+
+
+def layers(model: Description, component: str) -> dict[str, Rows]:
+    """The linear layers of a component by their names in diffusers and transformers."""
+    from ..convert import lora
+
+    return lora.layers(component, model.components[component])
+
+
+def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:
+    """What a textual inversion teaches a model, and the file's fingerprint."""
+    from ..convert import embedding
+
+    return embedding.read(path, model, word), fingerprint(path)
+
+
+def _known(model: Description) -> list[str]:
+    """The names of the published LoRAs that fit a model."""
+    rows = ((called, row) for (of, called), row in ADAPTERS.items() if of == model.family.name)
+    return [called for called, row in rows if row.role == "lora" and row.fits(model.net)]
