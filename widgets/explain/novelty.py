@@ -88,7 +88,7 @@ class Memory(Lesson):
             ax.hist(nearest(cloud, d.points).clip(1.1e-4), edges, histtype="step", color=colour, lw=1.8, label=name)
         ax.set_xscale("log")
         ax.set(xlabel="distance to the nearest point that was learned", yticks=[])
-        ax.legend(loc="upper left")
+        ax.legend(loc="upper center")
         return fig
 
     def words(self) -> str:
