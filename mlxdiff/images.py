@@ -72,7 +72,7 @@ def read(source: str | Path | Image.Image, ground: str = "white", alpha: bool = 
             return image.convert("RGBA")
         if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time
             return _grounded(image, ground)
-        if image.mode == "RGB" and not given:
+        if image.mode == "RGB" and kind in ("JPEG", "PNG") and not given:  # of other kinds the file may stay open
             image.load()
             return image
         made = image.convert("RGB")
