@@ -189,7 +189,6 @@ def test_named_loras_fit_the_models_that_they_were_made_for():
     """With settings that those models can draw with."""
     rows = {key: row for key, row in ADAPTERS.items() if row.role == "lora"}
     assert len(rows) == 20
-    assert all(row.file.endswith(".safetensors") and row.net is None for row in rows.values())
     for (family, name), row in rows.items():
         fit = [n for n, m in MODELS.items() if row.fits(m.networks[m.family.denoiser]) and m.family.name == family]
         model = published(fit[0], Recipe("float32", None))
