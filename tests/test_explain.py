@@ -767,9 +767,9 @@ def test_a_saved_lesson_has_its_words_above_and_below_the_picture():
     output = nbformat.v4.new_output("execute_result", lesson._repr_mimebundle_(), execution_count=1)
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])])
     above, picture, below = notebooks.still(book).cells[0].outputs
-    assert above.data["text/markdown"] == f"**{lesson.title}.** {lesson.idea}"
+    assert above.data["text/markdown"] == f"**{lesson.title}.** {lesson.idea}".strip()
     assert base64.b64decode(picture.data["image/png"]) == lesson.image.value
-    assert below.data["text/markdown"] == f"{lesson.words()}\n\n**Try this.** {lesson.trying}"
+    assert below.data["text/markdown"] == f"{lesson.words()}\n\n**Try this.** {lesson.trying}".strip()
     assert notebooks.still(copy.deepcopy(book)) == book
 
 

@@ -38,4 +38,4 @@ function activate(app) {
 
 const plugin = { id: "mlxdiff-lessons:start", autoStart: true, activate };
 window._JUPYTERLAB = window._JUPYTERLAB ?? {};
-window._JUPYTERLAB["mlxdiff-lessons"] = { init() {}, get: async () => () => ({ default: plugin }) };
+window._JUPYTERLAB["mlxdiff-lessons"] = { init() {}, get: async () => () => plugin };

@@ -67,7 +67,7 @@ class Distance(Lesson):
         fig = Figure(figsize=(9, 2.5), layout="constrained")
         *axes, last = fig.subplots(1, 5, width_ratios=(1, 1, 1, 1, 1.7))
         for ax, image, radius, far in zip(axes, self.data.pictures, BLURS, self.data.by_blur, strict=True):
-            show(ax, image, f"blur {radius}\ndistance {far:.1f}" if radius else f"as it is\ndistance {far:.1f}")
+            show(ax, image, f"{f'blur {radius}' if radius else 'as it is'}\ndistance {far:,.0f}")
         last.plot(SETS, self.data.by_size, "o-", color=BLUE, ms=4)
         last.set_xscale("log", base=2)
         last.set_xticks(SETS, map(str, SETS))
@@ -75,8 +75,8 @@ class Distance(Lesson):
         return fig
 
     def words(self) -> str:
-        sizes = ", ".join(f"{far:.1f} with {n}" for n, far in zip(SETS, self.data.by_size, strict=True))
-        blurs = ", ".join(f"{far:.1f} by {r}" for r, far in zip(BLURS[1:], self.data.by_blur[1:], strict=True))
+        sizes = ", ".join(f"{far:,.0f} with {n}" for n, far in zip(SETS, self.data.by_size, strict=True))
+        blurs = ", ".join(f"{far:,.0f} by {r}" for r, far in zip(BLURS[1:], self.data.by_blur[1:], strict=True))
         return (
             f"Two sets of pictures from the same program, so equally good: {sizes} in each. "
             f"One of two sets of {SETS[-1]} blurred: {blurs} pixels."
@@ -97,7 +97,7 @@ class Obeyed(NamedTuple):
 
 
 class Obedience(Lesson):
-    title = "Does it draw what was asked?"
+    title = "What was asked"
     idea = "A judge, a network that was taught to name what is in such pictures, reads each: six words, right or wrong."
     trying = "Ask for more prompts. How many would you need to tell 90 % from 95 %?"
 
@@ -119,15 +119,16 @@ class Obedience(Lesson):
 
     def figure(self) -> Figure:
         shown = min(len(self.data.captions), 6)
-        fig = Figure(figsize=(1.75 * shown, 4.2), layout="constrained")
-        axes = fig.subplots(2, shown, squeeze=False)
+        fig = Figure(figsize=(1.75 * shown, 4.8))
+        place = fig.add_gridspec(2, shown, left=0.01, right=0.99, bottom=0.11, top=0.95, hspace=0.32, wspace=0.08)
+        axes = place.subplots(squeeze=False)
         for row, (steps, pictures) in zip(axes, self.data.drawn.items(), strict=True):
             for k, ax in enumerate(row):
                 show(ax, pictures[k], f"{steps} steps")
                 for i, (kind, right) in enumerate(zip(judge.WORDS, self.data.right[steps][k], strict=True)):
-                    place = (0.02 + 0.34 * (i % 3), -0.06 - 0.11 * (i // 3))
+                    where = (0.02 + 0.34 * (i % 3), -0.06 - 0.11 * (i // 3))
                     mark, colour = ("✓", GREEN) if right else ("✗", RED)
-                    ax.text(*place, f"{mark} {kind}", color=colour, fontsize=7, va="top", transform=ax.transAxes)
+                    ax.text(*where, f"{mark} {kind}", color=colour, fontsize=7, va="top", transform=ax.transAxes)
         return fig
 
     def words(self) -> str:
@@ -157,7 +158,7 @@ class Drawn(NamedTuple):
 class Bias(Lesson):
     title = "What it draws when you leave it open"
     idea = "The prompt says what, but no colour. A model has to choose; does it choose as its training pictures do?"
-    trying = "Draw 64 (half a minute), then another thing. Is one colour preferred, or was that chance?"
+    trying = "Draw 64, then another thing. Is one colour preferred, or was that chance?"
 
     def __init__(self, thing: str = "house", count: int = 16, seed: int = 100, **options):
         self.thing = w.Dropdown(options=sb.OBJECTS, value=thing, description="Thing")
@@ -257,7 +258,7 @@ def score(pixels: np.ndarray, key: int) -> float:
 
 
 class Marks(Lesson):
-    title = "Where does this picture come from?"
+    title = "Marks of origin"
     idea = (
         "Three marks: the settings in the file, bits in the last digit of each value, a faint pattern over all of it."
     )
