@@ -225,21 +225,23 @@ def told(model: Description, tuning: LoraTuning, force: bool) -> str:
     said = f"A step takes about {need.peak / 1e9:.1f} GB"
     if need.peak > advice.SURE * machine.memory and not force:
         fitting = [(k, step(*other, machine.gpu).peak) for k, *other in _others(model, tuning)]
-        fitting = [f"`{k}` ({n / 1e9:.1f} GB)" for k, n in fitting if n <= machine.budget]
+        fitting = [f"{advice.spell(k)} ({n / 1e9:.1f} GB)" for k, n in fitting if n <= machine.budget]
         fix = f"What fits: {', or '.join(fitting)}." if fitting else "Train for a smaller model."
         fix = f"{fix} `force=True` tries it as it is."
         raise Error(f"{said}; this machine has {machine.memory / 1e9:.1f}.", fix)
     return f"{said}, the model's {need.weights / 1e9:.1f} among them; this machine has {machine.memory / 1e9:.1f}."
 
 
-def _others(model: Description, tuning: LoraTuning) -> list[tuple[str, Description, LoraTuning]]:
-    """Settings that take less, as Python spells them."""
+def _others(model: Description, tuning: LoraTuning) -> list[tuple[dict, Description, LoraTuning]]:
+    """Settings that take less, and the model and the training with them."""
     low, four = replace(tuning, low_memory=True), replace(model, recipe=replace(model.recipe, bits=4))
-    found = [] if tuning.low_memory else [("low_memory=True", model, low)]
-    if model.recipe.bits is None or recipe.BITS[model.recipe.bits] > 4:
-        found += [("bits=4", four, tuning)] if tuning.low_memory else [("low_memory=True bits=4", four, low)]
+    less = {"low_memory": True} if not tuning.low_memory else {}
+    fewer = {"bits": 4} if model.recipe.bits is None or recipe.BITS[model.recipe.bits] > 4 else {}
+    four = four if fewer else model
+    found = [(less, model, low)] if less else []
+    found += [(less | fewer, four, low)] if fewer else []
     half = tuning.size_for(model) // 2 // model.multiple * model.multiple
-    return [*found, (f"low_memory=True bits=4 size={half}", four, replace(low, size=half))] if half else found
+    return [*found, (less | fewer | {"size": half}, four, replace(low, size=half))] if half else found
 
 
 def table(model: Description, tuning: LoraTuning) -> str:
