@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from .. import description, store
 from ..console import Parser, run, say
+from ..dialects import lora
 from ..families import PARTS, name_of
 from ..recipe import BITS, DTYPES, SMALLER, bits_of, default_dtype, recipe
-from ..request import lora
 from ..spelling import flag
 from ..store import Progress, adapters
 from ..store.tokenizer import tokenizer_for

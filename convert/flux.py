@@ -28,6 +28,7 @@ TABLE: list[Row] = [
     (r"^(single_.*)\.norm\.linear\.", r"\1.modulation.lin."),
     *[(rf"^(single_.*)\.attn\.to_{p}{_END}", rf"\1.linear1.\2+{i}") for i, p in enumerate("qkv")],
     (rf"\.proj_mlp{_END}", r".linear1.\1+3"),
+    (rf"^(single_.*)\.qkv{_END}", tuple(rf"\1.linear1.\2+{i}" for i in range(3))),  # in XLabs' LoRA
     (r"^(single_.*)\.proj_out\.", r"\1.linear2."),
     (r"^(single_.*)\.attn\.norm_q\.weight$", r"\1.norm.query_norm.scale"),
     (r"^(single_.*)\.attn\.norm_k\.weight$", r"\1.norm.key_norm.scale"),
@@ -106,7 +107,7 @@ def read(s: Settings) -> Config:
 
 
 def layers(config: Config) -> list[str]:
-    """The layers' names in diffusers."""
+    """The layers' names in diffusers, and one of XLabs'."""
     streams = [("attn.to_q", "attn.add_q_proj"), ("attn.to_k", "attn.add_k_proj"), ("attn.to_v", "attn.add_v_proj")]
     streams += [("attn.to_out.0", "attn.to_add_out"), ("ff.net.0.proj", "ff_context.net.0.proj")]
     streams += [("ff.net.2", "ff_context.net.2"), ("norm1.linear", "norm1_context.linear")]
@@ -117,6 +118,7 @@ def layers(config: Config) -> list[str]:
     return [
         *(f"transformer_blocks.{i}.{name}" for i in range(config.double) for name in double),
         *(f"single_transformer_blocks.{i}.{name}" for i in range(config.single) for name in single),
+        *(f"single_blocks.{i}.qkv" for i in range(config.single)),
         *(f"time_text_embed.{name}.linear_{n}" for name in timed for n in (1, 2)),
         *("x_embedder", "context_embedder", "proj_out", "norm_out.linear"),
     ]

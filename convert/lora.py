@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import description
-from ..adapters import Adapter, Change
+from ..adapters import Adapter, Change, Rows
 from ..description import Description
 from ..errors import Error
 from ..families import MODELS
@@ -43,9 +43,13 @@ _SPELLING: list[rules.Row] = [
     (r"^(base_model\.model\.|model\.(?=diffusion_model\.))", ""),
     (r"\.processor\.(qkv|proj)_lora1\.", r".img_attn.\1.lora."),
     (r"\.processor\.(qkv|proj)_lora2\.", r".txt_attn.\1.lora."),
+    (r"\.processor\.qkv_lora\.", r".qkv.lora."),
+    (r"\.processor\.proj_lora\.", r".linear2.lora."),
     (r"\.processor\.to_out_lora\.", ".to_out.0.lora."),
     (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
 ]
+# What ComfyUI calls text encoders: the first and the second of a network.
+_COMFY = {"clip": (("clip_l", "clip_h"), ("clip_g",)), "t5": (("t5xxl",),), "qwen3": (("qwen3_4b", "qwen3_8b"),)}
 _AGAIN = "Use another copy of it."
 _WORDS = 8  # that are shown of a header
 _MOST = 1e6  # of an alpha and of a rank; real ones have up to four digits
@@ -153,6 +157,20 @@ def _split(key: str) -> tuple[str, str | None]:
 # ---- the names of a model's layers
 
 
+def layers(component: str, config: build.Config) -> dict[str, Rows]:
+    """The linear layers of a network by their names in diffusers and transformers. Where our layer is several of theirs
+    in one, each is some of its rows."""
+    module, places = MODULES[build.name_of(config)], _layers(component, config)
+    others = module.layers(config) if hasattr(module, "layers") else []
+    ours = [name for name in places if name not in others]
+    found = {}
+    for name in others if any(re.search(module.ORIGINAL, f"{n}.") for n in ours) else ours:
+        (rows, *more) = places[name].weight if name in places and places[name].weight else (None,)
+        if rows is not None and not more and rows.parts == 1 and len(rows.shape) == 2:
+            found[name] = Rows(rows.parameter.rpartition(".")[0], rows.first, rows.shape[0])
+    return found
+
+
 def _places(model: Description) -> dict[str, _Place]:
     """Every spelling of every layer."""
     places: dict[str, _Place] = {}
@@ -165,10 +183,13 @@ def _places(model: Description) -> dict[str, _Place]:
             dotted += ["", "unet.", "transformer.", "diffusion_model."]
             scored += ["lora_unet_", "lora_transformer_", "lycoris_"]
         else:
-            n = encoders.index(component) + 1
-            scored += [f"lora_te{n}_", *["lora_te_"] * (n == 1)]
-            dotted += [f"{component}.text_model."]
-            scored += [f"{prefix}text_model_" for prefix in scored]
+            n, network = encoders.index(component) + 1, model.text.encoders[component]
+            scored += [f"lora_te{n}_", *["lora_te_"] * (n == 1), *["lora_te3_"] * (network == "t5")]
+            before = [name for name in encoders[: n - 1] if model.text.encoders[name] == network]
+            dotted += [f"text_encoders.{name}.transformer." for name in _COMFY[network][len(before)]]
+            inside = "model" if network == "qwen3" else "text_model"
+            dotted += [f"{prefix}{inside}." for prefix in dotted]
+            scored += [f"{prefix}{inside}_" for prefix in scored]
         for name, place in _layers(component, config).items():
             places |= {f"{prefix}{name}": place for prefix in dotted}
             places |= {f"{prefix}{name.replace('.', '_')}": place for prefix in scored}

@@ -2,6 +2,7 @@
 
 from ..dialects import DIFFUSERS
 from ..families.published import DYNAMIC
+from ..schedules import MOST_STEPS
 from .settings import Settings
 
 # class -> spacing if the file names none; which sampler of ours it is, `dialects` says
@@ -47,11 +48,15 @@ def from_json(s: Settings) -> tuple[dict, str]:
         s.one(key, only, [only])
     start, end = (0.00085, 0.012) if cls.startswith(_OLD) else (0.0001, 0.02)
     betas = "scaled_linear" if cls in ("LCMScheduler", "TCDScheduler") else "linear"
+    start, end = (s.positive(f"beta_{which}", default) for which, default in (("start", start), ("end", end)))
+    for which, value in (("start", start), ("end", end)):
+        if value >= 1:  # it is the share of the signal that one step removes
+            s.refuse(f"beta_{which}", value)
     return {
         "betas": _BETAS[s.one("beta_schedule", betas, list(_BETAS))],
-        "start": s.positive("beta_start", start),
-        "end": s.positive("beta_end", end),
-        "steps": s.whole("num_train_timesteps", 1000),
+        "start": start,
+        "end": end,
+        "steps": s.whole("num_train_timesteps", 1000, MOST_STEPS, least=2),
         "zero_snr": s.flag("rescale_betas_zero_snr", False),
         "spacing": spacing,
         "offset": s.one("steps_offset", 0, [0, 1]),
@@ -92,7 +97,7 @@ def flow_from_json(s: Settings, like: dict) -> dict:
             s.refuse("max_image_seq_len", own["max_image_seq_len"])
         dynamic = own if like["dynamic"] is None or like["dynamic"].keys() == own.keys() else like["dynamic"]
     return {
-        "steps": s.whole("num_train_timesteps", 1000),
+        "steps": s.whole("num_train_timesteps", 1000, MOST_STEPS, least=2),
         "shift": s.positive(key, 1.0),
         "dynamic": dynamic,
         "spacing": spacing,

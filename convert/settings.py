@@ -31,7 +31,7 @@ class Settings:
         return self.values.get(key, default)
 
     def refuse(self, key: str, value: object):
-        raise Error(f"{self.path} has {key} = {value!r}, which is not supported.", _FIX)
+        raise Error(f"{self.path} has {key} = {value!r:.100}, which is not supported.", _FIX)
 
     def one(self, key: str, default: object, allowed: list) -> object:
         value = self.get(key, default)

@@ -3,11 +3,20 @@ this applies what it gives to a network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 Pair = tuple[mx.array, mx.array]
+
+
+class Rows(NamedTuple):
+    """What a layer of another layout is here: some rows of the weight of one of our layers."""
+
+    layer: str
+    first: int
+    rows: int
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from PIL.Image import Image
 from . import conditioning, detect, dialects, images, memory
 from .adapters import Adapter, Word
 from .description import Description
+from .dialects import embedding, lora
 from .errors import Error
 from .guides import MASKED, Guide
 from .models.build import Config
-from .models.controlnet import ALIASES
+from .models.controlnet import ALIASES, INPAINT
 from .references import References
-from .request import Request, embedding, lora
+from .request import Request
 
 Names = Sequence[str]
 Progress = Callable[[str, int, int], None]
@@ -95,6 +96,7 @@ class Attached:
 
     def _guide(self, guide: Guide, what: str, pictures: dict[tuple, Image]) -> Guide:
         """A guide with its fingerprints. Its picture goes into `pictures`."""
+        _check_picture(guide, what, self.model)
         picture = None if guide.masked else images.read(guide.image)
         found, network = picture and images.fingerprint(picture), None
         if what == "reference":
@@ -244,6 +246,7 @@ def readers(request: Request | None, model: Description) -> tuple[memory.Reader,
 
     found, references = [], References(model, offline=True)
     for guide in () if request is None else request.references:
+        _check_picture(guide, "reference", model)
         references.check(guide)
         if isinstance(store.locate(guide.model, model, "reference"), Path):
             found.append(references.reader(guide).workload)
@@ -258,7 +261,10 @@ def beside(request: Request | None, model: Description) -> tuple[Config | int, .
     from .store import guides as store
 
     found = []
-    for guide in [] if request is None else [guide for guide in request.controls if guide.model is not None]:
+    for guide in () if request is None else request.controls:
+        _check_picture(guide, "control", model)
+        if guide.model is None:
+            continue
         path = store.locate(guide.model, model, "control")
         config = store.control(path, model)[0] if isinstance(path, Path) else None
         _check_masked(guide, model, config)
@@ -269,6 +275,18 @@ def beside(request: Request | None, model: Description) -> tuple[Config | int, .
     return tuple(found)
 
 
+def _check_picture(guide: Guide, what: str, model: Description) -> None:
+    """Raise if the only word of a guide names a network."""
+    from .store import guides as store
+
+    if guide.model is not None or not isinstance(guide.image, str):
+        return
+    if (row := store.row(guide.image, model, what)) is not None:
+        shown = repr(MASKED) if row.masked else "PICTURE"
+        problem = f"{guide.image} is a network, and the picture that it should read is missing."
+        raise Error(problem, f"Give both: `{what}s=[({guide.image!r}, {shown})]`.")
+
+
 def _check_masked(guide: Guide, model: Description, config: Config | None) -> None:
     """Raise if a network that was made to inpaint is not shown the masked start image, or if another one is. config:
     None if it is not here yet; then its name may show it."""
@@ -277,7 +295,11 @@ def _check_masked(guide: Guide, model: Description, config: Config | None) -> No
     row = store.row(guide.model, model, "control")
     if row is None and config is None:
         return
-    reads, needs = (row.masked,) * 2 if row is not None else (config.hole is not None, config.reads_mask)
+    if row is not None:
+        reads = needs = row.masked
+    else:
+        kind = ALIASES.get(guide.mode, guide.mode)
+        reads, needs = config.hole is not None and (not config.modes or kind == INPAINT), config.reads_mask
     if guide.masked and not reads:
         raise Error(f"{guide.model} was not made to inpaint: it reads no mask.", "Give it a picture of its own.")
     if needs and not guide.masked:

@@ -47,7 +47,7 @@ def adapters(name: str | None) -> int:
     print('or, if it is a LoRA: mlxdiff generate "a lighthouse" -m sd15 --lora lcm')
     fast = {key: row for key, row in ADAPTERS.items() if row.role == "lora" and family in (None, key[0])}
     if fast:
-        print("\nThese LoRAs draw in few steps. They bring settings, which are used where you give no others:")
+        print("\nThese LoRAs bring settings, which are used where you give no others; most draw in few steps:")
     for (of, called), row in fast.items():
         scale = "" if row.scale == 1 else f", scale {row.scale:g}"
         wants = f"{row.steps:2} steps, guidance {row.guidance:<3g} {row.sampler:15} {row.schedule}{scale}"

@@ -175,7 +175,7 @@ def _widened(context: mx.array, width: int) -> mx.array:
     return mx.pad(context, [(0, 0), (0, 0), (0, width - context.shape[-1])])
 
 
-def _longer(context: mx.array, length: int) -> mx.array:
+def longer(context: mx.array, length: int) -> mx.array:
     """The context padded with zeros to a length."""
     return mx.pad(context, [(0, 0), (0, length - context.shape[1]), (0, 0)])
 
@@ -235,7 +235,7 @@ def prepare(
             return mx.concatenate([mx.repeat(value, request.count, axis=0) for value in values])
 
         def batch(name: str) -> mx.array | list:
-            values = [_longer(side[name], longest) if name == "context" else side[name] for side in sides]
+            values = [longer(side[name], longest) if name == "context" else side[name] for side in sides]
             return tree_map(joined, *values)
 
         told = {"lengths": tuple(n for n in own for _ in range(request.count))} if lengths else {}

@@ -410,12 +410,24 @@ def _alike(value, model, key: str) -> bool:
             return False
         numbers = () if value is None else value.values()
         known = value is None or any(value.keys() == dynamic.keys() for dynamic in (DYNAMIC, EMPIRICAL))
-        return known and all(_is_number(n) for n in numbers)
+        ends = [0, 1] if value is None else [value.get(f"{which}_image_seq_len", i) for i, which in enumerate(_ENDS)]
+        return known and all(_is_number(n) for n in numbers) and ends[0] < ends[1]
     if key == "sampler":
         return value is None or value in [*samplers.SAMPLERS]
     if isinstance(model, bool | str):
-        return type(value) is type(model)
-    return _is_number(value)
+        return type(value) is type(model) and (key not in _NAMED or value in _NAMED[key])
+    return _is_number(value) and _RANGES[key](value)
+
+
+_ENDS = ("base", "max")
+_NAMED = {"spacing": schedules.SPACINGS, "ends": schedules.FLOW_SPACINGS}
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "steps": lambda n: type(n) is int and 2 <= n <= schedules.MOST_STEPS,
+    "start": lambda beta: 0 < beta < 1,
+    "end": lambda beta: 0 < beta < 1,
+    "offset": lambda n: n in (0, 1),
+    "shift": lambda n: 0 < n < 1e30,
+}
 
 
 def _is_number(value) -> bool:

@@ -119,6 +119,21 @@ def loras(prompt: str) -> tuple[str, list[str]]:
     return (_LORA.sub("", prompt).strip(), named) if named else (prompt, named)
 
 
+def lora(text: str) -> tuple[str, float | None]:
+    """A LoRA and its scale: style.safetensors:0.8. None: it is not said."""
+    name, _, scale = text.rpartition(":")
+    try:
+        return (name, float(scale)) if name else (text, None)
+    except ValueError:
+        return text, None
+
+
+def embedding(text: str) -> tuple[str, str | None]:
+    """An embedding's file and its word: moss.safetensors=<moss>. None: the word that the file has."""
+    name, found, word = text.partition("=")
+    return name, word if found else None
+
+
 def _quoted(text: str) -> str:
     return f'"{text}"' if re.search(r"[,:\n]", text) else text
 

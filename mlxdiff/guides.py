@@ -2,12 +2,14 @@
 it."""
 
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL.Image import Image
 
-from .errors import Error
+from . import values
+from .errors import Error, did_you_mean
 
 Picture = str | Path | Image
 
@@ -15,6 +17,7 @@ MASKED = "masked"  # as a control picture: the start image without what the mask
 
 # What makes a control picture of a photograph: the kinds of `mlxdiff.detect`.
 DETECTORS = ("canny", "depth", "grey", "invert")
+MAX_SCALE = 10  # of a control, a reference or a LoRA
 _MODE = re.compile(r"(.{2,}):([\w-]+)")  # two characters at least: C:\ is a disk
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _FORM = "[MODEL] IMAGE [SCALE [FROM TO]]"
@@ -57,6 +60,29 @@ class Guide:
         named = [f"{self.model}{mode}"] if self.model is not None else []
         named.append("a picture" if self.image is None or isinstance(self.image, Image) else str(self.image))
         return " ".join(named)
+
+    def check(self, what: str, with_mask: bool) -> None:
+        """Raise unless this has a picture and its numbers are in range, before files are read. what: "control" or
+        "reference". with_mask: whether the request has a mask."""
+        if self.image is None:
+            fix = f"Give that picture again: `{what}s=[...]`."
+            raise Error(f"These settings need the picture of a {what}, which was no file.", fix)
+        if not isinstance(self.model, str | Path | None):
+            problem = f"The model of a {what} is {type(self.model).__name__}, not a name or a path."
+            raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
+        values.number(f"{what} scale", self.scale, 0, MAX_SCALE)
+        values.span(f"{what} interval", self.interval)
+        if self.mode is not None:
+            values.text(f"mode of a {what}", self.mode)
+        if self.masked and (what == "reference" or self.model is None or self.detect is not None):
+            problem = f'"{MASKED}" is the start image without what the mask marks, for a control that inpaints.'
+            raise Error(problem, f'Give it as `controls=[("inpaint", "{MASKED}")]`.')
+        if self.masked and not with_mask:
+            raise Error(f"The control {self} needs a mask, and none was given.", "Give `image=FILE` and `mask=FILE`.")
+        if self.detect is not None and (what == "reference" or self.detect not in DETECTORS):
+            problem = f"detect {reprlib.repr(self.detect)} makes no picture for a {what}."
+            fix = f"{did_you_mean(str(self.detect), DETECTORS)}Use one of {', '.join(DETECTORS)}."
+            raise Error(problem, fix if what == "control" else "Leave it out.")
 
     @property
     def masked(self) -> bool:

@@ -32,10 +32,10 @@ from . import (
 )
 from .arguments import check_options
 from .attached import Attached
-from .errors import Error
 from .guides import Guide, steps_on
+from .larger import Larger
 from .models.controlnet import controlled
-from .networks import Networks, dtype_of
+from .networks import Networks, computing, dtype_of
 from .noise import Noise, draw_nhwc
 from .recipe import recipe
 from .references import extended, shown
@@ -43,7 +43,6 @@ from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
 from .schedules import Schedule
 from .start import Start, Starts
-from .upscale import Upscaler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -147,7 +146,7 @@ class Pipeline:
         self.attached = Attached(networks.folder, networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
-        self._upscaler: Upscaler | None = None  # the last one
+        self.larger = Larger(networks.description, offline)
         self._texts: tuple[tuple, list[conditioning.Text]] | None = None
         self.starts = Starts(networks, self.description, low_memory)
         self._wider: Pipeline | None = None  # what a LoRA that reads control pictures makes of this one
@@ -165,6 +164,16 @@ class Pipeline:
         self.description.check_refiner(refiner.description)
         self.refiner = refiner
 
+    def hold(self, networks: dict[str, nn.Module]) -> None:
+        """Draw the next picture with these networks, which are being trained. `release` ends that."""
+        for name, network in networks.items():
+            self.networks.hold(name, network)
+        self._texts = None  # they may have been read by an encoder before it was trained
+
+    def release(self, networks: dict[str, nn.Module]) -> None:
+        self.networks.release(*networks)
+        self._texts = None
+
     def attach_taesd(self, decoder: nn.Module) -> None:
         """Use a tiny decoder for previews."""
         self.description.check_taesd(decoder.config.latent_channels)
@@ -176,7 +185,7 @@ class Pipeline:
     def resolve(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Request:
         """The request with every open setting filled from this model's defaults, and checked. prompt: what to draw, or
         an earlier request, whose settings hold where no others are given."""
-        request = self._upscaled(self.attached.resolve(asked(prompt, settings)))
+        request = self.larger.resolve(self.attached.resolve(asked(prompt, settings)))
         pipe = self.under(request)
         full = pipe.starts.resolve(request)
         for each in [full] if full.hires is None else [full, pipe.description.second_pass(full)]:
@@ -235,53 +244,16 @@ class Pipeline:
             return
         if not self.force:
             advice.check(self.workload(request))
-        if request.hires is not None:
-            yield from self._two_passes(request, given)
-            return
-        for event in self._pass(request, given):
-            if event.image is None or request.upscaler is None:
-                yield event
-            else:
-                yield event._replace(image=None)
-                yield from self._upscale(request, event.image)
-
-    def _two_passes(self, request: Request, given: np.ndarray | None) -> Iterator[Event]:
-        """Draw, enlarge, and draw on, one picture at a time: each equals what it gives by the commands one by one."""
-        drawn = []
-        for event in self._pass(replace(request, hires=None, upscaler=None), given):
-            drawn += [] if event.image is None else [event.image]
-            yield event._replace(image=None)
-        for i, (picture, single) in enumerate(zip(drawn, request.singles(), strict=True)):
-            second = self.description.second_pass(single)
-            if request.upscaler is not None:
-                for event in self._upscale(request, picture):
-                    picture = picture if event.image is None else event.image
-                    yield event._replace(image=None, hires=i)
-            picture = picture.resize((second.width, second.height), Image.Resampling.LANCZOS)
-            for event in self._pass(replace(second, image=picture)):
-                yield event._replace(hires=i)
-
-    def _upscale(self, request: Request, image: Image.Image) -> Iterator[Event]:
-        for tile in self._open_upscaler(request).tiles(image):
-            yield Event("upscale", tile.done, tile.tiles, tile.seconds, image=tile.image)
-
-    def _upscaled(self, request: Request) -> Request:
-        """The request with the fingerprint of its upscaler, which is opened here, before the work."""
-        request.check_hires()
-        if request.upscaler is None:
-            return request
-        if self._upscaler is not None and not self._upscaler.current:
-            self._upscaler = None
-        found = self._open_upscaler(request).hash
-        if request.upscaler_hash not in (None, found):
-            problem = f"The upscaler {request.upscaler} is not the one that these settings name."
-            raise Error(problem, "Give that file as `upscaler=FILE`.")
-        return replace(request, upscaler_hash=found)
-
-    def _open_upscaler(self, request: Request) -> Upscaler:
-        if self._upscaler is None or self._upscaler.name != str(request.upscaler):
-            self._upscaler = Upscaler(request.upscaler, offline=self.attached.offline)
-        return self._upscaler
+        with computing(self.name):
+            if request.hires is not None:
+                yield from self.larger.two_passes(self._pass, request, given)
+                return
+            for event in self._pass(request, given):
+                if event.image is None or request.upscaler is None:
+                    yield event
+                else:
+                    yield event._replace(image=None)
+                    yield from self.larger.upscale(request, event.image)
 
     def _pass(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """One pass of a resolved request."""
@@ -416,7 +388,7 @@ class Pipeline:
         net = self.networks.get(name)
         ts, both = [schedule.t(s) for s in visits], not self.low_memory
         # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
-        source = self.networks.open(name) if model.flow else net
+        source = self.networks.whole(name) if model.flow else net
         references, beside = ((), None) if start is None else (start.references, start.beside)
         conds = conditioning.prepare(model, source, request, ts, texts, both, references, pictures)
         del source  # it would hold the modulation weights until all conditions are evaluated

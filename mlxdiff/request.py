@@ -16,12 +16,11 @@ from PIL.Image import Image
 from . import arguments, dialects, samplers, schedules, values
 from .errors import Error, did_you_mean
 from .foreign import fits
-from .guides import DETECTORS, MASKED, Guide, Picture, guides
+from .guides import MAX_SCALE, Guide, Picture, guides
 from .noise import SOURCES
 
 MAX_SEED = 2**63 - 1  # the most that signed 64-bit file formats and other tools can hold
 MAX_EDGE = 16384
-MAX_SCALE = 10  # of a LoRA
 MAX_BLUR = 256
 MAX_HIRES = 8  # times
 STRENGTH = 0.6
@@ -335,42 +334,18 @@ class Request:
             for text in value or ():
                 values.text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
-            if (scale := lora(text)[1]) is not None:
+            if (scale := dialects.lora(text)[1]) is not None:
                 values.number("lora scale", scale, -MAX_SCALE, MAX_SCALE)
 
     def check_guides(self) -> None:
         """Raise unless the guides have pictures and numbers in range, before their files are read."""
         for name, several in (("control", self.controls), ("reference", self.references)):
             for guide in several:
-                if guide.image is None:
-                    fix = f"Give that picture again: `{name}s=[...]`."
-                    raise Error(f"These settings need the picture of a {name}, which was no file.", fix)
-                if not isinstance(guide.model, str | Path | None):
-                    problem = f"The model of a {name} is {type(guide.model).__name__}, not a name or a path."
-                    raise Error(problem, "Give a name, a hub id, a folder or a .safetensors file.")
-                values.number(f"{name} scale", guide.scale, 0, MAX_SCALE)
-                values.span(f"{name} interval", guide.interval)
-                if guide.masked:
-                    self._check_masked(guide, name)
-                if guide.mode is not None:
-                    values.text(f"mode of a {name}", guide.mode)
-                if guide.detect is not None and (name == "reference" or guide.detect not in DETECTORS):
-                    near = did_you_mean(str(guide.detect), DETECTORS)
-                    problem = f"detect {reprlib.repr(guide.detect)} makes no picture for a {name}."
-                    fix = f"{near}Use one of {', '.join(DETECTORS)}." if name == "control" else "Leave it out."
-                    raise Error(problem, fix)
+                guide.check(name, self.masked)
         if not isinstance(self.guess, bool):
             raise Error(f"guess {self.guess!r} is neither true nor false.", "Use `guess=True` to guess.")
         if self.guess and not self.controls:
             raise Error("guess is for controls, and there is none.", "Leave `guess` out, or add `controls=[...]`.")
-
-    def _check_masked(self, guide: Guide, what: str) -> None:
-        """Raise unless a guide may be the start image without what the mask marks."""
-        if what == "reference" or guide.model is None or guide.detect is not None:
-            problem = f'"{MASKED}" is the start image without what the mask marks, for a control that inpaints.'
-            raise Error(problem, f'Give it as `controls=[("inpaint", "{MASKED}")]`.')
-        if not self.masked:
-            raise Error(f"The control {guide} needs a mask, and none was given.", "Give `image=FILE` and `mask=FILE`.")
 
     def singles(self) -> list["Request"]:
         """The requests that draw the pictures of this resolved one alone: one picture and one seed each."""
@@ -459,21 +434,6 @@ def asked(prompt: str | Request, settings: dict) -> Request:
     """The request of a call: a prompt or an earlier request, whose settings the given settings replace."""
     arguments.check_settings(settings, SETTINGS)
     return prompt.but(settings) if isinstance(prompt, Request) else Request(prompt, **settings)
-
-
-def lora(text: str) -> tuple[str, float | None]:
-    """A LoRA and its scale: style.safetensors:0.8. None: it is not said."""
-    name, _, scale = text.rpartition(":")
-    try:
-        return (name, float(scale)) if name else (text, None)
-    except ValueError:
-        return text, None
-
-
-def embedding(text: str) -> tuple[str, str | None]:
-    """An embedding's file and its word: moss.safetensors=<moss>. None: the word that the file has."""
-    name, found, word = text.partition("=")
-    return name, word if found else None
 
 
 def takes_settings(call: Call) -> Call:

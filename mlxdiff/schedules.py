@@ -15,6 +15,8 @@ import numpy as np
 from .errors import Error, did_you_mean
 
 Array = TypeVar("Array")  # a numpy or MLX array
+MOST_STEPS = 100_000  # of training; published models have 1000
+_MOST_LOG_SHIFT = 20.0  # published models have at most 3; from about 35 all steps are the first one
 
 # ---- the forward process
 
@@ -179,7 +181,7 @@ def flow(row: dict, tokens: int, steps: int, shift: float | None = None) -> Flow
     model's shift."""
     d = row["dynamic"] if shift is None else None
     if d is not None:
-        shift = math.exp(_log_shift(d, tokens, steps))
+        shift = math.exp(min(_log_shift(d, tokens, steps), _MOST_LOG_SHIFT))
     return Flow(row["shift"] if shift is None else shift, row["ends"], row["steps"], d is not None)
 
 
@@ -318,6 +320,6 @@ def sigmas(schedule: Schedule, spacing: str, steps: int) -> list[float]:
         names = ", ".join(schedule.spacings)
         raise Error(f"The {spacing} schedule does not exist for rectified flow.", fix=f"Use one of {names}.")
     levels = schedule.spacings[spacing](schedule, steps)
-    if np.any(np.diff(levels) >= 0):  # for example leading with an offset and as many steps as in training
+    if not np.all(np.diff(levels) < 0):  # for example leading with an offset and as many steps as in training
         raise Error(f"The {spacing} schedule has no {steps} different steps.", fix="Ask for fewer steps.")
     return [*levels.tolist(), schedule.last]

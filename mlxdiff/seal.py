@@ -11,6 +11,7 @@ from .foreign import check_regular
 
 _BLOCKS, _BLOCK = 16, 2**12  # of a sample: how many, and bytes of each
 _READ = 2**22  # bytes that are hashed at a time
+_MOST_FILES = 1000  # in a seal; a conversion writes fewer than thirty
 _OTHERS = ("model.json", "source.json")  # the first holds the seal, the second is written after it
 
 
@@ -49,8 +50,9 @@ def of(folder: Path, progress: Callable[[int, int], None]) -> Seal:
 
 def is_sound(seal) -> bool:
     """Whether a conversion could have written this."""
-    return isinstance(seal, dict) and all(
-        not PurePosixPath(name).is_absolute()
+    return (isinstance(seal, dict) and len(seal) <= _MOST_FILES) and all(
+        PurePosixPath(name).as_posix() == name
+        and not PurePosixPath(name).is_absolute()
         and ".." not in PurePosixPath(name).parts
         and isinstance(mark, list)
         and [*map(type, mark)] == [int, str, str]
@@ -67,7 +69,7 @@ def check(folder: Path, seal: Seal) -> None:
             same = file.stat().st_size == mark.size and sample(file, mark.size) == mark.sample
         except FileNotFoundError:
             raise Error(f"{file} is missing.", "Convert the checkpoint again.") from None
-        except OSError as e:
+        except (OSError, ValueError) as e:  # a name that no file can have is a ValueError
             raise Error(
                 f"{file} cannot be read: {e}.", "Check its permissions, or convert the checkpoint again."
             ) from None

@@ -137,6 +137,10 @@ def load(path: Path, family: Family, config: build.Config, recipe: Recipe) -> nn
         arrays = mx.load(str(path))
     except (RuntimeError, OSError, ValueError) as e:
         raise Error(f"{path} cannot be read: {e}.", "Convert the checkpoint again.") from None
+    try:
+        build.check_size(config, len(arrays))
+    except Error as e:
+        raise Error(f"{path}: {e.problem}", e.fix) from None
     module = build.build(config)
     layers, linear = quantization_plan(family, path.stem, module, recipe.bits), dict(module.named_modules())
     for layer, how in layers.items():  # those that the writer took as they were stored have more scales

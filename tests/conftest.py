@@ -20,7 +20,31 @@ if SHARED:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
 import mlxdiff.blas  # noqa: E402
+
+# ---- what trainings share
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The built-in model in float32."""
+    return mlxdiff.load("storybook", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def rings(tmp_path_factory):
+    """Four pictures of rings, which are no thing of the built-in model's world."""
+    place = tmp_path_factory.mktemp("rings")
+    y, x = np.mgrid[:64, :64]
+    for i in range(4):
+        pixels = np.full((64, 64, 3), (250, 240, 220), np.uint8)
+        for radius, colour in ((24, (200, 30, 60)), (17, (20, 20, 120)), (10, (240, 200, 0))):
+            pixels[(x - 26 - 4 * i) ** 2 + (y - 36 + 3 * i) ** 2 < radius**2] = colour
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    return place
 
 
 def pytest_collection_modifyitems(items):

@@ -12,20 +12,29 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from PIL import Image, PngImagePlugin
 
-from mlxdiff import builtin, convert, description, images, tokenizers
-from mlxdiff.convert import lora, source, write
+from mlxdiff import builtin, convert, description, images, load, samplers, tokenizers
+from mlxdiff.convert import embedding, lora, scheduler, source, write
+from mlxdiff.convert import settings as reading
+from mlxdiff.convert import tokenizer as copying
 from mlxdiff.errors import Error
+from mlxdiff.models import controlnet, t2i, t5, unet
 from mlxdiff.recipe import recipe
 from mlxdiff.store import references
-from tests import checkpoints
+from mlxdiff.train import fit
+from tests import checkpoints, t5_vocab
 
-SLOW = 5.0  # seconds that one input may take
+SLOW = 5.0  # seconds of work that one input may take
 _VALUES = [
     None,
     True,
@@ -46,7 +55,8 @@ _VALUES = [
     "../../x",
     "a" * 999,
 ]
-_VALUES += [[], {}, [0], [[1]], {"a": 1}, ["a", "b"], [10**6] * 4, float("nan"), float("inf")]
+_VALUES += [[0, 2**31 - 1], [2**31 - 1, 0], [], {}, [0], [[1]], {"a": 1}, ["a", "b"], [10**6] * 4]
+_VALUES += [float("nan"), float("inf")]
 _PARAMETERS = "a fox\nNegative prompt: rain\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 3, Size: 64x64, Model: x"
 
 
@@ -95,10 +105,19 @@ def _with_header(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
+def _outward(network: nn.Module) -> dict[str, tuple]:
+    """The shapes of a network's parameters as diffusers stores them."""
+    shapes = {name: tuple(x.shape) for name, x in tree_flatten(network.parameters())}
+    return {name: (s[0], s[3], *s[1:3]) if len(s) == 4 else s for name, s in shapes.items()}
+
+
+_T5 = t5.Config(220, 8, 1, 2, 4, 16, 8, 16, 1e-6)
+
+
 class Fuzz:
     """The good files, in a folder of this run, and what has happened so far."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, drawing: bool = False):
         self.model = shutil.copytree(builtin.FOLDER, folder / "model")
         files = sorted(f for f in self.model.rglob("*") if f.suffix in (".json", ".txt", ".safetensors"))
         self.files = {f: f.read_bytes() for f in files}
@@ -113,7 +132,7 @@ class Fuzz:
         self.described = description.read(self.notes)
         net = self.described.net
         few = {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": net.channels[0]}
-        lora_weights = {
+        lora_shapes = {
             f"unet.{n}.lora_{ab}.weight": s for n, w in few.items() for ab, s in (("A", (2, w)), ("B", (w, 2)))
         }
         adapter = {"image_proj.proj.weight": (4 * net.context, 12), "image_proj.proj.bias": (4 * net.context,)}
@@ -123,34 +142,70 @@ class Fuzz:
             for i, w in enumerate(net.reading)
             for kv in "kv"
         }
-        shapes = {name: x.shape for name, x in checkpoints.esrgan(1, 4, 2, 1, 1).items()}
-        self.networks = [
-            (
-                checkpoints.full(self.network, {n: np.ones(shape, np.float32) for n, shape in of.items()}).read_bytes(),
-                read,
-            )
-            for of, read in (
-                (shapes, lambda file: convert.read(file, mx.float32)),
-                (lora_weights, lambda file: lora.read(file, self.described)),
-                (adapter, lambda file: references._adapter(file, self.described)),
-            )
-        ]
-        for good, read in self.networks:
+        redux = {f"redux_{way}.{leaf}": shape for way, shapes in
+                 (("up", {"weight": (48, 12), "bias": (48,)}), ("down", {"weight": (16, 48), "bias": (16,)}))
+                 for leaf, shape in shapes.items()}  # fmt: skip
+        half = {f: getattr(net, f) for f in unet.HalfConfig.__dataclass_fields__}
+        half |= {"channels": (32, 64), "layers": (1, 1), "depth": ((1,), ()), "heads": (8, 8)}
+        guide = controlnet.ControlNet(controlnet.Config(**half, hint_channels=3, hint=(4, 8, 8, 8), pooled=False))
+        t2i_guide = t2i.T2IAdapter(t2i.Config("full", 3, net.channels, 2, 8))
+        enlarges = {name: x.shape for name, x in checkpoints.esrgan(1, 4, 2, 1, 1).items()}
+        width = self.described.components["text_encoder"].width
+        read = lambda file: convert.read(file, mx.float32)  # noqa: E731
+        kinds: dict[str, tuple[dict, Callable]] = {
+            "upscaler": (enlarges, read),
+            "redux": (redux, read),
+            "lora": (lora_shapes, lambda file: lora.read(file, self.described)),
+            "word": ({"emb_params": (2, width)}, lambda file: embedding.read(file, self.described)),
+            "ip-adapter": (adapter, lambda file: references._adapter(file, self.described)),
+            "controlnet": (_outward(guide), read),
+            "t2i": (_outward(t2i_guide), read),
+        }
+        self.networks = {name: (self._weights(shapes), read) for name, (shapes, read) in kinds.items()}
+        self.networks["gguf"] = self._gguf(enlarges), read
+        for good, read in self.networks.values():
             self.network.write_bytes(good)
             read(self.network)
+        self.trained = nn.Linear(4, 4)
+        self.run = folder / "run"
+        self.run.mkdir()
+        fit.same_run(self.run, {"steps": 3, "rate": 0.1})
+        (self.run / "log.csv").write_text("step,loss,rate,seconds\n1,0.5,0.1,1.0\n2,0.4,0.1,1.0\n", encoding="utf-8")
+        fit._save(self.run, self.trained, fit.optimizer("adamw"), self.trained.trainable_parameters(), 2)
+        self.of_run = {file: file.read_bytes() for file in sorted(self.run.iterdir()) if file.suffix != ".png"}
+        t5_vocab.write(folder / "t5")
+        self.pieces = folder / "t5" / "spiece.model"
+        self.good_pieces = self.pieces.read_bytes()
+        self.pipe = load(self.model, dtype="float32") if drawing else None
+
+    def _weights(self, shapes: dict) -> bytes:
+        return checkpoints.full(
+            self.network, {n: np.ones(shape, np.float32) for n, shape in shapes.items()}
+        ).read_bytes()
+
+    def _gguf(self, shapes: dict) -> bytes:
+        writer = gguf.GGUFWriter(self.network, "esrgan")
+        for name, shape in shapes.items():
+            writer.add_tensor(name, np.ones(shape, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return self.network.read_bytes()
 
     def one(self, number: int) -> None:
         """Make the input of this number and read it. Anything but success or an Error is raised."""
         rng = random.Random(number)
-        kind = rng.choice([self.checkpoint, self.description, self.settings, self.index, self.beside])
-        begin = time.perf_counter()
+        kinds = [self.checkpoint, self.description, self.settings, self.index, self.training, self.spiece]
+        kind = rng.choice([*kinds, self.beside, self.beside, *[self.scheduler] * (self.pipe is not None)])
+        self.kind, begin = "", time.process_time()
         try:
             kind(rng)
             end = "read"
         except Error:
             end = "refused"
-        assert time.perf_counter() - begin < SLOW, f"input {number} took {time.perf_counter() - begin:.1f} s"
-        self.ends[f"{kind.__name__} {end}"] += 1
+        assert (took := time.process_time() - begin) < SLOW, f"input {number} took {took:.1f} s"
+        self.ends[f"{self.kind or kind.__name__} {end}"] += 1
 
     def checkpoint(self, rng: random.Random) -> None:
         file = rng.choice([*self.files])
@@ -168,10 +223,17 @@ class Fuzz:
             file.write_bytes(good)
 
     def description(self, rng: random.Random) -> None:
-        (self.notes / "model.json").write_bytes(damaged(rng, self.note, True))
+        data = damaged(rng, self.note, True)
+        with suppress(ValueError, RecursionError, AttributeError):  # the attacker gives it the hash that it should have
+            values = json.loads(data)
+            data = json.dumps(values | {"hash": description.hash_of(values)}).encode()
+        (self.notes / "model.json").write_bytes(data)
         model = description.read(self.notes)
         for config in model.components.values():
             description.build.build(config)
+        if self.pipe is not None and model.components == self.described.components:
+            self.pipe.description = model
+            self.pipe("a red house", seed=1, steps=2, width=64, height=64)
 
     def settings(self, rng: random.Random) -> None:
         info = PngImagePlugin.PngInfo()
@@ -189,10 +251,51 @@ class Fuzz:
         images.read(self.picture)
 
     def beside(self, rng: random.Random) -> None:
-        """A file beside a model: an upscaler, a LoRA or an IP-Adapter."""
-        good, read = rng.choice(self.networks)
-        self.network.write_bytes(_with_header(good, lambda header: damaged(rng, header, True)))
+        """A file beside a model."""
+        self.kind = rng.choice([*self.networks])
+        good, read = self.networks[self.kind]
+        if self.kind == "gguf":  # binary: the header is where damage counts
+            head = 8 * len(good) // 10 if rng.random() < 0.1 else 1200
+            self.network.write_bytes(damaged(rng, good[:head], False) + good[head:])
+        else:
+            self.network.write_bytes(_with_header(good, lambda header: damaged(rng, header, True)))
         read(self.network)
+
+    def training(self, rng: random.Random) -> None:
+        """A file in the folder of a training that is continued."""
+        for file, good in self.of_run.items():
+            file.write_bytes(good)
+        file = rng.choice([*self.of_run])
+        good, is_json = self.of_run[file], file.suffix == ".json"
+        if file.suffix == ".safetensors" and rng.random() < 0.8:
+            file.write_bytes(_with_header(good, lambda header: damaged(rng, header, True)))
+        else:
+            file.write_bytes(damaged(rng, good, is_json))
+        fit.same_run(self.run, {"steps": 3, "rate": 0.1})
+        fit._restore(self.run / "state.safetensors", self.trained, fit.optimizer("adamw"))
+        fit._cut_log(self.run / "log.csv", 2)
+
+    def spiece(self, rng: random.Random) -> None:
+        """T5's vocabulary. Every token is one that the encoder knows."""
+        self.pieces.write_bytes(damaged(rng, self.good_pieces, False))
+        copying.check(self.pieces.parent, _T5)
+        words = tokenizers.load_t5(self.pieces.parent)
+        for text in ("a red fox", "\ud800 \N{SNOWMAN}", ""):
+            ids = words.encode(text, 16).ids
+            assert 0 <= min(ids) <= max(ids) < _T5.vocab, "tokens outside the embedding"
+
+    def scheduler(self, rng: random.Random) -> None:
+        """The settings of the noise, and a picture that is drawn with them."""
+        file = self.model / "scheduler" / "scheduler_config.json"
+        file.write_bytes(damaged(rng, self.files[file], True))
+        try:
+            schedule, _ = scheduler.from_json(reading.Settings(file))
+        finally:
+            file.write_bytes(self.files[file])
+        self.pipe.description = replace(self.described, schedule=schedule)
+        drawn = self.pipe("a red house", seed=1, steps=rng.randint(1, 3), width=64, height=64,
+                          sampler=rng.choice([*samplers.SAMPLERS]))  # fmt: skip
+        assert drawn.image.size == (64, 64)
 
     def index(self, rng: random.Random) -> None:
         file = self.model / "unet" / "model.safetensors.index.json"
@@ -213,7 +316,7 @@ def main() -> None:
     args = p.parse_args()
     stop, number = time.monotonic() + 60 * args.minutes, args.first
     with tempfile.TemporaryDirectory() as folder:
-        fuzz = Fuzz(Path(folder))
+        fuzz = Fuzz(Path(folder), drawing=True)
         while time.monotonic() < stop and number - args.first != args.count:
             try:
                 fuzz.one(number)

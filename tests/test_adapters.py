@@ -2,6 +2,7 @@
 files mean what they mean elsewhere is parity/test_lora.py's."""
 
 import json
+import math
 import re
 import warnings
 from dataclasses import replace
@@ -20,12 +21,12 @@ from mlxdiff.convert import __main__ as convert
 from mlxdiff.convert import inspect, lora
 from mlxdiff.description import published
 from mlxdiff.errors import Error
-from mlxdiff.families import ADAPTERS, Fast
+from mlxdiff.families import ADAPTERS, MODELS, Fast
 from mlxdiff.recipe import Recipe
 from mlxdiff.request import Request
 from mlxdiff.store import hub
 from mlxdiff.store.adapters import named
-from tests.checkpoints import full, header, raw
+from tests.checkpoints import full, header, manifest, raw
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -116,7 +117,7 @@ def weight(pipe, name: str, *adapters) -> np.ndarray:
 def fast(pipe, tmp_path, monkeypatch):
     """A LoRA of the built-in model that has a name, and lies on the hub; and what was fetched."""
     made = full(tmp_path / "published" / "file.safetensors", pair(pipe, LAYER))
-    how = {"made_for": "storybook", "scale": 0.5, "steps": 2, "guidance": 1.0, "sampler": "ddim"}
+    how = {"net": pipe.description.net, "scale": 0.5, "steps": 2, "guidance": 1.0, "sampler": "ddim"}
     row = Fast("Fast LoRA", "org/fast", "MIT", 0.01, file="file.safetensors", **how)
     monkeypatch.setitem(ADAPTERS, ("sd1", "fast"), row)
     fetched = []
@@ -162,14 +163,14 @@ def test_a_file_goes_before_a_name(pipe, fast, tmp_path):
 @pytest.mark.parametrize(
     ("model", "name", "says"),
     [
-        ("storybook", "lcm", "The LoRA lcm was made for sd15; the layers of storybook are others"),
+        ("storybook", "lcm", "which was made for sd15, sd15-inpaint: it does not fit storybook"),
         (
             "flux-dev",
             "lcm",
             r"for Stable Diffusion 1.x and Stable Diffusion XL; flux-dev is FLUX.1. FLUX.1 has hyper-8",
         ),
-        ("flux-schnell", "turbo", "The LoRA turbo was made for flux-dev; the layers of flux-schnell are others"),
-        ("sd3.5-medium", "hyper-8", "The LoRA hyper-8 was made for sd3-medium; the layers of sd3.5-medium are others"),
+        ("flux-schnell", "turbo", "which was made for flux-dev, flux-krea, flux-kontext: it does not fit flux-schnell"),
+        ("sd3.5-medium", "hyper-8", "which was made for sd3-medium: it does not fit sd3.5-medium"),
         ("sd21", "hyper-4", "sd21 is Stable Diffusion 2.x. Leave it out"),
         ("sdxl", "lightning4", "There is no LoRA 'lightning4'. Did you mean lightning-4"),
         ("sdxl", "nothing", "There is no LoRA 'nothing'. Stable Diffusion XL has lcm, lightning-2"),
@@ -187,10 +188,13 @@ def test_a_name_that_does_not_fit_is_refused_before_any_download(model, name, sa
 def test_named_loras_fit_the_models_that_they_were_made_for():
     """With settings that those models can draw with."""
     rows = {key: row for key, row in ADAPTERS.items() if row.role == "lora"}
-    assert len(rows) == 18
+    assert len(rows) == 20
+    assert all(row.file.endswith(".safetensors") and row.net is None for row in rows.values())
     for (family, name), row in rows.items():
-        model = published(row.made_for, Recipe("float32", None))
-        assert (model.family.name, row) == (family, named(name, model))
+        fit = [n for n, m in MODELS.items() if row.fits(m.networks[m.family.denoiser]) and m.family.name == family]
+        model = published(fit[0], Recipe("float32", None))
+        assert named(name, model) == row
+        assert row.file.endswith(".safetensors")
         request, ((_, scale),) = settled(Request("x", loras=(name,)), (), model, None)
         full = model.resolve(request)
         assert scale == row.scale
@@ -215,6 +219,37 @@ def test_a_change_beside_a_quantized_layer_is_not_lost(pipe, tmp_path, bits, qua
     dense = mx.dequantize(bare_layer.weight, bare_layer.scales, bare_layer.get("biases"), **how)
     want = x @ (dense + 0.7 * change.low[1] @ change.low[0]).T
     np.testing.assert_allclose(np.array(layer(x)), np.array(want), atol=1e-3 * np.abs(np.array(want)).max())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_change_survives_quantized_weights_and_comes_off(pipe, tmp_path, bits, quantized):
+    """What is left of the change, projected on it, at a tenth of the weights' size: all of it beside a layer; at least
+    95 % of it if it is merged before the weights are quantized. Taken off, the picture is the bare one bit for bit."""
+    small, settings = quantized(bits), {"seed": 1, "steps": 2, "width": 64, "height": 64}
+    bare = np.asarray(small("a red house", **settings).image)
+    state = pair(pipe, LAYER)
+    whole = weight(pipe, f"{LAYER.partition('.')[2]}.weight")
+    change = state[UP] @ state[DOWN]
+    state[UP] *= 0.1 * np.linalg.norm(whole) / np.linalg.norm(change)
+    change = state[UP] @ state[DOWN]
+    file = full(tmp_path / "a.safetensors", state)
+    drawn = np.asarray(small("a red house", loras=[str(file)], **settings).image)
+    assert (drawn != bare).any()
+    assert (np.asarray(small("a red house", **settings).image) == bare).all()
+
+    def left(after: np.ndarray, before: np.ndarray) -> float:
+        return ((after - before) * change).sum() / np.square(change).sum()
+
+    small.networks.adapt([(lora.read(file, small.description), 1.0)])
+    eye = mx.eye(change.shape[1])
+    layer = at(small.networks.open("unet"), LAYER)
+    assert left(np.array(layer(eye).T), np.array(layer.layer(eye).T)) == pytest.approx(1, abs=1e-3)
+    small.networks.adapt([])
+    group = {"group_size": layer.layer.group_size, "bits": bits}
+    baked, plain = (
+        np.array(mx.dequantize(*mx.quantize(mx.array(w), **group), **group)) for w in (whole + change, whole)
+    )
+    assert left(baked, plain) > 0.95
 
 
 def test_a_change_of_full_rank_leaves_its_layer_unquantized(pipe, tmp_path, quantized):
@@ -352,6 +387,35 @@ def test_inspect_says_what_is_wrong_in_the_model_that_a_lora_fits(pipe, tmp_path
     file = full(tmp_path / "a.safetensors", pair(pipe, LAYER) | {f"{LAYER}.alpha": np.full(1, np.float32(3e38))})
     assert inspect.main([str(file)]) == 1
     assert "has an alpha of 3e+38, which cannot be" in capsys.readouterr().err
+
+
+# ---- the names in published files
+
+MANIFESTS = {
+    "lora_diffusers_sd15_lora_down_up": "sd15", "lora_kohya_sd15": "sd15", "lora_lcm_sd15": "sd15",
+    "lora_peft_sd15_unet": "sd15", "lora_peft_sd15_unet_te": "sd15", "lora_kohya_sdxl": "sdxl",
+    "lora_peft_sdxl_unet": "sdxl", "lora_kohya_flux": "flux-dev", "lora_peft_flux_aitoolkit": "flux-dev",
+    "lora_peft_flux_dreambooth": "flux-dev",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_tensor_of_a_published_file_has_one_place(name, tmp_path):
+    """None is left, no rows are changed twice, and every shape fits. The numbers are not read."""
+    tensors = manifest(name)["tensors"]
+    model = published(MANIFESTS[name], Recipe("float32", None))
+    places, kinds, taken = lora._places(model), {}, {}
+    for key, shape in tensors.items():
+        layer, kind = lora._split(key)
+        kinds.setdefault(layer, {})[kind] = tuple(shape)
+        for rows in places[layer].weight:
+            taken.setdefault((places[layer].component, rows.parameter, rows.first, kind), set()).add(layer)
+    assert all(len(layers) == 1 for layers in taken.values())
+    for layer, shapes in kinds.items():
+        up, down = shapes["up"], shapes["down"]
+        rows = places[layer].weight
+        assert up[:2] == (sum(r.shape[0] for r in rows), down[0]), layer
+        assert math.prod(down[1:]) == math.prod(rows[0].shape[1:]), layer
 
 
 # ---- files that are refused

@@ -244,13 +244,19 @@ def test_the_masked_start_image_draws_again_and_is_refused_without_a_mask(pipe, 
             "There is no control network, file or folder 'cany'. Did you",
         ),
         ("sdxl", {"references": [("ip-adaptr", "E")]}, "There is no reference network, file or folder 'ip-adaptr'"),
+        ("sd15", {"controls": [("inpaint",)]}, r"is a network, and the picture .* is missing.*\('inpaint', 'masked'\)"),
+        ("sd15", {"references": [("ip-adapter",)]}, r"is a network, and the picture .*\('ip-adapter', PICTURE\)"),
         ("sd15", {"upscaler": "realesrgan-x4"}, "There is no upscaler, file or folder 'realesrgan-x4'. Did you mean"),
     ],
 )
 def test_a_name_that_does_not_fit_is_refused_before_any_download(edges, monkeypatch, model, settings, says):
     for name in ("listing", "download"):
         monkeypatch.setattr(hub, name, lambda *_: pytest.fail("asked the hub"))
-    given = {k: [(n, edges) for n, _ in v] if isinstance(v, list) else v for k, v in settings.items()}
+    given = settings | {
+        k: [tuple(edges if word == "E" else word for word in guide) for guide in v]
+        for k, v in settings.items()
+        if isinstance(v, list)
+    }
     with pytest.raises(Error, match=says):
         mlxdiff.load(model, request=Request("a house", **given))
 

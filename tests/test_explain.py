@@ -1,10 +1,13 @@
 """The lessons: their numbers against closed forms and independent computations, their controls, their words."""
 
+import base64
+import copy
 import io
 import math
 import re
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
 
@@ -17,21 +20,30 @@ pytest.importorskip("anywidget", reason="the lessons need pip install -e '.[stud
 
 import ipywidgets as w
 import matplotlib as mpl
+import nbformat
 from matplotlib import style
 from matplotlib.figure import Figure
 
 import mlxdiff
 from mlxdiff import probe, samplers
 from mlxdiff.errors import Error
-from mlxdiff.train import measure, toy
+from mlxdiff.families import MODELS
+from mlxdiff.train import judge, measure, toy
+from mlxdiff.train import storybook as sb
 from mlxdiff.widgets.explain import (
+    MODEL,
+    NOISE,
     BetweenSeeds,
+    Bias,
     Channels,
+    Distance,
     ForwardNoise,
     GuidanceSweep,
     Loss,
+    Marks,
     Negative,
     Nudge,
+    Obedience,
     RoundTrip,
     SamplerRace,
     SeedGrid,
@@ -39,12 +51,15 @@ from mlxdiff.widgets.explain import (
     TwoAnswers,
     TwoMoons,
     WordMaps,
+    claims_model,
     forward,
     guidance,
+    judging,
     latent,
     race,
     seeds,
     training,
+    trial,
     whole,
     words,
 )
@@ -624,6 +639,138 @@ def test_two_moons_compares_three_on_one_budget():
     before, after = moved(lesson, lesson.ratio, 2.0)
     assert before != after
     assert "at noise 2 " in lesson.caption.value
+
+
+# ---- lessons 13 and 14, claims on trial. Reference of the evidence: what is committed, by test_notebooks.py
+
+
+def fake_claim(shown: bool) -> trial.Claim:
+    evidence = trial.Evidence(shown, "It is 7 <.", [(np.zeros((2, 2)), "nothing")], plot=lambda ax: ax.plot([1, 2]))
+    return trial.Claim("All is 8.", "wrong", "It is 7.", "Look.", lambda pipe, seed: evidence)
+
+
+def test_the_evidence_is_covered_until_there_is_a_guess():
+    lesson = trial.Trial(fake_claim(True)).ready()
+    assert lesson.words() == "Verdict: wrong. It is 7 <. It is 7."
+    assert lesson.image.layout.display == "none"
+    assert lesson.caption.value == ""
+    lesson.guess.value = "true"
+    assert lesson.image.layout.display == ""
+    assert lesson.caption.value == "You said <b>true</b>. Verdict: <b>wrong</b>. It is 7 &lt;. It is 7."
+    assert lesson.image.value[:4] == b"\x89PNG"
+
+
+def test_a_verdict_is_only_given_on_figures_that_bear_it_out():
+    lesson = trial.Trial(fake_claim(False)).ready()
+    assert lesson.words().startswith("Verdict: not decided by this run.")
+    assert trial.verdicts([lesson]).endswith("| “All is 8.” | **not decided by this run** | It is 7. |")
+
+
+def test_all_twenty_claims_have_their_verdict_in_what_is_committed():
+    cells = [c for n in ("13_claims_on_trial", "14_claims_on_the_model") for c in notebooks.read(n).cells]
+    said = "\n".join(notebooks.texts(SimpleNamespace(cells=cells)))
+    claims = (*NOISE, *MODEL)
+    assert len({claim.quote for claim in claims}) == 20
+    for claim in claims:
+        assert f"**“{claim.quote}”.**" in said
+        assert f"| “{claim.quote}” | **{claim.verdict}** | {claim.instead} |" in said
+
+
+def test_where_published_unets_read_text_by_their_known_counts():
+    """SD 1.5 has 16 places with cross-attention and 22 residual blocks; SDXL 11 and 17."""
+    for name, reads, blocks in (("sd15", 16, 22), ("sdxl", 11, 17)):
+        found = claims_model.reading(MODELS[name].networks["unet"])
+        assert (sum(found), len(found)) == (reads, blocks)
+
+
+# ---- lesson 15, judging. The judge itself is tried in test_builtin.py and test_train.py
+
+
+class Painter:
+    """A pipe whose pictures are renders of given scenes, one after the other."""
+
+    def __init__(self, scenes):
+        self.left = list(scenes)
+
+    def __call__(self, prompt, count=1, **settings):
+        drawn = [Image.fromarray(p) for p in measure.renders([self.left.pop(0) for _ in range(count)])]
+        return SimpleNamespace(image=drawn[0], images=drawn)
+
+
+def test_obedience_is_what_the_judge_reads():
+    right = measure.scenes(3)
+    wrong = [replace(s, colour="red" if s.colour != "red" else "blue") for s in right]
+    lesson = Obedience(count=3)
+    lesson.data = lesson.work(Painter([*wrong, *right]), quiet, count=3)
+    found = "0 of 3 with 2 steps (83% of the words) and 3 of 3 with 6 steps (100% of the words)"
+    assert lesson.words() == f"The judge finds all six words in {found}."
+    assert lesson.image.value == b""
+    lesson.redraw()
+    assert lesson.error is None
+
+
+def test_bias_counts_colours_and_says_what_chance_does():
+    """Eight houses of known colours and eight castles, which do not count; no house was purple in training."""
+    scene = next(s for s in measure.scenes(50) if s.object == "house")
+    colours = ["red"] * 5 + ["blue"] * 3
+    houses = [replace(scene, colour=colour) for colour in colours]
+    lesson = Bias("house", count=16)
+    castles = [replace(scene, object="castle", colour="red")] * 8
+    lesson.data = lesson.work(Painter([*houses, *castles]), quiet, "house", 16, 0)
+    assert dict(zip(sb.COLOURS, lesson.data.counts.tolist(), strict=True))["red"] == 5
+    assert lesson.data.counts.sum() == 8
+    assert lesson.data.trained[sb.COLOURS.index("purple")] == 0
+    assert lesson.data.trained.sum() == pytest.approx(1)
+    assert lesson.data.far == pytest.approx((abs(5 / 8 - 1 / 7) + abs(3 / 8 - 1 / 7) + 5 / 7) / 2)
+    assert lesson.data.far > lesson.data.chance > 0.2  # of 8 pictures in 7 colours, few are ever spread evenly
+    lesson.redraw()
+    assert lesson.error is None
+
+
+def test_distances_of_sets_of_renders(monkeypatch):
+    """Against judge.frechet on the same pictures; a blurred set is further away."""
+    monkeypatch.setattr(judging, "SETS", (8, 16))
+    lesson = Distance()
+    lesson.data = lesson.work(None, quiet, seed=1)
+    rng = np.random.default_rng(1)
+    pictures = np.stack([sb.render(sb.sample(rng), rng, 128) for _ in range(32)])
+    referee = judge.load(judge.shipped())
+    assert lesson.data.by_size[0] == pytest.approx(judge.frechet(referee, pictures[:8], pictures[16:24]), rel=1e-6)
+    assert lesson.data.by_blur[0] == pytest.approx(lesson.data.by_size[-1])
+    assert lesson.data.by_blur[-1] > lesson.data.by_blur[0]
+    lesson.redraw()
+    assert lesson.error is None
+
+
+def test_marks_are_found_by_their_key_and_lost_as_they_say(pipe):
+    lesson = Marks(seed=3)
+    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
+    left = dict(zip(lesson.data.copies, lesson.data.left, strict=True))
+    settings, bits, found = left["the file itself"]
+    assert (settings, bits) == (True, 1)
+    assert found > 5
+    assert left["saved again, as PNG"][:2] == (False, 1)
+    for name in ("JPEG 90", "JPEG 50"):
+        assert left[name][0] is False
+        assert left[name][1] == pytest.approx(0.5, abs=0.03)  # 49,152 bits: chance stays within 0.01
+    values = np.asarray(lesson.data.marked)
+    assert abs(judging.score(values, 2)) < 5 < judging.score(values, 1)
+    assert abs(judging.score(np.asarray(lesson.data.plain), 1)) < 5
+    assert stands(lesson)
+
+
+# ---- the frame
+
+
+def test_a_saved_lesson_has_its_words_above_and_below_the_picture():
+    lesson = Looking().ready()
+    output = nbformat.v4.new_output("execute_result", lesson._repr_mimebundle_(), execution_count=1)
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])])
+    above, picture, below = notebooks.still(book).cells[0].outputs
+    assert above.data["text/markdown"] == f"**{lesson.title}.** {lesson.idea}".strip()
+    assert base64.b64decode(picture.data["image/png"]) == lesson.image.value
+    assert below.data["text/markdown"] == f"{lesson.words()}\n\n**Try this.** {lesson.trying}".strip()
+    assert notebooks.still(copy.deepcopy(book)) == book
 
 
 class Growing(Lesson):

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import mlxdiff
-from mlxdiff import builtin, console, convert, description, foreign, images, store, upscale
+from mlxdiff import builtin, console, convert, description, foreign, images, store, upscale, weights
 from mlxdiff.convert import source
+from mlxdiff.convert import union as union_names
 from mlxdiff.errors import Error
 from mlxdiff.families import MODELS
 from mlxdiff.generate import main as draw
@@ -157,6 +159,74 @@ def test_no_network_of_too_many_layers_is_built():
     many = vars(unet) | {"layers": (1000,) * 4, "depth": ((1000,) * 1000,) * 4}
     with pytest.raises(Error, match="has 4,00"):
         build.build(type(unet)(**many))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 10**9),
+        ("steps", 1.5),
+        ("start", 1e308),
+        ("end", -1),
+        ("offset", 10**6),
+        ("spacing", "x"),
+        ("spacing", 1),
+    ],
+)
+def test_a_schedule_that_cannot_be(converted, tmp_path, key, value):
+    """10^9 training steps took 8 GB for each array of them. The hash is right: an attacker can compute it."""
+    values = json.loads((converted / "model.json").read_text(encoding="utf-8"))
+    values["schedule"][key] = value
+    values["hash"] = description.hash_of(values)
+    (tmp_path / "model.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(Error, match=r"model\.json has schedule"):
+        description.read(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_train_timesteps", 10**7), ("beta_start", 1.0), ("beta_end", 1e200)])
+def test_a_scheduler_that_cannot_be(tmp_path, key, value):
+    folder = shutil.copytree(builtin.FOLDER, tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
+    with pytest.raises(Error, match=f"scheduler_config.json has {key}"):
+        convert.open(folder)
+
+
+@pytest.mark.parametrize("kind", ["mixers", "hint"])
+def test_an_adapter_of_too_many_layers_is_not_built(kind):
+    union = union_names.LAYOUTS["union"].published["union"]
+    many = {"mixers": 10**6, "hint": (16,) * 1001}[kind]
+    with pytest.raises(Error, match=r"union has 1,00[\d,]+ layers, more than"):
+        build.build(type(union)(**vars(union) | {kind: many}))
+
+
+def test_no_more_layers_are_built_than_the_file_has_tensors(tmp_path, converted, monkeypatch):
+    """Of a checkpoint's config.json and of a converted folder's description."""
+    folder = shutil.copytree(builtin.FOLDER, tmp_path / "model")
+    config = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 900}))
+    model, text = description.read(converted), description.read(converted).components["text_encoder"]
+    monkeypatch.setattr(build, "build", None)
+    with pytest.raises(Error, match=r"config\.json: clip has 900 layers; its file holds \d\d tensors"):
+        convert.open(folder)
+    with pytest.raises(Error, match=r"text_encoder\.safetensors: clip has 900 layers"):
+        weights.load(converted / "text_encoder.safetensors", model.family, replace(text, layers=900), model.recipe)
+
+
+# ---- files that change while they are in use
+
+
+def test_weights_that_are_cut_short_after_they_were_opened(converted, tmp_path):
+    """They are read when they are first needed, so this is found in the middle of a run."""
+    folder = shutil.copytree(converted, tmp_path / "model")
+    pipe = mlxdiff.load(folder)
+    events = pipe.stream("a red house", steps=1, width=64, height=64)
+    while next(events).stage != "denoise":
+        pass
+    pipe.networks.get("vae")
+    os.truncate(folder / "vae.safetensors", 100_000)
+    with pytest.raises(Error, match=r"A file of .* changed while it was in use"):
+        list(events)
 
 
 # ---- paths

@@ -1,6 +1,7 @@
 """Pictures and their settings. References: PIL reads back what was written."""
 
 from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -358,3 +359,28 @@ def test_a_start_picture_is_decoded_once(tmp_path, monkeypatch):
     pipe = mlxdiff.load("storybook", request=asked)
     pipe(asked)
     assert len(decoded) == 1
+
+
+def test_a_tall_picture_is_read_in_strips_as_at_once(tmp_path):
+    """Against Pillow on the whole picture; fingerprints must stay as they were, for replays."""
+    g = np.random.default_rng(0)
+    clear = Image.fromarray(g.integers(0, 256, (600, 9, 4), np.uint8))
+    clear.save(tmp_path / "clear.png")
+    palette = clear.convert("RGB").quantize(16)
+    palette.save(tmp_path / "palette.png", transparency=3)
+    deep = g.integers(0, 2**16, (600, 9), np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for name in ("clear.png", "palette.png"):
+        whole = Image.open(tmp_path / name).convert("RGBA")
+        for ground in ("white", "black"):
+            want = Image.alpha_composite(Image.new("RGBA", whole.size, ground), whole).convert("RGB")
+            found = images.read(tmp_path / name, ground=ground)
+            assert found.tobytes() == want.tobytes()
+            assert images.fingerprint(found) == sha256(repr(want.size).encode() + want.tobytes()).hexdigest()[:16]
+    assert np.array_equal(np.asarray(images.read(tmp_path / "deep.png"))[..., 0], np.round(deep / 257))
+    turned = Image.Exif()
+    turned[0x112] = 6
+    clear.convert("RGB").save(tmp_path / "turned.jpg", exif=turned)
+    assert images.read(tmp_path / "turned.jpg").size == (600, 9)
+    given = Image.open(tmp_path / "turned.jpg")
+    assert (images.read(given).size, given.size) == ((600, 9), (9, 600))  # a caller's picture stays as it is

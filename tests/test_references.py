@@ -330,6 +330,21 @@ def test_networks_for_controls_and_for_references_are_not_confused(style, monkey
             mlxdiff.load("sd15", force=True, request=Request("a house", **settings))
 
 
+@pytest.mark.parametrize(
+    ("model", "guide", "says"),
+    [
+        ("flux-dev", ("redux", "S", 1, 0, 0.5), "becomes a part of the prompt, which is the same in all steps"),
+        ("flux-dev", ("redux:style", "S"), "flux-dev cannot take 'style' alone from a reference. Leave it out"),
+        ("sdxl", ("lcm", "S"), "lcm is a LoRA (LCM LoRA), not a network for references. Give it as `loras=[NAME]`"),
+    ],
+)
+def test_what_a_named_network_cannot_do_is_refused_before_a_download(model, guide, says, style, monkeypatch):
+    monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
+    guide = tuple(style if word == "S" else word for word in guide)
+    with pytest.raises(Error, match=re.escape(says)):
+        mlxdiff.load(model, force=True, request=Request("a house", references=[guide]))
+
+
 def test_a_wrong_adapter_is_refused_before_a_model_is_fetched(files, monkeypatch):
     monkeypatch.setattr(hub, "listing", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(Error, match="reads text 768 wide, not 2048"):

@@ -278,8 +278,9 @@ def test_adherence_and_distance_by_hand(monkeypatch):
     monkeypatch.setattr(judge, "read", lambda *_: answers)
     shares = judge.adherence(None, None, scenes)
     assert shares == {"time": 0.75, "terrain": 1, "sky": 1, "object": 0.75, "colour": 1, "position": 1, "all": 0.5}
-    a, b = (np.zeros(2), np.diag([1.0, 4.0])), (np.array([3.0, 0.0]), np.diag([4.0, 4.0]))
-    monkeypatch.setattr(judge, "_gaussian", lambda _, which: which)
+    unit = np.sqrt(1.5) * np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])  # mean 0, covariance 1
+    a, b = unit * [1, 2], unit * 2 + [3, 0]
+    monkeypatch.setattr(judge, "features", lambda _, which: which)
     assert judge.frechet(None, a, b) == pytest.approx(9 + (1 - 2) ** 2)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import images, pictures
+from ..dialects import lora
 from ..errors import Error
-from ..request import Request, lora
+from ..request import Request
 
 _THUMB = 160  # pixels: the strip shows 80; sharp screens need twice that
 COMPARISON = "compare-"  # how the names of comparisons' files begin

@@ -74,14 +74,21 @@ def needed(*modules: str) -> None:
             raise Error(f"{name} is not installed.", f"Install it with: {install('studio')}")
 
 
-def lab(path: Path, what: str, browser: bool, prepare: Callable[[str, str], None] = lambda url, token: None) -> int:
-    """Run JupyterLab on a notebook until Ctrl-C, until a signal ends this process, or until it loses its terminal."""
+def lab(
+    path: Path,
+    what: str,
+    browser: bool,
+    prepare: Callable[[str, str], None] = lambda url, token: None,
+    extensions: Path | None = None,
+) -> int:
+    """Run JupyterLab on a notebook until Ctrl-C, until a signal ends this process, or until it loses its terminal.
+    extensions: a folder with more of its extensions."""
     token, port = secrets.token_hex(16), _free_port()
     url = f"http://127.0.0.1:{port}"
     print("Starting JupyterLab ...", flush=True)
     with tempfile.TemporaryFile("w+") as log, ExitStack() as stack:
         exit_on_signals()
-        server = _serve(path.parent, token, port, log)
+        server = _serve(path.parent, token, port, log, extensions)
         stack.callback(_end, server)
         try:
             _wait(server, url, log)
@@ -178,10 +185,11 @@ def _cell(book, path: Path):
     raise Error(f"{path} has no code.", "Name another notebook, or one that does not exist yet.")
 
 
-def _serve(folder: Path, token: str, port: int, log: IO[str]) -> subprocess.Popen:
+def _serve(folder: Path, token: str, port: int, log: IO[str], extensions: Path | None) -> subprocess.Popen:
     options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "root_dir": folder}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser"]
     command += [f"--ServerApp.{k}={v}" for k, v in options.items()]
+    command += [] if extensions is None else [f"--LabApp.extra_labextensions_path={extensions}"]
     command += ["--allow-root"] if os.geteuid() == 0 else []
     # A new session, since Jupyter would answer Ctrl-C with a question. `ps` shows arguments, but not the token here.
     env = os.environ | {"JUPYTER_TOKEN": token}

@@ -1,7 +1,9 @@
-"""`mlxdiff lessons` copies the notebooks for the reader and opens JupyterLab on them."""
+"""`mlxdiff lessons` copies the notebooks for the reader and opens JupyterLab on them, where they start alone."""
 
+import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import mlxdiff
@@ -26,16 +28,39 @@ def main(argv: list[str] | None = None) -> int:
 def lessons(folder: Path, browser: bool) -> int:
     needed("jupyterlab", "ipywidgets", "anywidget", "matplotlib")
     copy(folder)
-    return lab(folder / FIRST, "lessons are", browser)
+    with tempfile.TemporaryDirectory() as place:
+        write_starter(Path(place))
+        return lab(folder / FIRST, "lessons are", browser, extensions=Path(place))
+
+
+def books() -> list[Path]:
+    """The notebooks. They lie beside this package in a checkout, and inside it in a wheel."""
+    folder = next(place for p in mlxdiff.__path__ if (place := Path(p) / "notebooks").is_dir())
+    return sorted(folder.glob("*.ipynb"))
+
+
+def write_starter(place: Path) -> None:
+    """Write the extension of lessons.js. It knows the code of our own notebooks, because no other may run unasked."""
+    code = {}
+    for book in books():
+        cells = json.loads(book.read_text(encoding="utf-8"))["cells"]
+        code[book.name] = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    script = (Path(__file__).parent / "lessons.js").read_text(encoding="utf-8")
+    folder = place / "mlxdiff-lessons"
+    (folder / "static").mkdir(parents=True)
+    built = script.replace("const LESSONS = {};", f"const LESSONS = {json.dumps(code)};")
+    (folder / "static" / "start.js").write_text(built, encoding="utf-8")
+    about = {"_build": {"load": "static/start.js", "extension": "./extension"}, "extension": True}
+    about["disabledExtensions"] = ["@jupyterlab/apputils-extension:announcements"]  # no question about news comes first
+    package = {"name": "mlxdiff-lessons", "version": mlxdiff.__version__, "jupyterlab": about}
+    (folder / "package.json").write_text(json.dumps(package), encoding="utf-8")
 
 
 def copy(folder: Path) -> None:
     """Copy the notebooks that the folder does not have yet. What a reader has changed stays."""
-    # The notebooks lie beside this package in a checkout, and inside it in a wheel.
-    books = next(place for p in mlxdiff.__path__ if (place := Path(p) / "notebooks").is_dir())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for book in sorted(books.glob("*.ipynb")):
+        for book in books():
             if not (folder / book.name).exists():
                 shutil.copyfile(book, folder / book.name)
     except OSError as e:

@@ -10,8 +10,8 @@ from threading import Thread
 import ipywidgets as w
 
 from .. import foreign
+from ..dialects import lora
 from ..errors import Error
-from ..request import lora
 from ..store import loras as store
 from .settings import Settings
 

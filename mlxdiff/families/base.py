@@ -1,7 +1,7 @@
 """The dataclasses that every family's file fills in. Nothing here is about one family."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..models.build import Config
@@ -137,7 +137,8 @@ class Family:
     references: tuple[str, ...] = ()  # networks that read reference pictures for it, keys of models.build.NETWORKS
     # What an IP-Adapter can take alone from a picture -> the parts of the denoiser that decide it.
     aspects: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # how the names end of layers that a LoRA changes
+    # How the names in diffusers end of the layers that a LoRA changes.
+    trained: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     first: str = ""  # the parameter that reads the latents, which a LoRA may widen to read a control picture
     takes: tuple[str, ...] = ()  # settings that not every family has, see `description.SPECIAL`
     variants: dict[str, Variant] = field(default_factory=lambda: {"base": Variant()})
@@ -165,7 +166,7 @@ class Beside:
     repo: str  # hub id
     licence: str
     size: float  # GB at 16 bits
-    net: Config | None = None  # the denoiser that it was made for; of a LoRA `made_for` says it
+    net: Config  # the denoiser that it was made for
     file: str | None = None  # of the repository; None: its network in diffusers layout
     mode: str | None = None  # the kind of picture that the name means, of a network for several
     masked: bool = False  # whether its picture is the start image without what the mask marks
@@ -185,14 +186,19 @@ class Beside:
 
 @dataclass(frozen=True)
 class Fast(Beside):
-    """A published LoRA that lets a model draw in few steps, and has a name here. It changes the defaults."""
+    """A published LoRA that has a name here, and changes the defaults: most let a model draw in few steps."""
 
-    made_for: str = ""  # a named model; it fits those of the same shapes
     scale: float = 1.0
     steps: int = 4
     guidance: float = 0.0
     sampler: str = "euler"
     schedule: str = "trailing"
+
+    def fits(self, net: Config) -> bool:
+        """Whether a denoiser has the layers of that which it was made for. None of these changes a U-Net's first layer,
+        which is wider in a model that inpaints."""
+        narrow = {"in_channels": self.net.in_channels} if hasattr(net, "up_depth") else {}
+        return type(net) is type(self.net) and replace(net, **narrow) == self.net
 
     @property
     def role(self) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ..models.flux import Config
 from .base import INPUT, NONE, Beside, Careful, Cut, Defaults, Family, Fast, Model, TextPlan, Variant
-from .published import CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX, hyper
+from .published import ATTENTION, CLIP_L, DYNAMIC, FLOW, PREVIEW_FLUX, T5_XXL, VAE_FLUX, hyper
 
 # The sizes of the pictures that Kontext was trained on (Labs et al. 2025), width and height; each also turned around.
 KONTEXT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
@@ -60,6 +60,7 @@ FLUX = Family(
     guidance=INPUT,
     patch=2,
     references=("ip_adapter", "redux"),
+    trained=ATTENTION,
     first="img_in.weight",
     takes=("shift", "true_cfg"),
     cut=_cut,
@@ -224,7 +225,7 @@ ADAPTERS |= {(FLUX.name, name): _UNION for name in ("canny", "depth", "gray", "o
 ADAPTERS |= {(FLUX.name, name): replace(_TOLD, mode=name) for name in ("blur", "lq", "tile")}
 ADAPTERS |= {
     (FLUX.name, f"hyper-{steps}"): hyper(
-        f"FLUX.1-dev-{steps}steps-lora", "flux-dev", 1.39, steps, scale=0.125, guidance=3.5, sampler="euler"
+        f"FLUX.1-dev-{steps}steps-lora", 1.39, _NETWORK, steps, scale=0.125, guidance=3.5, sampler="euler"
     )
     for steps in (8, 16)
 }
@@ -234,9 +235,22 @@ ADAPTERS |= {
         "alimama-creative/FLUX.1-Turbo-Alpha",
         "FLUX.1-dev Non-Commercial",
         0.69,
+        _NETWORK,
         "diffusion_pytorch_model.safetensors",
-        made_for="flux-dev",
         steps=8,
         guidance=3.5,
     )
+}
+ADAPTERS |= {  # with these flux-dev reads a control picture, as FLUX.1 Depth and Canny do
+    (FLUX.name, f"{name}-lora"): Fast(
+        "Control LoRA",
+        f"black-forest-labs/FLUX.1-{name.title()}-dev-lora",
+        "FLUX.1-dev Non-Commercial",
+        1.24,
+        file=f"flux1-{name}-dev-lora.safetensors",
+        net=_NETWORK,
+        steps=like.steps,
+        guidance=like.guidance,
+    )
+    for name, like in (("depth", _DEPTH), ("canny", _CANNY))
 }

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..errors import Error
 from ..models.flux2 import Config
 from .base import INPUT, NONE, PROMPT, Careful, Cut, Defaults, Family, Model, TextPlan, Variant
-from .published import EMPIRICAL, FLOW, QWEN3_4B, QWEN3_8B, VAE
+from .published import ATTENTION, EMPIRICAL, FLOW, QWEN3_4B, QWEN3_8B, VAE
 
 # ComfyUI's figures are for each of the four latents in a patch. Their mean is the patch's colour.
 _LATENT = (
@@ -97,6 +97,7 @@ FLUX2 = Family(
         eight=("_stream_modulation",),
     ),
     activations=_activations,
+    trained=(*ATTENTION, "to_qkv_mlp_proj", "attn.to_out"),  # of the single blocks, these are all
     takes=("shift",),
     cut=_cut,
     variants={

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ..models import clip, qwen3, t5, unet, vae, vision
+from ..models.build import Config
 from .base import EMBEDDED, Beside, Careful, Defaults, Fast, Variant
 
 CLIP_L = clip.Config(
@@ -135,19 +136,19 @@ def ip_adapter(file: str, size: float, tokens: int, net: unet.Config) -> Beside:
     return Beside("IP-Adapter", **place, licence="Apache 2.0", size=size, net=net, encoder=1.26, tokens=tokens)
 
 
-def lcm(repo: str, made_for: str, size: float) -> Fast:
+def lcm(repo: str, size: float, net: unet.Config) -> Fast:
     """The LCM LoRA of a model (Luo et al. 2023)."""
     place = {"repo": f"latent-consistency/{repo}", "file": "pytorch_lora_weights.safetensors", "size": size}
-    how = {"made_for": made_for, "guidance": 1.0, "sampler": "lcm", "schedule": "lcm"}
+    how = {"net": net, "guidance": 1.0, "sampler": "lcm", "schedule": "lcm"}
     return Fast("LCM LoRA", **place, licence="CreativeML OpenRAIL++-M", **how)
 
 
-def hyper(file: str, made_for: str, size: float, steps: int, **how: float | str) -> Fast:
+def hyper(file: str, size: float, net: Config, steps: int, **how: float | str) -> Fast:
     """One of the Hyper-SD LoRAs (Ren et al. 2024). Their authors declare no licence. how: if it is not DDIM without
     guidance."""
     place = {"repo": "ByteDance/Hyper-SD", "file": f"Hyper-{file}.safetensors", "size": size}
     how = {"sampler": "ddim"} | how
-    return Fast("Hyper LoRA", **place, licence="none declared", made_for=made_for, steps=steps, **how)
+    return Fast("Hyper LoRA", **place, licence="none declared", net=net, steps=steps, **how)
 
 
 def unet_activations(net: unet.Config, latents: int, tokens: int, gpu: bool) -> float:
@@ -168,6 +169,9 @@ def unet_variants(defaults: Defaults) -> dict[str, Variant]:
         "depth": Variant(beside=1, needs=("a depth map",), converts=False),
     }
 
+
+# The layers of transformers of two streams that a LoRA changes, as in diffusers' training scripts.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 # From the Stable Diffusion authors' v1-inference.yaml; spacing and offset are from the published diffusers folders.
 DISCRETE = {

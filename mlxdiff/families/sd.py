@@ -162,5 +162,5 @@ ADAPTERS |= {
     (SD1.name, "ip-adapter-plus-face"): ip_adapter("models/ip-adapter-plus-face_sd15", 0.10, 16, UNET),
     (SD1.name, "ip-adapter-full-face"): ip_adapter("models/ip-adapter-full-face_sd15", 0.04, 257, UNET),
 }
-ADAPTERS |= {(SD1.name, "lcm"): lcm("lcm-lora-sdv1-5", "sd15", 0.13)}
-ADAPTERS |= {(SD1.name, f"hyper-{steps}"): hyper(f"SD15-{steps}steps-lora", "sd15", 0.27, steps) for steps in (2, 4, 8)}
+ADAPTERS |= {(SD1.name, "lcm"): lcm("lcm-lora-sdv1-5", 0.13, UNET)}
+ADAPTERS |= {(SD1.name, f"hyper-{steps}"): hyper(f"SD15-{steps}steps-lora", 0.27, UNET, steps) for steps in (2, 4, 8)}

@@ -6,7 +6,7 @@ from ..errors import Error
 from ..models.sd3 import Config
 from ..request import Request
 from .base import Beside, Careful, Defaults, Family, Model, TextPlan
-from .published import CLIP_G, CLIP_L, FLOW, T5_XXL, VAE_FLOW, hyper
+from .published import ATTENTION, CLIP_G, CLIP_L, FLOW, T5_XXL, VAE_FLOW, hyper
 
 _PREVIEW = (
     (-0.0922, -0.0175, 0.0749),
@@ -75,6 +75,7 @@ SD3 = Family(
     ),
     activations=_activations,
     patch=2,
+    trained=ATTENTION,
     takes=("shift", "skip_layers", "t5"),
     check=_check,
 )
@@ -163,8 +164,8 @@ ADAPTERS |= {
 ADAPTERS |= {
     (SD3.name, f"hyper-{steps}"): hyper(
         f"SD3-{steps}steps-CFG-lora",
-        "sd3-medium",
         0.47,
+        _NETWORK,
         steps,
         scale=0.125,
         guidance=guidance,

@@ -160,30 +160,28 @@ ADAPTERS |= {
     (SDXL.name, "ip-adapter-plus"): ip_adapter("sdxl_models/ip-adapter-plus_sdxl_vit-h", 0.85, 16, _UNET),
     (SDXL.name, "ip-adapter-plus-face"): ip_adapter("sdxl_models/ip-adapter-plus-face_sdxl_vit-h", 0.85, 16, _UNET),
 }
-ADAPTERS |= {(SDXL.name, "lcm"): lcm("lcm-lora-sdxl", "sdxl", 0.39)}
+ADAPTERS |= {(SDXL.name, "lcm"): lcm("lcm-lora-sdxl", 0.39, _UNET)}
 ADAPTERS |= {
     (SDXL.name, f"lightning-{steps}"): Fast(
         "Lightning LoRA",
         "ByteDance/SDXL-Lightning",
         "CreativeML OpenRAIL++-M",
         0.39,
+        _UNET,
         f"sdxl_lightning_{steps}step_lora.safetensors",
-        made_for="sdxl",
         steps=steps,
     )
     for steps in (2, 4, 8)
 }
-ADAPTERS |= {
-    (SDXL.name, f"hyper-{steps}"): hyper(f"SDXL-{steps}steps-lora", "sdxl", 0.79, steps) for steps in (2, 4, 8)
-}
+ADAPTERS |= {(SDXL.name, f"hyper-{steps}"): hyper(f"SDXL-{steps}steps-lora", 0.79, _UNET, steps) for steps in (2, 4, 8)}
 ADAPTERS |= {
     (SDXL.name, "turbo"): Fast(
         "Turbo LoRA",
         "shiroppo/sd_xl_turbo_lora",
         "Stability AI Community",  # of SDXL-Turbo, from which it was made
         0.39,
+        _UNET,
         "sd_xl_turbo_lora_v1-64dim.safetensors",
-        made_for="sdxl",
         sampler="euler_ancestral",
     )
 }

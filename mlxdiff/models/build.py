@@ -67,6 +67,7 @@ READERS = {"ip_adapter": ip_adapter.misfit, "redux": redux.misfit}
 MOST_LAYERS = 1000  # in a network; published ones have fewer than 100
 # The fields of Configs that count layers.
 _LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refiners", "blocks", "rrdb", "doublings")
+_LAYERS += ("mixers",)
 _MAY_BE_0 = (*_LAYERS, "dual", "eos", "freq_shift")
 _MOST = 2**24  # of any number of a Config
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
@@ -100,16 +101,20 @@ def config(settings: dict) -> Config:
     return made
 
 
-def check_size(config: Config) -> None:
-    """Raise if a network has too many layers, before it is built: every layer takes memory, even without weights."""
+def check_size(config: Config, tensors: int | None = None) -> None:
+    """Raise if a network has too many layers, before it is built: every layer takes memory, even without weights.
+    tensors: how many its file holds. Every layer needs one at least."""
     values = vars(config)
     n = sum(sum(_numbers(values[key])) for key in _LAYERS if key in values)
     if type(values.get("layers")) is int:  # in each of the levels, if there are any
         n *= len(values.get("channels", "1"))
+    n = max(n, *(sum(1 for _ in _numbers(v)) for v in values.values()))  # a list has a layer, or more, for each number
     if n > MOST_LAYERS:
         raise Error(
             f"{name_of(config)} has {n:,} layers, more than {MOST_LAYERS:,}.", "Use a sound copy of this model."
         )
+    if tensors is not None and n > tensors:
+        raise Error(f"{name_of(config)} has {n:,} layers; its file holds {tensors:,} tensors.", "Fetch the file again.")
 
 
 def build(config: Config) -> nn.Module:

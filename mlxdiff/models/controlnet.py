@@ -110,8 +110,9 @@ class ControlNet(unet.HalfUNet):
 
 
 # What pictures a union reads, by their numbers in it (Xinsir 2024), and other names for some of them.
-MODES = ("openpose", "depth", "scribble", "canny", "normal", "seg", "tile", "inpaint")
-ALIASES = {"hed": "scribble", "softedge": "scribble", "lineart": "canny", "mlsd": "canny", "repaint": "inpaint"}
+INPAINT = "inpaint"
+MODES = ("openpose", "depth", "scribble", "canny", "normal", "seg", "tile", INPAINT)
+ALIASES = {"hed": "scribble", "softedge": "scribble", "lineart": "canny", "mlsd": "canny", "repaint": INPAINT}
 ALIASES |= {"grey": "gray"}
 
 

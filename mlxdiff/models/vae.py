@@ -197,7 +197,15 @@ class VAE(nn.Module):
         """A latent drawn from the distribution of `encode`, with standard noise of its shape. The bounds of the
         variance are diffusers'."""
         mean, logvar = self.encode(image, tile)
-        return mean + mx.exp(0.5 * mx.clip(logvar, -30, 20)) * self.config.scale * noise
+        return mean + self.spread(logvar) * noise
+
+    def spread(self, logvar: mx.array) -> mx.array:
+        """The standard deviation around the mean of `encode`."""
+        spread = mx.exp(0.5 * mx.clip(logvar, -30, 20)) * self.config.scale
+        if "bn" in self:
+            B, h, w, _ = spread.shape
+            spread = pack(spread).reshape(B, h // 2, w // 2, -1) * mx.rsqrt(self.bn.running_var + self.bn.eps)
+        return spread
 
     def decode(self, z: mx.array, tile: int | None = None) -> mx.array:
         """z (B, h, w, c) at the model's scale -> (B, H, W, 3) in about [-1, 1]. tile: work in overlapping tiles with

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -9,6 +10,8 @@ from .. import description, seal, store
 from ..console import Parser, run, say
 from ..errors import Error, did_you_mean
 from . import cache
+
+_WIDE = 60  # characters of a name that the list shows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def show() -> int:
     held = cache.entries(store.reachable)
-    if held:
+    if held:  # a name is foreign text
+        held = [replace(e, name=" ".join(e.name[:_WIDE].split()), source=" ".join(e.source.split())) for e in held]
         wide = max(len(e.name) for e in held)
         say(f"{'name':{wide}}  {'weights':13} {'size':>9}  {'made':10}  source")
     for e in held:

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import foreign
-from ..adapters import Adapter, Word
+from ..adapters import Adapter, Rows, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, FAMILIES, MODELS, Fast
-from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, local
+from ..families import ADAPTERS, FAMILIES, Fast
+from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, guides, local
 
 _NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 FOLDER = "MLXDIFF_LORAS"  # an environment variable: where names are looked up
@@ -40,16 +40,12 @@ def here(name: str | Path, folder: Path | None = None) -> Path | None:
 def named(name: str | Path, model: Description) -> Fast | None:
     """The published LoRA that a name means for a model; None if the name is not one of those. Raises if that LoRA was
     made for another model."""
-    rows = {of: row for (of, called), row in ADAPTERS.items() if called == str(name) and row.role == "lora"}
-    row = rows.get(model.family.name)
-    if rows and row is None:
-        whose = " and ".join(FAMILIES[of].title for of in rows)
+    families = [of for (of, called), row in ADAPTERS.items() if called == str(name) and row.role == "lora"]
+    if families and model.family.name not in families:
+        whose = " and ".join(FAMILIES[of].title for of in families)
         fix = f"{model.family.title} has {', '.join(known)}." if (known := _known(model)) else "Leave it out."
         raise Error(f"The LoRA {name} is for {whose}; {model.name} is {model.family.title}.", fix)
-    if row is not None and not _fits(model, row):
-        problem = f"The LoRA {name} was made for {row.made_for}; the layers of {model.name} are others."
-        raise Error(problem, "Use it with that model, or leave it out.")
-    return row
+    return guides.row(name, model, "lora")
 
 
 def published(name: str | Path, model: Description, folder: Path | None = None) -> Fast | None:
@@ -107,6 +103,13 @@ def lora(path: Path, model: Description, called: str | None = None) -> tuple[Ada
     return adapter if called is None else replace(adapter, name=called), fingerprint(path)
 
 
+def layers(model: Description, component: str) -> dict[str, Rows]:
+    """The linear layers of a component by their names in diffusers and transformers."""
+    from ..convert import lora
+
+    return lora.layers(component, model.components[component])
+
+
 def embedding(path: Path, model: Description, word: str | None = None) -> tuple[Word, str]:
     """What a textual inversion teaches a model, and the file's fingerprint."""
     from ..convert import embedding
@@ -116,15 +119,5 @@ def embedding(path: Path, model: Description, word: str | None = None) -> tuple[
 
 def _known(model: Description) -> list[str]:
     """The names of the published LoRAs that fit a model."""
-    rows = {called: row for (of, called), row in ADAPTERS.items() if of == model.family.name and row.role == "lora"}
-    return [called for called, row in rows.items() if _fits(model, row)]
-
-
-def _fits(model: Description, row: Fast) -> bool:
-    """Whether a model has the layers of the one that a published LoRA was made for. None of these changes the first
-    layer of a U-Net, which is wider in a model that inpaints."""
-    made_for, net = MODELS[row.made_for], model.net
-    theirs = made_for.networks[made_for.family.denoiser]
-    if made_for.family.denoiser == "unet":
-        net = replace(net, in_channels=theirs.in_channels)
-    return model.family is made_for.family and net == theirs
+    rows = ((called, row) for (of, called), row in ADAPTERS.items() if of == model.family.name)
+    return [called for called, row in rows if row.role == "lora" and row.fits(model.net)]

@@ -91,25 +91,33 @@ def entries(reachable: Callable[[dict], bool]) -> list[Entry]:
 
 def _entry(folder: Path, reachable: Callable[[dict], bool]) -> Entry:
     model, note, busy = read_note(folder / "model.json"), read_note(folder / "source.json"), _is_busy(folder)
-    source, recipe = note.get("identity"), model.get("recipe")
+    source, recipe, form = note.get("identity"), model.get("recipe"), model.get("format", description.FORMAT)
+    source = source if isinstance(source, list) and len(source) > 1 else None
     if folder.name.endswith(".part"):
         useless = "" if busy else "unfinished"
-    elif model["format"] != description.FORMAT:
-        useless = "of an older version" if model["format"] < description.FORMAT else ""  # a newer one may use it
+    elif form != description.FORMAT:
+        useless = "of an older version" if form < description.FORMAT else ""  # a newer one may use it
     elif not complete(folder):
         useless = "damaged"
     else:
-        useless = "its source has changed or gone" if source and not reachable(note) else ""
+        useless = "its source has changed or gone" if source and not _is_true(reachable, note) else ""
     return Entry(
         folder,
         str(model.get("name", folder.name)),
-        str(Recipe(**recipe)) if isinstance(recipe, dict) and recipe.keys() == {"dtype", "bits"} else "",
+        str(Recipe(**recipe)) if foreign.fits(recipe, Recipe) else "",
         str(source[1]) if source else "",
         sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()),
         folder.stat().st_mtime,
         useless,
         busy,
     )
+
+
+def _is_true(reachable: Callable[[dict], bool], note: dict) -> bool:
+    try:
+        return reachable(note)
+    except (KeyError, TypeError, ValueError, OSError):  # the note is damaged, or its source may not be looked at
+        return False
 
 
 def remove(entry: Entry) -> bool:
@@ -174,9 +182,10 @@ def make(target: Path, fill: Callable[[Path], None], busy: Callable[[], None]) -
 
 
 @contextmanager
-def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[None]:
+def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[bool]:
     """The lock of the process that works on `target`. The system releases it when that process ends, however it ends.
-    If another process has the lock, call `busy` and wait; without `busy`, raise BlockingIOError."""
+    If another process has the lock, call `busy` and wait; without `busy`, raise BlockingIOError. Some network drives
+    have no locks: then this yields False, and two processes may do the same work."""
     path = target.parent / ".locks" / target.name
     path.parent.mkdir(exist_ok=True)
     with open(path, "a") as file:
@@ -187,7 +196,12 @@ def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[None]:
                 raise
             busy()
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            yield False
+            return
+        yield True
 
 
 def _sweep() -> None:
@@ -196,8 +210,9 @@ def _sweep() -> None:
     for folder in _folders():
         part = folder.name.endswith(".part")
         if part or read_note(folder / "model.json")["format"] < description.FORMAT:
-            with suppress(BlockingIOError), _locked(_target(folder), None):
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError), _locked(_target(folder), None) as sure:  # what cannot be swept stays
+                if sure:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_room(name: str, need: float) -> None:
@@ -222,8 +237,11 @@ def write_note(path: Path, note: dict) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
-        write_json(fresh, note)
-        os.replace(fresh, path)
+        try:
+            write_json(fresh, note)
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:

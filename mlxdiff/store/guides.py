@@ -1,7 +1,6 @@
 """The networks that guide a model: what names mean for controls and references, and the networks of controls, which are
 held against the model that draws and read where they are."""
 
-import hashlib
 from pathlib import Path
 
 import mlx.nn as nn
@@ -11,7 +10,7 @@ from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, MODELS, Beside
 from ..models import build
-from . import _HUB_ID, Progress, _one_file, _sample, _silent, local
+from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, local
 
 _ROLES = {  # -> what people call such a network, how it is given, what else a name may be
     "control": ("a network for control pictures", "`controls=[(MODEL, PICTURE)]`", "a hub id (org/repo), a folder"),
@@ -84,8 +83,7 @@ def control(path: Path, model: Description) -> tuple[build.Config, str]:
         made_for = f"Use one that was made for {model.family.title}."
         raise Error(f"{path} is {checkpoint.layout.title} that {wrong}: it does not fit {model.name}.", made_for)
     files = {piece.tensor.file for weight in component.weights.values() for piece in weight.pieces}
-    stamps = sorted([file.stat().st_size, _sample(file, file.stat().st_size)] for file in files)
-    return component.config, hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+    return component.config, fingerprint(*sorted(files))
 
 
 def control_network(path: Path, model: Description) -> nn.Module:

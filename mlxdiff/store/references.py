@@ -1,7 +1,6 @@
 """The networks that read a reference picture, an adapter and its vision model: found, held against the model that
 draws, and read where they are."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..errors import Error
 from ..families import FAMILIES
 from ..families.published import VISION
 from ..models import build, ip_adapter, redux, vision
-from . import Progress, _one_file, _sample, _silent, fingerprint
+from . import Progress, _one_file, _silent, fingerprint
 from .guides import locate, one_network, row
 
 if TYPE_CHECKING:
@@ -64,13 +63,12 @@ def find(name: str | Path, model: Description, *, offline: bool, progress: Progr
         else:
             folder = one_network(named.sees, half, offline, progress)
     encoder = _encoder(folder)
-    files = [*map(fingerprint, _files(checkpoint)), *_stamps(encoder)]
     return Reader(
         adapter=path,
         encoder=folder,
         config=config,
         sees=_config(encoder),
-        hash=hashlib.sha256(repr(files).encode()).hexdigest()[:16],
+        hash=fingerprint(*_files(checkpoint), *_files(encoder)),
     )
 
 
@@ -193,8 +191,3 @@ def _only_file(repo: str, offline: bool) -> str:
 def _files(checkpoint: "Checkpoint") -> list[Path]:
     (component,) = checkpoint.components.values()
     return sorted({piece.tensor.file for weight in component.weights.values() for piece in weight.pieces})
-
-
-def _stamps(encoder: "Checkpoint") -> list:
-    """Size and a sample of each file: a vision model has gigabytes."""
-    return [[size := file.stat().st_size, _sample(file, size)] for file in _files(encoder)]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .. import blas, images
 from ..console import Parser, run, say
 from ..recipe import BITS, bits_of, default_dtype
+from ..recipe import recipe as weights
 from . import storybook as sb
 from .fit import same_run
 from .objective import PREDICTIONS
@@ -67,7 +68,13 @@ def _lora(s: argparse.ArgumentParser) -> None:
     s.add_argument("--prior", type=float, metavar="W", help="weight of their loss (1)")
     s.add_argument("--rank", type=int, metavar="R", help="of the change of each layer; more learns more details (16)")
     s.add_argument("--alpha", type=float, metavar="A", help="the change is scaled by alpha / rank (default: the rank)")
-    s.add_argument("--layers", nargs="+", metavar="NAME", help="which layers, by the ends of their names (attention)")
+    s.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="which layers, by the ends of diffusers' names (attention)"
+    )
+    s.add_argument("--estimate", action="store_true", help="say how much memory a step takes, and stop")
+    s.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
+    what = "train the CLIP encoders along, for new words (SD 1.x, 2.x, XL)"
+    s.add_argument("--text-encoder", action="store_true", default=None, help=what)
 
 
 def _embedding(s: argparse.ArgumentParser) -> None:
@@ -87,6 +94,8 @@ def _common(s: argparse.ArgumentParser) -> None:
     _output(s, "DIR", "folder; an unfinished run continues")
     s.add_argument("--steps", type=int, metavar="N", help="(1000)")
     s.add_argument("--batch", type=int, metavar="N", help="pictures a step (1)")
+    s.add_argument("--accumulate", type=int, metavar="N", help="batches a step, one after the other (1)")
+    s.add_argument("--low-memory", action="store_true", default=None, help="compute twice what need not be kept then")
     s.add_argument("--rate", type=float, metavar="R", help="learning rate")
     s.add_argument("--warmup", type=int, metavar="N", help="steps until the rate is reached (0)")
     s.add_argument("--size", type=int, metavar="PX", help="edge of a square with as many pixels (the model's size)")
@@ -94,7 +103,7 @@ def _common(s: argparse.ArgumentParser) -> None:
     s.add_argument("--flip", action="store_true", default=None, help="also learn from mirrored pictures")
     s.add_argument("--seed", type=int, metavar="N", help="of first values, noise and order (0)")
     s.add_argument("--save-every", type=int, metavar="N", help="steps (100)")
-    s.add_argument("--sample", nargs="+", metavar="PROMPT", help="pictures to draw whenever it saves, with seed 0")
+    s.add_argument("--sample", nargs="+", metavar="PROMPT", help="pictures to draw whenever it saves; see samples.png")
     s.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help="train over a smaller model")
     s.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model (bfloat16; on a CPU float32)")
     s.add_argument("--offline", action="store_true", help="never use the network")
@@ -147,33 +156,55 @@ def train(args) -> int:
 
 
 def lora(args) -> int:
-    from . import tune
+    from ..description import published
+    from ..families import name_of
+    from . import footprint, tune
 
-    return _tune(args, tune.LoraTuning, tune.LoraRun)
+    tuning, how = _settings(args, tune.LoraTuning), weights(args.quantize, _dtype(args))
+    name = name_of(args.model)
+    pipe = _load(args) if name is None else None  # of a named model, all is known before it is fetched
+    model = published(name, how) if pipe is None else pipe.description
+    tune.check(model, tuning)
+    if args.estimate:
+        say(footprint.table(model, tuning))
+        return 0
+    said = footprint.told(model, tuning, args.force)
+    return _tune(args, tune.LoraRun(_load(args) if pipe is None else pipe, tuning, args.out), said)
 
 
 def embedding(args) -> int:
     from . import inversion
 
-    return _tune(args, inversion.WordTuning, inversion.WordRun)
+    tuning = _settings(args, inversion.WordTuning)
+    return _tune(args, inversion.WordRun(_load(args), tuning, args.out))
 
 
-def _tune(args, settings: Callable, run: Callable) -> int:
-    """Train a file for a model, with a bar. settings: the type of its settings. run: makes the training from a
-    Pipeline, its settings and a folder."""
+def _settings(args, kind: Callable):
+    given = {f.name: v for f in fields(kind) if (v := getattr(args, f.name, None)) is not None}
+    tuning = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    tuning.check()
+    return tuning
+
+
+def _dtype(args) -> str:
+    """The small numbers of gradients are lost in float16."""
+    return args.dtype or ("float32" if default_dtype() == "float32" else "bfloat16")
+
+
+def _load(args):
     from .. import load
 
-    given = {f.name: v for f in fields(settings) if (v := getattr(args, f.name, None)) is not None}
-    tuning = settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    tuning.check()
-    # The small numbers of gradients are lost in float16.
-    dtype = args.dtype or ("float32" if default_dtype() == "float32" else "bfloat16")
     blas.use_all_cores()
-    pipe = load(args.model, bits=args.quantize, dtype=dtype, offline=args.offline)
+    pipe = load(args.model, bits=args.quantize, dtype=_dtype(args), offline=args.offline)
     for prompt in args.sample or ():
         pipe.resolve(prompt)  # a bad one is refused before the work
-    made = run(pipe, tuning, args.out)
-    for line in made.lines():
+    return pipe
+
+
+def _tune(args, made, *said: str) -> int:
+    """Train a file for a model, with a bar. made: the training. said: what else people should know."""
+    tuning = made.tuning
+    for line in (*made.lines(), *said):
         say(line)
     say("Ctrl-C stops the run, and the same command continues it.")
     bar, mean = None, None
@@ -182,7 +213,9 @@ def _tune(args, settings: Callable, run: Callable) -> int:
             if bar is None:
                 bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
             mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
-            bar.set_postfix_str(f"loss {mean:.4f}, {tuning.batch / report.seconds:.2g} samples/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {mean:.4f}, {tuning.batch * tuning.accumulate / report.seconds:.2g} samples/s", refresh=False
+            )
             bar.update(1)
             if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
                 made.sample(args.sample, report.step)

@@ -39,6 +39,7 @@ class Plan:
     ema: float  # the largest share of the average that one step keeps
     save_every: int
     weight_decay: float = 0.0  # of AdamW
+    accumulate: int = 1  # batches of a step, one after the other; the mean of their gradients counts
 
 
 class Report(NamedTuple):
@@ -70,8 +71,8 @@ def rate_at(plan: Plan, step: int) -> float:
 
 
 def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: Plan, folder: Path) -> Iterator[Report]:
-    """loss(model, *batch(step)) -> scalar. The model is trained in place; `averaged` reads its mean from the folder.
-    What is frozen of a model is neither changed nor saved."""
+    """loss(model, *batch(number)) -> scalar; a step takes `accumulate` batches. The model is trained in place;
+    `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     chosen = optimizer(plan.optimizer, plan.weight_decay)
@@ -89,7 +90,13 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
             began = time.perf_counter()
             rate = rate_at(plan, step)
             set_rate(chosen, rate)
-            value, grads = gradient(model, *batch(step))
+            value, grads = gradient(model, *batch(step * plan.accumulate))
+            for k in range(1, plan.accumulate):
+                mx.eval(value, grads)  # what it took is free again before the next batch
+                more, others = gradient(model, *batch(step * plan.accumulate + k))
+                value, grads = value + more, tree_map(mx.add, grads, others)
+            if plan.accumulate > 1:
+                value, grads = value / plan.accumulate, tree_map(lambda g: g / plan.accumulate, grads)
             grads, _ = opt.clip_grad_norm(grads, plan.clip)
             chosen.update(model, grads)
             keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
@@ -126,7 +133,7 @@ def same_run(folder: Path, settings: dict) -> None:
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        _write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 @contextmanager
@@ -143,12 +150,24 @@ def writing(place: Path) -> Iterator[None]:
 def write_arrays(file: Path, arrays: dict[str, mx.array], header: dict[str, str]) -> None:
     """Write a .safetensors file completely or not at all, over an older one."""
     part = file.with_name(f".{file.name}.new.safetensors")
-    with writing(file):
-        try:
-            mx.save_safetensors(str(part), arrays, header)
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
+    with writing(file), _appearing(part, file):
+        mx.save_safetensors(str(part), arrays, header)
+
+
+def _write_text(file: Path, text: str) -> None:
+    """The same for a text: a full disk must not cost the notes of a run that is continued."""
+    part = file.with_name(f".{file.name}.new")
+    with writing(file), _appearing(part, file):
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _appearing(part: Path, file: Path) -> Iterator[None]:
+    try:
+        yield
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def averaged(model: nn.Module, folder: Path) -> nn.Module:
@@ -196,7 +215,7 @@ def _cut_log(path: Path, step: int) -> None:
     """Remove log lines that are newer than the saved state, and what is no line of a log."""
     rows = foreign.read_text(path, "Remove it.").splitlines()[1:] if path.exists() else []
     kept = [r for r in rows if (m := _LINE.match(r)) and int(m[1]) <= step]
-    path.write_text("\n".join(["step,loss,rate,seconds", *kept]) + "\n")
+    _write_text(path, "\n".join(["step,loss,rate,seconds", *kept]) + "\n")
 
 
 def plot(log: Path, picture: Path) -> None:

@@ -10,13 +10,11 @@ import numpy as np
 
 from .. import conditioning, values
 from ..adapters import Word
-from ..description import Description
 from ..errors import Error
 from ..pipeline import Pipeline
-from ..request import Request
-from . import lora, tune
+from . import lora, texts, tune
+from .batches import Data
 from .fit import Report, same_run
-from .folder import Picture
 
 FILE = "learned_embeds.safetensors"
 MOST_VECTORS = 32
@@ -54,28 +52,15 @@ class Taught(nn.Module):
         return mx.where(ids[..., None] < n, known, new.astype(known.dtype))
 
 
-class Reader(nn.Module):
-    """A denoiser and the text encoders that are taught; all of them frozen but for the new rows."""
-
-    def __init__(self, model: Description, net: nn.Module, encoders: dict[str, nn.Module]):
-        super().__init__()
-        self.net, self.encoders, self._model = net, encoders, model
-        self.freeze()
-        for encoder in encoders.values():
-            encoder.embeddings.token_embedding.unfreeze(keys="rows", recurse=False)
-
-    def texts(self, words: dict[str, conditioning.Words], clip_skip: int) -> list[conditioning.Text]:
-        plan = self._model.text
-        parts = {n: conditioning.read(plan, self.encoders[n], w, clip_skip) for n, w in words.items()}
-        return conditioning.join(plan, parts, self._model.net.context)
-
-
 class WordRun:
     """A training of a word: made, and checked, before the work."""
 
     def __init__(self, pipe: Pipeline, tuning: WordTuning, out: Path):
         self.pipe, self.tuning, self.out = pipe, tuning, out
         model, plan = pipe.description, pipe.description.text
+        if model.flow:
+            problem = f"{model.name} is {model.family.title}, whose text encoders are taught no words."
+            raise Error(problem, "Train a LoRA with a trigger word: `mlxdiff train lora`.")
         prompt = PROMPT.format(tuning.word) if tuning.prompt is None else tuning.prompt
         self.pictures = tune.read(pipe, tuning, tuning.images, prompt)
         lacks = next((p for p in self.pictures if tuning.word not in p.caption), None)
@@ -83,7 +68,7 @@ class WordRun:
             problem = f"The caption of {lacks.path} has no {tuning.word}: {lacks.caption!r:.80}."
             raise Error(problem, "Put the word into it.")
         pipe.networks.adapt([])  # what it drew with before does not count
-        toks, encoders = conditioning.load_tokenizers(plan, pipe.networks.folder, t5=False), {}
+        toks, encoders = texts.tokenizers(model, pipe.networks.folder), {}
         for name in plan.clip:
             encoder = pipe.networks.open(name)
             encoder.embeddings.token_embedding = taught(encoder, toks[name].ids(tuning.initial), tuning)
@@ -93,10 +78,12 @@ class WordRun:
             conditioning.teach_tokenizers(toks, [self.word], model.components)
         except Error as e:  # it would name the setting of a run
             raise Error(e.problem, "Give a `word` without spaces that is not known yet.") from None
-        self.captions = list(dict.fromkeys(p.caption for p in self.pictures))
-        self.words = conditioning.tokenize(plan, toks, self.captions)
+        self.captions = texts.Captions(model, toks, self.pictures, tune.drawn(pipe, tuning).clip_skip)
         self.net = pipe.networks.open(model.family.denoiser)
-        self.reader = Reader(model, self.net, encoders)
+        self.reader = texts.Reader(self.net, encoders)
+        self.reader.freeze()
+        for encoder in encoders.values():
+            encoder.embeddings.token_embedding.unfreeze(keys="rows", recurse=False)
         self.notes = tune.notes("embedding", pipe, tuning, [self.pictures])
         same_run(out, self.notes)
 
@@ -121,39 +108,18 @@ class WordRun:
 
     def steps(self) -> Iterator[Report]:
         """Train, step by step. The file is written whenever the state is saved, and in the end."""
-        skip = tune.drawn(self.pipe, self.tuning).clip_skip
+        loss, data = self.captions.loss, [self.encoded()]
+        yield from tune.trained(self.reader, loss, data, self.pipe, self.tuning, self.out, self.export)
 
-        def loss(reader: Reader, parts: list[tune.Part]) -> mx.array:
-            return tune.loss(reader.net, [part._replace(args=self._read(reader, part.args, skip)) for part in parts])
-
-        yield from tune.trained(self.reader, loss, [self.encoded()], self.pipe, self.tuning, self.out, self.export)
-
-    def encoded(self) -> tune.Data:
+    def encoded(self) -> Data:
         """The pictures, with the numbers of their captions."""
-        plan = self.pipe.description.text
-
-        def args(picture: Picture, request: Request) -> dict[str, mx.array]:
-            number = mx.array([self.captions.index(picture.caption)])
-            sizes = conditioning.arguments(plan, conditioning.Text(number, None), request, negative=False)
-            return {"caption": sizes.pop("context"), **sizes}
-
-        return tune.encode(self.pipe, self.pictures, self.tuning, args)
-
-    def _read(self, reader: Reader, args: dict, clip_skip: int) -> dict[str, mx.array]:
-        """The arguments of the denoiser's `prepare`, with captions that are read anew in each step."""
-        args, numbers = dict(args), args["caption"].tolist()
-        words = {n: w._replace(chunks=[w.chunks[i] for i in numbers]) for n, w in self.words.items()}
-        found = reader.texts(words, clip_skip)
-        del args["caption"]
-        args["context"] = mx.concatenate([text.context for text in found])
-        if found[0].pooled is not None:
-            args["pooled"] = mx.concatenate([text.pooled for text in found])
-        return args
+        return tune.encode(self.pipe, self.pictures, self.tuning, self.captions.arguments)
 
     def sample(self, prompts: Sequence[str], step: int) -> list[Path]:
         """Draw pictures with what is trained so far."""
         given = f"{self.export()}={self.tuning.word}"
-        return tune.samples(self.pipe, self.net, prompts, step, self.out, embeddings=[given])
+        networks = {self.pipe.description.family.denoiser: self.net}
+        return tune.samples(self.pipe, self.tuning, networks, prompts, step, self.out, embeddings=[given])
 
     def export(self) -> Path:
         """Write the word as a file that diffusers, A1111, ComfyUI and mlxdiff read."""

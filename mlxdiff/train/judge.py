@@ -44,6 +44,12 @@ class Judge(nn.Module):
         return mx.split(self.heads(self.features(x)), ends.tolist(), axis=-1)
 
 
+def shipped() -> Path:
+    """The judge of the built-in model, which lies beside the tests in a checkout and inside the package in a wheel."""
+    places = (above / "tests" / "data" / "judge.safetensors" for above in Path(__file__).parents[1:3])
+    return next(file for file in places if file.is_file())
+
+
 def load(path: Path) -> Judge:
     judge = Judge()
     try:
@@ -75,19 +81,24 @@ def adherence(judge: Judge, pictures: np.ndarray, scenes: list[Scene]) -> dict[s
 
 
 def frechet(judge: Judge, a: np.ndarray, b: np.ndarray) -> float:
-    """Distance of two sets of pictures as Gaussians of features. Dowson and Landau 1982; Heusel et al. 2017."""
-    (m1, c1), (m2, c2) = (_gaussian(judge, x) for x in (a, b))
+    """The distance of two sets of pictures."""
+    return apart(features(judge, a), features(judge, b))
+
+
+def features(judge: Judge, pictures: np.ndarray) -> np.ndarray:
+    """(B, 128): what the judge sees in pictures, before it names it."""
+    parts = [judge.features(_signed(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
+    return np.concatenate([np.array(p, np.float64) for p in parts])
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """The Frechet distance of two sets of features, taken as Gaussians. Dowson and Landau 1982; Heusel et al. 2017."""
+    (m1, c1), (m2, c2) = ((x.mean(0), np.cov(x.T)) for x in (a, b))
     # The trace of sqrt(c1 c2) is that of the symmetric sqrt(r c2 r), r = sqrt(c1).
     values, vectors = np.linalg.eigh(c1)
     r = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(r @ c2 @ r), 0)).sum()
     return float(((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * cross)
-
-
-def _gaussian(judge: Judge, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    parts = [judge.features(_signed(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
-    x = np.concatenate([np.array(p, np.float64) for p in parts])
-    return x.mean(0), np.cov(x.T)
 
 
 def _signed(pictures: np.ndarray) -> mx.array:

@@ -1,4 +1,4 @@
-"""Trains a LoRA: low-rank changes beside the layers of a frozen denoiser, which may be quantized. Hu et al. 2021; names
+"""Trains a LoRA: low-rank changes beside the layers of frozen networks, which may be quantized. Hu et al. 2021; names
 and first values as in peft."""
 
 import json
@@ -8,54 +8,93 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..adapters import SidePath
+from ..adapters import Rows
 from ..description import Description
 from ..errors import Error, did_you_mean
 from .fit import write_arrays
 
 FILE = "pytorch_lora_weights.safetensors"
 MOST_RANK = 1024
+OF_TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")  # the layers of CLIP that are trained, as in diffusers' scripts
 
 
-class LowRank(SidePath):
-    """A frozen layer and a change of low rank beside it, which is trained in float32."""
+class LowRank(nn.Module):
+    """A change of low rank. It is trained in float32 and computes in the dtype of what it reads."""
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float, rng: np.random.Generator):
-        rows, columns = shape_of(layer)
-        down = mx.array(rng.normal(0, 1 / rank, (rank, columns)).astype(np.float32))
-        super().__init__(layer, [(down, mx.zeros((rows, rank)))])
+    def __init__(self, rows: int, columns: int, rank: int, alpha: float, rng: np.random.Generator):
+        super().__init__()
+        self.down = mx.array(rng.normal(0, 1 / rank, (rank, columns)).astype(np.float32))
+        self.up = mx.zeros((rows, rank))
         self.scale = alpha / rank
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.scale * ((x @ self.down.T.astype(x.dtype)) @ self.up.T.astype(x.dtype))
+
+
+class Changed(nn.Module):
+    """A frozen layer and the changes that are added to its output. Each changes the rows of one layer of diffusers,
+    where ours is several of those in one."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.changes = layer, []
+        self._first: list[int] = []
+
+    def add(self, first: int, change: LowRank) -> None:
+        self.changes.append(change)
+        self._first.append(first)
+
+    @property
+    def weight(self) -> mx.array:  # networks read their dtypes off such
+        return self.layer.weight
+
+    @property
+    def bias(self) -> mx.array:
+        return self.layer.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
         y = self.layer(x)
-        return y + (self.scale * ((x @ self.down.T) @ self.up.T)).astype(y.dtype)
+        if len(self.changes) == 1 and self.changes[0].up.shape[0] == y.shape[-1]:
+            return y + self.changes[0](x).astype(y.dtype)
+        parts, end = [], 0
+        for first, change in sorted(zip(self._first, self.changes, strict=True), key=lambda pair: pair[0]):
+            parts += [mx.zeros((*y.shape[:-1], first - end), y.dtype)] if first > end else []
+            parts.append(change(x).astype(y.dtype))
+            end = first + change.up.shape[0]
+        parts += [mx.zeros((*y.shape[:-1], y.shape[-1] - end), y.dtype)] if end < y.shape[-1] else []
+        return y + mx.concatenate(parts, axis=-1)
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear layer, quantized or not."""
-    rows, columns = layer.weight.shape
-    return rows, columns * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else columns
+def columns_of(layer: nn.Module) -> int:
+    """How many numbers a Linear layer reads, quantized or not."""
+    columns = layer.weight.shape[1]
+    return columns * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else columns
 
 
 def attach(
-    net: nn.Module, name: str, layers: tuple[str, ...], rank: int, alpha: float, seed: int
+    net: nn.Module, name: str, known: dict[str, Rows], wanted: tuple[str, ...], rank: int, alpha: float, seed: list[int]
 ) -> dict[str, LowRank]:
-    """Freeze a network and put a LowRank in the place of each layer whose name ends like one of `layers`. name: of the
-    model, for messages."""
-    linear = {path: m for path, m in net.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
-    for wanted in layers:
-        if not any(_ends(path, wanted) for path in linear):
-            ends = sorted({path.rpartition(".")[2] for path in linear if not path.rpartition(".")[2].isdigit()})
-            raise Error(f"{name} has no layer {wanted!r}.", f"{did_you_mean(wanted, ends)}It has {', '.join(ends)}.")
+    """Freeze a network, and put changes beside all layers whose names end like one of `wanted`. known: its layers by
+    their names in diffusers. name: of the model, for messages. seed: of the first values."""
     net.freeze()
-    made = {}
-    for i, path in enumerate(sorted(p for p in linear if any(_ends(p, wanted) for wanted in layers))):
-        layer = linear[path]
-        if rank > min(shape_of(layer)):
-            problem = f"Rank {rank} is too high: {path} is {' x '.join(map(str, shape_of(layer)))}."
-            raise Error(problem, f"Use at most {min(shape_of(layer))}.")
-        made[path] = LowRank(layer, rank, alpha, np.random.default_rng([seed, 7, i]))
-        _put(net, path, made[path])
+    modules = dict(net.named_modules())
+    linear = {n: rows for n, rows in known.items() if isinstance(modules[rows.layer], nn.Linear | nn.QuantizedLinear)}
+    for end in wanted:
+        if not any(_ends(path, end) for path in linear):
+            ends = sorted({path.rpartition(".")[2] for path in linear if not path.rpartition(".")[2].isdigit()})
+            raise Error(f"{name} has no layer {end!r}.", f"{did_you_mean(end, ends)}It has {', '.join(ends)}.")
+    made, held = {}, {}
+    for i, path in enumerate(sorted(p for p in linear if any(_ends(p, end) for end in wanted))):
+        rows = linear[path]
+        layer, shape = modules[rows.layer], (rows.rows, columns_of(modules[rows.layer]))
+        if rank > min(shape):
+            problem = f"Rank {rank} is too high: {path} is {' x '.join(map(str, shape))}."
+            raise Error(problem, f"Use at most {min(shape)}.")
+        made[path] = LowRank(*shape, rank, alpha, np.random.default_rng([*seed, i]))
+        if rows.layer not in held:
+            held[rows.layer] = Changed(layer)
+            _put(net, rows.layer, held[rows.layer])
+        held[rows.layer].add(rows.first, made[path])
     return made
 
 
@@ -73,16 +112,23 @@ def _put(net: nn.Module, path: str, layer: nn.Module) -> None:
         net[last] = layer
 
 
-def export(made: dict[str, LowRank], model: Description, notes: dict, folder: Path) -> Path:
-    """Write the changes as a file that diffusers, ComfyUI and mlxdiff read. What the scale is beside 1 goes into `up`,
-    so that alpha equals the rank, and a reader that ignores alpha draws the same."""
-    component, tensors = model.family.denoiser, {}
-    for path, layer in made.items():
-        tensors[f"{component}.{path}.lora_A.weight"] = layer.down
-        tensors[f"{component}.{path}.lora_B.weight"] = layer.scale * layer.up
-    rank = next(iter(made.values())).down.shape[0]
-    settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(made)}
-    peft = {f"{component}.{key}": value for key, value in settings.items()}
+def export(made: dict[str, dict[str, LowRank]], model: Description, notes: dict, folder: Path) -> Path:
+    """Write the changes of each component as a file that diffusers, ComfyUI and mlxdiff read. What the scale is beside
+    1 goes into `up`, so that alpha equals the rank, and a reader that ignores alpha draws the same."""
+    tensors, peft = {}, {}
+    for component, changes in made.items():
+        prefix = component if component == model.family.denoiser else f"{component}.text_model"
+        names = {f"{prefix}.{path}": change for path, change in changes.items()}
+        for path, change in names.items():
+            tensors[f"{path}.lora_A.weight"] = change.down
+            tensors[f"{path}.lora_B.weight"] = change.scale * change.up
+        rank = next(iter(changes.values())).down.shape[0]
+        settings = {
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": sorted(changes),
+        }  # peft reads them as ends of names
+        peft |= {f"{component}.{key}": value for key, value in settings.items()}
     header = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(peft),

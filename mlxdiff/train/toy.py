@@ -95,13 +95,26 @@ class Toy:
 
     def paths(self, n: int, steps: int = 25, sampler: str = "euler", seed: int = 0) -> np.ndarray:
         """n points on their way from noise, (steps + 1, n, 2), as the net sees them."""
-        sigmas = schedules.sigmas(self.schedule, "trailing", steps)
-        fn = samplers.of_flow(sampler) if self.prediction == "flow" else samplers.SAMPLERS[sampler].fn
-        x = mx.array(np.random.default_rng(seed).standard_normal((n, 1, 1, 2), np.float32))
-        x = x * self.schedule.start(sigmas[0], "trailing")
-        states = [x, *(x for x, _ in fn(self.denoise, x, sigmas))]
-        seen = [np.array(x) / self.schedule.spread(sigma) for x, sigma in zip(states, sigmas, strict=True)]
-        return np.stack(seen).reshape(steps + 1, n, 2)
+        return paths(self.denoise, self.schedule, n, steps, sampler, seed)
+
+
+def paths(
+    denoise: guidance.Denoise, schedule: schedules.Schedule, n: int, steps: int, sampler: str, seed: int = 0
+) -> np.ndarray:
+    """n points on their way from noise, (steps + 1, n, 2), as a network sees them."""
+    sigmas, row = schedules.sigmas(schedule, "trailing", steps), samplers.SAMPLERS[sampler]
+    fn = samplers.of_flow(sampler) if isinstance(schedule, schedules.Flow) else row.fn
+    rng = np.random.default_rng(seed)
+
+    def draw() -> mx.array:
+        return mx.array(rng.standard_normal((n, 1, 1, 2), np.float32))
+
+    x = draw() * schedule.start(sigmas[0], "trailing")
+    noisy = {"draw": draw, "eta": row.eta} if row.noisy else {}
+    # Evaluated step by step: the graph of a thousand steps would be slow.
+    states = [np.array(x), *(np.array(after) for after, _ in fn(denoise, x, sigmas, **noisy))]
+    seen = [state / schedule.spread(sigma) for state, sigma in zip(states, sigmas, strict=True)]
+    return np.stack(seen).reshape(steps + 1, n, 2)
 
 
 def loss(net: Net, x: mx.array, t: mx.array, target: mx.array) -> mx.array:
@@ -114,6 +127,37 @@ def best(points: np.ndarray, x: np.ndarray, ratio: float) -> np.ndarray:
     far = ((x[:, None] - points) ** 2).sum(-1) / (2 * ratio**2)
     likely = np.exp(far.min(1, keepdims=True) - far)  # (B, N)
     return (likely @ points) / likely.sum(1, keepdims=True)
+
+
+RADIUS, SPREAD = 1.6, 0.12  # of the ring, and of each of its blobs
+
+
+def ring(n: int, blobs: int, seed: int = 0) -> np.ndarray:
+    """(n, 2): round blobs, evenly on a circle."""
+    rng = np.random.default_rng(seed)
+    return centres(blobs)[rng.integers(0, blobs, n)] + SPREAD * rng.standard_normal((n, 2))
+
+
+def centres(blobs: int) -> np.ndarray:
+    angle = 2 * np.pi * np.arange(blobs) / blobs
+    return RADIUS * np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def ring_denoiser(blobs: int, flow: bool) -> guidance.Denoise:
+    """The best denoiser of the ring, in closed form: of the distribution, not of some of its points. So what a sampler
+    gets wrong with it is the sampler's error alone."""
+
+    def denoise(x: mx.array, sigma: float) -> mx.array:
+        x, sigma = np.array(x, np.float64), float(sigma)
+        signal, noise = (1 - sigma, sigma) if flow else (1.0, sigma)  # x = signal * x0 + noise * eps
+        variance = (signal * SPREAD) ** 2 + noise**2
+        away = x.reshape(-1, 1, 2) - signal * centres(blobs)  # (B, blobs, 2)
+        far = (away**2).sum(-1) / (2 * variance)
+        likely = np.exp(far.min(1, keepdims=True) - far)[..., None]  # (B, blobs, 1)
+        x0 = (likely * (centres(blobs) + signal * SPREAD**2 / variance * away)).sum(1) / likely.sum(1)
+        return mx.array(x0.reshape(x.shape).astype(np.float32))
+
+    return denoise
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:

@@ -4,29 +4,30 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
-from .. import conditioning, foreign, images, samplers, schedules, values
+from .. import conditioning, foreign, images, values
 from ..description import Description
 from ..errors import Error
-from ..families.base import EMBEDDED
-from ..networks import dtype_of
+from ..families.base import EMBEDDED, NONE
 from ..pipeline import Pipeline
 from ..request import MAX_EDGE, MAX_SEED, Request
+from ..store import adapters
+from . import batches, lora, texts
 from . import folder as folders
-from . import lora, objective
-from .fit import Plan, Report, fit, same_run
+from .batches import Data, Objective, Part
+from .fit import Plan, Report, fit, same_run, writing
 from .folder import Picture
 
 RUN = "run"  # the folder of the unfinished state, beside what is trained
+_SHOWN, _CELL = 20, 256  # of samples.png: the last steps, and the edge of a picture at most
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Tuning:
     flip: bool = False  # also learn from mirrored pictures
     steps: int = 1000
     batch: int = 1
+    accumulate: int = 1  # batches of a step, one after the other
+    low_memory: bool = False  # keep less of each block and compute it twice
     rate: float = 1e-4
     warmup: int = 0
     seed: int = 0
@@ -47,7 +50,7 @@ class Tuning:
 
     def check(self) -> None:
         """Raise for a setting that cannot be."""
-        for name, most in (("steps", 10**6), ("batch", 1024), ("save_every", 10**6)):
+        for name, most in (("steps", 10**6), ("batch", 1024), ("accumulate", 1024), ("save_every", 10**6)):
             values.whole(name, getattr(self, name), 1, most)
         values.whole("warmup", self.warmup, 0, self.steps)
         values.whole("seed", self.seed, 0, MAX_SEED)
@@ -70,7 +73,8 @@ class LoraTuning(Tuning):
     prior: float = 1.0  # weight of their loss
     rank: int = 16
     alpha: float | None = None  # None: the rank
-    layers: tuple[str, ...] = ()  # none: the family's
+    layers: tuple[str, ...] = ()  # names in diffusers, or their ends; none: the family's
+    text_encoder: bool = False  # whether the CLIP encoders are trained along
 
     def check(self) -> None:
         super().check()
@@ -82,68 +86,12 @@ class LoraTuning(Tuning):
             raise Error("class_prompt describes pictures of the class, and there are none.", fix)
 
 
-class Part(NamedTuple):
-    """What a step reads of one set of pictures."""
-
-    x: mx.array  # (B, h, w, c)
-    t: mx.array  # (B,)
-    target: mx.array
-    args: dict[str, mx.array]  # of the denoiser's `prepare`
-    weight: float
-
-
-@dataclass(frozen=True)
-class Data:
-    """Encoded pictures. Those of a bucket, which have the same shape, can share a batch."""
-
-    means: list[np.ndarray]  # (h, w, c)
-    spreads: list[np.ndarray]  # of the VAE's distribution around them
-    args: list[dict[str, mx.array]]  # of the denoiser's `prepare`
-    weight: float = 1.0
-    buckets: list[list[int]] = field(default_factory=list)
-
-    def picks(self, rng: np.random.Generator, n: int) -> list[int]:
-        """The pictures of a batch: each picture is equally probable."""
-        sizes = np.array([len(b) for b in self.buckets])
-        chosen = self.buckets[rng.choice(len(sizes), p=sizes / sizes.sum())]
-        return [chosen[i] for i in rng.choice(len(chosen), n, replace=n > len(chosen))]
-
-
-class Objective:
-    """Noise levels and targets as the model was trained with."""
-
-    def __init__(self, model: Description):
-        self.prediction = model.prediction
-        self.alpha_bar = schedules.discrete(model.schedule, samplers.SAMPLERS["ddim"].grid).alpha_bar
-
-    def part(self, data: Data, rng: np.random.Generator, n: int) -> Part:
-        """The batch of a step."""
-        picks = data.picks(rng, n)
-        mean, spread = (np.stack([of[i] for i in picks]) for of in (data.means, data.spreads))
-        noises = rng.standard_normal((2, *mean.shape), np.float32)
-        t, level = objective.levels(self.prediction, self.alpha_bar, objective.stratified(rng, n))
-        x0 = mx.array(mean + spread * noises[0])
-        x, target = objective.mixture(self.prediction, x0, mx.array(noises[1]), mx.array(level.astype(np.float32)))
-        args = {k: mx.concatenate([data.args[i][k] for i in picks]) for k in data.args[0]}
-        return Part(x, mx.array(t.astype(np.float32)), target, args, data.weight)
-
-
-def loss(net: nn.Module, parts: list[Part]) -> mx.array:
-    """The squared error of what the network predicts."""
-    total = 0.0
-    for x, t, target, args, weight in parts:
-        out = net(x.astype(dtype_of(net)), t, **net.prepare(None, **args)).astype(mx.float32)
-        total = total + weight * mx.square(out - target).mean()
-    return total
-
-
-def check(pipe: Pipeline) -> None:
+def check(model: Description, tuning: Tuning) -> None:
     """Raise for a model that this cannot train for."""
-    model = pipe.description
-    if model.flow:
-        problem = f"{model.name} is {model.family.title}, which this cannot train for yet."
-        raise Error(problem, "Train for a model of SD 1.x, 2.x or XL.")
-    if model.guidance == EMBEDDED or model.row.beside or model.row.edits:
+    if getattr(tuning, "text_encoder", False) and model.flow:
+        problem = f"{model.name} is {model.family.title}, whose text encoders are not trained."
+        raise Error(problem, "Leave `text_encoder` out: the denoiser learns words too.")
+    if model.guidance in (EMBEDDED, NONE) or model.row.beside or (model.row.edits and model.variant != "base"):
         fix = "Train for the base model of its family; what it learns often works with its relatives too."
         raise Error(f"{model.name} is a {model.variant} model, which this cannot train for.", fix)
 
@@ -151,7 +99,7 @@ def check(pipe: Pipeline) -> None:
 def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None) -> list[Picture]:
     """The pictures of a folder. Raises for what is wrong with them, with the settings or with the model."""
     tuning.check()
-    check(pipe)
+    check(pipe.description, tuning)
     size, multiple = tuning.size_for(pipe.description), pipe.description.multiple
     if size % multiple or not multiple <= size <= MAX_EDGE:
         usual = pipe.description.defaults.size
@@ -159,35 +107,22 @@ def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None) -> lis
     return folders.read(foreign.path(images), prompt, size, multiple, tuning.crop)
 
 
-def texts(pipe: Pipeline, chosen: list[Picture], request: Request) -> Callable[[Picture], conditioning.Text]:
-    """The encoded captions of pictures. Each is read once; the encoders are released."""
-    captions = list(dict.fromkeys(p.caption for p in chosen))
-    found = pipe.read(captions, request, pipe.description.reads_t5(request))
-    by_caption = dict(zip(captions, found, strict=True))
-    return lambda picture: by_caption[picture.caption]
-
-
-def encode(
-    pipe: Pipeline, chosen: list[Picture], tuning: Tuning, args: Callable[[Picture, Request], dict], weight: float = 1.0
-) -> Data:
+def encode(pipe: Pipeline, chosen: list[Picture], tuning: Tuning, args: Callable[[Picture, Request], dict]) -> Data:
     """Encode pictures once; the VAE is released. args: what a step reads of a picture besides its latents."""
-    model, data = pipe.description, Data([], [], [], weight)
+    model, data = pipe.description, Data([], [], [])
     request = drawn(pipe, tuning)
-    vae, buckets = pipe.networks.get("vae"), {}
+    vae = pipe.networks.get("vae")
     for picture in chosen:
         image = images.fit(images.read(picture.path), picture.width, picture.height)
         sized = replace(request, width=picture.width, height=picture.height)
         for shown in (image, ImageOps.mirror(image)) if tuning.flip else (image,):
             mean, logvar = vae.encode(mx.array(images.to_pixels(shown))[None])
-            spread = mx.exp(0.5 * mx.clip(logvar, -30, 20)) * vae.config.scale
-            buckets.setdefault(mean.shape, []).append(len(data.means))
-            data.means.append(np.array(mean[0].astype(mx.float32)))
-            data.spreads.append(np.array(spread[0].astype(mx.float32)))
-            if not np.isfinite(data.means[-1]).all():
+            latents = [of.astype(mx.float32) for of in (mean, vae.spread(logvar))]
+            data.add(*latents, args(picture, sized))
+            if not mx.isfinite(latents[0]).all().item():
                 raise model.not_finite()
-            data.args.append(args(picture, sized))
+            mx.eval(latents, data.args[-1])
     pipe.networks.release("vae")
-    data.buckets.extend(buckets.values())
     return data
 
 
@@ -201,7 +136,9 @@ def notes(kind: str, pipe: Pipeline, tuning: Tuning, sets: list[list[Picture]]) 
     """What makes a training what it is, as JSON has it."""
     model, seen = pipe.description, [folders.fingerprint(s) for s in sets]
     start = {"kind": kind, "model": model.name, "recipe": str(model.recipe), "pictures": seen}
-    return json.loads(json.dumps(start | asdict(tuning)))
+    values = json.loads(json.dumps(start | asdict(tuning)))
+    del values["low_memory"]  # which changes nothing but rounding: a run that was too large can go on with it
+    return values
 
 
 class LoraRun:
@@ -212,12 +149,17 @@ class LoraRun:
         self.sets = [read(pipe, tuning, tuning.images, tuning.prompt)]
         if tuning.class_images is not None:
             self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt))
-        model = pipe.description
+        model, denoiser = pipe.description, pipe.description.family.denoiser
         pipe.networks.adapt([])  # what it drew with before does not count
-        self.net = pipe.networks.open(model.family.denoiser)
-        layers = tuning.layers or model.family.trained
-        alpha = tuning.rank if tuning.alpha is None else tuning.alpha
-        self.made = lora.attach(self.net, model.name, layers, tuning.rank, alpha, tuning.seed)
+        self.networks = {n: pipe.networks.open(n) for n in (denoiser, *model.text.clip * tuning.text_encoder)}
+        self.made = {name: attach(net, model, name, tuning) for name, net in self.networks.items()}
+        self.net, *encoders = self.networks.values()
+        self.trained, self.captions = self.net, None
+        if encoders:
+            toks = texts.tokenizers(model, pipe.networks.folder)
+            chosen = [p for s in self.sets for p in s]
+            self.captions = texts.Captions(model, toks, chosen, drawn(pipe, tuning).clip_skip)
+            self.trained = texts.Reader(self.net, dict(zip(model.text.clip, encoders, strict=True)))
         self.notes = notes("lora", pipe, tuning, self.sets)
         same_run(out, self.notes)
 
@@ -232,32 +174,51 @@ class LoraRun:
 
     def lines(self) -> list[str]:
         """What will be trained, for people."""
-        numbers = sum(v.size for _, v in tree_flatten(self.net.trainable_parameters()))
-        return [
-            told(self.sets),
-            f"{len(self.made)} layers, rank {self.tuning.rank}: {numbers / 1e6:.3g} million numbers.",
-        ]
+        numbers = sum(v.size for _, v in tree_flatten(self.trained.trainable_parameters()))
+        layers = " and ".join(f"{len(made)} layers of {name}" for name, made in self.made.items())
+        return [told(self.sets), f"{layers}, rank {self.tuning.rank}: {numbers / 1e6:.3g} million numbers."]
 
     def sample(self, prompts: Sequence[str], step: int) -> list[Path]:
         """Draw pictures with what is trained so far."""
-        return samples(self.pipe, self.net, prompts, step, self.out)
+        return samples(self.pipe, self.tuning, self.networks, prompts, step, self.out)
 
     def steps(self) -> Iterator[Report]:
         """Train, step by step. The file is written whenever the state is saved, and in the end."""
-        yield from trained(self.net, loss, self.encoded(), self.pipe, self.tuning, self.out, self.export)
+        loss = batches.loss if self.captions is None else self.captions.loss
+        yield from trained(self.trained, loss, self.encoded(), self.pipe, self.tuning, self.out, self.export)
 
     def encoded(self) -> list[Data]:
-        """The pictures and those of the class, with their captions."""
-        text = texts(self.pipe, [p for s in self.sets for p in s], drawn(self.pipe, self.tuning))
+        """The pictures and those of the class, with their captions. A run that continues reads them from its folder."""
+        files = [self.out / RUN / f"encoded-{i}.safetensors" for i in range(len(self.sets))]
+        weights = (1.0, self.tuning.prior)
+        if not all(batches.stored(file, 1.0) for file in files):
+            args = self.captions.arguments if self.captions else self._texts()
+            for file, pictures in zip(files, self.sets, strict=True):
+                batches.store(file, encode(self.pipe, pictures, self.tuning, args))
+        return [batches.stored(file, weight) for file, weight in zip(files, weights, strict=False)]
+
+    def _texts(self) -> Callable[[Picture, Request], dict[str, mx.array]]:
+        """What a step reads of a picture's caption. Each caption is read once; the encoders are released."""
+        model, request = self.pipe.description, drawn(self.pipe, self.tuning)
+        captions = list(dict.fromkeys(p.caption for pictures in self.sets for p in pictures))
+        found = dict(zip(captions, self.pipe.read(captions, request, model.reads_t5(request)), strict=True))
 
         def args(picture: Picture, request: Request) -> dict[str, mx.array]:
-            return conditioning.arguments(self.pipe.description.text, text(picture), request, negative=False)
+            return conditioning.arguments(model.text, found[picture.caption], request, negative=False)
 
-        weights = (1.0, self.tuning.prior)
-        return [encode(self.pipe, s, self.tuning, args, w) for s, w in zip(self.sets, weights, strict=False)]
+        return args
 
     def export(self) -> Path:
         return lora.export(self.made, self.pipe.description, self.notes, self.out)
+
+
+def attach(net: nn.Module, model: Description, name: str, tuning: LoraTuning) -> dict[str, lora.LowRank]:
+    """Put changes beside the layers of a component."""
+    encoders = list(model.text.clip)
+    layers = lora.OF_TEXT if name in encoders else tuning.layers or model.family.trained
+    seed = [tuning.seed, 107 + 100 * encoders.index(name) if name in encoders else 7]
+    alpha = tuning.rank if tuning.alpha is None else tuning.alpha
+    return lora.attach(net, model.name, adapters.layers(model, name), layers, tuning.rank, alpha, seed)
 
 
 def told(sets: Sequence[Sequence[Picture]]) -> str:
@@ -267,14 +228,30 @@ def told(sets: Sequence[Sequence[Picture]]) -> str:
     return " and of the class ".join(parts) + "."
 
 
-def samples(pipe: Pipeline, net: nn.Module, prompts: Sequence[str], step: int, out: Path, **settings) -> list[Path]:
-    """Draw pictures of prompts into the folder of a run, with the denoiser that is open already."""
-    pipe.networks.hold(pipe.description.family.denoiser, net)
-    files = []
+def samples(
+    pipe: Pipeline, tuning: Tuning, networks: dict, prompts: Sequence[str], step: int, out: Path, **settings
+) -> list[Path]:
+    """Draw pictures of prompts into the folder of a run, in its size, with the networks that are trained. samples.png
+    shows those of all steps, one below the other."""
+    files, size = [], tuning.size_for(pipe.description)
     for i, prompt in enumerate(prompts):
-        files += pipe(prompt, seed=0, **settings).save(out / f"sample-{step:06}-{i + 1}.png")
-    pipe.networks.release(pipe.description.family.denoiser)
+        pipe.hold(networks)  # for each, since an encoder is released when it has read
+        drawn = pipe(prompt, seed=0, width=size, height=size, **settings)
+        files += drawn.save(out / f"sample-{step:06}-{i + 1}.png")
+    pipe.release(networks)
+    sheet(sorted(out.glob("sample-??????-*.png"))[-_SHOWN * len(prompts) :], len(prompts), out / "samples.png")
     return files
+
+
+def sheet(files: Sequence[Path], columns: int, file: Path) -> None:
+    """Write pictures in rows of so many as one."""
+    shown = [ImageOps.contain(images.read(f), (_CELL, _CELL)) for f in files]
+    rows = -(-len(shown) // columns)
+    whole = Image.new("RGB", (columns * (_CELL + 4) - 4, rows * (_CELL + 4) - 4), "white")
+    for i, picture in enumerate(shown):
+        whole.paste(picture, (i % columns * (_CELL + 4), i // columns * (_CELL + 4)))
+    with writing(file):
+        whole.save(file)
 
 
 def trained(
@@ -289,11 +266,16 @@ def trained(
     """The steps of a training. What was trained is written whenever the state is saved, and when the run stops."""
     aim = Objective(pipe.description)
 
-    def batch(step: int) -> tuple[list[Part]]:
-        rng = np.random.default_rng([tuning.seed, 11, step])
+    if tuning.low_memory:
+        batches.recompute(net)
+
+    def batch(number: int) -> tuple[list[Part]]:
+        rng = np.random.default_rng([tuning.seed, 11, number])
         return ([aim.part(data, rng, tuning.batch) for data in sets],)
 
-    plan = Plan(tuning.steps, tuning.rate, "adamw", tuning.warmup, 1.0, 1.0, 0.0, tuning.save_every, 1e-2)
+    plan = Plan(
+        tuning.steps, tuning.rate, "adamw", tuning.warmup, 1.0, 1.0, 0.0, tuning.save_every, 1e-2, tuning.accumulate
+    )
     try:
         for report in fit(net, loss, batch, plan, out / RUN):
             if report.step % tuning.save_every == 0:

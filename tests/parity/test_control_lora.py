@@ -8,8 +8,9 @@ from diffusers import FluxControlPipeline
 from safetensors.torch import save_file
 
 import mlxdiff
-from mlxdiff import convert
+from mlxdiff import Request, convert
 from mlxdiff.errors import Error
+from mlxdiff.store import hub
 
 from . import bfl, tiny
 from .test_controlnet import picture
@@ -60,7 +61,7 @@ def model(tmp_path_factory) -> tuple:
 
 
 def drawn(pipe, *loras: str, **settings) -> np.ndarray:
-    return np.asarray(pipe(PROMPT, seed=SEED, loras=loras, **({"steps": 4, "guidance": 10.0} | SIZE | settings)).image)
+    return np.asarray(pipe(PROMPT, seed=SEED, loras=loras, **({"steps": 2, "guidance": 10.0} | SIZE | settings)).image)
 
 
 def test_a_control_lora_draws_as_in_diffusers(model):
@@ -68,7 +69,7 @@ def test_a_control_lora_draws_as_in_diffusers(model):
 
     def want(scale: float, shown: int) -> np.ndarray:
         theirs.set_adapters(["depth"], [scale])
-        return oracle(theirs, control_image=picture(shown), num_inference_steps=4, guidance_scale=10.0)
+        return oracle(theirs, control_image=picture(shown), num_inference_steps=2, guidance_scale=10.0)
 
     whole, half = want(1.0, 1), want(0.7, 1)
     assert psnr(drawn(ours, str(file), controls=[picture(1)]), whole) > DB
@@ -90,6 +91,28 @@ def test_a_control_lora_draws_as_in_diffusers(model):
         10,
         3.5,
     )
+
+
+def test_a_request_with_one_passes_the_check_before_a_model_is_fetched(model, monkeypatch):
+    _, ours, file = model
+    folder, asked = file.parent / "model", {"loras": (str(file),), "controls": [picture(1)]}
+    assert mlxdiff.load(folder, dtype="float32", request=Request("x", **asked)).description == ours.description
+    assert mlxdiff.load(folder, dtype="float32", request=Request("x", controls=[picture(1)]), loras=[str(file)])
+    with pytest.raises(Error, match="itself reads no control picture"):
+        mlxdiff.load(folder, dtype="float32", request=Request("x", controls=[picture(1)]))
+
+    def listing(*_):
+        raise Error("asked the hub", "")
+
+    monkeypatch.setattr(hub, "listing", listing)
+    bare = Request("x", controls=[picture(1)])
+    absent = Request("x <lora:org/depth-lora/depth.safetensors:1>", controls=[picture(1)])
+    for settings, says in (
+        (absent, "asked the hub|is not on this machine"),
+        (bare, "itself reads no control"),
+    ):
+        with pytest.raises(Error, match=says):
+            mlxdiff.load("flux-dev", dtype="float32", request=settings, force=True)
 
 
 def test_a_converted_model_holds_the_lora(model, tmp_path):

@@ -14,7 +14,6 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-import mlxdiff
 from mlxdiff.adapters import Adapter
 from mlxdiff.convert import lora
 from tests import original
@@ -23,7 +22,17 @@ from . import bfl, tiny
 from .test_pipelines import DB, NEGATIVE, PROMPT, SEED, SIZE, oracle, psnr
 
 pytestmark = pytest.mark.usefixtures("cache")
+
+
+def zimage(folder):
+    """No shape shows how many groups its VAE's norms have: as many as in the published one."""
+    made = tiny.zimage(folder)
+    made.register_modules(vae=tiny.vae(45, 0.3611, 16, shift_factor=0.1159))
+    return made
+
+
 KINDS = {"sd1": tiny.sd1, "sdxl": tiny.sdxl, "flux": tiny.flux, "sd3": lambda folder: tiny.sd3(folder, "3.5")}
+KINDS["zimage"] = zimage
 CFG = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": NEGATIVE}
 PLAIN = {"num_inference_steps": 4, "max_sequence_length": 512}
 
@@ -31,13 +40,7 @@ PLAIN = {"num_inference_steps": 4, "max_sequence_length": 512}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict:
     """name -> (diffusers pipeline, our pipeline)"""
-    root, made = tmp_path_factory.mktemp("lora"), {}
-    for name, make in KINDS.items():
-        theirs = make(root / f"{name}-words")
-        theirs.set_progress_bar_config(disable=True)
-        theirs.save_pretrained(root / name)
-        made[name] = theirs, mlxdiff.load(root / name, dtype="float32")
-    return made
+    return tiny.saved(tmp_path_factory.mktemp("lora"), KINDS)
 
 
 def layers(theirs: torch.nn.Module, kinds=(torch.nn.Linear,)) -> dict[str, torch.nn.Module]:
@@ -65,6 +68,7 @@ SETTINGS = {
     "sdxl": {"steps": 4, "guidance": 5.0, "negative": NEGATIVE},
     "sd3": {"steps": 4, "guidance": 5.0, "negative": NEGATIVE},
     "flux": {"steps": 4},
+    "zimage": {"steps": 4},
 }
 
 
@@ -73,10 +77,11 @@ def test_a_lora_of_denoiser_and_text_draws_as_in_diffusers(models, name, tmp_pat
     theirs, ours = models[name]
     denoiser = "unet" if hasattr(theirs, "unet") else "transformer"
     state = low_rank(getattr(theirs, denoiser), f"{denoiser}.", 1)
-    for encoder in ("text_encoder", "text_encoder_2") if name == "sdxl" else ("text_encoder",):
+    encoders = {"sdxl": ("text_encoder", "text_encoder_2"), "zimage": ()}  # diffusers reads no LoRA of Qwen
+    for encoder in encoders.get(name, ("text_encoder",)):
         state |= low_rank(getattr(theirs, encoder), f"{encoder}.", 2)
     save_file(state, tmp_path / "style.safetensors")
-    settings = PLAIN if name == "flux" else CFG
+    settings = {"flux": PLAIN, "zimage": {"num_inference_steps": 4, "guidance_scale": 0.0}}.get(name, CFG)
     bare = oracle(theirs, **settings)
     theirs.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
     try:
@@ -183,14 +188,26 @@ def spellings_of_sd(state: dict) -> dict[str, dict]:
     net = [n.removeprefix("unet.") for n in names if n.startswith("unet.")]
     theirs = [n.removesuffix(".weight") for n in original.unet({f"{n}.weight": 0 for n in net})]
     original_names = dict(zip(net, theirs, strict=True))
-    text = {n: f"lora_te_text_model_{n.removeprefix('text_encoder.').replace('.', '_')}" for n in names if "text" in n}
+    text = [n for n in names if n.startswith("text_encoder")]
+    xl = any(n.startswith("text_encoder_2.") for n in names)
+    tes = {"text_encoder": "te1" if xl else "te", "text_encoder_2": "te2"}
+    comfy = {"text_encoder": "text_encoders.clip_l", "text_encoder_2": "text_encoders.clip_g"}
+
+    def spelt(prefixes: dict, form: str, dot: str) -> dict:
+        parts = [(n, *n.split(".", 1)) for n in text]
+        return {
+            n: form.format(prefixes[encoder]) + rest.removeprefix("text_model.").replace(".", dot)
+            for n, encoder, rest in parts
+        }
+
+    text, dots = spelt(tes, "lora_{}_text_model_", "_"), spelt(comfy, "{}.transformer.text_model.", ".")
     flat = {f"unet.{n}": f"lora_unet_{n.replace('.', '_')}" for n in net}
     numbered = {f"unet.{n}": f"lora_unet_{o.replace('.', '_')}" for n, o in original_names.items()}
     dotted = {f"unet.{n}": f"diffusion_model.{o}" for n, o in original_names.items()}
     return {
         "kohya": kohya(state, flat | text),
         "kohya of SDXL": kohya(state, numbered | text),
-        "ComfyUI": kohya(state, dotted | {n: n for n in text}),
+        "ComfyUI": kohya(state, dotted | dots),
         "diffusers, old": renamed(state, (r"lora_A", "lora.down"), (r"lora_B", "lora.up")),
         "diffusers, older": renamed(state, (r"lora_A", "lora_linear_layer.down"), (r"lora_B", "lora_linear_layer.up")),
         "peft": renamed(state, (r"\.weight$", ".default.weight"), (r"^unet\.", "base_model.model.unet.")),
@@ -221,17 +238,24 @@ def spellings_of_flux(state: dict) -> dict[str, dict]:
             fused[f"{to}{ours}.lora_B.weight"] = torch.block_diag(*ups)
             left -= set(names)
     assert not left
-    text = {key: value for key, value in state.items() if key.startswith("text_encoder.")}
+    text = {key: value for key, value in state.items() if key.startswith("text_encoder")}
     names = {key.rpartition(".lora_")[0] for key in fused}
     flat = {n: f"lora_unet_{n.replace('.', '_')}" for n in names}
-    one = {n: f"lora_te1_text_model_{n.removeprefix('text_encoder.').replace('.', '_')}" for n in
-           {key.rpartition(".lora_")[0] for key in text}}  # fmt: skip
+    layers = sorted({key.rpartition(".lora_")[0] for key in text})
+    kohyas = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te3_"}
+    comfys = {"text_encoder": "text_encoders.clip_l.transformer.text_model.",
+              "text_encoder_2": "text_encoders.t5xxl.transformer."}  # fmt: skip
+    parts = [(n, *n.split(".", 1)) for n in layers]
+    one = {n: kohyas[encoder] + rest.replace(".", "_") for n, encoder, rest in parts}
+    dots = [(rf"^{encoder}\.", prefix) for encoder, prefix in comfys.items()]
     other = {n: f"lora_transformer_{n.removeprefix('transformer.').replace('.', '_')}" for n in
              {key.rpartition(".lora_")[0] for key in state if key.startswith("transformer.")}}  # fmt: skip
     return {
         "kohya": kohya(fused | text, flat | one),
         "BFL": fused | text,
-        "ComfyUI": {f"diffusion_model.{k}": v for k, v in fused.items()} | text,
+        "ComfyUI": {f"diffusion_model.{k}": v for k, v in fused.items()} | renamed(text, *dots),
+        "peft": renamed(state, (r"\.weight$", ".default.weight"), (r"^transformer\.", "base_model.model.")),
+        "diffusers, old": renamed(state, (r"lora_A", "lora.down"), (r"lora_B", "lora.up")),
         "OneTrainer": kohya(state, other | one),
         "XLabs": renamed(
             {k: v for k, v in fused.items() if re.search(r"^double.*attn\.(qkv|proj)\.", k)},
@@ -265,7 +289,21 @@ def spellings_of_sd3(state: dict) -> dict[str, dict]:
         fused[f"{new}.lora_B.weight"] = torch.block_diag(*ups)
     assert len(used) == len([k for k in state if k.startswith("transformer.")]) // 2
     names = {key.rpartition(".lora_")[0] for key in fused}
-    return {"kohya": kohya(fused, {n: f"lora_unet_{n.replace('.', '_')}" for n in names})}
+    text = {key: value for key, value in state.items() if key.startswith("text_encoder")}
+    parts = [(n, *n.split(".", 1)) for n in sorted({key.rpartition(".lora_")[0] for key in text})]
+    tes = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
+    tes |= {"text_encoder_3": "lora_te3_"}
+    one = {n: tes[e] + rest.removeprefix("text_model.").replace(".", "_") for n, e, rest in parts}
+    comfys = [(r"^text_encoder\.(text_model\.)?", "text_encoders.clip_l.transformer.text_model.")]
+    comfys += [(r"^text_encoder_2\.(text_model\.)?", "text_encoders.clip_g.transformer.text_model.")]
+    comfys += [(r"^text_encoder_3\.", "text_encoders.t5xxl.transformer.")]
+    flat = {n: f"lora_unet_{n.replace('.', '_')}" for n in names}
+    return {
+        "kohya": kohya(fused | text, flat | one),
+        "original": {f"model.diffusion_model.{k}": v for k, v in fused.items()} | text,
+        "ComfyUI": {f"diffusion_model.{k}": v for k, v in fused.items()} | renamed(text, *comfys),
+        "bare": renamed(state, (r"^transformer\.", "")),
+    }
 
 
 def sd3_name(name: str) -> str:
@@ -289,15 +327,40 @@ def sd3_name(name: str) -> str:
     return name
 
 
-SPELLINGS = {"sd1": spellings_of_sd, "flux": spellings_of_flux, "sd3": spellings_of_sd3}
+def spellings_of_zimage(state: dict) -> dict[str, dict]:
+    """ComfyUI's queries, keys and values are one layer; ai-toolkit's are apart. Text encoders are named after Qwen."""
+    fused = {k: v for k, v in state.items() if not re.search(r"\.attention\.to_[qkv]\.", k)}
+    for name in {k.partition(".attention.to_q.")[0] for k in state if ".attention.to_q." in k}:
+        down, up = ([state[f"{name}.attention.to_{p}.lora_{side}.weight"] for p in "qkv"] for side in "AB")
+        fused |= {f"{name}.attention.qkv.lora_A.weight": torch.cat(down)}
+        fused |= {f"{name}.attention.qkv.lora_B.weight": torch.block_diag(*up)}
+    theirs = renamed(
+        fused, (r"^transformer\.", "diffusion_model."), (r"attention\.to_out\.0", "attention.out"),
+        (r"^text_encoder\.", "text_encoders.qwen3_4b.transformer.model."),
+        (r"\.all_(x_embedder|final_layer)\.2-1\.", r".\1."),
+    )  # fmt: skip
+    return {
+        "ComfyUI": theirs,
+        "ai-toolkit": renamed(state, (r"^transformer\.", "diffusion_model."), (r"^text_encoder\.", r"\g<0>model.")),
+        "kohya": kohya(state, {n: f"lora_unet_{n.removeprefix('transformer.').replace('.', '_')}" if n[0] == "t" and
+                               n.startswith("transformer.") else f"lora_te1_model_{n.removeprefix('text_encoder.')}"
+                               .replace(".", "_") for n in {k.rpartition(".lora_")[0] for k in state}}),
+    }  # fmt: skip
+
+
+SPELLINGS = {"sd1": spellings_of_sd, "sdxl": spellings_of_sd, "flux": spellings_of_flux, "sd3": spellings_of_sd3}
+SPELLINGS["zimage"] = spellings_of_zimage
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_spelling_is_the_same_change(models, name, tmp_path):
     theirs, ours = models[name]
-    denoiser = "unet" if name == "sd1" else "transformer"
+    denoiser = "unet" if name.startswith("sd1") or name == "sdxl" else "transformer"
     state = low_rank(getattr(theirs, denoiser), f"{denoiser}.", 5)
-    state |= low_rank(theirs.text_encoder, "text_encoder.", 6) if name != "sd3" else {}
+    for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        state |= low_rank(getattr(theirs, encoder), f"{encoder}.", 6) if hasattr(theirs, encoder) else {}
+    if name == "zimage":  # it reads the layer before the last one
+        state = {k: v for k, v in state.items() if not k.startswith("text_encoder.layers.2.")}
     components = {key.partition(".")[0] for key in state}
 
     def after(spelled: dict) -> tuple[Adapter, dict]:
@@ -316,6 +379,29 @@ def test_every_spelling_is_the_same_change(models, name, tmp_path):
         for n in touched:
             tolerance = 1e-5 * np.abs(want[n]).max()
             np.testing.assert_allclose(got[n], want[n], atol=tolerance, err_msg=f"{spelling}: {n}")
+
+
+def test_xlabs_single_blocks_are_the_same_change(models, tmp_path):
+    """Queries, keys and values are the first rows of a fused layer."""
+    theirs, ours = models["flux"]
+    state, spelled = low_rank(theirs.transformer, "transformer.", 5), {}
+    state = {k: v for k, v in state.items() if re.search(r"\.single_.*\.(attn\.to_[qkv]|proj_out)\.", k)}
+    for i in range(2):
+        name = f"transformer.single_transformer_blocks.{i}"
+        down, up = ([state[f"{name}.attn.to_{p}.lora_{side}.weight"] for p in "qkv"] for side in "AB")
+        to = f"single_blocks.{i}.processor"
+        spelled |= {f"{to}.qkv_lora.down.weight": torch.cat(down), f"{to}.qkv_lora.up.weight": torch.block_diag(*up)}
+        spelled |= {f"{to}.proj_lora.down.weight": state[f"{name}.proj_out.lora_A.weight"]}
+        spelled |= {f"{to}.proj_lora.up.weight": state[f"{name}.proj_out.lora_B.weight"]}
+    got = []
+    for i, each in enumerate((state, spelled)):
+        save_file({k: v.contiguous() for k, v in each.items()}, tmp_path / f"{i}.safetensors")
+        adapter = lora.read(tmp_path / f"{i}.safetensors", ours.description)
+        got.append(weights(ours, "transformer", (adapter, 1.0)))
+    bare = weights(ours, "transformer")
+    assert sum(np.abs(got[0][n] - bare[n]).max() > 0 for n in bare) == 4
+    for n, want in got[0].items():
+        np.testing.assert_allclose(got[1][n], want, atol=1e-5 * np.abs(want).max(), err_msg=n)
 
 
 # ---- textual inversion

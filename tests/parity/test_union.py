@@ -119,6 +119,8 @@ def test_the_masked_start_image_guides(model, tmp_path):
     assert psnr(drawn(ours, (f"{tmp_path / 'promax'}:inpaint", "masked"), **masked), want) > DB
     other = drawn(ours, (f"{tmp_path / 'promax'}:inpaint", picture(4)), **masked, strength=1.0)
     assert psnr(other, want) < DB - 10
+    with pytest.raises(Error, match=r"promax was not made to inpaint"):
+        drawn(ours, (f"{tmp_path / 'promax'}:tile", "masked"), **masked)
 
 
 def test_a_batch_and_low_memory_draw_the_same(model):

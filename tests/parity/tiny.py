@@ -33,9 +33,23 @@ from transformers import (
     T5Tokenizer,
 )
 
+import mlxdiff
 from tests import clip_vocab, qwen_vocab, t5_vocab
 
 from .oracle import randomize
+
+
+def saved(root: Path, kinds: dict) -> dict:
+    """name -> (diffusers pipeline, our pipeline), for name -> what makes the first with its vocabularies in a
+    folder."""
+    pairs = {}
+    for name, make in kinds.items():
+        theirs = make(root / f"{name}-words")
+        theirs.set_progress_bar_config(disable=True)
+        theirs.save_pretrained(root / name)
+        pairs[name] = theirs, mlxdiff.load(root / name, dtype="float32")
+    return pairs
+
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -1,32 +1,58 @@
 """Lessons: small widgets, one idea each, on the built-in model. `from mlxdiff.widgets.explain import FilmStrip`."""
 
+from .claims_model import MODEL
+from .claims_noise import NOISE
+from .few import FewSteps, NoiseTable, Straighten
 from .film import FilmStrip
 from .forward import ForwardNoise
 from .guidance import GuidanceSweep, Negative, TwoAnswers
+from .inside import LyingAboutTime, TakenOut, WhoDecides
+from .judging import Bias, Distance, Marks, Obedience
 from .latent import Channels, Nudge, RoundTrip
+from .nothing import Checks, Strip
+from .novelty import Memory, NearestPicture
 from .race import SamplerRace
 from .seeds import BetweenSeeds, SeedGrid
 from .tokens import Tokens
 from .training import Loss, TwoMoons
+from .trial import Trial, verdicts
 from .whole import Map, here
 from .words import WordMaps
 
 __all__ = [
+    "MODEL",
+    "NOISE",
     "BetweenSeeds",
+    "Bias",
     "Channels",
+    "Checks",
+    "Distance",
+    "FewSteps",
     "FilmStrip",
     "ForwardNoise",
     "GuidanceSweep",
     "Loss",
+    "LyingAboutTime",
     "Map",
+    "Marks",
+    "Memory",
+    "NearestPicture",
     "Negative",
+    "NoiseTable",
     "Nudge",
+    "Obedience",
     "RoundTrip",
     "SamplerRace",
     "SeedGrid",
+    "Straighten",
+    "Strip",
+    "TakenOut",
     "Tokens",
+    "Trial",
     "TwoAnswers",
     "TwoMoons",
+    "WhoDecides",
     "WordMaps",
     "here",
+    "verdicts",
 ]
