@@ -39,7 +39,7 @@ class Component:
 def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, like: Config | None) -> Component:
     """A network that a config.json describes. like: the network as published, if that is known."""
     if cls not in CLASSES:
-        raise Error(f"{settings.path} describes a {cls}, which is not supported yet.", KNOWN)
+        raise Error(f"{settings.path} describes a {cls:.60}, which is not supported yet.", KNOWN)
     module = MODULES[CLASSES[cls]]
     config = module.from_json(settings, cls)
     if hasattr(module, "corrected"):

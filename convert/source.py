@@ -311,7 +311,9 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
     if not isinstance(dtype, str) or dtype not in _SIZES:
         raise Error(f"{name!r} in {path} has the unknown dtype {dtype!r}.", f"Known are {', '.join(_SIZES)}.")
     if not whole(shape, 2**31) or len(shape) > 8 or not whole(span, 2**63) or len(span) != 2 or span[0] > span[1]:
-        raise Error(f"{name!r} in {path} has shape {shape!r} and data_offsets {span!r}, which cannot be.", _AGAIN)
+        raise Error(
+            f"{name!r} in {path} has shape {shape!r:.60} and data_offsets {span!r:.60}, which cannot be.", _AGAIN
+        )
     if math.prod(shape) * _SIZES[dtype] != span[1] - span[0]:
         raise Error(f"{name!r} in {path}: {dtype} of shape {shape} does not fill {span[1] - span[0]:,} bytes.", _AGAIN)
     return dtype, tuple(shape), span[0], span[1]

@@ -72,7 +72,7 @@ def read(source: str | Path | Image.Image, ground: str = "white", alpha: bool = 
             return image.convert("RGBA")
         if image.has_transparency_data:  # photographs are not transparent, and this step would take most of the time
             return _grounded(image, ground)
-        if image.mode == "RGB" and not given:
+        if image.mode == "RGB" and kind in ("JPEG", "PNG") and not given:  # of other kinds the file may stay open
             image.load()
             return image
         made = image.convert("RGB")
@@ -324,7 +324,7 @@ def _with(kind: str, texts: dict[str, str], source: str) -> dict:
         options["extra"] = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body  # a marker of its own, beside EXIF's
     if "parameters" in texts:
         exif = Image.Exif()
-        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + texts["parameters"].encode("utf-16-be")  # as A1111 writes it
+        exif[0x8769] = {0x9286: b"UNICODE\0" + texts["parameters"].encode("utf-16-be")}  # as A1111 writes it
         options["exif"] = exif.tobytes()
     return options
 

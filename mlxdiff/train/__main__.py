@@ -103,7 +103,7 @@ def _common(s: argparse.ArgumentParser) -> None:
     s.add_argument("--flip", action="store_true", default=None, help="also learn from mirrored pictures")
     s.add_argument("--seed", type=int, metavar="N", help="of first values, noise and order (0)")
     s.add_argument("--save-every", type=int, metavar="N", help="steps (100)")
-    s.add_argument("--sample", nargs="+", metavar="PROMPT", help="pictures to draw whenever it saves, with seed 0")
+    s.add_argument("--sample", nargs="+", metavar="PROMPT", help="pictures to draw whenever it saves; see samples.png")
     s.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help="train over a smaller model")
     s.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model (bfloat16; on a CPU float32)")
     s.add_argument("--offline", action="store_true", help="never use the network")

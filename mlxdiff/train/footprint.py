@@ -25,6 +25,7 @@ _VIEWS |= {"Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten"
 _COPIES = {"Reshape", "Flatten", "Unflatten"}  # of an input whose axes are not in order
 _ITSELF = {"Add", "AsType", "Divide", "Erf", "Exp", "Log", "Maximum", "Minimum", "Multiply", "Negative", "Power"}
 _ITSELF |= {"Rsqrt", "Select", "Sigmoid", "Softmax", "Sqrt", "Square", "Subtract", "Tanh", "Compiled"}  # take its place
+_LAG = 10  # operations that MLX begins before the first of them ends
 _STATES = 4  # numbers for each that is trained: itself, the mean of fit, and AdamW's two
 
 
@@ -35,8 +36,9 @@ class Step(NamedTuple):
     peak: int
 
 
-def step(model: Description, tuning: LoraTuning) -> Step:
-    """The largest memory of a step of a LoRA's training, for square pictures of its size."""
+def step(model: Description, tuning: LoraTuning, gpu: bool) -> Step:
+    """The largest memory of a step of a LoRA's training, for square pictures of its size. gpu: not on a CPU, where a
+    convolution takes more."""
     names = [model.family.denoiser, *model.text.clip * tuning.text_encoder]
     nets = {name: blank(model, name) for name in names}
     held = _bytes([net.parameters() for net in nets.values()])
@@ -61,8 +63,8 @@ def step(model: Description, tuning: LoraTuning) -> Step:
         return [value, *(g for _, g in tree_flatten(grads))]
 
     trained = _bytes(whole.trainable_parameters())
-    passing = walked(run, whole.parameters(), x, mx.zeros((tuning.batch,)), _read(model, tuning.batch))
-    passing += max((_of_block(*call) for call in {key: call for key, *call in calls}.values()), default=0)
+    passing = walked(run, whole.parameters(), x, mx.zeros((tuning.batch,)), _read(model, tuning.batch), gpu=gpu)
+    passing += max((_of_block(*call, gpu) for call in {key: call for key, *call in calls}.values()), default=0)
     more = trained if tuning.accumulate > 1 else 0  # the sum of the gradients so far
     update = held + (2 * _STATES + 1) * trained  # the new ones, while the old are held
     return Step(held, max(passing + (_STATES - 1) * trained + more, update))
@@ -103,7 +105,7 @@ def _without_blocks(net: nn.Module) -> list[tuple]:
     return calls
 
 
-def _of_block(kind: type[nn.Module], block: nn.Module, args: tuple, named: dict, out) -> int:
+def _of_block(kind: type[nn.Module], block: nn.Module, args: tuple, named: dict, out, gpu: bool) -> int:
     """Bytes of what a block takes beside its weights and what it reads, while its gradients are computed."""
     arrays = [v for _, v in tree_flatten([args, named]) if _is(v)]
 
@@ -121,7 +123,7 @@ def _of_block(kind: type[nn.Module], block: nn.Module, args: tuple, named: dict,
 
     grads = [v for _, v in tree_flatten(out)]
     empty = tree_map(lambda v: mx.zeros(v.shape, v.dtype), block.parameters())
-    return walked(run, empty, arrays, grads) - _bytes(empty) - _bytes(arrays)
+    return walked(run, empty, arrays, grads, gpu=gpu) - _bytes(empty) - _bytes(arrays)
 
 
 def _is(value) -> bool:
@@ -148,7 +150,7 @@ def _read(model: Description, n: int) -> dict[str, mx.array]:
     return args
 
 
-def walked(run: Callable, *inputs) -> int:
+def walked(run: Callable, *inputs, gpu: bool) -> int:
     """The largest sum of the buffers that are alive at once while the arrays of run(*inputs) are computed."""
     flat = tree_flatten(list(inputs))
     names, records = [name for name, _ in flat], []
@@ -180,7 +182,7 @@ def walked(run: Callable, *inputs) -> int:
     kept |= {buffer[name] for name, *_ in listed["outputs"]["outputs"]}
     alive = sum(size[b] for b in kept if b in size and b in {n for n, *_ in listed["inputs"]["inputs"]})
     held = {b for b in kept if b in {n for n, *_ in listed["inputs"]["inputs"]}}
-    most = alive
+    most, ending = alive, []
     for i, r in enumerate(steps):
         over = {buffer[name] for name, *_ in r["inputs"]}
         over = {b for b in over if last[b] == i and b not in kept}
@@ -197,19 +199,32 @@ def walked(run: Callable, *inputs) -> int:
                 alive += size[b]
             if b not in last and b not in kept:
                 over.add(b)
+        beside = 0 if gpu else _unfolded(r)
+        alive += beside
         most = max(most, alive)
-        for b in over & held:
-            alive -= size[b]
-            held.discard(b)
+        over &= held
+        held -= over
+        ending.append(beside + sum(size[b] for b in over))
+        alive -= ending[-1 - _LAG] if len(ending) > _LAG else 0
     return most
+
+
+def _unfolded(r: dict) -> int:
+    """Bytes that a convolution takes beside its output on a CPU: its input, once for each number of the kernel."""
+    if r["name"] != "Convolution":
+        return 0
+    (_, (*_, c), dtype), (_, (_, kh, kw, _), _) = r["inputs"][:2]
+    _, (n, h, w, _), _ = r["outputs"][0]
+    return n * h * w * kh * kw * c * dtype.size
 
 
 def told(model: Description, tuning: LoraTuning, force: bool) -> str:
     """What a step takes, for people. Raises if this machine clearly has less. force: try it all the same."""
-    need, machine = step(model, tuning), advice.this_machine()
+    machine = advice.this_machine()
+    need = step(model, tuning, machine.gpu)
     said = f"A step takes about {need.peak / 1e9:.1f} GB"
     if need.peak > advice.SURE * machine.memory and not force:
-        fitting = [(k, step(*other).peak) for k, *other in _others(model, tuning)]
+        fitting = [(k, step(*other, machine.gpu).peak) for k, *other in _others(model, tuning)]
         fitting = [f"`{k}` ({n / 1e9:.1f} GB)" for k, n in fitting if n <= machine.budget]
         fix = f"What fits: {', or '.join(fitting)}." if fitting else "Train for a smaller model."
         fix = f"{fix} `force=True` tries it as it is."
@@ -229,11 +244,11 @@ def _others(model: Description, tuning: LoraTuning) -> list[tuple[str, Descripti
 
 def table(model: Description, tuning: LoraTuning) -> str:
     """What a step takes with 16, 8 and 4 bits, and with low_memory or without, for people."""
-    size = tuning.size_for(model)
+    size, gpu = tuning.size_for(model), advice.this_machine().gpu
     lines = [f"{model.name} at {size}x{size}, rank {tuning.rank}, {tuning.batch} at once: a step takes about"]
     for bits in (None, 8, 4):
         how = replace(model, recipe=replace(model.recipe, bits=bits))
-        plain, low = (step(how, replace(tuning, low_memory=each)).peak / 1e9 for each in (False, True))
+        plain, low = (step(how, replace(tuning, low_memory=each), gpu).peak / 1e9 for each in (False, True))
         lines.append(f"  {how.recipe!s:16}{plain:7.1f} GB, with --low-memory {low:.1f} GB")
     return "\n".join(lines)
 

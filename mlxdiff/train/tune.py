@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from .. import conditioning, foreign, images, values
 from ..description import Description
@@ -23,10 +23,11 @@ from ..store import adapters
 from . import batches, lora, texts
 from . import folder as folders
 from .batches import Data, Objective, Part
-from .fit import Plan, Report, fit, same_run
+from .fit import Plan, Report, fit, same_run, writing
 from .folder import Picture
 
 RUN = "run"  # the folder of the unfinished state, beside what is trained
+_SHOWN, _CELL = 20, 256  # of samples.png: the last steps, and the edge of a picture at most
 
 
 @dataclass(frozen=True)
@@ -230,14 +231,27 @@ def told(sets: Sequence[Sequence[Picture]]) -> str:
 def samples(
     pipe: Pipeline, tuning: Tuning, networks: dict, prompts: Sequence[str], step: int, out: Path, **settings
 ) -> list[Path]:
-    """Draw pictures of prompts into the folder of a run, in its size, with the networks that are trained."""
+    """Draw pictures of prompts into the folder of a run, in its size, with the networks that are trained. samples.png
+    shows those of all steps, one below the other."""
     files, size = [], tuning.size_for(pipe.description)
     for i, prompt in enumerate(prompts):
         pipe.hold(networks)  # for each, since an encoder is released when it has read
         drawn = pipe(prompt, seed=0, width=size, height=size, **settings)
         files += drawn.save(out / f"sample-{step:06}-{i + 1}.png")
     pipe.release(networks)
+    sheet(sorted(out.glob("sample-??????-*.png"))[-_SHOWN * len(prompts) :], len(prompts), out / "samples.png")
     return files
+
+
+def sheet(files: Sequence[Path], columns: int, file: Path) -> None:
+    """Write pictures in rows of so many as one."""
+    shown = [ImageOps.contain(images.read(f), (_CELL, _CELL)) for f in files]
+    rows = -(-len(shown) // columns)
+    whole = Image.new("RGB", (columns * (_CELL + 4) - 4, rows * (_CELL + 4) - 4), "white")
+    for i, picture in enumerate(shown):
+        whole.paste(picture, (i % columns * (_CELL + 4), i // columns * (_CELL + 4)))
+    with writing(file):
+        whole.save(file)
 
 
 def trained(

@@ -15,7 +15,7 @@ from tests.test_imports import ROOT
 
 expect = pytest.importorskip("playwright.sync_api", reason=HOW).expect
 
-LESSONS = [n for n in notebooks.names() if re.match(r"0[1-9]_", n)]
+LESSONS = [n for n in notebooks.names() if re.match(r"0[1-8]_", n)]  # a later one may begin without a widget
 
 
 @pytest.mark.parametrize("name", LESSONS)

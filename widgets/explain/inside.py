@@ -136,7 +136,7 @@ class Votes(NamedTuple):
 
 
 class WhoDecides(Lesson):
-    title = "Who decides?"
+    title = "Who decides"
     idea = "Two prompts, from the same noise. One block alone reads the second: how far does the picture follow it?"
     trying = "Let the prompts differ in the time of day instead, or in the object: does another block decide?"
 
