@@ -57,6 +57,7 @@ def test_a_lesson_starts_by_itself_and_a_changed_one_by_its_button(browser, page
     nbformat.write(changed, folder / "01_forward_noise.ipynb")
     env = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(tmp_path / "c"), "HOME": str(tmp_path)}
     command = [sys.executable, "-m", "mlxdiff.widgets.lessons", "--no-browser", str(folder)]
+    SHOTS.mkdir(parents=True, exist_ok=True)
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
@@ -67,10 +68,12 @@ def test_a_lesson_starts_by_itself_and_a_changed_one_by_its_button(browser, page
         page.goto(re.search(r"http\S+", said)[0].replace("00_start", "01_forward_noise"))
         button = page.get_by_role("button", name="Run this lesson")
         button.wait_for(timeout=60_000)
-        assert page.locator(".mlxdiff-lesson").count() == 0
+        assert page.locator(".mlxdiff-lesson:visible").count() == 0
         button.click()
-        expect(page.locator(".mlxdiff-lesson img").first).to_be_visible(timeout=120_000)
+        expect(page.locator(".mlxdiff-lesson img:visible")).to_have_count(1, timeout=120_000)
+        page.screenshot(path=SHOTS / "lessons-changed.png")
     finally:
+        page.goto("about:blank")  # it would complain of the server's end
         server.send_signal(signal.SIGTERM)
         server.wait(60)
 
