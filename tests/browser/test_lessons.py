@@ -84,7 +84,7 @@ def test_a_figure_is_a_light_card_in_the_dark_and_its_caption_is_its_name(desk, 
         d = desk("dark-lesson.ipynb", "from mlxdiff.widgets.explain import ForwardNoise\nForwardNoise()")
         d.run_all()
         lesson = page.locator(".mlxdiff-lesson")
-        sheet = lesson.locator(".mlxdiff-sheet")
+        sheet = lesson.locator(".mlxdiff-figure")
         sheet.locator("img").wait_for()
         ground = "e => getComputedStyle(e).backgroundColor"
         assert sheet.evaluate(ground) == "rgb(255, 255, 255)"

@@ -19,7 +19,7 @@ class Sheet(anywidget.AnyWidget):
         image.style.maxWidth = `min(100%, ${model.get("width")}px)`;
       }
       const name = () => { image.alt = model.get("alt"); };
-      el.classList.add("mlxdiff-sheet");
+      el.classList.add("mlxdiff-figure");
       model.on("change:value", draw);
       model.on("change:alt", name);
       draw(); name();
