@@ -26,9 +26,10 @@ def blocks(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def skips(net: nn.Module) -> list[int]:
-    """The level of each skip, in the order in which the way down leaves them. The first is the input itself."""
-    per_level = [n + (i < len(net.config.layers)) for i, n in enumerate(net.config.layers, 1)]
-    return [1] + [level for level, n in enumerate(per_level, 1) for _ in range(n)]
+    """The level of each skip's map, in the order in which the way down leaves them. The first is the input itself; the
+    last of a level, made smaller, is the next one's."""
+    levels = len(net.config.layers)
+    return [1, *(min(i + k // n, levels) for i, n in enumerate(net.config.layers, 1) for k in range(n + (i < levels)))]
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from . import (
     vision,
     zimage,
 )
+from .layers import ResBlock
 
 NETWORKS = {
     "clip": (clip.Config, clip.CLIPText),
@@ -57,6 +58,9 @@ Config = clip.Config | t5.Config | qwen3.Config | unet.Config | sd3.Config | flu
 Config |= controlnet.Config | controlnet.UnionConfig | t2i.Config | flux2.Config | zimage.Config | vae.Config
 Config |= taesd.Config | esrgan.Config | depth.Config | vision.Config | ip_adapter.Config | redux.Config
 Config |= flux_controlnet.Config | sd3_controlnet.Config
+# The layers of denoisers and of CLIP that a training may compute twice, so that it need not keep what is inside.
+BLOCKS = (ResBlock, unet.TransformerLayer, clip.Layer, sd3.Block, flux.DoubleBlock, flux.SingleBlock)
+BLOCKS += (flux2.DoubleBlock, flux2.SingleBlock, zimage.Block)
 # Networks that guide a denoiser -> a function of their Config, the denoiser's, and the pixels that one latent covers:
 # what keeps the two from each other, in words; "" if nothing does.
 GUIDES = {"controlnet": controlnet.misfit, "union": controlnet.misfit, "t2i": t2i.misfit}

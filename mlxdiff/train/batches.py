@@ -15,8 +15,7 @@ import numpy as np
 from .. import conditioning, foreign, samplers, schedules
 from ..description import Description
 from ..families.base import INPUT
-from ..models import clip, flux, flux2, sd3, unet, zimage
-from ..models.layers import ResBlock
+from ..models import build
 from ..networks import dtype_of
 from . import objective
 from .fit import write_arrays, writing
@@ -142,11 +141,7 @@ def recompute(net: nn.Module) -> None:
 
 def blocks(net: nn.Module) -> list[nn.Module]:
     """Those that `recompute` changes."""
-    return [module for module in net.modules() if type(module) in _BLOCKS]
-
-
-_BLOCKS = (ResBlock, unet.TransformerLayer, clip.Layer, sd3.Block, flux.DoubleBlock, flux.SingleBlock)
-_BLOCKS += (flux2.DoubleBlock, flux2.SingleBlock, zimage.Block)
+    return [module for module in net.modules() if type(module) in build.BLOCKS]
 
 
 @cache
