@@ -1,11 +1,13 @@
 """A style that storybook does not know, taught by forty pictures: cyanotypes, white on Prussian blue.
 
-    python -m tests.recipes.style pictures blue/pictures            forty renders as cyanotypes, with captions
-    mlxdiff train lora -m storybook -i blue/pictures -o blue/lora --steps 300 --rank 8 --trigger cyanotype
-    python -m tests.recipes.style judge blue/lora/lora.safetensors  what it learned, what it forgot, and a sheet
+    python -m tests.recipes.style pictures blue/pictures    forty renders as cyanotypes, with captions
+    mlxdiff train lora -m storybook -i blue/pictures -o blue/lora --steps 240 --batch 2 --rank 8 --rate 2e-3
+    python -m tests.recipes.style judge blue/lora           what it learned, what it forgot, and a sheet
 
 `judge` draws the same prompts with the LoRA and without it, first with the word and then without: how far the pictures
-are from a cyanotype, and how many of the prompts' words the judge still finds in pictures that do not ask for one."""
+are from a cyanotype, and how many of the prompts' words the judge still finds in pictures that do not ask for one. In
+two minutes of training the distance fell from 31 to 7 of 255, with the word and without: the word itself is not in the
+model's vocabulary, and the text encoder is not trained here. So the LoRA is the style, and its scale says how much."""
 
 import argparse
 from pathlib import Path
@@ -57,7 +59,7 @@ def measure(lora: Path, count: int) -> None:
         print(f"{what:6} {end or 'plain':9}  {off(np.stack(drawn)):5.1f} of 255 from a cyanotype; % of words: {words}")
         rows.append(drawn[:6])
     sheet = np.concatenate([np.concatenate([np.asarray(p) for p in row], 1) for row in (rows[0], rows[1], rows[3])])
-    Image.fromarray(sheet).save(lora.with_name("style.png"))
+    Image.fromarray(sheet).save(lora.parent / "style.png")
 
 
 def main() -> None:
