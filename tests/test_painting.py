@@ -246,12 +246,14 @@ def test_controls_and_references_have_rows_and_reach_the_request(studio):
     assert rows["control"].rows[0] is first  # the row stays: a person has its slider in hand
     rows["control"].rows[1].network.value = ""
     rows["control"].rows[1].file.value = " mine.safetensors "
+    rows["reference"].rows[0].end.value = 0.5
     request = studio.generate().result(WAIT).request
     guide, other = request.controls
     assert (guide.model, guide.scale, guide.interval) == ("depth", 0.7, (0.1, 0.8))
     assert images.read(guide.image).size == (40, 30)
     assert (other.model, other.image.name[:6]) == ("mine.safetensors", "guide-")
     assert request.references[0].model in rows["reference"].rows[0].network.label
+    assert request.references[0].interval == (0.0, 0.5)
     assert "Control" in dict(studio.images[-1].words())
 
     file = studio.images[-1].path

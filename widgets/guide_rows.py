@@ -81,8 +81,7 @@ class Row(w.HBox):
         if what == "control" and not guide.masked:
             parts.append(self.edges)
         if not alone:
-            parts += [self.network, self.file, self.scale]
-            parts += [self.begin, self.end] if what == "control" else []
+            parts += [self.network, self.file, self.scale, self.begin, self.end]
         super().__init__(parts)
         self.add_class("mlxdiff-guide")
         for control in (self.network, self.file, self.scale, self.begin, self.end):
