@@ -233,12 +233,6 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.store.guides",
     },
-    "mlxdiff.store.loras": {
-        "mlxdiff.convert.lora_header",
-        "mlxdiff.description",
-        "mlxdiff.errors",
-        "mlxdiff.foreign",
-    },
     "mlxdiff.store.references": {
         "mlxdiff.convert",
         "mlxdiff.convert.settings",
@@ -567,7 +561,7 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.foreign",
         "mlxdiff.request",
-        "mlxdiff.store.loras",
+        "mlxdiff.store.adapters",
         "mlxdiff.widgets.settings",
     },
     "mlxdiff.widgets.second_pictures": {
@@ -757,7 +751,7 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = ("", ".adapters", ".guides", ".loras", ".references", ".tokenizer")
+        stores = ("", ".adapters", ".guides", ".references", ".tokenizer")
         stores = tuple(f"mlxdiff.store{part}" for part in stores)
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name

@@ -3,16 +3,18 @@
 import functools
 import html
 import itertools
+import queue
+import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 
 import ipywidgets as w
 
 from .. import foreign
 from ..dialects import lora
 from ..errors import Error
-from ..store import loras as store
+from ..store import adapters as store
 from .settings import Settings
 
 _MOST = 2.0  # of a slider, in both directions
@@ -124,14 +126,18 @@ def _chip(word: str) -> str:
 
 
 class Picker:
-    """Looks at the folder's files for one studio, on a thread of its own: hundreds of headers take seconds."""
+    """Looks at the folder's files for one studio, on a thread of its own: hundreds of headers take seconds. A look
+    builds networks, and MLX aborts in some exits of a process in which a thread that did so has ended: so this one does
+    not end."""
 
     def __init__(self, studio: Settings, list_: Loras, unfold: w.ToggleButton):
         self._studio, self._list, self._unfold = studio, list_, unfold
         self._turns, self._turn = itertools.count(1), 0
         self._known: dict[tuple, object] = {}  # by file, time, size and model
         self._seen: tuple = ()  # what the last look was for
-        self.thread: Thread | None = None  # of the last look
+        self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.rests = threading.Event()  # set after the last look
         list_.change = functools.partial(studio.set_trait, "loras")
         unfold.observe(lambda change: self.look(), "value")
 
@@ -145,11 +151,26 @@ class Picker:
         if seen == self._seen or not (n or self._unfold.value):
             return
         self._seen, self._turn = seen, next(self._turns)
-        self.thread = Thread(target=self._look, args=(self._turn,), daemon=True)
-        self.thread.start()
+        self.rests.clear()
+        self._asked.put(self._turn)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, daemon=True)
+            self._thread.start()
+
+    def _loop(self) -> None:
+        while True:
+            turn = self._asked.get()
+            try:
+                if turn == self._turn:  # else another look has been asked for since
+                    self._look(turn)
+            except Exception:
+                traceback.print_exc()
+            if turn == self._turn:
+                self.rests.set()
 
     def _look(self, turn: int) -> None:
-        model, folder, note = self._studio._known.description, store.folder(), ""
+        model, folder, note = self._studio._known.description, store.usual_folder(), ""
+        folder = folder and folder.absolute()
         files = [] if folder is None or not self._unfold.value else store.files(folder)
         if folder is None:
             note = _NO_FOLDER

@@ -1,8 +1,10 @@
 """LoRAs and taught words: found by a path, a name or a hub id, and read where they are."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import foreign
 from ..adapters import Adapter, Rows, Word
@@ -11,7 +13,11 @@ from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES, Fast
 from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, guides, local
 
+if TYPE_CHECKING:
+    from ..convert.lora_header import Look
+
 _NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_MOST = 500  # files of a list
 FOLDER = "MLXDIFF_LORAS"  # an environment variable: where names are looked up
 
 
@@ -23,10 +29,28 @@ def folder_of(path: str | Path | None) -> Path | None:
     return folder
 
 
+def usual_folder() -> Path | None:
+    """That of MLXDIFF_LORAS, if it is a folder."""
+    said = os.environ.get(FOLDER)
+    folder = foreign.path(said) if said else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of a folder and of the folders in it, by name, for a list to choose from."""
+    return sorted(folder.rglob("*.safetensors"), key=lambda path: str(path).lower())[:_MOST]
+
+
+def look(paths: Iterable[Path], model: Description) -> "dict[Path, Look | Error]":
+    """By the headers of files, what they would change in a model, or why they do not fit it."""
+    from ..convert import lora_header
+
+    return lora_header.look(paths, model)
+
+
 def here(name: str | Path, folder: Path | None = None) -> Path | None:
     """The file of a LoRA or an embedding on this machine: a path, or a name in a folder, by default MLXDIFF_LORAS."""
-    path, said = local(name), os.environ.get(FOLDER)
-    folder = folder if folder is not None else foreign.path(said) if said else None
+    path, folder = local(name), usual_folder() if folder is None else folder
     if path is None and folder is not None:
         path = next((p for end in ("", ".safetensors") if (p := folder / f"{name}{end}").is_file()), None)
     if path is not None and path.is_dir():
