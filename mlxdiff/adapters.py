@@ -26,9 +26,7 @@ class Change:
     first: int  # the first of the rows
     rows: int
     low: Pair | None = None  # down (r, in) and up (rows, r): the change is up @ down
-    full: Callable[[], mx.array] | None = (
-        None  # makes (rows, ...); made anew each time: it may be as large as the model
-    )
+    full: Callable[[], mx.array] | None = None  # makes (rows, ...), anew each time: it may be as large as the model
     magnitude: mx.array | None = None  # DoRA: the length of each row, (rows, 1), or of each column, (1, in)
     replaces: bool = False  # what `full` makes takes the place of the rows, whatever the adapter's scale is
     widens: int = 0  # how many columns it makes of the parameter's, which has fewer, and zeros there; 0: it keeps them

@@ -180,9 +180,9 @@ def walked(run: Callable, *inputs, gpu: bool) -> int:
         for name in read:
             last[buffer[name]] = i
     kept |= {buffer[name] for name, *_ in listed["outputs"]["outputs"]}
-    alive = sum(size[b] for b in kept if b in size and b in {n for n, *_ in listed["inputs"]["inputs"]})
-    held = {b for b in kept if b in {n for n, *_ in listed["inputs"]["inputs"]}}
-    most, ending = alive, []
+    held = kept & {name for name, *_ in listed["inputs"]["inputs"]}
+    most = alive = sum(size[b] for b in held)
+    ending = []
     for i, r in enumerate(steps):
         over = {buffer[name] for name, *_ in r["inputs"]}
         over = {b for b in over if last[b] == i and b not in kept}
