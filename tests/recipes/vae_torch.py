@@ -28,7 +28,7 @@ from diffusers import AutoencoderKL
 
 from mlxdiff.train import storybook as sb
 from tests.recipes import cpu
-from tests.recipes.storybook_torch import picture_batch, pyramid_loss, save
+from tests.recipes.storybook_torch import picture_batch, save, steepness
 
 SHARD, SEED, KEPT, KEPT_SEED = 1024, 10_000_000, 32, 6_000_000
 CROP, CROPS, WHOLE_FROM = 128, 4, 0.75  # four crops cost as much as a whole picture of 256
@@ -90,6 +90,17 @@ def render(run: Path, shards: int, size: int) -> None:
 # --- loss and figures
 
 
+def pyramid_loss(y, x):
+    """Squared error, L1 at four scales, L1 of differences at the two finest."""
+    loss = 2 * F.mse_loss(y, x)
+    for k in range(4):
+        loss = loss + F.l1_loss(y, x) * (1 if k == 0 else 0.6)
+        if k < 2:
+            loss = loss + 0.7 * sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return loss
+
+
 def edge_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The absolute error weighted by how steep the picture is within a pixel; the weights' mean is about one."""
     grey = x.mean(1, keepdim=True)
@@ -107,12 +118,6 @@ def loss_of(vae: AutoencoderKL, x: torch.Tensor, s: Settings) -> torch.Tensor:
     if s.square:
         loss = loss + s.square * F.mse_loss(y, x)
     return loss + s.edges * edge_loss(y, x) if s.edges else loss
-
-
-def steepness(pictures: np.ndarray) -> float:
-    """The 99th percentile of the luma's gradient, over all pixels of (B, H, W, 3) uint8."""
-    luma = pictures.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    return float(np.percentile(np.hypot(np.diff(luma, axis=1)[:, :, :-1], np.diff(luma, axis=2)[:, :-1]), 99))
 
 
 @torch.no_grad()
