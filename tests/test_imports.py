@@ -529,6 +529,7 @@ MAY = {
     "mlxdiff.widgets.gallery": {
         "mlxdiff.dialects",
         "mlxdiff.errors",
+        "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.pictures",
         "mlxdiff.request",
@@ -556,12 +557,16 @@ MAY = {
         "mlxdiff.images",
         "mlxdiff.widgets.start_picture",
     },
+    "mlxdiff.widgets.adapter_rows": {"mlxdiff.errors", "mlxdiff.families", "mlxdiff.foreign"},
     "mlxdiff.widgets.loras": {
+        "mlxdiff.adapters",
         "mlxdiff.dialects",
         "mlxdiff.errors",
+        "mlxdiff.families",
         "mlxdiff.foreign",
         "mlxdiff.request",
         "mlxdiff.store.adapters",
+        "mlxdiff.widgets.adapter_rows",
         "mlxdiff.widgets.settings",
     },
     "mlxdiff.widgets.second_pictures": {
