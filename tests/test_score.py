@@ -187,7 +187,7 @@ def test_hostile_files_are_counted_and_the_rest_is_read(story, tmp_path, capsys,
     Image.new("RGB", (201, 200)).save(tmp_path / "large.png")
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "pickle.pt").write_bytes(b"x")
-    (tmp_path / ".hidden").write_text("x")
+    (tmp_path / "._00.png").write_text("x")
     skipped = Skipped()
     paths = folder.files(tmp_path, skipped)
     read = [picture for picture in folder.read(paths, None, skipped) if picture is not None]

@@ -46,10 +46,12 @@ def files(folder: Path, skipped: Skipped) -> list[Path]:
             for i, entry in enumerate(entries):
                 if i >= MOST:
                     raise Error(f"{folder} holds more than {MOST:,} files.", "Score a smaller folder.")
+                if entry.name.startswith("."):  # also what a Mac puts beside each picture on other disks
+                    continue
                 path = Path(folder, entry.name)
                 if path.suffix.lower() in images.READ:
                     found.append(path)
-                elif not entry.name.startswith("."):
+                else:
                     skipped.add(OTHER, entry.name)
     except (FileNotFoundError, NotADirectoryError):
         raise Error(f"There is no folder {folder}.", "Give a folder of pictures.") from None

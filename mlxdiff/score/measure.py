@@ -129,7 +129,7 @@ def apart(a: Seen, b: Seen, progress: Progress) -> dict:
     if a.embeddings is not None and b.embeddings is not None:
         pair = a.embeddings, b.embeddings
         found["cmmd"] = distances.cmmd(*pair, progress=lambda n, of: progress("CMMD", n, of))
-        found["frechet"] = distances.frechet_distance(*pair, progress=lambda n, of: progress("Fréchet", n, of))
+        found["frechet"] = distances.frechet_distance(*pair, progress=lambda n, of: progress("Frechet", n, of))
     if a.features is not None and b.features is not None:
         found["judge"] = distances.frechet_distance(
             a.features, b.features, progress=lambda n, of: progress("judge", n, of)

@@ -33,9 +33,10 @@ def theirs(tmp_path_factory):
     tok = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
     text = CLIPTextConfig(**TEXT, vocab_size=len(tok), num_hidden_layers=2, eos_token_id=len(tok) - 1)
     seen = CLIPVisionConfig(**VISION, num_hidden_layers=3)
-    model = randomize(
-        CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=seen.to_dict(), projection_dim=20)), 5
-    )
+    whole = CLIPConfig(text_config=text.to_dict(), vision_config=seen.to_dict(), projection_dim=20)
+    model = CLIPModel(whole).eval()
+    for k, part in enumerate(("vision_model", "text_model", "visual_projection", "text_projection")):
+        randomize(getattr(model, part), k)
     model.save_pretrained(folder)
     return folder, model, tok
 
