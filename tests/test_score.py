@@ -79,9 +79,17 @@ def test_an_interval_holds_the_mean_as_often_as_it_says():
     hits = 0
     for seed in range(100):
         values = np.random.default_rng(seed).standard_normal(50)
-        low, high = distances.mean_interval(values, np.arange(50), seed)
+        low, high = distances.mean_interval(values, np.arange(50), seed=seed)
         hits += low < 0 < high
     assert hits > 86
+
+
+def test_of_cases_without_exception_a_part_may_be_exceptions():
+    """The rule of three; a bootstrap alone would be sure."""
+    assert distances.mean_interval(np.ones(12), np.arange(12), 1.0) == (0.75, 1.0)
+    assert distances.mean_interval(np.zeros(60), np.arange(60), 100.0) == (0.0, 5.0)
+    assert distances.mean_interval(np.ones(2), np.arange(2), 1.0) == (0.0, 1.0)
+    assert distances.mean_interval(np.ones(12), np.arange(12)) == (1.0, 1.0)
 
 
 def test_pictures_of_one_prompt_are_not_counted_as_independent():

@@ -183,8 +183,9 @@ def compare(args: argparse.Namespace) -> dict:
     pipe = opened(None)
     request = pipe.resolve(question.prompts[0], seed=0, **size)
     known = [name for name, row in SAMPLERS.items() if row.flow is not None or not pipe.description.family.flow]
-    todo = quality.settings(request.steps, request.sampler, known, args.over)
     facts = about(pipe, request, args)
+    bits = (8, 4) if facts["device"] == "gpu" else (4,)  # which a CPU multiplies slowly
+    todo = quality.settings(request.steps, request.sampler, known, args.over, bits)
     del pipe
     scorer, total = quality.Scorer(question, args.clip), len(todo) * len(question.prompts)
     with tqdm(total=total, desc="draw", unit="picture", leave=False, disable=True if args.json else None) as bar:

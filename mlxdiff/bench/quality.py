@@ -33,8 +33,10 @@ PROMPTS = (  # of models that know the world
     "a castle on a hill under a full moon, oil painting",
     "an astronaut riding a horse in the desert",
 )
-STORY = 6  # prompts of the built-in model: as many as take less than a minute on two idle cores
+STORY = 5  # prompts of the built-in model: with the default settings about 50 seconds of a processor
+_OTHER = ("euler", "ddim")  # the sampler to compare with is the first of these that is not the model's own
 MOST = 100  # settings
+MOST_PICTURES = 2000  # of each, what CLIP reads stays in memory until all are drawn: 0.6 MB
 _LONGEST = 2000  # characters of a prompt
 _CALLS = {"heun": 2}  # of the network, a step
 Load = Callable[[int | str | None], Pipeline]  # bits -> a model
@@ -51,17 +53,19 @@ class Asked(NamedTuple):
     labels: np.ndarray | None  # (n, 6) words for the judge; None of other models
 
 
-def settings(steps: int, sampler: str, known: Sequence[str], over: Sequence[str] = ()) -> list[Setting]:
+def settings(
+    steps: int, sampler: str, known: Sequence[str], over: Sequence[str] = (), bits: Sequence[int] = (4,)
+) -> list[Setting]:
     """The settings to draw with, the slowest first. steps, sampler: the model's defaults. known: the samplers that it
     can use. over: `steps=4,8`, `sampler=ddim`, `bits=8,none`: all combinations of these. By default each of the three
-    changes alone."""
+    changes alone. bits: those of the default."""
     if over:
         values = {"steps": [steps], "sampler": [sampler], "bits": [None]} | _given(over, known)
         made = [Setting(*combination) for combination in product(*values.values())]
     else:
         made = [Setting(max(1, round(steps * part)), sampler, None) for part in (2, 1, 1 / 2, 1 / 4)]
-        made += [Setting(steps, other, None) for other in ("ddim", "euler") if other in known and other != sampler]
-        made += [Setting(steps, sampler, bits) for bits in (8, 4)]
+        made += [Setting(steps, other, None) for other in _OTHER if other in known and other != sampler][:1]
+        made += [Setting(steps, sampler, few) for few in bits]
     made = list(dict.fromkeys(made))
     if len(made) > MOST:
         raise Error(f"{len(made)} settings are more than {MOST}.", "Give fewer values: `over`.")
@@ -167,6 +171,8 @@ class Scorer:
     def __init__(self, question: Asked, name: str | None):
         self.question, self.place, self.sees, self.title = question, None, None, None
         if question.labels is not None:
+            if (question.labels < 0).all():
+                raise Error("No prompt has a word that the judge knows.", "`mlxdiff models storybook` lists them.")
             self.title = "% of the words of a prompt that the judge sees"
         elif name is not None or store.here(store.DEFAULT) is not None:
             name = store.DEFAULT if name is None else name
@@ -184,8 +190,9 @@ class Scorer:
         if self.question.labels is not None:
             referee, labels = judge.load(judge.shipped()), self.question.labels
             wanted = labels >= 0
+            some = wanted.any(1)
             right = [(judge.read(referee, np.stack(d.seen)) == labels) & wanted for d in drawn]
-            return [100 * r.sum(1) / np.maximum(wanted.sum(1), 1) for r in right]
+            return [100 * r[some].sum(1) / wanted[some].sum(1) for r in right]
         if self.place is None:
             return None
         encoder = store.read_vision(self.place)
@@ -199,6 +206,9 @@ def compare(
     load: Load, todo: list[Setting], question: Asked, scorer: Scorer, progress: Callable[[int], None], **size
 ) -> list[dict]:
     """A row for each setting, in the order of `todo`."""
+    if len(todo) * len(question.prompts) > MOST_PICTURES:
+        problem = f"{len(todo)} settings of {len(question.prompts)} prompts are more than {MOST_PICTURES:,} pictures."
+        raise Error(problem, "Give fewer prompts, or fewer values: `over`.")
     found = {}
     for i, drawn in enumerate(draw(load, todo, question.prompts, scorer.see, **size)):
         progress(i + 1)
@@ -216,7 +226,7 @@ def row(drawn: Drawn, scores: np.ndarray | None, best: np.ndarray | None) -> dic
     found = drawn.setting._asdict() | {"score": None, "below": None}
     if scores is not None:
         each = np.arange(len(scores))
-        found |= {"score": measure.mean(scores, each), "below": measure.mean(best - scores, each)}
+        found |= {"score": measure.mean(scores, each, 100.0), "below": measure.mean(best - scores, each)}
     return found | {"db": drawn.db, "seconds": drawn.seconds, "peak_bytes": drawn.peak_bytes}
 
 

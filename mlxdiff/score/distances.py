@@ -37,13 +37,19 @@ def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return 100 * np.maximum((unit(images) * unit(texts)).sum(-1), 0)
 
 
-def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval:
+def mean_interval(values: np.ndarray, groups: np.ndarray, top: float | None = None, seed: int = 0) -> Interval:
     """Of the mean of values, by the bootstrap. What is in one group, such as the pictures of one prompt, is not
-    independent, so whole groups are drawn; if there is only one, single values."""
+    independent, so whole groups are drawn; if there is only one, single values. top: the largest value, of which 0 is
+    the least. Where all values are one of the two, no draw differs, and the rule of three holds: of n cases without an
+    exception, up to 3 / n may be exceptions (Hanley and Lippman-Hand 1983)."""
     _, of = np.unique(groups, return_inverse=True)
     if of.max(initial=0) == 0:
         of = np.arange(len(values))
     n = of.max() + 1
+    if top is not None and (values == top).all():
+        return Interval(top * max(0.0, 1 - 3 / n), top)
+    if top is not None and (values == 0).all():
+        return Interval(0.0, top * min(1.0, 3 / n))
     sums, counts = np.bincount(of, values, n), np.bincount(of, minlength=n)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 10 * RESAMPLES)  # (R, n)
     return Interval(*np.quantile(drawn @ sums / (drawn @ counts), (0.025, 0.975)).tolist())

@@ -76,9 +76,9 @@ def for_judge(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
-def mean(values: np.ndarray, groups: Sequence) -> dict:
+def mean(values: np.ndarray, groups: Sequence, top: float | None = None) -> dict:
     """A mean, its interval, and of how many values."""
-    low, high = distances.mean_interval(values, np.asarray(groups))
+    low, high = distances.mean_interval(values, np.asarray(groups), top)
     return {"value": float(values.mean()), "low": low, "high": high, "n": len(values)}
 
 
@@ -111,14 +111,14 @@ def adherence(words: np.ndarray, asked: np.ndarray, groups: Sequence[str]) -> di
         return None
     groups, whole = np.asarray(groups), (right | ~wanted).all(1)[some]
     kinds = {
-        kind: mean(right[wanted[:, k], k].astype(float), groups[wanted[:, k]])
+        kind: mean(right[wanted[:, k], k].astype(float), groups[wanted[:, k]], 1.0)
         for k, kind in enumerate(judge.WORDS)
         if wanted[:, k].any()
     }
     where = np.nonzero(wanted)
     return {
-        "words": mean(right[wanted].astype(float), groups[where[0]]),
-        "all": mean(whole.astype(float), groups[some]),
+        "words": mean(right[wanted].astype(float), groups[where[0]], 1.0),
+        "all": mean(whole.astype(float), groups[some], 1.0),
         "kinds": kinds,
     }
 
