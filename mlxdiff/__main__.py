@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": ("mlxdiff.generate", "draw a picture from a prompt"),
     "upscale": ("mlxdiff.upscale.__main__", "enlarge a picture"),
     "detect": ("mlxdiff.detect.__main__", "make a control picture: edges, depth, grey, inverted"),
+    "score": ("mlxdiff.score.__main__", "judge pictures: do they match their prompts, and other pictures?"),
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),

@@ -21,6 +21,7 @@ from .errors import Error
 from .request import Request
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+READ = (*SUFFIXES, ".tif", ".tiff", ".bmp", ".gif")  # what names of pictures that are read end in
 MAX_TEXT = 2**20  # characters of settings; real ones have hundreds
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
 _CHUNK = "mlxdiff"

@@ -223,6 +223,14 @@ MAY = {
         "mlxdiff.store.hub",
         "mlxdiff.weights",
     },
+    "mlxdiff.store.clip": {
+        "mlxdiff.convert.*",
+        "mlxdiff.errors",
+        "mlxdiff.models.*",
+        "mlxdiff.store",
+        "mlxdiff.store.hub",
+        "mlxdiff.tokenizers",
+    },
     "mlxdiff.store.adapters": {
         "mlxdiff.adapters",
         "mlxdiff.convert.*",
@@ -421,6 +429,8 @@ MAY = {
         "mlxdiff.samplers",
         "mlxdiff.schedules",
     },
+    "mlxdiff.score": NONE,
+    "mlxdiff.score.distances": NONE,
     "mlxdiff.bench.random_model": {
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -434,6 +444,26 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.bench.step": NONE,
+    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice"},
+    "mlxdiff.bench.report": {
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.foreign",
+        "mlxdiff.recipe",
+        "mlxdiff.store",
+    },
+    "mlxdiff.bench.quality": {
+        "mlxdiff.bench.step",
+        "mlxdiff.builtin",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.pipeline",
+        "mlxdiff.recipe",
+        "mlxdiff.references",
+        "mlxdiff.score.*",
+        "mlxdiff.store.clip",
+        "mlxdiff.train.*",
+    },
     "mlxdiff.bench.start": {"mlxdiff.bench.step", "mlxdiff.errors", "mlxdiff.request"},
     "mlxdiff.bench.against_torch": {
         "mlxdiff.bench.step",
@@ -444,17 +474,19 @@ MAY = {
     },
     "mlxdiff.bench": NONE,
     "mlxdiff.bench.__main__": {
-        "mlxdiff",
         "mlxdiff.bench.*",
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.families",
+        "mlxdiff.foreign",
         "mlxdiff.families.base",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",
         "mlxdiff.request",
+        "mlxdiff.samplers",
     },
     "mlxdiff.__main__": {"mlxdiff", "mlxdiff.errors"},
+    "mlxdiff.train.judge": {"mlxdiff.errors", "mlxdiff.score.distances", "mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
@@ -534,6 +566,31 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.request",
         "mlxdiff.train.*",
+    },
+    "mlxdiff.score.clip": {
+        "mlxdiff.errors",
+        "mlxdiff.models.vision",
+        "mlxdiff.store.clip",
+        "mlxdiff.tokenizers",
+    },
+    "mlxdiff.score.folder": {"mlxdiff.builtin", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
+    "mlxdiff.score.measure": {
+        "mlxdiff.errors",
+        "mlxdiff.models.vision",
+        "mlxdiff.references",
+        "mlxdiff.score.*",
+        "mlxdiff.train.judge",
+    },
+    "mlxdiff.score.report": {"mlxdiff.score.folder", "mlxdiff.store.clip"},
+    "mlxdiff.score.__main__": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.generate",
+        "mlxdiff.result",
+        "mlxdiff.score.*",
+        "mlxdiff.store.clip",
+        "mlxdiff.train.judge",
     },
     "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
     "mlxdiff.widgets.gallery": {
@@ -766,7 +823,7 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = ("", ".adapters", ".guides", ".references", ".tokenizer")
+        stores = ("", ".adapters", ".clip", ".guides", ".references", ".tokenizer")
         stores = tuple(f"mlxdiff.store{part}" for part in stores)
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
