@@ -15,15 +15,17 @@ from typing import TextIO
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import BLAS, builtin, images, samplers, schedules
+from . import BLAS, builtin, images, samplers, schedules, signing
 from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
 from .families.base import SECOND_PASS
 from .guides import DETECTORS, MASKED, guides, steps_on
+from .metadata import LOSSLESS, QUALITY
 from .pipeline import Event, Pipeline, load
 from .recipe import BITS, DTYPES, SMALLER, bits_of
 from .request import OUTPAINT, STRENGTH, Request
+from .values import whole
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed; their seeds count up from it")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
-    g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
+    g.add_argument("--from-image", type=Path, metavar="PICTURE", help="use its settings; flags replace them")
 
     g = p.add_argument_group("from a picture")
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
@@ -120,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("where it goes")
     where = "file or folder; never overwrites; each of several pictures adds its seed to FILE; - is standard output"
     g.add_argument("-o", "--output", type=Path, metavar="FILE", help=where)
+    g.add_argument("--format", choices=images.ENDINGS, help="of pictures that FILE does not name (png)")
+    what = f"of a JPEG or WebP, 1 to {LOSSLESS} ({QUALITY}); a WebP of {LOSSLESS} loses nothing"
+    g.add_argument("--quality", type=int, metavar="N", help=what)
+    what = "add Content Credentials (C2PA), by a key of yours or one that mlxdiff makes; needs the extra `sign`"
+    g.add_argument("--sign", action="store_true", help=what)
+    g.add_argument("--sign-key", type=Path, metavar="PEM", help=f"your key to sign with (${signing.KEY})")
+    g.add_argument("--sign-cert", type=Path, metavar="PEM", help=f"its certificates (${signing.CERTIFICATE})")
     where = "write a rough picture of every step there, in a new folder for each picture (slower)"
     g.add_argument("--preview-dir", type=Path, metavar="DIR", help=where)
     g.add_argument("--taesd", metavar="auto|FILE", help="tiny decoder for previews; auto fetches the model's, 10 MB")
@@ -153,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 def draw(args: argparse.Namespace) -> int:
     base, model = (None, None) if args.from_image is None else images.read_settings(args.from_image)
     model = args.model if args.model is not None else _known(model)
+    kind = _kind(args)
     requests = [r.but(_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
@@ -168,6 +178,7 @@ def draw(args: argparse.Namespace) -> int:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
         raise Error("--refine-at says when a refiner begins, but there is no refiner.", "Add --refiner MODEL.")
+    signer = _signer(args)
     with Bar(args.json, sys.stderr if args.output == STDOUT else sys.stdout) as bar:
         pipe = load(
             model,
@@ -188,6 +199,8 @@ def draw(args: argparse.Namespace) -> int:
         )
         requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
+        for request in requests:
+            images.check_settings(kind, request, pipe.name, str(pipe.description.recipe))
         if args.taesd == "auto" and pipe.previews_by_vae:
             bar.write(f"{pipe.name} draws previews with its VAE, which is small: no TAESD is needed.")
         if args.verbose:
@@ -218,7 +231,7 @@ def draw(args: argparse.Namespace) -> int:
             unknown = builtin.notice(request.prompt, taught) if pipe.name == builtin.NAME else ""
             if unknown:
                 bar.write(f"{unknown} `mlxdiff models {pipe.name}` lists the words that it knows.")
-            _one(args, pipe, request, partial(_name, args.output, requests), bar)
+            _one(args, pipe, request, partial(_name, args, requests), bar, signer)
         if bar.unreported is not None:
             raise bar.unreported
     return 0
@@ -240,7 +253,12 @@ def _once(requests: list[Request], bar: "Bar") -> list[Request]:
 
 
 def _one(
-    args: argparse.Namespace, pipe: Pipeline, request: Request, name: Callable[[Request], Path], bar: "Bar"
+    args: argparse.Namespace,
+    pipe: Pipeline,
+    request: Request,
+    name: Callable[[Request], Path],
+    bar: "Bar",
+    signer: signing.Signer | None,
 ) -> None:
     mx.reset_peak_memory()
     drawn, made_by = 0, (pipe.name, str(pipe.description.recipe))
@@ -258,9 +276,9 @@ def _one(
             single = singles[drawn]
             if args.output == STDOUT:
                 path = "standard output"
-                _write_stdout(images.png(event.image, single, *made_by))
+                _write_stdout(images.encoded(event.image, single, *made_by, _kind(args), args.quality, signer))
             else:
-                path = images.save(event.image, name(single), single, *made_by)
+                path = images.save(event.image, name(single), single, *made_by, args.quality, signer)
             drawn += 1
             bar.done(path, single, {"model": pipe.name, **asdict(pipe.description.recipe)})
     bar.began = time.perf_counter()
@@ -352,12 +370,38 @@ def _folder(output: Path | None) -> Path:
     return Path() if output is None else output if images.is_folder(output) else output.parent
 
 
-def _name(output: Path | None, requests: list[Request], single: Request) -> Path:
+def _kind(args: argparse.Namespace) -> str:
+    """The format of the pictures. Raises if --format, --quality and the name do not agree."""
+    named = args.output is not None and args.output != STDOUT and not images.is_folder(args.output)
+    kind = images.kind_of(args.output) if named else images.ENDINGS[args.format or "png"]
+    if args.format is not None and images.ENDINGS[args.format] != kind:
+        raise Error(f"--format is {args.format}, and {args.output} is another format.", "Leave one of them out.")
+    if args.quality is not None:
+        whole("--quality", args.quality, 1, LOSSLESS)
+        if kind == "PNG":
+            raise Error("--quality is of a JPEG or WebP; a PNG loses nothing.", "Add --format jpg or --format webp.")
+    return kind
+
+
+def _signer(args: argparse.Namespace) -> signing.Signer | None:
+    """Who signs the pictures. A key that mlxdiff makes is announced."""
+    if not args.sign and (args.sign_key is not None or args.sign_cert is not None):
+        raise Error("There is a key to sign with, but nothing is to be signed.", "Add --sign.")
+    if not args.sign:
+        return None
+    signer = signing.signer(args.sign_key, args.sign_cert)
+    if signer.local:
+        warn(f"Signed with a key that mlxdiff made, in {signing.folder()}. {signing.MEANS}")
+    return signer
+
+
+def _name(args: argparse.Namespace, requests: list[Request], single: Request) -> Path:
     """The path of one picture of a run. In a folder it is named after its prompt and seed. If the output is house.png,
     a single picture gets that name, several get their seed (house-7.png), and several prompts also get their first
     words (house-a-red-fox-7.png)."""
+    output = args.output
     if output is None or images.is_folder(output):
-        return _folder(output) / images.file_name(single)
+        return _folder(output) / images.file_name(single, args.format or "png")
     if sum(r.count for r in requests) == 1:
         return output
     one_prompt = all(r.prompt == single.prompt for r in requests)

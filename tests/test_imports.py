@@ -56,8 +56,27 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.values",
     },
-    "mlxdiff.images": {"mlxdiff.dialects", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.request"},
-    "mlxdiff.result": {"mlxdiff.foreign", "mlxdiff.images", "mlxdiff.request"},
+    "mlxdiff.metadata": {"mlxdiff", "mlxdiff.errors"},
+    "mlxdiff.signing": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.metadata"},
+    "mlxdiff.provenance": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.metadata", "mlxdiff.signing"},
+    "mlxdiff.comfyui": {"mlxdiff.dialects", "mlxdiff.errors", "mlxdiff.foreign"},
+    "mlxdiff.images": {
+        "mlxdiff.comfyui",
+        "mlxdiff.dialects",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.metadata",
+        "mlxdiff.request",
+        "mlxdiff.signing",
+    },
+    "mlxdiff.result": {
+        "mlxdiff.foreign",
+        "mlxdiff.images",
+        "mlxdiff.metadata",
+        "mlxdiff.request",
+        "mlxdiff.signing",
+        "mlxdiff.values",
+    },
     "mlxdiff.families.base": {"mlxdiff.models.build", "mlxdiff.request"},
     "mlxdiff.families.published": {"mlxdiff.families.base", "mlxdiff.models.*"},
     # A family's file: its own network, and what several families share.
@@ -188,6 +207,8 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.weights",
         "mlxdiff.store.adapters",
+        "mlxdiff.foreign",
+        "mlxdiff.provenance",
     },
     "mlxdiff.convert.__main__": {
         "mlxdiff.console",
@@ -318,6 +339,7 @@ MAY = {
         "mlxdiff.foreign",
         "mlxdiff.generate",
         "mlxdiff.images",
+        "mlxdiff.metadata",
     },
     "mlxdiff.upscale": {
         "mlxdiff.advice",
@@ -337,6 +359,7 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.result",
         "mlxdiff.upscale",
+        "mlxdiff.metadata",
     },
     "mlxdiff.larger": {
         "mlxdiff.description",
@@ -412,6 +435,9 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.metadata",
+        "mlxdiff.values",
+        "mlxdiff.signing",
     },
     "mlxdiff.bench.random_model": {
         "mlxdiff.description",
@@ -459,6 +485,7 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
+        "mlxdiff.metadata",
     },
     "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign"},
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
@@ -511,6 +538,7 @@ MAY = {
         "mlxdiff.store.adapters",
         "mlxdiff.train.*",
         "mlxdiff.values",
+        "mlxdiff.metadata",
     },
     "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.probe", "mlxdiff.train.*"},
     "mlxdiff.train.__main__": {
@@ -524,6 +552,7 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.request",
         "mlxdiff.train.*",
+        "mlxdiff.metadata",
     },
     "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
     "mlxdiff.widgets.gallery": {
@@ -698,6 +727,8 @@ THIRD_PARTY = {
     "jupyter_core",
     "nbformat",
     "sentencepiece",
+    "c2pa",  # these two: the extra `sign`
+    "cryptography",
     "typing_extensions",  # for type checkers alone, which bring it
 }
 
