@@ -8,7 +8,8 @@ from pathlib import Path
 from .. import images, metadata
 from ..console import Parser, run, say
 from ..foreign import path as expanded
-from ..generate import Bar, check_writable
+from ..generate import Bar
+from ..output import check_writable
 from . import DEPTH, KINDS, check
 from . import run as detect
 

@@ -10,7 +10,8 @@ from .. import images, metadata
 from ..console import Parser, run, say, say_json
 from ..errors import Error
 from ..foreign import path as expanded
-from ..generate import Bar, check_writable
+from ..generate import Bar
+from ..output import check_writable
 from ..recipe import DTYPES
 from ..result import Event
 from . import DEFAULT, NAMES, Upscaler
