@@ -20,33 +20,63 @@ def parse(text: str) -> tuple[dict, str | None]:
     """Settings with the field names of `Request`, and the name of the model's file. A sampler or schedule that is not
     ours becomes None. Raises ValueError."""
     nodes = _nodes(text)
-    samplers = [n for n in nodes.values() if "KSampler" in str(n.get("class_type")) and "positive" in _inputs(n)]
+    samplers = [
+        n for n in nodes.values() if _inputs(n).keys() & {"positive", "guider"} and "latent_image" in _inputs(n)
+    ]
     if not samplers:
-        raise ValueError("their graph has no KSampler with a prompt")
-    # Of two passes, the first begins with no other's latents.
-    ids = {id(sampler) for sampler in samplers}
+        raise ValueError("their graph has no sampler with a prompt")
+    ids = {id(sampler) for sampler in samplers}  # of two passes, the first begins with no other's latents
     first = [s for s in samplers if not any(id(above) in ids for above in _above(nodes, s, "latent_image"))]
     sampler = (first or samplers)[0]
-    held = _inputs(sampler)
-    settings = {
-        "prompt": _first(nodes, sampler, "positive", _TEXTS, str) or "",
-        "negative": _first(nodes, sampler, "negative", _TEXTS, str) or None,
-        "seed": _value(nodes, held, ("seed", "noise_seed"), _SEEDS, int),
-        "steps": _value(nodes, held, ("steps",), ("value",), int),
-        "guidance": _first(nodes, sampler, "positive", ("guidance",), float),
-        "width": _first(nodes, sampler, "latent_image", ("width",), int),
-        "height": _first(nodes, sampler, "latent_image", ("height",), int),
-        "noise": "torch",
-        "schedule": SCHEDULES.get(str(held.get("scheduler"))),
-        "loras": _loras(nodes, sampler),
-    }
-    if settings["guidance"] is None:
-        settings["guidance"] = _value(nodes, held, ("cfg",), ("value",), float)
+    read = _of_guider if "guider" in _inputs(sampler) else _of_sampler
+    settings, model = read(nodes, sampler)
+    settings |= {name: _first(nodes, sampler, "latent_image", (name,), int) for name in ("width", "height")}
+    settings["schedule"] = SCHEDULES.get(str(settings["schedule"]))
     try:
-        settings["sampler"] = dialects.sampler(held.get("sampler_name"))[0]
+        settings["sampler"] = dialects.sampler(settings["sampler"])[0]
     except Error:
         settings["sampler"] = None
-    return settings, _first(nodes, sampler, "model", ("ckpt_name", "unet_name"), str)
+    return settings | {"noise": "torch"}, model
+
+
+def _of_sampler(nodes: dict[str, dict], sampler: dict) -> tuple[dict, str | None]:
+    """A KSampler, which has all settings as inputs."""
+    held = _inputs(sampler)
+    settings = {
+        "seed": _value(nodes, held, ("seed", "noise_seed"), _SEEDS, int),
+        "steps": _value(nodes, held, ("steps",), ("value",), int),
+        "sampler": held.get("sampler_name"),
+        "schedule": held.get("scheduler"),
+    }
+    return settings | _prompts(nodes, sampler, "positive"), _model(nodes, sampler)
+
+
+def _of_guider(nodes: dict[str, dict], sampler: dict) -> tuple[dict, str | None]:
+    """A SamplerCustomAdvanced, which has a node for each: noise, guider, sampler, sigmas."""
+    guider = _linked(nodes, _inputs(sampler)["guider"]) or {}
+    settings = {
+        "seed": _first(nodes, sampler, "noise", _SEEDS, int),
+        "steps": _first(nodes, sampler, "sigmas", ("steps",), int),
+        "sampler": _first(nodes, sampler, "sampler", ("sampler_name",), str),
+        "schedule": _first(nodes, sampler, "sigmas", ("scheduler",), str),
+    }
+    positive = "conditioning" if "conditioning" in _inputs(guider) else "positive"
+    return settings | _prompts(nodes, guider, positive), _model(nodes, guider)
+
+
+def _prompts(nodes: dict[str, dict], node: dict, positive: str) -> dict:
+    """What a node is told to draw, how strongly, and its LoRAs."""
+    guidance = _first(nodes, node, positive, ("guidance",), float)
+    return {
+        "prompt": _first(nodes, node, positive, _TEXTS, str) or "",
+        "negative": _first(nodes, node, "negative", _TEXTS, str) or None,
+        "guidance": _value(nodes, _inputs(node), ("cfg",), ("value",), float) if guidance is None else guidance,
+        "loras": _loras(nodes, node),
+    }
+
+
+def _model(nodes: dict[str, dict], node: dict) -> str | None:
+    return _first(nodes, node, "model", ("ckpt_name", "unet_name"), str)
 
 
 def _nodes(text: str) -> dict[str, dict]:
@@ -103,8 +133,8 @@ def _value(nodes: dict[str, dict], held: dict, names: tuple[str, ...], linked: t
     return None
 
 
-def _loras(nodes: dict[str, dict], sampler: dict) -> tuple[str, ...] | None:
+def _loras(nodes: dict[str, dict], node: dict) -> tuple[str, ...] | None:
     """The first in the graph first."""
-    found = [_inputs(above) for above in _above(nodes, sampler, "model")]
+    found = [_inputs(above) for above in _above(nodes, node, "model")]
     named = [(held.get("lora_name"), held.get("strength_model")) for held in reversed(found)]
     return tuple(f"{name}:{scale:g}" for name, scale in named if fits(name, str) and fits(scale, float)) or None

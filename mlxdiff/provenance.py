@@ -67,7 +67,7 @@ def _program(held: Metadata) -> str | None:
 
 
 def _as_jpeg(path: Path, bands: str) -> dict:
-    """How a JPEG of the usual quality would differ, measured on the picture."""
+    """How a JPEG of our quality would differ as most programs write it, measured on the picture."""
     image, out = images.read(path), io.BytesIO()
     if max(image.size) > images.MOST_EDGE["JPEG"]:
         return {"quality": metadata.QUALITY, "impossible": f"it has {max(image.size)} pixels along an edge"}

@@ -91,6 +91,33 @@ def test_flux():
     )
 
 
+def test_flux_with_a_node_for_each_setting():
+    """The graph of ComfyUI's example for FLUX.1 dev."""
+    held = {
+        "6": node("CLIPTextEncode", text="a cute anime girl", clip=["11", 0]),
+        "11": node("DualCLIPLoader", clip_name1="t5xxl.safetensors", clip_name2="clip_l.safetensors", type="flux"),
+        "12": node("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default"),
+        "13": node(
+            "SamplerCustomAdvanced",
+            noise=["25", 0],
+            guider=["22", 0],
+            sampler=["16", 0],
+            sigmas=["17", 0],
+            latent_image=["27", 0],
+        ),
+        "16": node("KSamplerSelect", sampler_name="euler"),
+        "17": node("BasicScheduler", scheduler="simple", steps=20, denoise=1, model=["30", 0]),
+        "22": node("BasicGuider", model=["30", 0], conditioning=["26", 0]),
+        "25": node("RandomNoise", noise_seed=219670278747233),
+        "26": node("FluxGuidance", guidance=3.5, conditioning=["6", 0]),
+        "27": node("EmptySD3LatentImage", width=1024, height=768, batch_size=1),
+        "30": node("ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=64, height=64, model=["12", 0]),
+    }
+    wanted = {"prompt": "a cute anime girl", "seed": 219670278747233, "steps": 20, "guidance": 3.5, "noise": "torch"}
+    wanted |= {"width": 1024, "height": 768, "sampler": "euler", "schedule": "simple"}
+    assert read(held) == (wanted, "flux1-dev.safetensors")
+
+
 def test_a_picture_of_comfyui_is_read_from_every_format(tmp_path):
     text, image = json.dumps(graph()), Image.new("RGB", (8, 8))
     info = PngImagePlugin.PngInfo()
@@ -115,9 +142,10 @@ WIDE = graph() | {str(i): node("A", **{str(k): [str(100 + k), 0] for k in range(
         ("[" * 200_000, "nested too deeply"),
         ("5", "no graph of ComfyUI"),
         ('{"3": 5}', "no graph of ComfyUI"),
-        ("{}", "has no KSampler"),
-        ('{"3": {"class_type": "KSampler", "inputs": ["positive"]}}', "has no KSampler"),
-        ('{"3": {"class_type": "KSampler", "inputs": {"seed": 1}}}', "has no KSampler"),
+        ("{}", "has no sampler"),
+        ('{"3": {"class_type": "KSampler", "inputs": ["positive"]}}', "has no sampler"),
+        ('{"3": {"class_type": "KSampler", "inputs": {"seed": 1}}}', "has no sampler"),
+        ('{"3": {"inputs": {"latent_image": 1}}}', "has no sampler"),
     ],
     ids=lambda v: v[:30],
 )
@@ -131,6 +159,8 @@ def test_what_is_no_graph_is_one_line(tmp_path, text, says):
 
 
 def test_wrong_values_are_left_out_and_circles_end():
+    broken = {"guider": ["7", 0], "latent_image": 5, "noise": [[], {}], "sigmas": None, "sampler": ["1"]}
+    assert read({"1": {"inputs": broken}}) == ({"prompt": "", "noise": "torch"}, None)
     found, _ = read(CIRCLE)
     assert (found["prompt"], "width" in found) == ("", False)
     held = graph()
