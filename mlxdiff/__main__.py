@@ -15,7 +15,7 @@ COMMANDS = {
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),
-    "inspect": ("mlxdiff.convert.inspect", "say what a file or a model folder holds"),
+    "inspect": ("mlxdiff.convert.inspect", "say what a model holds, or where a picture comes from"),
     "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder"),
     "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
     "train": ("mlxdiff.train.__main__", "train a LoRA or a word on your pictures, or the built-in model"),

@@ -56,8 +56,36 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.values",
     },
-    "mlxdiff.images": {"mlxdiff.dialects", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.request"},
-    "mlxdiff.result": {"mlxdiff.foreign", "mlxdiff.images", "mlxdiff.request"},
+    "mlxdiff.metadata": {"mlxdiff", "mlxdiff.errors"},
+    "mlxdiff.signing": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.metadata"},
+    "mlxdiff.provenance": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.metadata", "mlxdiff.signing"},
+    "mlxdiff.output": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.metadata",
+        "mlxdiff.request",
+        "mlxdiff.signing",
+        "mlxdiff.values",
+    },
+    "mlxdiff.comfyui": {"mlxdiff.dialects", "mlxdiff.errors", "mlxdiff.foreign"},
+    "mlxdiff.images": {
+        "mlxdiff.comfyui",
+        "mlxdiff.dialects",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.metadata",
+        "mlxdiff.request",
+        "mlxdiff.signing",
+    },
+    "mlxdiff.result": {
+        "mlxdiff.foreign",
+        "mlxdiff.images",
+        "mlxdiff.metadata",
+        "mlxdiff.request",
+        "mlxdiff.signing",
+        "mlxdiff.values",
+    },
     "mlxdiff.families.base": {"mlxdiff.models.build", "mlxdiff.request"},
     "mlxdiff.families.published": {"mlxdiff.families.base", "mlxdiff.models.*"},
     # A family's file: its own network, and what several families share.
@@ -188,6 +216,8 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.weights",
         "mlxdiff.store.adapters",
+        "mlxdiff.foreign",
+        "mlxdiff.provenance",
     },
     "mlxdiff.convert.__main__": {
         "mlxdiff.console",
@@ -326,6 +356,8 @@ MAY = {
         "mlxdiff.foreign",
         "mlxdiff.generate",
         "mlxdiff.images",
+        "mlxdiff.metadata",
+        "mlxdiff.output",
     },
     "mlxdiff.upscale": {
         "mlxdiff.advice",
@@ -345,6 +377,8 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.result",
         "mlxdiff.upscale",
+        "mlxdiff.metadata",
+        "mlxdiff.output",
     },
     "mlxdiff.larger": {
         "mlxdiff.description",
@@ -428,6 +462,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.output",
     },
     "mlxdiff.score": NONE,
     "mlxdiff.score.distances": NONE,
@@ -499,6 +534,7 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
+        "mlxdiff.metadata",
     },
     "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.machines"},
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
@@ -552,6 +588,7 @@ MAY = {
         "mlxdiff.store.adapters",
         "mlxdiff.train.*",
         "mlxdiff.values",
+        "mlxdiff.metadata",
     },
     "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.probe", "mlxdiff.train.*"},
     "mlxdiff.train.__main__": {
@@ -566,6 +603,7 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.request",
         "mlxdiff.train.*",
+        "mlxdiff.metadata",
     },
     "mlxdiff.score.clip": {
         "mlxdiff.errors",
@@ -770,6 +808,8 @@ THIRD_PARTY = {
     "jupyter_core",
     "nbformat",
     "sentencepiece",
+    "c2pa",  # these two: the extra `sign`
+    "cryptography",
     "typing_extensions",  # for type checkers alone, which bring it
 }
 

@@ -471,6 +471,22 @@ def test_favourites_are_kept_beside_the_pictures_and_outlast_the_strip(studio, m
     assert file.read_text() == ""
 
 
+def test_a_copy_in_another_format_is_handed_to_the_page_and_restores(studio, monkeypatch):
+    draw(studio, prompt="one")
+    handed = []
+    monkeypatch.setattr(studio.view, "send", lambda message, buffers=None: handed.append((message, buffers)))
+    for ending, kind in (("jpg", "JPEG"), ("webp", "WEBP")):
+        heard(studio, do="copy", key=0, ending=ending)
+        message, (data,) = handed[-1]
+        assert message == {"do": "copy", "name": f"{studio.images[0].path.stem}.{ending}"}
+        assert Image.open(io.BytesIO(data)).format == kind
+        studio.prompt = "another"
+        heard(studio, do="drop", part=0, parts=1, use="restore", data=data)
+        assert studio.prompt == "one"
+    with pytest.raises(Error, match="There is no format 'exe'"):
+        heard(studio, do="copy", key=0, ending="exe")
+
+
 def test_enlarge_uses_the_chosen_upscaler(studio, monkeypatch):
     draw(studio, prompt="one")
     asked = []

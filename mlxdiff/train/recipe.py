@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from .. import guidance, samplers, schedules
+from .. import guidance, metadata, samplers, schedules
 from ..families import MODELS
 from ..models import clip, unet, vae
 from ..tokenizers import ClipTokenizer, load
@@ -245,6 +245,7 @@ def storybook(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Report]]:
     data = encode(folder, recipe, shown, scenes)
     for report in train_denoiser(folder, recipe, data, scenes):
         if report.step % SAMPLES_EVERY == 0 and recipe.prediction != "flow":
-            samples(folder, recipe, data, scenes[:8]).save(folder / f"samples_{report.step:06d}.png")
+            drawn = samples(folder, recipe, data, scenes[:8])
+            drawn.save(folder / f"samples_{report.step:06d}.png", **metadata.options("PNG", {}, metadata.DRAWN))
         yield "denoiser", report
     finish(folder, recipe, data)

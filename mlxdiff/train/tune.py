@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image, ImageOps
 
-from .. import conditioning, foreign, images, values
+from .. import conditioning, foreign, images, metadata, values
 from ..description import Description
 from ..errors import Error
 from ..families.base import EMBEDDED, NONE
@@ -269,7 +269,7 @@ def sheet(files: Sequence[Path], columns: int, file: Path) -> None:
     for i, picture in enumerate(shown):
         whole.paste(picture, (i % columns * (_CELL + 4), i // columns * (_CELL + 4)))
     with writing(file):
-        whole.save(file)
+        images.encode(whole, file, "PNG", metadata.DRAWN)
 
 
 def trained(
