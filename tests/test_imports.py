@@ -14,6 +14,7 @@ NONE: set[str] = set()
 MAY = {
     "mlxdiff.errors": NONE,
     "mlxdiff.foreign": {"mlxdiff.errors"},
+    "mlxdiff.whole": NONE,
     "mlxdiff.adapters": set(),
     "mlxdiff.arguments": {"mlxdiff.errors"},
     "mlxdiff.spelling": NONE,
@@ -203,7 +204,13 @@ MAY = {
         "mlxdiff.store.tokenizer",
     },
     "mlxdiff.store.hub": {"mlxdiff.errors"},
-    "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.recipe"},
+    "mlxdiff.store.cache": {
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.recipe",
+        "mlxdiff.whole",
+    },
     "mlxdiff.store.tokenizer": {
         "mlxdiff.convert",
         "mlxdiff.errors",
@@ -270,6 +277,7 @@ MAY = {
         "mlxdiff.store.cache",
     },
     "mlxdiff.references": {
+        "mlxdiff.foreign",
         "mlxdiff.conditioning",
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -287,6 +295,7 @@ MAY = {
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
+        "mlxdiff.foreign",
         "mlxdiff.detect",
         "mlxdiff.memory",
         "mlxdiff.references",
@@ -320,6 +329,7 @@ MAY = {
         "mlxdiff.images",
     },
     "mlxdiff.upscale": {
+        "mlxdiff.foreign",
         "mlxdiff.advice",
         "mlxdiff.errors",
         "mlxdiff.images",
@@ -446,7 +456,7 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.request",
     },
-    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.errors"},
+    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
@@ -459,8 +469,9 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
+        "mlxdiff.whole",
     },
-    "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign"},
+    "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.whole"},
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
     "mlxdiff.train.batches": {
         "mlxdiff.conditioning",
@@ -541,11 +552,17 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.widgets.previews",
     },
-    "mlxdiff.widgets.start_picture": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.widgets.gallery"},
+    "mlxdiff.widgets.start_picture": {
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.whole",
+        "mlxdiff.widgets.gallery",
+    },
     "mlxdiff.widgets.history": {
         "mlxdiff.errors",
         "mlxdiff.foreign",
         "mlxdiff.images",
+        "mlxdiff.whole",
         "mlxdiff.widgets.gallery",
         "mlxdiff.widgets.start_picture",
         "mlxdiff.widgets.view",
@@ -664,7 +681,7 @@ MAY = {
         "mlxdiff.widgets.explain.*",
     },
     "mlxdiff.widgets.server": set(),
-    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store"},
+    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store", "mlxdiff.whole"},
     "mlxdiff.widgets.app": {
         "mlxdiff.console",
         "mlxdiff.store",
@@ -673,7 +690,13 @@ MAY = {
         "mlxdiff.widgets.server",
         "mlxdiff.widgets.studio",
     },
-    "mlxdiff.widgets.lessons": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.lab"},
+    "mlxdiff.widgets.lessons": {
+        "mlxdiff",
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.whole",
+        "mlxdiff.widgets.lab",
+    },
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {
