@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from . import __version__
+from .console import INTERRUPTED, warn
 from .errors import did_you_mean
 
 COMMANDS = {
@@ -24,7 +25,14 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # while modules are loaded; later the command hears it
+        warn("mlxdiff: stopped.")
+        return INTERRUPTED
+
+
+def _main(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"mlxdiff {__version__}")
         return 0

@@ -14,6 +14,7 @@ NONE: set[str] = set()
 MAY = {
     "mlxdiff.errors": NONE,
     "mlxdiff.foreign": {"mlxdiff.errors"},
+    "mlxdiff.whole": NONE,
     "mlxdiff.adapters": set(),
     "mlxdiff.arguments": {"mlxdiff.errors"},
     "mlxdiff.spelling": NONE,
@@ -233,7 +234,13 @@ MAY = {
         "mlxdiff.store.tokenizer",
     },
     "mlxdiff.store.hub": {"mlxdiff.errors"},
-    "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.recipe"},
+    "mlxdiff.store.cache": {
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.recipe",
+        "mlxdiff.whole",
+    },
     "mlxdiff.store.tokenizer": {
         "mlxdiff.convert",
         "mlxdiff.errors",
@@ -308,6 +315,7 @@ MAY = {
         "mlxdiff.store.cache",
     },
     "mlxdiff.references": {
+        "mlxdiff.foreign",
         "mlxdiff.conditioning",
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -325,6 +333,7 @@ MAY = {
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
+        "mlxdiff.foreign",
         "mlxdiff.detect",
         "mlxdiff.memory",
         "mlxdiff.references",
@@ -360,6 +369,7 @@ MAY = {
         "mlxdiff.output",
     },
     "mlxdiff.upscale": {
+        "mlxdiff.foreign",
         "mlxdiff.advice",
         "mlxdiff.errors",
         "mlxdiff.images",
@@ -520,7 +530,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
     },
-    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.errors"},
+    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors"},
     "mlxdiff.train.judge": {"mlxdiff.errors", "mlxdiff.score.distances", "mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
@@ -535,8 +545,15 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
         "mlxdiff.metadata",
+        "mlxdiff.whole",
     },
-    "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.machines"},
+    "mlxdiff.train.fit": {
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.machines",
+        "mlxdiff.metadata",
+        "mlxdiff.whole",
+    },
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
     "mlxdiff.train.batches": {
         "mlxdiff.conditioning",
@@ -647,11 +664,17 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.widgets.previews",
     },
-    "mlxdiff.widgets.start_picture": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.widgets.gallery"},
+    "mlxdiff.widgets.start_picture": {
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.whole",
+        "mlxdiff.widgets.gallery",
+    },
     "mlxdiff.widgets.history": {
         "mlxdiff.errors",
         "mlxdiff.foreign",
         "mlxdiff.images",
+        "mlxdiff.whole",
         "mlxdiff.widgets.gallery",
         "mlxdiff.widgets.start_picture",
         "mlxdiff.widgets.view",
@@ -774,7 +797,7 @@ MAY = {
         "mlxdiff.widgets.explain.*",
     },
     "mlxdiff.widgets.server": set(),
-    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store"},
+    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store", "mlxdiff.whole"},
     "mlxdiff.widgets.app": {
         "mlxdiff.console",
         "mlxdiff.store",
@@ -783,7 +806,13 @@ MAY = {
         "mlxdiff.widgets.server",
         "mlxdiff.widgets.studio",
     },
-    "mlxdiff.widgets.lessons": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.lab"},
+    "mlxdiff.widgets.lessons": {
+        "mlxdiff",
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.whole",
+        "mlxdiff.widgets.lab",
+    },
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {
