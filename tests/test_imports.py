@@ -22,7 +22,8 @@ MAY = {
     "mlxdiff": {"mlxdiff.blas", "mlxdiff.errors", "mlxdiff.guides", "mlxdiff.pipeline", "mlxdiff.request"},
     "mlxdiff.dialects": {"mlxdiff", "mlxdiff.errors"},
     "mlxdiff.models": NONE,
-    "mlxdiff.models.layers": NONE,
+    "mlxdiff.models.cpu": NONE,
+    "mlxdiff.models.layers": {"mlxdiff.models.cpu"},
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
     "mlxdiff.models.controlnet": {"mlxdiff.models.layers", "mlxdiff.models.unet"},
     "mlxdiff.models.flux_controlnet": {
@@ -31,7 +32,7 @@ MAY = {
         "mlxdiff.models.layers",
     },
     "mlxdiff.models.sd3_controlnet": {"mlxdiff.models.controlnet", "mlxdiff.models.layers", "mlxdiff.models.sd3"},
-    "mlxdiff.models.t2i": {"mlxdiff.models.controlnet", "mlxdiff.models.unet"},
+    "mlxdiff.models.t2i": {"mlxdiff.models.controlnet", "mlxdiff.models.layers", "mlxdiff.models.unet"},
     "mlxdiff.models.flux2": {"mlxdiff.models.flux", "mlxdiff.models.layers"},
     "mlxdiff.models.zimage": {"mlxdiff.models.flux", "mlxdiff.models.layers", "mlxdiff.models.qwen3"},
     "mlxdiff.models.vision": {"mlxdiff.models.clip"},
