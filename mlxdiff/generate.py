@@ -15,7 +15,7 @@ from typing import TextIO
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import BLAS, builtin, images, samplers, schedules
+from . import BLAS, builtin, images, samplers, schedules, tune
 from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
@@ -116,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--offline", action="store_true", help="never use the network")
     g.add_argument("--low-memory", action="store_true", help="slower, but in less memory")
     g.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
+    what = "do not measure first which ways to compute are fastest here: done once, before a large model on a GPU"
+    g.add_argument("--no-tune", dest="tune", action="store_false", help=what)
 
     g = p.add_argument_group("where it goes")
     where = "file or folder; never overwrites; each of several pictures adds its seed to FILE; - is standard output"
@@ -130,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 STDOUT = Path("-")
+_LARGE = 2**30  # bytes of a denoiser
 _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
@@ -168,6 +171,8 @@ def draw(args: argparse.Namespace) -> int:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
         raise Error("--refine-at says when a refiner begins, but there is no refiner.", "Add --refiner MODEL.")
+    if note := tune.apply():
+        warn(note)
     with Bar(args.json, sys.stderr if args.output == STDOUT else sys.stdout) as bar:
         pipe = load(
             model,
@@ -188,11 +193,16 @@ def draw(args: argparse.Namespace) -> int:
         )
         requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
+        if args.tune and large(pipe) and not tune.known():
+            _tune(bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
             bar.write(f"{pipe.name} draws previews with its VAE, which is small: no TAESD is needed.")
         if args.verbose:
             bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
+            for fact in (tune.summary(), tune.matrix_units()):
+                if fact:
+                    bar.write(fact)
         for adapter, scale in pipe.attached.adapters(requests[0]):
             bar.write(f"{adapter}, scale {scale:g}")
         for note in pipe.attached.notes(requests[0]):
@@ -222,6 +232,22 @@ def draw(args: argparse.Namespace) -> int:
         if bar.unreported is not None:
             raise bar.unreported
     return 0
+
+
+def large(pipe: Pipeline) -> bool:
+    """Whether the model is worth a measurement of this machine: a large one on a GPU."""
+    file = pipe.networks.folder / f"{pipe.description.family.denoiser}.safetensors"
+    return mx.default_device().type == mx.gpu and file.stat().st_size > _LARGE
+
+
+def _tune(bar: "Bar") -> None:
+    """Measure this machine. If the choices cannot be kept, the picture is drawn all the same."""
+    bar.write("Measuring which ways to compute are fastest on this machine: about 20 s, once. --no-tune skips it.")
+    cases = len(tune.cases())
+    try:
+        tune.tune(lambda done, m: bar.count("tune", done, cases))
+    except Error as e:
+        bar.write(str(e))
 
 
 def _once(requests: list[Request], bar: "Bar") -> list[Request]:
@@ -386,9 +412,12 @@ class Bar:
             self.bar.update(done - self.bar.n)
 
     def show(self, event: Event) -> None:
-        self._open(event.stage, event.steps, unit="step")
+        self.count(event.stage, event.step, event.steps)
+
+    def count(self, stage: str, done: int, total: int) -> None:
+        self._open(stage, total, unit="step")
         if self.bar is not None:
-            self.bar.update(event.step - self.bar.n)
+            self.bar.update(done - self.bar.n)
 
     def done(self, path: Path | str, request: Request, made: dict) -> None:
         self._close()

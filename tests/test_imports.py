@@ -22,8 +22,9 @@ MAY = {
     "mlxdiff": {"mlxdiff.blas", "mlxdiff.errors", "mlxdiff.guides", "mlxdiff.pipeline", "mlxdiff.request"},
     "mlxdiff.dialects": {"mlxdiff", "mlxdiff.errors"},
     "mlxdiff.models": NONE,
-    "mlxdiff.models.cpu": NONE,
-    "mlxdiff.models.layers": {"mlxdiff.models.cpu"},
+    "mlxdiff.models.ways": NONE,
+    "mlxdiff.models.cpu": {"mlxdiff.models.ways"},
+    "mlxdiff.models.layers": {"mlxdiff.models.cpu", "mlxdiff.models.ways"},
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
     "mlxdiff.models.controlnet": {"mlxdiff.models.layers", "mlxdiff.models.unet"},
     "mlxdiff.models.flux_controlnet": {
@@ -118,6 +119,7 @@ MAY = {
         "mlxdiff.blas",
         "mlxdiff.description",
         "mlxdiff.models.layers",
+        "mlxdiff.models.ways",
         "mlxdiff.weights",
     },
     "mlxdiff.memory": {
@@ -373,7 +375,16 @@ MAY = {
         "mlxdiff.start",
         "mlxdiff.store",
         "mlxdiff.store.adapters",
+        "mlxdiff.tune",
         "mlxdiff.upscale",
+    },
+    "mlxdiff.tune": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.models.*",
+        "mlxdiff.recipe",
+        "mlxdiff.store.cache",
     },
     "mlxdiff.surgery": {"mlxdiff.errors", "mlxdiff.pipeline"},
     "mlxdiff.probe": {
@@ -413,6 +424,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.tune",
     },
     "mlxdiff.bench.random_model": {
         "mlxdiff.description",

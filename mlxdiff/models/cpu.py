@@ -10,15 +10,16 @@ from functools import wraps
 
 import mlx.core as mx
 
+from . import ways
+
 PART = 1 << 18  # numbers worked on at a time: 1 MB, for the cache
 _FEW = 1 << 13  # up to so many numbers, MLX's own function is as fast: twenty operations have a fixed cost
 _PIXELS = 1 << 10  # of a map; in smaller ones a convolution's copies cost less than its nine products
-_ON = True
 
 
-def suits(x: mx.array) -> bool:
-    """Whether the functions below are for this array. This is the one place that decides it."""
-    return _ON and x.dtype == mx.float32 and mx.default_device().type == mx.cpu
+def suits(way: str, x: mx.array) -> bool:
+    """Whether this array is computed in a way of this file. This is the one place that decides it."""
+    return x.dtype == mx.float32 and mx.default_device().type == mx.cpu and ways.chosen(way)
 
 
 def rather(faster: Callable) -> Callable:
@@ -27,7 +28,7 @@ def rather(faster: Callable) -> Callable:
     def decorate(plain: Callable) -> Callable:
         @wraps(plain)
         def call(*arrays):
-            return (faster if suits(arrays[0]) and arrays[0].size > _FEW else plain)(*arrays)
+            return (faster if suits("activations", arrays[0]) and arrays[0].size > _FEW else plain)(*arrays)
 
         return call
 

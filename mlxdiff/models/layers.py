@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from . import cpu
+from . import cpu, ways
 
 FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
 SCORES = 1 << 24  # bytes of attention scores per piece if no fused kernel runs; MLX queues about ten pieces
@@ -89,7 +89,7 @@ class GroupNorm(nn.Module):
         self.apply_to = normed_silu if silu else normed
 
     def __call__(self, x: mx.array) -> mx.array:
-        if cpu.suits(x):
+        if cpu.suits("group norm", x):
             return cpu.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.apply_to is normed_silu)
         y = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)  # (B, N, groups, c / groups)
         per = mx.array(1 / (y.shape[1] * y.shape[3]))
@@ -102,14 +102,23 @@ class GroupNorm(nn.Module):
 def pad_heads(x: mx.array) -> mx.array:
     """Pad the last axis with zeros to a width of the fused kernel. This changes neither the scores nor the output."""
     d = x.shape[-1]
-    width = d if cpu.suits(x) else next((n for n in FUSED if n >= d), d)
+    width = d if _unpadded(d, x) else next((n for n in FUSED if n >= d and not _slow(n)), d)
     return x if width == d else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - d)])
+
+
+def _unpadded(d: int, x: mx.array) -> bool:
+    return cpu.suits("attention", x) or (d < FUSED[0] and ways.chosen("unpadded", d))
+
+
+def _slow(width: int) -> bool:
+    """Whether heads of the next width were measured to be faster. M5's matrix units take no heads of 72 and 80."""
+    return width in (72, 80) and ways.chosen("wider", width)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None = None) -> mx.array:
     """softmax(q k^T / sqrt(d)) v. q: (B, heads, N, d); k, v: (B, heads, M, d), padded or not -> (B, N, heads * d)."""
     B, heads, N, d = q.shape
-    if mask is None and cpu.suits(q):
+    if mask is None and cpu.suits("attention", q):
         return cpu.attention(q, k, v)
     q, k, v = pad_heads(q), pad_heads(k), pad_heads(v)
     attend = partial(mx.fast.scaled_dot_product_attention, k=k, v=v, scale=d**-0.5, mask=mask)
@@ -197,8 +206,10 @@ class TimeEmbedding(nn.Module):
 
 def conv3x3(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """A convolution with a kernel of 3 x 3, padded by one pixel. weight: (o, 3, 3, c)."""
-    if cpu.suits(x):
+    if cpu.suits("convolution", x):
         return cpu.conv3x3(x, weight, bias)
+    if min(weight.shape[0], x.shape[-1]) >= ways.MANY and ways.chosen("unfold", x.shape[-1], x.shape[1] * x.shape[2]):
+        return ways.unfold(x, weight, bias)
     y = mx.conv2d(x, weight, padding=1)
     return y if bias is None else y + bias
 
