@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder"),
     "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
     "train": ("mlxdiff.train.__main__", "train a LoRA or a word on your pictures, or the built-in model"),
+    "tune": ("mlxdiff.tune", "measure once which ways to compute are fastest on this machine"),
     "bench": ("mlxdiff.bench.__main__", "measure time, memory and kernels"),
 }
 

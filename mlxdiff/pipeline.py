@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -91,8 +92,11 @@ def load(
     lora_dir: a folder where the names of both are looked up, in place of that of the variable MLXDIFF_LORAS.
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
-    from . import store
+    from . import store, tune
     from .store import adapters
+
+    if note := tune.apply():
+        warnings.warn(note, stacklevel=2)
 
     lora_dir = adapters.folder_of(lora_dir)
 
