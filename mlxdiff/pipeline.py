@@ -306,10 +306,10 @@ class Pipeline:
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         """Rough pictures of predicted latents (B, h, w, c). The TAESD makes them if there is one, the VAE if it is
-        small, else one linear map."""
+        small, else one linear map, if the family's fits these latents."""
         if self._taesd is not None:
             return _pictures(self._taesd, x0)
-        if self.previews_by_vae:
+        if self.previews_by_vae or not self.description.usual_latents:
             return self.decode(x0)
         return [images.preview(x, self.description.family.preview) for x in x0]
 

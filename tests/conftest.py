@@ -7,6 +7,7 @@ import fcntl
 import gc
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,17 @@ import mlxdiff.blas  # noqa: E402
 def pipe():
     """The built-in model in float32."""
     return mlxdiff.load("storybook", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The built-in model draws 128 x 128 pixels unless it is told otherwise: for what does not depend on the size."""
+    from mlxdiff.families import MODELS
+
+    row = MODELS["storybook"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "storybook", replace(row, defaults=replace(row.defaults, size=128)))
+        yield
 
 
 @pytest.fixture(scope="session")
