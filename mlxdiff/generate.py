@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TextIO
 
 import mlx.core as mx
+from PIL.Image import Image
 from tqdm import tqdm
 
-from . import BLAS, builtin, images, samplers, schedules
+from . import BLAS, images, machines, notes, samplers, schedules
 from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
-from .families.base import SECOND_PASS
-from .guides import DETECTORS, MASKED, guides, steps_on
+from .guides import DETECTORS, MASKED, guides
 from .pipeline import Event, Pipeline, load
-from .recipe import BITS, DTYPES, SMALLER, bits_of
+from .recipe import BITS, DTYPES, SMALLER, bits_of, recipe
 from .request import OUTPAINT, STRENGTH, Request
 
 
@@ -151,6 +151,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def draw(args: argparse.Namespace) -> int:
+    with machines.joined() as others:
+        return _draw(args, others) if others is None or others.rank == 0 else _follow(args, others)
+
+
+def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
     base, model = (None, None) if args.from_image is None else images.read_settings(args.from_image)
     model = args.model if args.model is not None else _known(model)
     requests = [r.but(_settings(args)) for r in _prompts(args, base)]
@@ -163,29 +168,19 @@ def draw(args: argparse.Namespace) -> int:
             images.check_name(args.output)
         check_writable(_folder(args.output), "-o")
     if args.preview_dir is not None:
+        if others is not None:
+            raise Error("--preview-dir is for one machine, and mlx.launch started several.", "Leave it out.")
         check_writable(args.preview_dir, "--preview-dir")
     elif args.taesd is not None:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
         raise Error("--refine-at says when a refiner begins, but there is no refiner.", "Add --refiner MODEL.")
     with Bar(args.json, sys.stderr if args.output == STDOUT else sys.stdout) as bar:
-        pipe = load(
-            model,
-            bits=args.quantize,
-            dtype=args.dtype,
-            refiner=args.refiner,
-            taesd=args.taesd,
-            offline=args.offline,
-            low_memory=args.low_memory,
-            force=args.force,
-            request=requests[0],  # the others differ in prompts and seeds
-            tokenizer=args.tokenizer,
-            prediction=args.prediction,
-            t5=any(r.t5 for r in requests),
-            lora_dir=args.lora_dir,
-            parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
-            progress=bar.progress,
-        )
+        t5, dtype = any(r.t5 for r in requests), recipe(args.quantize, args.dtype).dtype
+        first = requests[0]  # the others differ in prompts and seeds
+        if others is not None:  # chips have different default dtypes, but pictures are to be the same
+            others.greet({"model": model, "request": first.to_json(), "t5": t5, "dtype": dtype})
+        pipe = _load(args, model, first, t5, dtype, bar.progress)
         requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
@@ -193,35 +188,39 @@ def draw(args: argparse.Namespace) -> int:
         if args.verbose:
             bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
-        for adapter, scale in pipe.attached.adapters(requests[0]):
-            bar.write(f"{adapter}, scale {scale:g}")
-        for note in pipe.attached.notes(requests[0]):
+        for note in notes.of_run(pipe, requests[0]):
             bar.write(note)
-        guided = [("control", guide) for guide in requests[0].controls]
-        for what, guide in guided + [("reference", guide) for guide in requests[0].references]:
-            steps = pipe.description.taken(requests[0])
-            on = steps_on(guide.interval, steps)
-            span = "" if len(on) == steps else f", in steps {on.start + 1} to {on.stop} of {steps}"
-            bar.write(f"{what} {guide}: scale {guide.scale:g}{span}")
-        for word in pipe.attached.words(requests[0]):
-            n = max(map(len, word.vectors.values()))
-            bar.write(f"{word.word}: {n} token{'s' * (n > 1)}, for {', '.join(word.vectors)}")
+        name, lacking = partial(_name, args.output, requests), 0
         for request in requests:
-            if request.negative and pipe.description.passes(request) == 1:
-                why = (
-                    "Without guidance above 1"
-                    if pipe.description.guidance == SECOND_PASS
-                    else f"As {pipe.name} draws in one pass,"
-                )
-                bar.write(f"{why} a negative prompt does nothing.")
-            taught = pipe.attached.taught(request)
-            unknown = builtin.notice(request.prompt, taught) if pipe.name == builtin.NAME else ""
-            if unknown:
-                bar.write(f"{unknown} `mlxdiff models {pipe.name}` lists the words that it knows.")
-            _one(args, pipe, request, partial(_name, args.output, requests), bar)
+            for note in notes.of_prompt(pipe, request):
+                bar.write(note)
+            if others is None:
+                _one(args, pipe, request, name, bar)
+        if others is not None:
+            lacking = _share(args, pipe, requests, name, bar, others)
         if bar.unreported is not None:
             raise bar.unreported
-    return 0
+    return 1 if lacking else 0
+
+
+def _load(args: argparse.Namespace, model: str, first: Request, t5: bool, dtype: str, progress: Callable) -> Pipeline:
+    return load(
+        model,
+        bits=args.quantize,
+        dtype=dtype,
+        refiner=args.refiner,
+        taesd=args.taesd,
+        offline=args.offline,
+        low_memory=args.low_memory,
+        force=args.force,
+        request=first,
+        tokenizer=args.tokenizer,
+        prediction=args.prediction,
+        t5=t5,
+        lora_dir=args.lora_dir,
+        parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
+        progress=progress,
+    )
 
 
 def _once(requests: list[Request], bar: "Bar") -> list[Request]:
@@ -240,8 +239,14 @@ def _once(requests: list[Request], bar: "Bar") -> list[Request]:
 
 
 def _one(
-    args: argparse.Namespace, pipe: Pipeline, request: Request, name: Callable[[Request], Path], bar: "Bar"
+    args: argparse.Namespace,
+    pipe: Pipeline,
+    request: Request,
+    name: Callable[[Request], Path],
+    bar: "Bar",
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
+    """Draw a request and write its pictures. meanwhile: called after each event."""
     mx.reset_peak_memory()
     drawn, made_by = 0, (pipe.name, str(pipe.description.recipe))
     singles = request.singles()
@@ -262,8 +267,54 @@ def _one(
             else:
                 path = images.save(event.image, name(single), single, *made_by)
             drawn += 1
-            bar.done(path, single, {"model": pipe.name, **asdict(pipe.description.recipe)})
+            bar.done(path, single, _facts(pipe))
+        meanwhile()
     bar.began = time.perf_counter()
+
+
+def _facts(pipe: Pipeline) -> dict:
+    return {"model": pipe.name, **asdict(pipe.description.recipe)}
+
+
+def _share(
+    args: argparse.Namespace,
+    pipe: Pipeline,
+    requests: list[Request],
+    name: Callable[[Request], Path],
+    bar: "Bar",
+    others: machines.Machines,
+) -> int:
+    """Draw on several machines. Returns how much went wrong."""
+
+    def own(request: Request, meanwhile: Callable[[], None]) -> None:
+        _one(args, pipe, request, name, bar, meanwhile)
+
+    def keep(request: Request, drawn: machines.Drawn) -> None:
+        path = images.save(drawn.image, name(request), request, pipe.name, str(pipe.description.recipe))
+        bar.done(path, request, _facts(pipe) | {"rank": drawn.rank}, drawn.seconds, drawn.peak_bytes)
+
+    missing = others.share([single for r in requests for single in r.singles()], own, keep)
+    for problem in others.problems:
+        bar.write(f"mlxdiff generate: {problem}")
+    for request in missing:
+        bar.write(f"mlxdiff generate: missing: seed {request.seed} of {request.prompt!r}.")
+    return len(missing) + len(others.problems)
+
+
+def _follow(args: argparse.Namespace, first: machines.Machines) -> int:
+    """Draw what the first machine hands out, and say nothing."""
+    told = first.greeted()
+    request = Request.from_json(told["request"])
+    pipe = _load(args, told["model"], request, told["t5"], told["dtype"], lambda *_: None)
+
+    def drawn(request: Request) -> tuple[Image, dict]:
+        mx.reset_peak_memory()
+        began = time.perf_counter()
+        (image,) = (event.image for event in pipe.run(pipe.resolve(request)) if event.image is not None)
+        return image, {"seconds": time.perf_counter() - began, "peak_bytes": mx.get_peak_memory()}
+
+    first.follow(drawn)
+    return 0
 
 
 class _Control(argparse.Action):
@@ -390,15 +441,19 @@ class Bar:
         if self.bar is not None:
             self.bar.update(event.step - self.bar.n)
 
-    def done(self, path: Path | str, request: Request, made: dict) -> None:
+    def done(
+        self, path: Path | str, request: Request, made: dict, seconds: float | None = None, peak: int | None = None
+    ) -> None:
+        """Report a picture. seconds, peak: of another machine that drew it."""
         self._close()
-        peak, now = mx.get_peak_memory(), time.perf_counter()
-        seconds = now - self.began
+        seconds = time.perf_counter() - self.began if seconds is None else seconds
+        peak = mx.get_peak_memory() if peak is None else peak
         if self.quiet:
             facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak, **made}
             self._report(say_json, facts | {"request": json.loads(request.to_json())})
         else:
-            self._report(say, f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak")
+            where = f", on rank {made['rank']}" if "rank" in made else ""
+            self._report(say, f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak{where}")
 
     def write(self, text: str) -> None:
         warn(text)

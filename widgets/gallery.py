@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import images, pictures
-from ..dialects import lora
+from ..dialects import embedding, lora
 from ..errors import Error
+from ..guides import Guide
 from ..request import Request
 
 _THUMB = 160  # pixels: the strip shows 80; sharp screens need twice that
@@ -89,9 +90,11 @@ class Picture:
         if r.mask is not None:
             out.append(("Mask", _name(r.mask)))
         for what, guides in (("Control", r.controls), ("Reference", r.references)):
-            out += [(what, f"{_name(guide.image)}, scale {guide.scale:g}") for guide in guides]
+            out += [(what, f"{_seen(guide)}, scale {guide.scale:g}") for guide in guides]
         for name, scale in map(lora, r.loras or ()):
             out.append(("LoRA", f"{Path(name).stem}, scale {1 if scale is None else scale:g}"))
+        for name, word in map(embedding, r.embeddings or ()):
+            out.append(("Taught word", Path(name).stem if word is None else f"{word}, of {Path(name).stem}"))
         if any(r.outpaint):
             out.append(("Added around", ", ".join(map(str, r.outpaint))))
         return out
@@ -105,6 +108,12 @@ class Picture:
 
 def _name(picture: str | Path | Image.Image) -> str:
     return Path(picture).name if isinstance(picture, str | Path) else "a picture"
+
+
+def _seen(guide: Guide) -> str:
+    """What a guide shows: its picture, and what is taken over of it."""
+    picture = "the masked start picture" if guide.masked else _name(guide.image)
+    return picture if guide.mode is None else f"{picture}, its {guide.mode}"
 
 
 def writable(folder: str | Path) -> Path:
