@@ -39,12 +39,12 @@ class Case(NamedTuple):
 
 def case(pipe, seed: int, kind: str) -> Case:
     """A picture and what is to be changed in it."""
-    rng, size = np.random.default_rng([seed, 17]), pipe.resolve("").width
-    scene = sb.sample(rng)
-    picture = Image.fromarray(sb.render(scene, rng, size))
-    words = [word for word in judge.WORDS[kind] if word != getattr(scene, kind)]
-    changed = [replace(scene, **{kind: word}) for word in words]
-    other = [each for each in changed if sb.valid(each) and not sb.held_out(each)][seed % 3]
+    rng, size, others = np.random.default_rng([seed, 17]), pipe.resolve("").width, []
+    while not others:  # a boat, for one, has no other ground than the sea
+        scene = sb.sample(rng)
+        changed = [replace(scene, **{kind: word}) for word in judge.WORDS[kind] if word != getattr(scene, kind)]
+        others = [each for each in changed if sb.valid(each) and not sb.held_out(each)]
+    picture, other = Image.fromarray(sb.render(scene, rng, size)), others[seed % len(others)]
     return Case(picture, sb.plain(scene), sb.plain(other), kind, getattr(other, kind))
 
 
@@ -129,7 +129,7 @@ class ThereAndBack(Lesson):
         fig.suptitle(f"{d.case.caption}  →  {d.case.other}", style="italic")
         axes = fig.subplots(1, 4)
         show(axes[0], d.case.picture, "the picture")
-        grey = d.noise.mean(-1)
+        grey = d.noise.mean(-1) * np.sqrt(d.noise.shape[-1])  # as spread as one channel
         axes[1].imshow(grey, cmap="gray", vmin=-2, vmax=2)
         axes[1].set_title(f"its noise, of size {d.noise.std():.2f}", pad=3)
         axes[1].axis("off")
