@@ -186,9 +186,23 @@ def test_what_was_encoded_is_kept(pipe, rings, tmp_path, monkeypatch):
     assert first.buckets == again.buckets
     assert all(mx.array_equal(a, b) for a, b in zip(first.means, again.means, strict=True))
     assert all(mx.array_equal(a["context"], b["context"]) for a, b in zip(first.args, again.args, strict=True))
-    (run.out / tune.RUN / "encoded-0.safetensors").write_bytes(b"half")
-    with pytest.raises(TypeError):  # it encodes, which this test took away
-        run.encoded()
+    file = run.out / tune.RUN / "encoded-0.safetensors"
+    good, header = mx.load(str(file), return_metadata=True)
+    good = {k: mx.array(v) for k, v in good.items()}
+    wrong = [
+        {"0.mean": good["0.mean"][:, :-1]},
+        {"0.spread": good["0.spread"] * mx.nan},
+        {"1.mean": good["1.mean"].astype(mx.int32)},
+        {"1.args.context": good["1.args.context"][0]},
+    ]
+    file.write_bytes(b"half")
+    for change in [None, *wrong]:
+        if change is not None:
+            mx.save_safetensors(str(file), good | change, header)
+        with pytest.raises(TypeError):  # it encodes, which this test took away
+            run.encoded()
+    mx.save_safetensors(str(file), good, header)
+    run.encoded()
 
 
 def test_too_little_memory_is_told_before_the_work(rings, tmp_path, capsys, monkeypatch):
