@@ -20,8 +20,9 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from PIL import Image, ImageDraw
 
-from .. import foreign, whole
+from .. import foreign, metadata, whole
 from ..errors import Error
+from ..machines import Machines
 from ..whole import PART, appearing
 
 # Muon trains matrices between hidden layers; AdamW trains the first and last layers, embeddings, norms and biases.
@@ -72,9 +73,19 @@ def rate_at(plan: Plan, step: int) -> float:
     return plan.rate * min(1.0, (step + 1) / max(1, plan.warmup), left)
 
 
-def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: Plan, folder: Path) -> Iterator[Report]:
+def fit(
+    model: nn.Module,
+    loss: Callable,
+    batch: Callable[[int], tuple],
+    plan: Plan,
+    folder: Path,
+    others: Machines | None = None,
+) -> Iterator[Report]:
     """loss(model, *batch(number)) -> scalar; a step takes `accumulate` batches. The model is trained in place;
-    `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved."""
+    `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved. others: the
+    machines of this run, which divide a step's batches; the state of the first counts."""
+    rank, size = (0, 1) if others is None else (others.rank, others.size)
+    check_shares(plan.accumulate, size)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     chosen = optimizer(plan.optimizer, plan.weight_decay)
@@ -83,8 +94,14 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
     start = 0
     if (folder / "state.safetensors").exists():
         start, mean = _restore(folder / "state.safetensors", model, chosen)
+    if others is not None:
+        first, trained, chosen.state, mean = others.same(
+            (mx.array(start), model.trainable_parameters(), chosen.state, mean)
+        )
+        model.update(trained)
+        start = first.item()
     gradient = nn.value_and_grad(model, loss)
-    step, saved = start, start
+    step, saved, share = start, start, plan.accumulate // size
     with writing(folder):
         _cut_log(folder / "log.csv", start)
     try:
@@ -92,13 +109,16 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
             began = time.perf_counter()
             rate = rate_at(plan, step)
             set_rate(chosen, rate)
-            value, grads = gradient(model, *batch(step * plan.accumulate))
-            for k in range(1, plan.accumulate):
+            first = step * plan.accumulate + rank
+            value, grads = gradient(model, *batch(first))
+            for k in range(1, share):
                 mx.eval(value, grads)  # what it took is free again before the next batch
-                more, others = gradient(model, *batch(step * plan.accumulate + k))
-                value, grads = value + more, tree_map(mx.add, grads, others)
-            if plan.accumulate > 1:
-                value, grads = value / plan.accumulate, tree_map(lambda g: g / plan.accumulate, grads)
+                more, again = gradient(model, *batch(first + k * size))
+                value, grads = value + more, tree_map(mx.add, grads, again)
+            if share > 1:
+                value, grads = value / share, tree_map(lambda g: g / share, grads)
+            if others is not None:
+                value, grads = others.mean((value, grads))
             grads, _ = opt.clip_grad_norm(grads, plan.clip)
             chosen.update(model, grads)
             keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
@@ -118,6 +138,13 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
     finally:
         if step > saved:
             _save(folder, model, chosen, mean, step)
+
+
+def check_shares(accumulate: int, machines: int) -> None:
+    """Raise unless a step's batches can be divided over so many machines."""
+    if accumulate % machines:
+        problem = f"A step has {accumulate} batch{'es' * (accumulate > 1)}, for {machines} machines."
+        raise Error(problem, f"Use `accumulate={machines}`, or a multiple of it: each machine takes its share.")
 
 
 def same_run(folder: Path, settings: dict) -> None:
@@ -161,10 +188,10 @@ def write_text(file: Path, text: str) -> None:
         whole.write(file, text.encode("utf-8"))
 
 
-def write_picture(file: Path, image: Image.Image) -> None:
-    """The same for a PNG."""
+def write_picture(file: Path, image: Image.Image, source: str | None = None) -> None:
+    """The same for a PNG. source: what IPTC calls it, if a model drew it."""
     with writing(file), appearing(file) as part:
-        image.save(part, "PNG")
+        image.save(part, "PNG", **({} if source is None else metadata.options("PNG", {}, source)))
 
 
 @contextmanager
