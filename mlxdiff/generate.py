@@ -14,7 +14,7 @@ import mlx.core as mx
 from PIL.Image import Image
 from tqdm import tqdm
 
-from . import BLAS, images, machines, notes, output, samplers, schedules
+from . import BLAS, images, machines, notes, output, samplers, schedules, tune
 from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
@@ -114,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--offline", action="store_true", help="never use the network")
     g.add_argument("--low-memory", action="store_true", help="slower, but in less memory")
     g.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
+    what = "do not measure first which ways to compute are fastest here: done once, before a large model on a GPU"
+    g.add_argument("--no-tune", dest="tune", action="store_false", help=what)
 
     g = p.add_argument_group("where it goes")
     output.add_arguments(g)
@@ -126,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+_LARGE = 2**30  # bytes of a denoiser
 _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
@@ -166,6 +169,8 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
         raise Error("--refine-at says when a refiner begins, but there is no refiner.", "Add --refiner MODEL.")
+    if note := tune.apply():
+        warn(note)
     with Bar(args.json, sys.stderr if args.output == output.STDOUT else sys.stdout) as bar:
         t5, dtype = any(r.t5 for r in requests), recipe(args.quantize, args.dtype).dtype
         first = requests[0]  # the others differ in prompts and seeds
@@ -176,11 +181,16 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
         requests = _once(requests, bar)
         for request in requests:
             images.check_settings(target.kind, request, pipe.name, str(pipe.description.recipe))
+        if args.tune and large(pipe) and not tune.known():
+            _tune(bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
             bar.write(f"{pipe.name} draws previews with its VAE, which is small: no TAESD is needed.")
         if args.verbose:
             bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
+            for fact in (tune.summary(), tune.matrix_units()):
+                if fact:
+                    bar.write(fact)
         for note in notes.of_run(pipe, requests[0]):
             bar.write(note)
         write, lacking = partial(target.write, requests=requests), 0
@@ -214,6 +224,22 @@ def _load(args: argparse.Namespace, model: str, first: Request, t5: bool, dtype:
         parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
         progress=progress,
     )
+
+
+def large(pipe: Pipeline) -> bool:
+    """Whether the model is worth a measurement of this machine: a large one on a GPU."""
+    file = pipe.networks.folder / f"{pipe.description.family.denoiser}.safetensors"
+    return mx.default_device().type == mx.gpu and file.stat().st_size > _LARGE
+
+
+def _tune(bar: "Bar") -> None:
+    """Measure this machine. If the choices cannot be kept, the picture is drawn all the same."""
+    bar.write("Measuring which ways to compute are fastest on this machine: about 20 s, once. --no-tune skips it.")
+    cases = len(tune.cases())
+    try:
+        tune.tune(lambda done, m: bar.count("tune", done, cases))
+    except Error as e:
+        bar.write(str(e))
 
 
 def _once(requests: list[Request], bar: "Bar") -> list[Request]:
@@ -375,9 +401,12 @@ class Bar:
             self.bar.update(done - self.bar.n)
 
     def show(self, event: Event) -> None:
-        self._open(event.stage, event.steps, unit="step")
+        self.count(event.stage, event.step, event.steps)
+
+    def count(self, stage: str, done: int, total: int) -> None:
+        self._open(stage, total, unit="step")
         if self.bar is not None:
-            self.bar.update(event.step - self.bar.n)
+            self.bar.update(done - self.bar.n)
 
     def done(
         self, path: Path | str, request: Request, made: dict, seconds: float | None = None, peak: int | None = None

@@ -20,6 +20,7 @@ from .request import Request
 from .signing import Signer
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+READ = (*SUFFIXES, ".tif", ".tiff", ".bmp", ".gif")  # what names of pictures that are read end in
 ENDINGS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of names that mlxdiff gives
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
 MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
@@ -346,10 +347,17 @@ def _claim(temp: Path, path: Path) -> Path:
             return target
         except FileExistsError:
             continue
-        except OSError:  # no hard links here (FAT, some network drives): check, then rename
-            if not target.exists():
+        except OSError:  # no hard links here (FAT, some network drives): take the name first, then the place
+            try:
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            try:
                 os.replace(temp, target)
-                return target
+            except BaseException:
+                target.unlink()
+                raise
+            return target
     raise Error(f"{path.parent} already holds {_MOST} pictures of this name.", "Choose another name with `output`.")
 
 

@@ -14,6 +14,7 @@ NONE: set[str] = set()
 MAY = {
     "mlxdiff.errors": NONE,
     "mlxdiff.foreign": {"mlxdiff.errors"},
+    "mlxdiff.whole": NONE,
     "mlxdiff.adapters": set(),
     "mlxdiff.arguments": {"mlxdiff.errors"},
     "mlxdiff.spelling": NONE,
@@ -22,7 +23,9 @@ MAY = {
     "mlxdiff": {"mlxdiff.blas", "mlxdiff.errors", "mlxdiff.guides", "mlxdiff.pipeline", "mlxdiff.request"},
     "mlxdiff.dialects": {"mlxdiff", "mlxdiff.errors"},
     "mlxdiff.models": NONE,
-    "mlxdiff.models.layers": NONE,
+    "mlxdiff.models.ways": NONE,
+    "mlxdiff.models.cpu": {"mlxdiff.models.ways"},
+    "mlxdiff.models.layers": {"mlxdiff.models.cpu", "mlxdiff.models.ways"},
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
     "mlxdiff.models.controlnet": {"mlxdiff.models.layers", "mlxdiff.models.unet"},
     "mlxdiff.models.flux_controlnet": {
@@ -31,7 +34,7 @@ MAY = {
         "mlxdiff.models.layers",
     },
     "mlxdiff.models.sd3_controlnet": {"mlxdiff.models.controlnet", "mlxdiff.models.layers", "mlxdiff.models.sd3"},
-    "mlxdiff.models.t2i": {"mlxdiff.models.controlnet", "mlxdiff.models.unet"},
+    "mlxdiff.models.t2i": {"mlxdiff.models.controlnet", "mlxdiff.models.layers", "mlxdiff.models.unet"},
     "mlxdiff.models.flux2": {"mlxdiff.models.flux", "mlxdiff.models.layers"},
     "mlxdiff.models.zimage": {"mlxdiff.models.flux", "mlxdiff.models.layers", "mlxdiff.models.qwen3"},
     "mlxdiff.models.vision": {"mlxdiff.models.clip"},
@@ -144,6 +147,7 @@ MAY = {
         "mlxdiff.blas",
         "mlxdiff.description",
         "mlxdiff.models.layers",
+        "mlxdiff.models.ways",
         "mlxdiff.weights",
     },
     "mlxdiff.memory": {
@@ -232,7 +236,13 @@ MAY = {
         "mlxdiff.store.tokenizer",
     },
     "mlxdiff.store.hub": {"mlxdiff.errors"},
-    "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.recipe"},
+    "mlxdiff.store.cache": {
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.recipe",
+        "mlxdiff.whole",
+    },
     "mlxdiff.store.tokenizer": {
         "mlxdiff.convert",
         "mlxdiff.errors",
@@ -251,6 +261,14 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.store.hub",
         "mlxdiff.weights",
+    },
+    "mlxdiff.store.clip": {
+        "mlxdiff.convert.*",
+        "mlxdiff.errors",
+        "mlxdiff.models.*",
+        "mlxdiff.store",
+        "mlxdiff.store.hub",
+        "mlxdiff.tokenizers",
     },
     "mlxdiff.store.adapters": {
         "mlxdiff.adapters",
@@ -299,6 +317,7 @@ MAY = {
         "mlxdiff.store.cache",
     },
     "mlxdiff.references": {
+        "mlxdiff.foreign",
         "mlxdiff.conditioning",
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -316,6 +335,7 @@ MAY = {
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
+        "mlxdiff.foreign",
         "mlxdiff.detect",
         "mlxdiff.memory",
         "mlxdiff.references",
@@ -351,6 +371,7 @@ MAY = {
         "mlxdiff.output",
     },
     "mlxdiff.upscale": {
+        "mlxdiff.foreign",
         "mlxdiff.advice",
         "mlxdiff.errors",
         "mlxdiff.images",
@@ -405,7 +426,16 @@ MAY = {
         "mlxdiff.start",
         "mlxdiff.store",
         "mlxdiff.store.adapters",
+        "mlxdiff.tune",
         "mlxdiff.upscale",
+    },
+    "mlxdiff.tune": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.models.*",
+        "mlxdiff.recipe",
+        "mlxdiff.store.cache",
     },
     "mlxdiff.surgery": {"mlxdiff.errors", "mlxdiff.pipeline"},
     "mlxdiff.probe": {
@@ -454,7 +484,10 @@ MAY = {
         "mlxdiff.samplers",
         "mlxdiff.schedules",
         "mlxdiff.output",
+        "mlxdiff.tune",
     },
+    "mlxdiff.score": NONE,
+    "mlxdiff.score.distances": NONE,
     "mlxdiff.bench.random_model": {
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -468,6 +501,26 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.bench.step": NONE,
+    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice"},
+    "mlxdiff.bench.report": {
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.foreign",
+        "mlxdiff.recipe",
+        "mlxdiff.store",
+    },
+    "mlxdiff.bench.quality": {
+        "mlxdiff.bench.step",
+        "mlxdiff.builtin",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.pipeline",
+        "mlxdiff.recipe",
+        "mlxdiff.references",
+        "mlxdiff.score.*",
+        "mlxdiff.store.clip",
+        "mlxdiff.train.*",
+    },
     "mlxdiff.bench.start": {"mlxdiff.bench.step", "mlxdiff.errors", "mlxdiff.request"},
     "mlxdiff.bench.against_torch": {
         "mlxdiff.bench.step",
@@ -478,17 +531,19 @@ MAY = {
     },
     "mlxdiff.bench": NONE,
     "mlxdiff.bench.__main__": {
-        "mlxdiff",
         "mlxdiff.bench.*",
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.families",
+        "mlxdiff.foreign",
         "mlxdiff.families.base",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",
         "mlxdiff.request",
+        "mlxdiff.samplers",
     },
-    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.errors"},
+    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors"},
+    "mlxdiff.train.judge": {"mlxdiff.errors", "mlxdiff.score.distances", "mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
@@ -502,8 +557,15 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
         "mlxdiff.metadata",
+        "mlxdiff.whole",
     },
-    "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.machines"},
+    "mlxdiff.train.fit": {
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.machines",
+        "mlxdiff.metadata",
+        "mlxdiff.whole",
+    },
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
     "mlxdiff.train.batches": {
         "mlxdiff.conditioning",
@@ -572,6 +634,31 @@ MAY = {
         "mlxdiff.train.*",
         "mlxdiff.metadata",
     },
+    "mlxdiff.score.clip": {
+        "mlxdiff.errors",
+        "mlxdiff.models.vision",
+        "mlxdiff.store.clip",
+        "mlxdiff.tokenizers",
+    },
+    "mlxdiff.score.folder": {"mlxdiff.builtin", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
+    "mlxdiff.score.measure": {
+        "mlxdiff.errors",
+        "mlxdiff.models.vision",
+        "mlxdiff.references",
+        "mlxdiff.score.*",
+        "mlxdiff.train.judge",
+    },
+    "mlxdiff.score.report": {"mlxdiff.score.folder", "mlxdiff.store.clip"},
+    "mlxdiff.score.__main__": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.generate",
+        "mlxdiff.result",
+        "mlxdiff.score.*",
+        "mlxdiff.store.clip",
+        "mlxdiff.train.judge",
+    },
     "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
     "mlxdiff.widgets.gallery": {
         "mlxdiff.dialects",
@@ -590,11 +677,17 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.widgets.previews",
     },
-    "mlxdiff.widgets.start_picture": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.widgets.gallery"},
+    "mlxdiff.widgets.start_picture": {
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.whole",
+        "mlxdiff.widgets.gallery",
+    },
     "mlxdiff.widgets.history": {
         "mlxdiff.errors",
         "mlxdiff.foreign",
         "mlxdiff.images",
+        "mlxdiff.whole",
         "mlxdiff.widgets.gallery",
         "mlxdiff.widgets.start_picture",
         "mlxdiff.widgets.view",
@@ -717,7 +810,7 @@ MAY = {
         "mlxdiff.widgets.explain.*",
     },
     "mlxdiff.widgets.server": set(),
-    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store"},
+    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store", "mlxdiff.whole"},
     "mlxdiff.widgets.app": {
         "mlxdiff.console",
         "mlxdiff.store",
@@ -727,7 +820,13 @@ MAY = {
         "mlxdiff.widgets.studio",
         "mlxdiff.signing",
     },
-    "mlxdiff.widgets.lessons": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.lab"},
+    "mlxdiff.widgets.lessons": {
+        "mlxdiff",
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.whole",
+        "mlxdiff.widgets.lab",
+    },
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {
@@ -807,7 +906,7 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = ("", ".adapters", ".guides", ".references", ".tokenizer")
+        stores = ("", ".adapters", ".clip", ".guides", ".references", ".tokenizer")
         stores = tuple(f"mlxdiff.store{part}" for part in stores)
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name
