@@ -63,7 +63,6 @@ MAY = {
     "mlxdiff.signing": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.metadata"},
     "mlxdiff.provenance": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.metadata", "mlxdiff.signing"},
     "mlxdiff.output": {
-        "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.images",
         "mlxdiff.metadata",
@@ -668,6 +667,7 @@ MAY = {
         "mlxdiff.images",
         "mlxdiff.pictures",
         "mlxdiff.request",
+        "mlxdiff.signing",
     },
     "mlxdiff.widgets.previews": {"mlxdiff.images", "mlxdiff.pipeline"},
     "mlxdiff.widgets.worker": {
@@ -818,6 +818,7 @@ MAY = {
         "mlxdiff.widgets.lab",
         "mlxdiff.widgets.server",
         "mlxdiff.widgets.studio",
+        "mlxdiff.signing",
     },
     "mlxdiff.widgets.lessons": {
         "mlxdiff",
