@@ -12,6 +12,7 @@ if (_above / "pyproject.toml").is_file() and str(_above) not in __path__:
 from . import blas as _blas  # noqa: E402
 
 BLAS = _blas.preload()
+_blas.whole_float32()
 
 from .errors import Error  # noqa: E402
 from .guides import Guide  # noqa: E402
