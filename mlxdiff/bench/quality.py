@@ -33,7 +33,7 @@ PROMPTS = (  # of models that know the world
     "a castle on a hill under a full moon, oil painting",
     "an astronaut riding a horse in the desert",
 )
-STORY = 5  # prompts of the built-in model: with the default settings about 50 seconds of a processor
+STORY = 4  # prompts of the built-in model: with the default settings 50 seconds of one core
 _OTHER = ("euler", "ddim")  # the sampler to compare with is the first of these that is not the model's own
 MOST = 100  # settings
 MOST_PICTURES = 2000  # of each, what CLIP reads stays in memory until all are drawn: 0.6 MB
