@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .. import blas, images
+from .. import blas, images, machines, metadata
 from ..console import Parser, run, say
 from ..recipe import BITS, bits_of, default_dtype
 from ..recipe import recipe as weights
@@ -110,7 +111,10 @@ def _common(s: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    p = parser()
+    args = p.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.what != "lora" and machines.started():
+        p.error("Of all that this trains, only a LoRA is trained on several machines")
     return run(
         "mlxdiff train",
         lambda: {"lora": lora, "embedding": embedding, "storybook": train, "judge": judge, "scenes": scenes}[args.what](
@@ -156,6 +160,15 @@ def train(args) -> int:
 
 
 def lora(args) -> int:
+    with machines.joined() as others:
+        if others is None or others.rank == 0:
+            return _lora_on(args, others)
+        with TemporaryDirectory() as scratch:  # the folder of a machine that only helps
+            others.scratch, args.out = scratch, Path(scratch) / "run"
+            return _lora_on(args, others)
+
+
+def _lora_on(args, others: machines.Machines | None) -> int:
     from ..description import published
     from ..families import name_of
     from . import footprint, tune
@@ -165,11 +178,18 @@ def lora(args) -> int:
     pipe = _load(args) if name is None else None  # of a named model, all is known before it is fetched
     model = published(name, how) if pipe is None else pipe.description
     tune.check(model, tuning)
+    helps = others is not None and others.rank > 0
     if args.estimate:
-        say(footprint.table(model, tuning))
+        if not helps:
+            say(footprint.table(model, tuning))
         return 0
     said = footprint.told(model, tuning, args.force)
-    return _tune(args, tune.LoraRun(_load(args) if pipe is None else pipe, tuning, args.out), said)
+    made = tune.LoraRun(_load(args) if pipe is None else pipe, tuning, args.out, others)
+    if helps:
+        for _ in made.steps():
+            pass
+        return 0
+    return _tune(args, made, said)
 
 
 def embedding(args) -> int:
@@ -256,7 +276,7 @@ def scenes(args) -> int:
             row.append(sb.render(scene, rng, args.size))
             print(sb.caption(scene, rng))
         rows.append(np.concatenate(row, 1))
-    print(images.write(Image.fromarray(np.concatenate(rows)), args.out), file=sys.stderr)
+    print(images.write(Image.fromarray(np.concatenate(rows)), args.out, metadata.COMPUTED), file=sys.stderr)
     return 0
 
 
