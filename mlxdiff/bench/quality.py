@@ -177,7 +177,7 @@ class Scorer:
         elif name is not None or store.here(store.DEFAULT) is not None:
             name = store.DEFAULT if name is None else name
             self.place, self.title = store.find(name, offline=False), f"CLIP score by {Path(name).name}"
-            self.sees = store.config(self.place)
+            self.sees = store.check(self.place)
 
     def see(self, image: Image.Image) -> np.ndarray:
         """What is kept of a picture until all are drawn."""
