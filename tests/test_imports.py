@@ -501,7 +501,7 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.weights",
     },
-    "mlxdiff.bench.step": NONE,
+    "mlxdiff.bench.step": {"mlxdiff.models.cpu"},
     "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice", "mlxdiff.models.ways"},
     "mlxdiff.bench.report": {
         "mlxdiff.errors",
