@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -34,6 +35,17 @@ import mlxdiff.blas  # noqa: E402
 def pipe():
     """The built-in model in float32."""
     return mlxdiff.load("storybook", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The built-in model draws 128 x 128 pixels unless it is told otherwise: for what does not depend on the size."""
+    from mlxdiff.families import MODELS
+
+    row = MODELS["storybook"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "storybook", replace(row, defaults=replace(row.defaults, size=128)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ class Fuzz:
         self.network = folder / "network.safetensors"
         self.described = description.read(self.notes)
         net = self.described.net
-        few = {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": net.channels[0]}
+        few = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": net.channels[1]}
         lora_shapes = {
             f"unet.{n}.lora_{ab}.weight": s for n, w in few.items() for ab, s in (("A", (2, w)), ("B", (w, 2)))
         }

@@ -1,5 +1,6 @@
 """A small network that recognises time, terrain, sky, object, colour and side in a storybook picture. It measures how
-well a model follows its prompts; its features give a Frechet distance. Pictures are (B, 128, 128, 3) uint8."""
+well a model follows its prompts; its features give a Frechet distance. Pictures are (B, S, S, 3) uint8, S a
+multiple of 64."""
 
 import re
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ WORDS = {
     "position": POSITIONS,
 }
 _LONGEST = 1000  # characters of a prompt that are read
+SIDE = 64  # pixels: what larger pictures are made smaller to
 SHAPES = ((3, 24, 2), (24, 48, 1), (48, 96, 1), (96, 96, 1))  # each convolution: in, out, stride
 
 
@@ -36,9 +38,9 @@ class Judge(nn.Module):
         self.hidden, self.heads = nn.Linear(4 * 4 * 96, 128), nn.Linear(128, sum(map(len, WORDS.values())))
 
     def features(self, x: mx.array) -> mx.array:
-        """(B, 128, 128, 3) in [-1, 1] -> (B, 128)."""
-        B, H, W, c = x.shape
-        x = x.reshape(B, H // 2, 2, W // 2, 2, c).mean((2, 4))
+        """(B, S, S, 3) in [-1, 1] -> (B, 128)."""
+        B, n = len(x), x.shape[1] // SIDE
+        x = x.reshape(B, SIDE, n, SIDE, n, 3).mean((2, 4))
         for conv, norm, (_, _, stride) in zip(self.convs, self.norms, SHAPES, strict=True):
             x = nn.relu(norm(conv(x)))
             x = self.pool(x) if stride == 1 else x
@@ -124,4 +126,8 @@ def features(judge: Judge, pictures: np.ndarray) -> np.ndarray:
 
 
 def _signed(pictures: np.ndarray) -> mx.array:
+    high, wide = pictures.shape[1:3]
+    if high != wide or high % SIDE:
+        fix = f"Make them square, with an edge that is a multiple of {SIDE}."
+        raise Error(f"The judge cannot read pictures of {wide} x {high} pixels.", fix)
     return mx.array(pictures.astype(np.float32) / 127.5 - 1)

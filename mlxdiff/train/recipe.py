@@ -25,7 +25,7 @@ from . import bpe, export, objective
 from . import storybook as sb
 from .fit import Plan, Report, alone, averaged, fit, write_picture, write_text, writing
 
-SIZE, FACTOR, CAPTIONS = 128, 8, 8
+CAPTIONS = 8  # of a picture
 SCALE = 0.18215  # as in files of this layout; the latents are whitened first, so it is right by construction
 # Left and right are equally frequent, so features that separate the sides do not lower the loss by themselves, and the
 # words for the sides need such features: they were not learned at all. Leaning left for a few hundred steps breaks the
@@ -34,7 +34,8 @@ LEANING, LEAN = range(600, 900), {"left": 0.62, "centre": 0.28, "right": 0.10}
 SAVE_EVERY, SAMPLES_EVERY = 250, 1000  # steps; samples are drawn from the state that was just saved
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("scaled_linear", 1000, 0.00085, 0.012))
 
-_NETWORKS = MODELS["storybook"].networks
+_STORYBOOK = MODELS["storybook"]
+_NETWORKS, SIZE = _STORYBOOK.networks, _STORYBOOK.defaults.size
 VAE = replace(_NETWORKS["vae"], scale=1.0)
 UNET = _NETWORKS["unet"]
 
@@ -46,6 +47,7 @@ def text_config(vocab: int) -> clip.Config:
 @dataclass(frozen=True)
 class Recipe:
     pictures: int
+    size: int  # pixels: the edge of each
     vae_steps: int
     steps: int
     batch: int  # samples a step of the denoiser; the VAE sees a quarter of that, in crops
@@ -100,10 +102,10 @@ def denoiser_loss(model: Denoiser, x: mx.array, target: mx.array, t: mx.array, i
 
 
 def pictures(folder: Path, recipe: Recipe) -> tuple[np.ndarray, list[sb.Scene]]:
-    """The training pictures, (N, 128, 128, 3) uint8 on disk, and their scenes. They are rendered once."""
+    """The training pictures, (N, size, size, 3) uint8 on disk, and their scenes. They are rendered once."""
     file, listing = folder / "pictures.npy", folder / "scenes.json"
     if not listing.exists():
-        scenes, shape = [], (recipe.pictures, SIZE, SIZE, 3)
+        scenes, shape = [], (recipe.pictures, recipe.size, recipe.size, 3)
         free = shutil.disk_usage(folder).free
         if free < (need := math.prod(shape)):
             problem = f"The pictures need {need / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB free."
@@ -114,7 +116,7 @@ def pictures(folder: Path, recipe: Recipe) -> tuple[np.ndarray, list[sb.Scene]]:
             for k in range(recipe.pictures):
                 rng = np.random.default_rng([recipe.seed, k])
                 scenes.append(sb.sample(rng))
-                out.write(sb.render(scenes[-1], rng, SIZE).tobytes())
+                out.write(sb.render(scenes[-1], rng, recipe.size).tobytes())
         write_text(listing, json.dumps([astuple(s) for s in scenes]))
     with _sound(file):
         shown = np.load(file, mmap_mode="r")
@@ -133,14 +135,15 @@ def _sound(file: Path) -> Iterator[None]:
 
 def train_vae(folder: Path, recipe: Recipe, shown: np.ndarray) -> Iterator[Report]:
     """Train the VAE on crops with half the picture's side: they have as many edges, for a quarter of the work."""
-    side, n = SIZE // 2, max(1, recipe.batch // 4)
+    cell = vae.factor(VAE.channels)  # pixels of a latent
+    side, n = recipe.size // 2 // cell * cell, max(1, recipe.batch // 4)
 
     def batch(step):
         rng = np.random.default_rng([recipe.seed, 1, step])
-        corners = rng.integers(0, side // 8 + 1, (n, 2)) * 8
+        corners = rng.integers(0, (recipe.size - side) // cell + 1, (n, 2)) * cell
         picks = rng.integers(0, len(shown), n)
         crops = np.stack([shown[i, y : y + side, x : x + side] for i, (y, x) in zip(picks, corners, strict=True)])
-        noise = rng.standard_normal((n, side // FACTOR, side // FACTOR, VAE.latent_channels), np.float32)
+        noise = rng.standard_normal((n, side // cell, side // cell, VAE.latent_channels), np.float32)
         return mx.array(crops.astype(np.float32) / 127.5 - 1), mx.array(noise)
 
     mx.random.seed(recipe.seed)
@@ -169,7 +172,7 @@ def whitened(model: vae.VAE, mean: np.ndarray, covariance: np.ndarray) -> vae.VA
 
 
 def encode(folder: Path, recipe: Recipe, shown: np.ndarray, scenes: list[sb.Scene]) -> dict[str, np.ndarray]:
-    """Latents (N, 16, 16, 4), their mean and covariance, and token ids (N, captions, positions)."""
+    """Latents (N, h, w, c), their mean and covariance, and token ids (N, captions, positions)."""
     file = folder / "latents.npz"
     if not file.exists():
         rng = np.random.default_rng([recipe.seed, 2])
@@ -238,7 +241,7 @@ def finish(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     try:
         with writing(target):
-            export.write(part, autoencoder, model.unet, model.text, recipe.prediction)
+            export.write(part, autoencoder, model.unet, model.text, recipe.prediction, recipe.size)
             shutil.copytree(folder / "tokenizer", part / "tokenizer")
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
@@ -259,7 +262,7 @@ def samples(folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: l
     settings = {"both": both, "scale": 4.0, "dtype": mx.float32}
     denoise = guidance.denoiser(model.unet, schedule, recipe.prediction, positive, **settings)
     sigmas = schedules.sigmas(schedule, "trailing", 25)
-    x = mx.array(np.random.default_rng(recipe.seed).standard_normal((n, 16, 16, 4), np.float32)) * sigmas[0]
+    x = mx.array(np.random.default_rng(recipe.seed).standard_normal((n, *data["z"].shape[1:]), np.float32)) * sigmas[0]
     for state, _ in samplers.euler(denoise, x, sigmas):
         x = state
         mx.eval(x)
