@@ -500,14 +500,15 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.weights",
     },
-    "mlxdiff.bench.step": NONE,
-    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice"},
+    "mlxdiff.bench.step": {"mlxdiff.models.cpu"},
+    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice", "mlxdiff.models.ways"},
     "mlxdiff.bench.report": {
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.foreign",
         "mlxdiff.recipe",
         "mlxdiff.store",
+        "mlxdiff.whole",
     },
     "mlxdiff.bench.quality": {
         "mlxdiff.bench.step",

@@ -27,6 +27,11 @@ def use(measured: dict[str, dict[tuple[int, ...], bool]]) -> None:
     _measured.update(measured)
 
 
+def measured() -> dict[str, bool]:
+    """Whether each way that was measured on this machine is used for any case."""
+    return {way: any(cases.values()) for way, cases in _measured.items()}
+
+
 def chosen(way: str, *sizes: int) -> bool:
     """Whether a way is used for these sizes: as it was measured for the sizes nearest to them."""
     cases = _measured.get(way)
