@@ -596,6 +596,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.train.*",
     },
+    "mlxdiff.train.swap": {"mlxdiff.pipeline", "mlxdiff.surgery", "mlxdiff.train.fit"},
     "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors", "mlxdiff.train.fit"},
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
@@ -787,6 +788,7 @@ MAY = {
     "mlxdiff.widgets.explain.lesson": {"mlxdiff.families", "mlxdiff.widgets.explain.sheet", "mlxdiff.widgets.worker"},
     "mlxdiff.widgets.explain.*": {
         "mlxdiff.errors",
+        "mlxdiff.guidance",
         "mlxdiff.images",
         "mlxdiff.probe",
         "mlxdiff.schedules",
