@@ -109,7 +109,7 @@ def test_the_mapping_is_the_least_squares_solution():
 
 
 def test_the_adapter_reads_one_word_as_the_other_and_is_a_file_like_any(pipe, tmp_path):
-    """What the layers make of "red" with it, against what they make of "blue" without it: at most 0.6 of the way is left,
+    """What the layers make of "red" with it, against "blue" without it: at most 0.6 of the way between them is left,
     with few prompts and eight directions; and "green" moves less than that. Scale 0 is the bare model."""
     sources, targets = ([f"a {colour} {thing}" for thing in ("house", "tent", "tree")] for colour in ("red", "blue"))
     stay = [f"a {colour} {thing}" for colour in ("green", "white") for thing in ("house", "tent")]

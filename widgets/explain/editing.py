@@ -125,8 +125,8 @@ class ThereAndBack(Lesson):
 
     def figure(self) -> Figure:
         d = self.data
-        fig = Figure(figsize=(8.4, 2.5), layout="constrained")
-        fig.suptitle(f"{d.case.caption}  →  {d.case.other}", style="italic")
+        fig = Figure(figsize=(8.4, 2.75), layout="constrained")
+        fig.suptitle(f"{d.case.caption}\n→ {d.case.other}", style="italic", fontsize=10)
         axes = fig.subplots(1, 4)
         show(axes[0], d.case.picture, "the picture")
         grey = d.noise.mean(-1) * np.sqrt(d.noise.shape[-1])  # as spread as one channel
@@ -185,7 +185,7 @@ class Strength(Lesson):
     def figure(self) -> Figure:
         d = self.data
         fig = Figure(figsize=(10, 2.4), layout="constrained")
-        fig.suptitle(d.case.other, style="italic")
+        fig.suptitle(d.case.other, style="italic", fontsize=10)
         first, *axes = fig.subplots(1, 1 + len(STRENGTHS))
         show(first, d.case.picture, "the picture")
         for ax, image, strength, word in zip(axes, d.drawn, STRENGTHS, d.read, strict=True):
@@ -256,7 +256,7 @@ class OnlyAPart(Lesson):
     def figure(self) -> Figure:
         d = self.data
         fig = Figure(figsize=(8.4, 2.5), layout="constrained")
-        fig.suptitle(d.case.other, style="italic")
+        fig.suptitle(d.case.other, style="italic", fontsize=10)
         axes = fig.subplots(1, 4)
         tinted = np.asarray(d.case.picture, np.float64).copy()
         tinted[self.inside()] = 0.55 * tinted[self.inside()] + 0.45 * np.array((255, 45, 135))
