@@ -434,6 +434,16 @@ MAY = {
         "mlxdiff.pipeline",
         "mlxdiff.request",
     },
+    "mlxdiff.bench.graph": {
+        "mlxdiff",
+        "mlxdiff.conditioning",
+        "mlxdiff.memory",
+        "mlxdiff.models.layers",
+        "mlxdiff.networks",
+        "mlxdiff.pipeline",
+        "mlxdiff.recipe",
+        "mlxdiff.request",
+    },
     "mlxdiff.bench": NONE,
     "mlxdiff.bench.__main__": {
         "mlxdiff",

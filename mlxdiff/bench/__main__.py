@@ -23,7 +23,7 @@ from ..families.base import SECOND_PASS
 from ..pipeline import Pipeline, load
 from ..recipe import BITS, DTYPES, SMALLER, Recipe, bits_of
 from ..request import Request
-from . import against_torch, start
+from . import against_torch, graph, start
 from .random_model import RandomNetworks, random_pipeline
 from .step import Trace, spread
 
@@ -40,8 +40,17 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--random", choices=MODELS, metavar="NAME", help="a named model's networks with random weights; needs no file"
     )
+    which.add_argument(
+        "--graph",
+        choices=MODELS,
+        metavar="NAME",
+        help="count a named model's kernels and traffic on a Mac; runs nothing",
+    )
     g.add_argument(
-        "--blocks", type=int, metavar="N", help="with --random: keep N blocks of each kind in SD3, FLUX and T5"
+        "--blocks",
+        type=int,
+        metavar="N",
+        help="with --random or --graph: keep N blocks of each kind in SD3, FLUX and T5",
     )
     g.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a run (4)")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
@@ -70,10 +79,23 @@ def bench(args: argparse.Namespace) -> int:
         raise Error(f"--repeat must be at least 1; {args.repeat} was given.", "Use 1 or more.")
     if args.random is not None and args.install is not None:
         raise Error("--install draws a picture, and --random has no model for that.", "Name a model with -m.")
-    if args.blocks is not None and (args.random is None or args.blocks < 1):
-        raise Error(f"--blocks {args.blocks} has no effect.", "Use 1 or more, with --random.")
+    if args.blocks is not None and (args.random is args.graph is None or args.blocks < 1):
+        raise Error(f"--blocks {args.blocks} has no effect.", "Use 1 or more, with --random or --graph.")
+    if args.graph is not None and (args.install is not None or args.against is not None):
+        raise Error("--graph runs nothing, so it has no times.", "Leave --install and --against out.")
+    if args.graph is not None:
+        return counted(args)
     facts = measure(args)
     print(json.dumps(facts) if args.json else table(facts))
+    return 0
+
+
+def counted(args: argparse.Namespace) -> int:
+    """What a named model asks of a GPU; in 16 bits if no dtype was given."""
+    dtype = args.dtype or "float16"
+    pipe = random_pipeline(args.graph, dtype, args.low_memory, args.blocks, force=True, bits=args.quantize)
+    facts = graph.measure(pipe, asked(pipe, args))
+    print(json.dumps(facts) if args.json else graph.table(facts))
     return 0
 
 
