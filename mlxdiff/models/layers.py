@@ -4,12 +4,15 @@ elementwise kernels compute in float32 inside."""
 
 import math
 from collections.abc import Callable
+from copy import copy
 from functools import partial, wraps
 from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
+
+from . import cpu, metal, ways
 
 FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
 SCORES = 1 << 24  # bytes of attention scores per piece if no fused kernel runs; MLX queues about ten pieces
@@ -45,21 +48,25 @@ def fused(chain: Callable) -> Callable:
     return call
 
 
+@cpu.rather(cpu.silu)
 @fused
 def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
+@cpu.rather(cpu.gelu)
 @fused
 def gelu(x: mx.array) -> mx.array:
     return x * (1 + mx.erf(x / math.sqrt(2))) / 2
 
 
+@cpu.rather(cpu.quick_gelu)
 @fused
 def quick_gelu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(1.702 * x)
 
 
+@cpu.rather(cpu.geglu)
 @fused
 def geglu(x: mx.array, gate: mx.array) -> mx.array:
     return x * gelu(gate)
@@ -98,6 +105,12 @@ def normed_silu(x: mx.array, shift: mx.array | None, total, square, per, weight,
     return (y * mx.sigmoid(y)).astype(x.dtype)
 
 
+@fused
+def around(total: mx.array, per: mx.array, shift: mx.array | None, rows: int, sums: mx.array, spread: mx.array):
+    """Squared distances from a group's mean, of those from the means of parts of `rows` pixels."""
+    return spread + mx.square(_wide(sums / rows, shift) - total * per) * rows
+
+
 class GroupNorm(nn.Module):
     """Group norm over (B, ..., c), then SiLU if `silu`. It takes two sums for the mean, two for the variance, and one
     pass that applies them, without transposed copies. On a GPU, one kernel first adds up parts of the map, so that no
@@ -115,17 +128,25 @@ class GroupNorm(nn.Module):
         gpu = mx.default_device() == mx.gpu
         if shift is not None and not gpu:  # a CPU would add it in each of the passes
             x, shift = x + shift, None
+        if cpu.suits("group norm", x):
+            return cpu.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.apply_to is normed_silu)
         y = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)  # (B, N, groups, c / groups)
         shift = None if shift is None else shift.reshape(-1, 1, *y.shape[2:])
         per = mx.array(1 / (y.shape[1] * y.shape[3]))
-        parts = mx.split(y, math.gcd(y.shape[1], PARTS), axis=1) if gpu else [y]
-        few = gpu and parts[0].shape[1] <= FEW
 
         def over_groups(z: mx.array) -> mx.array:  # (B, 1, groups, 1)
-            return z.sum((1, 3), keepdims=True) if few else z.sum(1, keepdims=True).sum(3, keepdims=True)
+            together = gpu and z.shape[1] <= FEW
+            return z.sum((1, 3), keepdims=True) if together else z.sum(1, keepdims=True).sum(3, keepdims=True)
 
-        total = over_groups(summed(shift, *parts))
-        square = over_groups(squares(total, per, shift, *parts))
+        if gpu and ways.chosen("moments", x.shape[-1], y.shape[1]):
+            sums, spread = metal.moments(y)
+            rows = y.shape[1] // sums.shape[1]
+            total = over_groups(sums if shift is None else sums + rows * shift)
+            square = over_groups(around(total, per, shift, rows, sums, spread))
+        else:
+            parts = mx.split(y, math.gcd(y.shape[1], PARTS), axis=1) if gpu else [y]
+            total = over_groups(summed(shift, *parts))
+            square = over_groups(squares(total, per, shift, *parts))
         weight, bias = self.weight.reshape(self.groups, -1), self.bias.reshape(self.groups, -1)
         return self.apply_to(y, shift, total, square, per, weight, bias, self.eps).reshape(x.shape)
 
@@ -133,13 +154,24 @@ class GroupNorm(nn.Module):
 def pad_heads(x: mx.array) -> mx.array:
     """Pad the last axis with zeros to a width of the fused kernel. This changes neither the scores nor the output."""
     d = x.shape[-1]
-    width = next((n for n in FUSED if n >= d), d)
+    width = d if _unpadded(d, x) else next((n for n in FUSED if n >= d and not _slow(n)), d)
     return x if width == d else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - d)])
+
+
+def _unpadded(d: int, x: mx.array) -> bool:
+    return cpu.suits("attention", x) or (d < FUSED[0] and ways.chosen("unpadded", d))
+
+
+def _slow(width: int) -> bool:
+    """Whether heads of the next width were measured to be faster. M5's matrix units take no heads of 72 and 80."""
+    return width in (72, 80) and ways.chosen("wider", width)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None = None) -> mx.array:
     """softmax(q k^T / sqrt(d)) v. q: (B, heads, N, d); k, v: (B, heads, M, d), padded or not -> (B, N, heads * d)."""
     B, heads, N, d = q.shape
+    if mask is None and cpu.suits("attention", q):
+        return cpu.attention(q, k, v)
     q, k, v = pad_heads(q), pad_heads(k), pad_heads(v)
     attend = partial(mx.fast.scaled_dot_product_attention, k=k, v=v, scale=d**-0.5, mask=mask)
     gpu = mx.default_device() == mx.gpu
@@ -230,17 +262,35 @@ def added(x: mx.array, bias: mx.array, y: mx.array) -> mx.array:
     return x + bias + y
 
 
+def conv3x3(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """A convolution with a kernel of 3 x 3, padded by one pixel. weight: (o, 3, 3, c)."""
+    if cpu.suits("convolution", x):
+        return cpu.conv3x3(x, weight, bias)
+    if min(weight.shape[0], x.shape[-1]) >= ways.MANY and ways.chosen("unfold", x.shape[-1], x.shape[1] * x.shape[2]):
+        return ways.unfold(x, weight, bias)
+    y = mx.conv2d(x, weight, padding=1)
+    return y if bias is None else y + bias
+
+
+class Conv3x3(nn.Conv2d):
+    def __init__(self, c_in: int, c: int, bias: bool = True):
+        super().__init__(c_in, c, 3, padding=1, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return conv3x3(x, self.weight, self.get("bias"))
+
+
 class ResBlock(nn.Module):
     """Two convolutions and a skip. `shift`, (B or 1, c), comes from `time_shift` and is added between them."""
 
     def __init__(self, c_in: int, c: int, groups: int, eps: float, time: int | None = None):
         super().__init__()
         self.norm1 = GroupNorm(groups, c_in, eps, silu=True)
-        self.conv1 = nn.Conv2d(c_in, c, 3, padding=1)
+        self.conv1 = Conv3x3(c_in, c)
         if time is not None:
             self.time_emb_proj = nn.Linear(time, c)
         self.norm2 = GroupNorm(groups, c, eps, silu=True)
-        self.conv2 = nn.Conv2d(c, c, 3, padding=1)
+        self.conv2 = Conv3x3(c, c)
         if c_in != c:
             self.conv_shortcut = nn.Linear(c_in, c)  # a 1x1 convolution in the file
 
@@ -249,9 +299,11 @@ class ResBlock(nn.Module):
 
     def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
         shift = self.conv1.bias if shift is None else shift[:, None, None]
-        h = mx.conv2d(self.norm1(x), self.conv1.weight, padding=1)
-        h = mx.conv2d(self.norm2(h, shift), self.conv2.weight, padding=1)
-        return added(h, self.conv2.bias, self.conv_shortcut(x) if "conv_shortcut" in self else x)
+        h = self.norm2(conv3x3(self.norm1(x), self.conv1.weight), shift)
+        skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
+        if mx.default_device() == mx.gpu:
+            return added(conv3x3(h, self.conv2.weight), self.conv2.bias, skip)
+        return self.conv2(h) + skip
 
 
 class Downsample(nn.Module):
@@ -268,7 +320,7 @@ class Upsample(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.conv = Conv3x3(c, c)
 
     def __call__(self, x: mx.array, h: int, w: int) -> mx.array:
         B, h0, w0, c = x.shape
@@ -280,25 +332,23 @@ def in_parts(layer: nn.Module, x: mx.array, *ends: int) -> list[mx.array]:
     """What a Linear layer gives, in parts that end here; one more is the rest. Each is a product of its own and lies in
     memory as one block: parts of a whole would be copied by the norms that read them, and all be held as long as one of
     them."""
-    if type(layer) not in (nn.Linear, nn.QuantizedLinear):  # one that an adapter changes
+    if not isinstance(layer, nn.Linear | nn.QuantizedLinear):  # one that an adapter changes
         return mx.split(layer(x), ends, axis=-1)
     return [_rows(layer, x, *span) for span in pairwise((0, *ends, layer.weight.shape[0]))]
 
 
 def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, first: int, end: int) -> mx.array:
-    held = {name: value[first:end] for name, value in layer.items() if isinstance(value, mx.array)}
-    bias = held.pop("bias", None)
-    if isinstance(layer, nn.QuantizedLinear):
-        weight, how = held.pop("weight"), {k: getattr(layer, k) for k in ("group_size", "bits", "mode")}
-        y = mx.quantized_matmul(x, weight, transpose=True, **held, **how)
-        return y if bias is None else y + bias
-    return x @ held["weight"].T if bias is None else mx.addmm(bias, x, held["weight"].T)
+    part = copy(layer)
+    for name, value in layer.items():
+        if isinstance(value, mx.array):
+            part[name] = value[first:end]
+    return part(x)
 
 
 def side_by_side(layer: nn.Module, *parts: mx.array) -> mx.array:
     """A Linear layer of parts side by side, which are not copied together: each meets its columns of the weights. Those
     of a quantized layer cannot be taken apart."""
-    if type(layer) is not nn.Linear:
+    if not isinstance(layer, nn.Linear):
         return layer(mx.concatenate(parts, axis=-1))
     y, first = layer.bias if "bias" in layer else None, 0
     for x in parts:
@@ -307,6 +357,7 @@ def side_by_side(layer: nn.Module, *parts: mx.array) -> mx.array:
     return y
 
 
+@cpu.rather(cpu.gelu_tanh)
 @fused
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in its tanh form (Hendrycks and Gimpel 2016), by (1 + tanh z) / 2 = sigmoid(2 z)."""

@@ -6,19 +6,23 @@ from collections.abc import Callable
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .. import blas, images
+from .. import blas, images, machines, metadata
 from ..console import Parser, run, say
+from ..errors import Error
 from ..recipe import BITS, bits_of, default_dtype
 from ..recipe import recipe as weights
+from ..request import MAX_EDGE
 from . import storybook as sb
 from .fit import same_run
+from .judge import SIDE
 from .objective import PREDICTIONS
-from .recipe import Recipe, storybook
+from .recipe import SIZE, Recipe, storybook
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
     _output(s, "DIR", "folder; an unfinished run continues")
     s.add_argument("--pictures", type=int, default=60000, metavar="N", help="how many renders to learn from (60000)")
+    s.add_argument("--size", type=int, default=SIZE, metavar="PX", help=f"edge of each picture ({SIZE})")
     s.add_argument("--vae-steps", type=int, default=4000, metavar="N", help="steps of the VAE, the first stage (4000)")
     s.add_argument("--steps", type=int, default=8000, metavar="N", help="steps of U-Net and text encoder (8000)")
     s.add_argument("--batch", type=int, default=64, metavar="N", help="pictures a step; the VAE takes a quarter (64)")
@@ -41,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     s = kinds.add_parser("judge", help="measure how well a storybook model follows its prompts")
     s.add_argument("model", metavar="MODEL", help="a name or a folder")
     s.add_argument("--judge", type=Path, required=True, metavar="FILE", help="weights of the judge")
+    s.add_argument("--size", type=int, metavar="PX", help="edge of each picture (the model's)")
     s.add_argument("--scenes", type=int, default=192, metavar="N", help="how many prompts (192)")
     s.add_argument("--unseen", action="store_true", help="use pairs of words that were held out of training")
     s.add_argument("--guidance", type=float, nargs="+", metavar="G", default=[4.0], help="each in turn (4)")
@@ -50,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the dtype that suits this machine)")
     s = kinds.add_parser("scenes", help="draw some training pictures, with their captions")
     _output(s, "PNG", "file for the sheet of twelve; never overwrites")
-    s.add_argument("--size", type=int, default=128, metavar="PX", help="edge of each picture (128)")
+    s.add_argument("--size", type=int, default=SIZE, metavar="PX", help=f"edge of each picture ({SIZE})")
     s.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
     return p
 
@@ -110,7 +116,10 @@ def _common(s: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    p = parser()
+    args = p.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.what != "lora" and machines.started():
+        p.error("Of all that this trains, only a LoRA is trained on several machines")
     return run(
         "mlxdiff train",
         lambda: {"lora": lora, "embedding": embedding, "storybook": train, "judge": judge, "scenes": scenes}[args.what](
@@ -119,9 +128,17 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
+def _edge(size: int) -> int:
+    """Raise unless the judge can read pictures of this size."""
+    if size % SIDE or not SIDE <= size <= MAX_EDGE:
+        raise Error(f"Size {size} is not a multiple of {SIDE} up to {MAX_EDGE}.", f"Use `size={SIZE}`.")
+    return size
+
+
 def train(args) -> int:
     recipe = Recipe(
         args.pictures,
+        _edge(args.size),
         args.vae_steps,
         args.steps,
         args.batch,
@@ -135,7 +152,7 @@ def train(args) -> int:
     if (args.out / "scenes.json").exists():
         print("The run in this folder continues.")
     else:
-        size = recipe.pictures * 3 * 128**2 / 1e9
+        size = recipe.pictures * 3 * recipe.size**2 / 1e9
         print(f"Rendering {recipe.pictures} pictures first, {size:.2g} GB in {args.out}.")
         print("A bar shows how long each stage takes. Ctrl-C stops the run, and the same command continues it.")
     totals = {"vae": recipe.vae_steps, "denoiser": recipe.steps}
@@ -151,11 +168,20 @@ def train(args) -> int:
         bars[stage].update(1)
     for bar in bars.values():
         bar.close()
-    print(f"{args.out / 'model'} is the model, in the diffusers layout.")
+    print(f"{args.out / 'model'} is the model, in the diffusers layout. It draws {args.size} x {args.size} pixels.")
     return 0
 
 
 def lora(args) -> int:
+    with machines.joined() as others:
+        if others is None or others.rank == 0:
+            return _lora_on(args, others)
+        with TemporaryDirectory() as scratch:  # the folder of a machine that only helps
+            others.scratch, args.out = scratch, Path(scratch) / "run"
+            return _lora_on(args, others)
+
+
+def _lora_on(args, others: machines.Machines | None) -> int:
     from ..description import published
     from ..families import name_of
     from . import footprint, tune
@@ -165,11 +191,18 @@ def lora(args) -> int:
     pipe = _load(args) if name is None else None  # of a named model, all is known before it is fetched
     model = published(name, how) if pipe is None else pipe.description
     tune.check(model, tuning)
+    helps = others is not None and others.rank > 0
     if args.estimate:
-        say(footprint.table(model, tuning))
+        if not helps:
+            say(footprint.table(model, tuning))
         return 0
     said = footprint.told(model, tuning, args.force)
-    return _tune(args, tune.LoraRun(_load(args) if pipe is None else pipe, tuning, args.out), said)
+    made = tune.LoraRun(_load(args) if pipe is None else pipe, tuning, args.out, others)
+    if helps:
+        for _ in made.steps():
+            pass
+        return 0
+    return _tune(args, made, said)
 
 
 def embedding(args) -> int:
@@ -234,9 +267,12 @@ def judge(args) -> int:
 
     referee, pipe = judges.load(args.judge), load(args.model, bits=args.quantize, dtype=args.dtype)
     chosen = measure.scenes(args.scenes, args.unseen)
-    _line("renders", judges.adherence(referee, measure.renders(chosen), chosen))
+    size = _edge(pipe.description.defaults.size if args.size is None else args.size)
+    _line("renders", judges.adherence(referee, measure.renders(chosen, size), chosen))
     for guidance, steps, sampler in product(args.guidance, args.steps, args.sampler):
-        shares = measure.measure(pipe, referee, chosen, guidance=guidance, steps=steps, sampler=sampler)
+        shares = measure.measure(
+            pipe, referee, chosen, guidance=guidance, steps=steps, sampler=sampler, width=size, height=size
+        )
         _line(f"guidance {guidance:g}, {steps} steps of {sampler}", shares)
     return 0
 
@@ -256,7 +292,7 @@ def scenes(args) -> int:
             row.append(sb.render(scene, rng, args.size))
             print(sb.caption(scene, rng))
         rows.append(np.concatenate(row, 1))
-    print(images.write(Image.fromarray(np.concatenate(rows)), args.out), file=sys.stderr)
+    print(images.write(Image.fromarray(np.concatenate(rows)), args.out, metadata.COMPUTED), file=sys.stderr)
     return 0
 
 

@@ -2,9 +2,10 @@
 an error; it continues from a saved state. A step's batch follows from its number, so a resumed run is the same run."""
 
 import csv
+import errno
+import fcntl
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from PIL import Image, ImageDraw
 
-from .. import foreign
+from .. import foreign, metadata, whole
 from ..errors import Error
+from ..machines import Machines
+from ..whole import PART, appearing
 
 # Muon trains matrices between hidden layers; AdamW trains the first and last layers, embeddings, norms and biases.
 ENDS = ("conv_in", "conv_out", "quant_conv", "embedding.", "time_embedding.linear_1")
@@ -70,9 +73,19 @@ def rate_at(plan: Plan, step: int) -> float:
     return plan.rate * min(1.0, (step + 1) / max(1, plan.warmup), left)
 
 
-def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: Plan, folder: Path) -> Iterator[Report]:
+def fit(
+    model: nn.Module,
+    loss: Callable,
+    batch: Callable[[int], tuple],
+    plan: Plan,
+    folder: Path,
+    others: Machines | None = None,
+) -> Iterator[Report]:
     """loss(model, *batch(number)) -> scalar; a step takes `accumulate` batches. The model is trained in place;
-    `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved."""
+    `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved. others: the
+    machines of this run, which divide a step's batches; the state of the first counts."""
+    rank, size = (0, 1) if others is None else (others.rank, others.size)
+    check_shares(plan.accumulate, size)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     chosen = optimizer(plan.optimizer, plan.weight_decay)
@@ -81,8 +94,14 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
     start = 0
     if (folder / "state.safetensors").exists():
         start, mean = _restore(folder / "state.safetensors", model, chosen)
+    if others is not None:
+        first, trained, chosen.state, mean = others.same(
+            (mx.array(start), model.trainable_parameters(), chosen.state, mean)
+        )
+        model.update(trained)
+        start = first.item()
     gradient = nn.value_and_grad(model, loss)
-    step, saved = start, start
+    step, saved, share = start, start, plan.accumulate // size
     with writing(folder):
         _cut_log(folder / "log.csv", start)
     try:
@@ -90,13 +109,16 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
             began = time.perf_counter()
             rate = rate_at(plan, step)
             set_rate(chosen, rate)
-            value, grads = gradient(model, *batch(step * plan.accumulate))
-            for k in range(1, plan.accumulate):
+            first = step * plan.accumulate + rank
+            value, grads = gradient(model, *batch(first))
+            for k in range(1, share):
                 mx.eval(value, grads)  # what it took is free again before the next batch
-                more, others = gradient(model, *batch(step * plan.accumulate + k))
-                value, grads = value + more, tree_map(mx.add, grads, others)
-            if plan.accumulate > 1:
-                value, grads = value / plan.accumulate, tree_map(lambda g: g / plan.accumulate, grads)
+                more, again = gradient(model, *batch(first + k * size))
+                value, grads = value + more, tree_map(mx.add, grads, again)
+            if share > 1:
+                value, grads = value / share, tree_map(lambda g: g / share, grads)
+            if others is not None:
+                value, grads = others.mean((value, grads))
             grads, _ = opt.clip_grad_norm(grads, plan.clip)
             chosen.update(model, grads)
             keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
@@ -118,6 +140,13 @@ def fit(model: nn.Module, loss: Callable, batch: Callable[[int], tuple], plan: P
             _save(folder, model, chosen, mean, step)
 
 
+def check_shares(accumulate: int, machines: int) -> None:
+    """Raise unless a step's batches can be divided over so many machines."""
+    if accumulate % machines:
+        problem = f"A step has {accumulate} batch{'es' * (accumulate > 1)}, for {machines} machines."
+        raise Error(problem, f"Use `accumulate={machines}`, or a multiple of it: each machine takes its share.")
+
+
 def same_run(folder: Path, settings: dict) -> None:
     """Raise unless the folder is empty or holds a run with the same settings: other settings would mix two runs. Then
     note them there."""
@@ -133,7 +162,7 @@ def same_run(folder: Path, settings: dict) -> None:
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_text(file, json.dumps(settings, indent=1) + "\n")
+        write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 @contextmanager
@@ -149,25 +178,39 @@ def writing(place: Path) -> Iterator[None]:
 
 def write_arrays(file: Path, arrays: dict[str, mx.array], header: dict[str, str]) -> None:
     """Write a .safetensors file completely or not at all, over an older one."""
-    part = file.with_name(f".{file.name}.new.safetensors")
-    with writing(file), _appearing(part, file):
+    with writing(file), appearing(file) as part:
         mx.save_safetensors(str(part), arrays, header)
 
 
-def _write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
     """The same for a text: a full disk must not cost the notes of a run that is continued."""
-    part = file.with_name(f".{file.name}.new")
-    with writing(file), _appearing(part, file):
-        part.write_text(text, encoding="utf-8")
+    with writing(file):
+        whole.write(file, text.encode("utf-8"))
+
+
+def write_picture(file: Path, image: Image.Image, source: str | None = None) -> None:
+    """The same for a PNG. source: what IPTC calls it, if a model drew it."""
+    with writing(file), appearing(file) as part:
+        image.save(part, "PNG", **({} if source is None else metadata.options("PNG", {}, source)))
 
 
 @contextmanager
-def _appearing(part: Path, file: Path) -> Iterator[None]:
-    try:
+def alone(folder: Path) -> Iterator[None]:
+    """Train in a folder that no other process trains in: two would mix their runs. The system ends this however the
+    process ends. What a process that was killed had half written is removed."""
+    with writing(folder):
+        file = open(folder / ".lock", "a")  # noqa: SIM115 (open as long as the lock is held)
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                problem = f"Another process trains in {folder}."
+                raise Error(problem, "Wait until it ends, or give another `output`.") from None
+        else:  # on a drive without locks nobody knows whose they are
+            for part in [p for p in folder.rglob(f".*{PART}*") if p.is_file()]:
+                part.unlink(missing_ok=True)
         yield
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def averaged(model: nn.Module, folder: Path) -> nn.Module:
@@ -181,8 +224,7 @@ def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, ste
     trees = {"model": model.trainable_parameters(), "optimizer": chosen.state, "mean": mean}
     arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
     write_arrays(folder / "state.safetensors", arrays, {"step": str(step)})
-    with writing(folder / "loss.png"):
-        plot(folder / "log.csv", folder / "loss.png")
+    plot(folder / "log.csv", folder / "loss.png")
 
 
 def _restore(path: Path, model: nn.Module, chosen: opt.Optimizer) -> tuple[int, dict]:
@@ -215,7 +257,7 @@ def _cut_log(path: Path, step: int) -> None:
     """Remove log lines that are newer than the saved state, and what is no line of a log."""
     rows = foreign.read_text(path, "Remove it.").splitlines()[1:] if path.exists() else []
     kept = [r for r in rows if (m := _LINE.match(r)) and int(m[1]) <= step]
-    _write_text(path, "\n".join(["step,loss,rate,seconds", *kept]) + "\n")
+    write_text(path, "\n".join(["step,loss,rate,seconds", *kept]) + "\n")
 
 
 def plot(log: Path, picture: Path) -> None:
@@ -241,4 +283,4 @@ def plot(log: Path, picture: Path) -> None:
     pen.text((4, 12), f"{high:.3g}", fill="black")
     pen.text((4, height - 28), f"{low:.3g}", fill="black")
     pen.text((width - 80, height - 14), f"{len(losses)} steps", fill="black")
-    image.save(picture)
+    write_picture(picture, image)

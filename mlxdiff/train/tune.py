@@ -13,17 +13,18 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image, ImageOps
 
-from .. import conditioning, foreign, images, values
+from .. import conditioning, foreign, images, metadata, values
 from ..description import Description
 from ..errors import Error
 from ..families.base import EMBEDDED, NONE
+from ..machines import Machines
 from ..pipeline import Pipeline
 from ..request import MAX_EDGE, MAX_SEED, Request
 from ..store import adapters
 from . import batches, lora, texts
 from . import folder as folders
 from .batches import Data, Objective, Part
-from .fit import Plan, Report, fit, same_run, writing
+from .fit import Plan, Report, alone, check_shares, fit, same_run, write_picture
 from .folder import Picture
 
 RUN = "run"  # the folder of the unfinished state, beside what is trained
@@ -144,8 +145,8 @@ def notes(kind: str, pipe: Pipeline, tuning: Tuning, sets: list[list[Picture]]) 
 class LoraRun:
     """A training of a LoRA: made, and checked, before the work."""
 
-    def __init__(self, pipe: Pipeline, tuning: LoraTuning, out: Path):
-        self.pipe, self.tuning, self.out = pipe, tuning, out
+    def __init__(self, pipe: Pipeline, tuning: LoraTuning, out: Path, others: Machines | None = None):
+        self.pipe, self.tuning, self.out, self.others = pipe, tuning, out, others
         self.sets = [read(pipe, tuning, tuning.images, tuning.prompt)]
         if tuning.class_images is not None:
             self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt))
@@ -161,6 +162,8 @@ class LoraRun:
             self.captions = texts.Captions(model, toks, chosen, drawn(pipe, tuning).clip_skip)
             self.trained = texts.Reader(self.net, dict(zip(model.text.clip, encoders, strict=True)))
         self.notes = notes("lora", pipe, tuning, self.sets)
+        if others is not None:
+            agree(self.notes, others)
         same_run(out, self.notes)
 
     @property
@@ -185,7 +188,9 @@ class LoraRun:
     def steps(self) -> Iterator[Report]:
         """Train, step by step. The file is written whenever the state is saved, and in the end."""
         loss = batches.loss if self.captions is None else self.captions.loss
-        yield from trained(self.trained, loss, self.encoded(), self.pipe, self.tuning, self.out, self.export)
+        with alone(self.out):
+            data = self.encoded()
+            yield from trained(self.trained, loss, data, self.pipe, self.tuning, self.out, self.export, self.others)
 
     def encoded(self) -> list[Data]:
         """The pictures and those of the class, with their captions. A run that continues reads them from its folder."""
@@ -221,6 +226,20 @@ def attach(net: nn.Module, model: Description, name: str, tuning: LoraTuning) ->
     return lora.attach(net, model.name, adapters.layers(model, name), layers, tuning.rank, alpha, seed)
 
 
+def agree(notes: dict, others: Machines) -> None:
+    """Raise unless all machines train the same: the settings are those of one command, but the files may differ."""
+    check_shares(notes["accumulate"], others.size)
+    if others.rank == 0:
+        others.greet({"notes": notes})
+        others.watch()
+        return
+    first = others.greeted()["notes"]
+    changed = [name for name in notes if notes[name] != first.get(name)]
+    if changed:
+        fix = "Put the same pictures and captions on all machines, and give a `dtype` if their chips differ."
+        raise Error(f"It would train with other {', '.join(changed)} than the first machine.", fix)
+
+
 def told(sets: Sequence[Sequence[Picture]]) -> str:
     """How many pictures there are, and in which sizes, for people."""
     counts = [Counter(f"{p.width}x{p.height}" for p in pictures) for pictures in sets]
@@ -250,8 +269,7 @@ def sheet(files: Sequence[Path], columns: int, file: Path) -> None:
     whole = Image.new("RGB", (columns * (_CELL + 4) - 4, rows * (_CELL + 4) - 4), "white")
     for i, picture in enumerate(shown):
         whole.paste(picture, (i % columns * (_CELL + 4), i // columns * (_CELL + 4)))
-    with writing(file):
-        whole.save(file)
+    write_picture(file, whole, metadata.DRAWN)
 
 
 def trained(
@@ -262,6 +280,7 @@ def trained(
     tuning: Tuning,
     out: Path,
     export: Callable[[], Path],
+    others: Machines | None = None,
 ) -> Iterator[Report]:
     """The steps of a training. What was trained is written whenever the state is saved, and when the run stops."""
     aim = Objective(pipe.description)
@@ -277,7 +296,7 @@ def trained(
         tuning.steps, tuning.rate, "adamw", tuning.warmup, 1.0, 1.0, 0.0, tuning.save_every, 1e-2, tuning.accumulate
     )
     try:
-        for report in fit(net, loss, batch, plan, out / RUN):
+        for report in fit(net, loss, batch, plan, out / RUN, others):
             if report.step % tuning.save_every == 0:
                 export()
             yield report
