@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -382,7 +383,7 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
 
 def _known(model: str | None) -> str:
     """The model that a picture names, if it can be opened here; else the default."""
-    return model if model is not None and (model in MODELS or Path(model).exists()) else DEFAULT
+    return model if model is not None and (model in MODELS or os.path.exists(model)) else DEFAULT
 
 
 class Bar:
