@@ -63,7 +63,6 @@ MAY = {
     "mlxdiff.signing": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.metadata"},
     "mlxdiff.provenance": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.metadata", "mlxdiff.signing"},
     "mlxdiff.output": {
-        "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.images",
         "mlxdiff.metadata",
@@ -597,6 +596,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.train.*",
     },
+    "mlxdiff.train.swap": {"mlxdiff.pipeline", "mlxdiff.surgery", "mlxdiff.train.fit"},
     "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors", "mlxdiff.train.fit"},
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
@@ -669,6 +669,7 @@ MAY = {
         "mlxdiff.images",
         "mlxdiff.pictures",
         "mlxdiff.request",
+        "mlxdiff.signing",
     },
     "mlxdiff.widgets.previews": {"mlxdiff.images", "mlxdiff.pipeline"},
     "mlxdiff.widgets.worker": {
@@ -787,6 +788,7 @@ MAY = {
     "mlxdiff.widgets.explain.lesson": {"mlxdiff.families", "mlxdiff.widgets.explain.sheet", "mlxdiff.widgets.worker"},
     "mlxdiff.widgets.explain.*": {
         "mlxdiff.errors",
+        "mlxdiff.guidance",
         "mlxdiff.images",
         "mlxdiff.probe",
         "mlxdiff.schedules",
@@ -819,6 +821,7 @@ MAY = {
         "mlxdiff.widgets.lab",
         "mlxdiff.widgets.server",
         "mlxdiff.widgets.studio",
+        "mlxdiff.signing",
     },
     "mlxdiff.widgets.lessons": {
         "mlxdiff",

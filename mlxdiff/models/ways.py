@@ -1,5 +1,5 @@
-"""Equivalent ways to compute a layer, and which of them is used. `mlxdiff tune` (tune.py) measures them on this
-machine; what was not measured is as it stands in STANDARD."""
+"""Equivalent ways to compute a layer, and which of them is used. `mlxdiff tune` (tune.py) measures them on a machine.
+Where nothing was measured, it is as it stands in STANDARD."""
 
 import math
 
