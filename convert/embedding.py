@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..adapters import Word
+from ..adapters import Taught, Word
 from ..description import Description
 from ..errors import Error
 from . import source
@@ -13,6 +13,16 @@ from . import source
 _AGAIN = "Use another copy of it."
 _PAIR = ("clip_l", "clip_g")  # of SDXL; SD3 has the same two first
 _MOST = 75  # tokens: as many as a prompt has room for
+
+
+def look(path: Path, model: Description) -> Taught | None:
+    """What a file teaches, or None if it is no textual inversion. Raises if it is one that does not fit the model."""
+    tensors = source.read(path).tensors
+    alone = len(tensors) == 1 and len(next(iter(tensors.values())).shape) <= 2
+    if not (alone or {*tensors} == {*_PAIR}):
+        return None
+    word = read(path, model)
+    return Taught(word.word, len(next(iter(word.vectors.values()))))
 
 
 def read(path: Path, model: Description, word: str | None = None) -> Word:

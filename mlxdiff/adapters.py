@@ -73,6 +73,17 @@ class Word:
     vectors: dict[str, mx.array]  # text encoder -> the embeddings of its tokens, (n, d)
 
 
+@dataclass(frozen=True)
+class Taught:
+    """Of a file that fits the model: the word that it teaches, and how many tokens the word takes in a prompt."""
+
+    word: str
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"a word of {self.tokens} token{'s' * (self.tokens != 1)}"
+
+
 class SidePath(nn.Module):
     """A quantized layer and low-rank changes that run beside it: they would be lost if they were quantized with it."""
 

@@ -113,6 +113,11 @@ class Description:
     def latent_channels(self) -> int:
         return self.components["vae"].seen
 
+    @property
+    def usual_latents(self) -> bool:
+        """Whether it has as many latent channels as its family."""
+        return self.latent_channels == len(self.family.preview) - 1  # the last row is the bias
+
     def latent_size(self, request: Request) -> tuple[int, int]:
         """(h, w)"""
         return request.height // self.factor, request.width // self.factor
@@ -307,7 +312,7 @@ class Description:
         if channels != self.latent_channels:
             raise Error(
                 f"This TAESD reads latents of {channels} channels; {self.name} has {self.latent_channels}.",
-                f"Use {self.taesd}.",
+                f"Use {self.taesd}." if self.usual_latents else "Leave `taesd` out.",
             )
 
     def not_finite(self) -> Error:

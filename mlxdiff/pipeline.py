@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -32,7 +33,7 @@ from . import (
 )
 from .arguments import check_options
 from .attached import Attached
-from .guides import Guide, steps_on
+from .guides import Guide
 from .larger import Larger
 from .models.controlnet import controlled
 from .networks import Networks, computing, dtype_of
@@ -41,7 +42,7 @@ from .recipe import recipe
 from .references import extended, shown
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
-from .reuse import Passes
+from .reuse import NOTHING, Passes
 from .schedules import Schedule
 from .start import Start, Starts
 
@@ -94,8 +95,11 @@ def load(
     prompt_cache: whether to keep what large text encoders make of a prompt, for the next time.
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
-    from . import store
+    from . import store, tune
     from .store import adapters
+
+    if note := tune.apply():
+        warnings.warn(note, stacklevel=2)
 
     lora_dir = adapters.folder_of(lora_dir)
 
@@ -286,7 +290,7 @@ class Pipeline:
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            span = partial(self._span, request, schedule, whole)
+            span = partial(Guide.times, taken=steps, sigmas=whole, t=schedule.t)
             read, see = (start, shown(model, request.references, seen, span)) if pipe is self else (None, [])
             asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
             passes = Passes(request.reuse)
@@ -313,16 +317,22 @@ class Pipeline:
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         """Rough pictures of predicted latents (B, h, w, c). The TAESD makes them if there is one, the VAE if it is
-        small, else one linear map."""
-        if self._taesd is not None:
-            return _pictures(self._taesd, x0)
-        if self.previews_by_vae:
-            return self.decode(x0)
-        return [images.preview(x, self.description.family.preview) for x in x0]
+        small; else, or if the numbers overflow there, one linear map, if the family's fits these latents."""
+        usual = self.description.usual_latents
+        decoder = self._taesd
+        if decoder is None and (self.previews_by_vae or not usual):
+            decoder = self.networks.get("vae")
+        pixels = None if decoder is None else _pixels(decoder, x0)
+        if pixels is None or (usual and not np.isfinite(pixels).all()):
+            return [images.preview(x, self.description.family.preview) for x in x0]
+        return [images.to_image(p) for p in pixels]
 
     def decode(self, z: np.ndarray) -> list[Image.Image]:
         """The pictures that the VAE decodes from latents (B, h, w, c)."""
-        return _pictures(self.networks.get("vae"), z)
+        pixels = _pixels(self.networks.get("vae"), z)
+        if not np.isfinite(pixels).all():
+            raise self.description.not_finite()
+        return [images.to_image(p) for p in pixels]
 
     @property
     def previews_by_vae(self) -> bool:
@@ -381,7 +391,7 @@ class Pipeline:
         sigmas: list[float],
         start: Start | None = None,
         pictures: Sequence[conditioning.Picture] = (),
-        passes: Passes | None = None,
+        passes: Passes = NOTHING,
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
@@ -409,7 +419,6 @@ class Pipeline:
             mx.eval(part)
         for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas, start, conds)).items():
             conds[side]["controls"] = controls
-        passes = Passes(0) if passes is None else passes
         conds = {side: cond | passes.one() for side, cond in conds.items()}
         begin, end = (f * request.steps for f in request.skip_interval)  # both ends are excluded, as in diffusers
         return guidance.denoiser(
@@ -447,7 +456,8 @@ class Pipeline:
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
         for guides in self.attached.together([guide for guide in request.controls if guide.model is not None]):
-            net, times = self.attached.network(guides[0]), self._span(request, schedule, sigmas, guides[0])
+            net = self.attached.network(guides[0])
+            times = guides[0].times(self.description.taken(request), sigmas, schedule.t)
             if net.config.reads_latents:
                 hints = [next(latents)]
             else:
@@ -458,14 +468,6 @@ class Pipeline:
                 mx.eval(vars(control))
                 added.setdefault(side, []).append(control)
         return added
-
-    def _span(self, request: Request, schedule: Schedule, sigmas: list[float], guide: Guide) -> tuple[float, float]:
-        """The times in which a guide is on: from the first down to the second, which is excluded. sigmas: those of the
-        whole run."""
-        taken = self.description.taken(request)
-        on = steps_on(guide.interval, taken)
-        last = sigmas[on.stop - 1 - taken]
-        return schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
 
     def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""
@@ -484,9 +486,7 @@ class Pipeline:
         if not finite.item():
             raise self.description.not_finite()
 
-    def _hand_over(
-        self, request: Request, schedule: Schedule, sigmas: list[float]
-    ) -> list[tuple["Pipeline", list[float]]]:
+    def _hand_over(self, request: Request, schedule: Schedule, sigmas: list[float]) -> list[tuple]:
         """This model and its refiner, each with its sigmas. The refiner takes the timesteps below the cut."""
         cut = round(schedule.n * (1 - request.refine_at))
         k = sum(schedule.t(s) >= cut for s in sigmas[:-1])
@@ -494,7 +494,8 @@ class Pipeline:
         return [(pipe, part) for pipe, part in halves if len(part) > 1]
 
 
-def _pictures(decoder: nn.Module, z: np.ndarray) -> list[Image.Image]:
+def _pixels(decoder: nn.Module, z: np.ndarray) -> np.ndarray:
+    """(B, h, w, c) to (B, H, W, 3) in [-1, 1]."""
     pixels = decoder.decode(mx.array(z).astype(dtype_of(decoder))).astype(mx.float32)
     mx.eval(pixels)
-    return [images.to_image(p) for p in np.array(pixels)]
+    return np.array(pixels)

@@ -25,6 +25,11 @@ def blocks(net: nn.Module) -> dict[str, nn.Module]:
     return down | middle | {f"up {len(net.up_blocks) - i}": block for i, block in enumerate(net.up_blocks)}
 
 
+def readers(net: nn.Module) -> list[str]:
+    """The names of the blocks that have attention, and so read words."""
+    return [name for name, block in blocks(net).items() if block.attentions]
+
+
 def skips(net: nn.Module) -> list[int]:
     """The level of each skip's map, in the order in which the way down leaves them. The first is the input itself; the
     last of a level, made smaller, is the next one's."""

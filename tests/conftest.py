@@ -6,7 +6,10 @@ which a neighbour would disturb: they come last, on all cores, and while one of 
 import fcntl
 import gc
 import os
+import resource
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -34,6 +37,17 @@ def pipe():
     return mlxdiff.load("storybook", dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def small():
+    """The built-in model draws 128 x 128 pixels unless it is told otherwise: for what does not depend on the size."""
+    from mlxdiff.families import MODELS
+
+    row = MODELS["storybook"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "storybook", replace(row, defaults=replace(row.defaults, size=128)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def rings(tmp_path_factory):
     """Four pictures of rings, which are no thing of the built-in model's world."""
@@ -45,6 +59,22 @@ def rings(tmp_path_factory):
             pixels[(x - 26 - 4 * i) ** 2 + (y - 36 + 3 * i) ** 2 < radius**2] = colour
         Image.fromarray(pixels).save(place / f"{i}.png")
     return place
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(): ...` lets no file grow beyond 10 kB."""
+
+    @contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 def pytest_collection_modifyitems(items):

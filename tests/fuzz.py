@@ -21,9 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from mlxdiff import builtin, convert, description, images, load, samplers, tokenizers
+from mlxdiff import builtin, convert, description, images, load, metadata, samplers, tokenizers
 from mlxdiff.convert import embedding, lora, scheduler, source, write
 from mlxdiff.convert import settings as reading
 from mlxdiff.convert import tokenizer as copying
@@ -131,7 +131,7 @@ class Fuzz:
         self.network = folder / "network.safetensors"
         self.described = description.read(self.notes)
         net = self.described.net
-        few = {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": net.channels[0]}
+        few = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": net.channels[1]}
         lora_shapes = {
             f"unet.{n}.lora_{ab}.weight": s for n, w in few.items() for ab, s in (("A", (2, w)), ("B", (w, 2)))
         }
@@ -236,14 +236,17 @@ class Fuzz:
             self.pipe("a red house", seed=1, steps=2, width=64, height=64)
 
     def settings(self, rng: random.Random) -> None:
-        info = PngImagePlugin.PngInfo()
         ours = json.dumps({"prompt": "a fox", "seed": 1, "steps": 4, "width": 64, "loras": ["a:1"], "image": "a.png"})
         good = {"mlxdiff": ours} if rng.random() < 0.5 else {"parameters": _PARAMETERS}
+        texts = {}
         for key, text in good.items():
-            changed = damaged(rng, text.encode(), key == "mlxdiff").decode("utf-8", "replace").replace("\0", "")
-            info.add_itxt(key, changed)
-        out = io.BytesIO()
-        Image.new("L", (8, 8)).save(out, "PNG", pnginfo=info)
+            texts[key] = damaged(rng, text.encode(), key == "mlxdiff").decode("utf-8", "replace").replace("\0", "")
+        out, kind = io.BytesIO(), rng.choice(("PNG", "JPEG", "WEBP"))
+        options = metadata.options(kind, texts, metadata.DRAWN)
+        if kind == "WEBP" and rng.random() < 0.5:
+            name = rng.choice(("xmp", "exif"))
+            options[name] = damaged(rng, options[name], False)
+        Image.new("L", (8, 8)).save(out, kind, **options)
         data = out.getvalue() if rng.random() < 0.8 else damaged(rng, out.getvalue(), False)
         self.picture.write_bytes(data)
         request, _ = images.read_settings(self.picture)

@@ -77,13 +77,16 @@ def light(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for output in (
         o for c in book.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
     ):
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB"), float)
         small = io.BytesIO()
-        Image.fromarray(((pixels * 63 / 255).round() * 255 / 63).round().astype(np.uint8)).save(
-            small, "PNG", optimize=True
-        )
+        few_bits(Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))).save(small, "PNG", optimize=True)
         output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
     return book
+
+
+def few_bits(picture: Image.Image) -> Image.Image:
+    """With 64 levels a colour."""
+    pixels = np.asarray(picture.convert("RGB"), float)
+    return Image.fromarray(((pixels * 63 / 255).round() * 255 / 63).round().astype(np.uint8))
 
 
 def texts(book: nbformat.NotebookNode) -> list[str]:

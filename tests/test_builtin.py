@@ -16,9 +16,13 @@ from mlxdiff.train import storybook as sb
 
 FOLDER = Path(mlxdiff.__file__).parent / "builtin" / "storybook"
 JUDGE = Path(__file__).parent / "data" / "judge.safetensors"
-COUNT = 12  # prompts of the small sample
-SETTINGS = {"width": 128, "height": 128, "guidance": 4.0, "sampler": "ddim"}
-FEW = SETTINGS | {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 10}  # 40 dB from the limit, in two thirds
+COUNT = 8  # prompts of the small sample
+SETTINGS = {"width": 128, "height": 128, "guidance": 4.0, "sampler": "ddim"}  # where the size does not matter
+FEW = {"guidance": 4.0} | {
+    "sampler": "dpmpp_2m",
+    "schedule": "karras",
+    "steps": 10,
+}  # 40 dB from the limit, in two thirds
 NIGHT = "a red house under a full moon"
 
 
@@ -60,19 +64,19 @@ def test_the_judge_reads_renders(referee):
 def test_the_vae_keeps_renders(pipe):
     """New renders, there and back: 30 dB in the mean, which is what later stages (image to image) count on."""
     vae = pipe.networks.open("vae")
-    pictures = measure.renders(measure.scenes(12))
+    pictures = measure.renders(measure.scenes(8))
     mean, _ = vae.encode(mx.array(pictures.astype(np.float32) / 127.5 - 1))
     back = np.clip(np.array(vae.decode(mean)) * 127.5 + 127.5, 0, 255)
     assert np.mean([psnr(a, b) for a, b in zip(pictures, back, strict=True)]) > 30
 
 
 def test_it_draws_what_it_is_told(referee, drawn):
-    """Twelve prompts, seeds fixed before any picture was seen. If the long-run share of a kind is 0.9, fewer than 8 of
-    12 happen once in 230 runs of new seeds; these seeds are always the same, so what is tested is the weights."""
+    """Eight prompts, seeds fixed before any picture was seen. If the long-run share of a kind is 0.9, fewer than 5 of
+    8 happen once in 200 runs of new seeds; these seeds are always the same, so what is tested is the weights."""
     scenes, pictures = drawn
     shares = judge.adherence(referee, pictures, scenes)
     for kind in ("time", "terrain", "object", "colour"):
-        assert shares[kind] >= 8 / 12, (kind, shares)
+        assert shares[kind] >= 5 / 8, (kind, shares)
 
 
 @pytest.mark.parametrize(("sampler", "scheduler"), [("ddim", "DDIMScheduler"), ("euler", "EulerDiscreteScheduler")])
@@ -94,13 +98,14 @@ def test_diffusers_draws_the_same_from_given_noise(pipe):
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    noise = np.random.default_rng(1).standard_normal((2, 16, 16, 4), np.float32)
+    channels = pipe.description.latent_channels
+    noise = np.random.default_rng(1).standard_normal((2, 16, 16, channels), np.float32)
     events = probe.from_noise(pipe, noise, NIGHT, seed=0, steps=4, **SETTINGS)
     ours = [np.asarray(e.image) for e in events if e.image is not None]
     latents = torch.from_numpy(noise).permute(0, 3, 1, 2)
     output = theirs([NIGHT] * 2, 128, 128, 4, guidance_scale=4.0, latents=latents, output_type="np")
     assert psnr(ours, output.images * 255) > 40
-    with pytest.raises(Error, match=r"\(2, 8, 8, 4\)"):
+    with pytest.raises(Error, match=rf"\(2, 8, 8, {channels}\)"):
         next(probe.from_noise(pipe, noise, NIGHT, **SETTINGS | {"width": 64, "height": 64}))
 
 
@@ -119,11 +124,11 @@ def test_a_seed_is_a_picture(pipe):
 
 
 def test_the_negative_prompt_lowers_what_it_names(pipe, referee):
-    """The judge's belief in clouds where the prompt asks for them, over three seeds, with and without refusing them."""
+    """The judge's belief in clouds where the prompt asks for them, over two seeds, with and without refusing them."""
 
     def belief(**extra):
-        settings = {"steps": 8} | SETTINGS | extra
-        shown = [np.asarray(pipe("a red house by day with clouds", seed=s, **settings).image) for s in range(3)]
+        settings = FEW | {"steps": 8} | extra
+        shown = [np.asarray(pipe("a red house by day with clouds", seed=s, **settings).image) for s in range(2)]
         logits = referee(mx.array(np.stack(shown).astype(np.float32) / 127.5 - 1))[2]
         return mx.softmax(logits, -1)[:, sb.SKIES.index("clouds")].mean().item()
 

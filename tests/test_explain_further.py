@@ -27,6 +27,8 @@ from mlxdiff.widgets.explain import (
 )
 from tests.test_explain import numbers, quiet, stands
 
+pytestmark = pytest.mark.usefixtures("small")
+
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -57,7 +59,7 @@ def test_the_noise_table_says_its_numbers(pipe):
     lesson = worked(NoiseTable(scene=3), pipe)
     rng = np.random.default_rng(3)
     scene = storybook.sample(rng)
-    assert (storybook.render(scene, rng, 128) == lesson.data.pixels).all()
+    assert (storybook.render(scene, rng, len(lesson.data.pixels)) == lesson.data.pixels).all()
     said = numbers(lesson.words())
     assert said[:15] == [x for t in few.TIMES for x in (*np.round(few.weights("scaled_linear", t), 2), t)]
     pixels = lesson.data.pixels
@@ -169,7 +171,7 @@ def test_the_nearest_is_searched_among_those_that_share_five_words(pipe, monkeyp
     same = [k for k, s in enumerate(scenes) if len(vars(s).items() - vars(own).items()) <= 1]
     assert d.compared == len(same)
     drawn = np.asarray(pipe(storybook.plain(own), seed=5, steps=10).image, float)
-    far = [math.sqrt(((drawn - novelty.training_picture(k, 128)) ** 2).mean()) for k in same]
+    far = [math.sqrt(((drawn - novelty.training_picture(k, len(drawn))) ** 2).mean()) for k in same]
     assert d.near[0][0] == pytest.approx(min(far))
     assert f"of 3,000 training pictures {len(same)} share" in lesson.words()
     assert f"is {min(far):.0f} of 255 away" in lesson.words()
@@ -214,8 +216,8 @@ def test_who_decides_counts_the_way_that_one_block_goes(pipe, short):
         return [e.x0 for e in pipe.stream(prompt, **same) if e.x0 is not None][-1].ravel().astype(float)
 
     a, b = latents("a red house"), latents("a blue house")
-    with surgery.reading(net, ["up 1"], text.context):
+    with surgery.reading(net, ["up 2"], text.context):
         x = latents("a red house")
-    assert lesson.data.share["up 1"] == pytest.approx((x - a) @ (b - a) / ((b - a) @ (b - a)), abs=1e-3)
-    assert set(lesson.data.share) == set(surgery.blocks(net))
+    assert lesson.data.share["up 2"] == pytest.approx((x - a) @ (b - a) / ((b - a) @ (b - a)), abs=1e-3)
+    assert list(lesson.data.share) == surgery.readers(net)
     assert stands(lesson)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mlxdiff import images, load
+from mlxdiff.families import MODELS
 from mlxdiff.generate import main
 from mlxdiff.recipe import default_dtype
 
@@ -153,7 +154,8 @@ def test_a_converted_copy_of_a_named_model_keeps_its_defaults(here, monkeypatch)
 
     assert convert([str(FOLDER), "-o", "copy", "--dtype", "float32"]) == 0
     request = load("copy").resolve("a house")
-    assert (request.width, request.guidance) == (128, 4.0)
+    assert request.width == MODELS["storybook"].defaults.size
+    assert request.guidance == 4.0
 
 
 def test_prompts_from_a_file_and_from_standard_input(here, model, monkeypatch, capsys):

@@ -112,6 +112,7 @@ CPU = pytest.mark.skipif(mx.default_device() == mx.Device(mx.gpu), reason="activ
 )
 def test_storybook_takes_what_is_estimated(load, settings, compiled):
     """The peak, which is its decoding, within SURE: 0.96 to 1.11 were seen."""
+    settings = {"width": 128, "height": 128} | settings
     estimate, seen = lower(lambda: mlxdiff.load("storybook", dtype="float32", **load), **settings)
     assert 1 / memory.SURE < max(estimate) / max(seen) < memory.SURE
     assert 0.8 < estimate.denoise / seen.denoise < 1.3  # its narrow levels: 0.99 to 1.21
@@ -132,12 +133,13 @@ def test_a_refiner_takes_what_is_estimated(low_memory, compiled):
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_picture_to_begin_with_takes_what_is_estimated(low_memory, compiled):
     image, load = Image.linear_gradient("L").resize((128, 128)), {"dtype": "float32", "low_memory": low_memory}
-    estimate, seen = lower(lambda: mlxdiff.load("storybook", **load), image=image, strength=1.0)
+    estimate, seen = lower(lambda: mlxdiff.load("storybook", **load), image=image, strength=1.0, width=128, height=128)
     pipe = mlxdiff.load("storybook", **load)
     assert 1.3 < estimate.encode / seen.encode < 1.9  # its narrow levels: 1.56 and 1.71
     assert 0.8 < estimate.denoise / seen.denoise < 1.3  # as without: 0.97 and 1.21
     vae = memory._weights(pipe.description, "vae").held
-    assert estimate.denoise - peaks(pipe.workload(pipe.resolve("x")), gpu=False).denoise == (0 if low_memory else vae)
+    bare = pipe.workload(pipe.resolve("x", width=128, height=128))
+    assert estimate.denoise - peaks(bare, gpu=False).denoise == (0 if low_memory else vae)
 
 
 @CPU
@@ -326,13 +328,13 @@ def test_a_model_without_a_name_is_asked_before_its_weights_are_read(monkeypatch
     monkeypatch.setattr(advice, "this_machine", lambda: limited(0.01))
     monkeypatch.setattr(weights, "load", None)
     with pytest.raises(Error, match="storybook at 128x128 takes"):
-        next(pipe.stream("a red house"))
+        next(pipe.stream("a red house", width=128, height=128))
 
 
 def test_low_memory_lets_go_of_the_network_before_decoding():
     pipe = mlxdiff.load("storybook", dtype="float32", low_memory=True)
     held, before = memory._weights(pipe.description, "unet").held, mx.get_active_memory()
-    for event in pipe.stream("a red house", steps=1):
+    for event in pipe.stream("a red house", steps=1, width=128, height=128):
         if (event.stage, event.step) == ("decode", 0):
             assert mx.get_active_memory() - before < held / 10
 

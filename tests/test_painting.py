@@ -271,6 +271,60 @@ def test_controls_and_references_have_rows_and_reach_the_request(studio):
     assert not [entry for entry in studio.view.history if "guide" in entry["title"]]
 
 
+def test_a_network_that_inpaints_reads_the_masked_start_picture(studio):
+    """It has a button while a part is drawn anew, is offered for nothing else, and goes with the mask."""
+    start, rows = studio.controls.start_picture, studio.controls.guides["control"]
+    assert start.inpaint.layout.display == "none"
+    send(studio, "mask", paint(painted(10, 10, 30, 20)), id="page 1")
+    assert start.inpaint.layout.display is None
+    start.inpaint.click()
+    (guide,) = studio.request().controls
+    assert (guide.image, guide.model) == ("masked", "inpaint")
+    assert start.inpaint.layout.display == "none"
+    drop(studio, "control", Image.new("RGB", (40, 30), "white"))
+    masked, plain = rows.rows
+    assert [name for name, _ in masked.network.options] == ["inpaint", "file or hub id"]
+    assert "inpaint" not in [name for name, _ in plain.network.options]
+    masked.scale.value = 0.5
+    studio.request().check_guides()
+    assert [g.scale for g in studio.request().controls] == [0.5, 1.0]
+    start.forget.click()
+    assert [g.masked for g in studio.request().controls] == [False]
+    studio.model = "flux-dev"
+    send(studio, "mask", paint(painted(10, 10, 30, 20)), id="page 1")
+    assert start.inpaint.layout.display == "none"  # no such network is known for it
+
+
+def test_a_reference_gives_all_its_style_or_its_layout(studio):
+    drop(studio, "reference", Image.new("RGB", (20, 20), "green"))
+    (row,) = studio.controls.guides["reference"].rows
+    assert [value for _, value in row.aspect.options] == ["", "style", "layout"]  # of the fake model's family
+    row.aspect.value = "style"
+    (guide,) = studio.request().references
+    assert (guide.model, guide.mode) == ("ip-adapter", "style")
+    row.scale.value = 0.4
+    row.network.value, row.file.value = "", "C:/plus.safetensors"
+    (guide,) = studio.request().references
+    assert (guide.model, guide.mode, guide.scale) == ("C:/plus.safetensors", "style", 0.4)
+    row.aspect.value = ""
+    assert studio.request().references[0].mode is None
+    studio.model = "flux-dev"
+    (row,) = studio.controls.guides["reference"].rows
+    assert row.aspect is None
+
+
+def test_a_control_of_a_network_for_several_kinds_keeps_its_kind(studio):
+    Image.new("RGB", (40, 30), "white").save("edges.png")
+    studio.control_guides = [("union.safetensors:canny", "edges.png", 0.7)]
+    (row,) = studio.controls.guides["control"].rows
+    assert row.file.value == "union.safetensors:canny"
+    row.scale.value = 0.5
+    (guide,) = studio.request().controls
+    assert (guide.model, guide.mode, guide.scale) == ("union.safetensors", "canny", 0.5)
+    row.file.value = "union.safetensors:depth"
+    assert (studio.control_guides[0].model, studio.control_guides[0].mode) == ("union.safetensors", "depth")
+
+
 def test_a_guide_whose_picture_is_gone_is_named_and_forgotten(studio):
     studio.control_guides = [("canny", "gone.png", 0.7)]
     assert studio.status.startswith("There is no picture at gone.png.")

@@ -9,7 +9,8 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
 
 pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
 
@@ -18,8 +19,8 @@ from mlxdiff.convert import lora_header
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
-from mlxdiff.widgets import Studio, controls, gallery, history, settings
-from mlxdiff.widgets.view import line
+from mlxdiff.widgets import Studio, controls, gallery, history, settings, start_picture
+from mlxdiff.widgets.view import View, line
 from mlxdiff.widgets.worker import Cancelled, Update, Worker
 from tests import fakes
 from tests.checkpoints import header, raw
@@ -470,6 +471,65 @@ def test_favourites_are_kept_beside_the_pictures_and_outlast_the_strip(studio, m
     assert file.read_text() == ""
 
 
+def test_a_copy_in_another_format_is_handed_to_the_page_and_restores(studio, monkeypatch):
+    draw(studio, prompt="one")
+    handed = []
+    monkeypatch.setattr(studio.view, "send", lambda message, buffers=None: handed.append((message, buffers)))
+    for ending, kind in (("jpg", "JPEG"), ("webp", "WEBP")):
+        heard(studio, do="copy", key=0, ending=ending)
+        message, (data,) = handed[-1]
+        assert message == {"do": "copy", "name": f"{studio.images[0].path.stem}.{ending}"}
+        assert Image.open(io.BytesIO(data)).format == kind
+        studio.prompt = "another"
+        heard(studio, do="drop", part=0, parts=1, use="restore", data=data)
+        assert studio.prompt == "one"
+    with pytest.raises(Error, match="There is no format 'exe'"):
+        heard(studio, do="copy", key=0, ending="exe")
+
+
+def test_favourites_of_any_name(tmp_path):
+    names = {"a b.png", "line\u2028end.png", os.fsdecode(b"\xff.png"), "ä.png"}
+    history._write(tmp_path, names)
+    assert history.favourites(tmp_path) == names
+    (tmp_path / history.FAVOURITES).write_bytes(b"a.png\r\nb.png\r\n")  # by another system's editor
+    assert history.favourites(tmp_path) == {"a.png", "b.png"}
+
+
+def test_favourites_that_cannot_be_read_hide_no_picture(tmp_path):
+    """A pipe in their place would be read for ever."""
+    settings = {"seed": 1, "steps": 1, "guidance": 1.0, "width": 8, "height": 8}
+    request = Request("a fox", **settings, sampler="euler", schedule="leading")
+    images.save(Image.new("RGB", (8, 8)), tmp_path / "a.png", request, "m", "float32")
+    os.mkfifo(tmp_path / history.FAVOURITES)
+    view = View()
+    with pytest.raises(Error, match="not a regular file"):
+        history.History(view).recall(tmp_path)
+    assert len(view.history) == 1
+
+
+def test_a_full_disk_costs_no_favourites_and_no_mask(tmp_path, full_disk):
+    """What is there stays, and nothing half-written is beside it."""
+    history._write(tmp_path, {"a.png"})
+    start_picture.keep(tmp_path / "mask-1.png", b"x")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with full_disk():
+        with pytest.raises(Error, match="cannot be written"):
+            history._write(tmp_path, {f"{i}.png" for i in range(9999)})
+        with pytest.raises(Error, match="cannot be written"):
+            start_picture.keep(tmp_path / "mask-1.png", b"x" * 99_999)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_settings_whose_prompt_is_no_text_are_refused_when_they_are_read(studio):
+    """Jupyter could not send them to the page."""
+    picture = io.BytesIO()
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("mlxdiff", '{"prompt": "a \\ud800 fox", "seed": 1}')
+    Image.new("RGB", (8, 8)).save(picture, "PNG", pnginfo=info)
+    with pytest.raises(Error, match="not valid UTF-8"):
+        studio.load(picture.getvalue())
+
+
 def test_enlarge_uses_the_chosen_upscaler(studio, monkeypatch):
     draw(studio, prompt="one")
     asked = []
@@ -836,7 +896,7 @@ def test_loras_of_a_folder_are_chosen_by_their_headers(studio, folder):
     row.scale.value = -1.5
     assert studio.request().loras == (f"{file}:-1.5",)
     assert looked(studio).rows == [row]  # it still has the focus
-    assert studio.controls.loras_shown.description == "LoRA (1)"
+    assert studio.controls.loras_shown.description == "LoRA, words (1)"
 
     studio.controls.loras.other.value = "org/repo:0.5"
     assert studio.loras == [f"{file}:-1.5", "org/repo:0.5"]
@@ -845,7 +905,7 @@ def test_loras_of_a_folder_are_chosen_by_their_headers(studio, folder):
     row.remove.click()
     looked(studio).rows[0].remove.click()
     assert studio.request().loras is None
-    assert studio.controls.loras_shown.description == "LoRA"
+    assert studio.controls.loras_shown.description == "LoRA, words"
 
 
 def test_a_lora_comes_back_with_a_picture_and_a_misfit_is_told(studio, folder):
@@ -857,6 +917,51 @@ def test_a_lora_comes_back_with_a_picture_and_a_misfit_is_told(studio, folder):
     studio._learn(fakes.describe("fake"))
     assert "mlxdiff-misfit" in looked(studio).rows[0]._dom_classes
     assert "other shapes" in looked(studio).rows[0].about.value
+
+
+def test_a_published_lora_is_chosen_by_its_name_and_brings_its_settings(studio, folder):
+    """Against the registry's row: its name, its scale, and what it was made for."""
+    studio.controls.loras_shown.value = True
+    draw(studio)
+    row = families.ADAPTERS["sd1", "lcm"]
+    (lcm,) = [entry for entry in looked(studio)._named.children[1:] if entry.description == "lcm"]
+    assert f"made for {row.steps} steps" in lcm.tooltip
+    lcm.click()
+    request = studio.request()
+    assert request.loras == (f"lcm:{row.scale:g}",)
+    assert {name: getattr(request, name) for name in row.wants} == row.wants
+    assert row.licence in looked(studio).rows[0].about.value
+    assert "lcm" not in [entry.description for entry in studio.controls.loras._named.children[1:]]
+    studio.model = "z-image-turbo"
+    assert looked(studio)._named.children == ()
+
+
+def test_a_taught_word_is_chosen_from_the_folder(studio, folder):
+    """A file of one table of 768 numbers a token is a word for CLIP-L; one of 1024 is not."""
+    save_file({"<moss & co>": np.zeros((3, 768), np.float32)}, folder / "moss.safetensors")
+    save_file({"clip_l": np.zeros((1, 1024), np.float32)}, folder / "wide.safetensors")
+    studio.controls.loras_shown.value = True
+    draw(studio)
+    entries = looked(studio)._list.children
+    (moss,) = [entry for entry in entries if getattr(entry, "description", "").startswith("moss")]
+    assert moss.description == "moss · <moss & co>"
+    (wide,) = [e for e in entries if not hasattr(e, "description") and e.children[0].description == "wide"]
+    assert "rows of 768" in wide.children[1].value
+    moss.click()
+    file = str(folder / "moss.safetensors")
+    assert studio.request().embeddings == (file,)
+    (row,) = looked(studio).words
+    assert row.about.value == "A word of 3 tokens. It counts where the prompt has it:"
+    assert ">&lt;moss &amp; co&gt;</button>" in row.words.value
+    assert studio.controls.loras_shown.description == "LoRA, words (1)"
+    studio.controls.loras.word.value = "org/repo=<fern>"
+    assert studio.request().embeddings == (file, "org/repo=<fern>")
+    assert "&lt;fern&gt;" in looked(studio).words[1].words.value
+    drawn = Request("a fox", embeddings=(file,), embedding_hashes=("0",), seed=1, width=64, height=64)
+    studio.restore(drawn)
+    assert (studio.embeddings, studio.request().embedding_hashes, studio.more) == ([file], (), {})
+    looked(studio).words[0].remove.click()
+    assert studio.request().embeddings is None
 
 
 def test_another_model_begins_with_all_bits(studio):

@@ -32,7 +32,7 @@ def test_a_part_is_as_it_was_afterwards(parts):
         surgery.cut(net, {0}),
         surgery.misled(net, 200),
         surgery.muted(net, ["middle"]),
-        surgery.reading(net, ["up 1"], other),
+        surgery.reading(net, ["up 2"], other),
     ):
         with changed:
             assert not close(net(x, 400.0, **cond), right)
@@ -94,7 +94,13 @@ def test_blocks_read_another_prompt(parts):
 
 
 def test_blocks_are_named_in_the_order_in_which_they_run(parts):
-    assert list(surgery.blocks(parts[0])) == ["down 1", "down 2", "down 3", "middle", "up 3", "up 2", "up 1"]
+    net = parts[0]
+    levels = range(1, len(net.config.channels) + 1)
+    down, up = [f"down {i}" for i in levels], [f"up {i}" for i in reversed(levels)]
+    assert list(surgery.blocks(net)) == [*down, "middle", *up]
+    reads = {f"down {i}": n for i, n in enumerate(net.config.depth, 1)} | {"middle": (1,)}
+    reads |= dict(zip(up, net.config.up_depth, strict=True))
+    assert surgery.readers(net) == [name for name in reads if reads[name]]
 
 
 def test_another_denoiser_is_refused():

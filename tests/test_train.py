@@ -12,15 +12,16 @@ from PIL import Image
 
 import mlxdiff
 from mlxdiff import schedules
+from mlxdiff.errors import Error
 from mlxdiff.models import unet, vae
 from mlxdiff.train import export, fit, judge, objective, recipe, toy
 from mlxdiff.train import storybook as sb
 from mlxdiff.train.__main__ import main
 
-TINY_VAE = replace(recipe.VAE, channels=(8, 16), groups=4)
+TINY_VAE = replace(recipe.VAE, latent_channels=4, channels=(8, 16), groups=4)
 TINY_UNET = replace(
-    recipe.UNET, channels=(16, 24), layers=(1, 1), depth=((1,), (1,)), up_depth=((1, 1), (1, 1)), heads=(2, 2),
-    context=12, groups=4,
+    recipe.UNET, in_channels=4, out_channels=4, channels=(16, 24), layers=(1, 1), depth=((), (1,)),
+    up_depth=((1, 1), ()), heads=(2, 2), context=12, groups=4,
 )  # fmt: skip
 STEPS = 20
 
@@ -317,6 +318,16 @@ def test_a_run_where_none_can_be_is_one_line(tmp_path, capsys, name, text):
     assert line.startswith("mlxdiff train: ")
 
 
+@pytest.mark.parametrize("size", ["0", "100", "20000"])
+def test_a_size_that_the_judge_cannot_read_is_one_line(tmp_path, capsys, size):
+    assert main(["storybook", "--out", str(tmp_path / "run"), "--size", size]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"Size {size} is not a multiple of 64 up to" in line
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(Error, match="cannot read pictures of 64 x 96 pixels"):
+        judge.read(None, np.zeros((1, 96, 64, 3), np.uint8))
+
+
 @pytest.mark.slow
 def test_a_folder_of_something_else_and_no_judge_are_refused(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
@@ -334,12 +345,14 @@ def test_from_nothing_to_a_folder_that_others_open(tmp_path, capsys, monkeypatch
     diffusers = pytest.importorskip("diffusers")
     torch = pytest.importorskip("torch")
     monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
-    arguments = ["storybook", "--out", str(tmp_path / "run"), "--pictures", "16", "--vae-steps", "6", "--steps", "6"]
+    arguments = ["storybook", "--out", str(tmp_path / "run"), "--pictures", "16", "--vae-steps", "6", "--steps", "10"]
+    arguments += ["--size", "64"]
     assert main([*arguments, "--batch", "8"]) == 0
-    for stage in ("vae", "denoiser"):
+    assert "draws 64 x 64 pixels" in capsys.readouterr().out
+    for stage, steps in (("vae", 6), ("denoiser", 10)):
         log = (tmp_path / "run" / stage / "log.csv").read_text().splitlines()[1:]
         losses = [float(line.split(",")[1]) for line in log]
-        assert len(losses) == 6
+        assert len(losses) == steps
         assert losses[-1] < losses[0]
     before = (tmp_path / "run" / "denoiser" / "state.safetensors").stat().st_mtime_ns
     assert main([*arguments, "--batch", "8"]) == 0
@@ -347,11 +360,11 @@ def test_from_nothing_to_a_folder_that_others_open(tmp_path, capsys, monkeypatch
     assert main([*arguments, "--batch", "4"]) == 1
     assert "batch 8" in capsys.readouterr().err
 
-    settings = {"width": 128, "height": 128, "guidance": 3.0, "sampler": "ddim"}
+    settings = {"width": 64, "height": 64, "guidance": 3.0, "sampler": "ddim"}
     ours = mlxdiff.load(tmp_path / "run" / "model")("a red house", seed=3, steps=4, **settings).image
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "model", torch_dtype=torch.float32)
     g = torch.Generator().manual_seed(3)
-    picture = theirs("a red house", 128, 128, 4, guidance_scale=3.0, generator=g, output_type="np").images[0]
+    picture = theirs("a red house", 64, 64, 4, guidance_scale=3.0, generator=g, output_type="np").images[0]
     error = np.square(np.asarray(ours) / 255 - picture).mean()
     assert -10 * np.log10(error) > 40
 

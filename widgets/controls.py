@@ -13,7 +13,7 @@ from ..recipe import BITS
 from ..request import MAX_SEED
 from .guide_rows import GuideRows
 from .known import MULTIPLE, SHAPES, Known
-from .loras import Loras
+from .loras import TITLE, Loras
 from .settings import FIELDS, GUIDES, ignored, presets
 from .start_picture import StartPicture
 
@@ -86,7 +86,7 @@ class Controls(w.VBox):
         self.loras, self.compare = Loras(), Compare()
         self.enlarging = Enlarging()
         self.upscaler = self.enlarging.upscaler
-        folds = [_fold("LoRA", self.loras, panel=True)]
+        folds = [_fold(TITLE, self.loras, panel=True)]
         folds += [_fold("Enlarge", self.enlarging, panel=True), _fold("Compare", self.compare, panel=True)]
         self.loras_shown = folds[0].children[0]
         go = w.HBox([self.generate, self.cancel, self.clear]).add_class("mlxdiff-go")
@@ -137,16 +137,16 @@ class Controls(w.VBox):
         self.sampler.options = _with_default(fit)
         self.schedule.options = _with_default(schedules.FLOW_SPACINGS if flow else schedules.SPACINGS)
 
-    def judge(self, known: Known, prompt: str, chosen: dict, more: dict) -> None:
+    def judge(self, known: Known, prompt: str, chosen: dict, more: dict, taught: list[str]) -> None:
         """Disable controls that would change nothing now and say why; name the settings that have no control. chosen:
-        the settings that presets and shapes set."""
+        the settings that presets and shapes set. taught: words."""
         model, edits = known.description, known.edits > 0
         reasons = ignored(model, chosen["guidance"], more.get("true_cfg", 1.0))
         self.strength.disabled = edits
         if edits and self.start_picture.sizes:
             reasons["strength"] = "This model edits: it takes no strength and no mask."
         built_in = model is not None and model.name == builtin.NAME
-        if built_in and (unknown := builtin.notice(prompt)):
+        if built_in and (unknown := builtin.notice(prompt, taught)):
             reasons["prompt"] = unknown
         self.words.layout.display = None if built_in else "none"
         self.negative.disabled = "negative" in reasons

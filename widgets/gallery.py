@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import images, pictures
-from ..dialects import lora
+from ..dialects import embedding, lora
 from ..errors import Error
+from ..guides import Guide
 from ..request import Request
 
 _THUMB = 160  # pixels: the strip shows 80; sharp screens need twice that
@@ -44,6 +45,13 @@ class Picture:
     def save(self, path: str | Path) -> Path:
         """Save another copy with its settings. The suffix chooses PNG, JPEG or WebP; no file is ever overwritten."""
         return images.save(self.image.convert("RGB"), Path(path), self.request, self.model, self.recipe)
+
+    def copy(self, ending: str) -> tuple[str, bytes]:
+        """The name and the bytes of a copy in another format, with its settings."""
+        if ending not in images.ENDINGS:
+            raise Error(f"There is no format {ending!r:.20}.", f"Choose one of {', '.join(images.ENDINGS)}.")
+        made_by = (self.request, self.model, self.recipe)
+        return f"{self.path.stem}.{ending}", images.encoded(self.image.convert("RGB"), *made_by, images.ENDINGS[ending])
 
     def caption(self) -> str:
         r = self.request
@@ -89,9 +97,11 @@ class Picture:
         if r.mask is not None:
             out.append(("Mask", _name(r.mask)))
         for what, guides in (("Control", r.controls), ("Reference", r.references)):
-            out += [(what, f"{_name(guide.image)}, scale {guide.scale:g}") for guide in guides]
+            out += [(what, f"{_seen(guide)}, scale {guide.scale:g}") for guide in guides]
         for name, scale in map(lora, r.loras or ()):
             out.append(("LoRA", f"{Path(name).stem}, scale {1 if scale is None else scale:g}"))
+        for name, word in map(embedding, r.embeddings or ()):
+            out.append(("Taught word", Path(name).stem if word is None else f"{word}, of {Path(name).stem}"))
         if any(r.outpaint):
             out.append(("Added around", ", ".join(map(str, r.outpaint))))
         return out
@@ -105,6 +115,12 @@ class Picture:
 
 def _name(picture: str | Path | Image.Image) -> str:
     return Path(picture).name if isinstance(picture, str | Path) else "a picture"
+
+
+def _seen(guide: Guide) -> str:
+    """What a guide shows: its picture, and what is taken over of it."""
+    picture = "the masked start picture" if guide.masked else _name(guide.image)
+    return picture if guide.mode is None else f"{picture}, its {guide.mode}"
 
 
 def writable(folder: str | Path) -> Path:
@@ -212,9 +228,7 @@ class Grid:
         return replace(self.cells[0, 0], path=path.resolve(), title=f"Comparison of {' and '.join(names)}")
 
     def _repr_png_(self) -> bytes:
-        out = io.BytesIO()
-        self.image.save(out, "PNG")
-        return out.getvalue()
+        return images.shown(self.image, images.source(self.base))
 
 
 _PAPER, _INK, _EMPTY = "#ffffff", "#222222", "#e8e8ea"

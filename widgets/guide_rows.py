@@ -2,7 +2,8 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import ipywidgets as w
 
@@ -14,29 +15,40 @@ from .start_picture import picture_tag
 _ANOTHER = ""
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What a model has for its guides. names: of networks that read a picture; inpainters: of those that read the
+    masked start picture; aspects: what may be taken over of a reference alone; alone: the model itself reads the
+    picture, as it is."""
+
+    names: tuple[str, ...] = ()
+    inpainters: tuple[str, ...] = ()
+    aspects: tuple[str, ...] = ()
+    alone: bool = False
+
+
 class GuideRows(w.VBox):
     """A row for each guide, which `change` is called with when a person changes one; `edges` is called with its
     number. what: "control" or "reference"."""
 
     def __init__(self, what: str):
         self.what, self.guides, self.rows = what, [], []
-        self._names, self._alone = [], False
+        self._offer = Offer()
         self.change: Callable[[list[Guide]], None] = lambda guides: None
         self.edges: Callable[[int], None] = lambda i: None
         super().__init__(layout=w.Layout(display="none"))
         self.add_class("mlxdiff-guides")
 
-    def show(self, guides: list[Guide], names: list[str], alone: bool) -> None:
-        """names: of networks that have one for this model. alone: the model itself reads the picture, as it is."""
-        if (guides, names, alone) == (self.guides, self._names, self._alone):
+    def show(self, guides: list[Guide], offer: Offer) -> None:
+        if (guides, offer) == (self.guides, self._offer):
             return  # a person changed it here: the row has the focus
-        self.guides, self._names, self._alone = list(guides), names, alone
+        self.guides, self._offer = list(guides), offer
         self.rows = [self._row(i, guide) for i, guide in enumerate(guides)]
         self.children = self.rows
         self.layout.display = None if guides else "none"
 
     def _row(self, i: int, guide: Guide) -> "Row":
-        row = Row(self.what, i + 1, guide, self._names, self._alone)
+        row = Row(self.what, i + 1, guide, self._offer)
         row.remove.on_click(lambda _: self.change([g for j, g in enumerate(self.guides) if j != i]))
         row.edges.on_click(lambda _: self.edges(i))
         row.change = lambda guide: self._put(i, guide)
@@ -48,9 +60,11 @@ class GuideRows(w.VBox):
 
 
 class Row(w.HBox):
-    def __init__(self, what: str, n: int, guide: Guide, names: list[str], alone: bool):
+    def __init__(self, what: str, n: int, guide: Guide, offer: Offer):
         self.guide, self.change = guide, lambda guide: None
+        names = offer.inpainters if guide.masked else offer.names
         known = guide.model in names
+        self.aspect = _aspects(guide, offer) if what == "reference" else None
         self.network = w.Dropdown(
             description=f"{what.title()} network",
             options=[*((name, name) for name in names), ("file or hub id", _ANOTHER)],
@@ -58,7 +72,7 @@ class Row(w.HBox):
         )
         self.file = w.Text(
             description="Its file",
-            value="" if known or guide.model is None else str(guide.model),
+            value="" if known else self._spelled(),
             placeholder=".safetensors, folder or hub id",
             continuous_update=False,
         )
@@ -80,11 +94,12 @@ class Row(w.HBox):
         parts = [w.HTML(shown), self.remove]
         if what == "control" and not guide.masked:
             parts.append(self.edges)
-        if not alone:
-            parts += [self.network, self.file, self.scale, self.begin, self.end]
+        reader = [self.network, self.file, *([self.aspect] if self.aspect else []), self.scale, self.begin, self.end]
+        if not offer.alone or guide.masked:
+            parts += reader
         super().__init__(parts)
         self.add_class("mlxdiff-guide")
-        for control in (self.network, self.file, self.scale, self.begin, self.end):
+        for control in reader:
             control.observe(lambda _: self._read(), "value")
         self._name()
 
@@ -93,9 +108,32 @@ class Row(w.HBox):
 
     def _read(self) -> None:
         self._name()
-        model = self.network.value or self.file.value.strip() or None
+        model, mode = self._network()
         interval = (self.begin.value, max(self.begin.value, self.end.value))
-        changed = replace(self.guide, model=model, scale=self.scale.value, interval=interval, model_hash=None)
+        named = {"model": model, "mode": mode, "model_hash": None}
+        changed = replace(self.guide, scale=self.scale.value, interval=interval, **named)
         if changed != self.guide:
             self.guide = changed
             self.change(changed)
+
+    def _spelled(self) -> str:
+        """The network's file as a person types it: FILE:canny for one kind of picture, of a network that reads several.
+        What is taken over of a reference has a list of its own."""
+        kind = "" if self.guide.mode is None or self.aspect else f":{self.guide.mode}"
+        return "" if self.guide.model is None else f"{self.guide.model}{kind}"
+
+    def _network(self) -> tuple[str | Path | None, str | None]:
+        """The network that the row names, and the kind of picture that is said beside it."""
+        text = self.network.value or self.file.value.strip()
+        same = text == (str(self.guide.model) if self.network.value else self._spelled())
+        model, mode = (self.guide.model, self.guide.mode) if same else (text or None, None)
+        return model, (self.aspect.value or None) if self.aspect else mode
+
+
+def _aspects(guide: Guide, offer: Offer) -> w.Dropdown | None:
+    """What is taken over of a reference picture, for a model with a choice."""
+    said = {guide.mode} - {None, *offer.aspects}  # it came with a picture's settings
+    options = [("all of it", ""), *((f"its {name}", name) for name in (*offer.aspects, *said))]
+    if len(options) == 1:
+        return None
+    return w.Dropdown(description="Takes over", options=options, value=guide.mode or "")

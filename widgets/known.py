@@ -61,11 +61,19 @@ class Known:
         model = self.description
         return model is None or bool(model.family.references)
 
-    def networks(self, role: str) -> list[str]:
-        """The names of networks that guide the model. role: "control" or "reference"."""
+    def networks(self, role: str, masked: bool = False) -> list[str]:
+        """The names of networks that guide the model. role: "control" or "reference". masked: those that read the
+        masked start picture, else those that read a picture of their own."""
         model = self.description
-        family = None if model is None else model.family.name
-        return [name for (of, name), row in ADAPTERS.items() if (of, row.role) == (family, role)]
+        wanted = None if model is None else model.family.name, role, masked
+        rows = {name: row for (of, name), row in ADAPTERS.items() if (of, row.role, row.masked) == wanted}
+        return [name for name, row in rows.items() if row.fits(model.net)]
+
+    @property
+    def aspects(self) -> tuple[str, ...]:
+        """What the model may take over of a reference picture alone."""
+        model = self.description
+        return () if model is None else tuple(model.family.aspects)
 
     @property
     def multiple(self) -> int:

@@ -4,9 +4,9 @@ import io
 from dataclasses import replace
 
 from ..errors import Error
-from ..guides import Guide
+from ..guides import MASKED, Guide
 from .gallery import writable
-from .guide_rows import GuideRows
+from .guide_rows import GuideRows, Offer
 from .painting import Painting
 from .settings import GUIDES, Settings
 from .start_picture import GUIDE, START, write_picture
@@ -58,7 +58,7 @@ class SecondPictures:
         """Show the guides that the next run takes."""
         for what, rows in self._rows.items():
             try:
-                rows.show(getattr(self._studio, GUIDES[what]), self._studio._known.networks(what), self._alone(what))
+                rows.show(getattr(self._studio, GUIDES[what]), self._offer(what))
             except Error:
                 self._studio.set_trait(GUIDES[what], [])
                 raise
@@ -72,6 +72,28 @@ class SecondPictures:
         folder = writable(self._studio.folder)
         guides[i] = replace(guides[i], image=write_picture(file.getvalue(), folder, GUIDE))
         self._studio.control_guides = guides
+
+    def inpaint(self) -> None:
+        """Let a network that was made to inpaint guide what is drawn anew of the start picture."""
+        studio = self._studio
+        names = studio._known.networks("control", masked=True)
+        studio.control_guides = [*studio.control_guides, Guide(MASKED, names[0] if names else None)]
+
+    def forget_mask(self) -> None:
+        """There is no mask any more: what reads the masked start picture goes with it."""
+        self._studio.control_guides = [guide for guide in self._studio.control_guides if not guide.masked]
+
+    @property
+    def inpaintable(self) -> bool:
+        """Whether a network may guide what is drawn anew, and none does yet."""
+        studio = self._studio
+        networks = studio._known.networks("control", masked=True)
+        return studio.masked and bool(networks) and not any(guide.masked for guide in studio.control_guides)
+
+    def _offer(self, what: str) -> Offer:
+        known = self._studio._known
+        networks = known.networks(what), known.networks(what, masked=True)
+        return Offer(*map(tuple, networks), known.aspects if what == "reference" else (), self._alone(what))
 
     def _alone(self, what: str) -> bool:
         """Whether the model itself reads such a picture."""

@@ -76,7 +76,7 @@ def unusual(request: Request, model: Description | None) -> dict:
     if request.sampler is not None:
         defaults["eta"] = samplers.SAMPLERS[dialects.sampler(request.sampler)[0]].eta
     shown = (*FIELDS, "count", "image", "image_hash", *PART, "mask_hash", "controls", "references")
-    shown += ("loras", "lora_hashes")
+    shown += ("loras", "lora_hashes", "embeddings", "embedding_hashes")
     others = {f.name: getattr(request, f.name) for f in fields(Request) if f.name not in shown}
     return {n: v for n, v in others.items() if v not in (getattr(plain, n), defaults.get(n))}
 
@@ -104,6 +104,7 @@ class Settings(t.HasTraits):
     control_guides = t.List(help="Request's controls: Guides or tuples, such as ('canny', 'edges.png', 0.7)")
     reference_guides = t.List(help="Request's references: Guides or tuples, such as ('ip-adapter', 'photo.png', 0.6)")
     loras = t.List(t.Unicode(), help="LoRAs, each with its scale, such as ['style.safetensors:0.8']")
+    embeddings = t.List(t.Unicode(), help="taught words: files, each with its word if the file's own does not suit")
     upscaler = t.Unicode(None, allow_none=True, help="with what the page's Enlarge enlarges: a name, file or hub id")
     more = t.Dict(help="the Request's fields that have no control, such as {'clip_skip': 2}")
     folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")
@@ -122,6 +123,7 @@ class Settings(t.HasTraits):
             values |= {n: getattr(self, n) for n in PART if n != "mask_blur" or self.masked}
         values |= {f"{what}s": tuple(getattr(self, name)) for what, name in GUIDES.items()}
         values["loras"] = tuple(self.loras) or None  # None: those of `options`
+        values["embeddings"] = tuple(self.embeddings) or None
         if self._known.defaults is None:
             values |= {n: None for n in BY_MODEL if values[n] == self._before[n]}
         return asked(values.pop("prompt"), values | self.more)
@@ -138,6 +140,7 @@ class Settings(t.HasTraits):
         self.control_guides = [replace(g, hash=None, model_hash=None) for g in request.controls]
         self.reference_guides = [replace(g, hash=None, model_hash=None) for g in request.references]
         self.loras = list(request.loras or ())
+        self.embeddings = list(request.embeddings or ())
         self.locked = self.locked or request.seed is not None
         self.more = unusual(request, self._known.opened)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import ipywidgets as w
 from PIL import Image
 
-from .. import images
+from .. import images, whole
 from ..errors import Error
 from .gallery import thumbnail
 
@@ -28,6 +28,9 @@ class StartPicture(w.HBox):
         self.strength = w.FloatSlider(description="Strength", min=0, max=1, step=0.05, readout_format=".2f")
         self.strength.tooltip = "How much of the picture is redrawn: 1 ignores it"
         self.paint = w.Button(description="Change a part")
+        self.inpaint = w.Button(
+            description="With an inpainting ControlNet", tooltip="A network that reads the picture around the part"
+        )
         self.forget = w.Button(description="Change all of it", tooltip="Forget the mask, and what is added around")
         super().__init__()
         self.add_class("mlxdiff-start-picture")
@@ -43,8 +46,8 @@ class StartPicture(w.HBox):
             self.remove.append(w.Button(description="Remove", tooltip=tooltip))
             self.remove[i].on_click(lambda _, i=i: self.drop(i))
         pairs = [part for pair in zip(shown, self.remove, strict=True) for part in pair]
-        self.children = (*pairs, self.paint, self.forget, self.strength)
-        self.forget.layout.display = "none"
+        self.children = (*pairs, self.paint, self.inpaint, self.forget, self.strength)
+        self.forget.layout.display = self.inpaint.layout.display = "none"
         self.paint.disabled = edits
         self.paint.tooltip = "This model edits: it takes no mask" if edits else "Paint where it is drawn anew"
         self.layout.display = None if pictures else "none"
@@ -75,6 +78,14 @@ def write_picture(data: bytes, folder: Path, kind: str) -> Path:
     kind: START or GUIDE."""
     image = opened(data)
     path = folder / f"{kind}{images.fingerprint(images.read(image))}.{image.format.lower()}"
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    return part.replace(path)
+    return keep(path, data)
+
+
+def keep(path: Path, data: bytes) -> Path:
+    """Write a file beside the pictures."""
+    try:
+        whole.write(path, data)
+    except OSError as e:
+        fix = "Free some space, or set studio.folder."
+        raise Error(f"{path} cannot be written: {e.strerror}.", fix) from None
+    return path

@@ -229,7 +229,9 @@ class Studio(Settings, w.VBox):
         self.view.unpaintable = f"{self.model} edits: say in the prompt what to change." if self._known.edits else ""
         self._painting.show_around()
         self.view.uses = self._second.uses()
-        self.controls.judge(self._known, self.prompt, {n: getattr(self, n) for n in BY_MODEL}, self.more)
+        self.controls.start_picture.inpaint.layout.display = None if self._second.inpaintable else "none"
+        chosen = {n: getattr(self, n) for n in BY_MODEL}
+        self.controls.judge(self._known, self.prompt, chosen, self.more, self._picker.taught())
         self.controls.memory.tell(self._estimate())
 
     # --- the start picture, or the pictures to edit
@@ -247,6 +249,10 @@ class Studio(Settings, w.VBox):
         self._painting.show_picture(pictures[0] if pictures and not edits else None)
         self._show_part()
 
+    def _show_guides(self) -> None:
+        self._second.show()
+        self._judge()
+
     def _show_part(self) -> None:
         """Show what of the start picture is drawn anew, and take over the size of the result."""
         if self.view.paper:
@@ -254,6 +260,10 @@ class Studio(Settings, w.VBox):
         if self._known.defaults is not None:
             self._set(self._known.shape(self._sizes, self.outpaint))
         self._judge()
+
+    def _forget_part(self) -> None:
+        self._second.forget_mask()
+        self._painting.forget()
 
     def _change_pictures(self) -> None:
         """There is another start picture: it has no mask yet."""
@@ -265,14 +275,14 @@ class Studio(Settings, w.VBox):
     def _wire(self) -> None:
         c = self.controls
         self.observe(lambda _: self._try(self._change_model), "model")
-        self.observe(lambda _: self._picker.look(), "loras")
+        self.observe(lambda _: self._picker.look(), ["loras", "embeddings"])
         self.observe(lambda _: self._clear(), ["prompt", "negative"])
         self.observe(lambda _: self._judge(), ["prompt", *BY_MODEL, "more", "count", "options"])
         self.observe(lambda _: self._forget("eta"), "sampler")
         self.observe(lambda _: self._try(self._change_pictures), "image")
         self.observe(lambda _: self._try(self._show_part), ["mask", "outpaint"])
         self.observe(lambda _: self._judge(), "mask_blur")
-        self.observe(lambda _: self._try(self._second.show), [*GUIDES.values(), "model"])
+        self.observe(lambda _: self._try(self._show_guides), [*GUIDES.values(), "model"])
         for what, rows in c.guides.items():
             rows.change = functools.partial(self.set_trait, GUIDES[what])
         c.guides["control"].edges = lambda i: self._do(self._second.make_edges, i)
@@ -288,7 +298,8 @@ class Studio(Settings, w.VBox):
             c.compare.draw: self._draw_grid,
             c.words.surprise: lambda: self.set_trait("prompt", builtin.surprise()),
             c.start_picture.paint: self._painting.open,
-            c.start_picture.forget: self._painting.forget,
+            c.start_picture.forget: self._forget_part,
+            c.start_picture.inpaint: self._second.inpaint,
             c.memory.fit: lambda: self._say(self._fit()),
         }
         for name, button in c.presets.items():
@@ -328,6 +339,9 @@ class Studio(Settings, w.VBox):
             self._add(self._history[key].path)
         elif do == "before":
             self.view.send({"do": "before", "key": key}, [self._history[key].before()])
+        elif do == "copy":
+            name, data = self._history[key].copy(message["ending"])
+            self.view.send({"do": "copy", "name": name}, [data])
         elif do == "enlarge":
             self._enlarge(self._history[key])
         elif do == "star":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import foreign
-from ..adapters import Adapter, Rows, Word
+from ..adapters import Adapter, Rows, Taught, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES, Fast
@@ -41,11 +41,19 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"), key=lambda path: str(path).lower())[:_MOST]
 
 
-def look(paths: Iterable[Path], model: Description) -> "dict[Path, Look | Error]":
-    """By the headers of files, what they would change in a model, or why they do not fit it."""
-    from ..convert import lora_header
+def look(paths: Iterable[Path], model: Description) -> "dict[Path, Look | Taught | Error]":
+    """What LoRAs would change in a model, by their headers; what textual inversions teach it; or why a file does not
+    fit it."""
+    from ..convert import embedding, lora_header
 
-    return lora_header.look(paths, model)
+    found = {}
+    for path in paths:
+        try:
+            found[path] = embedding.look(path, model)
+        except Error as e:
+            found[path] = e
+    others = [path for path, taught in found.items() if taught is None]
+    return found | lora_header.look(others, model)
 
 
 def here(name: str | Path, folder: Path | None = None) -> Path | None:
@@ -67,7 +75,7 @@ def named(name: str | Path, model: Description) -> Fast | None:
     families = [of for (of, called), row in ADAPTERS.items() if called == str(name) and row.role == "lora"]
     if families and model.family.name not in families:
         whose = " and ".join(FAMILIES[of].title for of in families)
-        fix = f"{model.family.title} has {', '.join(known)}." if (known := _known(model)) else "Leave it out."
+        fix = f"{model.family.title} has {', '.join(known)}." if (known := fast(model)) else "Leave it out."
         raise Error(f"The LoRA {name} is for {whose}; {model.name} is {model.family.title}.", fix)
     return guides.row(name, model, "lora")
 
@@ -108,7 +116,7 @@ def check(name: str | Path, what: str, model: Description, folder: Path | None =
     if here(name, folder) is not None or (what == "LoRA" and named(name, model) is not None):
         return
     if not _HUB_ID.fullmatch(str(name)):
-        known = _known(model) if what == "LoRA" else []
+        known = [*fast(model)] if what == "LoRA" else []
         names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
         fix = f"{did_you_mean(str(name), known)}{names} a .safetensors file, a hub id, or a name in the folder that"
         raise Error(f"There is no {what} {str(name)!r}.", f"{fix} `lora_dir=DIR` or MLXDIFF_LORAS names.")
@@ -141,7 +149,7 @@ def embedding(path: Path, model: Description, word: str | None = None) -> tuple[
     return embedding.read(path, model, word), fingerprint(path)
 
 
-def _known(model: Description) -> list[str]:
-    """The names of the published LoRAs that fit a model."""
+def fast(model: Description) -> dict[str, Fast]:
+    """The published LoRAs that fit a model, by their names."""
     rows = ((called, row) for (of, called), row in ADAPTERS.items() if of == model.family.name)
-    return [called for called, row in rows if row.role == "lora" and row.fits(model.net)]
+    return {called: row for called, row in rows if row.role == "lora" and row.fits(model.net)}

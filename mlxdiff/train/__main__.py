@@ -12,14 +12,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .. import blas, images, machines
+from .. import blas, images, machines, metadata
 from ..console import Parser, run, say
+from ..errors import Error
 from ..recipe import BITS, bits_of, default_dtype
 from ..recipe import recipe as weights
+from ..request import MAX_EDGE
 from . import storybook as sb
 from .fit import same_run
+from .judge import SIDE
 from .objective import PREDICTIONS
-from .recipe import Recipe, storybook
+from .recipe import SIZE, Recipe, storybook
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
     _output(s, "DIR", "folder; an unfinished run continues")
     s.add_argument("--pictures", type=int, default=60000, metavar="N", help="how many renders to learn from (60000)")
+    s.add_argument("--size", type=int, default=SIZE, metavar="PX", help=f"edge of each picture ({SIZE})")
     s.add_argument("--vae-steps", type=int, default=4000, metavar="N", help="steps of the VAE, the first stage (4000)")
     s.add_argument("--steps", type=int, default=8000, metavar="N", help="steps of U-Net and text encoder (8000)")
     s.add_argument("--batch", type=int, default=64, metavar="N", help="pictures a step; the VAE takes a quarter (64)")
@@ -42,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     s = kinds.add_parser("judge", help="measure how well a storybook model follows its prompts")
     s.add_argument("model", metavar="MODEL", help="a name or a folder")
     s.add_argument("--judge", type=Path, required=True, metavar="FILE", help="weights of the judge")
+    s.add_argument("--size", type=int, metavar="PX", help="edge of each picture (the model's)")
     s.add_argument("--scenes", type=int, default=192, metavar="N", help="how many prompts (192)")
     s.add_argument("--unseen", action="store_true", help="use pairs of words that were held out of training")
     s.add_argument("--guidance", type=float, nargs="+", metavar="G", default=[4.0], help="each in turn (4)")
@@ -51,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the dtype that suits this machine)")
     s = kinds.add_parser("scenes", help="draw some training pictures, with their captions")
     _output(s, "PNG", "file for the sheet of twelve; never overwrites")
-    s.add_argument("--size", type=int, default=128, metavar="PX", help="edge of each picture (128)")
+    s.add_argument("--size", type=int, default=SIZE, metavar="PX", help=f"edge of each picture ({SIZE})")
     s.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
     return p
 
@@ -123,9 +128,17 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
+def _edge(size: int) -> int:
+    """Raise unless the judge can read pictures of this size."""
+    if size % SIDE or not SIDE <= size <= MAX_EDGE:
+        raise Error(f"Size {size} is not a multiple of {SIDE} up to {MAX_EDGE}.", f"Use `size={SIZE}`.")
+    return size
+
+
 def train(args) -> int:
     recipe = Recipe(
         args.pictures,
+        _edge(args.size),
         args.vae_steps,
         args.steps,
         args.batch,
@@ -139,7 +152,7 @@ def train(args) -> int:
     if (args.out / "scenes.json").exists():
         print("The run in this folder continues.")
     else:
-        size = recipe.pictures * 3 * 128**2 / 1e9
+        size = recipe.pictures * 3 * recipe.size**2 / 1e9
         print(f"Rendering {recipe.pictures} pictures first, {size:.2g} GB in {args.out}.")
         print("A bar shows how long each stage takes. Ctrl-C stops the run, and the same command continues it.")
     totals = {"vae": recipe.vae_steps, "denoiser": recipe.steps}
@@ -155,7 +168,7 @@ def train(args) -> int:
         bars[stage].update(1)
     for bar in bars.values():
         bar.close()
-    print(f"{args.out / 'model'} is the model, in the diffusers layout.")
+    print(f"{args.out / 'model'} is the model, in the diffusers layout. It draws {args.size} x {args.size} pixels.")
     return 0
 
 
@@ -254,9 +267,12 @@ def judge(args) -> int:
 
     referee, pipe = judges.load(args.judge), load(args.model, bits=args.quantize, dtype=args.dtype)
     chosen = measure.scenes(args.scenes, args.unseen)
-    _line("renders", judges.adherence(referee, measure.renders(chosen), chosen))
+    size = _edge(pipe.description.defaults.size if args.size is None else args.size)
+    _line("renders", judges.adherence(referee, measure.renders(chosen, size), chosen))
     for guidance, steps, sampler in product(args.guidance, args.steps, args.sampler):
-        shares = measure.measure(pipe, referee, chosen, guidance=guidance, steps=steps, sampler=sampler)
+        shares = measure.measure(
+            pipe, referee, chosen, guidance=guidance, steps=steps, sampler=sampler, width=size, height=size
+        )
         _line(f"guidance {guidance:g}, {steps} steps of {sampler}", shares)
     return 0
 
@@ -276,7 +292,7 @@ def scenes(args) -> int:
             row.append(sb.render(scene, rng, args.size))
             print(sb.caption(scene, rng))
         rows.append(np.concatenate(row, 1))
-    print(images.write(Image.fromarray(np.concatenate(rows)), args.out), file=sys.stderr)
+    print(images.write(Image.fromarray(np.concatenate(rows)), args.out, metadata.COMPUTED), file=sys.stderr)
     return 0
 
 

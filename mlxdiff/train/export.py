@@ -44,7 +44,6 @@ def vae_config(c: vae.Config, size: int) -> dict:
 
 
 def unet_config(c: unet.Config, size: int) -> dict:
-    levels = len(c.channels)
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
@@ -52,7 +51,7 @@ def unet_config(c: unet.Config, size: int) -> dict:
         "block_out_channels": c.channels,
         "center_input_sample": False,
         "cross_attention_dim": c.context,
-        "down_block_types": ["CrossAttnDownBlock2D"] * levels,
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in c.depth],
         "downsample_padding": 1,
         "flip_sin_to_cos": c.flip_sin_to_cos,
         "freq_shift": c.freq_shift,
@@ -63,7 +62,7 @@ def unet_config(c: unet.Config, size: int) -> dict:
         "norm_num_groups": c.groups,
         "out_channels": c.out_channels,
         "sample_size": size,
-        "up_block_types": ["CrossAttnUpBlock2D"] * levels,
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in c.up_depth],
         "use_linear_projection": False,
     }
 
@@ -106,12 +105,15 @@ def scheduler_config(prediction: str) -> dict:
     }
 
 
-def write(folder: Path, autoencoder: vae.VAE, denoiser: unet.UNet, text: clip.CLIPText, prediction: str) -> None:
-    """Write everything except the tokenizer; its folder is written where the vocabulary is learned."""
-    size = 128 // autoencoder.factor
+def write(
+    folder: Path, autoencoder: vae.VAE, denoiser: unet.UNet, text: clip.CLIPText, prediction: str, size: int
+) -> None:
+    """Write everything except the tokenizer; its folder is written where the vocabulary is learned. size: the edge of
+    the pictures that it was trained on."""
+    latents = size // autoencoder.factor
     parts = {
-        "vae": (autoencoder, vae_config(autoencoder.config, 128), "diffusion_pytorch_model", "config.json"),
-        "unet": (denoiser, unet_config(denoiser.config, size), "diffusion_pytorch_model", "config.json"),
+        "vae": (autoencoder, vae_config(autoencoder.config, size), "diffusion_pytorch_model", "config.json"),
+        "unet": (denoiser, unet_config(denoiser.config, latents), "diffusion_pytorch_model", "config.json"),
         "text_encoder": (text, text_config(text.config), "model", "config.json"),
     }
     for name, (module, config, file, config_name) in parts.items():

@@ -9,11 +9,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..families import MODELS
 from ..pipeline import Pipeline
 from ..probe import encode, sides
 from . import judge
 from . import storybook as sb
 
+SIZE = MODELS["storybook"].defaults.size
 SEED = 1000  # the first picture's seed; it was fixed before any picture was seen
 
 
@@ -22,14 +24,14 @@ def scenes(count: int, unseen: bool = False) -> list[sb.Scene]:
     return [sb.sample(rng, unseen) for _ in range(count)]
 
 
-def renders(chosen: list[sb.Scene]) -> np.ndarray:
-    """(B, 128, 128, 3) uint8."""
+def renders(chosen: list[sb.Scene], size: int = SIZE) -> np.ndarray:
+    """(B, size, size, 3) uint8."""
     rng = np.random.default_rng(9)
-    return np.stack([sb.render(s, rng, 128) for s in chosen])
+    return np.stack([sb.render(s, rng, size) for s in chosen])
 
 
 def draw(pipe: Pipeline, chosen: list[sb.Scene], **settings) -> np.ndarray:
-    """(B, 128, 128, 3) uint8. The settings are Request's fields."""
+    """(B, height, width, 3) uint8. The settings are Request's fields."""
     pictures = []
     for k, scene in enumerate(tqdm(chosen, desc="draw", unit="picture", leave=False)):
         pictures.append(np.asarray(pipe(sb.plain(scene), seed=SEED + k, **settings).image))
@@ -39,7 +41,7 @@ def draw(pipe: Pipeline, chosen: list[sb.Scene], **settings) -> np.ndarray:
 def measure(pipe: Pipeline, referee: judge.Judge, chosen: list[sb.Scene], **settings) -> dict[str, float]:
     """The shares of `judge.adherence`, and the Frechet distance from renders of the same scenes."""
     pictures = draw(pipe, chosen, **settings)
-    distance = judge.frechet(referee, pictures, renders(chosen))
+    distance = judge.frechet(referee, pictures, renders(chosen, pictures.shape[1]))
     return judge.adherence(referee, pictures, chosen) | {"frechet": distance}
 
 
@@ -48,8 +50,8 @@ def losses(
 ) -> Iterator[dict[str, np.ndarray]]:
     """For each scene, the loss at each noise level: the error in v, which the built-in model was trained to predict.
     The dict has the loss for the right caption and for captions with one kind of word wrong, under the same noise."""
-    sigmas = np.array(sigmas)
-    for k, (scene, pixels) in enumerate(zip(chosen, renders(chosen), strict=True)):
+    sigmas, size = np.array(sigmas), pipe.description.defaults.size
+    for k, (scene, pixels) in enumerate(zip(chosen, renders(chosen, size), strict=True)):
         x0 = encode(pipe, Image.fromarray(pixels))
         noise = np.random.default_rng([seed, k]).standard_normal((len(sigmas), *x0.shape)).astype(np.float32)
         versions = {"right": scene, **wrong(scene, np.random.default_rng([seed, k]))}

@@ -2,24 +2,30 @@
 Each stage leaves a file in the folder and does not run twice."""
 
 import json
+import math
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from .. import guidance, samplers, schedules
+from .. import guidance, metadata, samplers, schedules
+from ..errors import Error
 from ..families import MODELS
 from ..models import clip, unet, vae
 from ..tokenizers import ClipTokenizer, load
+from ..whole import PART, appearing
 from . import bpe, export, objective
 from . import storybook as sb
-from .fit import Plan, Report, averaged, fit
+from .fit import Plan, Report, alone, averaged, fit, write_picture, write_text, writing
 
-SIZE, FACTOR, CAPTIONS = 128, 8, 8
+CAPTIONS = 8  # of a picture
 SCALE = 0.18215  # as in files of this layout; the latents are whitened first, so it is right by construction
 # Left and right are equally frequent, so features that separate the sides do not lower the loss by themselves, and the
 # words for the sides need such features: they were not learned at all. Leaning left for a few hundred steps breaks the
@@ -28,7 +34,8 @@ LEANING, LEAN = range(600, 900), {"left": 0.62, "centre": 0.28, "right": 0.10}
 SAVE_EVERY, SAMPLES_EVERY = 250, 1000  # steps; samples are drawn from the state that was just saved
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("scaled_linear", 1000, 0.00085, 0.012))
 
-_NETWORKS = MODELS["storybook"].networks
+_STORYBOOK = MODELS["storybook"]
+_NETWORKS, SIZE = _STORYBOOK.networks, _STORYBOOK.defaults.size
 VAE = replace(_NETWORKS["vae"], scale=1.0)
 UNET = _NETWORKS["unet"]
 
@@ -40,6 +47,7 @@ def text_config(vocab: int) -> clip.Config:
 @dataclass(frozen=True)
 class Recipe:
     pictures: int
+    size: int  # pixels: the edge of each
     vae_steps: int
     steps: int
     batch: int  # samples a step of the denoiser; the VAE sees a quarter of that, in crops
@@ -94,30 +102,48 @@ def denoiser_loss(model: Denoiser, x: mx.array, target: mx.array, t: mx.array, i
 
 
 def pictures(folder: Path, recipe: Recipe) -> tuple[np.ndarray, list[sb.Scene]]:
-    """The training pictures, (N, 128, 128, 3) uint8 on disk, and their scenes. They are rendered once."""
+    """The training pictures, (N, size, size, 3) uint8 on disk, and their scenes. They are rendered once."""
     file, listing = folder / "pictures.npy", folder / "scenes.json"
     if not listing.exists():
-        store = np.lib.format.open_memmap(file, "w+", np.uint8, (recipe.pictures, SIZE, SIZE, 3))
-        scenes = []
-        for k in range(recipe.pictures):
-            rng = np.random.default_rng([recipe.seed, k])
-            scenes.append(sb.sample(rng))
-            store[k] = sb.render(scenes[-1], rng, SIZE)
-        store.flush()
-        listing.write_text(json.dumps([astuple(s) for s in scenes]), encoding="utf-8")
-    return np.load(file, mmap_mode="r"), [sb.Scene(*s) for s in json.loads(listing.read_text(encoding="utf-8"))]
+        scenes, shape = [], (recipe.pictures, recipe.size, recipe.size, 3)
+        free = shutil.disk_usage(folder).free
+        if free < (need := math.prod(shape)):
+            problem = f"The pictures need {need / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB free."
+            raise Error(problem, "Free some space, or give another `output`.")
+        with writing(file), appearing(file) as part, open(part, "wb") as out:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(out, header)
+            for k in range(recipe.pictures):
+                rng = np.random.default_rng([recipe.seed, k])
+                scenes.append(sb.sample(rng))
+                out.write(sb.render(scenes[-1], rng, recipe.size).tobytes())
+        write_text(listing, json.dumps([astuple(s) for s in scenes]))
+    with _sound(file):
+        shown = np.load(file, mmap_mode="r")
+    with _sound(listing):
+        return shown, [sb.Scene(*s) for s in json.loads(listing.read_text(encoding="utf-8"))]
+
+
+@contextmanager
+def _sound(file: Path) -> Iterator[None]:
+    """Make one Error of whatever is wrong with a file of an earlier stage."""
+    try:
+        yield
+    except (EOFError, KeyError, OSError, TypeError, ValueError, BadZipFile) as e:
+        raise Error(f"{file} is damaged: {e}.", "Give another `output`.") from None
 
 
 def train_vae(folder: Path, recipe: Recipe, shown: np.ndarray) -> Iterator[Report]:
     """Train the VAE on crops with half the picture's side: they have as many edges, for a quarter of the work."""
-    side, n = SIZE // 2, max(1, recipe.batch // 4)
+    cell = vae.factor(VAE.channels)  # pixels of a latent
+    side, n = recipe.size // 2 // cell * cell, max(1, recipe.batch // 4)
 
     def batch(step):
         rng = np.random.default_rng([recipe.seed, 1, step])
-        corners = rng.integers(0, side // 8 + 1, (n, 2)) * 8
+        corners = rng.integers(0, (recipe.size - side) // cell + 1, (n, 2)) * cell
         picks = rng.integers(0, len(shown), n)
         crops = np.stack([shown[i, y : y + side, x : x + side] for i, (y, x) in zip(picks, corners, strict=True)])
-        noise = rng.standard_normal((n, side // FACTOR, side // FACTOR, VAE.latent_channels), np.float32)
+        noise = rng.standard_normal((n, side // cell, side // cell, VAE.latent_channels), np.float32)
         return mx.array(crops.astype(np.float32) / 127.5 - 1), mx.array(noise)
 
     mx.random.seed(recipe.seed)
@@ -146,14 +172,15 @@ def whitened(model: vae.VAE, mean: np.ndarray, covariance: np.ndarray) -> vae.VA
 
 
 def encode(folder: Path, recipe: Recipe, shown: np.ndarray, scenes: list[sb.Scene]) -> dict[str, np.ndarray]:
-    """Latents (N, 16, 16, 4), their mean and covariance, and token ids (N, captions, positions)."""
+    """Latents (N, h, w, c), their mean and covariance, and token ids (N, captions, positions)."""
     file = folder / "latents.npz"
     if not file.exists():
         rng = np.random.default_rng([recipe.seed, 2])
         captions = [[sb.caption(s, rng) for _ in range(CAPTIONS)] for s in scenes]
         stray = " ".join(sb.captions.STRAY)
         merges = bpe.learn([c for cs in captions for c in cs] + [stray] * 20, 2000)
-        bpe.save(folder / "tokenizer", merges, _NETWORKS["text_encoder"].positions)
+        with writing(folder / "tokenizer"):
+            bpe.save(folder / "tokenizer", merges, _NETWORKS["text_encoder"].positions)
         tokenizer = load(folder / "tokenizer")
         ids = np.array([[padded(tokenizer, c) for c in cs] for cs in captions], np.int16)
         model, latents = averaged(vae.VAE(VAE), folder / "vae"), []
@@ -162,8 +189,10 @@ def encode(folder: Path, recipe: Recipe, shown: np.ndarray, scenes: list[sb.Scen
             latents.append(np.array(mean).astype(np.float16))
         z = np.concatenate(latents)
         flat = z.reshape(-1, z.shape[-1]).astype(np.float32)
-        np.savez(file, z=z, ids=ids, mean=flat.mean(0), covariance=np.cov(flat.T))
-    return dict(np.load(file))
+        with writing(file), appearing(file) as part:
+            np.savez(part, z=z, ids=ids, mean=flat.mean(0), covariance=np.cov(flat.T))
+    with _sound(file):
+        return dict(np.load(file))
 
 
 def padded(tokenizer: ClipTokenizer, text: str) -> list[int]:
@@ -205,14 +234,19 @@ def vocab_size(folder: Path) -> int:
 
 
 def finish(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) -> Path:
-    """Write the public folder `model` from the averaged weights."""
-    target = folder / "model"
+    """Write the public folder `model` from the averaged weights, whole or not at all."""
+    target, part = folder / "model", folder / f".model{PART}"
     model = averaged(Denoiser(vocab_size(folder)), folder / "denoiser")
     autoencoder = whitened(averaged(vae.VAE(VAE), folder / "vae"), data["mean"], data["covariance"])
-    export.write(target, autoencoder, model.unet, model.text, recipe.prediction)
-    (target / "tokenizer").mkdir(exist_ok=True)
-    for file in (folder / "tokenizer").iterdir():
-        (target / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with writing(target):
+            export.write(part, autoencoder, model.unet, model.text, recipe.prediction, recipe.size)
+            shutil.copytree(folder / "tokenizer", part / "tokenizer")
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return target
 
 
@@ -228,7 +262,7 @@ def samples(folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: l
     settings = {"both": both, "scale": 4.0, "dtype": mx.float32}
     denoise = guidance.denoiser(model.unet, schedule, recipe.prediction, positive, **settings)
     sigmas = schedules.sigmas(schedule, "trailing", 25)
-    x = mx.array(np.random.default_rng(recipe.seed).standard_normal((n, 16, 16, 4), np.float32)) * sigmas[0]
+    x = mx.array(np.random.default_rng(recipe.seed).standard_normal((n, *data["z"].shape[1:]), np.float32)) * sigmas[0]
     for state, _ in samplers.euler(denoise, x, sigmas):
         x = state
         mx.eval(x)
@@ -238,13 +272,16 @@ def samples(folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: l
 
 def storybook(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Report]]:
     """The whole training, step by step, as (stage, Report). It may stop at any time; the next call continues it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shown, scenes = pictures(folder, recipe)
-    for report in train_vae(folder, recipe, shown):
-        yield "vae", report
-    data = encode(folder, recipe, shown, scenes)
-    for report in train_denoiser(folder, recipe, data, scenes):
-        if report.step % SAMPLES_EVERY == 0 and recipe.prediction != "flow":
-            samples(folder, recipe, data, scenes[:8]).save(folder / f"samples_{report.step:06d}.png")
-        yield "denoiser", report
-    finish(folder, recipe, data)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        shown, scenes = pictures(folder, recipe)
+        for report in train_vae(folder, recipe, shown):
+            yield "vae", report
+        data = encode(folder, recipe, shown, scenes)
+        for report in train_denoiser(folder, recipe, data, scenes):
+            if report.step % SAMPLES_EVERY == 0 and recipe.prediction != "flow":
+                sheet = samples(folder, recipe, data, scenes[:8])
+                write_picture(folder / f"samples_{report.step:06d}.png", sheet, metadata.DRAWN)
+            yield "denoiser", report
+        finish(folder, recipe, data)

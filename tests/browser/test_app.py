@@ -12,6 +12,7 @@ import pytest
 
 import mlxdiff
 from mlxdiff import builtin, images
+from mlxdiff.families import MODELS
 from tests.browser.conftest import HOW, SHOTS, Hand, rgb
 from tests.checkpoints import full
 from tests.test_imports import ROOT
@@ -92,7 +93,7 @@ def test_one_command_then_a_prompt_then_a_picture(started, timings, page, tmp_pa
     expect(s.error).to_contain_text("width 100 is not a multiple of 8. Use 96 or 104.")
     s.press("Square")
     expect(s.error).to_be_hidden()
-    expect(s.label("Width")).to_have_value("128")
+    expect(s.label("Width")).to_have_value(str(MODELS["storybook"].defaults.size))
     s.press("Fit it to this machine")
     s.says("It fits as it is")
 
@@ -117,11 +118,12 @@ def test_one_command_then_a_prompt_then_a_picture(started, timings, page, tmp_pa
 
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+WIDE = MODELS["storybook"].networks["unet"].channels[1]
 
 
 def test_a_lora_by_keyboard_a_favourite_and_the_picture_in_full_screen(started, page, tmp_path):
     g = np.random.default_rng(0)
-    down, up = (g.normal(size=size).astype(np.float32) for size in ((4, 128), (96, 4)))
+    down, up = (g.normal(size=size).astype(np.float32) for size in ((4, 128), (WIDE, 4)))
     full(tmp_path / "loras" / "ink.safetensors", {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up})
     full(tmp_path / "loras" / "wide.safetensors", {f"{LAYER}.lora_A.weight": np.ones((4, 768), np.float32)})
     page.set_viewport_size({"width": 1440, "height": 900})
@@ -129,7 +131,7 @@ def test_a_lora_by_keyboard_a_favourite_and_the_picture_in_full_screen(started, 
     s = Hand(page, page.locator(".mlxdiff-studio"))
     s.label("Prompt").fill("a red house under a full moon")
     s.press("Quick")
-    shown = s.root.get_by_role("button", name="LoRA")
+    shown = s.root.get_by_role("button", name="LoRA, words")
     shown.press("Enter")
     ink, wide = (s.root.get_by_role("button", name=name, exact=True) for name in ("ink", "wide"))
     expect(wide).to_be_disabled()
@@ -141,7 +143,7 @@ def test_a_lora_by_keyboard_a_favourite_and_the_picture_in_full_screen(started, 
     page.keyboard.press("Escape")
     expect(s.root.get_by_text("1 of 1 layer")).to_be_hidden()
     page.reload()
-    expect(shown).to_have_text("LoRA (1)")
+    expect(shown).to_have_text("LoRA, words (1)")
     s.press("Generate")
     expect(s.thumbs).to_have_count(1)
     s.says("Done in")

@@ -12,12 +12,14 @@ from PIL import Image
 
 import mlxdiff
 from mlxdiff import images, pictures
+from mlxdiff.families import MODELS
 from mlxdiff.request import Request
 from tests.browser.conftest import HOW, SHOTS, Hand, rgb
 from tests.browser.test_app import started
 
 expect = pytest.importorskip("playwright.sync_api", reason=HOW).expect
 
+SIDE = MODELS["storybook"].defaults.size
 __all__ = ["started"]  # a fixture
 
 _PAINTED = """async c => [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]
@@ -65,11 +67,12 @@ def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings,
     assert not brush.painted().any()
     brush.drag((0.3, 0.6), (0.7, 0.6), (0.4, 0.8))
     stroke = brush.painted()
-    assert stroke[round(0.6 * 128), 64] == 255
+    assert stroke[round(0.6 * len(stroke)), len(stroke) // 2] == 255
     s.press("Rectangle")
     brush.drag((0.2, 0.45), (0.8, 0.95))
     both = brush.painted()
-    assert both[60:120, 30:100].min() == 255
+    top, bottom, left, right = (int(part * SIDE) for part in (0.47, 0.93, 0.24, 0.78))
+    assert both[top:bottom, left:right].min() == 255
     s.press("Undo")
     np.testing.assert_array_equal(brush.painted(), stroke)
     s.press("Redo")
@@ -123,20 +126,20 @@ def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings,
     np.testing.assert_array_equal(brush.painted(), mask)
     s.root.get_by_role("slider", name="Add at the right").press("ArrowRight")
     expect(s.root.get_by_label("Pixels to add at the right")).to_have_value(re.compile(r"[1-9]"))
-    expect(s.label("Width")).not_to_have_value("128")
+    expect(s.label("Width")).not_to_have_value(str(SIDE))
     s.press("Clear")
     assert not brush.painted().any()
     brush.sheet.press("b")
     for key in ("ArrowUp", "ArrowLeft", "Space"):
         brush.sheet.press(key)
-    assert brush.painted()[60, 60] == 255
+    assert brush.painted()[SIDE // 2 - 4, SIDE // 2 - 4] == 255
     for scheme, (width, height) in (("light", (1440, 900)), ("dark", (768, 1024)), ("light", (420, 900))):
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": height})
         page.screenshot(path=SHOTS / f"painting-{scheme}-{width}.png", full_page=width == 420)
         assert page.evaluate("() => document.body.scrollWidth") <= width
     s.press("Change all of it")
-    expect(s.label("Width")).to_have_value("128")
+    expect(s.label("Width")).to_have_value(str(SIDE))
     page.wait_for_function("() => document.querySelector('.mlxdiff-painting .mlxdiff-button:disabled')")
     s.press("Done")
     expect(s.root.locator(".mlxdiff-stage")).to_be_visible()

@@ -15,6 +15,7 @@ from tests.checkpoints import full
 
 from .oracle import error, nchw, nhwc, randomize
 
+CHANNELS = families.MODELS["storybook"].networks["vae"].seen
 SIZES = {
     "as published": {"latent_channels": 4},
     "of 16 channels": {"latent_channels": 16},
@@ -68,7 +69,7 @@ def test_what_is_no_taesd_is_named(tmp_path):
 
 def test_a_model_s_previews_are_drawn_with_it(tmp_path):
     """The same pixels as diffusers' decode of the predicted latents; 1 of 255 where a value lies between two."""
-    theirs = save(tmp_path)
+    theirs = save(tmp_path, latent_channels=CHANNELS)
     pipe = load("storybook", taesd=tmp_path)
     x0 = next(e.x0 for e in pipe.stream("a red house", seed=1, steps=1) if e.x0 is not None)
     (drawn,) = pipe.preview(x0)
@@ -79,7 +80,7 @@ def test_a_model_s_previews_are_drawn_with_it(tmp_path):
 
 def test_auto_is_the_family_s_where_the_vae_is_too_large(monkeypatch):
     """The built-in model's VAE is small, and its latents are not Stable Diffusion's: it keeps its own."""
-    asked, tiny = [], taesd.Decoder(taesd.Config(latent_channels=4, out_channels=3, width=4, blocks=(1,)))
+    asked, tiny = [], taesd.Decoder(taesd.Config(latent_channels=CHANNELS, out_channels=3, width=4, blocks=(1,)))
     monkeypatch.setattr(store, "taesd", lambda name, **_: asked.append(name) or tiny)
     load("storybook", taesd="auto")
     assert asked == []
@@ -92,5 +93,5 @@ def test_auto_is_the_family_s_where_the_vae_is_too_large(monkeypatch):
 
 def test_a_taesd_of_another_family_is_refused(tmp_path):
     save(tmp_path, latent_channels=16)
-    with pytest.raises(Error, match="reads latents of 16 channels; storybook has 4"):
+    with pytest.raises(Error, match=f"reads latents of 16 channels; storybook has {CHANNELS}"):
         load("storybook", taesd=tmp_path)

@@ -92,6 +92,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:  # of a part that does not learn
+                    continue
                 state = self.state[p]
                 if not state:
                     state["m"] = torch.zeros_like(p)

@@ -1,25 +1,22 @@
-"""How the shipped storybook weights were made: torch on CPU cores, two single-threaded processes that share gradients
-(VAE) or weights (U-Net). Everything is seeded; run the commands in this order, each from the repository root:
+"""How the shipped storybook weights were made: torch on CPU cores, two single-threaded processes that share weights.
+Everything is seeded; run the commands in this order, each from the repository root:
 
-    python -m tests.recipes.storybook_torch render RUN        15 shards of 4096 pictures, and what is in them
-    python -m tests.recipes.storybook_torch vae RUN --minutes 21
+    python -m tests.recipes.storybook_torch render RUN        12 shards of 2048 pictures, and what is in them
     python -m tests.recipes.storybook_torch encode RUN        latents and tokens, whitening
-    python -m tests.recipes.storybook_torch unet RUN --minutes 105
-    python -m tests.recipes.storybook_torch tune RUN --steps 2000
+    python -m tests.recipes.storybook_torch unet RUN --start FOLDER --minutes 105
     python -m tests.recipes.storybook_torch judge RUN --steps 800
     python -m tests.recipes.storybook_torch export RUN FOLDER
     python -m tests.recipes.storybook_torch measure RUN FOLDER
 
-`unet` saves every four minutes and goes on from there when it is started again.
-
-The shipped run differed in three ways. It was steered by hand: weights were averaged (and not gradients) from step 765
-on, and t leaned to high noise by u^0.75 (steps 608 to 870) and u^0.85 (after). Its pictures had the sun or moon on
-either side of an object in the middle; the model then drew two, and from step 1077 those with it on the left were left
-out. The world now draws none of those."""
+The autoencoder is vae256/, made by vae_torch.py. The network did not start from nothing but from the model of 128
+pixels that was shipped before (`mlxdiff/builtin/storybook` at commit 6633e85; the recipe of that commit made it): its
+levels, its text encoder and its words are kept, and one level is put around it. `unet` saves every four minutes and
+goes on from there when it is started again."""
 
 import argparse
 import copy
 import json
+import multiprocessing
 import os
 import time
 from dataclasses import astuple
@@ -28,16 +25,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from mlxdiff.train import bpe, judge
+from mlxdiff.train import judge
 from mlxdiff.train import storybook as sb
 from tests.recipes import cpu
 
-SHARD, CAPTIONS, POSITIONS, RANKS = 4096, 8, 40, 2
+SHARD, CAPTIONS, POSITIONS, RANKS = 2048, 8, 40, 2
+SIZE, GRID, LATENTS = 256, 32, 8
 WORDS = tuple(judge.WORDS.values())
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
@@ -45,33 +50,24 @@ SCHEDULE = {
 }  # fmt: skip
 SCALE = 0.18215
 AVERAGE_EVERY = 8
-# Left and right were not learned at all in the first 39,000 samples: the pictures are as often one as the other, so
-# nothing that tells the two sides apart pays by itself, and words for them can only act through it. Showing the left
-# more often for a while broke this within 200 steps; then the shares were equal again.
-LEANING, LEAN = range(608, 870), (0.62, 0.28, 0.10)
+VAE, START = Path(__file__).parent / "vae256", Path("mlxdiff/builtin/storybook")
 
 # --- networks
 
 
-def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=128,
-        scaling_factor=1.0,
-    )
+def the_vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32)
 
 
 def new_unet() -> UNet2DConditionModel:
+    """The first level is for detail alone: it reads no words and has no attention."""
     return UNet2DConditionModel(
-        sample_size=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=(64, 96, 144),
+        sample_size=GRID,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+        up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+        block_out_channels=(64, 64, 96, 144),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=2,
@@ -79,26 +75,27 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def new_text(vocab: int) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocab,
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=POSITIONS,
-            hidden_act="quick_gelu",
-            projection_dim=128,
-            bos_token_id=vocab - 2,
-            eos_token_id=vocab - 1,
-            pad_token_id=vocab - 1,
-        )
-    )
+NEW = "conv_in.", "conv_out.", "conv_norm_out.", "down_blocks.0.", "up_blocks.3.", "up_blocks.2.upsamplers."
+
+
+def inner(tensors: dict) -> dict:
+    """The U-Net of 128 pixels as the inside of the new one: its first level becomes the second."""
+    moved = {}
+    for name, tensor in tensors.items():
+        if name.startswith("down_blocks."):
+            _, level, rest = name.split(".", 2)
+            moved[f"down_blocks.{int(level) + 1}.{rest}"] = tensor
+        elif not name.startswith(NEW):
+            moved[name] = tensor
+    return moved
+
+
+def known_text(start: Path) -> CLIPTextModel:
+    return CLIPTextModel.from_pretrained(start / "text_encoder", torch_dtype=torch.float32)
 
 
 class Judge(nn.Module):
-    """mlxdiff.train.judge.Judge in torch, for training. (B, 3, 128, 128) in [-1, 1] -> logits of each kind of word."""
+    """mlxdiff.train.judge.Judge in torch, for training. (B, 3, S, S) in [-1, 1] -> logits of each kind of word."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +104,7 @@ class Judge(nn.Module):
         self.hidden, self.heads = nn.Linear(1536, 128), nn.Linear(128, sum(map(len, WORDS)))
 
     def features(self, x):
-        x = F.avg_pool2d(x, 2)
+        x = F.avg_pool2d(x, x.shape[-1] // 64)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x)))
             x = F.max_pool2d(x, 2) if conv.stride == (1, 1) else x
@@ -124,6 +121,12 @@ def picture_batch(pictures):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def steepness(pictures: np.ndarray) -> float:
+    """The 99th percentile of the luma's gradient, over all pixels of (B, H, W, 3) uint8."""
+    luma = pictures.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return float(np.percentile(np.hypot(np.diff(luma, axis=1)[:, :, :-1], np.diff(luma, axis=2)[:, :-1]), 99))
+
+
 def save(value, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(value, temporary)
@@ -137,15 +140,22 @@ def render(args) -> None:
     """pictures_NNN.npy and scenes_NNN.json; unseen_* hold the held-out pairs, for the judge only."""
     args.run.mkdir(parents=True, exist_ok=True)
     plan = [(f"{k:03d}", 1_000_003 + k * SHARD, False) for k in range(args.shards)]
-    for name, seed, unseen in [*plan, ("unseen", 5_000_000, True)]:
-        scenes, pictures = [], np.empty((SHARD, 128, 128, 3), np.uint8)
-        for j in range(SHARD):
-            rng = np.random.default_rng(seed + j)
-            scenes.append(sb.sample(rng, unseen))
-            pictures[j] = sb.render(scenes[-1], rng, 128)
-        np.save(args.run / f"pictures_{name}.npy", pictures)
-        (args.run / f"scenes_{name}.json").write_text(json.dumps([astuple(s) for s in scenes]))
-        print(name, flush=True)
+    jobs = [(args.run, *job) for job in [*plan, ("unseen", 5_000_000, True)]]
+    with multiprocessing.Pool(RANKS) as pool:
+        for name in pool.imap_unordered(_shard, jobs, 1):
+            print(name, flush=True)
+
+
+def _shard(job) -> str:
+    run, name, seed, unseen = job
+    scenes, pictures = [], np.empty((SHARD, SIZE, SIZE, 3), np.uint8)
+    for j in range(SHARD):
+        rng = np.random.default_rng(seed + j)
+        scenes.append(sb.sample(rng, unseen))
+        pictures[j] = sb.render(scenes[-1], rng, SIZE)
+    np.save(run / f"pictures_{name}.npy", pictures)
+    (run / f"scenes_{name}.json").write_text(json.dumps([astuple(s) for s in scenes]))
+    return name
 
 
 def shards(run: Path, pattern: str = "???") -> list[tuple[np.ndarray, list]]:
@@ -153,121 +163,35 @@ def shards(run: Path, pattern: str = "???") -> list[tuple[np.ndarray, list]]:
     return [(np.load(run / f"pictures_{f.stem[7:]}.npy", mmap_mode="r"), json.loads(f.read_text())) for f in files]
 
 
-# --- VAE
-
-
-def pyramid_loss(y, x):
-    """Squared error, L1 at four scales, L1 of differences at the two finest."""
-    loss = 2 * F.mse_loss(y, x)
-    for k in range(4):
-        loss = loss + F.l1_loss(y, x) * (1 if k == 0 else 0.6)
-        if k < 2:
-            loss = loss + 0.7 * sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
-        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-    return loss
-
-
-def train_vae(args, rank: int) -> None:
-    """Crops of 64, whole pictures in the last quarter. The first 128 pictures are kept for validation."""
-    rng, data = np.random.default_rng(rank), [pictures for pictures, _ in shards(args.run)]
-    vae = new_vae().to(memory_format=torch.channels_last)
-    mean_vae, params = copy.deepcopy(vae).requires_grad_(False), list(vae.parameters())
-    muon, adam = cpu.optimizers([vae], 0.022, momentum=0.9, decay=0.0)
-    start, step = time.time(), 0
-    while (progress := cpu.agree((time.time() - start) / (60 * args.minutes))) < 1:
-        lr = 0.022 * min(1, (step + 1) / 40) * (1 - progress)
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr, lr / 20
-        whole = progress > 0.75
-        k = rng.integers(len(data))
-        picks = rng.integers(128 if k == 0 else 0, SHARD, 2 if whole else 8)
-        if whole:
-            crops = data[k][np.sort(picks)]
-        else:
-            ys, xs = rng.integers(0, 9, 8) * 8, rng.integers(0, 9, 8) * 8
-            crops = np.stack([data[k][i, y : y + 64, x : x + 64] for i, y, x in zip(picks, ys, xs, strict=True)])
-        x = picture_batch(crops)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        loss = pyramid_loss(y.float(), x) + 1e-4 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        vae.zero_grad(set_to_none=True)
-        loss.backward()
-        cpu.average_gradients(params)
-        nn.utils.clip_grad_norm_(params, 1.0)
-        muon.step()
-        adam.step()
-        step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(list(mean_vae.parameters()), params, 1 - min(0.995, (step + 1) / (step + 20)))
-        if rank == 0 and step % 100 == 0:
-            print(f"{step:6d}  loss {loss.item():.4f}  lr {lr:.5f}  {time.time() - start:.0f} s", flush=True)
-            save(mean_vae.state_dict(), args.run / "vae.pt")
-    if rank == 0:
-        save(mean_vae.state_dict(), args.run / "vae.pt")
-
-
-def tune_decoder(args) -> None:
-    """The decoder alone, on whole pictures, whenever there is time: the latents stay what the U-Net learns from."""
-    rng, data = np.random.default_rng(5), [pictures for pictures, _ in shards(args.run)]
-    torch.manual_seed(5)
-    cpu.patch()
-    vae = new_vae().to(memory_format=torch.channels_last)
-    vae.load_state_dict(torch.load(args.run / "vae.pt"))
-    parts = vae.decoder, vae.post_quant_conv
-    params = [p for part in parts for p in part.parameters()]
-    mean_vae = copy.deepcopy(vae).requires_grad_(False)
-    mean_params = [p for part in (mean_vae.decoder, mean_vae.post_quant_conv) for p in part.parameters()]
-    muon, adam = cpu.optimizers(parts, 0.006, momentum=0.9, decay=0.0)
-    for step in range(args.steps):
-        lr = 0.006 * min(1, (step + 1) / 20) * (1 - step / args.steps)
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr, lr / 20
-        x = picture_batch(data[rng.integers(len(data))][np.sort(rng.integers(128, SHARD, 3))])
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                z = vae.encode(x).latent_dist.sample()
-            y = vae.decode(z).sample
-        loss = pyramid_loss(y.float(), x) + 6 * F.mse_loss(y.float(), x)
-        vae.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        muon.step()
-        adam.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(mean_params, params, 1 - min(0.99, (step + 1) / (step + 20)))
-    save(mean_vae.state_dict(), args.run / "vae.pt")
-
-
 # --- latents and tokens
 
 
 def encode(args) -> None:
-    """latents_NNN.npz: posterior mean and deviation (SHARD, 16, 16, 4) float16, and token ids of eight captions a
-    picture. The latents' four channels come out correlated, so their covariance is kept to whiten them."""
-    run = args.run
-    rng = np.random.default_rng(77)
-    scenes = [[sb.Scene(*s) for s in names] for _, names in shards(run)]
-    texts = [sb.caption(scene, rng) for shard in scenes[:3] for scene in shard for _ in range(4)]
-    bpe.save(run / "tokenizer", bpe.learn([*texts, *[" ".join(sb.captions.STRAY)] * 20], 2000), POSITIONS)
-    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    vae = new_vae()
-    vae.load_state_dict(torch.load(run / "vae.pt"))
-    vae = vae.eval().bfloat16().to(memory_format=torch.channels_last)
-    for k, (pictures, _) in enumerate(shards(run)):
-        mean, deviation = (np.zeros((SHARD, 16, 16, 4), np.float16) for _ in range(2))
-        with torch.inference_mode():
-            for i in range(0, SHARD, 32):
-                posterior = vae.encode(picture_batch(pictures[i : i + 32]).bfloat16()).latent_dist
-                mean[i : i + 32] = posterior.mean.float().permute(0, 2, 3, 1).numpy()
-                deviation[i : i + 32] = posterior.std.float().permute(0, 2, 3, 1).numpy()
-        rng = np.random.default_rng(7_000_000 + k)
-        captions = [sb.caption(scene, rng) for scene in scenes[k] for _ in range(CAPTIONS)]
-        ids = tokenizer(captions, padding="max_length", truncation=True, max_length=POSITIONS).input_ids
-        ids = np.array(ids, np.int16).reshape(SHARD, CAPTIONS, POSITIONS)
-        np.savez(run / f"latents_{k:03d}.npz", mean=mean, deviation=deviation, ids=ids)
-        if k == 0:
-            z = mean.astype(np.float32).reshape(-1, 4)
-            np.savez(run / "whitening.npz", mean=z.mean(0), covariance=np.cov(z[::3].T))
+    """latents_NNN.npz: the posteriors' means (SHARD, GRID, GRID, LATENTS) float16, and token ids of eight captions a
+    picture. The channels come out correlated, so their covariance is kept to whiten them."""
+    tokenizer = CLIPTokenizer.from_pretrained(args.start / "tokenizer")
+    every = sorted(p.stem[7:] for p in args.run.glob("scenes_???.json"))
+    with multiprocessing.Pool(RANKS) as pool:
+        for name in pool.imap_unordered(_encoded, [(args.run, name, tokenizer) for name in every], 1):
+            print(name, flush=True)
+    z = np.load(args.run / f"latents_{every[0]}.npz")["mean"].astype(np.float32).reshape(-1, LATENTS)
+    np.savez(args.run / "whitening.npz", mean=z.mean(0), covariance=np.cov(z[::3].T))
+
+
+def _encoded(job) -> str:
+    run, name, tokenizer = job
+    torch.set_num_threads(1)
+    vae = the_vae().eval().to(torch.bfloat16 if cpu.BFLOAT16 else torch.float32, memory_format=torch.channels_last)
+    pictures, mean = np.load(run / f"pictures_{name}.npy"), np.zeros((SHARD, GRID, GRID, LATENTS), np.float16)
+    with torch.inference_mode():
+        for i in range(0, SHARD, 16):
+            posterior = vae.encode(picture_batch(pictures[i : i + 16]).to(vae.dtype)).latent_dist
+            mean[i : i + 16] = posterior.mean.float().permute(0, 2, 3, 1).numpy()
+    scenes, rng = json.loads((run / f"scenes_{name}.json").read_text()), np.random.default_rng(7_000_000 + int(name))
+    captions = [sb.caption(sb.Scene(*scene), rng) for scene in scenes for _ in range(CAPTIONS)]
+    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=POSITIONS).input_ids
+    np.savez(run / f"latents_{name}.npz", mean=mean, ids=np.array(ids, np.int16).reshape(SHARD, CAPTIONS, POSITIONS))
+    return name
 
 
 def whitening(run: Path):
@@ -284,15 +208,18 @@ def whitening(run: Path):
 def train_unet(args, rank: int) -> None:
     """Each process trains by itself and every eight steps their weights are averaged: neither waits often for the
     other. v-prediction, timesteps stratified over the batch and leaning to high noise, one caption in ten empty, EMA
-    0.998. The rate is constant, then falls to nothing from `--decay` of the time on."""
+    0.995. The rate is constant, then falls to nothing from `--decay` of the time on."""
     run, batch = args.run, 32
     mean, into, _ = whitening(run)
     data = [{k: torch.from_numpy(v) for k, v in np.load(f).items()} for f in sorted(run.glob("latents_???.npz"))]
-    for shard, (_, names) in zip(data, shards(run), strict=True):
-        shard["side"] = torch.tensor([sb.POSITIONS.index(name[-1]) for name in names])
     end = int(data[0]["ids"].max())  # the last id; the one before it starts a caption
-    unet, text = new_unet().to(memory_format=torch.channels_last), new_text(end + 1)
+    unet, text = new_unet().to(memory_format=torch.channels_last), known_text(args.start)
+    known = inner(load_file(args.start / "unet" / "diffusion_pytorch_model.safetensors"))
+    unset = unet.load_state_dict(known, strict=False)
+    assert not unset.unexpected_keys
+    assert all(name.startswith(NEW) for name in unset.missing_keys)
     means = [copy.deepcopy(net).requires_grad_(False) for net in (unet, text)]
+    text.requires_grad_(not args.words_known)
     params = [*unet.parameters(), *text.parameters()]
     mean_params = [p for net in means for p in net.parameters()]
     muon, adam = cpu.optimizers([unet, text], args.rate, momentum=0.95, decay=0.01)
@@ -306,7 +233,7 @@ def train_unet(args, rank: int) -> None:
     alpha_bar = DDIMScheduler(**SCHEDULE).alphas_cumprod
     g = torch.Generator().manual_seed(1000 * step + rank + 1)
     start = saved = time.time()
-    progress = 0.0
+    progress = total = 0.0
     while True:
         if step % AVERAGE_EVERY == 0:
             progress = cpu.agree((time.time() - start) / (60 * args.minutes))
@@ -315,16 +242,15 @@ def train_unet(args, rank: int) -> None:
         lr = args.rate * min(1, (step + 1) / 80, (step - resumed + 1) / 20) * min(1, (1 - progress) / (1 - args.decay))
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr, 0.15 * lr
         shard = data[torch.randint(len(data), (1,), generator=g).item()]
-        i = choose(shard["side"], LEAN if step in LEANING else (1.0, 1.0, 1.0), batch, g)
-        z = shard["mean"][i].float() + shard["deviation"][i].float() * torch.randn(batch, 16, 16, 4, generator=g)
-        x0 = ((z - mean) @ into).permute(0, 3, 1, 2)
+        i = torch.randint(SHARD, (batch,), generator=g)
+        x0 = ((shard["mean"][i].float() - mean) @ into).permute(0, 3, 1, 2)
         ids = shard["ids"][i, torch.randint(CAPTIONS, (batch,), generator=g)].long()
         scribble(ids, end, g)
         ids[torch.rand(batch, generator=g) < 0.1] = torch.tensor([end - 1] + [end] * (POSITIONS - 1))
         u = (torch.arange(batch) + torch.rand(1, generator=g)) / batch
-        t = (u**0.9 * 1000).long().clamp(0, 999)[torch.randperm(batch, generator=g)]
+        t = (u**0.85 * 1000).long().clamp(0, 999)[torch.randperm(batch, generator=g)]
         a = alpha_bar[t].view(-1, 1, 1, 1)
-        noise = torch.randn(batch, 16, 16, 4, generator=g).permute(0, 3, 1, 2)
+        noise = torch.randn(batch, GRID, GRID, LATENTS, generator=g).permute(0, 3, 1, 2)
         with torch.autocast("cpu", torch.bfloat16):
             v = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample
         loss = F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * x0)
@@ -334,25 +260,19 @@ def train_unet(args, rank: int) -> None:
         nn.utils.clip_grad_norm_(params, 1.0)
         muon.step()
         adam.step()
-        step += 1
+        step, total = step + 1, total + loss.item()
         if step % AVERAGE_EVERY == 0:
             cpu.average_weights(params)
         if rank == 0:
-            torch._foreach_lerp_(mean_params, params, 1 - min(0.998, (step + 1) / (step + 12)))
+            torch._foreach_lerp_(mean_params, params, 1 - min(0.995, (step + 1) / (step + 12)))
             if step % 50 == 0:
-                print(f"{step:6d}  loss {loss.item():.4f}  lr {lr:.5f}  {time.time() - start:.0f} s", flush=True)
+                print(f"{step:6d}  loss {total / 50:.4f}  lr {lr:.5f}  {time.time() - start:.0f} s", flush=True)
+                total = 0.0
             if time.time() - saved > 240:
                 saved = time.time()
                 save({name: part.state_dict() for name, part in state.items()} | {"step": step}, run / "unet.pt")
     if rank == 0:
         save({name: part.state_dict() for name, part in state.items()} | {"step": step}, run / "unet.pt")
-
-
-def choose(side, shares, n: int, g):
-    """n indices whose scenes have their object left, in the centre and right in these shares."""
-    kinds = torch.multinomial(torch.tensor(shares), n, replacement=True, generator=g)
-    by_side = [(side == k).nonzero().flatten() for k in range(3)]
-    return torch.stack([by_side[k][torch.randint(len(by_side[k]), (), generator=g)] for k in kinds])
 
 
 def scribble(ids, end: int, g) -> None:
@@ -410,20 +330,19 @@ def export(args) -> None:
     """The public folder in float16. The whitening goes into the 1x1 convolutions beside the latents."""
     run = args.run
     mean, into, back = whitening(run)
-    vae, stored = new_vae(), torch.load(run / "unet.pt")
-    vae.load_state_dict(torch.load(run / "vae.pt"))
+    vae, stored = the_vae(), torch.load(run / "unet.pt")
     with torch.no_grad():
         into_conv, out_conv = vae.quant_conv, vae.post_quant_conv
-        into_conv.weight[:4] = torch.einsum("io,ijkl->ojkl", into, into_conv.weight[:4]) / SCALE
-        into_conv.bias[:4] = (into_conv.bias[:4] - mean) @ into / SCALE
-        into_conv.weight[4:] = 0  # the posterior's spread is not used after training
-        into_conv.bias[4:] = -6.0
+        into_conv.weight[:LATENTS] = torch.einsum("io,ijkl->ojkl", into, into_conv.weight[:LATENTS]) / SCALE
+        into_conv.bias[:LATENTS] = (into_conv.bias[:LATENTS] - mean) @ into / SCALE
+        into_conv.weight[LATENTS:] = 0  # the posterior's spread is not used after training
+        into_conv.bias[LATENTS:] = -6.0
         matrix = out_conv.weight[:, :, 0, 0].clone()
         out_conv.bias += matrix @ mean
         out_conv.weight[:, :, 0, 0] = matrix @ back.T * SCALE
     vae.register_to_config(scaling_factor=SCALE)
-    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    unet, text = new_unet(), new_text(len(tokenizer))
+    tokenizer = CLIPTokenizer.from_pretrained(args.start / "tokenizer")
+    unet, text = new_unet(), known_text(args.start)
     unet.load_state_dict(stored["mean_unet"])
     text.load_state_dict(stored["mean_text"])
     pipeline = StableDiffusionPipeline(
@@ -441,42 +360,53 @@ def export(args) -> None:
     tensors = load_file(file)  # newer transformers leave out the prefix that files have
     prefixed = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in tensors.items()}
     save_file(prefixed, file, {"format": "pt"})
-    for file in (run / "tokenizer").iterdir():  # CLIP's own two files, whatever the library wrote
+    for file in (args.start / "tokenizer").iterdir():  # CLIP's own two files, whatever the library wrote
         (args.folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
 
 
 @torch.no_grad()
 def measure(args) -> None:
-    """Share of the prompts' words that the judge finds, 192 plain captions, 25 DDIM steps; VAE error on new renders."""
+    """How the folder's model draws plain captions of random scenes: the share of their words that the judge finds, the
+    crispness against renders of the same scenes, the Frechet distance of the judge's features (it falls with the
+    number of pictures: compare equal numbers), and the VAE's error on the renders. sheet.png beside the run: samples
+    under their renders."""
     pipeline = StableDiffusionPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
     pipeline.set_progress_bar_config(disable=True)
-    referee, rng = judge.load(args.run / "judge.safetensors"), np.random.default_rng(9)
-    for name, seed, unseen, count in (("trained pairs", 2026, False, 192), ("held-out pairs", 2027, True, 96)):
+    referee, rng = judge.load(args.judge), np.random.default_rng(9)
+    for name, seed, unseen, count in (
+        ("trained pairs", 2026, False, args.count),
+        ("held-out pairs", 2027, True, args.count // 2),
+    ):
         chooser = np.random.default_rng(seed)
         scenes = [sb.sample(chooser, unseen) for _ in range(count)]
-        renders = np.stack([sb.render(s, rng, 128) for s in scenes])
-        x = picture_batch(renders)
-        decoded = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-        error = ((decoded - x) ** 2).mean((1, 2, 3)) / 4
-        samples = []
+        renders = np.stack([sb.render(s, rng, SIZE) for s in scenes])
+        samples, errors = [], []
         for k in range(0, count, 16):
-            seeds = [torch.Generator().manual_seed(1000 + k + j) for j in range(16)]
-            prompts = [sb.plain(s) for s in scenes[k : k + 16]]
+            x = picture_batch(renders[k : k + 16])
+            y = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+            errors.append(((y - x) ** 2).mean((1, 2, 3)) / 4)
+            some = scenes[k : k + 16]
+            seeds = [torch.Generator().manual_seed(1000 + k + j) for j in range(len(some))]
             settings = {"guidance_scale": args.guidance, "generator": seeds, "output_type": "np"}
-            samples.append(pipeline(prompts, 128, 128, 25, **settings).images)
-        decoded = ((decoded.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
+            with torch.autocast("cpu", torch.bfloat16, enabled=cpu.BFLOAT16):
+                samples.append(pipeline([sb.plain(s) for s in some], SIZE, SIZE, 15, **settings).images)
         samples = (np.concatenate(samples) * 255).round().astype(np.uint8)
-        print(f"{name}: VAE {(-10 * error.log10()).mean():.2f} dB")
-        for what, pictures in (("renders", renders), ("VAE", decoded), ("samples", samples)):
+        errors = -10 * torch.cat(errors).log10()
+        print(f"{name}: VAE {errors.mean():.2f} dB, worst {errors.min():.2f}")
+        for what, pictures in (("renders", renders), ("samples", samples)):
             shares = judge.adherence(referee, pictures, scenes)
             print(f"  {what}: " + " ".join(f"{kind} {100 * share:.1f}" for kind, share in shares.items()))
+        crispness, distance = steepness(samples) / steepness(renders), judge.frechet(referee, samples, renders)
+        print(f"  crispness {crispness:.3f}, Frechet distance {distance:.2f}", flush=True)
+        rows = [np.concatenate(list(part)[:10], 1) for part in (renders, samples, renders[10:], samples[10:])]
+        Image.fromarray(np.concatenate(rows)).save(args.run / f"sheet_{name.split()[0]}.png")
 
 
-PARALLEL = {"vae": train_vae, "unet": train_unet}
-SINGLE = {
+COMMANDS = {
     "render": render,
     "encode": encode,
-    "tune": tune_decoder,
+    "unet": lambda args: cpu.run(train_unet, args, RANKS),
     "judge": train_judge,
     "export": export,
     "measure": measure,
@@ -485,20 +415,21 @@ SINGLE = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=(*PARALLEL, *SINGLE))
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--shards", type=int, default=15)
-    parser.add_argument("--minutes", type=float, default=21.0)
+    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--minutes", type=float, default=105.0)
+    parser.add_argument("--start", type=Path, default=START, help="the folder of the model to start from")
+    parser.add_argument("--words-known", action="store_true", help="the text encoder learns no more: a tenth faster")
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--decay", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--judge", type=Path, default=judge.shipped())
+    parser.add_argument("--count", type=int, default=192)
     parser.add_argument("--guidance", type=float, default=4.0)
     args = parser.parse_args()
-    if args.command in PARALLEL:
-        cpu.run(PARALLEL[args.command], args, RANKS)
-    else:
-        SINGLE[args.command](args)
+    COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

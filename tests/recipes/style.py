@@ -18,6 +18,7 @@ from PIL import Image
 import mlxdiff
 from mlxdiff.train import judge
 from mlxdiff.train import storybook as sb
+from mlxdiff.train.measure import SIZE
 
 WORD, SEED, COUNT = "cyanotype", 3_000_000, 40
 BLUE, WHITE = np.array([0, 49, 83]), np.array([250, 250, 240])
@@ -42,7 +43,7 @@ def pictures(folder: Path) -> None:
     for k in range(COUNT):
         rng = np.random.default_rng(SEED + k)
         scene = sb.sample(rng)
-        Image.fromarray(cyanotype(sb.render(scene, rng, 128))).save(folder / f"{k:02}.png")
+        Image.fromarray(cyanotype(sb.render(scene, rng, SIZE))).save(folder / f"{k:02}.png")
         (folder / f"{k:02}.txt").write_text(f"{sb.plain(scene)}, {WORD}")
 
 

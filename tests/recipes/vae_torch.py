@@ -4,6 +4,7 @@
     python -m tests.recipes.vae_torch train RUN NAME --latents 16 --steps 2000
     python -m tests.recipes.vae_torch train RUN MORE --latents 16 --steps 8000 --start NAME --rate 0.01
     python -m tests.recipes.vae_torch table RUN                          the last line of each run's log
+    python -m tests.recipes.vae_torch export RUN NAME FOLDER
 
 vae256/ is the autoencoder of the next storybook: `--latents 8 --edges 0.3 --steps 8000` on five shards, 98.7 minutes of
 one core. Of 32 new renders it keeps 34.4 dB on average and 30.0 at worst, and 0.84 of their crispness (today's model of
@@ -28,7 +29,7 @@ from diffusers import AutoencoderKL
 
 from mlxdiff.train import storybook as sb
 from tests.recipes import cpu
-from tests.recipes.storybook_torch import picture_batch, pyramid_loss, save
+from tests.recipes.storybook_torch import picture_batch, save, steepness
 
 SHARD, SEED, KEPT, KEPT_SEED = 1024, 10_000_000, 32, 6_000_000
 CROP, CROPS, WHOLE_FROM = 128, 4, 0.75  # four crops cost as much as a whole picture of 256
@@ -46,7 +47,8 @@ class Settings:
     rate: float = 0.022
     square: float = 0.0  # weight of the squared error beside the pyramid's
     edges: float = 0.0  # weight of the error near edges
-    start: str | None = None  # the run whose averaged weights this one starts from
+    start: str | None = None  # the run whose averaged weights this one starts from, or a folder of a finished one
+    decoder: bool = False  # train the decoder alone: the latents stay what a network has learned
 
 
 def new_vae(s: Settings) -> AutoencoderKL:
@@ -90,6 +92,17 @@ def render(run: Path, shards: int, size: int) -> None:
 # --- loss and figures
 
 
+def pyramid_loss(y, x):
+    """Squared error, L1 at four scales, L1 of differences at the two finest."""
+    loss = 2 * F.mse_loss(y, x)
+    for k in range(4):
+        loss = loss + F.l1_loss(y, x) * (1 if k == 0 else 0.6)
+        if k < 2:
+            loss = loss + 0.7 * sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return loss
+
+
 def edge_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The absolute error weighted by how steep the picture is within a pixel; the weights' mean is about one."""
     grey = x.mean(1, keepdim=True)
@@ -100,19 +113,15 @@ def edge_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def loss_of(vae: AutoencoderKL, x: torch.Tensor, s: Settings) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=cpu.BFLOAT16):
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
+        with torch.set_grad_enabled(not s.decoder):
+            posterior = vae.encode(x).latent_dist
+            z = posterior.sample()
+        y = vae.decode(z).sample
     y, mean, logvar = y.float(), posterior.mean.float(), posterior.logvar.float()
     loss = pyramid_loss(y, x) + 1e-4 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     if s.square:
         loss = loss + s.square * F.mse_loss(y, x)
     return loss + s.edges * edge_loss(y, x) if s.edges else loss
-
-
-def steepness(pictures: np.ndarray) -> float:
-    """The 99th percentile of the luma's gradient, over all pixels of (B, H, W, 3) uint8."""
-    luma = pictures.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    return float(np.percentile(np.hypot(np.diff(luma, axis=1)[:, :, :-1], np.diff(luma, axis=2)[:, :-1]), 99))
 
 
 @torch.no_grad()
@@ -152,9 +161,10 @@ def train(run: Path, name: str, s: Settings) -> Iterator[int]:
     torch.manual_seed(0)
     vae = new_vae(s)
     if s.start:
-        vae.load_state_dict(torch.load(run / s.start / "state.pt")["mean"])
-    mean, params = copy.deepcopy(vae).requires_grad_(False), list(vae.parameters())
-    muon, adam = cpu.optimizers([vae], s.rate, momentum=0.9, decay=0.0)
+        vae.load_state_dict(started(run, s.start))
+    mean = copy.deepcopy(vae).requires_grad_(False)
+    params, means = ([p for part in trained(v, s) for p in part.parameters()] for v in (vae, mean))
+    muon, adam = cpu.optimizers(trained(vae, s), s.rate, momentum=0.9, decay=0.0)
     parts = {"vae": vae, "mean": mean, "muon": muon, "adam": adam}
     step, minutes, total, since = 0, 0.0, 0.0, 0
     if (folder / "state.pt").exists():
@@ -176,7 +186,7 @@ def train(run: Path, name: str, s: Settings) -> Iterator[int]:
         adam.step()
         step, since, total = step + 1, since + 1, total + loss.item()
         with torch.no_grad():
-            torch._foreach_lerp_(list(mean.parameters()), params, 1 - min(0.995, (step + 1) / (step + 20)))
+            torch._foreach_lerp_(means, params, 1 - min(0.995, (step + 1) / (step + 20)))
         if time.monotonic() - saved > SAVE_EVERY or step == s.steps:
             minutes += (time.process_time() - began) / 60
             print(f"{name}: step {step}, {minutes:.1f} minutes, loss {total / since:.4f}", flush=True)
@@ -187,6 +197,16 @@ def train(run: Path, name: str, s: Settings) -> Iterator[int]:
             save(state | {"step": step, "minutes": minutes}, folder / "state.pt")
             saved, began = time.monotonic(), time.process_time()
         yield step
+
+
+def trained(vae: AutoencoderKL, s: Settings) -> list[torch.nn.Module]:
+    return [vae.decoder, vae.post_quant_conv] if s.decoder else [vae]
+
+
+def started(run: Path, start: str) -> dict[str, torch.Tensor]:
+    if (folder := Path(start)).is_dir():
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+    return torch.load(run / start / "state.pt")["mean"]
 
 
 def _same_settings(file: Path, s: Settings) -> None:
@@ -205,6 +225,13 @@ def _log(file: Path, figures: tuple[float, ...]) -> None:
         writer.writerow([f"{v:.5g}" if isinstance(v, float) else v for v in figures])
 
 
+def export(run: Path, name: str, folder: Path) -> None:
+    """The averaged weights as a public folder in float16."""
+    vae = new_vae(Settings(**json.loads((run / name / "settings.json").read_text())))
+    vae.load_state_dict(started(run, name))
+    vae.half().save_pretrained(folder)
+
+
 def table(run: Path) -> None:
     print(" ".join(f"{c:>9}" for c in COLUMNS))
     for file in sorted(run.glob("*/log.csv")):
@@ -214,15 +241,19 @@ def table(run: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds, usual = parser.add_subparsers(dest="command", required=True), Settings()
-    for command in ("render", "train", "table"):
+    for command in ("render", "train", "table", "export"):
         kinds.add_parser(command).add_argument("run", type=Path)
     p = kinds.choices["render"]
     p.add_argument("--shards", type=int, default=4)
     p.add_argument("--size", type=int, default=usual.size)
+    p = kinds.choices["export"]
+    p.add_argument("name")
+    p.add_argument("folder", type=Path)
     p = kinds.choices["train"]
     p.add_argument("name")
     p.add_argument("--channels", type=int, nargs="+", default=usual.channels)
     p.add_argument("--no-attention", dest="attention", action="store_false")
+    p.add_argument("--decoder", action="store_true")
     p.add_argument("--start")
     for field in ("latents", "size", "steps", "rate", "square", "edges"):
         p.add_argument(f"--{field}", type=type(getattr(usual, field)), default=getattr(usual, field))
@@ -236,7 +267,7 @@ def main() -> None:
         for _ in train(run, name, Settings(**args | {"channels": tuple(args["channels"])})):
             pass
     else:
-        {"render": render, "table": table}[command](run, **args)
+        {"render": render, "table": table, "export": export}[command](run, **args)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class TakenOut(Lesson):
             each = {f"skip {i + 1}, level {level}": surgery.cut(net, {i}) for i, level in enumerate(levels)}
             each["all skips"] = surgery.cut(net, range(len(levels)))
         else:
-            each = {name: surgery.muted(net, [name]) for name in surgery.blocks(net)}
+            each = {name: surgery.muted(net, [name]) for name in surgery.readers(net)}
         ends = [drawn(pipe, prompt, seed, nullcontext())]
         for changed in each.values():
             ends.append(drawn(pipe, prompt, seed, changed))
@@ -67,7 +67,7 @@ class TakenOut(Lesson):
     def figure(self) -> Figure:
         panels = {"whole": self.data.whole} | {f"without\n{name}": image for name, image in self.data.without.items()}
         fig = Figure(figsize=(8.4, 5.1), layout="constrained")
-        axes = fig.subplots(2, 4)
+        axes = fig.subplots(2, -(-len(panels) // 2))
         for ax in axes.flat[len(panels) :]:
             ax.axis("off")
         for ax, (name, image) in zip(axes.flat, panels.items(), strict=False):
@@ -152,7 +152,7 @@ class WhoDecides(Lesson):
         net = surgery.unet(pipe)
         (text,) = pipe.read([other], pipe.resolve(other), t5=False)
         mx.eval(text.context)
-        names = list(surgery.blocks(net))
+        names = surgery.readers(net)
         ends = [drawn(pipe, p, seed, nullcontext()) for p in (prompt, other)]
         for name in names:
             ends.append(drawn(pipe, prompt, seed, surgery.reading(net, [name], text.context)))
@@ -167,9 +167,9 @@ class WhoDecides(Lesson):
         d = self.data
         fig = Figure(figsize=(8.4, 5.6), layout="constrained")
         top, bottom = fig.subfigures(2, 1, height_ratios=(2, 1))
-        axes = top.subplots(2, 5)
         panels = {"the prompt": d.one} | {f"{name} reads\nthe other": p for name, p in d.swapped.items()}
         panels["the other"] = d.other
+        axes = top.subplots(2, -(-len(panels) // 2))
         for ax in axes.flat:
             ax.axis("off")
         for ax, (name, image) in zip(axes.flat, panels.items(), strict=False):

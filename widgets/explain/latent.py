@@ -11,13 +11,17 @@ from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ...families import DEFAULT, MODELS
+from ...models.vae import factor
 from ...probe import encode
 from ...train.storybook import render, sample
 from .forward import square
 from .guidance import changes
 from .lesson import Lesson, Report
 
-SIDE, CELL = 128, 8  # pixels: the edge of the model's pictures, and of the square that a latent stands for
+_VAE = MODELS[DEFAULT].networks["vae"]
+SIDE, CELL = MODELS[DEFAULT].defaults.size, factor(_VAE.channels)  # pixels: of a picture's edge, and of a latent's
+CHANNELS = _VAE.seen
 READ = 8  # the number of pictures that the correlations are taken over
 QUALITIES = ("brightness", "red − green", "yellow − blue", "brighter to the right", "brighter below")
 
@@ -43,7 +47,7 @@ class Read(NamedTuple):
 
 class Channels(Lesson):
     title = "The channels"
-    idea = "Diffusion works on a small map with four numbers at each place. The VAE paints the picture from this map."
+    idea = f"Diffusion works on a small map with {CHANNELS} numbers at each place. The VAE paints the picture from it."
     trying = "Go through the scenes: which channel shows day and night, which the colour of the house?"
 
     def __init__(self, seed: int = 3, **options):
@@ -64,11 +68,14 @@ class Channels(Lesson):
     def figure(self) -> Figure:
         d, most = self.data, np.abs(self.data.latents).max()
         channels = d.latents.shape[-1]
-        fig = Figure(figsize=(7.8, 4.4), layout="constrained")
-        top, bottom = fig.subfigures(2, 1, height_ratios=(1, 1.2))
-        first, *axes = top.subplots(1, channels + 1)
+        rows = -(-channels // 4)
+        fig = Figure(figsize=(7.8, 2.7 + 1.7 * rows), layout="constrained")
+        top, bottom = fig.subfigures(2, 1, height_ratios=(0.8 * rows, 0.5 + 0.15 * channels))
+        grid = top.add_gridspec(rows, rows + 4)
+        first = top.add_subplot(grid[:, :rows])
         first.imshow(d.image)
         first.set_title("the picture")
+        axes = [top.add_subplot(grid[i // 4, rows + i % 4]) for i in range(channels)]
         for i, ax in enumerate(axes):
             shown = ax.imshow(d.latents[..., i], cmap="RdBu_r", vmin=-most, vmax=most)
             ax.set_title(f"channel {i + 1}")
@@ -117,17 +124,18 @@ class Nudge(Lesson):
     def __init__(
         self,
         seed: int = 3,
-        channel: int = 4,
+        channel: int = CHANNELS,
         amount: float = 2.0,
         place: tuple[int, int] | None = None,  # row and column, counted from 1; None means everywhere
         **options,
     ):
         self.amount = w.FloatSlider(amount, min=-4, max=4, step=0.5, description="Amount", continuous_update=False)
-        self.channel = w.Dropdown(options=(1, 2, 3, 4), value=channel, description="Channel")
+        self.channel = w.Dropdown(options=range(1, CHANNELS + 1), value=channel, description="Channel")
         self.where = w.ToggleButtons(options=("everywhere", "one place"), index=0 if place is None else 1)
+        places = SIDE // CELL
         self.row, self.column = (
-            w.IntSlider(at, min=1, max=SIDE // CELL, description=name, continuous_update=False)
-            for at, name in zip(place or (9, 9), ("Row", "Column"), strict=True)
+            w.IntSlider(at, min=1, max=places, description=name, continuous_update=False)
+            for at, name in zip(place or (places // 2 + 1,) * 2, ("Row", "Column"), strict=True)
         )
         self.scene = scene_slider(seed)
         asks = {

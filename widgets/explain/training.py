@@ -50,7 +50,7 @@ class Loss(Lesson):
         added = {kind: [m[kind] - m["right"] for m in measured if kind in m] for kind in WORDS}
         raised = {kind: np.mean(values, axis=0) for kind, values in added.items() if values}
         caption = storybook.plain(scenes[0])
-        x0 = encode(pipe, Image.fromarray(measure.renders(scenes[:1])[0]))
+        x0 = encode(pipe, Image.fromarray(measure.renders(scenes[:1], pipe.description.defaults.size)[0]))
         noise = np.random.default_rng(0).standard_normal(x0.shape).astype(np.float32)
         _, look = sides(pipe, caption, negative="", guidance=2.0)
         expected = np.concatenate([look(x0 + s * noise, float(s)) for s in SIGMAS])

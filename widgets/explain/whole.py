@@ -35,7 +35,7 @@ _WIDE, _GAP, _TALL, _LOW = 1.33, 0.17, 1.78, 1.2  # inches: a card, the space be
 
 class Way(NamedTuple):
     tokens: list[Token]
-    noise: np.ndarray  # (h, w, 4)
+    noise: np.ndarray  # (h, w, c)
     x: list[np.ndarray]  # what the network is given in each step
     x0: list[np.ndarray]  # the clean latents that each step expects
     empty: np.ndarray  # the answer without words in the second step
@@ -48,7 +48,7 @@ class Way(NamedTuple):
     off: float  # how far they are from the right ones, over their length
 
     def colours(self, z: np.ndarray) -> np.ndarray:
-        """Latents (h, w, 4) as colours, by the linear map that fits this run's picture best."""
+        """Latents (h, w, c) as colours, by the linear map that fits this run's picture best."""
         last = self.x0[-1]
         h, wide, c = last.shape
         seen = to_pixels(self.picture.resize((wide, h), Image.Resampling.BOX)).reshape(-1, 3)
@@ -83,7 +83,7 @@ class Map(Lesson):
         report(STEPS + 1, STEPS + 2)
         (picture,) = pipe.decode(steps[-1].x0)
         (scene,) = measure.scenes(1)
-        learned, caption = Image.fromarray(measure.renders([scene])[0]), storybook.plain(scene)
+        learned, caption = Image.fromarray(measure.renders([scene], picture.width)[0]), storybook.plain(scene)
         clean = encode(pipe, learned)
         _, look = sides(pipe, caption, guidance=2.0)
         noisy = clean + SIGMA * np.random.default_rng(0).standard_normal(clean.shape).astype(np.float32)
@@ -115,7 +115,7 @@ class Map(Lesson):
             "network": [d.colours(d.x[1])],
             "guidance": [d.colours(d.empty), d.colours(d.positive)],
             "steps": [d.colours(d.x0[k]) for k in (0, 1, 2, -1)],
-            "latents": list(d.x0[-1].transpose(2, 0, 1)[:4]),
+            "latents": list(d.x0[-1].transpose(2, 0, 1)[-4:]),
             "picture": [d.picture],
         }
         below = {

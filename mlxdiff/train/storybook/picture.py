@@ -56,7 +56,7 @@ PLACE = {"left": 0.27, "centre": 0.5, "right": 0.73}
 LAMP = rgb((255, 204, 108))
 
 
-def render(scene: Scene, rng: np.random.Generator, size: int = 128) -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     """(size, size, 3) uint8."""
     canvas = Canvas(size)
     horizon = rng.uniform(0.58, 0.63)
