@@ -1,7 +1,7 @@
 """FLUX.1: velocity flux(x, t, **flux.prepare(...)), x (B, h, w, c) with even sides, t a sigma in [0, 1]. Packing into
 2 x 2 patches and positions happen inside. Names, orders and rotations are those of Black Forest Labs' code (2024)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -276,22 +276,36 @@ class Flux(Stack):
         pictures: list[tuple[Span, Shown]],
         residuals: Sequence[mx.array] = (),
         single_residuals: Sequence[mx.array] = (),
+        reuse: Callable | None = None,
     ) -> mx.array:
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`.
-        residuals, single_residuals: what a ControlNet adds to the picture's tokens after each block."""
+        residuals, single_residuals: what a ControlNet adds to the picture's tokens after each block; reuse: see
+        `mlxdiff.reuse`."""
         double, single, final = at_time(t, times, mods, lambda t: self.mods(t, vec))
         on = [shown for span, shown in pictures if shows(span, t)]
         img = self.img_in(pack(x))  # (B, N, d)
         B, N, _ = img.shape
         img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
-        for i, (block, m, r) in enumerate(zip_longest(self.double_blocks, double, residuals)):
-            img, txt = block(img, txt, m, pe, [shown[i] for shown in on])
-            img = img if r is None else add_at(img, r, 0)
-        both, M = mx.concatenate([txt, img], axis=1), txt.shape[1]
-        for block, m, r in zip_longest(self.single_blocks, single, single_residuals):
-            both = block(both, m, pe)
-            both = both if r is None else add_at(both, r, M)
-        return unpack(self.final_layer(both[:, M : M + N], final), *x.shape[1:3])
+        doubles = [*enumerate(zip_longest(self.double_blocks, double, residuals))]
+
+        def through(img: mx.array, txt: mx.array, blocks: list) -> Pair:
+            for i, (block, m, r) in blocks:
+                img, txt = block(img, txt, m, pe, [shown[i] for shown in on])
+                img = img if r is None else add_at(img, r, 0)
+            return img, txt
+
+        first, txt = through(img, txt, doubles[:1])
+
+        def rest() -> mx.array:
+            both = mx.concatenate(through(first, txt, doubles[1:])[::-1], axis=1)
+            M = txt.shape[1]
+            for block, m, r in zip_longest(self.single_blocks, single, single_residuals):
+                both = block(both, m, pe)
+                both = both if r is None else add_at(both, r, M)
+            return both[:, M : M + N]
+
+        y = rest() if reuse is None else reuse(first[:, :N] - img[:, :N], first[:, :N], rest)
+        return unpack(self.final_layer(y, final), *x.shape[1:3])
 
     def release_modulation(self) -> None:
         """Drop the weights that only `prepare` reads, over a quarter of all. Call this before the result of `prepare`

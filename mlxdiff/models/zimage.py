@@ -5,6 +5,7 @@ one here. The network itself counts time from noise to picture, so both its time
 Picture and text are one sequence, [patches, text]. Each of the two is filled up to a multiple of 32 with a learned
 token, which the network attends to. A sample whose text is shorter than the longest of its batch gets a mask."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -152,8 +153,10 @@ class ZImage(nn.Module):
         mask: list[mx.array],
         times: dict[float, int],
         mods: tuple[list, list, mx.array] | None,
+        reuse: Callable | None = None,
     ) -> mx.array:
-        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`."""
+        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`; reuse:
+        see `mlxdiff.reuse`."""
         refiners, layers, final = at_time(t, times, mods, self.mods)
 
         B, h, w, _ = x.shape
@@ -163,9 +166,17 @@ class ZImage(nn.Module):
         for block, m in zip(self.noise_refiner, refiners, strict=True):
             img = block(img, m, img_pe, None)
         both = mx.concatenate([img, txt], axis=1)
-        for block, m in zip(self.layers, layers, strict=True):
-            both = block(both, m, pe, mask[0] if mask else None)
-        return -unpack(self.final_layer(both[:, :N], final), h, w)
+        seen = mask[0] if mask else None
+        first = self.layers[0](both, layers[0], pe, seen)
+
+        def rest() -> mx.array:
+            y = first
+            for block, m in zip(self.layers[1:], layers[1:], strict=True):
+                y = block(y, m, pe, seen)
+            return y[:, :N]
+
+        y = rest() if reuse is None else reuse(first[:, :N] - both[:, :N], first[:, :N], rest)
+        return -unpack(self.final_layer(y, final), h, w)
 
     def prepare(
         self, ts: list[float] | None, context: mx.array, lengths: tuple[int, ...], size: tuple[int, int]
