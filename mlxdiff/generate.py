@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -277,15 +278,20 @@ def _one(
     drawn, reused, made_by = 0, 0, (pipe.name, str(pipe.description.recipe))
     singles = request.singles()
     previews: list[Path] = []  # a folder for each picture, made with its first preview
+    place = args.preview_dir
     for event in pipe.run(request):
         bar.show(event)
         reused += event.reused
-        if event.x0 is not None and args.preview_dir is not None:
-            previews = previews or [images.new_folder(args.preview_dir / images.stem(single)) for single in singles]
-            shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
-            step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
-            for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
-                images.save(rough, folder / step, single, *made_by)
+        if event.x0 is not None and place is not None:
+            try:
+                previews = previews or [images.new_folder(place / images.stem(single)) for single in singles]
+                shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
+                step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
+                for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
+                    images.save(rough, folder / step, single, *made_by)
+            except Error as e:  # the picture does not need them
+                bar.write(f"No more previews: {e.problem}")
+                place = None
         if event.image is not None:
             single = singles[drawn]
             path = write(event.image, single=single, model=made_by[0], recipe=made_by[1])
@@ -388,7 +394,7 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
 
 def _known(model: str | None) -> str:
     """The model that a picture names, if it can be opened here; else the default."""
-    return model if model is not None and (model in MODELS or Path(model).exists()) else DEFAULT
+    return model if model is not None and (model in MODELS or os.path.exists(model)) else DEFAULT
 
 
 class Bar:

@@ -317,14 +317,13 @@ class Pipeline:
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         """Rough pictures of predicted latents (B, h, w, c). The TAESD makes them if there is one, the VAE if it is
         small; else, or if the numbers overflow there, one linear map, if the family's fits these latents."""
-        usual = self.description.usual_latents
-        decoder = self._taesd
+        decoder, usual = self._taesd, self.description.usual_latents
         if decoder is None and (self.previews_by_vae or not usual):
             decoder = self.networks.get("vae")
         pixels = None if decoder is None else _pixels(decoder, x0)
         if pixels is None or (usual and not np.isfinite(pixels).all()):
             return [images.preview(x, self.description.family.preview) for x in x0]
-        return [images.to_image(p) for p in pixels]
+        return [images.to_image(np.nan_to_num(p)) for p in pixels]
 
     def decode(self, z: np.ndarray) -> list[Image.Image]:
         """The pictures that the VAE decodes from latents (B, h, w, c)."""

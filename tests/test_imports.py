@@ -25,7 +25,8 @@ MAY = {
     "mlxdiff.models": NONE,
     "mlxdiff.models.ways": NONE,
     "mlxdiff.models.cpu": {"mlxdiff.models.ways"},
-    "mlxdiff.models.layers": {"mlxdiff.models.cpu", "mlxdiff.models.ways"},
+    "mlxdiff.models.metal": NONE,
+    "mlxdiff.models.layers": {"mlxdiff.models.cpu", "mlxdiff.models.metal", "mlxdiff.models.ways"},
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
     "mlxdiff.models.controlnet": {"mlxdiff.models.layers", "mlxdiff.models.unet"},
     "mlxdiff.models.flux_controlnet": {
@@ -64,7 +65,6 @@ MAY = {
     "mlxdiff.signing": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.metadata"},
     "mlxdiff.provenance": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.metadata", "mlxdiff.signing"},
     "mlxdiff.output": {
-        "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.images",
         "mlxdiff.metadata",
@@ -514,14 +514,15 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.weights",
     },
-    "mlxdiff.bench.step": NONE,
-    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice"},
+    "mlxdiff.bench.step": {"mlxdiff.models.cpu"},
+    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice", "mlxdiff.models.ways"},
     "mlxdiff.bench.report": {
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.foreign",
         "mlxdiff.recipe",
         "mlxdiff.store",
+        "mlxdiff.whole",
     },
     "mlxdiff.bench.quality": {
         "mlxdiff.bench.step",
@@ -542,6 +543,16 @@ MAY = {
         "mlxdiff.errors",
         "mlxdiff.models.unet",
         "mlxdiff.pipeline",
+        "mlxdiff.request",
+    },
+    "mlxdiff.bench.graph": {
+        "mlxdiff",
+        "mlxdiff.conditioning",
+        "mlxdiff.memory",
+        "mlxdiff.models.layers",
+        "mlxdiff.networks",
+        "mlxdiff.pipeline",
+        "mlxdiff.recipe",
         "mlxdiff.request",
     },
     "mlxdiff.bench": NONE,
@@ -610,6 +621,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.train.*",
     },
+    "mlxdiff.train.swap": {"mlxdiff.pipeline", "mlxdiff.surgery", "mlxdiff.train.fit"},
     "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors", "mlxdiff.train.fit"},
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
@@ -682,6 +694,7 @@ MAY = {
         "mlxdiff.images",
         "mlxdiff.pictures",
         "mlxdiff.request",
+        "mlxdiff.signing",
     },
     "mlxdiff.widgets.previews": {"mlxdiff.images", "mlxdiff.pipeline"},
     "mlxdiff.widgets.worker": {
@@ -800,6 +813,7 @@ MAY = {
     "mlxdiff.widgets.explain.lesson": {"mlxdiff.families", "mlxdiff.widgets.explain.sheet", "mlxdiff.widgets.worker"},
     "mlxdiff.widgets.explain.*": {
         "mlxdiff.errors",
+        "mlxdiff.guidance",
         "mlxdiff.images",
         "mlxdiff.probe",
         "mlxdiff.schedules",
@@ -832,6 +846,7 @@ MAY = {
         "mlxdiff.widgets.lab",
         "mlxdiff.widgets.server",
         "mlxdiff.widgets.studio",
+        "mlxdiff.signing",
     },
     "mlxdiff.widgets.lessons": {
         "mlxdiff",

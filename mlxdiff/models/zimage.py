@@ -46,9 +46,13 @@ class Attention(nn.Module):
         self.heads = config.heads
 
     def __call__(self, x: mx.array, pe: Pair, mask: mx.array | None) -> mx.array:
-        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        q, k = rotate(self.norm_q(q), pe), rotate(self.norm_k(k), pe)
-        return self.to_out[0](attention(q, k, v, mask))
+        q, k = self.rotated(self.to_q(x), self.norm_q, pe), self.rotated(self.to_k(x), self.norm_k, pe)
+        return self.to_out[0](attention(q, k, split_heads(self.to_v(x), self.heads), mask))
+
+    def rotated(self, x: mx.array, norm: nn.RMSNorm, pe: Pair) -> mx.array:
+        """(B, N, heads * d) -> (B, heads, N, d). Heads are normed where they lie: one by one they would be copied."""
+        heads = x.reshape(*x.shape[:2], self.heads, -1)
+        return rotate(mx.fast.rms_norm(heads, None, norm.eps), norm.weight, pe)
 
 
 class FeedForward(nn.Module):
@@ -234,8 +238,8 @@ def places(h: int, w: int, t: int) -> np.ndarray:
 
 
 def joined(pes: list[Pair]) -> Pair:
-    """Rotations that all samples share, or, of several, one for each: (B, 1, N, ...)."""
-    return pes[0] if len(pes) == 1 else tuple(mx.stack(parts)[:, None] for parts in zip(*pes, strict=True))
+    """Rotations that all samples share, or, of several, one for each: (B, N, ...)."""
+    return pes[0] if len(pes) == 1 else tuple(mx.stack(parts) for parts in zip(*pes, strict=True))
 
 
 def pack(x: mx.array) -> mx.array:
