@@ -2,6 +2,7 @@
 functions."""
 
 import json
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -105,7 +106,7 @@ def test_every_way_that_exists_here_equals_its_reference():
             assert tune.compare(way, sizes, ()) == ("", pytest.approx(0, abs=1e-5)), way.name
 
 
-SMALL = {"unfold": (512, 16), "unpadded": (40, 50), "wider": (72, 50), "dequantize": (4, 64, 8)}
+SMALL = {"unfold": (512, 16), "unpadded": (40,), "wider": (72,), "dequantize": (4, 64, 8)}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -113,6 +114,8 @@ SMALL = {"unfold": (512, 16), "unpadded": (40, 50), "wider": (72, 50), "dequanti
 def test_ways_for_a_gpu_equal_their_references_on_small_sizes(name, dtypes, monkeypatch):
     monkeypatch.setitem(ways.STANDARD, "attention", False)  # of a CPU, which pads no heads
     way = next(way for way in tune.WAYS if way.name == name)
+    if way.inputs is tune._heads:
+        way = way._replace(inputs=partial(tune._heads, tokens=50))
     wrong, error = tune.compare(way, SMALL[name], dtypes)
     assert not wrong
     assert error < 1e-5
