@@ -90,6 +90,16 @@ def test_over_gives_all_combinations():
     assert todo[1:3] == [Setting(8, "heun", 4), Setting(8, "ddim", None)]
 
 
+def test_reused_steps_are_compared_with_all_of_them():
+    todo = quality.settings(15, "ddim", KNOWN, ["reuse=0.1,0,0.3"])
+    assert todo == [Setting(15, "ddim", None, reuse) for reuse in (0.0, 0.1, 0.3)]
+    for over, why in ((["reuse=2"], "from 0 to 1; '2'"), (["reuse=nan"], "from 0 to 1"), (["reuse=a"], "from 0 to 1")):
+        with pytest.raises(Error, match=why):
+            quality.settings(15, "ddim", KNOWN, over)
+    with pytest.raises(Error, match="heun computes some steps twice"):
+        quality.settings(15, "ddim", KNOWN, ["reuse=0,0.1", "sampler=heun"])
+
+
 def test_the_fastest_that_is_as_good():
     def row(low, seconds):
         return {"below": {"low": low}, "seconds": {"median": seconds}}
@@ -117,6 +127,7 @@ def sent(tmp_path_factory) -> Path:
     patch = pytest.MonkeyPatch()
     patch.setenv("MLX_MAX_OPS_PER_BUFFER", "40")
     patch.setenv("USER", "somebody")
+    patch.setenv("MLXDIFF_CACHE", str(file.parent.parent / "cache"))  # where nothing was tuned
     typed = ["--steps", "1", "--repeat", "1", "-W", "64", "-H", "64", "--report", str(file), "--note", "a shared | one"]
     code = bench.main(typed)
     patch.undo()
@@ -134,6 +145,12 @@ def test_a_report_holds_the_figures_and_nothing_personal(sent):
     for word in ("somebody", os.uname().nodename, str(Path.home()), str(ROOT), str(sent.parent)):
         assert word not in text or len(word) < 3, word
     assert [p.name for p in sent.parent.iterdir()] == [sent.name]
+
+
+def test_the_choices_of_tune_are_sent(monkeypatch):
+    monkeypatch.setattr(machine.ways, "_measured", {"unfold": {(512, 4096): True}, "wider": {(72,): False}})
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert machine.facts()["tuning"] == {"unfold": "on", "wider": "off", "MLX_ENABLE_TF32": "0"}
 
 
 def test_what_is_pasted_is_a_row_and_the_same_json(sent):
@@ -226,7 +243,7 @@ BAD = {
     "two lines": {"note": "a\nb"},
     "no such bits": {"bits": 7},
     "a list for text": {"chip": ["x"]},
-    "much tuning": {"tuning": ["x"] * 11},
+    "much tuning": {"tuning": ["x"] * 21},
     "an unknown field": {"host": "x"},
     "a device of elsewhere": {"device": "tpu"},
 }

@@ -50,12 +50,13 @@ def test_exp_beyond_its_range_and_of_what_is_no_number():
     assert ((y[:3] > 0) & (y[:3] < 1e-37)).all()
     assert ((y[3:6] > 1e38) & np.isfinite(y[3:6])).all()
     assert np.isnan(y[6])  # an overflow in a network must be seen at its end
-    assert cpu.sigmoid(mx.array([-1e9, 1e9])).tolist() == [0, 1]
+    assert cpu.sigmoid(mx.array([-1e9, 1e9])).tolist() == pytest.approx([0, 1], abs=1e-38)
 
 
 def test_erf_equals_float64():
+    """Six roundings of 6e-8."""
     x = np.linspace(-6, 6, 10_001).astype(np.float32)
-    assert np.abs(np.array(cpu.erf(mx.array(x))) - np.vectorize(math.erf)(x.astype(np.float64))).max() < 3e-7
+    assert np.abs(np.array(cpu.erf(mx.array(x))) - np.vectorize(math.erf)(x.astype(np.float64))).max() < 4e-7
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "gelu_tanh", "geglu"])

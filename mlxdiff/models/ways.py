@@ -1,5 +1,5 @@
-"""Equivalent ways to compute a layer, and which of them is used. `mlxdiff tune` (tune.py) measures them on this
-machine; what was not measured is as it stands in STANDARD."""
+"""Equivalent ways to compute a layer, and which of them is used. `mlxdiff tune` (tune.py) measures them on a machine.
+Where nothing was measured, it is as it stands in STANDARD."""
 
 import math
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ STANDARD = {
     "unfold": False,  # a convolution of many channels as one product
     "unpadded": False,  # heads that no fused kernel takes, not padded to a width that one takes
     "wider": False,  # heads of 72 or 80 padded to 96 or 128
+    "moments": False,  # the sums of a group norm by a kernel of our own: metal.py
     "dequantize": False,  # quantized weights made whole before each product
 }
 MANY = 512  # channels from which a convolution may be unfolded
@@ -25,6 +26,11 @@ def use(measured: dict[str, dict[tuple[int, ...], bool]]) -> None:
     """Use these choices from now on: way -> sizes of a case -> whether the way was chosen there."""
     _measured.clear()
     _measured.update(measured)
+
+
+def measured() -> dict[str, bool]:
+    """Whether each way that was measured on this machine is used for any case."""
+    return {way: any(cases.values()) for way, cases in _measured.items()}
 
 
 @contextmanager
@@ -39,11 +45,12 @@ def exportable() -> Iterator[None]:
 
 
 def chosen(way: str, *sizes: int) -> bool:
-    """Whether a way is used for these sizes: as it was measured for the sizes nearest to them."""
+    """Whether a way is used for these sizes: as it was measured for the sizes nearest to them. A way with one case is
+    asked for without sizes."""
     cases = _measured.get(way)
     if not cases:
         return STANDARD[way]
-    return cases[min(cases, key=lambda case: sum(abs(math.log(a / b)) for a, b in zip(case, sizes, strict=True)))]
+    return cases[min(cases, key=lambda case: sum(abs(math.log(a / b)) for a, b in zip(case, sizes, strict=False)))]
 
 
 def unfold(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:

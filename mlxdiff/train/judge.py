@@ -24,8 +24,8 @@ WORDS = {
     "colour": COLOURS,
     "position": POSITIONS,
 }
-_LONGEST = 1000  # characters of a prompt that are read
 SIDE = 64  # pixels: what larger pictures are made smaller to
+_LONGEST = 1000  # characters of a prompt that are read
 SHAPES = ((3, 24, 2), (24, 48, 1), (48, 96, 1), (96, 96, 1))  # each convolution: in, out, stride
 
 
