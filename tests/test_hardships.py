@@ -171,7 +171,7 @@ def test_a_ref_that_a_crash_has_emptied_is_no_commit(tmp_path, monkeypatch, data
         hub.held("a/b", "main")
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("name", ["text_encoder", "vae"])
 def test_a_network_that_overflows_in_float16_draws_no_black_picture(monkeypatch, name):
     """Its weights are finite, but so loud that float16 cannot hold what it computes, which float32 can."""
     problems = {}
