@@ -107,9 +107,9 @@ def test_the_mapping_is_the_least_squares_solution():
 
 
 def test_the_adapter_reads_one_word_as_the_other_and_is_a_file_like_any(pipe, tmp_path):
-    """What the layers make of "red" with it, against "blue" without it: over all layers at least a fifth of the way
-    between them is gone, with eight directions for forty tokens; "green" moves less far. Scale 0 is the bare model;
-    at 1 a drawn house is nearer to the blue one."""
+    """What the layers make of "red" with it, against "blue" without it: over all layers at least a fifth of the way is
+    gone, with eight directions for forty tokens; "green" moves less far. Scale 0 is the bare model; at 1 a drawn house
+    is nearer to the blue one."""
     sources, targets = ([f"a {colour} {thing}" for thing in ("house", "tent", "tree")] for colour in ("red", "blue"))
     stay = [f"a {colour} {thing}" for colour in ("green", "white") for thing in ("house", "tent")]
     file = tmp_path / "swap.safetensors"
