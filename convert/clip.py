@@ -101,5 +101,10 @@ def from_json(s: Settings, cls: str) -> Config:
     )
 
 
+def of_whole(s: Settings) -> Settings:
+    """Of a whole CLIP's config.json, what says more than shapes: the heads, the activation."""
+    return s.of_whole("text_config", "CLIPTextModelWithProjection")
+
+
 def divided(config: Config) -> list[tuple[int, int, str]]:
     return [(config.width, config.heads, "heads")]

@@ -57,8 +57,12 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, li
 
 def by_itself(name: str, layout: Layout, path: Path, tensors: rules.Named) -> Component:
     """A network that `path` holds alone. If it has a config.json of a known kind, that says more than shapes do."""
-    beside = source.settings(path) if MODULES[layout.networks[name]].CLASSES else None
+    module = MODULES[layout.networks[name]]
+    beside = source.settings(path) if module.CLASSES else None
     settings = None if beside is None else Settings(beside)
+    if settings is not None and settings.cls == "CLIPModel" and hasattr(module, "of_whole"):
+        # A model that reads it without its projection is as published.
+        settings = None if name in layout.published else module.of_whole(settings)
     if settings is None or settings.cls in _WIDER:
         return measured(name, layout, tensors)
     return configured(name, settings, settings.cls, tensors, layout.published.get(name))

@@ -1,5 +1,5 @@
 """`mlxdiff inspect MODEL`: what a checkpoint or a converted model holds, and whether every tensor of it is understood.
-It reads headers only."""
+It reads headers only. `mlxdiff inspect PICTURE` is in `provenance`."""
 
 import sys
 from collections import Counter
@@ -8,10 +8,11 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from .. import description, store, weights
+from .. import description, provenance, store, weights
 from ..console import Parser, run, say, say_json
 from ..errors import Error
 from ..families import FAMILIES
+from ..foreign import path as expanded
 from ..models import build
 from ..recipe import Recipe, component_dtype
 from ..spelling import as_flags
@@ -23,10 +24,10 @@ _SHOWN = 20  # how many unmapped or missing tensors the text for people names; -
 
 
 def parser() -> Parser:
-    p = Parser(prog="mlxdiff inspect", description="Say what a model on this machine is, and what it holds.")
-    p.add_argument("model", metavar="MODEL", help="name, hub id, folder, .safetensors or .gguf file")
+    p = Parser(prog="mlxdiff inspect", description=_WHAT)
+    p.add_argument("model", metavar="MODEL|PICTURE", help="name, hub id, folder, .safetensors or .gguf; or a picture")
     p.add_argument(
-        "--json", action="store_true", help="for machines: a line for the checkpoint and each converted copy"
+        "--json", action="store_true", help="for machines: a line for the picture, or for each copy of the model"
     )
     return p
 
@@ -36,8 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     return run("mlxdiff inspect", lambda: look(args.model, args.json))
 
 
+_WHAT = "Say what a model on this machine is and what it holds, or where a picture comes from."
+
+
 def look(model: str, as_json: bool, **options) -> int:
     """Print what is on this machine: the original and its conversions, or one of them. options: see `open`."""
+    if provenance.is_picture(picture := expanded(model)):
+        found = provenance.facts(picture)
+        say_json(found) if as_json else say(provenance.describe(found))
+        return 0
     copies, show = store.conversions(model), say_json if as_json else lambda facts: say(describe(facts))
     with ExitStack() as stack:
         try:

@@ -15,6 +15,10 @@ an encoder's module of which a family reads some layers only also
 
     kept(config, like)         the Config of the layers that are read
 
+a module of which a whole CLIP holds a network also
+
+    of_whole(s)                the network's settings, from the whole one's config.json
+
 a module whose published config.json is wrong also
 
     corrected(config, shapes)  its Config, from what config.json says and from shapes

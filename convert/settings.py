@@ -27,6 +27,12 @@ class Settings:
         inside.values = values
         return inside
 
+    def of_whole(self, key: str, cls: str) -> "Settings":
+        """Those of one model of a whole CLIP, which projects to a width that the whole one states."""
+        inside = self.inner(key)
+        inside.values, inside.cls = inside.values | {"projection_dim": self.get("projection_dim", 512)}, cls
+        return inside
+
     def get(self, key: str, default: object) -> object:
         return self.values.get(key, default)
 

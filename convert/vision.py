@@ -76,6 +76,11 @@ def from_json(s: Settings, cls: str) -> Config:
     )
 
 
+def of_whole(s: Settings) -> Settings:
+    """Of a whole CLIP's config.json, what says more than shapes: the heads, the activation."""
+    return s.of_whole("vision_config", "CLIPVisionModelWithProjection")
+
+
 _TANH = "gelu_pytorch_tanh"
 
 

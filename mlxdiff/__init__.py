@@ -1,6 +1,8 @@
 """Stable Diffusion in plain Python on MLX."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -13,9 +15,25 @@ from . import blas as _blas  # noqa: E402
 
 BLAS = _blas.preload()
 
-from .errors import Error  # noqa: E402
-from .guides import Guide  # noqa: E402
-from .pipeline import Event, Pipeline, Result, load, stream  # noqa: E402
-from .request import Request  # noqa: E402
+if TYPE_CHECKING:
+    from .errors import Error
+    from .guides import Guide
+    from .pipeline import Event, Pipeline, Result, load, stream
+    from .request import Request
 
 __all__ = ["BLAS", "Error", "Event", "Guide", "Pipeline", "Request", "Result", "__version__", "load", "stream"]
+
+# Loading all of it takes a second, in which a command could not yet answer Ctrl-C: names are fetched when first used.
+_MODULES = {"Error": "errors", "Guide": "guides", "Request": "request"}
+_MODULES |= dict.fromkeys(("Event", "Pipeline", "Result", "load", "stream"), "pipeline")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(_import_module(f".{_MODULES[name]}", __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

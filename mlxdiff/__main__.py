@@ -5,25 +5,35 @@ import importlib
 import sys
 
 from . import __version__
+from .console import INTERRUPTED, warn
 from .errors import did_you_mean
 
 COMMANDS = {
     "generate": ("mlxdiff.generate", "draw a picture from a prompt"),
     "upscale": ("mlxdiff.upscale.__main__", "enlarge a picture"),
     "detect": ("mlxdiff.detect.__main__", "make a control picture: edges, depth, grey, inverted"),
+    "score": ("mlxdiff.score.__main__", "judge pictures: do they match their prompts, and other pictures?"),
     "studio": ("mlxdiff.widgets.app", "draw in the browser"),
     "lessons": ("mlxdiff.widgets.lessons", "see in the browser what diffusion does"),
     "models": ("mlxdiff.catalogue", "list the models that have a name"),
-    "inspect": ("mlxdiff.convert.inspect", "say what a file or a model folder holds"),
+    "inspect": ("mlxdiff.convert.inspect", "say what a model holds, or where a picture comes from"),
     "convert": ("mlxdiff.convert.__main__", "turn a checkpoint into a model folder"),
     "cache": ("mlxdiff.store.__main__", "list the converted models that are kept, or remove some"),
     "train": ("mlxdiff.train.__main__", "train a LoRA or a word on your pictures, or the built-in model"),
+    "tune": ("mlxdiff.tune", "measure once which ways to compute are fastest on this machine"),
     "bench": ("mlxdiff.bench.__main__", "measure time, memory and kernels"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # while modules are loaded; later the command hears it
+        warn("mlxdiff: stopped.")
+        return INTERRUPTED
+
+
+def _main(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"mlxdiff {__version__}")
         return 0

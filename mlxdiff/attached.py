@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from PIL.Image import Image
 
-from . import conditioning, detect, dialects, images, memory
+from . import conditioning, detect, dialects, foreign, images, memory
 from .adapters import Adapter, Word
 from .description import Description
 from .dialects import embedding, lora
@@ -151,8 +151,8 @@ class Attached:
         from .store import guides as store
 
         path = store.control_folder(guide.model, self.model, self.offline, self.progress)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stamp = [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+        files = sorted(path.glob("*")) if path.is_dir() else [path]
+        stamp = [(f.name, foreign.stamp(f)) for f in files if f.is_file()]
         key = ("control", str(guide.model))
         if self._opened.get(key, (None,))[0] != stamp:
             self._opened[key] = stamp, (path, *store.control(path, self.model))
@@ -228,7 +228,7 @@ class Attached:
 
         place = {"offline": self.offline, "folder": self.lora_dir, "progress": self.progress}
         path, key = store.find(name, what, self.model, **place), (name, *more)
-        stamp = path.stat().st_mtime_ns, path.stat().st_size
+        stamp = foreign.stamp(path)
         if self._opened.get(key, (None,))[0] != stamp:
             self._opened[key] = stamp, read(path, self.model, *more)
         return self._opened[key][1]

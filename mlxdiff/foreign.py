@@ -24,6 +24,16 @@ def path(text: str | Path) -> Path:
         raise Error(f"{text} names a home folder that does not exist.", "Give the whole path.") from None
 
 
+def stamp(file: Path) -> tuple[int, ...]:
+    """What differs once a file has changed, even if its size and time were put back; () if it cannot be looked at,
+    which reading it reports."""
+    try:
+        seen = file.stat()
+    except (OSError, ValueError):
+        return ()
+    return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino
+
+
 def check_regular(file: str | Path) -> None:
     """Raise OSError unless this is a regular file: reading a pipe or a device may never end."""
     mode = os.stat(file).st_mode

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -16,7 +14,7 @@ import mlx.core as mx
 from PIL.Image import Image
 from tqdm import tqdm
 
-from . import BLAS, images, machines, notes, samplers, schedules
+from . import BLAS, images, machines, notes, output, samplers, schedules, tune
 from .console import Parser, run, say, say_json, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
@@ -39,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-b", "--count", type=int, metavar="N", help="pictures for each seed; their seeds count up from it")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
-    g.add_argument("--from-image", type=Path, metavar="PNG", help="use the settings of a picture; flags replace them")
+    g.add_argument("--from-image", type=Path, metavar="PICTURE", help="use its settings; flags replace them")
 
     g = p.add_argument_group("from a picture")
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
@@ -116,10 +114,11 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--offline", action="store_true", help="never use the network")
     g.add_argument("--low-memory", action="store_true", help="slower, but in less memory")
     g.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
+    what = "do not measure first which ways to compute are fastest here: done once, before a large model on a GPU"
+    g.add_argument("--no-tune", dest="tune", action="store_false", help=what)
 
     g = p.add_argument_group("where it goes")
-    where = "file or folder; never overwrites; each of several pictures adds its seed to FILE; - is standard output"
-    g.add_argument("-o", "--output", type=Path, metavar="FILE", help=where)
+    output.add_arguments(g)
     where = "write a rough picture of every step there, in a new folder for each picture (slower)"
     g.add_argument("--preview-dir", type=Path, metavar="DIR", help=where)
     g.add_argument("--taesd", metavar="auto|FILE", help="tiny decoder for previews; auto fetches the model's, 10 MB")
@@ -129,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-STDOUT = Path("-")
+_LARGE = 2**30  # bytes of a denoiser
 _EXAMPLES = """examples:
   mlxdiff generate "a red house under a full moon"
   mlxdiff generate "a red fox in the snow" -m sdxl -s 1 2 3 -o foxes/
@@ -161,21 +160,18 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
     requests = [r.but(_settings(args)) for r in _prompts(args, base)]
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
-    if args.output == STDOUT:
-        _one_to_stdout(requests, args.json)
-    else:
-        if args.output is not None and not images.is_folder(args.output):
-            images.check_name(args.output)
-        check_writable(_folder(args.output), "-o")
+    target = output.Output.of(args, requests)
     if args.preview_dir is not None:
         if others is not None:
             raise Error("--preview-dir is for one machine, and mlx.launch started several.", "Leave it out.")
-        check_writable(args.preview_dir, "--preview-dir")
+        output.check_writable(args.preview_dir, "--preview-dir")
     elif args.taesd is not None:
         raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
     if args.refine_at is not None and args.refiner is None:
         raise Error("--refine-at says when a refiner begins, but there is no refiner.", "Add --refiner MODEL.")
-    with Bar(args.json, sys.stderr if args.output == STDOUT else sys.stdout) as bar:
+    if note := tune.apply():
+        warn(note)
+    with Bar(args.json, sys.stderr if args.output == output.STDOUT else sys.stdout) as bar:
         t5, dtype = any(r.t5 for r in requests), recipe(args.quantize, args.dtype).dtype
         first = requests[0]  # the others differ in prompts and seeds
         if others is not None:  # chips have different default dtypes, but pictures are to be the same
@@ -183,21 +179,28 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
         pipe = _load(args, model, first, t5, dtype, bar.progress)
         requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
+        for request in requests:
+            images.check_settings(target.kind, request, pipe.name, str(pipe.description.recipe))
+        if args.tune and large(pipe) and not tune.known():
+            _tune(bar)
         if args.taesd == "auto" and pipe.previews_by_vae:
             bar.write(f"{pipe.name} draws previews with its VAE, which is small: no TAESD is needed.")
         if args.verbose:
             bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
             bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
+            for fact in (tune.summary(), tune.matrix_units()):
+                if fact:
+                    bar.write(fact)
         for note in notes.of_run(pipe, requests[0]):
             bar.write(note)
-        name, lacking = partial(_name, args.output, requests), 0
+        write, lacking = partial(target.write, requests=requests), 0
         for request in requests:
             for note in notes.of_prompt(pipe, request):
                 bar.write(note)
             if others is None:
-                _one(args, pipe, request, name, bar)
+                _one(args, pipe, request, write, bar)
         if others is not None:
-            lacking = _share(args, pipe, requests, name, bar, others)
+            lacking = _share(args, pipe, requests, write, bar, others)
         if bar.unreported is not None:
             raise bar.unreported
     return 1 if lacking else 0
@@ -223,6 +226,22 @@ def _load(args: argparse.Namespace, model: str, first: Request, t5: bool, dtype:
     )
 
 
+def large(pipe: Pipeline) -> bool:
+    """Whether the model is worth a measurement of this machine: a large one on a GPU."""
+    file = pipe.networks.folder / f"{pipe.description.family.denoiser}.safetensors"
+    return mx.default_device().type == mx.gpu and file.stat().st_size > _LARGE
+
+
+def _tune(bar: "Bar") -> None:
+    """Measure this machine. If the choices cannot be kept, the picture is drawn all the same."""
+    bar.write("Measuring which ways to compute are fastest on this machine: about 20 s, once. --no-tune skips it.")
+    cases = len(tune.cases())
+    try:
+        tune.tune(lambda done, m: bar.count("tune", done, cases))
+    except Error as e:
+        bar.write(str(e))
+
+
 def _once(requests: list[Request], bar: "Bar") -> list[Request]:
     """Keep every picture once: seeds that count up from a given seed may reach another given seed."""
     seen, kept, again = set(), [], {}
@@ -242,7 +261,7 @@ def _one(
     args: argparse.Namespace,
     pipe: Pipeline,
     request: Request,
-    name: Callable[[Request], Path],
+    write: Callable[..., Path | str],
     bar: "Bar",
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
@@ -261,11 +280,7 @@ def _one(
                 images.save(rough, folder / step, single, *made_by)
         if event.image is not None:
             single = singles[drawn]
-            if args.output == STDOUT:
-                path = "standard output"
-                _write_stdout(images.png(event.image, single, *made_by))
-            else:
-                path = images.save(event.image, name(single), single, *made_by)
+            path = write(event.image, single=single, model=made_by[0], recipe=made_by[1])
             drawn += 1
             bar.done(path, single, _facts(pipe))
         meanwhile()
@@ -280,17 +295,17 @@ def _share(
     args: argparse.Namespace,
     pipe: Pipeline,
     requests: list[Request],
-    name: Callable[[Request], Path],
+    write: Callable[..., Path | str],
     bar: "Bar",
     others: machines.Machines,
 ) -> int:
     """Draw on several machines. Returns how much went wrong."""
 
     def own(request: Request, meanwhile: Callable[[], None]) -> None:
-        _one(args, pipe, request, name, bar, meanwhile)
+        _one(args, pipe, request, write, bar, meanwhile)
 
     def keep(request: Request, drawn: machines.Drawn) -> None:
-        path = images.save(drawn.image, name(request), request, pipe.name, str(pipe.description.recipe))
+        path = write(drawn.image, single=request, model=pipe.name, recipe=str(pipe.description.recipe))
         bar.done(path, request, _facts(pipe) | {"rank": drawn.rank}, drawn.seconds, drawn.peak_bytes)
 
     missing = others.share([single for r in requests for single in r.singles()], own, keep)
@@ -365,57 +380,6 @@ def _known(model: str | None) -> str:
     return model if model is not None and (model in MODELS or Path(model).exists()) else DEFAULT
 
 
-def _one_to_stdout(requests: list[Request], as_json: bool) -> None:
-    """Fail before the work, not after it."""
-    if as_json:
-        raise Error("--json and -o - both write to standard output.", "Use one of them.")
-    if len(requests) > 1 or requests[0].count != 1:
-        raise Error("Standard output takes one picture, but several were requested.", "Give a folder: -o DIR/.")
-    if sys.stdout.name == os.devnull:  # by `console.open_streams`
-        raise Error("Standard output is closed.", "Choose a file with -o.")
-    if sys.stdout.isatty():
-        raise Error("Standard output is a terminal, which cannot show a picture.", "Redirect it: -o - > house.png.")
-
-
-def _write_stdout(data: bytes) -> None:
-    """Write without Python's buffer: after a failure, Python would try to write the buffer again at exit."""
-    rest = memoryview(data)
-    try:
-        with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as out:
-            while rest:
-                rest = rest[out.write(rest) :]
-    except BrokenPipeError:  # the reader has closed the pipe
-        raise
-    except OSError as e:
-        raise Error(f"Standard output cannot be written: {e.strerror or e}.", "Choose a file with -o.") from None
-
-
-def check_writable(place: Path, flag: str) -> None:
-    """Fail before the work, not after it."""
-    try:
-        there = next(p for p in (place, *place.absolute().parents) if p.exists())  # missing folders are made later
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as e:
-        raise Error(f"{place} cannot be written to: {e.strerror}.", f"Choose another place with {flag}.") from None
-
-
-def _folder(output: Path | None) -> Path:
-    return Path() if output is None else output if images.is_folder(output) else output.parent
-
-
-def _name(output: Path | None, requests: list[Request], single: Request) -> Path:
-    """The path of one picture of a run. In a folder it is named after its prompt and seed. If the output is house.png,
-    a single picture gets that name, several get their seed (house-7.png), and several prompts also get their first
-    words (house-a-red-fox-7.png)."""
-    if output is None or images.is_folder(output):
-        return _folder(output) / images.file_name(single)
-    if sum(r.count for r in requests) == 1:
-        return output
-    one_prompt = all(r.prompt == single.prompt for r in requests)
-    which = single.seed if one_prompt else images.stem(single)
-    return images.numbered(output, which)
-
-
 class Bar:
     """Shows one tqdm line for each stage, and prints one line for each picture to `out`; quiet: JSON lines instead."""
 
@@ -437,9 +401,12 @@ class Bar:
             self.bar.update(done - self.bar.n)
 
     def show(self, event: Event) -> None:
-        self._open(event.stage, event.steps, unit="step")
+        self.count(event.stage, event.step, event.steps)
+
+    def count(self, stage: str, done: int, total: int) -> None:
+        self._open(stage, total, unit="step")
         if self.bar is not None:
-            self.bar.update(event.step - self.bar.n)
+            self.bar.update(done - self.bar.n)
 
     def done(
         self, path: Path | str, request: Request, made: dict, seconds: float | None = None, peak: int | None = None

@@ -1,6 +1,5 @@
-"""Converts arrays to pictures and writes pictures to files that carry their settings: the text that other programs
-read (`parameters`, see `dialects`) and the whole Request as JSON (`mlxdiff`). No file is ever overwritten or
-half-written."""
+"""Converts arrays to pictures and writes pictures to files that carry their settings (see `metadata`): the text that
+other programs read (`dialects`) and the whole Request as JSON. No file is ever overwritten or half-written."""
 
 import hashlib
 import io
@@ -8,32 +7,23 @@ import math
 import os
 import re
 import secrets
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from . import dialects, foreign
+from . import comfyui, dialects, foreign, metadata
 from .errors import Error
 from .request import Request
+from .signing import Signer
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-MAX_TEXT = 2**20  # characters of settings; real ones have hundreds
+READ = (*SUFFIXES, ".tif", ".tiff", ".bmp", ".gif")  # what names of pictures that are read end in
+ENDINGS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of names that mlxdiff gives
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
-_CHUNK = "mlxdiff"
-# What IPTC calls pictures that a model drew, that it drew over another picture, and that it enlarged.
-_DRAWN, _DRAWN_OVER = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
-_ENHANCED = "algorithmicallyEnhanced"
-_MARK = (
-    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
-    'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/{}"/></rdf:RDF></x:xmpmeta>'
-)
-ENLARGED = "mlxdiff-upscale"  # what a picture was enlarged by, as JSON
-_MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
+MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
 _MOST_NAME = 255  # bytes of a file name, on every common file system
 _STRIP = 256  # rows
@@ -121,13 +111,15 @@ def size(source: str | Path | Image.Image) -> tuple[int, int]:
 
 
 @contextmanager
-def _readable(source: str | Path | Image.Image) -> Iterator[tuple[str, Image.Image]]:
+def _readable(source: str | Path | io.BytesIO | Image.Image) -> Iterator[tuple[str, Image.Image]]:
     """What a picture is called in messages, and the picture, opened. Whatever is wrong with it becomes an Error."""
-    if not isinstance(source, str | Path | Image.Image):
+    if not isinstance(source, str | Path | io.BytesIO | Image.Image):
         raise Error(f"The image is {type(source).__name__}, not a picture.", "Give a path or a PIL image.")
-    name = "The image" if isinstance(source, Image.Image) else str(source)
+    name = "The image" if isinstance(source, Image.Image) else "The picture"
+    name = str(source) if isinstance(source, str | Path) else name
     try:
-        yield name, source if isinstance(source, Image.Image) else open_file(foreign.path(source))
+        file = foreign.path(source) if isinstance(source, str | Path) else source
+        yield name, file if isinstance(file, Image.Image) else open_file(file)
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check the path.") from None
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
@@ -184,21 +176,39 @@ def sheet(pictures: list[Image.Image]) -> Image.Image:
     return out
 
 
-def save(image: Image.Image, path: Path, request: Request, model: str, recipe: str) -> Path:
+def save(
+    image: Image.Image,
+    path: Path,
+    request: Request,
+    model: str,
+    recipe: str,
+    quality: int | None = None,
+    signer: Signer | None = None,
+) -> Path:
     """Write a PNG (or JPEG, WebP by the suffix) under the first free name: house.png, house-1.png, ... model:
-    the name of the model that drew it. recipe: how its weights were stored, as `str(Recipe)`."""
-    return write(image, path, **_settings(kind_of(Path(path)), request, model, recipe))
+    the name of the model that drew it. recipe: how its weights were stored, as `str(Recipe)`. quality: of a JPEG or
+    WebP, 1 to 100; a WebP of 100 loses nothing. signer: adds Content Credentials."""
+    return write(image, path, source(request), _texts(request, model, recipe), quality, signer)
 
 
-def write(image: Image.Image, path: Path, **options) -> Path:
-    """Write a picture under the first free name. options: for PIL's `save`."""
+def write(
+    image: Image.Image,
+    path: Path,
+    source: str,
+    texts: dict[str, str] | None = None,
+    quality: int | None = None,
+    signer: Signer | None = None,
+) -> Path:
+    """Write a picture that carries texts under the first free name. source: how it was made, in IPTC's word."""
     path = Path(path)
     temp = path.with_name(f".{secrets.token_hex(8)}.part")  # of this call alone: threads and machines share folders
     kind = kind_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            image.save(temp, kind, **options)
+            encode(image, temp, kind, source, texts, quality)
+            if signer is not None:
+                temp.write_bytes(signer.sign(temp.read_bytes(), kind, source))
             return _claim(temp, path)
         finally:
             temp.unlink(missing_ok=True)
@@ -206,33 +216,74 @@ def write(image: Image.Image, path: Path, **options) -> Path:
         raise Error(f"{path} cannot be written: {e.strerror or e}.", "Choose another place with `output`.") from None
 
 
-def save_with(image: Image.Image, path: Path, texts: dict[str, str], icc_profile: bytes | None = None) -> Path:
-    """Write a picture that carries texts under the first free name. icc_profile: which colours its numbers mean."""
-    return write(image, path, icc_profile=icc_profile, **_with(kind_of(Path(path)), texts, _ENHANCED))
+def encode(
+    image: Image.Image,
+    file: Path | io.BytesIO,
+    kind: str,
+    source: str,
+    texts: dict[str, str] | None = None,
+    quality: int | None = None,
+) -> None:
+    """Write a picture's bytes. kind: "PNG", "JPEG" or "WEBP"."""
+    options = metadata.options(kind, {} if texts is None else texts, source, quality)
+    image.save(file, kind, icc_profile=image.info.get("icc_profile"), **options)
+
+
+def encoded(
+    image: Image.Image,
+    request: Request,
+    model: str,
+    recipe: str,
+    kind: str = "PNG",
+    quality: int | None = None,
+    signer: Signer | None = None,
+) -> bytes:
+    """The bytes of the file that `save` writes."""
+    out = io.BytesIO()
+    encode(image, out, kind, source(request), _texts(request, model, recipe), quality)
+    return out.getvalue() if signer is None else signer.sign(out.getvalue(), kind, source(request))
+
+
+def shown(image: Image.Image, source: str = metadata.DRAWN) -> bytes:
+    """A PNG without settings, for a notebook, from where people save pictures too."""
+    out = io.BytesIO()
+    encode(image, out, "PNG", source)
+    return out.getvalue()
+
+
+def check_settings(kind: str, request: Request, model: str, recipe: str) -> None:
+    """Raise before the work if the settings of a picture do not fit into a file of this kind."""
+    metadata.options(kind, _texts(request, model, recipe), source(request))
 
 
 def check_fits(path: Path, size: tuple[int, int], mode: str) -> None:
     """Raise before the work if the format of a name cannot hold such a picture."""
     kind = kind_of(path)
-    if max(size) > _MOST_EDGE.get(kind, math.inf):
-        problem = (
-            f"{path} would have {size[0]} x {size[1]} pixels; {kind} has at most {_MOST_EDGE[kind]} along an edge."
-        )
+    if max(size) > MOST_EDGE.get(kind, math.inf):
+        problem = f"{path} would have {size[0]} x {size[1]} pixels; {kind} has at most {MOST_EDGE[kind]} along an edge."
         raise Error(problem, "End the name in .png.")
     if mode == "RGBA" and kind == "JPEG":
         raise Error(f"{path} cannot be transparent, which the picture is in part.", "End the name in .png.")
 
 
-def png(image: Image.Image, request: Request, model: str, recipe: str) -> bytes:
-    """The PNG that `save` writes."""
-    out = io.BytesIO()
-    image.save(out, "PNG", **_settings("PNG", request, model, recipe))
-    return out.getvalue()
+def _texts(request: Request, model: str, recipe: str) -> dict[str, str]:
+    text = dialects.parameters(vars(request), model, recipe)
+    return {
+        metadata.A1111: text,
+        metadata.REQUEST: request.to_json(),
+        metadata.MODEL: model,
+        metadata.RECIPE: recipe,
+    }
 
 
-def file_name(request: Request) -> str:
+def source(request: Request) -> str:
+    """How a picture is made, in IPTC's word. A start picture is edited; a control or reference only guides."""
+    return metadata.EDITED if request.pictures or request.hashes else metadata.DRAWN
+
+
+def file_name(request: Request, ending: str = "png") -> str:
     """A file name with the prompt's first words and the seed."""
-    return f"{stem(request)}.png"
+    return f"{stem(request)}.{ending}"
 
 
 def stem(request: Request) -> str:
@@ -296,85 +347,53 @@ def _claim(temp: Path, path: Path) -> Path:
             return target
         except FileExistsError:
             continue
-        except OSError:  # no hard links here (FAT, some network drives): check, then rename
-            if not target.exists():
+        except OSError:  # no hard links here (FAT, some network drives): take the name first, then the place
+            try:
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            try:
                 os.replace(temp, target)
-                return target
+            except BaseException:
+                target.unlink()
+                raise
+            return target
     raise Error(f"{path.parent} already holds {_MOST} pictures of this name.", "Choose another name with `output`.")
 
 
-def _settings(kind: str, request: Request, model: str, recipe: str) -> dict:
-    text = dialects.parameters(vars(request), model, recipe)
-    texts = {"parameters": text, _CHUNK: request.to_json(), "mlxdiff-model": model, "mlxdiff-recipe": recipe}
-    return _with(kind, texts, _DRAWN if request.image is None else _DRAWN_OVER)
-
-
-def _with(kind: str, texts: dict[str, str], source: str) -> dict:
-    """PIL's options for a file that carries texts, and a mark that says how the picture was made, unless a text is one.
-    Only a PNG has room for all texts; others get A1111's."""
-    texts, mark = {name: _encodable(text) for name, text in texts.items()}, _MARK.format(source)
-    if kind == "PNG":
-        info = PngImagePlugin.PngInfo()
-        for name, text in ({"XML:com.adobe.xmp": mark} | texts).items():
-            info.add_itxt(name, text)
-        return {"pnginfo": info}
-    options = {"quality": 95, "xmp": mark.encode()}
-    if kind == "JPEG":
-        body = b"http://ns.adobe.com/xap/1.0/\0" + options.pop("xmp")
-        options["extra"] = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body  # a marker of its own, beside EXIF's
-    if "parameters" in texts:
-        exif = Image.Exif()
-        exif[0x8769] = {0x9286: b"UNICODE\0" + texts["parameters"].encode("utf-16-be")}  # as A1111 writes it
-        options["exif"] = exif.tobytes()
-    return options
-
-
-def _encodable(text: str) -> str:
-    """The text with what is not Unicode escaped: a path may hold any bytes, and no name may cost a finished picture."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def texts(source: Path) -> dict[str, str]:
-    """The texts that a picture carries: those of a PNG by their names, and A1111's of other formats. Overlong ones are
-    left out."""
+def read_metadata(source: Path | io.BytesIO, whole: bool = False) -> metadata.Metadata:
+    """What a picture file says about itself. whole: as `metadata.read` has it."""
     with _readable(source) as (_, image):
-        found = dict(getattr(image, "text", {}))
-        comment = _comment(image)
-    found = found if comment is None else {"parameters": comment} | found
-    return {name: text for name, text in found.items() if len(text) <= MAX_TEXT}
+        return metadata.read(image, whole)
 
 
-def _comment(image: Image.Image) -> str | None:
-    """What A1111 writes into a JPEG or WebP."""
-    comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")  # UserComment
-    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        return comment[8:].decode("utf-16-be", errors="replace")
-    return None
+def form(source: Path) -> tuple[str, tuple[int, int], str]:
+    """A file's format, its width and height, and the letters of its channels: RGB, RGBA, ..."""
+    with _readable(source) as (_, image):
+        return str(image.format), image.size, "RGBA" if image.has_transparency_data else image.mode
 
 
 def read_settings(source: Path | io.BytesIO) -> tuple[Request, str | None]:
-    """The Request that drew a picture and the model's name, from our JSON or from A1111's text."""
-    name = source if isinstance(source, Path) else "The picture"
-    try:
-        with open_file(source) as image:
-            info, comment = dict(image.info), _comment(image)
-    except FileNotFoundError:
-        raise Error(f"There is no picture at {name}.", "Check its path.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        # PIL's message about an unknown format would show a buffer's address.
-        why = "its format is not known" if isinstance(e, UnidentifiedImageError) else e
-        raise Error(f"{name} cannot be read as a picture: {why}.", "Give a PNG written by mlxdiff or A1111.") from None
-    text = info.get(_CHUNK, info.get("parameters", comment))
+    """The Request that drew a picture and the model's name, from our JSON, A1111's text or ComfyUI's graph."""
+    return settings_of(read_metadata(source), source if isinstance(source, Path) else "The picture")
+
+
+def settings_of(held: metadata.Metadata, name: str | Path) -> tuple[Request, str | None]:
+    """The same, of what was read from the picture of this name."""
+    kinds = (metadata.REQUEST, metadata.A1111, metadata.COMFYUI[0])
+    kind, text = next(((kind, held.texts[kind]) for kind in kinds if held.texts.get(kind)), ("", ""))
     if not text:
-        fix = "Give a picture written by mlxdiff, A1111 or a relative of it."
-        raise NoSettings(f"{name} carries no settings.", fix)
+        fix = "Give a picture written by mlxdiff, A1111, a relative of it, or ComfyUI."
+        why = f": {'; '.join(held.problems)}" if held.problems else ""
+        raise NoSettings(f"{name} carries no settings{why}.", fix)
     by_hand = "Type the settings by hand."
-    if len(text) > MAX_TEXT:
-        raise Error(f"{name} carries {len(text)} characters of settings, more than {MAX_TEXT}.", by_hand)
+    if len(text) > metadata.MAX_TEXT:
+        problem = f"{name} carries {len(text)} characters of settings, more than {metadata.MAX_TEXT}."
+        raise Error(problem, by_hand)
     try:
-        if _CHUNK in info:
-            return Request.from_json(text), info.get("mlxdiff-model")
-        settings, model = dialects.parse_parameters(text)
+        if kind == metadata.REQUEST:
+            return Request.from_json(text), held.texts.get(metadata.MODEL)
+        settings, model = (dialects.parse_parameters if kind == metadata.A1111 else comfyui.parse)(text)
         return Request(**settings), model
     except ValueError as e:
         raise Error(f"{name} carries damaged settings: {e}.", by_hand) from None

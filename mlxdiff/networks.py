@@ -12,6 +12,7 @@ from . import adapters, blas, weights
 from .adapters import Adapter
 from .description import Description
 from .errors import Error
+from .models import ways
 from .models.layers import compile_kernels
 
 _LARGE = 64 * 2**20  # bytes; a larger network is worth all cores and compiled kernels
@@ -41,6 +42,7 @@ class Networks:
         """A fresh copy of the network, which is not kept."""
         model = self.description
         network = weights.load(self.folder / f"{name}.safetensors", model.family, model.components[name], model.recipe)
+        ways.adopt(network)
         adapters.apply(network, name, self._adapters)
         return network
 

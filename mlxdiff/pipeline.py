@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -91,8 +92,11 @@ def load(
     lora_dir: a folder where the names of both are looked up, in place of that of the variable MLXDIFF_LORAS.
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
-    from . import store
+    from . import store, tune
     from .store import adapters
+
+    if note := tune.apply():
+        warnings.warn(note, stacklevel=2)
 
     lora_dir = adapters.folder_of(lora_dir)
 
@@ -306,16 +310,21 @@ class Pipeline:
 
     def preview(self, x0: np.ndarray) -> list[Image.Image]:
         """Rough pictures of predicted latents (B, h, w, c). The TAESD makes them if there is one, the VAE if it is
-        small, else one linear map, if the family's fits these latents."""
-        if self._taesd is not None:
-            return _pictures(self._taesd, x0)
-        if self.previews_by_vae or not self.description.usual_latents:
-            return self.decode(x0)
-        return [images.preview(x, self.description.family.preview) for x in x0]
+        small; else, or if the numbers overflow there, one linear map, if the family's fits these latents."""
+        decoder, usual = self._taesd, self.description.usual_latents
+        if decoder is None and (self.previews_by_vae or not usual):
+            decoder = self.networks.get("vae")
+        pixels = None if decoder is None else _pixels(decoder, x0)
+        if pixels is None or (usual and not np.isfinite(pixels).all()):
+            return [images.preview(x, self.description.family.preview) for x in x0]
+        return [images.to_image(np.nan_to_num(p)) for p in pixels]
 
     def decode(self, z: np.ndarray) -> list[Image.Image]:
         """The pictures that the VAE decodes from latents (B, h, w, c)."""
-        return _pictures(self.networks.get("vae"), z)
+        pixels = _pixels(self.networks.get("vae"), z)
+        if not np.isfinite(pixels).all():
+            raise self.description.not_finite()
+        return [images.to_image(p) for p in pixels]
 
     @property
     def previews_by_vae(self) -> bool:
@@ -482,7 +491,8 @@ class Pipeline:
         return [(pipe, part) for pipe, part in halves if len(part) > 1]
 
 
-def _pictures(decoder: nn.Module, z: np.ndarray) -> list[Image.Image]:
+def _pixels(decoder: nn.Module, z: np.ndarray) -> np.ndarray:
+    """(B, h, w, c) to (B, H, W, 3) in [-1, 1]."""
     pixels = decoder.decode(mx.array(z).astype(dtype_of(decoder))).astype(mx.float32)
     mx.eval(pixels)
-    return [images.to_image(p) for p in np.array(pixels)]
+    return np.array(pixels)

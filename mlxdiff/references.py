@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from . import images
+from . import foreign, images
 from .conditioning import Layers, Picture, Sides, Text
 from .description import Description
 from .errors import Error
@@ -205,5 +205,5 @@ def _arrays(found: Sides) -> list[mx.array]:
 
 
 def _times(reader: "Reader") -> tuple:
-    files = [reader.adapter, *sorted(reader.encoder.iterdir())] if reader.encoder.is_dir() else [reader.adapter]
-    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.exists())
+    files = [reader.adapter, *sorted(reader.encoder.glob("*"))]
+    return tuple((f.name, foreign.stamp(f)) for f in files)

@@ -379,6 +379,9 @@ class Request:
                 raise Error(problem, "Update mlxdiff.")
             if not fits(value, types[name]):
                 raise ValueError(f"{name} is {reprlib.repr(value)}")
+        for name in ("prompt", "negative"):
+            if held.get(name) is not None:
+                values.text(name, held[name])
         return cls(**{k: tuple(map(_made, v)) if isinstance(v, list) else v for k, v in held.items()})
 
 

@@ -1,6 +1,5 @@
 """The events of a run, and its result."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -8,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import foreign, images
+from . import foreign, images, metadata, signing, values
 from .request import Request
+from .signing import Signer
 
 _SHOWN = 40  # characters of the prompt in a repr
 
@@ -46,12 +46,19 @@ class Result:
     def image(self) -> Image.Image:
         return self.images[0]
 
-    def save(self, path: str | Path | None = None) -> list[Path]:
+    def save(
+        self, path: str | Path | None = None, quality: int | None = None, sign: bool | Signer = False
+    ) -> list[Path]:
         """Write every picture with its settings, and return the paths. path: a folder (by default the current one),
         where each picture is named after its prompt and seed; or a file name (PNG, JPEG or WebP); each of several
-        pictures adds its seed to it. No file is ever overwritten: if house.png exists, the new file is house-1.png."""
+        pictures adds its seed to it. No file is ever overwritten: if house.png exists, the new file is house-1.png.
+        quality: of a JPEG or WebP, 1 to 100 (95); a WebP of 100 loses nothing. sign: add Content
+        Credentials; True takes the key that `mlxdiff.signing.signer()` finds."""
+        if quality is not None:
+            values.whole("quality", quality, 1, metadata.LOSSLESS)
+        by = signing.signer() if sign is True else sign or None
         return [
-            images.save(image, self._name(path, request), request, self.model, self.recipe)
+            images.save(image, self._name(path, request), request, self.model, self.recipe, quality, by)
             for image, request in zip(self.images, self.request.singles(), strict=True)
         ]
 
@@ -69,6 +76,4 @@ class Result:
 
     def _repr_png_(self) -> bytes:
         """The pictures side by side, for a notebook."""
-        out = io.BytesIO()
-        images.sheet(self.images).save(out, "PNG")
-        return out.getvalue()
+        return images.shown(images.sheet(self.images), images.source(self.request))

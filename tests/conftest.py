@@ -6,7 +6,9 @@ which a neighbour would disturb: they come last, on all cores, and while one of 
 import fcntl
 import gc
 import os
+import resource
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -57,6 +59,22 @@ def rings(tmp_path_factory):
             pixels[(x - 26 - 4 * i) ** 2 + (y - 36 + 3 * i) ** 2 < radius**2] = colour
         Image.fromarray(pixels).save(place / f"{i}.png")
     return place
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(): ...` lets no file grow beyond 10 kB."""
+
+    @contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 def pytest_collection_modifyitems(items):

@@ -21,9 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from mlxdiff import builtin, convert, description, images, load, samplers, tokenizers
+from mlxdiff import builtin, convert, description, images, load, metadata, samplers, tokenizers
 from mlxdiff.convert import embedding, lora, scheduler, source, write
 from mlxdiff.convert import settings as reading
 from mlxdiff.convert import tokenizer as copying
@@ -236,14 +236,17 @@ class Fuzz:
             self.pipe("a red house", seed=1, steps=2, width=64, height=64)
 
     def settings(self, rng: random.Random) -> None:
-        info = PngImagePlugin.PngInfo()
         ours = json.dumps({"prompt": "a fox", "seed": 1, "steps": 4, "width": 64, "loras": ["a:1"], "image": "a.png"})
         good = {"mlxdiff": ours} if rng.random() < 0.5 else {"parameters": _PARAMETERS}
+        texts = {}
         for key, text in good.items():
-            changed = damaged(rng, text.encode(), key == "mlxdiff").decode("utf-8", "replace").replace("\0", "")
-            info.add_itxt(key, changed)
-        out = io.BytesIO()
-        Image.new("L", (8, 8)).save(out, "PNG", pnginfo=info)
+            texts[key] = damaged(rng, text.encode(), key == "mlxdiff").decode("utf-8", "replace").replace("\0", "")
+        out, kind = io.BytesIO(), rng.choice(("PNG", "JPEG", "WEBP"))
+        options = metadata.options(kind, texts, metadata.DRAWN)
+        if kind == "WEBP" and rng.random() < 0.5:
+            name = rng.choice(("xmp", "exif"))
+            options[name] = damaged(rng, options[name], False)
+        Image.new("L", (8, 8)).save(out, kind, **options)
         data = out.getvalue() if rng.random() < 0.8 else damaged(rng, out.getvalue(), False)
         self.picture.write_bytes(data)
         request, _ = images.read_settings(self.picture)

@@ -4,6 +4,8 @@ large files redirected to another host), with repositories made in the test and 
 import hashlib
 import json
 import random
+import socket
+import struct
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -52,6 +54,9 @@ class Repo:
     held: dict[str, int] = field(default_factory=dict)  # file -> bytes after which the server waits for `release`
     instead: dict[str, bytes] = field(default_factory=dict)  # file -> bytes that are sent in its place, once
     info: bytes | None = None  # sent in place of the list of files
+    silent: bool = False  # the list of files is never sent
+    ranges: str = "sent"  # "ignored": the whole file comes instead; "refused": an error
+    reset: dict[str, int] = field(default_factory=dict)  # file -> bytes after which the connection is reset, once
     etag: str | None = None  # of every file; "" for none
 
 
@@ -63,6 +68,7 @@ class Hub:
         self.log: list[tuple[str, str, str | None]] = []
         self.reached = threading.Event()  # a held file has got as far as it will
         self.release = threading.Event()
+        self.closed = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
@@ -74,6 +80,7 @@ class Hub:
 
     def __exit__(self, *_) -> None:
         self.release.set()
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -116,6 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
         revision, name = parts[3], "/".join(parts[4:])
         if revision not in ("main", repo.commit, *repo.older):
             return self.refuse(404, "RevisionNotFound")
+        if api and repo.silent:
+            self.hub.closed.wait()
+            return None
         if api:
             siblings = [{"rfilename": n, "size": len(b)} for n, b in repo.files.items()]
             info = {"id": "/".join(parts[:2]), "sha": repo.commit, "siblings": siblings}
@@ -144,13 +154,23 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Location"] = f"http://localhost:{self.hub.port}/cdn{self.path}"
             return self.send(302, b"", headers, body)
         status, start = 200, 0
-        if self.headers["Range"]:
+        if self.headers["Range"] and repo.ranges == "refused":
+            return self.refuse(416, "")
+        if self.headers["Range"] and repo.ranges == "sent":
             start = int(self.headers["Range"].removeprefix("bytes=").partition("-")[0])
             status, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
         stop = repo.cut.pop(name, None) if body else None
         if stop is not None:
             self.send(status, data[start:], headers, False)
             self.wfile.write(data[start:stop])
+            self.close_connection = True
+            return None
+        stop = repo.reset.pop(name, None) if body else None
+        if stop is not None:
+            self.send(status, data[start:], headers, False)
+            self.wfile.write(data[start:stop])
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             return None
         if body and name in repo.held:

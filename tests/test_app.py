@@ -246,3 +246,23 @@ def test_the_browser_is_not_started_with_the_token(started, tmp_path):
     assert process.wait(60) == 128 + signal.SIGTERM
     assert not page.exists()
     until(lambda: not any(map(alive, children)), 20)
+
+
+def test_half_a_lesson_is_none(tmp_path, full_disk):
+    """It would stay: a lesson that is there is not copied again."""
+    with full_disk(), pytest.raises(Error, match="cannot be written"):
+        lessons.copy(tmp_path)
+    sizes = {book.name: book.stat().st_size for book in lessons.books()}
+    assert all(file.stat().st_size == sizes[file.name] for file in tmp_path.iterdir())
+    lessons.copy(tmp_path)
+    assert {file.name: file.stat().st_size for file in tmp_path.iterdir()} == sizes
+
+
+def test_a_full_disk_costs_no_notebook(tmp_path, full_disk):
+    """The one that is there, which may hold work, stays as it was."""
+    path = tmp_path / "a.ipynb"
+    lab._write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("mine")]), path)
+    before = path.read_bytes()
+    with full_disk(), pytest.raises(Error, match="cannot be written"):
+        lab._write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("x" * 99_999)]), path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]

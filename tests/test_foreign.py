@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import mlxdiff
-from mlxdiff import builtin, console, convert, description, foreign, images, store, upscale, weights
+from mlxdiff import builtin, console, convert, description, foreign, images, metadata, store, upscale, weights
 from mlxdiff.convert import source
 from mlxdiff.convert import union as union_names
 from mlxdiff.errors import Error
@@ -305,7 +305,7 @@ def test_an_overlong_name_is_refused_in_one_line(tmp_path, capsys):
 def test_names_up_to_the_limit_are_written_and_numbered(tmp_path):
     name = f"{'ö' * 125}x.png"  # 255 bytes
     picture = Image.new("RGB", (8, 8))
-    first, second = (images.write(picture, tmp_path / name) for _ in range(2))
+    first, second = (images.write(picture, tmp_path / name, metadata.COMPUTED) for _ in range(2))
     assert first.name == name
     assert second.name.endswith("ö-1.png")
     assert len(os.fsencode(second.name)) <= 255
@@ -317,7 +317,7 @@ def test_names_up_to_the_limit_are_written_and_numbered(tmp_path):
 def test_threads_that_save_one_name_lose_no_picture(tmp_path):
     def save(shade: int) -> None:
         for _ in range(5):
-            images.write(Image.new("L", (64, 64), shade), tmp_path / "a.png")
+            images.write(Image.new("L", (64, 64), shade), tmp_path / "a.png", metadata.COMPUTED)
 
     threads = [threading.Thread(target=save, args=(shade,)) for shade in range(8)]
     for thread in threads:

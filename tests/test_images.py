@@ -3,7 +3,6 @@
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -55,29 +54,6 @@ def test_a_png_gives_back_the_whole_request(tmp_path):
     with Image.open(path) as written:
         assert written.info["mlxdiff-recipe"] == "float16-4bit"
         assert ', Model: "model, with comma", Weights: float16-4bit, ' in written.info["parameters"]
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
-def test_other_formats_carry_the_a1111_text(tmp_path, suffix):
-    request, model = images.read_settings(images.save(picture(), tmp_path / f"a{suffix}", FULL, "m", "float32"))
-    assert (request.prompt, request.negative, request.seed) == (FULL.prompt, FULL.negative, 7)
-    assert (request.sampler, request.schedule, request.noise, model) == ("dpmpp_2m", "karras", "nv", "m")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-@pytest.mark.parametrize(
-    ("begins", "source"), [(None, "trainedAlgorithmicMedia"), ("a.png", "compositeWithTrainedAlgorithmicMedia")]
-)
-def test_a_picture_says_that_a_model_made_it(tmp_path, suffix, begins, source):
-    """IPTC's word for it, where readers of XMP look: Pillow's own, and the packet's place in each kind of file."""
-    request = replace(FULL, image=begins, image_hash=begins, strength=None if begins is None else 0.5)
-    path = images.save(picture(), tmp_path / f"b{suffix}", request, "m", "float32")
-    with Image.open(path) as written:
-        packet = written.info["XML:com.adobe.xmp" if suffix == ".png" else "xmp"]
-    text = packet if isinstance(packet, str) else packet.decode()
-    (said,) = ElementTree.fromstring(text).iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
-    name = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
-    assert said.get(name) == f"http://cv.iptc.org/newscodes/digitalsourcetype/{source}"
 
 
 def test_saving_never_overwrites(tmp_path):

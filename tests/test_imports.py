@@ -14,6 +14,7 @@ NONE: set[str] = set()
 MAY = {
     "mlxdiff.errors": NONE,
     "mlxdiff.foreign": {"mlxdiff.errors"},
+    "mlxdiff.whole": NONE,
     "mlxdiff.adapters": set(),
     "mlxdiff.arguments": {"mlxdiff.errors"},
     "mlxdiff.spelling": NONE,
@@ -22,7 +23,9 @@ MAY = {
     "mlxdiff": {"mlxdiff.blas", "mlxdiff.errors", "mlxdiff.guides", "mlxdiff.pipeline", "mlxdiff.request"},
     "mlxdiff.dialects": {"mlxdiff", "mlxdiff.errors"},
     "mlxdiff.models": NONE,
-    "mlxdiff.models.layers": NONE,
+    "mlxdiff.models.ways": NONE,
+    "mlxdiff.models.cpu": {"mlxdiff.models.ways"},
+    "mlxdiff.models.layers": {"mlxdiff.models.cpu", "mlxdiff.models.ways"},
     "mlxdiff.models.*": {"mlxdiff.models.layers"},
     "mlxdiff.models.controlnet": {"mlxdiff.models.layers", "mlxdiff.models.unet"},
     "mlxdiff.models.flux_controlnet": {
@@ -31,7 +34,7 @@ MAY = {
         "mlxdiff.models.layers",
     },
     "mlxdiff.models.sd3_controlnet": {"mlxdiff.models.controlnet", "mlxdiff.models.layers", "mlxdiff.models.sd3"},
-    "mlxdiff.models.t2i": {"mlxdiff.models.controlnet", "mlxdiff.models.unet"},
+    "mlxdiff.models.t2i": {"mlxdiff.models.controlnet", "mlxdiff.models.layers", "mlxdiff.models.unet"},
     "mlxdiff.models.flux2": {"mlxdiff.models.flux", "mlxdiff.models.layers"},
     "mlxdiff.models.zimage": {"mlxdiff.models.flux", "mlxdiff.models.layers", "mlxdiff.models.qwen3"},
     "mlxdiff.models.vision": {"mlxdiff.models.clip"},
@@ -56,8 +59,36 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.values",
     },
-    "mlxdiff.images": {"mlxdiff.dialects", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.request"},
-    "mlxdiff.result": {"mlxdiff.foreign", "mlxdiff.images", "mlxdiff.request"},
+    "mlxdiff.metadata": {"mlxdiff", "mlxdiff.errors"},
+    "mlxdiff.signing": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.metadata"},
+    "mlxdiff.provenance": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.metadata", "mlxdiff.signing"},
+    "mlxdiff.output": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.metadata",
+        "mlxdiff.request",
+        "mlxdiff.signing",
+        "mlxdiff.values",
+    },
+    "mlxdiff.comfyui": {"mlxdiff.dialects", "mlxdiff.errors", "mlxdiff.foreign"},
+    "mlxdiff.images": {
+        "mlxdiff.comfyui",
+        "mlxdiff.dialects",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.metadata",
+        "mlxdiff.request",
+        "mlxdiff.signing",
+    },
+    "mlxdiff.result": {
+        "mlxdiff.foreign",
+        "mlxdiff.images",
+        "mlxdiff.metadata",
+        "mlxdiff.request",
+        "mlxdiff.signing",
+        "mlxdiff.values",
+    },
     "mlxdiff.families.base": {"mlxdiff.models.build", "mlxdiff.request"},
     "mlxdiff.families.published": {"mlxdiff.families.base", "mlxdiff.models.*"},
     # A family's file: its own network, and what several families share.
@@ -117,6 +148,7 @@ MAY = {
         "mlxdiff.blas",
         "mlxdiff.description",
         "mlxdiff.models.layers",
+        "mlxdiff.models.ways",
         "mlxdiff.weights",
     },
     "mlxdiff.memory": {
@@ -188,6 +220,8 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.weights",
         "mlxdiff.store.adapters",
+        "mlxdiff.foreign",
+        "mlxdiff.provenance",
     },
     "mlxdiff.convert.__main__": {
         "mlxdiff.console",
@@ -203,7 +237,13 @@ MAY = {
         "mlxdiff.store.tokenizer",
     },
     "mlxdiff.store.hub": {"mlxdiff.errors"},
-    "mlxdiff.store.cache": {"mlxdiff.description", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.recipe"},
+    "mlxdiff.store.cache": {
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.recipe",
+        "mlxdiff.whole",
+    },
     "mlxdiff.store.tokenizer": {
         "mlxdiff.convert",
         "mlxdiff.errors",
@@ -222,6 +262,14 @@ MAY = {
         "mlxdiff.store",
         "mlxdiff.store.hub",
         "mlxdiff.weights",
+    },
+    "mlxdiff.store.clip": {
+        "mlxdiff.convert.*",
+        "mlxdiff.errors",
+        "mlxdiff.models.*",
+        "mlxdiff.store",
+        "mlxdiff.store.hub",
+        "mlxdiff.tokenizers",
     },
     "mlxdiff.store.adapters": {
         "mlxdiff.adapters",
@@ -270,6 +318,7 @@ MAY = {
         "mlxdiff.store.cache",
     },
     "mlxdiff.references": {
+        "mlxdiff.foreign",
         "mlxdiff.conditioning",
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -287,6 +336,7 @@ MAY = {
         "mlxdiff.store.references",
     },
     "mlxdiff.attached": {
+        "mlxdiff.foreign",
         "mlxdiff.detect",
         "mlxdiff.memory",
         "mlxdiff.references",
@@ -318,8 +368,11 @@ MAY = {
         "mlxdiff.foreign",
         "mlxdiff.generate",
         "mlxdiff.images",
+        "mlxdiff.metadata",
+        "mlxdiff.output",
     },
     "mlxdiff.upscale": {
+        "mlxdiff.foreign",
         "mlxdiff.advice",
         "mlxdiff.errors",
         "mlxdiff.images",
@@ -337,6 +390,8 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.result",
         "mlxdiff.upscale",
+        "mlxdiff.metadata",
+        "mlxdiff.output",
     },
     "mlxdiff.larger": {
         "mlxdiff.description",
@@ -372,7 +427,16 @@ MAY = {
         "mlxdiff.start",
         "mlxdiff.store",
         "mlxdiff.store.adapters",
+        "mlxdiff.tune",
         "mlxdiff.upscale",
+    },
+    "mlxdiff.tune": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.models.*",
+        "mlxdiff.recipe",
+        "mlxdiff.store.cache",
     },
     "mlxdiff.surgery": {"mlxdiff.errors", "mlxdiff.pipeline"},
     "mlxdiff.probe": {
@@ -420,7 +484,11 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.samplers",
         "mlxdiff.schedules",
+        "mlxdiff.output",
+        "mlxdiff.tune",
     },
+    "mlxdiff.score": NONE,
+    "mlxdiff.score.distances": NONE,
     "mlxdiff.bench.random_model": {
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -434,6 +502,26 @@ MAY = {
         "mlxdiff.weights",
     },
     "mlxdiff.bench.step": NONE,
+    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice"},
+    "mlxdiff.bench.report": {
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.foreign",
+        "mlxdiff.recipe",
+        "mlxdiff.store",
+    },
+    "mlxdiff.bench.quality": {
+        "mlxdiff.bench.step",
+        "mlxdiff.builtin",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.pipeline",
+        "mlxdiff.recipe",
+        "mlxdiff.references",
+        "mlxdiff.score.*",
+        "mlxdiff.store.clip",
+        "mlxdiff.train.*",
+    },
     "mlxdiff.bench.start": {"mlxdiff.bench.step", "mlxdiff.errors", "mlxdiff.request"},
     "mlxdiff.bench.against_torch": {
         "mlxdiff.bench.step",
@@ -444,17 +532,19 @@ MAY = {
     },
     "mlxdiff.bench": NONE,
     "mlxdiff.bench.__main__": {
-        "mlxdiff",
         "mlxdiff.bench.*",
         "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.families",
+        "mlxdiff.foreign",
         "mlxdiff.families.base",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",
         "mlxdiff.request",
+        "mlxdiff.samplers",
     },
-    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.errors"},
+    "mlxdiff.__main__": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors"},
+    "mlxdiff.train.judge": {"mlxdiff.errors", "mlxdiff.score.distances", "mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.storybook.*": {"mlxdiff.train.storybook.*"},
     "mlxdiff.train.*": {
@@ -467,8 +557,16 @@ MAY = {
         "mlxdiff.schedules",
         "mlxdiff.tokenizers",
         "mlxdiff.train.*",
+        "mlxdiff.metadata",
+        "mlxdiff.whole",
     },
-    "mlxdiff.train.fit": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.machines"},
+    "mlxdiff.train.fit": {
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.machines",
+        "mlxdiff.metadata",
+        "mlxdiff.whole",
+    },
     "mlxdiff.train.folder": {"mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
     "mlxdiff.train.batches": {
         "mlxdiff.conditioning",
@@ -520,6 +618,7 @@ MAY = {
         "mlxdiff.store.adapters",
         "mlxdiff.train.*",
         "mlxdiff.values",
+        "mlxdiff.metadata",
     },
     "mlxdiff.train.measure": {"mlxdiff.pipeline", "mlxdiff.probe", "mlxdiff.train.*"},
     "mlxdiff.train.__main__": {
@@ -534,6 +633,32 @@ MAY = {
         "mlxdiff.recipe",
         "mlxdiff.request",
         "mlxdiff.train.*",
+        "mlxdiff.metadata",
+    },
+    "mlxdiff.score.clip": {
+        "mlxdiff.errors",
+        "mlxdiff.models.vision",
+        "mlxdiff.store.clip",
+        "mlxdiff.tokenizers",
+    },
+    "mlxdiff.score.folder": {"mlxdiff.builtin", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.images"},
+    "mlxdiff.score.measure": {
+        "mlxdiff.errors",
+        "mlxdiff.models.vision",
+        "mlxdiff.references",
+        "mlxdiff.score.*",
+        "mlxdiff.train.judge",
+    },
+    "mlxdiff.score.report": {"mlxdiff.score.folder", "mlxdiff.store.clip"},
+    "mlxdiff.score.__main__": {
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.foreign",
+        "mlxdiff.generate",
+        "mlxdiff.result",
+        "mlxdiff.score.*",
+        "mlxdiff.store.clip",
+        "mlxdiff.train.judge",
     },
     "mlxdiff.widgets": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.*"},
     "mlxdiff.widgets.gallery": {
@@ -552,11 +677,17 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.widgets.previews",
     },
-    "mlxdiff.widgets.start_picture": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.widgets.gallery"},
+    "mlxdiff.widgets.start_picture": {
+        "mlxdiff.errors",
+        "mlxdiff.images",
+        "mlxdiff.whole",
+        "mlxdiff.widgets.gallery",
+    },
     "mlxdiff.widgets.history": {
         "mlxdiff.errors",
         "mlxdiff.foreign",
         "mlxdiff.images",
+        "mlxdiff.whole",
         "mlxdiff.widgets.gallery",
         "mlxdiff.widgets.start_picture",
         "mlxdiff.widgets.view",
@@ -679,7 +810,7 @@ MAY = {
         "mlxdiff.widgets.explain.*",
     },
     "mlxdiff.widgets.server": set(),
-    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store"},
+    "mlxdiff.widgets.lab": {"mlxdiff.console", "mlxdiff.errors", "mlxdiff.store", "mlxdiff.whole"},
     "mlxdiff.widgets.app": {
         "mlxdiff.console",
         "mlxdiff.store",
@@ -688,7 +819,13 @@ MAY = {
         "mlxdiff.widgets.server",
         "mlxdiff.widgets.studio",
     },
-    "mlxdiff.widgets.lessons": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.widgets.lab"},
+    "mlxdiff.widgets.lessons": {
+        "mlxdiff",
+        "mlxdiff.console",
+        "mlxdiff.errors",
+        "mlxdiff.whole",
+        "mlxdiff.widgets.lab",
+    },
 }
 ORACLES = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 THIRD_PARTY = {
@@ -713,6 +850,8 @@ THIRD_PARTY = {
     "jupyter_core",
     "nbformat",
     "sentencepiece",
+    "c2pa",  # these two: the extra `sign`
+    "cryptography",
     "typing_extensions",  # for type checkers alone, which bring it
 }
 
@@ -766,7 +905,7 @@ def test_a_module_imports_only_what_its_row_allows(name):
 def test_only_the_store_calls_convert():
     for name, path in modules().items():
         # The search for tokenizers is the store's, and names convert's Checkpoint in its types alone.
-        stores = ("", ".adapters", ".guides", ".references", ".tokenizer")
+        stores = ("", ".adapters", ".clip", ".guides", ".references", ".tokenizer")
         stores = tuple(f"mlxdiff.store{part}" for part in stores)
         if not name.startswith("mlxdiff.convert") and name not in stores:
             assert not any(t.startswith("mlxdiff.convert") for t in imports(name, path)), name

@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
 pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
@@ -19,8 +19,8 @@ from mlxdiff.convert import lora_header
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
-from mlxdiff.widgets import Studio, controls, gallery, history, settings
-from mlxdiff.widgets.view import line
+from mlxdiff.widgets import Studio, controls, gallery, history, settings, start_picture
+from mlxdiff.widgets.view import View, line
 from mlxdiff.widgets.worker import Cancelled, Update, Worker
 from tests import fakes
 from tests.checkpoints import header, raw
@@ -469,6 +469,65 @@ def test_favourites_are_kept_beside_the_pictures_and_outlast_the_strip(studio, m
     heard(studio, do="star", key=1)
     heard(studio, do="delete", key=1)
     assert file.read_text() == ""
+
+
+def test_a_copy_in_another_format_is_handed_to_the_page_and_restores(studio, monkeypatch):
+    draw(studio, prompt="one")
+    handed = []
+    monkeypatch.setattr(studio.view, "send", lambda message, buffers=None: handed.append((message, buffers)))
+    for ending, kind in (("jpg", "JPEG"), ("webp", "WEBP")):
+        heard(studio, do="copy", key=0, ending=ending)
+        message, (data,) = handed[-1]
+        assert message == {"do": "copy", "name": f"{studio.images[0].path.stem}.{ending}"}
+        assert Image.open(io.BytesIO(data)).format == kind
+        studio.prompt = "another"
+        heard(studio, do="drop", part=0, parts=1, use="restore", data=data)
+        assert studio.prompt == "one"
+    with pytest.raises(Error, match="There is no format 'exe'"):
+        heard(studio, do="copy", key=0, ending="exe")
+
+
+def test_favourites_of_any_name(tmp_path):
+    names = {"a b.png", "line\u2028end.png", os.fsdecode(b"\xff.png"), "ä.png"}
+    history._write(tmp_path, names)
+    assert history.favourites(tmp_path) == names
+    (tmp_path / history.FAVOURITES).write_bytes(b"a.png\r\nb.png\r\n")  # by another system's editor
+    assert history.favourites(tmp_path) == {"a.png", "b.png"}
+
+
+def test_favourites_that_cannot_be_read_hide_no_picture(tmp_path):
+    """A pipe in their place would be read for ever."""
+    settings = {"seed": 1, "steps": 1, "guidance": 1.0, "width": 8, "height": 8}
+    request = Request("a fox", **settings, sampler="euler", schedule="leading")
+    images.save(Image.new("RGB", (8, 8)), tmp_path / "a.png", request, "m", "float32")
+    os.mkfifo(tmp_path / history.FAVOURITES)
+    view = View()
+    with pytest.raises(Error, match="not a regular file"):
+        history.History(view).recall(tmp_path)
+    assert len(view.history) == 1
+
+
+def test_a_full_disk_costs_no_favourites_and_no_mask(tmp_path, full_disk):
+    """What is there stays, and nothing half-written is beside it."""
+    history._write(tmp_path, {"a.png"})
+    start_picture.keep(tmp_path / "mask-1.png", b"x")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with full_disk():
+        with pytest.raises(Error, match="cannot be written"):
+            history._write(tmp_path, {f"{i}.png" for i in range(9999)})
+        with pytest.raises(Error, match="cannot be written"):
+            start_picture.keep(tmp_path / "mask-1.png", b"x" * 99_999)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_settings_whose_prompt_is_no_text_are_refused_when_they_are_read(studio):
+    """Jupyter could not send them to the page."""
+    picture = io.BytesIO()
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("mlxdiff", '{"prompt": "a \\ud800 fox", "seed": 1}')
+    Image.new("RGB", (8, 8)).save(picture, "PNG", pnginfo=info)
+    with pytest.raises(Error, match="not valid UTF-8"):
+        studio.load(picture.getvalue())
 
 
 def test_enlarge_uses_the_chosen_upscaler(studio, monkeypatch):

@@ -63,7 +63,7 @@ def studio(model: str | None, folder: str | None, browser: bool) -> int:
 
         def make() -> Studio:
             made = Studio(**settings)
-            Thread(target=made.recall, daemon=True).start()  # many large pictures take seconds
+            Thread(target=made._try, args=[made.recall], daemon=True).start()  # many large pictures take seconds
             return made
 
         with suppress(KeyboardInterrupt):

@@ -46,6 +46,13 @@ class Picture:
         """Save another copy with its settings. The suffix chooses PNG, JPEG or WebP; no file is ever overwritten."""
         return images.save(self.image.convert("RGB"), Path(path), self.request, self.model, self.recipe)
 
+    def copy(self, ending: str) -> tuple[str, bytes]:
+        """The name and the bytes of a copy in another format, with its settings."""
+        if ending not in images.ENDINGS:
+            raise Error(f"There is no format {ending!r:.20}.", f"Choose one of {', '.join(images.ENDINGS)}.")
+        made_by = (self.request, self.model, self.recipe)
+        return f"{self.path.stem}.{ending}", images.encoded(self.image.convert("RGB"), *made_by, images.ENDINGS[ending])
+
     def caption(self) -> str:
         r = self.request
         if self.title:
@@ -221,9 +228,7 @@ class Grid:
         return replace(self.cells[0, 0], path=path.resolve(), title=f"Comparison of {' and '.join(names)}")
 
     def _repr_png_(self) -> bytes:
-        out = io.BytesIO()
-        self.image.save(out, "PNG")
-        return out.getvalue()
+        return images.shown(self.image, images.source(self.base))
 
 
 _PAPER, _INK, _EMPTY = "#ffffff", "#222222", "#e8e8ea"

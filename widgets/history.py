@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .. import foreign, images
+from .. import foreign, images, whole
 from ..errors import Error
 from .gallery import COMPARISON, Picture, thumbnail
 from .start_picture import GUIDE, START
@@ -53,10 +53,14 @@ class History:
     def recall(self, folder: str | Path) -> None:
         """Put the newest pictures of the folder before those in the strip. Files without settings are left out."""
         here = {picture.path for picture in self._pictures.values()}
-        found = [p for p in Path(folder).resolve().glob("*.png") if not p.name.startswith((START, GUIDE))]
+        found = [p for p in Path(folder).resolve().glob("*.png") if not p.name.startswith((START, GUIDE, "."))]
         found = [p for p in found if p not in here]
-        earlier, starred = [], favourites(Path(folder))
-        found.sort(key=lambda p: p.stat().st_mtime_ns)
+        earlier, wrong = [], None
+        try:
+            starred = favourites(Path(folder))
+        except Error as e:  # the pictures are shown all the same
+            starred, wrong = set(), e
+        found.sort(key=lambda p: foreign.stamp(p)[1:2])
         for path in [*(p for p in found[:-STRIP] if p.name in starred), *found[-STRIP:]]:
             with suppress(Error):
                 request, model = images.read_settings(path)
@@ -64,10 +68,14 @@ class History:
                 picture = Picture(path, request, model or "", "", 0.0, title)
                 earlier.append(self._entry(picture, images.read(path), path.name in starred))
         self._view.history = _newest([*earlier, *self._view.history])
+        if wrong is not None:
+            raise wrong
 
     def star(self, key: int) -> None:
         """Make a picture a favourite, or one no more."""
         path = self._pictures[key].path
+        if "\n" in path.name:
+            raise Error("The name of this picture has more than one line.", "Rename its file.")
         starred = favourites(path.parent) ^ {path.name}
         _write(path.parent, starred)
         entries = self._view.history
@@ -89,13 +97,14 @@ def favourites(folder: Path) -> set[str]:
     """The names of a folder's favourites."""
     if not (folder / FAVOURITES).exists():
         return set()
-    return {*foreign.read_text(folder / FAVOURITES, f"Mend {FAVOURITES} there, or delete it.").splitlines()}
+    data = foreign.read(folder / FAVOURITES, f"Mend {FAVOURITES} there, or delete it.")
+    return {name.removesuffix("\r") for name in data.decode("utf-8", "surrogateescape").split("\n")} - {""}
 
 
 def _write(folder: Path, names: set[str]) -> None:
-    part = folder / f"{FAVOURITES}.part"
+    text = "".join(f"{name}\n" for name in sorted(names))
     try:
-        part.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
-        part.replace(folder / FAVOURITES)
+        whole.write(folder / FAVOURITES, text.encode("utf-8", "surrogateescape"))
     except OSError as e:
-        raise Error(f"{folder / FAVOURITES} cannot be written: {e.strerror}.", "Check the permissions.") from None
+        fix = "Check the free space and the permissions."
+        raise Error(f"{folder / FAVOURITES} cannot be written: {e.strerror}.", fix) from None

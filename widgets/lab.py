@@ -23,6 +23,7 @@ from typing import IO
 
 from ..console import install
 from ..errors import Error
+from ..whole import appearing
 
 INTRO = """# Studio
 
@@ -250,6 +251,7 @@ def _write(book, path: Path) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(book, path)
+        with appearing(path) as part:
+            nbformat.write(book, part)
     except OSError as e:
         raise Error(f"{path} cannot be written: {e.strerror}.", "Name a notebook somewhere else.") from None

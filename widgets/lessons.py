@@ -1,13 +1,13 @@
 """`mlxdiff lessons` copies the notebooks for the reader and opens JupyterLab on them, where they start alone."""
 
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import mlxdiff
 
+from .. import whole
 from ..console import Parser, run
 from ..errors import Error
 from .lab import lab, needed
@@ -62,9 +62,10 @@ def copy(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for book in books():
             if not (folder / book.name).exists():
-                shutil.copyfile(book, folder / book.name)
+                whole.write(folder / book.name, book.read_bytes())
     except OSError as e:
-        raise Error(f"{folder} cannot be written: {e.strerror}.", "Name another folder.") from None
+        fix = "Free some space, or name another folder."
+        raise Error(f"{folder} cannot be written: {e.strerror}.", fix) from None
 
 
 if __name__ == "__main__":

@@ -215,15 +215,7 @@ class Picker:
         self._studio._set(row.wants)
 
     def _looked(self, paths: list[Path], model) -> dict[Path, object]:
-        keys = {path: (path, *_stamp(path), model.name) for path in paths}
+        keys = {path: (path, *foreign.stamp(path), model.name) for path in paths}
         new = [path for path, key in keys.items() if key not in self._known]
         self._known |= {keys[path]: found for path, found in store.look(new, model).items()}
         return {path: self._known[key] for path, key in keys.items()}
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_size

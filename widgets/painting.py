@@ -10,7 +10,7 @@ from .. import images, pictures
 from ..errors import Error
 from ..request import OUTPAINT, STRENGTH, Request
 from .settings import Settings
-from .start_picture import StartPicture, opened
+from .start_picture import StartPicture, keep, opened
 from .view import View
 
 MASK = "mask-"  # how the names of masks' files begin
@@ -124,10 +124,7 @@ def read_mask(png: bytes, size: tuple[int, int]) -> Image.Image:
 
 def write_mask(mask: Image.Image, folder: Path) -> Path:
     """Save a mask beside the pictures that will be drawn with it: their settings name this file."""
-    path = folder / f"{MASK}{images.fingerprint(mask)}.png"
-    part = path.with_suffix(".part")
-    part.write_bytes(_png(mask))
-    return part.replace(path)
+    return keep(folder / f"{MASK}{images.fingerprint(mask)}.png", _png(mask))
 
 
 def _paint(mask: Image.Image) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 import ipywidgets as w
 from PIL import Image
 
-from .. import images
+from .. import images, whole
 from ..errors import Error
 from .gallery import thumbnail
 
@@ -78,6 +78,14 @@ def write_picture(data: bytes, folder: Path, kind: str) -> Path:
     kind: START or GUIDE."""
     image = opened(data)
     path = folder / f"{kind}{images.fingerprint(images.read(image))}.{image.format.lower()}"
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    return part.replace(path)
+    return keep(path, data)
+
+
+def keep(path: Path, data: bytes) -> Path:
+    """Write a file beside the pictures."""
+    try:
+        whole.write(path, data)
+    except OSError as e:
+        fix = "Free some space, or set studio.folder."
+        raise Error(f"{path} cannot be written: {e.strerror}.", fix) from None
+    return path

@@ -71,6 +71,8 @@ function render({ model, el }) {
   const caption = h("p", { class: "mlxdiff-caption" });
   const path = h("p", { class: "mlxdiff-path" });
   const download = h("a", { class: "mlxdiff-button" }, "Download");
+  const copies = [["JPEG", "jpg"], ["WebP", "webp"]].map(([name, ending]) =>
+    button(name, () => send("copy", { key: current, ending }), `Download it as a ${name}, with its settings`));
   const back = button("Back to the preview", () => { pinned = null; update(); }, "Show the running picture");
   const begin = button("", () => send("begin", { key: current }), "");
   const enlarge = button("Enlarge 2×", () => send("enlarge", { key: current }), "");
@@ -97,7 +99,7 @@ function render({ model, el }) {
   const settle = h("div", { class: "mlxdiff-tools mlxdiff-settle", role: "group", "aria-label": "Its settings" },
     button("Restore settings", () => send("restore", { key: current }), "Take over all settings of this picture"),
     button("Use its seed", () => send("seed", { key: current }), "Take over the seed and keep it"));
-  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" }, begin, change, enlarge, compare, star, full, download, remove, back);
+  const tools = h("div", { class: "mlxdiff-tools", role: "group", "aria-label": "This picture" }, begin, change, enlarge, compare, star, full, download, ...copies, remove, back);
   const frame = h("div", { class: "mlxdiff-frame" }, stage);
   const covered = (yes) => { frame.hidden = yes; main.classList.toggle("mlxdiff-paints", yes); };
   const paper = painting({ model, send, h, covered });
@@ -154,6 +156,12 @@ function render({ model, el }) {
     download.href = url;
     download.download = it.name;
     setCurrent(it.key);
+  }
+
+  function hand(bytes, name) {
+    const src = URL.createObjectURL(new Blob([bytes]));
+    h("a", { href: src, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(src), 60000); // the browser may still read it
   }
 
   function beside(png) {
@@ -299,6 +307,7 @@ function render({ model, el }) {
   function receive(message, buffers) {
     if (message.do === "paint") return paper.open();
     if (message.do === "before") return message.key === current && beside(buffers[0]);
+    if (message.do === "copy") return hand(buffers[0], message.name);
     if (message.do !== "frame" || pinned !== null || !model.get("running")) return;
     empty.hidden = split.hidden = true;
     sharp.hide();

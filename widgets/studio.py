@@ -339,6 +339,9 @@ class Studio(Settings, w.VBox):
             self._add(self._history[key].path)
         elif do == "before":
             self.view.send({"do": "before", "key": key}, [self._history[key].before()])
+        elif do == "copy":
+            name, data = self._history[key].copy(message["ending"])
+            self.view.send({"do": "copy", "name": name}, [data])
         elif do == "enlarge":
             self._enlarge(self._history[key])
         elif do == "star":

@@ -2,8 +2,8 @@
 
 It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
 The page only sends messages. They are dicts whose `do` is generate, compare, cancel; view, restore, seed, begin,
-paint, before, enlarge, star, delete (with a picture of the history); drop, mask (with bytes); outpaint, soften (with
-numbers)."""
+paint, before, copy, enlarge, star, delete (with a picture of the history); drop, mask (with bytes); outpaint, soften
+(with numbers)."""
 
 import re
 import traceback

@@ -9,25 +9,26 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib import metadata
 from typing import NamedTuple
 
 import mlx.core as mx
-from tqdm import trange
+from tqdm import tqdm, trange
 
-from .. import BLAS, __version__
-from ..console import Parser, run
+from .. import foreign
+from ..console import Parser, run, say, say_json
 from ..errors import Error
 from ..families import DEFAULT, MODELS
 from ..families.base import SECOND_PASS
 from ..pipeline import Pipeline, load
 from ..recipe import BITS, DTYPES, SMALLER, Recipe, bits_of
 from ..request import Request
-from . import against_torch, start
+from ..samplers import SAMPLERS
+from . import against_torch, machine, quality, report, start
 from .random_model import RandomNetworks, random_pipeline
 from .step import Trace, spread
 
 _PROMPT = "a red house under a full moon"
+_QUALITY = "draw with several settings: what they cost, and what the pictures are worth"
 _STAGES = ("encode", "load", "prepare", "denoise", "decode")  # prepare: everything that is constant during the loop
 _AFTER = {"encode": "prepare", "load": "prepare", "denoise": "decode", "decode": None}
 
@@ -40,10 +41,12 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--random", choices=MODELS, metavar="NAME", help="a named model's networks with random weights; needs no file"
     )
+    which.add_argument("--quality", nargs="?", const=DEFAULT, metavar="MODEL", help=f"{_QUALITY} ({DEFAULT})")
+    which.add_argument("--table", nargs="+", metavar="FILE", help="make one table of files that --report wrote")
     g.add_argument(
         "--blocks", type=int, metavar="N", help="with --random: keep N blocks of each kind in SD3, FLUX and T5"
     )
-    g.add_argument("--steps", type=int, default=4, metavar="N", help="steps of a run (4)")
+    g.add_argument("--steps", type=int, metavar="N", help="steps of a run (4; with --report the model's)")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
     g.add_argument("--batch", type=int, choices=(1, 2), help="1: no guidance, 2: guidance (default: the model's)")
@@ -52,10 +55,20 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--low-memory", action="store_true", help="slower, but in less memory")
     g.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
     g = p.add_argument_group("how")
-    g.add_argument("--repeat", type=int, default=3, metavar="N", help="runs to measure, after one warm-up run (3)")
+    g.add_argument("--repeat", type=int, metavar="N", help="runs to measure, after one warm-up run (3)")
     g.add_argument("--against", choices=("torch",), help="time diffusers' network alternately with ours")
     g.add_argument("--install", metavar="PATH", help="also time a fresh install of this wheel or checkout")
+    g.add_argument(
+        "--report", nargs="?", const="-", metavar="FILE", help="write the figures as JSON and Markdown to send"
+    )
+    g.add_argument("--note", default="", metavar="TEXT", help="with --report: what else matters, such as 'on battery'")
     g.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    g = p.add_argument_group("with --quality")
+    what = "steps=4,8 sampler=ddim bits=8,none: all combinations (default: each of the three changes alone)"
+    g.add_argument("--over", nargs="+", default=(), metavar="NAME=VALUES", help=what)
+    g.add_argument("--prompts", metavar="N|FILE", help="how many, or a text file with one a line")
+    g.add_argument("--clip", metavar="CLIP", help="what scores pictures of other models; see mlxdiff score --help")
+    g = p.add_argument_group("also")
     g.add_argument("-h", "--help", action="help", help="show this and stop")
     return p
 
@@ -66,51 +79,125 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    if args.repeat < 1:
+    if args.repeat is not None and args.repeat < 1:
         raise Error(f"--repeat must be at least 1; {args.repeat} was given.", "Use 1 or more.")
     if args.random is not None and args.install is not None:
         raise Error("--install draws a picture, and --random has no model for that.", "Name a model with -m.")
     if args.blocks is not None and (args.random is None or args.blocks < 1):
         raise Error(f"--blocks {args.blocks} has no effect.", "Use 1 or more, with --random.")
-    facts = measure(args)
-    print(json.dumps(facts) if args.json else table(facts))
+    _check_mode(args)
+    if args.table is not None:
+        say(report.table_of([foreign.path(file) for file in args.table]))
+    elif args.quality is not None:
+        facts = compare(args)
+        say_json(facts) if args.json else say(quality.table(facts))
+    elif args.report is not None:
+        send(args)
+    else:
+        facts = measure(args)
+        print(json.dumps(facts) if args.json else table(facts))
     return 0
+
+
+def _check_mode(args: argparse.Namespace) -> None:
+    """Raise if a flag has no effect on what is asked for."""
+    only = {"quality": ("over", "prompts", "clip"), "report": ("note",)}
+    for mode, names in only.items():
+        typed = next((name for name in names if getattr(args, name)), None)
+        if typed is not None and getattr(args, mode) is None:
+            raise Error(f"--{typed} has no effect without --{mode}.", "Leave it out.")
+    drawn = ("batch", "steps", "repeat", "quantize", "against", "install", "blocks", "report")
+    sized = ("width", "height", "dtype")
+    none = {"quality": drawn, "table": (*drawn, *sized, "json"), "report": ("against", "install", "blocks", "json")}
+    for mode, names in none.items():
+        typed = next((name for name in names if getattr(args, name)), None)
+        if typed is not None and getattr(args, mode) is not None:
+            fix = "Give `over=steps=4,8` or `over=bits=8,none`." if mode == "quality" else "Leave it out."
+            raise Error(f"`{typed}` has no effect with --{mode}.", fix)
+
+
+def opened(args: argparse.Namespace) -> Pipeline:
+    if args.random is not None:
+        return random_pipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force, bits=args.quantize)
+    return load(args.model, bits=args.quantize, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
 
 
 def measure(args: argparse.Namespace) -> dict:
     """All figures. Each time is {median, least, most, n} in seconds."""
-    if args.random is None:
-        pipe = load(args.model, bits=args.quantize, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
-    else:
-        pipe = random_pipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force, bits=args.quantize)
+    pipe, repeat = opened(args), 3 if args.repeat is None else args.repeat
     request = asked(pipe, args)
     if args.against is not None:
         against_torch.check(pipe)
-    model, batch = pipe.description, pipe.description.passes(request)
-    facts = {
-        "mlxdiff": __version__,
-        "mlx": metadata.version("mlx"),
-        "device": "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu",
-        "chip": str(mx.device_info().get("device_name", "unknown")),
-        "blas": BLAS,
+    facts = about(pipe, request, args) | {"repeat": repeat}
+    if args.report is None:  # the rest is no figure of the model
+        facts |= {
+            "import": start.import_time(repeat),
+            "cold_start": None if args.random else start.cold_start(args, request, repeat),  # before the model is held
+            "install": start.install_size(),
+            "install_to_picture": None if args.install is None else start.install_to_picture(args, request),
+        }
+    facts |= draw(pipe, request, repeat, parts=args.report is None)
+    batch = facts["batch"]
+    facts["against"] = None if args.against is None else against_torch.compare(pipe, request, batch, repeat)
+    return facts
+
+
+def about(pipe: Pipeline, request: Request, args: argparse.Namespace) -> dict:
+    """What is measured, and on what."""
+    model = pipe.description
+    return machine.facts() | {
         "model": pipe.name,
         "family": model.family.name,
         "random": args.random is not None,
         **asdict(model.recipe),
         "width": request.width,
         "height": request.height,
-        "batch": batch,
+        "batch": model.passes(request),
         "steps": request.steps,
-        "repeat": args.repeat,
         "low_memory": args.low_memory,
-        "import": start.import_time(args.repeat),
-        "cold_start": None if args.random else start.cold_start(args, request),  # before this process holds the model
-        "install": start.install_size(),
-        "install_to_picture": None if args.install is None else start.install_to_picture(args, request),
     }
-    facts |= draw(pipe, request, args.repeat)
-    facts["against"] = None if args.against is None else against_torch.compare(pipe, request, batch, args.repeat)
-    return facts
+
+
+def send(args: argparse.Namespace) -> None:
+    """Measure, and print what a user may send; to a file, the JSON alone."""
+    report.check_note(args.note)
+    file = None if args.report == "-" else foreign.path(args.report)
+    if file is not None and file.exists():
+        raise Error(f"{file} is there already.", "Choose another name.")
+    made = report.report(measure(args), args.random or args.model, args.note)
+    if file is None:
+        say(report.pasted(made))
+    else:
+        report.write(made, file)
+        say(f"{file}\n{report.table([made])}")
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """The figures of `--quality`."""
+    size = {"width": args.width, "height": args.height}
+
+    def opened(bits: int | str | None) -> Pipeline:
+        return load(args.quality, bits=bits, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
+
+    question = quality.asked(args.quality, args.prompts)
+    pipe = opened(None)
+    request = pipe.resolve(question.prompts[0], seed=0, **size)
+    known = [name for name, row in SAMPLERS.items() if row.flow is not None or not pipe.description.family.flow]
+    facts = about(pipe, request, args)
+    bits = (8, 4) if facts["device"] == "gpu" else (4,)  # which a CPU multiplies slowly
+    todo = quality.settings(request.steps, request.sampler, known, args.over, bits)
+    del pipe
+    scorer, total = quality.Scorer(question, args.clip), len(todo) * len(question.prompts)
+    with tqdm(total=total, desc="draw", unit="picture", leave=False, disable=True if args.json else None) as bar:
+        rows = quality.compare(opened, todo, question, scorer, lambda done: bar.update(done - bar.n), **size)
+    return {
+        **{name: facts[name] for name in facts if name not in ("bits", "steps", "batch", "random")},
+        "prompts": question.prompts,
+        "own": question.labels is not None,
+        "score": scorer.title,
+        "rows": rows,
+        "fastest_as_good": quality.fastest_as_good(rows),
+    }
 
 
 def asked(pipe: Pipeline, args: argparse.Namespace) -> Request:
@@ -121,22 +208,24 @@ def asked(pipe: Pipeline, args: argparse.Namespace) -> Request:
         raise Error(f"{pipe.name} has no second pass for guidance.", "Use --batch 1.")
     if args.batch is not None and two:
         guidance = 1.0 if args.batch == 1 else max(pipe.description.defaults.guidance, 2.0)
+    steps = 4 if args.steps is None and args.report is None else args.steps
     return pipe.resolve(
-        _PROMPT, seed=0, steps=args.steps, width=args.width, height=args.height, guidance=guidance, sampler="euler"
+        _PROMPT, seed=0, steps=steps, width=args.width, height=args.height, guidance=guidance, sampler="euler"
     )
 
 
 # ---- the run and its step
 
 
-def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
+def draw(pipe: Pipeline, request: Request, repeat: int, parts: bool = True) -> dict:
     """A warm-up run, whose first step is traced, then `repeat` runs. The peaks come from the first run, since later
     runs already have the networks in memory, and so do the stages that only it has, such as loading. Random weights are
-    not loaded, so making them is not timed, except a transformer's modulations, which are created inside `prepare`."""
+    not loaded, so making them is not timed, except a transformer's modulations, which are created inside `prepare`.
+    parts: also time the first step's matmuls, convolutions and attentions alone."""
     random = isinstance(pipe.networks, RandomNetworks)
     trace, clock = Trace(), pipe.networks.clock if random else time.perf_counter
     try:
-        first = watch(pipe, request, clock, trace)
+        first = watch(pipe, request, clock, trace if parts else None)
     finally:
         trace.on(False)
     runs = trange(repeat, desc="runs", leave=False, disable=None)  # a bar on a terminal only
@@ -148,16 +237,20 @@ def draw(pipe: Pipeline, request: Request, repeat: int) -> dict:
     if random:
         del stages["load"]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    parts, step = trace.alone(repeat), spread([s for r in rest for s in r.steps])
-    parts["rest"] = {"seconds": step["median"] - sum(p["seconds"] for p in parts.values())}
+    step = spread([s for r in rest for s in r.steps])
+    total = {"seconds": spread([sum(r.seconds.values()) for r in rest]), "resident_bytes": resident}
+    inside = inside_step(trace, step["median"], repeat) if parts else {}
+    return {"stages": stages, "total": total, "step": {"seconds": step, **inside}}
+
+
+def inside_step(trace: Trace, step: float, repeat: int) -> dict:
+    """What a step of so many seconds spends its time on."""
+    parts = trace.alone(repeat)
+    parts["rest"] = {"seconds": step - sum(p["seconds"] for p in parts.values())}
     for part in parts.values():
-        part["share"] = part["seconds"] / step["median"]
-    kernels = {"kernels": sum(trace.kernels.values()), "primitives": dict(trace.kernels.most_common())}
-    return {
-        "stages": stages,
-        "total": {"seconds": spread([sum(r.seconds.values()) for r in rest]), "resident_bytes": resident},
-        "step": {"seconds": step, **kernels, "parts": parts},
-    }
+        part["share"] = part["seconds"] / step
+    primitives = dict(trace.kernels.most_common())
+    return {"kernels": sum(trace.kernels.values()), "primitives": primitives, "parts": parts}
 
 
 class Run(NamedTuple):

@@ -26,10 +26,10 @@ def import_time(repeat: int) -> dict:
     return spread([_seconds([sys.executable, "-c", "import mlxdiff.generate"]) - bare for _ in range(repeat)])
 
 
-def cold_start(args: argparse.Namespace, request: Request) -> dict:
+def cold_start(args: argparse.Namespace, request: Request, repeat: int) -> dict:
     """Seconds from the command to the first byte of a one-step picture. The model is already converted, and its files
     may be in the system's cache."""
-    return spread([first_byte(sys.executable, args, request, _environment()) for _ in range(args.repeat)])
+    return spread([first_byte(sys.executable, args, request, _environment()) for _ in range(repeat)])
 
 
 def install_to_picture(args: argparse.Namespace, request: Request) -> dict:

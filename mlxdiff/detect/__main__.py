@@ -5,10 +5,11 @@ import sys
 import time
 from pathlib import Path
 
-from .. import images
+from .. import images, metadata
 from ..console import Parser, run, say
 from ..foreign import path as expanded
-from ..generate import Bar, check_writable
+from ..generate import Bar
+from ..output import check_writable
 from . import DEPTH, KINDS, check
 from . import run as detect
 
@@ -44,7 +45,7 @@ def make(args: argparse.Namespace) -> int:
     check_writable(target.parent, "-o")
     with Bar(False, sys.stdout) as bar:
         made = detect(args.kind, picture, model=args.model, offline=args.offline, progress=bar.progress)
-    path = images.write(made, target)
+    path = images.write(made, target, metadata.DRAWN if args.kind == "depth" else metadata.ENHANCED)
     say(f"{path}  {made.width} x {made.height}, {time.perf_counter() - begin:.1f} s")
     return 0
 

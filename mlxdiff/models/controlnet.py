@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import unet
-from .layers import TimeEmbedding, quick_gelu
+from .layers import Conv3x3, TimeEmbedding, quick_gelu
 
 
 class Reads:
@@ -65,11 +65,11 @@ class Hint(nn.Module):
 
     def __init__(self, c_in: int, widths: tuple[int, ...], c: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(c_in, widths[0])
         self.blocks = []
         for a, b in pairwise(widths):
-            self.blocks += [nn.Conv2d(a, a, 3, padding=1), nn.Conv2d(a, b, 3, stride=2, padding=1)]
-        self.conv_out = nn.Conv2d(widths[-1], c, 3, padding=1)
+            self.blocks += [Conv3x3(a, a), nn.Conv2d(a, b, 3, stride=2, padding=1)]
+        self.conv_out = Conv3x3(widths[-1], c)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = nn.silu(self.conv_in(x))

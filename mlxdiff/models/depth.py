@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import attention, gelu, split_heads
+from .layers import Conv3x3, attention, gelu, split_heads
 
 # What stands behind `taps` in DPT: how much finer or coarser each map is than the patches.
 ENLARGED, HALVED = (4, 2, 1), 2
@@ -140,7 +140,7 @@ class Reassemble(nn.Module):
 class Residual(nn.Module):
     def __init__(self, c: int):
         super().__init__()
-        self.convolution1, self.convolution2 = (nn.Conv2d(c, c, 3, padding=1) for _ in range(2))
+        self.convolution1, self.convolution2 = (Conv3x3(c, c) for _ in range(2))
 
     def __call__(self, x: mx.array) -> mx.array:
         return x + self.convolution2(nn.relu(self.convolution1(nn.relu(x))))
@@ -166,8 +166,8 @@ class Head(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c = config.fusion
-        self.conv1 = nn.Conv2d(c, c // 2, 3, padding=1)
-        self.conv2 = nn.Conv2d(c // 2, config.head, 3, padding=1)
+        self.conv1 = Conv3x3(c, c // 2)
+        self.conv2 = Conv3x3(c // 2, config.head)
         self.conv3 = nn.Linear(config.head, 1)  # a 1x1 convolution in the file
 
     def __call__(self, x: mx.array, H: int, W: int) -> mx.array:
@@ -182,7 +182,7 @@ class DepthAnything(nn.Module):
         n = len(config.taps)
         self.backbone = Backbone(config)
         self.reassemble = [Reassemble(config, i) for i in range(n)]
-        self.convs = [nn.Conv2d(c, config.fusion, 3, padding=1, bias=False) for c in config.neck]
+        self.convs = [Conv3x3(c, config.fusion, bias=False) for c in config.neck]
         self.fusion = [Fusion(config.fusion, i == 0) for i in range(n)]
         self.head = Head(config)
 

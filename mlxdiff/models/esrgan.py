@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import Upsample, fused
+from .layers import Conv3x3, Upsample, fused
 
 COLOURS = 3
 
@@ -41,7 +41,7 @@ class DenseBlock(nn.Module):
     def __init__(self, c: int, growth: int):
         super().__init__()
         for i in range(5):
-            self[f"conv{i + 1}"] = nn.Conv2d(c + i * growth, growth if i < 4 else c, 3, padding=1)
+            self[f"conv{i + 1}"] = Conv3x3(c + i * growth, growth if i < 4 else c)
 
     def __call__(self, x: mx.array) -> mx.array:
         seen = x
@@ -65,12 +65,12 @@ class ESRGAN(nn.Module):
         super().__init__()
         self.config = config
         c = config.width
-        self.conv_first = nn.Conv2d(COLOURS * config.fold**2, c, 3, padding=1)
+        self.conv_first = Conv3x3(COLOURS * config.fold**2, c)
         self.body = [RRDB(c, config.growth) for _ in range(config.rrdb)]
-        self.conv_body = nn.Conv2d(c, c, 3, padding=1)
+        self.conv_body = Conv3x3(c, c)
         self.conv_up = [Upsample(c) for _ in range(config.doublings)]
-        self.conv_hr = nn.Conv2d(c, c, 3, padding=1)
-        self.conv_last = nn.Conv2d(c, COLOURS, 3, padding=1)
+        self.conv_hr = Conv3x3(c, c)
+        self.conv_last = Conv3x3(c, COLOURS)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_first(folded(x.astype(self.conv_first.weight.dtype), self.config.fold))

@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from . import cpu, ways
+
 FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
 SCORES = 1 << 24  # bytes of attention scores per piece if no fused kernel runs; MLX queues about ten pieces
 
@@ -36,21 +38,25 @@ def fused(chain: Callable) -> Callable:
     return call
 
 
+@cpu.rather(cpu.silu)
 @fused
 def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
+@cpu.rather(cpu.gelu)
 @fused
 def gelu(x: mx.array) -> mx.array:
     return x * (1 + mx.erf(x / math.sqrt(2))) / 2
 
 
+@cpu.rather(cpu.quick_gelu)
 @fused
 def quick_gelu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(1.702 * x)
 
 
+@cpu.rather(cpu.geglu)
 @fused
 def geglu(x: mx.array, gate: mx.array) -> mx.array:
     return x * gelu(gate)
@@ -83,6 +89,8 @@ class GroupNorm(nn.Module):
         self.apply_to = normed_silu if silu else normed
 
     def __call__(self, x: mx.array) -> mx.array:
+        if cpu.suits("group norm", x):
+            return cpu.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.apply_to is normed_silu)
         y = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)  # (B, N, groups, c / groups)
         per = mx.array(1 / (y.shape[1] * y.shape[3]))
         total = y.astype(mx.float32).sum(1, keepdims=True).sum(3, keepdims=True)  # (B, 1, groups, 1)
@@ -94,13 +102,24 @@ class GroupNorm(nn.Module):
 def pad_heads(x: mx.array) -> mx.array:
     """Pad the last axis with zeros to a width of the fused kernel. This changes neither the scores nor the output."""
     d = x.shape[-1]
-    width = next((n for n in FUSED if n >= d), d)
+    width = d if _unpadded(d, x) else next((n for n in FUSED if n >= d and not _slow(n)), d)
     return x if width == d else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - d)])
+
+
+def _unpadded(d: int, x: mx.array) -> bool:
+    return cpu.suits("attention", x) or (d < FUSED[0] and ways.chosen("unpadded", d))
+
+
+def _slow(width: int) -> bool:
+    """Whether heads of the next width were measured to be faster. M5's matrix units take no heads of 72 and 80."""
+    return width in (72, 80) and ways.chosen("wider", width)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None = None) -> mx.array:
     """softmax(q k^T / sqrt(d)) v. q: (B, heads, N, d); k, v: (B, heads, M, d), padded or not -> (B, N, heads * d)."""
     B, heads, N, d = q.shape
+    if mask is None and cpu.suits("attention", q):
+        return cpu.attention(q, k, v)
     q, k, v = pad_heads(q), pad_heads(k), pad_heads(v)
     attend = partial(mx.fast.scaled_dot_product_attention, k=k, v=v, scale=d**-0.5, mask=mask)
     fused = q.shape[-1] in FUSED and mx.default_device() == mx.gpu
@@ -185,17 +204,35 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(silu(self.linear_1(x)))
 
 
+def conv3x3(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """A convolution with a kernel of 3 x 3, padded by one pixel. weight: (o, 3, 3, c)."""
+    if cpu.suits("convolution", x):
+        return cpu.conv3x3(x, weight, bias)
+    if min(weight.shape[0], x.shape[-1]) >= ways.MANY and ways.chosen("unfold", x.shape[-1], x.shape[1] * x.shape[2]):
+        return ways.unfold(x, weight, bias)
+    y = mx.conv2d(x, weight, padding=1)
+    return y if bias is None else y + bias
+
+
+class Conv3x3(nn.Conv2d):
+    def __init__(self, c_in: int, c: int, bias: bool = True):
+        super().__init__(c_in, c, 3, padding=1, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return conv3x3(x, self.weight, self.get("bias"))
+
+
 class ResBlock(nn.Module):
     """Two convolutions and a skip. `shift`, (B or 1, c), comes from `time_shift` and is added between them."""
 
     def __init__(self, c_in: int, c: int, groups: int, eps: float, time: int | None = None):
         super().__init__()
         self.norm1 = GroupNorm(groups, c_in, eps, silu=True)
-        self.conv1 = nn.Conv2d(c_in, c, 3, padding=1)
+        self.conv1 = Conv3x3(c_in, c)
         if time is not None:
             self.time_emb_proj = nn.Linear(time, c)
         self.norm2 = GroupNorm(groups, c, eps, silu=True)
-        self.conv2 = nn.Conv2d(c, c, 3, padding=1)
+        self.conv2 = Conv3x3(c, c)
         if c_in != c:
             self.conv_shortcut = nn.Linear(c_in, c)  # a 1x1 convolution in the file
 
@@ -204,7 +241,7 @@ class ResBlock(nn.Module):
 
     def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
         shift = self.conv1.bias if shift is None else shift[:, None, None]
-        h = mx.conv2d(self.norm1(x), self.conv1.weight, padding=1) + shift
+        h = conv3x3(self.norm1(x), self.conv1.weight) + shift
         h = self.conv2(self.norm2(h))
         return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
 
@@ -223,7 +260,7 @@ class Upsample(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.conv = Conv3x3(c, c)
 
     def __call__(self, x: mx.array, h: int, w: int) -> mx.array:
         B, h0, w0, c = x.shape
@@ -231,6 +268,7 @@ class Upsample(nn.Module):
         return self.conv(x[:, :h, :w])
 
 
+@cpu.rather(cpu.gelu_tanh)
 @fused
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in its tanh form (Hendrycks and Gimpel 2016), by (1 + tanh z) / 2 = sigmoid(2 z)."""

@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from . import unet
 from .controlnet import Reads
+from .layers import Conv3x3
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def misfit(config: Config, net: object, factor: int) -> str:
 class ResBlock(nn.Module):
     def __init__(self, c: int, kernel: int):
         super().__init__()
-        self.block1 = nn.Conv2d(c, c, 3, padding=1)
+        self.block1 = Conv3x3(c, c)
         self.block2 = nn.Linear(c, c) if kernel == 1 else nn.Conv2d(c, c, kernel, padding=kernel // 2)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -82,7 +83,7 @@ class T2IAdapter(nn.Module):
         self.config = config
         light, c = config.kind == "light", config.in_channels * config.patch**2
         if not light:
-            self.conv_in = nn.Conv2d(c, config.channels[0], 3, padding=1)
+            self.conv_in = Conv3x3(c, config.channels[0])
             c = config.channels[0]
         self.body = []
         for width in config.channels:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from .layers import Conv3x3
+
 
 @dataclass(frozen=True)
 class Config:
@@ -18,7 +20,7 @@ class Config:
 class Block(nn.Module):
     def __init__(self, c: int):
         super().__init__()
-        conv = [nn.Conv2d(c, c, 3, padding=1) for _ in range(3)]
+        conv = [Conv3x3(c, c) for _ in range(3)]
         self.conv = [conv[0], nn.ReLU(), conv[1], nn.ReLU(), conv[2]]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -33,12 +35,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         c, last = config.width, len(config.blocks) - 1
-        self.layers = [nn.Conv2d(config.latent_channels, c, 3, padding=1), nn.ReLU()]
+        self.layers = [Conv3x3(config.latent_channels, c), nn.ReLU()]
         for i, n in enumerate(config.blocks):
             self.layers += [Block(c) for _ in range(n)]
             if i < last:
-                self.layers += [nn.Upsample(2), nn.Conv2d(c, c, 3, padding=1, bias=False)]
-        self.layers.append(nn.Conv2d(c, config.out_channels, 3, padding=1))
+                self.layers += [nn.Upsample(2), Conv3x3(c, c, bias=False)]
+        self.layers.append(Conv3x3(c, config.out_channels))
 
     def decode(self, z: mx.array) -> mx.array:
         x = mx.tanh(z.astype(self.layers[0].weight.dtype) / 3) * 3  # it was trained on latents in this range

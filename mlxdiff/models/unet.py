@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from .layers import (
     Attention,
+    Conv3x3,
     Downsample,
     GroupNorm,
     ResBlock,
@@ -193,7 +194,7 @@ class HalfUNet(nn.Module):
         super().__init__()
         self.config = config
         c, last = config.channels[0], len(config.channels) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, c)
         self.time_embedding = TimeEmbedding(c, 4 * c, config.time_cond)
         if config.added is not None:
             self.add_embedding = TimeEmbedding(config.added, 4 * c)
@@ -287,7 +288,7 @@ class UNet(HalfUNet):
             self.up_blocks.append(UpBlock(config, c_in, width, depth, config.heads[i], i > 0))
 
         self.conv_norm_out = GroupNorm(config.groups, c, config.eps, silu=True)
-        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(c, config.out_channels)
 
     def __call__(
         self,

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample, pack, unpack
+from .layers import Attention, Conv3x3, Downsample, GroupNorm, ResBlock, Upsample, pack, unpack
 
 EPS = 1e-6  # eps of every norm
 
@@ -106,14 +106,14 @@ class Encoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c, last = config.channels[0], len(config.channels) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, c)
         self.down_blocks = []
         for i, width in enumerate(config.channels):
             self.down_blocks.append(DownBlock(c, width, config.layers, config.groups, i < last))
             c = width
         self.mid_block = MidBlock(c, config)
         self.conv_norm_out = GroupNorm(config.groups, c, EPS, silu=True)
-        self.conv_out = nn.Conv2d(c, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv3x3(c, 2 * config.latent_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)
@@ -126,14 +126,14 @@ class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c = config.channels[-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, c, 3, padding=1)
+        self.conv_in = Conv3x3(config.latent_channels, c)
         self.mid_block = MidBlock(c, config)
         self.up_blocks = []
         for i, width in reversed(list(enumerate(config.channels))):
             self.up_blocks.append(UpBlock(c, width, config.layers + 1, config.groups, i > 0))
             c = width
         self.conv_norm_out = GroupNorm(config.groups, c, EPS, silu=True)
-        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(c, config.out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.mid_block(self.conv_in(x))

@@ -35,10 +35,9 @@ def show() -> int:
         wide = max(len(e.name) for e in held)
         say(f"{'name':{wide}}  {'weights':13} {'size':>9}  {'made':10}  source")
     for e in held:
-        made = time.strftime("%Y-%m-%d", time.localtime(e.made))
         state = "being made" if e.busy else e.useless
         source = f"{e.source or '-'} ({state})" if state else e.source or "-"
-        say(f"{e.name:{wide}}  {e.recipe or '-':13} {_size(e.size):>9}  {made}  {source}")
+        say(f"{e.name:{wide}}  {e.recipe or '-':13} {_size(e.size):>9}  {_day(e.made)}  {source}")
     say(f"{_size(sum(e.size for e in held))} in {cache.root()}.")
     useless = sum(e.size for e in held if e.useless)
     if useless:
@@ -93,6 +92,13 @@ def _called(name: str, held: list[cache.Entry]) -> list[cache.Entry]:
         fix = f"{did_you_mean(name, (e.name for e in held))}mlxdiff cache lists what is kept."
         raise Error(f"The cache holds no conversion of {name!r}.", fix)
     return chosen
+
+
+def _day(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d", time.localtime(seconds))
+    except (OSError, OverflowError, ValueError):  # the clock was far off when the folder was made
+        return f"{'-':10}"
 
 
 def _size(n: int) -> str:

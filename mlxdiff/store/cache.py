@@ -18,6 +18,7 @@ from pathlib import Path
 from .. import description, foreign
 from ..errors import Error
 from ..recipe import Recipe
+from ..whole import appearing
 
 # Matches the folder of a conversion, and the scratch folder of an unfinished one.
 _OURS = re.compile(r"(.+-[0-9a-f]{12})(\.\w+\.part)?")
@@ -197,7 +198,7 @@ def _locked(target: Path, busy: Callable[[], None] | None) -> Iterator[bool]:
             busy()
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             yield False
             return
@@ -236,12 +237,8 @@ def read_note(path: Path) -> dict:
 def write_note(path: Path, note: dict) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}")
-        try:
-            write_json(fresh, note)
-            os.replace(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        with appearing(path) as part:
+            write_json(part, note)
 
 
 def write_json(path: Path, value: dict) -> None:

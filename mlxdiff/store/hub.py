@@ -35,6 +35,7 @@ _WEIGHTS = re.compile(
     r"(?:\.index(?:\.(?P<shards_of>\w+))?\.json)?"
 )
 _PLAIN = re.compile(r"\w[\w.-]{0,127}")  # commits and ETags, which become names in the cache
+_NO_RANGE = 416  # how a server refuses to send the rest of a file
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's ETag of every large file
 
 
@@ -47,7 +48,8 @@ def listing(repo: str, revision: str) -> tuple[str, dict[str, int]]:
     """The commit that a revision stands for now, and its files with their sizes. This takes one request."""
     with _explained(repo, revision):
         try:
-            info = hf.HfApi(endpoint=constants.ENDPOINT).model_info(repo, revision=revision, files_metadata=True)
+            api, patience = hf.HfApi(endpoint=constants.ENDPOINT), constants.HF_HUB_ETAG_TIMEOUT  # else it has no end
+            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=patience)
             commit, files = info.sha, {file.rfilename: file.size for file in info.siblings}
         except errors.HFValidationError:
             raise
@@ -66,9 +68,9 @@ def listing(repo: str, revision: str) -> tuple[str, dict[str, int]]:
 def held(repo: str, revision: str) -> tuple[str, dict[str, int]]:
     """The same as `listing`, but from the hub's cache alone."""
     ref = _folder(repo) / "refs" / revision
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    commit = ref.read_bytes().decode("ascii", "replace").strip() if ref.is_file() else revision
     folder = _folder(repo) / "snapshots" / commit
-    if not folder.is_dir():
+    if not _PLAIN.fullmatch(commit) or not folder.is_dir():  # after a crash a ref can be empty
         raise _absent(repo)
     return commit, {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
 
@@ -181,9 +183,13 @@ def _fetch(repo: str, commit: str, name: str, size: int, watch: Callable[[int], 
             have = 0
         if shutil.disk_usage(blob.parent).free < size - have:
             raise _full(repo, f"; {name} needs {(size - have) / 1e9:.2f} GB")
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed range would be other bytes
-        with _Watched(part, watch) as file:
-            http_get(url, file, resume_size=have, headers=headers, expected_size=size)
+        try:
+            _get(url, part, have, size, watch)
+        except errors.HfHubHTTPError as e:
+            if not have or e.response.status_code != _NO_RANGE:
+                raise
+            part.unlink()  # else every later run would be refused the same
+            _get(url, part, 0, size, watch)
         # What arrives may be damaged, and after a crash a file can be longer than the data that reached the disk.
         if _SHA256.fullmatch(etag) and _sha256(part) != etag:
             part.unlink()
@@ -192,6 +198,12 @@ def _fetch(repo: str, commit: str, name: str, size: int, watch: Callable[[int], 
             )
             raise Error(problem, "Run the same command again.")
         os.replace(part, blob)
+
+
+def _get(url: str, part: Path, have: int, size: int, watch: Callable[[int], None]) -> None:
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed range would be other bytes
+    with _Watched(part, watch) as file:
+        http_get(url, file, resume_size=have, headers=headers, expected_size=size)
 
 
 class _Watched(io.BufferedWriter):

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .. import blas, images, machines
+from .. import blas, images, machines, metadata
 from ..console import Parser, run, say
 from ..errors import Error
 from ..recipe import BITS, bits_of, default_dtype
@@ -292,7 +292,7 @@ def scenes(args) -> int:
             row.append(sb.render(scene, rng, args.size))
             print(sb.caption(scene, rng))
         rows.append(np.concatenate(row, 1))
-    print(images.write(Image.fromarray(np.concatenate(rows)), args.out), file=sys.stderr)
+    print(images.write(Image.fromarray(np.concatenate(rows)), args.out, metadata.COMPUTED), file=sys.stderr)
     return 0
 
 

@@ -2,9 +2,10 @@
 an error; it continues from a saved state. A step's batch follows from its number, so a resumed run is the same run."""
 
 import csv
+import errno
+import fcntl
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +20,10 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from PIL import Image, ImageDraw
 
-from .. import foreign
+from .. import foreign, metadata, whole
 from ..errors import Error
 from ..machines import Machines
+from ..whole import PART, appearing
 
 # Muon trains matrices between hidden layers; AdamW trains the first and last layers, embeddings, norms and biases.
 ENDS = ("conv_in", "conv_out", "quant_conv", "embedding.", "time_embedding.linear_1")
@@ -160,7 +162,7 @@ def same_run(folder: Path, settings: dict) -> None:
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_text(file, json.dumps(settings, indent=1) + "\n")
+        write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 @contextmanager
@@ -176,25 +178,39 @@ def writing(place: Path) -> Iterator[None]:
 
 def write_arrays(file: Path, arrays: dict[str, mx.array], header: dict[str, str]) -> None:
     """Write a .safetensors file completely or not at all, over an older one."""
-    part = file.with_name(f".{file.name}.new.safetensors")
-    with writing(file), _appearing(part, file):
+    with writing(file), appearing(file) as part:
         mx.save_safetensors(str(part), arrays, header)
 
 
-def _write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
     """The same for a text: a full disk must not cost the notes of a run that is continued."""
-    part = file.with_name(f".{file.name}.new")
-    with writing(file), _appearing(part, file):
-        part.write_text(text, encoding="utf-8")
+    with writing(file):
+        whole.write(file, text.encode("utf-8"))
+
+
+def write_picture(file: Path, image: Image.Image, source: str | None = None) -> None:
+    """The same for a PNG. source: what IPTC calls it, if a model drew it."""
+    with writing(file), appearing(file) as part:
+        image.save(part, "PNG", **({} if source is None else metadata.options("PNG", {}, source)))
 
 
 @contextmanager
-def _appearing(part: Path, file: Path) -> Iterator[None]:
-    try:
+def alone(folder: Path) -> Iterator[None]:
+    """Train in a folder that no other process trains in: two would mix their runs. The system ends this however the
+    process ends. What a process that was killed had half written is removed."""
+    with writing(folder):
+        file = open(folder / ".lock", "a")  # noqa: SIM115 (open as long as the lock is held)
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                problem = f"Another process trains in {folder}."
+                raise Error(problem, "Wait until it ends, or give another `output`.") from None
+        else:  # on a drive without locks nobody knows whose they are
+            for part in [p for p in folder.rglob(f".*{PART}*") if p.is_file()]:
+                part.unlink(missing_ok=True)
         yield
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def averaged(model: nn.Module, folder: Path) -> nn.Module:
@@ -208,8 +224,7 @@ def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, ste
     trees = {"model": model.trainable_parameters(), "optimizer": chosen.state, "mean": mean}
     arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
     write_arrays(folder / "state.safetensors", arrays, {"step": str(step)})
-    with writing(folder / "loss.png"):
-        plot(folder / "log.csv", folder / "loss.png")
+    plot(folder / "log.csv", folder / "loss.png")
 
 
 def _restore(path: Path, model: nn.Module, chosen: opt.Optimizer) -> tuple[int, dict]:
@@ -242,7 +257,7 @@ def _cut_log(path: Path, step: int) -> None:
     """Remove log lines that are newer than the saved state, and what is no line of a log."""
     rows = foreign.read_text(path, "Remove it.").splitlines()[1:] if path.exists() else []
     kept = [r for r in rows if (m := _LINE.match(r)) and int(m[1]) <= step]
-    _write_text(path, "\n".join(["step,loss,rate,seconds", *kept]) + "\n")
+    write_text(path, "\n".join(["step,loss,rate,seconds", *kept]) + "\n")
 
 
 def plot(log: Path, picture: Path) -> None:
@@ -268,4 +283,4 @@ def plot(log: Path, picture: Path) -> None:
     pen.text((4, 12), f"{high:.3g}", fill="black")
     pen.text((4, height - 28), f"{low:.3g}", fill="black")
     pen.text((width - 80, height - 14), f"{len(losses)} steps", fill="black")
-    image.save(picture)
+    write_picture(picture, image)

@@ -10,7 +10,6 @@ from pathlib import Path
 from .. import foreign, images
 from ..errors import Error
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 _LONGEST = 20_000  # characters of a caption; encoders read a few hundred
 _BUCKETS = 16  # a bucket's edges are multiples of this fraction of the size, or of what the model needs
 
@@ -34,9 +33,9 @@ def read(folder: Path, prompt: str | None, size: int, multiple: int, crop: bool)
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         raise Error(f"{folder} cannot be read: {why}.", "Give a folder of pictures.") from None
-    pictures = [f for f in files if f.suffix.lower() in _SUFFIXES]
+    pictures = [f for f in files if f.suffix.lower() in images.READ]
     if not pictures:
-        raise Error(f"{folder} holds no pictures.", f"Put some there, as {', '.join(_SUFFIXES)}.")
+        raise Error(f"{folder} holds no pictures.", f"Put some there, as {', '.join(images.READ)}.")
     known = {f.with_suffix(".txt") for f in pictures}
     stray = next((f for f in files if f.suffix == ".txt" and f not in known), None)
     if stray is not None:

@@ -14,7 +14,7 @@ from ..errors import Error
 from ..pipeline import Pipeline
 from . import lora, texts, tune
 from .batches import Data
-from .fit import Report, same_run
+from .fit import Report, alone, same_run
 
 FILE = "learned_embeds.safetensors"
 MOST_VECTORS = 32
@@ -108,8 +108,9 @@ class WordRun:
 
     def steps(self) -> Iterator[Report]:
         """Train, step by step. The file is written whenever the state is saved, and in the end."""
-        loss, data = self.captions.loss, [self.encoded()]
-        yield from tune.trained(self.reader, loss, data, self.pipe, self.tuning, self.out, self.export)
+        with alone(self.out):
+            loss, data = self.captions.loss, [self.encoded()]
+            yield from tune.trained(self.reader, loss, data, self.pipe, self.tuning, self.out, self.export)
 
     def encoded(self) -> Data:
         """The pictures, with the numbers of their captions."""

@@ -2,6 +2,9 @@
 well a model follows its prompts; its features give a Frechet distance. Pictures are (B, S, S, 3) uint8, S a
 multiple of 64."""
 
+import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,7 +12,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import Error
+from ..score.distances import frechet as apart
 from .storybook import COLOURS, OBJECTS, POSITIONS, SKIES, TERRAINS, TIMES, Scene
+from .storybook.captions import NOUNS, POSITION, SKY, TERRAIN, TIME, bare
 
 WORDS = {
     "time": TIMES,
@@ -20,6 +25,7 @@ WORDS = {
     "position": POSITIONS,
 }
 SIDE = 64  # pixels: what larger pictures are made smaller to
+_LONGEST = 1000  # characters of a prompt that are read
 SHAPES = ((3, 24, 2), (24, 48, 1), (48, 96, 1), (96, 96, 1))  # each convolution: in, out, stride
 
 
@@ -69,6 +75,32 @@ def labels(scenes: list[Scene]) -> np.ndarray:
     return np.array([[words.index(getattr(s, kind)) for kind, words in WORDS.items()] for s in scenes])
 
 
+@cache
+def _phrases() -> list[tuple[re.Pattern, int, int]]:
+    """What captions say, the longest first: a pattern, the kind of word, and the word."""
+    said = {"time": TIME, "terrain": TERRAIN, "sky": SKY, "object": NOUNS, "position": POSITION}
+    found = {}
+    for kind, (name, words) in enumerate(WORDS.items()):
+        for i, word in enumerate(words):
+            for phrase in (word, *map(bare, said.get(name, {}).get(word, ()))):
+                found[phrase] = kind, i
+    longest = sorted(found.items(), key=lambda entry: -len(entry[0]))
+    return [(re.compile(rf"\b{re.escape(phrase)}\b"), *where) for phrase, where in longest]
+
+
+def asked(prompts: Sequence[str]) -> np.ndarray:
+    """(B, 6) indices into WORDS of what prompts ask for; -1 where one names no word of a kind, or several."""
+    rows = np.full((len(prompts), len(WORDS)), -1)
+    for row, prompt in zip(rows, prompts, strict=True):
+        text, named = prompt[:_LONGEST].lower(), [set() for _ in WORDS]
+        for pattern, kind, word in _phrases():
+            text, times = pattern.subn("|", text)
+            if times:
+                named[kind].add(word)
+        row[:] = [min(words) if len(words) == 1 else -1 for words in named]
+    return rows
+
+
 def read(judge: Judge, pictures: np.ndarray) -> np.ndarray:
     """The words that the judge sees, as (B, 6) indices into WORDS."""
     answers = [judge(_signed(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
@@ -91,16 +123,6 @@ def features(judge: Judge, pictures: np.ndarray) -> np.ndarray:
     """(B, 128): what the judge sees in pictures, before it names it."""
     parts = [judge.features(_signed(pictures[i : i + 64])) for i in range(0, len(pictures), 64)]
     return np.concatenate([np.array(p, np.float64) for p in parts])
-
-
-def apart(a: np.ndarray, b: np.ndarray) -> float:
-    """The Frechet distance of two sets of features, taken as Gaussians. Dowson and Landau 1982; Heusel et al. 2017."""
-    (m1, c1), (m2, c2) = ((x.mean(0), np.cov(x.T)) for x in (a, b))
-    # The trace of sqrt(c1 c2) is that of the symmetric sqrt(r c2 r), r = sqrt(c1).
-    values, vectors = np.linalg.eigh(c1)
-    r = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(r @ c2 @ r), 0)).sum()
-    return float(((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * cross)
 
 
 def _signed(pictures: np.ndarray) -> mx.array:

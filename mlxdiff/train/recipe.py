@@ -2,22 +2,28 @@
 Each stage leaves a file in the folder and does not run twice."""
 
 import json
+import math
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from .. import guidance, samplers, schedules
+from .. import guidance, metadata, samplers, schedules
+from ..errors import Error
 from ..families import MODELS
 from ..models import clip, unet, vae
 from ..tokenizers import ClipTokenizer, load
+from ..whole import PART, appearing
 from . import bpe, export, objective
 from . import storybook as sb
-from .fit import Plan, Report, averaged, fit
+from .fit import Plan, Report, alone, averaged, fit, write_picture, write_text, writing
 
 CAPTIONS = 8  # of a picture
 SCALE = 0.18215  # as in files of this layout; the latents are whitened first, so it is right by construction
@@ -99,15 +105,32 @@ def pictures(folder: Path, recipe: Recipe) -> tuple[np.ndarray, list[sb.Scene]]:
     """The training pictures, (N, size, size, 3) uint8 on disk, and their scenes. They are rendered once."""
     file, listing = folder / "pictures.npy", folder / "scenes.json"
     if not listing.exists():
-        store = np.lib.format.open_memmap(file, "w+", np.uint8, (recipe.pictures, recipe.size, recipe.size, 3))
-        scenes = []
-        for k in range(recipe.pictures):
-            rng = np.random.default_rng([recipe.seed, k])
-            scenes.append(sb.sample(rng))
-            store[k] = sb.render(scenes[-1], rng, recipe.size)
-        store.flush()
-        listing.write_text(json.dumps([astuple(s) for s in scenes]), encoding="utf-8")
-    return np.load(file, mmap_mode="r"), [sb.Scene(*s) for s in json.loads(listing.read_text(encoding="utf-8"))]
+        scenes, shape = [], (recipe.pictures, recipe.size, recipe.size, 3)
+        free = shutil.disk_usage(folder).free
+        if free < (need := math.prod(shape)):
+            problem = f"The pictures need {need / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB free."
+            raise Error(problem, "Free some space, or give another `output`.")
+        with writing(file), appearing(file) as part, open(part, "wb") as out:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(out, header)
+            for k in range(recipe.pictures):
+                rng = np.random.default_rng([recipe.seed, k])
+                scenes.append(sb.sample(rng))
+                out.write(sb.render(scenes[-1], rng, recipe.size).tobytes())
+        write_text(listing, json.dumps([astuple(s) for s in scenes]))
+    with _sound(file):
+        shown = np.load(file, mmap_mode="r")
+    with _sound(listing):
+        return shown, [sb.Scene(*s) for s in json.loads(listing.read_text(encoding="utf-8"))]
+
+
+@contextmanager
+def _sound(file: Path) -> Iterator[None]:
+    """Make one Error of whatever is wrong with a file of an earlier stage."""
+    try:
+        yield
+    except (EOFError, KeyError, OSError, TypeError, ValueError, BadZipFile) as e:
+        raise Error(f"{file} is damaged: {e}.", "Give another `output`.") from None
 
 
 def train_vae(folder: Path, recipe: Recipe, shown: np.ndarray) -> Iterator[Report]:
@@ -156,7 +179,8 @@ def encode(folder: Path, recipe: Recipe, shown: np.ndarray, scenes: list[sb.Scen
         captions = [[sb.caption(s, rng) for _ in range(CAPTIONS)] for s in scenes]
         stray = " ".join(sb.captions.STRAY)
         merges = bpe.learn([c for cs in captions for c in cs] + [stray] * 20, 2000)
-        bpe.save(folder / "tokenizer", merges, _NETWORKS["text_encoder"].positions)
+        with writing(folder / "tokenizer"):
+            bpe.save(folder / "tokenizer", merges, _NETWORKS["text_encoder"].positions)
         tokenizer = load(folder / "tokenizer")
         ids = np.array([[padded(tokenizer, c) for c in cs] for cs in captions], np.int16)
         model, latents = averaged(vae.VAE(VAE), folder / "vae"), []
@@ -165,8 +189,10 @@ def encode(folder: Path, recipe: Recipe, shown: np.ndarray, scenes: list[sb.Scen
             latents.append(np.array(mean).astype(np.float16))
         z = np.concatenate(latents)
         flat = z.reshape(-1, z.shape[-1]).astype(np.float32)
-        np.savez(file, z=z, ids=ids, mean=flat.mean(0), covariance=np.cov(flat.T))
-    return dict(np.load(file))
+        with writing(file), appearing(file) as part:
+            np.savez(part, z=z, ids=ids, mean=flat.mean(0), covariance=np.cov(flat.T))
+    with _sound(file):
+        return dict(np.load(file))
 
 
 def padded(tokenizer: ClipTokenizer, text: str) -> list[int]:
@@ -208,14 +234,19 @@ def vocab_size(folder: Path) -> int:
 
 
 def finish(folder: Path, recipe: Recipe, data: dict[str, np.ndarray]) -> Path:
-    """Write the public folder `model` from the averaged weights."""
-    target = folder / "model"
+    """Write the public folder `model` from the averaged weights, whole or not at all."""
+    target, part = folder / "model", folder / f".model{PART}"
     model = averaged(Denoiser(vocab_size(folder)), folder / "denoiser")
     autoencoder = whitened(averaged(vae.VAE(VAE), folder / "vae"), data["mean"], data["covariance"])
-    export.write(target, autoencoder, model.unet, model.text, recipe.prediction, recipe.size)
-    (target / "tokenizer").mkdir(exist_ok=True)
-    for file in (folder / "tokenizer").iterdir():
-        (target / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with writing(target):
+            export.write(part, autoencoder, model.unet, model.text, recipe.prediction, recipe.size)
+            shutil.copytree(folder / "tokenizer", part / "tokenizer")
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return target
 
 
@@ -241,13 +272,16 @@ def samples(folder: Path, recipe: Recipe, data: dict[str, np.ndarray], scenes: l
 
 def storybook(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Report]]:
     """The whole training, step by step, as (stage, Report). It may stop at any time; the next call continues it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shown, scenes = pictures(folder, recipe)
-    for report in train_vae(folder, recipe, shown):
-        yield "vae", report
-    data = encode(folder, recipe, shown, scenes)
-    for report in train_denoiser(folder, recipe, data, scenes):
-        if report.step % SAMPLES_EVERY == 0 and recipe.prediction != "flow":
-            samples(folder, recipe, data, scenes[:8]).save(folder / f"samples_{report.step:06d}.png")
-        yield "denoiser", report
-    finish(folder, recipe, data)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        shown, scenes = pictures(folder, recipe)
+        for report in train_vae(folder, recipe, shown):
+            yield "vae", report
+        data = encode(folder, recipe, shown, scenes)
+        for report in train_denoiser(folder, recipe, data, scenes):
+            if report.step % SAMPLES_EVERY == 0 and recipe.prediction != "flow":
+                sheet = samples(folder, recipe, data, scenes[:8])
+                write_picture(folder / f"samples_{report.step:06d}.png", sheet, metadata.DRAWN)
+            yield "denoiser", report
+        finish(folder, recipe, data)

@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image, ImageOps
 
-from .. import conditioning, foreign, images, values
+from .. import conditioning, foreign, images, metadata, values
 from ..description import Description
 from ..errors import Error
 from ..families.base import EMBEDDED, NONE
@@ -24,7 +24,7 @@ from ..store import adapters
 from . import batches, lora, texts
 from . import folder as folders
 from .batches import Data, Objective, Part
-from .fit import Plan, Report, check_shares, fit, same_run, writing
+from .fit import Plan, Report, alone, check_shares, fit, same_run, write_picture
 from .folder import Picture
 
 RUN = "run"  # the folder of the unfinished state, beside what is trained
@@ -188,8 +188,9 @@ class LoraRun:
     def steps(self) -> Iterator[Report]:
         """Train, step by step. The file is written whenever the state is saved, and in the end."""
         loss = batches.loss if self.captions is None else self.captions.loss
-        data = self.encoded()
-        yield from trained(self.trained, loss, data, self.pipe, self.tuning, self.out, self.export, self.others)
+        with alone(self.out):
+            data = self.encoded()
+            yield from trained(self.trained, loss, data, self.pipe, self.tuning, self.out, self.export, self.others)
 
     def encoded(self) -> list[Data]:
         """The pictures and those of the class, with their captions. A run that continues reads them from its folder."""
@@ -268,8 +269,7 @@ def sheet(files: Sequence[Path], columns: int, file: Path) -> None:
     whole = Image.new("RGB", (columns * (_CELL + 4) - 4, rows * (_CELL + 4) - 4), "white")
     for i, picture in enumerate(shown):
         whole.paste(picture, (i % columns * (_CELL + 4), i // columns * (_CELL + 4)))
-    with writing(file):
-        whole.save(file)
+    write_picture(file, whole, metadata.DRAWN)
 
 
 def trained(

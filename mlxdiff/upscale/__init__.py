@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from .. import images, memory
+from .. import foreign, images, memory
 from ..advice import this_machine
 from ..errors import Error, did_you_mean
 from ..networks import dtype_of
@@ -68,18 +68,14 @@ class Upscaler:
         if dtype is None:  # bfloat16, with its 8 significant bits, would show banding
             dtype = "float32" if default_dtype() == "float32" else "float16"
         self.name, self.path, self.hash = str(name), path, store.fingerprint(path)
-        self._stamp = path.stat().st_mtime_ns, path.stat().st_size
+        self._stamp = foreign.stamp(path)
         self.net = store.network(path, what, "Use an upscaler of the ESRGAN family.", dtype=dtype)
         self.scale = self.net.config.scale
 
     @property
     def current(self) -> bool:
         """Whether its file is still the one that was read."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            return False
-        return self._stamp == (found.st_mtime_ns, found.st_size)
+        return self._stamp == foreign.stamp(self.path)
 
     def __call__(self, image: str | Path | Image.Image) -> Image.Image:
         """The image enlarged. What is transparent stays so."""

@@ -6,11 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-from .. import images
+from .. import images, metadata
 from ..console import Parser, run, say, say_json
 from ..errors import Error
 from ..foreign import path as expanded
-from ..generate import Bar, check_writable
+from ..generate import Bar
+from ..output import check_writable
 from ..recipe import DTYPES
 from ..result import Event
 from . import DEFAULT, NAMES, Upscaler
@@ -60,21 +61,30 @@ def enlarge(args: argparse.Namespace) -> int:
         if target is None or into:
             name = images.numbered(picture.with_suffix(".png"), f"x{upscaler.scale}").name
             target = (picture.parent if target is None else target) / name
-        image, texts = images.read(picture, alpha=True), images.texts(picture)
+        image, held = images.read(picture, alpha=True), images.read_metadata(picture, whole=True)
         images.check_fits(target, upscaler.size(image.size), image.mode)
         with Bar(args.json, sys.stdout) as bar:
             for tile in upscaler.tiles(image):
                 bar.show(Event("upscale", tile.done, tile.tiles, tile.seconds))
         done = {"upscaler": upscaler.name, "hash": upscaler.hash, "scale": upscaler.scale, "from": image.size}
-        texts |= {images.ENLARGED: json.dumps(done)}
-        path = images.save_with(tile.image, target, texts, image.info.get("icc_profile"))
-        w, h = tile.image.size
+        texts = {name: text for name, text in held.texts.items() if len(text) <= metadata.MAX_TEXT}
+        made = tile.image
+        made.info["icc_profile"] = image.info.get("icc_profile")  # which colours its numbers mean
+        path = images.write(made, target, _source(held), texts | {metadata.ENLARGED: json.dumps(done)})
+        w, h = made.size
         seconds = time.perf_counter() - begin
         if args.json:
             say_json({"path": str(path), "size": [w, h], "seconds": round(seconds, 3), **done})
         else:
             say(f"{path}  {w} x {h}, {seconds:.1f} s")
     return 0
+
+
+def _source(held: metadata.Metadata) -> str:
+    """How the enlarged picture was made, in IPTC's word: by a model, if the small one was."""
+    if held.source in metadata.GENERATED:
+        return held.source
+    return metadata.DRAWN if held.texts.keys() & metadata.SETTINGS else metadata.ENHANCED
 
 
 if __name__ == "__main__":

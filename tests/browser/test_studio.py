@@ -157,6 +157,11 @@ def test_seed_buttons_presets_and_history(desk, lab):
         with d.page.expect_download() as download:
             s.root.get_by_role("link", name="Download").click()
         assert images.read_settings(download.value.path())[0].seed == int(seeds[1])
+    for name in ("JPEG", "WebP"):
+        with d.page.expect_download() as download:
+            s.press(name)
+        assert Image.open(download.value.path()).format == name.upper()
+        assert images.read_settings(download.value.path())[0].seed == int(seeds[1])
     s.thumbs.first.focus()
     d.page.keyboard.press("ArrowRight")
     expect(s.thumbs.nth(1)).to_be_focused()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
 from ...errors import Error
-from ...images import png, read_settings
+from ...images import encoded, read_settings
 from ...train import judge, measure
 from ...train import storybook as sb
 from .guidance import changes
@@ -276,7 +276,7 @@ class Marks(Lesson):
         strong = np.clip(pixels + STRENGTH * spread(pixels.shape, key), 0, 255).round().astype(np.uint8)
         bits = np.random.default_rng(key).integers(0, 2, pixels.shape).astype(np.uint8)
         marked = Image.fromarray((strong & 254) | bits)
-        made = copies(png(marked, result.request, result.model, result.recipe))
+        made = copies(encoded(marked, result.request, result.model, result.recipe))
         images, left = {}, []
         for name, file in made.items():
             images[name] = Image.open(io.BytesIO(file)).convert("RGB")

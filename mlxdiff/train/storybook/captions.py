@@ -113,11 +113,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def _single(scene: Scene, rng) -> str:
     """One word or phrase alone, like a negative prompt."""
-    sky = () if scene.sky == "clear" else (_bare(pick(rng, SKY[scene.sky])),)
-    return pick(rng, (scene.colour, scene.object, scene.time, _bare(pick(rng, TERRAIN[scene.terrain])), *sky))
+    sky = () if scene.sky == "clear" else (bare(pick(rng, SKY[scene.sky])),)
+    return pick(rng, (scene.colour, scene.object, scene.time, bare(pick(rng, TERRAIN[scene.terrain])), *sky))
 
 
-def _bare(phrase: str) -> str:
+def bare(phrase: str) -> str:
     """The phrase without its leading preposition and article: "under a full moon" -> "full moon"."""
     words = phrase.split()
     while len(words) > 1 and words[0] in LEADING:
@@ -133,7 +133,7 @@ def _tags(scene: Scene, rng, keep: dict) -> list[str]:
     for kind, phrases in said.items():
         word = getattr(scene, kind)
         if keep[kind] and word != "clear":
-            tags.append(word if rng.random() < 0.5 else _bare(pick(rng, phrases)))
+            tags.append(word if rng.random() < 0.5 else bare(pick(rng, phrases)))
     return tags
 
 

@@ -1,0 +1,70 @@
+"""Equivalent ways to compute a layer, and which of them is used. `mlxdiff tune` (tune.py) measures them on this machine;
+what was not measured is as it stands in STANDARD."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+STANDARD = {
+    "activations": True,  # these four are those of cpu.py
+    "group norm": True,
+    "attention": True,
+    "convolution": True,
+    "unfold": False,  # a convolution of many channels as one product
+    "unpadded": False,  # heads that no fused kernel takes, not padded to a width that one takes
+    "wider": False,  # heads of 72 or 80 padded to 96 or 128
+    "dequantize": False,  # quantized weights made whole before each product
+}
+MANY = 512  # channels from which a convolution may be unfolded
+
+_measured: dict[str, dict[tuple[int, ...], bool]] = {}
+
+
+def use(measured: dict[str, dict[tuple[int, ...], bool]]) -> None:
+    """Use these choices from now on: way -> sizes of a case -> whether the way was chosen there."""
+    _measured.clear()
+    _measured.update(measured)
+
+
+def chosen(way: str, *sizes: int) -> bool:
+    """Whether a way is used for these sizes: as it was measured for the sizes nearest to them."""
+    cases = _measured.get(way)
+    if not cases:
+        return STANDARD[way]
+    return cases[min(cases, key=lambda case: sum(abs(math.log(a / b)) for a, b in zip(case, sizes, strict=True)))]
+
+
+def unfold(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """A convolution with a kernel of 3 x 3, padded by one pixel, as one product of the map unfolded nine times."""
+    B, h, w, c = x.shape
+    x = mx.contiguous(mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]))
+    row = (w + 2) * c
+    patches = mx.as_strided(x, (B, h, w, 3, 3 * c), ((h + 2) * row, row, c, row, 1)).reshape(B, h * w, 9 * c)
+    weight = weight.reshape(-1, 9 * c).T
+    y = patches @ weight if bias is None else mx.addmm(bias, patches, weight)
+    return y.reshape(B, h, w, -1)
+
+
+class Dequantizing(nn.QuantizedLinear):
+    """A quantized layer that makes its weights whole before the product, where that was measured to be faster."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not chosen("dequantize", self.bits, x.shape[-1], x.size // x.shape[-1]):
+            return super().__call__(x)
+        y = dequantize(x, self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
+        return y + self.bias if "bias" in self else y
+
+
+def dequantize(x: mx.array, weight, scales, biases, group_size: int, bits: int, mode: str) -> mx.array:
+    how = {"group_size": group_size, "bits": bits, "mode": mode}
+    return x @ mx.dequantize(weight, scales, biases, **how, dtype=x.dtype).T
+
+
+def adopt(network: nn.Module) -> nn.Module:
+    """The network with quantized layers that choose their way."""
+    if any(_measured.get("dequantize", {}).values()):
+        for layer in network.modules():
+            if type(layer) is nn.QuantizedLinear:
+                layer.__class__ = Dequantizing
+    return network

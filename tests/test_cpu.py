@@ -1,0 +1,137 @@
+"""What a CPU computes with instead of MLX's own functions (models/cpu.py). References: numpy in float64, and MLX's own
+functions, for values and for gradients."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxdiff.models import cpu, layers, ways
+
+pytestmark = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU computes with MLX's own functions")
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Call a function with MLX's own operations."""
+
+    def call(f, *args):
+        with monkeypatch.context() as m:
+            m.setattr(ways, "STANDARD", dict.fromkeys(ways.STANDARD, False))
+            out = f(*args)
+            mx.eval(out)
+            return out
+
+    return call
+
+
+def off(ours: mx.array, theirs) -> float:
+    """The largest difference, as a part of the largest value."""
+    theirs = np.array(theirs, np.float64)
+    return float(np.abs(np.array(ours, np.float64) - theirs).max() / np.abs(theirs).max())
+
+
+def test_exp_is_as_exact_as_that_of_mlx():
+    """x log2(e) is rounded in float32, which costs |x| 6e-8 of the result; MLX's own loses the same."""
+    x = np.linspace(-87, 88, 100_001).astype(np.float32)
+    true = np.exp(x.astype(np.float64))
+    ours, theirs = (np.abs(np.array(f(mx.array(x))) / true - 1) for f in (cpu.exp, mx.exp))
+    assert (ours < 3e-7 + 1.2e-7 * np.abs(x)).all()
+    assert ours.max() < 2 * theirs.max()
+
+
+def test_exp_beyond_its_range_and_of_what_is_no_number():
+    y = np.array(cpu.exp(mx.array([-math.inf, -1e9, -90, 90, 1e9, math.inf, math.nan])))
+    assert ((y[:3] > 0) & (y[:3] < 1e-37)).all()
+    assert ((y[3:6] > 1e38) & np.isfinite(y[3:6])).all()
+    assert np.isnan(y[6])  # an overflow in a network must be seen at its end
+    assert cpu.sigmoid(mx.array([-1e9, 1e9])).tolist() == [0, 1]
+
+
+def test_erf_equals_float64():
+    x = np.linspace(-6, 6, 10_001).astype(np.float32)
+    assert np.abs(np.array(cpu.erf(mx.array(x))) - np.vectorize(math.erf)(x.astype(np.float64))).max() < 3e-7
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "gelu_tanh", "geglu"])
+@pytest.mark.parametrize("shape", [(100, 90), (700, 1000)], ids=["whole", "in parts"])
+def test_activations_equal_those_of_mlx(name, shape, plain):
+    """Both are off by a few roundings of 6e-8. The large ones are taken in parts, the last of which is short."""
+    f = getattr(layers, name)
+    args = [4 * normal(*shape, seed=i) for i in range(2 if name == "geglu" else 1)]
+    assert off(f(*args), plain(f, *args)) < 1e-6
+    assert not mx.array_equal(f(*args), plain(f, *args))  # it is another function
+
+    def total(*args):
+        return (f(*args) * args[0]).sum()
+
+    slope = mx.grad(total, argnums=[*range(len(args))])
+    for ours, theirs in zip(slope(*args), plain(slope, *args), strict=True):
+        assert off(ours, theirs) < 1e-6
+
+
+def test_halves_of_an_array_are_read_where_they_lie(plain):
+    halves = mx.split(normal(3, 300, 2000), 2, axis=-1)
+    assert off(layers.geglu(*halves), plain(layers.geglu, *halves)) < 1e-6
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("part", [64, 1 << 18], ids=["in parts", "whole"])
+def test_group_norm_equals_that_of_mlx(silu, part, monkeypatch, plain):
+    monkeypatch.setattr(cpu, "PART", part)
+    norm, x = layers.GroupNorm(3, 12, 1e-5, silu), 2 * normal(2, 9, 7, 12) + 5
+    norm.weight, norm.bias = normal(12, seed=1), normal(12, seed=2)
+    assert off(norm(x), plain(norm, x)) < 2e-6  # a mean of 2.5 deviations costs as many roundings
+    slope = mx.grad(lambda x: (norm(x) * normal(*x.shape, seed=3)).sum())
+    assert off(slope(x), plain(slope, x)) < 1e-5  # differences of sums of 252 terms
+
+
+@pytest.mark.parametrize("part", [50, 700, 4000, 1 << 18], ids=["rows", "a head", "two heads", "whole"])
+def test_attention_in_parts_equals_that_of_mlx(part, monkeypatch, plain):
+    monkeypatch.setattr(cpu, "PART", part)
+    q, k, v = normal(2, 3, 30, 40), normal(2, 3, 21, 40, seed=1), normal(2, 3, 21, 40, seed=2)
+    assert off(layers.attention(q, k, v), plain(layers.attention, q, k, v)) < 1e-6
+    slope = mx.grad(lambda *qkv: (layers.attention(*qkv) * normal(2, 30, 120, seed=3)).sum(), argnums=[0, 1, 2])
+    for ours, theirs in zip(slope(q, k, v), plain(slope, q, k, v), strict=True):
+        assert off(ours, theirs) < 1e-5
+
+
+def test_peaked_attention(plain):
+    """Scores of hundreds, whose softmax is nearly one of the values: 2^-24 of their size remains as an error."""
+    q, k, v = 40 * normal(1, 2, 64, 40), normal(1, 2, 80, 40, seed=1), normal(1, 2, 80, 40, seed=2)
+    assert off(layers.attention(q, k, v), plain(layers.attention, q, k, v)) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(1, 33, 40, 5, 3), (2, 32, 32, 8, 16)])  # B, h, w, channels, outputs
+@pytest.mark.parametrize("bias", [False, True])
+def test_convolution_equals_that_of_mlx(shape, bias, plain):
+    B, h, w, c, o = shape
+    conv, x = layers.Conv3x3(c, o, bias), normal(B, h, w, c)
+    if bias:
+        conv.bias = normal(o, seed=1)
+    assert h * w >= cpu._PIXELS
+    assert off(conv(x), plain(conv, x)) < 2e-6  # sums of 9 c terms in another order
+
+    def total(weight, x):
+        return (layers.conv3x3(x, weight, conv.get("bias")) * normal(B, h, w, o, seed=2)).sum()
+
+    slope = mx.grad(total, argnums=[0, 1])
+    for ours, theirs in zip(slope(conv.weight, x), plain(slope, conv.weight, x), strict=True):
+        assert off(ours, theirs) < 2e-6
+
+
+def test_half_precision_is_left_to_mlx():
+    assert not cpu.suits("activations", normal(2).astype(mx.float16))
+    assert not cpu.suits("activations", normal(2).astype(mx.bfloat16))
+    assert cpu.suits("activations", normal(2))
+
+
+def test_a_gpu_computes_with_its_own(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert not cpu.suits("activations", normal(2))
+    assert layers.pad_heads(mx.zeros((1, 1, 2, 40))).shape[-1] == 64

@@ -1,0 +1,161 @@
+"""Bad days of a machine: a disk that is full, a drive without hard links, a clock that is far off, a second process in
+the same folder. References: the system's own refusals (a limit on the size of files stands for a full disk), and the
+files as they were before."""
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+
+from mlxdiff import foreign, images, whole
+from mlxdiff.errors import Error
+from mlxdiff.store import __main__ as shows
+from mlxdiff.store import cache, hub
+from mlxdiff.train import fit, recipe
+from tests.test_imports import ROOT
+
+NOISE = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)  # 120 kB, also as a PNG
+
+
+# What is written -> how, from few bytes (True) or many: the small one is there when the large one fails.
+WRITERS = {
+    "state": lambda folder, few: fit.write_arrays(folder / "a.safetensors", {"a": mx.zeros(1 if few else 9999)}, {}),
+    "notes": lambda folder, few: fit.write_text(folder / "recipe.json", "x" * (1 if few else 99_999)),
+    "sheet": lambda folder, few: fit.write_picture(folder / "a.png", Image.fromarray(NOISE[: 1 if few else 200])),
+    "note": lambda folder, few: cache.write_note(folder / "a.json", {"a": "x" * (1 if few else 99_999)}),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_costs_nothing_that_was_there(tmp_path, monkeypatch, full_disk, kind):
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path))
+    WRITERS[kind](tmp_path, True)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with full_disk(), pytest.raises(Error, match="cannot be written"):
+        WRITERS[kind](tmp_path, False)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    WRITERS[kind](tmp_path, False)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} != before
+
+
+def test_a_full_disk_stops_the_rendering_of_pictures(tmp_path, monkeypatch, full_disk):
+    """Through a memory map, it would be a signal that ends the process."""
+    made = recipe.Recipe(4, 1, 1, 4, "adamw", "v", None, 0)
+    with full_disk(), pytest.raises(Error, match=r"pictures\.npy cannot be written"):
+        recipe.pictures(tmp_path, made)
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(Error, match=r"need 0\.00 GB"):
+        recipe.pictures(tmp_path, made)
+
+
+@pytest.mark.parametrize("name", ["pictures.npy", "scenes.json"])
+def test_a_damaged_file_of_an_earlier_stage_is_named(tmp_path, name):
+    made = recipe.Recipe(2, 1, 1, 4, "adamw", "v", None, 0)
+    shown, scenes = recipe.pictures(tmp_path, made)
+    assert (shown.shape, len(scenes)) == ((2, 128, 128, 3), 2)
+    (tmp_path / name).write_bytes(b"\x93NUMPY[[")
+    with pytest.raises(Error, match=rf"{name} is damaged"):
+        recipe.pictures(tmp_path, made)
+
+
+def test_without_hard_links_no_picture_is_lost(tmp_path, monkeypatch):
+    """As on a memory card: threads that save one name still take turns."""
+
+    def refused(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+
+    def save(shade: int) -> None:
+        for _ in range(5):
+            images.write(Image.new("L", (8, 8), shade), tmp_path / "a.png")
+
+    threads = [threading.Thread(target=save, args=(shade,)) for shade in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(Image.open(f).getextrema()[0] for f in tmp_path.iterdir()) == sorted([*range(8)] * 5)
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(Error, match="Input/output error"):
+        images.write(Image.new("L", (8, 8)), tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    code = f"import fcntl; f = open({str(tmp_path / '.lock')!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=1)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "1\n"
+    with pytest.raises(Error, match="Another process trains"), fit.alone(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    (tmp_path / f".abc{whole.PART}.safetensors").touch()  # of a process that was killed
+    with fit.alone(tmp_path):
+        assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_drive_without_locks_is_trained_on(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refused)
+    part = tmp_path / f".abc{whole.PART}.safetensors"
+    part.touch()
+    with fit.alone(tmp_path):
+        assert part.exists()  # it may be another process's
+
+
+def test_a_changed_file_is_seen_whatever_the_clock_says(tmp_path):
+    """Equal size and time, as after the clock was set back, or by `cp -p`."""
+    file = tmp_path / "a"
+    file.write_bytes(b"1")
+    seen, then = foreign.stamp(file), file.stat().st_mtime_ns
+    file.write_bytes(b"2")
+    os.utime(file, ns=(then, then))
+    assert foreign.stamp(file) != seen
+    assert foreign.stamp(tmp_path / "none") == ()
+
+
+def test_nothing_follows_from_the_clock():
+    """A clock that is set back changes no lock, no sweep and no resumed run: the time of day is only ever shown."""
+    code = {file: file.read_text(encoding="utf-8") for of in ("mlxdiff", "convert", "widgets")
+            for file in (ROOT / of).rglob("*.py")}  # fmt: skip
+    asks = ("time.time(", "datetime", "time_ns(", "utcnow")
+    assert not [file for file, text in code.items() if any(ask in text for ask in asks)]
+
+
+@pytest.mark.parametrize("seconds", [-(2.0**33), 2.0**62])
+def test_a_day_that_no_calendar_has(seconds):
+    assert len(shows._day(seconds)) >= 10
+    assert shows._day(0.0) in ("1970-01-01", "1969-12-31")
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 40, b"\xff\xfe", b"../../x"])
+def test_a_ref_that_a_crash_has_emptied_is_no_commit(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--a--b"
+    for folder in ("refs", "snapshots/c0"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "snapshots" / "c0" / "model_index.json").touch()
+    (repo / "refs" / "main").write_bytes(b"c0\n")
+    assert hub.held("a/b", "main") == ("c0", {"model_index.json": 0})
+    (repo / "refs" / "main").write_bytes(data)
+    with pytest.raises(Error, match="is not on this machine"):
+        hub.held("a/b", "main")
