@@ -9,13 +9,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..families import MODELS
 from ..pipeline import Pipeline
 from ..probe import encode, sides
 from . import judge
 from . import storybook as sb
+from .recipe import SIZE
 
-SIZE = MODELS["storybook"].defaults.size
 SEED = 1000  # the first picture's seed; it was fixed before any picture was seen
 
 

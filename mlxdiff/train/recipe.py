@@ -38,6 +38,7 @@ _STORYBOOK = MODELS["storybook"]
 _NETWORKS, SIZE = _STORYBOOK.networks, _STORYBOOK.defaults.size
 VAE = replace(_NETWORKS["vae"], scale=1.0)
 UNET = _NETWORKS["unet"]
+CELL = vae.factor(VAE.channels)  # the edge of a latent, in pixels
 
 
 def text_config(vocab: int) -> clip.Config:
@@ -135,15 +136,14 @@ def _sound(file: Path) -> Iterator[None]:
 
 def train_vae(folder: Path, recipe: Recipe, shown: np.ndarray) -> Iterator[Report]:
     """Train the VAE on crops with half the picture's side: they have as many edges, for a quarter of the work."""
-    cell = vae.factor(VAE.channels)  # pixels of a latent
-    side, n = recipe.size // 2 // cell * cell, max(1, recipe.batch // 4)
+    side, n = recipe.size // 2 // CELL * CELL, max(1, recipe.batch // 4)
 
     def batch(step):
         rng = np.random.default_rng([recipe.seed, 1, step])
-        corners = rng.integers(0, (recipe.size - side) // cell + 1, (n, 2)) * cell
+        corners = rng.integers(0, (recipe.size - side) // CELL + 1, (n, 2)) * CELL
         picks = rng.integers(0, len(shown), n)
         crops = np.stack([shown[i, y : y + side, x : x + side] for i, (y, x) in zip(picks, corners, strict=True)])
-        noise = rng.standard_normal((n, side // cell, side // cell, VAE.latent_channels), np.float32)
+        noise = rng.standard_normal((n, side // CELL, side // CELL, VAE.latent_channels), np.float32)
         return mx.array(crops.astype(np.float32) / 127.5 - 1), mx.array(noise)
 
     mx.random.seed(recipe.seed)

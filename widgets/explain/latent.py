@@ -11,17 +11,14 @@ from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ...families import DEFAULT, MODELS
-from ...models.vae import factor
 from ...probe import encode
+from ...train.recipe import CELL, SIZE, VAE
 from ...train.storybook import render, sample
 from .forward import square
 from .guidance import changes
 from .lesson import Lesson, Report
 
-_VAE = MODELS[DEFAULT].networks["vae"]
-SIDE, CELL = MODELS[DEFAULT].defaults.size, factor(_VAE.channels)  # pixels: of a picture's edge, and of a latent's
-CHANNELS = _VAE.seen
+SIDE, CHANNELS = SIZE, VAE.seen  # the edge of the model's pictures, in pixels; the numbers at each place of its latents
 READ = 8  # the number of pictures that the correlations are taken over
 QUALITIES = ("brightness", "red − green", "yellow − blue", "brighter to the right", "brighter below")
 
