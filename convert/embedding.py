@@ -18,7 +18,7 @@ _MOST = 75  # tokens: as many as a prompt has room for
 def look(path: Path, model: Description) -> Taught | None:
     """What a file teaches, or None if it is no textual inversion. Raises if it is one that does not fit the model."""
     tensors = source.read(path).tensors
-    alone = len(tensors) == 1 and len(next(iter(tensors.values())).shape) <= 2
+    alone = len(tensors) == 1 and not any(key.endswith(".weight") for key in tensors)  # else a layer's
     if not (alone or {*tensors} == {*_PAIR}):
         return None
     word = read(path, model)

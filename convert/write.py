@@ -61,7 +61,7 @@ def save(
     ("convert", bytes done, bytes in all). loras: LoRA files and their scales, which change the weights before they are
     quantized."""
     target = Path(target)
-    recipe = checked(bits, dtype)
+    recipe = checked(bits, dtype, FAMILIES.get(checkpoint.family))
     try:
         _vacant(target)
         model = describe(checkpoint, recipe)

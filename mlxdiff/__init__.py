@@ -14,6 +14,7 @@ if (_above / "pyproject.toml").is_file() and str(_above) not in __path__:
 from . import blas as _blas  # noqa: E402
 
 BLAS = _blas.preload()
+_blas.whole_float32()
 
 if TYPE_CHECKING:
     from .errors import Error

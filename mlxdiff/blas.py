@@ -1,6 +1,7 @@
-"""Linux only: put OpenBLAS under MLX. The `mlx[cpu]` wheel brings reference BLAS (4.5 GFLOP/s a core); OpenBLAS does
-81. It is loaded before `mlx.core`, and a stub that has the name of MLX's own library leads MLX to it. Nobody else in
-the process sees its symbols: when all did, OpenBLAS 0.3.33 took the place of torch's BLAS and crashed it.
+"""What must be settled before MLX is imported. On Linux, put OpenBLAS under MLX: the `mlx[cpu]` wheel brings reference
+BLAS (4.5 GFLOP/s a core); OpenBLAS does 81. It is loaded before `mlx.core`, and a stub that has the name of MLX's own
+library leads MLX to it. Nobody else in the process sees its symbols: when all did, OpenBLAS 0.3.33 took the place of
+torch's BLAS and crashed it.
 
 The wheel `ngsolve-openblas` has an OpenBLAS for x86_64 that chooses its kernels by the processor it runs on.
 `cmeel-openblas` has wheels for ARM too, but is built for one processor: without AVX-512 it dies of an illegal
@@ -17,6 +18,9 @@ from typing import IO
 
 _SYSTEM = "libopenblas.so.0"  # both the wheel's SONAME and the system's
 _THREADS = "OPENBLAS_NUM_THREADS"
+# Read once, while the library is loaded. A thread without work asks for some 2^26 times before it sleeps, which costs
+# others their processor; 2^4 is the least that OpenBLAS takes.
+_SETTINGS = {_THREADS: "1", "OPENBLAS_THREAD_TIMEOUT": "4"}
 _loaded: list[ctypes.CDLL] = []
 _stubs: list[IO[bytes]] = []
 
@@ -28,14 +32,21 @@ def preload() -> str | None:
     names = [file.name for file in _files("mlx", "../mlx_cpu.libs/libblas-*.so*")]
     if sys.platform != "linux" or "mlx.core" in sys.modules or not names:
         return None
-    chosen = _THREADS in os.environ
-    os.environ.setdefault(_THREADS, "1")
+    ours = [name for name in _SETTINGS if name not in os.environ]
+    os.environ.update({name: _SETTINGS[name] for name in ours})
     try:
         found = _wheel() or (_SYSTEM if _load(_SYSTEM) else None)
     finally:
-        if not chosen:
-            del os.environ[_THREADS]  # numpy's OpenBLAS reads it too
+        for name in ours:
+            del os.environ[name]  # numpy's OpenBLAS reads them too
     return found if found is not None and all(_lead(name, _SYSTEM) for name in names) else None
+
+
+def whole_float32() -> None:
+    """macOS: M5's matrix units round the numbers of a float32 product to 11 bits (TF32) unless MLX is told otherwise,
+    before its first product. Only a VAE that overflows in float16 is in float32, and its pictures need the bits."""
+    if sys.platform == "darwin":
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def _wheel() -> str | None:

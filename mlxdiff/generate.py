@@ -270,14 +270,19 @@ def _one(
     drawn, made_by = 0, (pipe.name, str(pipe.description.recipe))
     singles = request.singles()
     previews: list[Path] = []  # a folder for each picture, made with its first preview
+    place = args.preview_dir
     for event in pipe.run(request):
         bar.show(event)
-        if event.x0 is not None and args.preview_dir is not None:
-            previews = previews or [images.new_folder(args.preview_dir / images.stem(single)) for single in singles]
-            shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
-            step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
-            for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
-                images.save(rough, folder / step, single, *made_by)
+        if event.x0 is not None and place is not None:
+            try:
+                previews = previews or [images.new_folder(place / images.stem(single)) for single in singles]
+                shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
+                step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
+                for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
+                    images.save(rough, folder / step, single, *made_by)
+            except Error as e:  # the picture does not need them
+                bar.write(f"No more previews: {e.problem}")
+                place = None
         if event.image is not None:
             single = singles[drawn]
             path = write(event.image, single=single, model=made_by[0], recipe=made_by[1])

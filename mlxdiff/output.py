@@ -11,7 +11,6 @@ from pathlib import Path
 from PIL.Image import Image
 
 from . import images, metadata, signing
-from .console import warn
 from .errors import Error
 from .request import Request
 from .values import whole
@@ -91,15 +90,12 @@ class Output:
 
 
 def _signer(args: argparse.Namespace) -> signing.Signer | None:
-    """Who signs the pictures. A key that mlxdiff makes is announced."""
+    """Who signs the pictures."""
     if not args.sign and (args.sign_key is not None or args.sign_cert is not None):
         raise Error("There is a key to sign with, but nothing is to be signed.", "Add --sign.")
     if not args.sign:
         return None
-    signer = signing.signer(args.sign_key, args.sign_cert)
-    if signer.local:
-        warn(f"Signed with a key that mlxdiff made, in {signing.folder()}. {signing.MEANS}")
-    return signer
+    return signing.announced(args.sign_key, args.sign_cert)
 
 
 def _one_to_stdout(requests: list[Request], as_json: bool) -> None:

@@ -13,10 +13,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from . import __version__, foreign
-from .console import install
+from .console import install, warn
 from .errors import Error
-from .metadata import SOURCES
+from .metadata import DRAWN, SOURCES
 
 KEY, CERTIFICATE = "MLXDIFF_SIGN_KEY", "MLXDIFF_SIGN_CERT"  # names in the environment
 MIMES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
@@ -35,9 +37,11 @@ def check() -> None:
     try:
         import c2pa  # noqa: F401 (a native library of 50 MB, which nothing else needs)
         import cryptography  # noqa: F401
-    except ImportError as e:
-        problem = f"Content Credentials are written by c2pa-python, and {e.name} is not here."
-        raise Error(problem, f"Install it: {install('sign')}") from None
+    except (ImportError, OSError) as e:  # the second: its native library does not load
+        why = f"{e.name} is not here" if isinstance(e, ImportError) else f"it does not load: {_line(e)}"
+        raise Error(
+            f"Content Credentials are written by c2pa-python, and {why}.", f"Install it: {install('sign')}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def signer(key: str | Path | None = None, certificate: str | Path | None = None)
     MLXDIFF_SIGN_CERT name; if there are none, those that mlxdiff makes once on this machine. Raises before the work if
     they cannot sign."""
     check()
-    key, certificate = key or os.environ.get(KEY), certificate or os.environ.get(CERTIFICATE)
+    key = os.environ.get(KEY) or None if key is None else key
+    certificate = os.environ.get(CERTIFICATE) or None if certificate is None else certificate
     if (key is None) != (certificate is None):
         lacks = "key has no certificate" if certificate is None else "certificate has no key"
         raise Error(f"The {lacks} to sign with.", f"Give both, or set both {KEY} and {CERTIFICATE}.")
@@ -85,10 +90,16 @@ def signer(key: str | Path | None = None, certificate: str | Path | None = None)
             _make(own)
         made = _read(own / "key.pem", own / "certificate.pem", local=True)
     with io.BytesIO() as small:
-        from PIL import Image
-
         Image.new("L", (1, 1)).save(small, "PNG")
-        made.sign(small.getvalue(), "PNG", "trainedAlgorithmicMedia")  # a certificate that C2PA refuses is found here
+        made.sign(small.getvalue(), "PNG", DRAWN)  # a certificate that C2PA refuses is found here
+    return made
+
+
+def announced(key: Path | None = None, certificate: Path | None = None) -> Signer:
+    """The signer of a command. It says on standard error when it is a key that mlxdiff made."""
+    made = signer(key, certificate)
+    if made.local:
+        warn(f"Signed with a key that mlxdiff made, in {folder()}. {MEANS}")
     return made
 
 
@@ -107,18 +118,19 @@ def _read(key: Path, certificate: Path, local: bool) -> Signer:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-    if local and stat.S_IMODE(os.stat(key).st_mode) & 0o077:
-        raise Error(f"Others can read the key {key}.", f"chmod 600 {key}, or delete its folder for a new key.")
-    fix = "Give a PEM file that no password protects."
+    fix = f"Delete {key.parent} for a new key." if local else "Give a PEM file that no password protects."
     try:
         private = serialization.load_pem_private_key(foreign.read(key, fix), None)
     except (ValueError, TypeError) as e:  # the second: it has a password
         raise Error(f"{key} cannot be read as a key: {_line(e)}.", fix) from None
-    chain = foreign.read(certificate, "Give a PEM file of the certificate and those that vouch for it.")
+    if local and stat.S_IMODE(os.stat(key).st_mode) & 0o077:
+        raise Error(f"Others can read the key {key}.", f"chmod 600 {key}, or delete its folder for a new key.")
+    fix = fix if local else "Give a PEM file of the certificate and those that vouch for it."
+    chain = foreign.read(certificate, fix)
     try:
         first = x509.load_pem_x509_certificates(chain)[0]
     except ValueError as e:
-        raise Error(f"{certificate} cannot be read as a certificate: {_line(e)}.", "Give a PEM file.") from None
+        raise Error(f"{certificate} cannot be read as a certificate: {_line(e)}.", fix) from None
     if first.public_key() != private.public_key():
         raise Error(f"{certificate} is of another key than {key}.", "Put the key's own certificate first in the file.")
     if isinstance(private, ec.EllipticCurvePrivateKey):
@@ -197,19 +209,17 @@ def verify(file: Path, kind: str) -> dict | None:
     as it was signed, CHANGED if it is not, or NOT_CHECKED with why in "problem"."""
     try:
         import c2pa
-    except ImportError:
+    except (ImportError, OSError):
         why = f"c2pa-python is not here; install it: {install('sign')}"
         return {"state": NOT_CHECKED, "problem": why} if kind in MIMES and _carries(file) else None
-    own = folder() / "certificate.pem"
-    trusted = own.read_text(encoding="ascii") if own.is_file() else None
-    settings = _OFFLINE | ({"trust": {"user_anchors": trusted}} if trusted else {})
+    own, number = _own()
     try:
         with (
             open(file, "rb") as stream,
-            c2pa.Context.from_dict(settings) as context,
+            c2pa.Context.from_dict(_OFFLINE | ({"trust": {"user_anchors": own}} if own else {})) as context,
             c2pa.Reader(MIMES[kind], stream, context=context) as reader,
         ):
-            return _said(json.loads(reader.json()))
+            return _said(json.loads(reader.json()), number)
     except c2pa.C2paError.ManifestNotFound:
         return None
     except (c2pa.C2paError, ValueError) as e:
@@ -218,8 +228,8 @@ def verify(file: Path, kind: str) -> dict | None:
         raise Error(f"{file} cannot be read: {e.strerror or e}.", "Check the path.") from None
 
 
-def _said(store: dict) -> dict:
-    """The facts of the newest manifest, whose assertions may hold anything."""
+def _said(store: dict, own: str | None) -> dict:
+    """The facts of the newest manifest, whose assertions may hold anything. own: our certificate's number."""
     state, manifest = (
         store.get("validation_state"),
         _of(_of(store, "manifests", dict), store.get("active_manifest"), dict),
@@ -238,7 +248,8 @@ def _said(store: dict) -> dict:
         "actions": [str(a.get("action")) for a in actions],
         "sources": [str(a["digitalSourceType"]).removeprefix(SOURCES) for a in actions if "digitalSourceType" in a],
         "signer": _of(signed, "issuer", str) or None,
-        "this_machine": state == "Trusted",
+        # By the signature of a root whose key is kept nowhere, and by the one certificate that it signed.
+        "this_machine": state == "Trusted" and _of(signed, "cert_serial_number", str) == own,
     }
 
 
@@ -249,6 +260,17 @@ def _of(held: dict, name: str, kind: type):
 
 def _dicts(held: dict, name: str) -> list[dict]:
     return [value for value in _of(held, name, list) if isinstance(value, dict)]
+
+
+def _own() -> tuple[str | None, str | None]:
+    """The certificates that mlxdiff made here, as PEM, and the number of the first."""
+    from cryptography import x509
+
+    try:
+        pem = (folder() / "certificate.pem").read_text(encoding="ascii")
+        return pem, str(x509.load_pem_x509_certificates(pem.encode())[0].serial_number)
+    except (OSError, ValueError):
+        return None, None
 
 
 _UNTRUSTED = "signingCredential.untrusted"  # its certificate is on no list here: there is none but our own

@@ -338,9 +338,10 @@ def _tune(as_json: bool) -> int:
 
 def summary() -> str:
     """A sentence about the choices in use; "" if this machine was not tuned."""
-    if not ways._measured:
+    found = ways.measured()
+    if not found:
         return ""
-    used = [way.what for way in WAYS if any(ways._measured.get(way.name, {}).values())]
+    used = [way.what for way in WAYS if found.get(way.name)]
     return f"Tuned for this machine: {'; '.join(used) or 'no other way is faster'}."
 
 

@@ -88,16 +88,17 @@ def test_the_flags_of_the_page_and_of_the_notebook(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(app, "studio", lambda *args: asked.append(args) or 0)
     monkeypatch.setattr(app.lab, "studio", lambda *args: asked.append(args) or 0)
-    for line in ("", "-m sdxl -o there --no-browser", "--lab", "--lab mine.ipynb -m sdxl"):
+    for line in ("", "-m sdxl -o there --no-browser --sign", "--lab", "--lab mine.ipynb -m sdxl"):
         assert app.main(line.split()) == 0
     here = Path.cwd()
     assert asked == [
-        (None, None, True),
-        ("sdxl", "there", False),
+        (None, None, True, False),
+        ("sdxl", "there", False, True),
         (here / "studio.ipynb", None, True),
         (here / "mine.ipynb", "sdxl", True),
     ]
-    for wrong, said in (("--lab -o there", "set studio.folder"), ("mine.ipynb", "is not expected here")):
+    wrongs = (("--lab -o there", "set studio.folder"), ("mine.ipynb", "is not expected here"))
+    for wrong, said in (*wrongs, ("--lab --sign", "set studio.signer")):
         with pytest.raises(SystemExit):
             app.main(wrong.split())
         assert said in capsys.readouterr().err

@@ -117,6 +117,7 @@ def sent(tmp_path_factory) -> Path:
     patch = pytest.MonkeyPatch()
     patch.setenv("MLX_MAX_OPS_PER_BUFFER", "40")
     patch.setenv("USER", "somebody")
+    patch.setenv("MLXDIFF_CACHE", str(file.parent.parent / "cache"))  # where nothing was tuned
     typed = ["--steps", "1", "--repeat", "1", "-W", "64", "-H", "64", "--report", str(file), "--note", "a shared | one"]
     code = bench.main(typed)
     patch.undo()
@@ -134,6 +135,12 @@ def test_a_report_holds_the_figures_and_nothing_personal(sent):
     for word in ("somebody", os.uname().nodename, str(Path.home()), str(ROOT), str(sent.parent)):
         assert word not in text or len(word) < 3, word
     assert [p.name for p in sent.parent.iterdir()] == [sent.name]
+
+
+def test_the_choices_of_tune_are_sent(monkeypatch):
+    monkeypatch.setattr(machine.ways, "_measured", {"unfold": {(512, 4096): True}, "wider": {(72,): False}})
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert machine.facts()["tuning"] == {"unfold": "on", "wider": "off", "MLX_ENABLE_TF32": "0"}
 
 
 def test_what_is_pasted_is_a_row_and_the_same_json(sent):
@@ -226,7 +233,7 @@ BAD = {
     "two lines": {"note": "a\nb"},
     "no such bits": {"bits": 7},
     "a list for text": {"chip": ["x"]},
-    "much tuning": {"tuning": ["x"] * 11},
+    "much tuning": {"tuning": ["x"] * 21},
     "an unknown field": {"host": "x"},
     "a device of elsewhere": {"device": "tpu"},
 }

@@ -114,6 +114,34 @@ def test_its_threads_are_one_until_a_large_network_comes_or_as_many_as_asked_for
     assert child(code, OPENBLAS_NUM_THREADS="2") == f"{min(2, cores)} {min(2, cores)} 2"
 
 
+@wheel
+def test_its_settings_are_for_itself_alone_and_those_of_the_user_count():
+    """numpy's OpenBLAS reads the same variables. What the library was told is seen at the moment it is loaded."""
+    code = """
+    seen, load = [], ctypes.CDLL
+    def look(name, *args, **kw):
+        seen.append(os.environ.get("OPENBLAS_THREAD_TIMEOUT"))
+        return load(name, *args, **kw)
+    ctypes.CDLL = look
+    import mlxdiff
+    print(seen[0], os.environ.get("OPENBLAS_THREAD_TIMEOUT"))
+    """
+    assert child(code, OPENBLAS_THREAD_TIMEOUT=None) == "4 None"
+    assert child(code, OPENBLAS_THREAD_TIMEOUT="20") == "20 20"
+
+
+def test_float32_stays_whole_on_a_mac(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    blas.whole_float32()
+    assert os.environ.get("MLX_ENABLE_TF32") == ("0" if sys.platform == "darwin" else None)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    blas.whole_float32()
+    assert os.environ["MLX_ENABLE_TF32"] == "0"
+    os.environ["MLX_ENABLE_TF32"] = "1"
+    blas.whole_float32()
+    assert os.environ["MLX_ENABLE_TF32"] == "1"
+
+
 def test_a_large_network_asks_for_all_cores(monkeypatch):
     asked = []
     monkeypatch.setattr(blas, "use_all_cores", lambda: asked.append(True))

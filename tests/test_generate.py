@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mlxdiff import images, load
+from mlxdiff.errors import Error
 from mlxdiff.families import MODELS
 from mlxdiff.generate import main
 from mlxdiff.recipe import default_dtype
@@ -337,6 +338,21 @@ def test_standard_output_that_is_closed_or_full(here, model, cache):
     assert process.returncode == 1
     os.close(main_end)
     os.close(terminal)
+
+
+def test_previews_that_cannot_be_written_cost_no_picture(here, model, capsys):
+    """The folder is there, and then the disk is full."""
+    said = ["a red fox", "-o", "a.png", "--preview-dir", "steps", "--steps", "3"]
+
+    def full(*_):
+        raise Error("steps/a.png cannot be written: No space left on device.", "Choose another place.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "new_folder", full)
+        assert main(quick(model, *said)) == 0
+    err = capsys.readouterr().err
+    assert err.count("No more previews: steps/a.png cannot be written") == 1
+    assert files(here) == ["a.png"]
 
 
 def test_weights_that_are_not_finite_draw_no_black_picture(here, model, cache, capsys, monkeypatch):

@@ -14,9 +14,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from mlx.utils import tree_map
 from PIL import Image
 
-from mlxdiff import foreign, images, whole
+import mlxdiff
+from mlxdiff import foreign, images, pipeline, whole
 from mlxdiff.errors import Error
 from mlxdiff.store import __main__ as shows
 from mlxdiff.store import cache, hub
@@ -159,3 +161,37 @@ def test_a_ref_that_a_crash_has_emptied_is_no_commit(tmp_path, monkeypatch, data
     (repo / "refs" / "main").write_bytes(data)
     with pytest.raises(Error, match="is not on this machine"):
         hub.held("a/b", "main")
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae"])
+def test_a_network_that_overflows_in_float16_draws_no_black_picture(monkeypatch, name):
+    """Its weights are finite, but so loud that float16 cannot hold what it computes, which float32 can."""
+    problems = {}
+    for dtype in ("float16", "float32"):
+        pipe = mlxdiff.load("storybook", dtype=dtype)
+        quiet, louder = pipe.networks.get, set()
+
+        def get(asked: str, quiet=quiet, louder=louder):
+            network = quiet(asked)
+            if asked == name and asked not in louder:
+                louder.add(asked)
+                network.update(tree_map(lambda x: mx.clip(x * 300, -6e4, 6e4).astype(x.dtype), network.parameters()))
+            return network
+
+        monkeypatch.setattr(pipe.networks, "get", get)
+        try:
+            pipe("a red house", seed=1, steps=1, width=64, height=64)
+        except Error as e:
+            problems[dtype] = str(e)
+    assert "not finite in float16" in problems.pop("float16")
+    assert not problems
+
+
+def test_previews_that_overflow_are_made_by_the_linear_map(pipe, monkeypatch):
+    x0 = np.random.default_rng(0).standard_normal((1, 8, 8, pipe.description.latent_channels), np.float32)
+    assert pipe.previews_by_vae
+    monkeypatch.setattr(pipeline, "_pixels", lambda *_: np.full((1, 64, 64, 3), np.nan, np.float32))
+    (shown,) = pipe.preview(x0)
+    assert shown.tobytes() == images.preview(x0[0], pipe.description.family.preview).tobytes()
+    with pytest.raises(Error, match="not finite"):
+        pipe.decode(x0)

@@ -63,7 +63,6 @@ MAY = {
     "mlxdiff.signing": {"mlxdiff", "mlxdiff.console", "mlxdiff.errors", "mlxdiff.foreign", "mlxdiff.metadata"},
     "mlxdiff.provenance": {"mlxdiff.errors", "mlxdiff.images", "mlxdiff.metadata", "mlxdiff.signing"},
     "mlxdiff.output": {
-        "mlxdiff.console",
         "mlxdiff.errors",
         "mlxdiff.images",
         "mlxdiff.metadata",
@@ -501,14 +500,15 @@ MAY = {
         "mlxdiff.tokenizers",
         "mlxdiff.weights",
     },
-    "mlxdiff.bench.step": NONE,
-    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice"},
+    "mlxdiff.bench.step": {"mlxdiff.models.cpu"},
+    "mlxdiff.bench.machine": {"mlxdiff", "mlxdiff.advice", "mlxdiff.models.ways"},
     "mlxdiff.bench.report": {
         "mlxdiff.errors",
         "mlxdiff.families",
         "mlxdiff.foreign",
         "mlxdiff.recipe",
         "mlxdiff.store",
+        "mlxdiff.whole",
     },
     "mlxdiff.bench.quality": {
         "mlxdiff.bench.step",
@@ -596,6 +596,7 @@ MAY = {
         "mlxdiff.request",
         "mlxdiff.train.*",
     },
+    "mlxdiff.train.swap": {"mlxdiff.pipeline", "mlxdiff.surgery", "mlxdiff.train.fit"},
     "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors", "mlxdiff.train.fit"},
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
@@ -668,6 +669,7 @@ MAY = {
         "mlxdiff.images",
         "mlxdiff.pictures",
         "mlxdiff.request",
+        "mlxdiff.signing",
     },
     "mlxdiff.widgets.previews": {"mlxdiff.images", "mlxdiff.pipeline"},
     "mlxdiff.widgets.worker": {
@@ -786,6 +788,7 @@ MAY = {
     "mlxdiff.widgets.explain.lesson": {"mlxdiff.families", "mlxdiff.widgets.explain.sheet", "mlxdiff.widgets.worker"},
     "mlxdiff.widgets.explain.*": {
         "mlxdiff.errors",
+        "mlxdiff.guidance",
         "mlxdiff.images",
         "mlxdiff.probe",
         "mlxdiff.schedules",
@@ -818,6 +821,7 @@ MAY = {
         "mlxdiff.widgets.lab",
         "mlxdiff.widgets.server",
         "mlxdiff.widgets.studio",
+        "mlxdiff.signing",
     },
     "mlxdiff.widgets.lessons": {
         "mlxdiff",

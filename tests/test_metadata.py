@@ -487,8 +487,8 @@ SAVES = {
     "mlxdiff.result": 1,  # `images.save`
     "mlxdiff.signing": 1,  # into memory, to try a key
     "mlxdiff.store": 1,  # a model
-    "mlxdiff.train.fit": 1,  # a diagram of losses
-    "mlxdiff.train.recipe": 2,  # a tokenizer, and samples with `metadata.options`
+    "mlxdiff.train.fit": 1,  # `write_picture`: diagrams, and samples with their mark
+    "mlxdiff.train.recipe": 1,  # a tokenizer
     "mlxdiff.train.tune": 1,  # `Result.save`
     "mlxdiff.widgets.explain.judging": 1,  # copies that lose their marks: the lesson is about them
     "mlxdiff.widgets.explain.lesson": 2,  # diagrams of the lessons

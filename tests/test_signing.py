@@ -119,6 +119,38 @@ def test_a_key_of_another_machine_is_not_called_ours(tmp_path, config, monkeypat
         signing.signer()
 
 
+@signs
+def test_a_forger_with_our_names_and_number_is_not_called_ours(tmp_path, config, monkeypatch):
+    """All that a published picture shows of a certificate can be copied. Only the root's signature cannot."""
+    from cryptography import x509
+
+    signing.signer()
+    mine = (config / "signing" / "certificate.pem").read_bytes()
+    number = x509.load_pem_x509_certificates(mine)[0].serial_number
+    monkeypatch.setattr(x509, "random_serial_number", lambda: number)
+    monkeypatch.setenv("MLXDIFF_CONFIG", str(tmp_path / "forger"))
+    file = signed(tmp_path / "a.png")
+    monkeypatch.setenv("MLXDIFF_CONFIG", str(config))
+    found = signing.verify(file, "PNG")
+    assert (found["state"], found["signer"], found["this_machine"]) == (signing.HOLDS, signing.LOCAL, False)
+    assert signing.verify(signed(tmp_path / "b.png"), "PNG")["this_machine"]
+
+
+@signs
+def test_a_damaged_folder_of_keys_is_one_error_and_hides_nothing(tmp_path, config):
+    file = signed(tmp_path / "a.png")
+    place = config / "signing"
+    for name, text in (("certificate.pem", "hello"), ("certificate.pem", "\xff"), ("key.pem", ""), ("key.pem", None)):
+        if text is None:
+            (place / name).unlink()
+        else:
+            (place / name).write_text(text)
+        with pytest.raises(Error, match=r"cannot be read.*Delete .*signing for a new key"):
+            signing.signer()
+        found = signing.verify(file, "PNG")
+        assert (found["state"], found["this_machine"]) == (signing.HOLDS, False)
+
+
 def own(folder: Path, algorithm: str = "ed25519", mail: bool = True) -> tuple[Path, Path]:
     """A user's key and certificate, issued by another. mail: for what it may be used."""
     from cryptography import x509
@@ -221,6 +253,29 @@ def test_the_command_signs(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "Content Credentials hold: the file is as it was signed, by a key that mlxdiff made on this machine" in out
     assert "It shows that a file was not changed since, not who made it." in out
+
+
+@signs
+def test_the_studio_signs(tmp_path, monkeypatch, capsys):
+    """Its pictures, its comparisons, and its copies in other formats."""
+    pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidget: pip install .[studio]")
+    from mlxdiff.widgets import Studio
+    from mlxdiff.widgets.worker import Worker
+
+    from . import fakes
+
+    monkeypatch.chdir(tmp_path)
+    studio = Studio("fake", worker=Worker(fakes.load), steps=2, signer=signing.announced())
+    assert signing.MEANS in capsys.readouterr().err
+    studio.generate().result(30)
+    studio.compare(seed=[1, 2]).result()
+    studio._worker.submit("fake", None, lambda *_: None).result(30)
+    files = list((tmp_path / "pictures").glob("*.png"))
+    assert len(files) == 4
+    assert {signing.verify(file, "PNG")["state"] for file in files} == {signing.HOLDS}
+    name, data = studio.images[0].copy("jpg", studio.signer)
+    (tmp_path / name).write_bytes(data)
+    assert signing.verify(tmp_path / name, "JPEG")["state"] == signing.HOLDS
 
 
 # ---- inspect

@@ -68,6 +68,19 @@ def test_the_key_holds_all_that_matters(cache, tmp_path):
     assert "4bit" in seen[1].name
 
 
+def test_a_unet_has_float16_where_other_models_have_bfloat16(cache, tmp_path, monkeypatch):
+    """On an M3 and later. What was asked for explicitly is another conversion, and is made as it was asked for."""
+    monkeypatch.setattr(
+        mlxdiff.recipe, "default_dtype", lambda family=None: "bfloat16" if family is None else "float16"
+    )
+    source = folder(tmp_path / "model")
+    suited, asked = store.resolve(source), store.resolve(source, dtype="bfloat16")
+    assert suited != asked
+    assert description.read(suited).recipe.dtype == "float16"
+    assert description.read(asked).recipe.dtype == "bfloat16"
+    assert store.resolve(source) == suited
+
+
 def test_a_source_replaced_by_one_of_equal_size_and_time_is_converted_again(cache, tmp_path):
     source = folder(tmp_path / "model")
     file, made = source / "vae" / "config.json", store.resolve(source)

@@ -301,6 +301,19 @@ def test_a_writer_insists_on_every_tensor(tmp_path):
         write(tmp_path, tensors)
 
 
+@pytest.mark.parametrize(("chip", "unet", "other"), [("applegpu_g13s", "float16", "float16"),
+                                                     ("applegpu_g14d", "float16", "float16"),
+                                                     ("applegpu_g15g", "float16", "bfloat16"),
+                                                     ("applegpu_g17s", "float16", "bfloat16")])  # fmt: skip
+def test_dtypes_by_chip_and_family(monkeypatch, chip, unet, other):
+    """M1, M2, M3 and M5, by the numbers of their GPUs."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": chip})
+    assert [default_dtype(FAMILIES[name]) for name in ("sd1", "sdxl")] == [unet, unet]
+    assert [default_dtype(FAMILIES[name]) for name in ("sd3", "flux")] == [other, other]
+    assert default_dtype() == other
+
+
 def test_dtype_policy():
     assert default_dtype() == "float32" or mx.default_device() == mx.Device(mx.gpu)
     assert component_dtype(FAMILIES["sd1"], "vae", "float16") == "float16"

@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Thread
 
+from .. import signing
 from ..console import Parser, run
 from . import lab
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NOTEBOOK",
         help="the studio in a notebook, in JupyterLab (default studio.ipynb); it is created if it does not exist",
     )
+    p.add_argument("--sign", action="store_true", help="add Content Credentials to every picture, as generate does")
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     args = p.parse_args(argv)
     if args.lora_dir is not None:
@@ -32,19 +34,23 @@ def main(argv: list[str] | None = None) -> int:
             p.error(f"There is no folder {args.lora_dir}. Give the folder of your LoRAs: --lora-dir DIR.")
         os.environ["MLXDIFF_LORAS"] = args.lora_dir  # also for a notebook's kernel
     if args.lab is None:
-        return run("mlxdiff studio", lambda: studio(args.model, args.out, not args.no_browser))
+        return run("mlxdiff studio", lambda: studio(args.model, args.out, not args.no_browser, args.sign))
     if args.out is not None:
         p.error("--output is for the page alone: in a notebook, set studio.folder")
+    if args.sign:
+        p.error("--sign is for the page alone: in a notebook, set studio.signer")
     return run("mlxdiff studio", lambda: lab.studio(args.lab.resolve(), args.model, not args.no_browser))
 
 
-def studio(model: str | None, folder: str | None, browser: bool) -> int:
+def studio(model: str | None, folder: str | None, browser: bool, sign: bool = False) -> int:
     """Serve the page until Ctrl-C, until a signal ends this process, or until it loses its terminal."""
     settings = {k: v for k, v in (("model", model), ("folder", folder)) if v is not None}
     if model is not None:
         from .. import store
 
         store.check_name(model)
+    if sign:
+        settings["signer"] = signing.announced()
     lab.needed("tornado", "ipywidgets", "anywidget", "jupyter_core")
     print("Starting the studio ...", flush=True)
     from .server import serve

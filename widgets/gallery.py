@@ -13,6 +13,7 @@ from ..dialects import embedding, lora
 from ..errors import Error
 from ..guides import Guide
 from ..request import Request
+from ..signing import Signer
 
 _THUMB = 160  # pixels: the strip shows 80; sharp screens need twice that
 COMPARISON = "compare-"  # how the names of comparisons' files begin
@@ -32,10 +33,18 @@ class Picture:
 
     @classmethod
     def write(
-        cls, image: Image.Image, folder: Path, request: Request, model: str, recipe: str, seconds: float
+        cls,
+        image: Image.Image,
+        folder: Path,
+        request: Request,
+        model: str,
+        recipe: str,
+        seconds: float,
+        signer: Signer | None = None,
     ) -> "Picture":
         """Save a picture; the prompt's first words and the seed name the file."""
-        path = images.save(image, Path(folder) / images.file_name(request), request, model, recipe)
+        file = Path(folder) / images.file_name(request)
+        path = images.save(image, file, request, model, recipe, signer=signer)
         return cls(path.resolve(), request, model, recipe, seconds)
 
     @property
@@ -46,12 +55,12 @@ class Picture:
         """Save another copy with its settings. The suffix chooses PNG, JPEG or WebP; no file is ever overwritten."""
         return images.save(self.image.convert("RGB"), Path(path), self.request, self.model, self.recipe)
 
-    def copy(self, ending: str) -> tuple[str, bytes]:
+    def copy(self, ending: str, signer: Signer | None = None) -> tuple[str, bytes]:
         """The name and the bytes of a copy in another format, with its settings."""
         if ending not in images.ENDINGS:
             raise Error(f"There is no format {ending!r:.20}.", f"Choose one of {', '.join(images.ENDINGS)}.")
-        made_by = (self.request, self.model, self.recipe)
-        return f"{self.path.stem}.{ending}", images.encoded(self.image.convert("RGB"), *made_by, images.ENDINGS[ending])
+        how = (self.request, self.model, self.recipe, images.ENDINGS[ending])
+        return f"{self.path.stem}.{ending}", images.encoded(self.image.convert("RGB"), *how, signer=signer)
 
     def caption(self) -> str:
         r = self.request
@@ -216,15 +225,15 @@ class Grid:
                     out.paste(image, (x + (w - image.width) // 2, y + (h - image.height) // 2))
         return out
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, signer: Signer | None = None) -> Path:
         """Save the labelled grid at full size, with the settings its cells share. No file is ever overwritten."""
         first = self.cells[min(self.cells)]
-        return images.save(self.image, Path(path), first.request, first.model, first.recipe)
+        return images.save(self.image, Path(path), first.request, first.model, first.recipe, signer=signer)
 
-    def finish(self, folder: str | Path) -> Picture:
+    def finish(self, folder: str | Path, signer: Signer | None = None) -> Picture:
         """Save the grid; the names of its settings name the file."""
         names = [n for n in (self.down, self.across) if n is not None]
-        path = self.save(Path(folder) / f"{COMPARISON}{'-'.join(names)}.png")
+        path = self.save(Path(folder) / f"{COMPARISON}{'-'.join(names)}.png", signer)
         return replace(self.cells[0, 0], path=path.resolve(), title=f"Comparison of {' and '.join(names)}")
 
     def _repr_png_(self) -> bytes:

@@ -45,6 +45,7 @@ class Studio(Settings, w.VBox):
 
     status = t.Unicode("Ready", help="the line under the picture")
     images = t.List(help="the pictures drawn, as gallery.Picture, oldest first")
+    signer = t.Any(None, help="signs every picture that is written: mlxdiff.signing.signer()")
     error = t.Any(None, help="the last error; `raise studio.error` shows where it was raised")
 
     def __init__(self, model: str | Path = DEFAULT, *, worker: Worker | None = None, **settings):
@@ -144,11 +145,11 @@ class Studio(Settings, w.VBox):
         if update.picture is not None:
             request = replace(job.request, seed=job.request.seed + update.step - 1, count=1)
             made = job.description.name, str(job.description.recipe)
-            picture = Picture.write(update.picture, self.folder, request, *made, update.seconds)
+            picture = Picture.write(update.picture, self.folder, request, *made, update.seconds, self.signer)
             self.images = [*self.images, picture]
             self._keep(picture, update.picture, show=grid is None)
             if grid is not None and grid.put(cell, picture, update.picture):
-                whole = grid.finish(self.folder)
+                whole = grid.finish(self.folder, self.signer)
                 self._keep(whole, whole.image, show=True)
         if update.stage in ("done", "cancelled", "failed"):
             self._ended(job, update)
@@ -340,7 +341,7 @@ class Studio(Settings, w.VBox):
         elif do == "before":
             self.view.send({"do": "before", "key": key}, [self._history[key].before()])
         elif do == "copy":
-            name, data = self._history[key].copy(message["ending"])
+            name, data = self._history[key].copy(message["ending"], self.signer)
             self.view.send({"do": "copy", "name": name}, [data])
         elif do == "enlarge":
             self._enlarge(self._history[key])

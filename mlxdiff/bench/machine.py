@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .. import BLAS, __version__
 from ..advice import this_machine
+from ..models import ways
 
 # Environment variables of MLX that change its speed
 _TUNING = ("MLX_ENABLE_TF32", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_METAL_FAST_SYNCH")
@@ -27,8 +28,14 @@ def facts() -> dict:
         "chip": str(mx.device_info().get("device_name", "unknown")),
         "memory_bytes": this_machine().memory,
         "blas": BLAS,
-        "tuning": {name: os.environ[name] for name in _TUNING if os.environ.get(name)},
+        "tuning": tuning(),
     }
+
+
+def tuning() -> dict[str, str]:
+    """What `mlxdiff tune` chose here, and settings of MLX. A model must have been loaded, which reads the choices."""
+    chosen = {way: "on" if used else "off" for way, used in ways.measured().items()}
+    return chosen | {name: os.environ[name] for name in _TUNING if os.environ.get(name)}
 
 
 def system() -> str:

@@ -33,7 +33,7 @@ PROMPTS = (  # of models that know the world
     "a castle on a hill under a full moon, oil painting",
     "an astronaut riding a horse in the desert",
 )
-STORY = 5  # prompts of the built-in model: with the default settings about 50 seconds of a processor
+STORY = 4  # prompts of the built-in model: with the default settings 50 seconds of one core
 _OTHER = ("euler", "ddim")  # the sampler to compare with is the first of these that is not the model's own
 MOST = 100  # settings
 MOST_PICTURES = 2000  # of each, what CLIP reads stays in memory until all are drawn: 0.6 MB
@@ -177,7 +177,7 @@ class Scorer:
         elif name is not None or store.here(store.DEFAULT) is not None:
             name = store.DEFAULT if name is None else name
             self.place, self.title = store.find(name, offline=False), f"CLIP score by {Path(name).name}"
-            self.sees = store.config(self.place)
+            self.sees = store.check(self.place)
 
     def see(self, image: Image.Image) -> np.ndarray:
         """What is kept of a picture until all are drawn."""

@@ -68,7 +68,7 @@ def random_pipeline(
     bits: int | str | None = None,
 ) -> Pipeline:
     """A named model with random weights. blocks: how many of each kind to keep, in the transformers, T5 and Qwen3."""
-    model = published(name, recipe(bits, dtype))
+    model = published(name, recipe(bits, dtype, MODELS[name].family))
     return Pipeline(RandomNetworks(replace(model, components=shallow(name, blocks))), low_memory, force)
 
 

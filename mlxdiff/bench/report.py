@@ -2,14 +2,12 @@
 table of such JSON files. They come from anywhere, so each is read strictly, and its text cannot format the page."""
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .. import foreign
+from .. import foreign, whole
 from ..errors import Error
 from ..families import MODELS
 from ..recipe import BITS, DTYPES
@@ -18,6 +16,7 @@ from ..store import local
 FORMAT = 1
 MOST_FILES = 1000
 _LONGEST = 80  # characters of a text
+_MOST_TUNING = 20
 # The largest number of each field: beyond any machine, and small enough to print.
 _MOST = {"memory_bytes": 2**50, "peak_bytes": 2**50, "width": 2**16, "height": 2**16, "steps": 1000, "batch": 2}
 _MOST |= {"seconds_per_step": 1e6, "seconds": 1e8, "format": FORMAT}
@@ -97,7 +96,7 @@ def _sound(name: str, value: object) -> bool:
         named = {"bits": [*BITS], "dtype": [*DTYPES], "device": ["cpu", "gpu"]}
         return len(value) <= _LONGEST and value.isprintable() and value in named.get(name, [value])
     if isinstance(value, list):
-        return len(value) <= 10 and all(_sound("", text) for text in value)
+        return len(value) <= _MOST_TUNING and all(_sound("", text) for text in value)
     if name == "bits":
         return value is None or value in BITS
     return type(value) not in (int, float) or 0 < value <= _MOST[name]
@@ -113,15 +112,10 @@ def as_json(made: Report) -> str:
 
 
 def write(made: Report, file: Path) -> None:
-    """Write the JSON, whole or not at all, and over no other file."""
+    """Write the JSON, whole or not at all."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            part.write_text(as_json(made) + "\n", encoding="utf-8")
-            os.link(part, file)
-        finally:
-            part.unlink(missing_ok=True)
+        whole.write(file, f"{as_json(made)}\n".encode())
     except OSError as e:
         raise Error(f"{file} cannot be written: {e.strerror or e}.", "Choose another place.") from None
 

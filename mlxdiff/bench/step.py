@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-# The functions whose calls are recorded. A fused attention is one call; its inner work is not recorded again.
+from ..models import cpu
+
+# The functions whose calls are recorded. An attention is one call; its inner work is not recorded again.
 CAUGHT = (
     (mx, "matmul", "matmul"),
     (mx, "addmm", "matmul"),
@@ -19,6 +21,8 @@ CAUGHT = (
     (mx.array, "__matmul__", "matmul"),
     (mx, "conv2d", "convolution"),
     (mx.fast, "scaled_dot_product_attention", "attention"),
+    (cpu, "attention", "attention"),
+    (cpu, "conv3x3", "convolution"),
 )
 KINDS = ("matmul", "convolution", "attention")
 _MOST = 8  # calls timed in one evaluation, so many that its fixed cost does not matter
@@ -73,6 +77,7 @@ class Trace:
         self.calls: dict[str, Call] = {}
         self.counts: Counter = Counter()
         self.kernels: Counter | None = None
+        self._inside = False  # one of those calls
         self._kept: list[tuple] = []
 
     def on(self, on: bool) -> None:
@@ -91,11 +96,17 @@ class Trace:
 
     def _caught(self, kind: str, function: Callable) -> Callable:
         def called(*args, **options):
+            if self._inside:
+                return function(*args, **options)
             shapes = tuple(map(_shape, args)), {k: _shape(v) for k, v in options.items()}
             key = f"{kind} {function.__name__} {shapes}"
             self.calls.setdefault(key, Call(kind, function, *shapes))
             self.counts[key] += 1
-            return function(*args, **options)
+            self._inside = True
+            try:
+                return function(*args, **options)
+            finally:
+                self._inside = False
 
         return called
 

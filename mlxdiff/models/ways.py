@@ -1,5 +1,5 @@
-"""Equivalent ways to compute a layer, and which of them is used. `mlxdiff tune` (tune.py) measures them on this machine;
-what was not measured is as it stands in STANDARD."""
+"""Equivalent ways to compute a layer, and which of them is used. `mlxdiff tune` (tune.py) measures them on a machine.
+Where nothing was measured, it is as it stands in STANDARD."""
 
 import math
 
@@ -25,6 +25,11 @@ def use(measured: dict[str, dict[tuple[int, ...], bool]]) -> None:
     """Use these choices from now on: way -> sizes of a case -> whether the way was chosen there."""
     _measured.clear()
     _measured.update(measured)
+
+
+def measured() -> dict[str, bool]:
+    """Whether each way that was measured on this machine is used for any case."""
+    return {way: any(cases.values()) for way, cases in _measured.items()}
 
 
 def chosen(way: str, *sizes: int) -> bool:

@@ -64,6 +64,8 @@ def score(args: argparse.Namespace) -> int:
             bar.show(Event(what, done, total, 0.0))
 
         place = clip_folder(args, judged["pictures"], bar)
+        if place is not None:
+            store.check(place)
         encoder = None if place is None else store.read_vision(place)
         referee = judge.load(judge.shipped()) if any(judged.values()) else None
         seen = {}

@@ -36,6 +36,7 @@ class Options:
     """The checked options of `resolve`: how to find and convert a model."""
 
     recipe: Recipe
+    suited: bool  # its dtype was not asked for: the family may have another one
     prediction: str | None
     tokenizer: Path | None
     parts: dict[str, Path]
@@ -75,6 +76,7 @@ def resolve(
     given = {kind: foreign.path(file) for kind, file in (parts or {}).items()}
     options = Options(
         recipe=how,
+        suited=dtype is None,
         prediction=prediction,
         tokenizer=tokenizer,
         parts=given,
@@ -269,14 +271,21 @@ def _published(
     return commit, obtain
 
 
+def _keyed(options: Options) -> Recipe:
+    """The recipe as it names a conversion. Where a family decides between the dtypes of 16 bits, that is not known
+    before the checkpoint is here."""
+    open_yet = options.suited and options.recipe.dtype == "bfloat16"
+    return replace(options.recipe, dtype="half") if open_yet else options.recipe
+
+
 def _asked(options: Options) -> list:
     tokenizer = None if options.tokenizer is None else [str(options.tokenizer.resolve()), _stamps(options.tokenizer)]
     parts = [[kind, str(file.resolve()), _stamps(file)] for kind, file in sorted(options.parts.items())]
-    return [asdict(options.recipe), options.prediction, options.t5, tokenizer, *parts]
+    return [asdict(_keyed(options)), options.prediction, options.t5, tokenizer, *parts]
 
 
 def _target(label: str, identity: list, options: Options) -> Path:
-    return cache.folder(label, str(options.recipe), [description.FORMAT, identity, _asked(options)])
+    return cache.folder(label, str(_keyed(options)), [description.FORMAT, identity, _asked(options)])
 
 
 def _present(label: str, identity: list, options: Options) -> Path | None:
@@ -297,13 +306,15 @@ def _make(label: str, identity: list, obtain: Callable[[Path], Path], options: O
 
     def fill(part: Path) -> None:
         checkpoint = convert.open(obtain(part), options.prediction, options.parts, options.t5)
-        options.check(convert.describe(checkpoint, options.recipe))
-        cache.check_room(checkpoint.path.name, _size(checkpoint, options.recipe))
+        how = options.recipe
+        if options.suited:
+            how = recipe.recipe(how.bits, None, FAMILIES.get(checkpoint.family))
+        options.check(convert.describe(checkpoint, how))
+        cache.check_room(checkpoint.path.name, _size(checkpoint, how))
         tokenizer = options.tokenizer
         if tokenizer is None:
             tokenizer = tokenizer_for(checkpoint, options.offline, options.progress)
-        how = asdict(options.recipe) | {"tokenizer": tokenizer, "progress": options.progress}
-        convert.save(checkpoint, part / "model", **how)
+        convert.save(checkpoint, part / "model", **asdict(how), tokenizer=tokenizer, progress=options.progress)
         cache.write_json(part / "model" / "source.json", {"identity": identity, "asked": asked})
 
     return cache.make(_target(label, identity, options), fill, lambda: options.progress("wait", 0, 0))

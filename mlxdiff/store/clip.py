@@ -1,10 +1,8 @@
 """A whole CLIP, its two encoders and its tokenizer, in a folder in transformers' layout: found, fetched once, and read
 where it is. Pictures are judged with it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import mlx.core as mx
 
@@ -13,8 +11,6 @@ from ..errors import Error, did_you_mean
 from ..models import clip, vision
 from ..tokenizers import ClipTokenizer
 from . import Progress, _silent, local
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,60 +65,56 @@ def lacking(name: str | Path) -> Error:
     )
 
 
-def config(folder: Path) -> vision.Config:
-    """The Config of its encoder of pictures, from headers alone."""
-    from .. import convert
-
-    (component,) = _explained(folder, lambda: convert.open(folder, layout="vision")).components.values()
-    if component.config is None:
+def check(folder: Path) -> vision.Config:
+    """The Config of its encoder of pictures. Raises unless both encoders, their projections and the tokenizer are
+    there. This reads headers only."""
+    sees, reads = _config(folder, "vision"), _config(folder, "clip")
+    if not sees.class_token or None in (sees.projection, reads.projection) or sees.projection != reads.projection:
         raise _no_clip(folder)
-    return component.config
+    from ..convert import tokenizer
 
-
-def read_vision(folder: Path) -> vision.Vision:
-    """Its encoder of pictures, in float32: it is no part of a drawing, and its numbers are compared with others'."""
-    network = _read(folder, "vision")
-    if network.config.projection is None or not network.config.class_token:
-        raise _no_clip(folder)
-    return network
-
-
-def read_text(folder: Path) -> tuple[clip.CLIPText, ClipTokenizer]:
-    """Its encoder of texts, and the tokenizer that lies beside it."""
-    from ..convert import tokenizer as words
-
-    network = _read(folder, "clip")
-    if network.config.projection is None:
-        raise _no_clip(folder)
     try:
-        words.check(folder, network.config)
+        tokenizer.check(folder, reads)
     except Error as e:
         raise Error(e.problem, "Put the vocab.json and the merges.txt of this CLIP into its folder.") from None
-    return network, tokenizers.load(folder)
+    return sees
 
 
-def _read(folder: Path, layout: str) -> vision.Vision | clip.CLIPText:
-    from .. import convert
-
-    (network,) = _explained(folder, lambda: convert.read(folder, mx.float32, layout)).values()
-    return network.eval()
-
-
-def _explained(folder: Path, work: Callable[[], T]) -> T:
-    """convert would name checkpoints of models."""
+def _config(folder: Path, layout: str) -> vision.Config | clip.Config:
     from .. import convert
 
     if not folder.is_dir():
         raise Error(f"{folder} is not a folder.", "Give the folder of a whole CLIP in transformers' layout.")
     try:
-        return work()
-    except Error as e:
-        raise _no_clip(folder, e.problem) if e.fix == convert.KNOWN else e from None
+        checkpoint = convert.open(folder, layout=layout)
+        convert.check(checkpoint)
+    except Error as e:  # convert would name checkpoints of models
+        raise _no_clip(folder, e.problem) from None
+    (component,) = checkpoint.components.values()
+    return component.config
 
 
-def _no_clip(folder: Path, why: str = "") -> Error:
-    problem = f"{folder} holds no whole CLIP, with encoders of pictures and of texts and their projections."
-    return Error(f"{problem} {why}".strip(), f"Give such a folder, or one of {', '.join(NAMES)}: `clip=NAME`.")
+def read_vision(folder: Path) -> vision.Vision:
+    """Its encoder of pictures, in float32: it is no part of a drawing, and its numbers are compared with others'."""
+    return _read(folder, "vision")
+
+
+def read_text(folder: Path) -> tuple[clip.CLIPText, ClipTokenizer]:
+    """Its encoder of texts, and the tokenizer that lies beside it."""
+    return _read(folder, "clip"), tokenizers.load(folder)
+
+
+def _read(folder: Path, layout: str) -> vision.Vision | clip.CLIPText:
+    from .. import convert
+
+    (network,) = convert.read(folder, mx.float32, layout).values()
+    return network.eval()
+
+
+def _no_clip(folder: Path, why: str = "Both encoders must be there, with their projections.") -> Error:
+    return Error(
+        f"{folder} holds no whole CLIP: {why}", f"Give such a folder, or one of {', '.join(NAMES)}: `clip=NAME`."
+    )
 
 
 def _repo(name: str | Path) -> str:

@@ -65,19 +65,23 @@ def store(file: Path, data: Data) -> None:
     write_arrays(file, arrays, {"pictures": str(len(data.means))})
 
 
-def stored(file: Path, weight: float) -> Data | None:
-    """What `store` wrote, read when it is used; None if there is none, or not a whole one."""
+def stored(file: Path, weight: float, shapes: list[tuple[int, ...]]) -> Data | None:
+    """What `store` wrote, read when it is used; None if there is none, or not a whole one. shapes: of the latents."""
     data = Data([], [], [], weight)
     try:
         foreign.check_regular(file)
         arrays, header = mx.load(str(file), return_metadata=True)
-        for i in range(min(int(header["pictures"]), len(arrays))):
+        whole = header["pictures"] == str(len(shapes))
+        for i, shape in enumerate(shapes):
             start = f"{i}.args."
             args = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
             data.add(arrays[f"{i}.mean"], arrays[f"{i}.spread"], args)
+            for latents in (data.means[-1], data.spreads[-1]):
+                whole &= latents.shape == shape and latents.dtype == mx.float32 and mx.isfinite(latents).all().item()
+            whole &= {k: v.ndim for k, v in args.items()} == {k: v.ndim for k, v in data.args[0].items()}
     except (KeyError, OSError, RuntimeError, ValueError):
         return None
-    return data if data.means else None
+    return data if whole else None
 
 
 class Objective:

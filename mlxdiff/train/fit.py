@@ -171,7 +171,7 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as e:  # MLX raises the second, a name that no file can have the third
-        why = getattr(e, "strerror", None) or e
+        why = str(getattr(e, "strerror", None) or e).rstrip(".")
         fix = "Check the free space and the permissions, or give another `output`."
         raise Error(f"{place} cannot be written: {why}.", fix) from None
 

@@ -146,15 +146,20 @@ def centres(blobs: int) -> np.ndarray:
 def ring_denoiser(blobs: int, flow: bool) -> guidance.Denoise:
     """The best denoiser of the ring, in closed form: of the distribution, not of some of its points. So what a sampler
     gets wrong with it is the sampler's error alone."""
+    return blobs_denoiser(centres(blobs), SPREAD, flow)
+
+
+def blobs_denoiser(middles: np.ndarray, spread: float, flow: bool) -> guidance.Denoise:
+    """The best denoiser of equal round blobs around these middles, (n, 2)."""
 
     def denoise(x: mx.array, sigma: float) -> mx.array:
         x, sigma = np.array(x, np.float64), float(sigma)
         signal, noise = (1 - sigma, sigma) if flow else (1.0, sigma)  # x = signal * x0 + noise * eps
-        variance = (signal * SPREAD) ** 2 + noise**2
-        away = x.reshape(-1, 1, 2) - signal * centres(blobs)  # (B, blobs, 2)
+        variance = (signal * spread) ** 2 + noise**2
+        away = x.reshape(-1, 1, 2) - signal * middles  # (B, n, 2)
         far = (away**2).sum(-1) / (2 * variance)
-        likely = np.exp(far.min(1, keepdims=True) - far)[..., None]  # (B, blobs, 1)
-        x0 = (likely * (centres(blobs) + signal * SPREAD**2 / variance * away)).sum(1) / likely.sum(1)
+        likely = np.exp(far.min(1, keepdims=True) - far)[..., None]  # (B, n, 1)
+        x0 = (likely * (middles + signal * spread**2 / variance * away)).sum(1) / likely.sum(1)
         return mx.array(x0.reshape(x.shape).astype(np.float32))
 
     return denoise

@@ -195,12 +195,20 @@ class LoraRun:
     def encoded(self) -> list[Data]:
         """The pictures and those of the class, with their captions. A run that continues reads them from its folder."""
         files = [self.out / RUN / f"encoded-{i}.safetensors" for i in range(len(self.sets))]
-        weights = (1.0, self.tuning.prior)
-        if not all(batches.stored(file, 1.0) for file in files):
-            args = self.captions.arguments if self.captions else self._texts()
-            for file, pictures in zip(files, self.sets, strict=True):
-                batches.store(file, encode(self.pipe, pictures, self.tuning, args))
-        return [batches.stored(file, weight) for file, weight in zip(files, weights, strict=False)]
+        weights, shapes = (1.0, self.tuning.prior), [self._shapes(pictures) for pictures in self.sets]
+        held = [batches.stored(*each) for each in zip(files, weights, shapes, strict=False)]
+        if all(held):
+            return held
+        args = self.captions.arguments if self.captions else self._texts()
+        for file, pictures in zip(files, self.sets, strict=True):
+            batches.store(file, encode(self.pipe, pictures, self.tuning, args))
+        return [batches.stored(*each) for each in zip(files, weights, shapes, strict=False)]
+
+    def _shapes(self, pictures: list[Picture]) -> list[tuple[int, ...]]:
+        """Of the latents of a set, in the order of `encode`."""
+        model, times = self.pipe.description, 2 if self.tuning.flip else 1
+        sizes = [(p.height // model.factor, p.width // model.factor) for p in pictures for _ in range(times)]
+        return [(1, *size, model.latent_channels) for size in sizes]
 
     def _texts(self) -> Callable[[Picture, Request], dict[str, mx.array]]:
         """What a step reads of a picture's caption. Each caption is read once; the encoders are released."""

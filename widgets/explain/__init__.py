@@ -2,6 +2,8 @@
 
 from .claims_model import MODEL
 from .claims_noise import NOISE
+from .drawing import YourWorld
+from .editing import Adapter, OnlyAPart, Strength, ThereAndBack
 from .few import FewSteps, NoiseTable, Straighten
 from .film import FilmStrip
 from .forward import ForwardNoise
@@ -12,6 +14,7 @@ from .latent import Channels, Nudge, RoundTrip
 from .nothing import Checks, Strip
 from .novelty import Memory, NearestPicture
 from .race import SamplerRace
+from .rivals import LossSays, Rivals, Scores
 from .seeds import BetweenSeeds, SeedGrid
 from .tokens import Tokens
 from .training import Loss, TwoMoons
@@ -22,6 +25,7 @@ from .words import WordMaps
 __all__ = [
     "MODEL",
     "NOISE",
+    "Adapter",
     "BetweenSeeds",
     "Bias",
     "Channels",
@@ -32,6 +36,7 @@ __all__ = [
     "ForwardNoise",
     "GuidanceSweep",
     "Loss",
+    "LossSays",
     "LyingAboutTime",
     "Map",
     "Marks",
@@ -41,18 +46,24 @@ __all__ = [
     "NoiseTable",
     "Nudge",
     "Obedience",
+    "OnlyAPart",
+    "Rivals",
     "RoundTrip",
     "SamplerRace",
+    "Scores",
     "SeedGrid",
     "Straighten",
+    "Strength",
     "Strip",
     "TakenOut",
+    "ThereAndBack",
     "Tokens",
     "Trial",
     "TwoAnswers",
     "TwoMoons",
     "WhoDecides",
     "WordMaps",
+    "YourWorld",
     "here",
     "verdicts",
 ]

@@ -20,7 +20,7 @@ from .trial import Claim, Evidence
 
 PROMPT = "a red house under a full moon"
 COPIES = 256  # noisy copies that are averaged
-_ENDS: WeakKeyDictionary = WeakKeyDictionary()  # pipe -> settings -> latents: several claims ask for the same runs
+_ENDS: WeakKeyDictionary = WeakKeyDictionary()  # pipe -> settings -> what a run gave: several claims ask for it
 
 
 def end(pipe, prompt: str, **settings) -> np.ndarray:
@@ -31,6 +31,14 @@ def end(pipe, prompt: str, **settings) -> np.ndarray:
         for step in trace(pipe, prompt, **settings):
             known[key] = step.x0
     return known[key]
+
+
+def plain_steps(pipe, seed: int) -> list[Step]:
+    """Eight steps without guidance."""
+    known = _ENDS.setdefault(pipe, {})
+    if seed not in known:
+        known[seed] = list(trace(pipe, PROMPT, seed=seed, steps=8, guidance=1.0))
+    return known[seed]
 
 
 def far(a: np.ndarray, b: np.ndarray) -> float:
@@ -78,7 +86,7 @@ def nothing_left(pipe, seed: int) -> Evidence:
     noise, left = noise_of(pipe, seed), ALPHA_BAR[-1]
     most = ((1 - left) / left) ** 0.5
     starts = np.concatenate([noise, *(noise + z / most for z in hidden)])
-    ends = drawn_from(pipe, starts, "a house", steps=6, guidance=1.0)
+    ends = drawn_from(pipe, starts, "a house", steps=4, guidance=1.0)
     names = ("from pure noise", "and a trace of day", "and a trace of night")
     drawn = pipe.decode(ends)
     light = [np.asarray(image, float).mean() for image in drawn]
@@ -117,7 +125,7 @@ def says_noise(pipe, seed: int) -> Evidence:
         own = pipe.description.prediction if name == pipe.name else None  # a file may say what its family does not
         kind = own or model.prediction or model.family.prediction
         counts[kind] = counts.get(kind, 0) + 1
-    steps = list(trace(pipe, PROMPT, seed=seed, steps=6, guidance=1.0))
+    steps = plain_steps(pipe, seed)
     first, late = (v_of(step) for step in (steps[0], steps[-1]))
     alike = [
         abs(float(np.corrcoef(v.ravel(), s.noise.ravel())[0, 1])) for v, s in ((first, steps[0]), (late, steps[-1]))
@@ -172,7 +180,7 @@ def sensitive(pipe, seed: int) -> Evidence:
 # --- steps
 
 RUNS = (3, 6, 12)
-REFERENCE = 20
+REFERENCE = 16
 
 
 def steps_of(pipe, seed: int, sampler: str) -> list[np.ndarray]:
@@ -217,7 +225,7 @@ def flat(pipe, seed: int) -> Evidence:
 
 
 def one_step(pipe, seed: int) -> Evidence:
-    steps = list(trace(pipe, PROMPT, seed=seed, steps=8, guidance=1.0))
+    steps = plain_steps(pipe, seed)
     first, half, last = drawn = pipe.decode(np.concatenate([steps[k].x0 for k in (0, 3, -1)]))
     edges = [sharpness(image) for image in drawn]
     return Evidence(
@@ -229,8 +237,10 @@ def one_step(pipe, seed: int) -> Evidence:
 
 
 def one_earlier(pipe, seed: int) -> Evidence:
-    firsts = {n: next(islice(trace(pipe, PROMPT, seed=seed, steps=n, schedule="karras"), 1)) for n in (4, 16)}
-    second = {n: list(islice(trace(pipe, PROMPT, seed=seed, steps=n, schedule="karras"), 2))[1].sigma for n in firsts}
+    settings = {"seed": seed, "guidance": 1.0, "schedule": "karras"}
+    begun = {n: list(islice(trace(pipe, PROMPT, steps=n, **settings), 2)) for n in (4, 16)}
+    firsts, second = ({n: steps[k] for n, steps in begun.items()} for k in (0, 1))
+    second = {n: step.sigma for n, step in second.items()}
     a, b = (step.x0 for step in firsts.values())
     same = far(a, b)
     few, many = firsts

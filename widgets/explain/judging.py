@@ -16,7 +16,7 @@ from .guidance import changes
 from .lesson import BLUE, GREEN, GREY, RED, Lesson, Report, seed_box
 from .seeds import show
 
-SETS = (16, 32, 64, 128)  # pictures in each of two sets
+SETS = (8, 16, 32, 64)  # pictures in each of two sets
 BLURS = (0, 1, 2, 4)  # pixels
 SIDE = 128  # of the pictures that the judge reads
 FEW, ENOUGH = 2, 6  # steps
@@ -101,7 +101,7 @@ class Obedience(Lesson):
     idea = "A judge, a network that was taught to name what is in such pictures, reads each: six words, right or wrong."
     trying = "Ask for more prompts. How many would you need to tell 90 % from 95 %?"
 
-    def __init__(self, count: int = 5, **options):
+    def __init__(self, count: int = 4, **options):
         self.count = w.IntSlider(count, min=3, max=24, description="Prompts", continuous_update=False)
         super().__init__(self.count, asks={"count": self.count}, **options)
 
@@ -170,7 +170,7 @@ class Bias(Lesson):
     def work(self, pipe, report: Report, thing: str, count: int, seed: int) -> Drawn:
         images = []
         for first in range(seed, seed + count, 8):
-            images += pipe(f"a {thing}", seed=first, count=8, steps=5, guidance=1.0).images
+            images += pipe(f"a {thing}", seed=first, count=8, steps=4, guidance=1.0).images
             report(len(images), count)
         seen = judge.read(judge.load(judge.shipped()), read(images))
         kinds = list(judge.WORDS)
