@@ -11,7 +11,7 @@ from .errors import Error, near
 
 # Options of `load`.
 OPTIONS = ("model", "bits", "dtype", "refiner", "taesd", "low_memory", "force", "request", "offline", "revision")
-OPTIONS += ("tokenizer", "prediction", "parts", "t5", "loras", "embeddings", "lora_dir", "progress")
+OPTIONS += ("tokenizer", "prediction", "parts", "t5", "loras", "embeddings", "lora_dir", "prompt_cache", "progress")
 # Names from diffusers and similar programs -> our names.
 THEIRS = {
     "batch": "count",

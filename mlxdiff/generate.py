@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -92,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--skip-scale", type=float, metavar="G", help="how far to push from the pass without them (2.8)")
     g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in which steps (0.01 0.2)")
     g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: leave T5 out, for less memory")
+    what = "skip most of a step where little changed, 0.1 is a tenth: faster, slightly different; 0 skips nothing (0)"
+    g.add_argument("--reuse", type=float, metavar="F", help=what)
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
     g = p.add_argument_group("with which model")
@@ -112,6 +115,8 @@ def parser() -> argparse.ArgumentParser:
         g.add_argument(flag, dest=f"part_{kind}", type=Path, metavar="FILE", help=f"{what}, for a single file")
     g.add_argument("--prediction", choices=("eps", "v"), help="what a single file predicts")
     g.add_argument("--offline", action="store_true", help="never use the network")
+    what = "keep nothing of what text encoders made of the prompt, and use nothing that was kept"
+    g.add_argument("--no-prompt-cache", dest="prompt_cache", action="store_false", help=what)
     g.add_argument("--low-memory", action="store_true", help="slower, but in less memory")
     g.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
     what = "do not measure first which ways to compute are fastest here: done once, before a large model on a GPU"
@@ -179,6 +184,8 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
         pipe = _load(args, model, first, t5, dtype, bar.progress)
         requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
+        if any(r.reuse for r in requests):  # pictures drawn at once reuse the same steps, and differ with their number
+            requests = [single for r in requests for single in r.singles()]
         for request in requests:
             images.check_settings(target.kind, request, pipe.name, str(pipe.description.recipe))
         if args.tune and large(pipe) and not tune.known():
@@ -221,6 +228,7 @@ def _load(args: argparse.Namespace, model: str, first: Request, t5: bool, dtype:
         prediction=args.prediction,
         t5=t5,
         lora_dir=args.lora_dir,
+        prompt_cache=args.prompt_cache,
         parts={k: f for k in PARTS if (f := getattr(args, f"part_{k}")) is not None},
         progress=progress,
     )
@@ -267,12 +275,13 @@ def _one(
 ) -> None:
     """Draw a request and write its pictures. meanwhile: called after each event."""
     mx.reset_peak_memory()
-    drawn, made_by = 0, (pipe.name, str(pipe.description.recipe))
+    drawn, reused, made_by = 0, 0, (pipe.name, str(pipe.description.recipe))
     singles = request.singles()
     previews: list[Path] = []  # a folder for each picture, made with its first preview
     place = args.preview_dir
     for event in pipe.run(request):
         bar.show(event)
+        reused += event.reused
         if event.x0 is not None and place is not None:
             try:
                 previews = previews or [images.new_folder(place / images.stem(single)) for single in singles]
@@ -287,13 +296,13 @@ def _one(
             single = singles[drawn]
             path = write(event.image, single=single, model=made_by[0], recipe=made_by[1])
             drawn += 1
-            bar.done(path, single, _facts(pipe))
+            bar.done(path, single, _facts(pipe, request, reused))
         meanwhile()
     bar.began = time.perf_counter()
 
 
-def _facts(pipe: Pipeline) -> dict:
-    return {"model": pipe.name, **asdict(pipe.description.recipe)}
+def _facts(pipe: Pipeline, request: Request, reused: int) -> dict:
+    return {"model": pipe.name, **asdict(pipe.description.recipe)} | ({"reused": reused} if request.reuse else {})
 
 
 def _share(
@@ -311,7 +320,8 @@ def _share(
 
     def keep(request: Request, drawn: machines.Drawn) -> None:
         path = write(drawn.image, single=request, model=pipe.name, recipe=str(pipe.description.recipe))
-        bar.done(path, request, _facts(pipe) | {"rank": drawn.rank}, drawn.seconds, drawn.peak_bytes)
+        made = _facts(pipe, request, drawn.reused) | {"rank": drawn.rank}
+        bar.done(path, request, made, drawn.seconds, drawn.peak_bytes)
 
     missing = others.share([single for r in requests for single in r.singles()], own, keep)
     for problem in others.problems:
@@ -329,9 +339,11 @@ def _follow(args: argparse.Namespace, first: machines.Machines) -> int:
 
     def drawn(request: Request) -> tuple[Image, dict]:
         mx.reset_peak_memory()
-        began = time.perf_counter()
-        (image,) = (event.image for event in pipe.run(pipe.resolve(request)) if event.image is not None)
-        return image, {"seconds": time.perf_counter() - began, "peak_bytes": mx.get_peak_memory()}
+        began, image, reused = time.perf_counter(), None, 0
+        for event in pipe.run(pipe.resolve(request)):
+            image, reused = event.image or image, reused + event.reused
+        seconds = time.perf_counter() - began
+        return image, {"seconds": seconds, "peak_bytes": mx.get_peak_memory(), "reused": reused}
 
     first.follow(drawn)
     return 0
@@ -382,7 +394,7 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
 
 def _known(model: str | None) -> str:
     """The model that a picture names, if it can be opened here; else the default."""
-    return model if model is not None and (model in MODELS or Path(model).exists()) else DEFAULT
+    return model if model is not None and (model in MODELS or os.path.exists(model)) else DEFAULT
 
 
 class Bar:
@@ -424,7 +436,8 @@ class Bar:
             facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak, **made}
             self._report(say_json, facts | {"request": json.loads(request.to_json())})
         else:
-            where = f", on rank {made['rank']}" if "rank" in made else ""
+            where = f", {made['reused']} steps reused" if "reused" in made else ""
+            where += f", on rank {made['rank']}" if "rank" in made else ""
             self._report(say, f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak{where}")
 
     def write(self, text: str) -> None:

@@ -1,8 +1,10 @@
 """Guide: a picture that guides a drawing beside the prompt, how strongly and in which steps, and the network that reads
 it."""
 
+import math
 import re
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +90,13 @@ class Guide:
     def masked(self) -> bool:
         """Whether its picture is the start image without what the mask marks."""
         return isinstance(self.image, str) and self.image == MASKED
+
+    def times(self, taken: int, sigmas: list[float], t: Callable[[float], float]) -> tuple[float, float]:
+        """The times in which it is on: from the first down to the second, which is excluded. taken: steps that are
+        taken, the last of those between the run's sigmas; t: the time of a sigma."""
+        on = steps_on(self.interval, taken)
+        last = sigmas[on.stop - 1 - taken]
+        return t(sigmas[on.start - 1 - taken]), t(last) if last > 0 else -math.inf
 
 
 def guides(values, what: str) -> tuple[Guide, ...]:

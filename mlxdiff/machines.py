@@ -48,6 +48,7 @@ class Drawn(NamedTuple):
     rank: int
     seconds: float
     peak_bytes: int
+    reused: int  # steps that took over the work of earlier ones
 
 
 def started() -> bool:
@@ -332,11 +333,15 @@ def _received(rank: int, facts: dict, body: bytes) -> Drawn:
     """A picture that came, checked. Raises an Error for the reason why there is none."""
     if "error" in facts:
         raise Error(str(facts["error"]))
-    size, seconds, peak = (facts.get(name) for name in ("size", "seconds", "peak_bytes"))
-    sound = foreign.fits(size, tuple[int, ...]) and foreign.fits(seconds, float) and foreign.fits(peak, int)
+    if "end" in facts:
+        raise Lost
+    size, seconds, *whole = (facts.get(name) for name in ("size", "seconds", "peak_bytes", "reused"))
+    sound = (
+        foreign.fits(size, tuple[int, ...]) and foreign.fits(seconds, float) and foreign.fits(whole, tuple[int, ...])
+    )
     if not sound or len(size) != 2 or min(size) < 1 or 3 * size[0] * size[1] != len(body):
         raise Error("It sent something other than a picture.")
-    return Drawn(Image.frombytes("RGB", tuple(size), body), rank, seconds, peak)
+    return Drawn(Image.frombytes("RGB", tuple(size), body), rank, seconds, *whole)
 
 
 def _first() -> str | None:

@@ -50,6 +50,10 @@ class Networks:
         """The network with all its weights: one that is held may have dropped some that only `prepare` reads."""
         return self._held[name] if name in self._trained else self.open(name)
 
+    def trains(self, *names: str) -> bool:
+        """Whether one of these is being trained."""
+        return not self._trained.isdisjoint(names)
+
     def hold(self, name: str, network: nn.Module) -> None:
         """Use this one, which is being trained, without adapters, until it is released."""
         self.adapt([])

@@ -33,7 +33,7 @@ from . import (
 )
 from .arguments import check_options
 from .attached import Attached
-from .guides import Guide, steps_on
+from .guides import Guide
 from .larger import Larger
 from .models.controlnet import controlled
 from .networks import Networks, computing, dtype_of
@@ -42,6 +42,7 @@ from .recipe import recipe
 from .references import extended, shown
 from .request import SETTINGS, Request, Settings, asked, takes_settings
 from .result import Event, Result
+from .reuse import NOTHING, Passes
 from .schedules import Schedule
 from .start import Start, Starts
 
@@ -71,6 +72,7 @@ def load(
     loras: list[str] | tuple[str, ...] = (),
     embeddings: list[str] | tuple[str, ...] = (),
     lora_dir: str | Path | None = None,
+    prompt_cache: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
     **unknown: NoReturn,
 ) -> "Pipeline":
@@ -90,6 +92,7 @@ def load(
     loras: LoRAs for every picture that does not say, such as ["style.safetensors:0.8"].
     embeddings: the same for words that are taught to CLIP (textual inversion), such as ["moss.safetensors=<moss>"].
     lora_dir: a folder where the names of both are looked up, in place of that of the variable MLXDIFF_LORAS.
+    prompt_cache: whether to keep what large text encoders make of a prompt, for the next time.
     progress: called with (stage, bytes done, bytes in all)."""
     check_options(load, locals(), SETTINGS)
     from . import store, tune
@@ -118,7 +121,9 @@ def load(
 
     def opened(name: str | Path, **check) -> Pipeline:
         folder = store.resolve(name, **options, **check)
-        return Pipeline(Networks(folder, description.read(folder)), low_memory, force, offline)
+        pipe = Pipeline(Networks(folder, description.read(folder)), low_memory, force, offline)
+        pipe.keeps_prompts = prompt_cache
+        return pipe
 
     pipe = opened(model, check=check)
     pipe.attached.progress = progress
@@ -146,7 +151,7 @@ class Pipeline:
     def __init__(self, networks: Networks, low_memory: bool = False, force: bool = False, offline: bool = False):
         self.networks, self.description = networks, networks.description
         self.description.check_draws()
-        self.low_memory, self.force = low_memory, force
+        self.low_memory, self.force, self.keeps_prompts = low_memory, force, False
         self.attached = Attached(networks.folder, networks.description, offline)
         self.refiner: Pipeline | None = None
         self._taesd: nn.Module | None = None
@@ -223,15 +228,16 @@ class Pipeline:
     def __call__(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Result:
         """Draw: pipe("a red house", seed=7).save("house.png"). prompt: what to draw, or an earlier request, whose
         settings hold where no others are given."""
-        start, drawn = time.perf_counter(), []
+        start, drawn, reused = time.perf_counter(), [], 0
         request = self.resolve(prompt, **settings)
         builtin.warn(self.name, request.prompt, self.attached.taught(request))
         mx.reset_peak_memory()
         for event in self.run(request):
+            reused += event.reused
             if event.image is not None:
                 drawn.append(event.image)
         seconds = time.perf_counter() - start
-        return Result(drawn, request, seconds, mx.get_peak_memory(), self.name, str(self.description.recipe))
+        return Result(drawn, request, seconds, mx.get_peak_memory(), self.name, str(self.description.recipe), reused)
 
     @takes_settings
     def stream(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Iterator[Event]:
@@ -284,10 +290,11 @@ class Pipeline:
         x = start.x
         extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
         for (pipe, part), text in zip(parts, texts, strict=True):
-            span = partial(self._span, request, schedule, whole)
+            span = partial(Guide.times, taken=steps, sigmas=whole, t=schedule.t)
             read, see = (start, shown(model, request.references, seen, span)) if pipe is self else (None, [])
             asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
-            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, see)
+            passes = Passes(request.reuse)
+            denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, see, passes)
             if start.mask is not None:
                 denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])
             yield Event("denoise", done, steps, 0.0, x=np.array(x), sigma=part[0])
@@ -297,7 +304,7 @@ class Pipeline:
                 mx.eval(x, x0, finite)
                 pipe._check_finite(finite)
                 done, now = done + 1, time.perf_counter()
-                yield Event("denoise", done, steps, now - begin, np.array(x0), x=np.array(x), sigma=sigma)
+                yield Event("denoise", done, steps, now - begin, np.array(x0), None, np.array(x), sigma, passes.step())
                 begin = time.perf_counter()
             del denoise  # it holds the network
             if pipe is not self or self.low_memory:
@@ -349,9 +356,11 @@ class Pipeline:
         files = request.loras, request.lora_hashes, request.embeddings, request.embedding_hashes
         key = (prompts, request.clip_skip, zeros, t5, *files)
         if self._texts is None or self._texts[0] != key:
+            from .store import prompts as prompt_cache
+
             yield Event("encode", 0, 1, 0.0)
             begin = time.perf_counter()
-            texts = self.read(prompts, request, t5)
+            texts = prompt_cache.read(self, prompts, request, t5, files)
             if zeros:
                 texts.insert(0, conditioning.Text(*(None if a is None else mx.zeros_like(a) for a in texts[0])))
             mx.eval(texts)
@@ -381,10 +390,11 @@ class Pipeline:
         sigmas: list[float],
         start: Start | None = None,
         pictures: Sequence[conditioning.Picture] = (),
+        passes: Passes = NOTHING,
     ):
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
-        run starts with; pictures: what IP-Adapters give."""
+        run starts with; pictures: what IP-Adapters give; passes: what they keep, if steps are to be reused."""
         model, name = self.description, self.description.family.denoiser
         if name not in self.networks:
             yield Event("load", 0, 1, 0.0)
@@ -408,6 +418,7 @@ class Pipeline:
             mx.eval(part)
         for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas, start, conds)).items():
             conds[side]["controls"] = controls
+        conds = {side: cond | passes.one() for side, cond in conds.items()}
         begin, end = (f * request.steps for f in request.skip_interval)  # both ends are excluded, as in diffusers
         return guidance.denoiser(
             controlled(net),
@@ -418,7 +429,7 @@ class Pipeline:
             scale=model.cfg(request) if len(texts) == 2 else 1.0,
             rescale=request.rescale,
             interval=tuple(sigmas[round(f * request.steps)] for f in request.interval),
-            skip=conds["cond"] | {"skip_layers": request.skip_layers} if request.skip_layers else None,
+            skip=conds["cond"] | passes.one() | {"skip_layers": request.skip_layers} if request.skip_layers else None,
             skip_scale=request.skip_scale,
             skip_interval=(sigmas[min(math.floor(begin) + 1, request.steps)], sigmas[math.ceil(end)]),
             dtype=dtype_of(net),
@@ -444,7 +455,8 @@ class Pipeline:
             self.attached.open(path)
             yield Event("load", 1, 1, time.perf_counter() - begin)
         for guides in self.attached.together([guide for guide in request.controls if guide.model is not None]):
-            net, times = self.attached.network(guides[0]), self._span(request, schedule, sigmas, guides[0])
+            net = self.attached.network(guides[0])
+            times = guides[0].times(self.description.taken(request), sigmas, schedule.t)
             if net.config.reads_latents:
                 hints = [next(latents)]
             else:
@@ -455,14 +467,6 @@ class Pipeline:
                 mx.eval(vars(control))
                 added.setdefault(side, []).append(control)
         return added
-
-    def _span(self, request: Request, schedule: Schedule, sigmas: list[float], guide: Guide) -> tuple[float, float]:
-        """The times in which a guide is on: from the first down to the second, which is excluded. sigmas: those of the
-        whole run."""
-        taken = self.description.taken(request)
-        on = steps_on(guide.interval, taken)
-        last = sigmas[on.stop - 1 - taken]
-        return schedule.t(sigmas[on.start - 1 - taken]), schedule.t(last) if last > 0 else -math.inf
 
     def _decode(self, z: mx.array, finish: Callable[[Image.Image], Image.Image]) -> Iterator[Event]:
         """Decode pictures one at a time: a batch would need the VAE's peak memory once for each picture."""
@@ -481,9 +485,7 @@ class Pipeline:
         if not finite.item():
             raise self.description.not_finite()
 
-    def _hand_over(
-        self, request: Request, schedule: Schedule, sigmas: list[float]
-    ) -> list[tuple["Pipeline", list[float]]]:
+    def _hand_over(self, request: Request, schedule: Schedule, sigmas: list[float]) -> list[tuple]:
         """This model and its refiner, each with its sigmas. The refiner takes the timesteps below the cut."""
         cut = round(schedule.n * (1 - request.refine_at))
         k = sum(schedule.t(s) >= cut for s in sigmas[:-1])

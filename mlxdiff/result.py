@@ -27,6 +27,7 @@ class Event(NamedTuple):
     image: Image.Image | None = None  # decode or upscale: the finished picture
     x: np.ndarray | None = None  # denoise: the noisy latents after this step, and their noise level
     sigma: float | None = None
+    reused: bool = False  # denoise: whether this step took over the work of an earlier one (`reuse`)
     hires: int | None = None  # in the second pass of `hires`: which picture of the request this is, from 0
 
 
@@ -41,6 +42,7 @@ class Result:
     peak_bytes: int
     model: str  # its name
     recipe: str  # how its weights were stored: float16, float16-4bit
+    reused: int = 0  # steps that took over the work of earlier ones
 
     @property
     def image(self) -> Image.Image:

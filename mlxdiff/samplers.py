@@ -213,6 +213,7 @@ class Sampler:
     grid: Grid  # how its authors read the training schedule
     eta: float | None = None  # the default; None: the sampler adds no noise
     visits: Callable[[list[float]], list[float]] = starts  # the sigmas at which denoise will be called, in any order
+    alone: bool = True  # whether each step calls denoise once
     flow: Callable[..., Steps] | None = None  # the version for rectified flow; None: there is none
 
     @property
@@ -223,12 +224,12 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(euler, KDIFFUSION, flow=euler),
     "euler_ancestral": Sampler(ddim, KDIFFUSION, eta=1.0, flow=euler_ancestral_flow),
-    "heun": Sampler(heun, KDIFFUSION, visits=starts_and_ends, flow=heun),
+    "heun": Sampler(heun, KDIFFUSION, visits=starts_and_ends, alone=False, flow=heun),
     "dpmpp_2m": Sampler(dpmpp_2m, LOGSNR, flow=partial(dpmpp_2m, ratio=flow_ratio)),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, LOGSNR, eta=1.0),
-    "dpmpp_sde": Sampler(dpmpp_sde, KDIFFUSION, eta=1.0, visits=starts_and_halfways),
+    "dpmpp_sde": Sampler(dpmpp_sde, KDIFFUSION, eta=1.0, visits=starts_and_halfways, alone=False),
     "unipc": Sampler(unipc, LOGSNR, flow=partial(unipc, ratio=unipc_ratio)),
-    "pndm": Sampler(pndm, DDIM),
+    "pndm": Sampler(pndm, DDIM, alone=False),
     "ddim": Sampler(ddim, DDIM, eta=0.0),
     "ddpm": Sampler(ddim, DDPM, eta=1.0),
     "lcm": Sampler(lcm, DDPM, eta=1.0),

@@ -98,10 +98,10 @@ def _activated(on: bool, x: mx.array) -> mx.array:
         return layers.geglu(x, layers.silu(x))
 
 
-def _normed(on: bool, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+def _normed(way: str, on: bool, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     norm = layers.GroupNorm(8, x.shape[-1], 1e-5, silu=True)
     norm.weight, norm.bias = weight[0, 0, 0], bias
-    with _switched("group norm", on):
+    with _switched(way, on):
         return norm(x)
 
 
@@ -128,7 +128,8 @@ def _pair(f: Callable, *args) -> tuple[Callable, Callable]:
 WAYS = (
     Way("activations", ("cpu",), "SiLU and GELU as polynomials", *_pair(_activated),
         lambda n, dtype: (_normal(n // 256, 256, dtype=dtype),), {"cpu": ((2**20,),)}),
-    Way("group norm", ("cpu",), "group norm in parts of the map", *_pair(_normed), _map, {"cpu": ((64, 4096),)}),
+    Way("group norm", ("cpu",), "group norm in parts of the map", *_pair(_normed, "group norm"), _map,
+        {"cpu": ((64, 4096),)}),
     Way("attention", ("cpu",), "softmax as a polynomial, in parts", *_pair(_attend, "attention"),
         partial(_heads, tokens=1024), {"cpu": ((40,),)}),
     Way("convolution", ("cpu",), "a convolution as nine products", _convolved, cpu.conv3x3, _map,
@@ -138,6 +139,8 @@ WAYS = (
     Way("unpadded", ("gpu",), "heads of 40 not padded to 64", *_pair(_attend, "unpadded"), _heads, {"gpu": ((40,),)}),
     Way("wider", ("gpu",), "heads of 72 and 80 padded to 96", *_pair(_attend, "wider"), _heads,
         {"gpu": ((72,), (80,))}),
+    Way("moments", ("gpu",), "a group norm's sums by one kernel", *_pair(_normed, "moments"), _map,
+        {"gpu": ((128, 2**18), (320, 16384), (640, 4096), (1280, 1024))}),
     Way("dequantize", ("cpu", "gpu"), "quantized weights made whole before a product", _product, _whole, _quantized,
         {"cpu": tuple((bits, 768, rows) for bits in (4, 8) for rows in (64, 256)),
          "gpu": tuple((bits, width, rows) for bits in (4, 8) for width in (1280, 3072) for rows in (1024, 4096))}),

@@ -72,9 +72,9 @@ def graph(f, *inputs: mx.array) -> list[dict]:
 
 
 def strays(f, *inputs: mx.array) -> list[str]:
-    """The primitives of f that make an array wider than half precision."""
-    wide = {mx.float32, mx.float64, mx.complex64}
-    return [f"{r['name']} {o[1]}" for r in graph(f, *inputs) for o in r["outputs"] if o[2] in wide and len(o[1]) > 1]
+    """The primitives of f that make an array wider than half precision. A view makes none."""
+    wide, made = {mx.float32, mx.float64, mx.complex64}, [r for r in graph(f, *inputs) if r["name"] not in VIEWS]
+    return [f"{r['name']} {o[1]}" for r in made for o in r["outputs"] if o[2] in wide and len(o[1]) > 1]
 
 
 def of_dtype(network: nn.Module, dtype: mx.Dtype) -> nn.Module:
@@ -89,8 +89,8 @@ def cut_float32_places(monkeypatch):
     stand-ins that stay in the dtype: what is float32 after this is so by accident. MLX's own layer norm is a kernel on
     a GPU; only on the CPU it is spelled out in float32."""
 
-    def norm(self, x: mx.array) -> mx.array:
-        return x * self.weight + self.bias
+    def norm(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
+        return (x if shift is None else x + shift) * self.weight + self.bias
 
     def sinusoids(self, t: mx.array, dim: int) -> mx.array:
         return mx.zeros((*t.shape, dim), self.conv_in.weight.dtype)

@@ -18,10 +18,11 @@ from mlx.utils import tree_map
 from PIL import Image
 
 import mlxdiff
-from mlxdiff import foreign, images, pipeline, whole
+from mlxdiff import foreign, generate, images, pipeline, whole
 from mlxdiff.errors import Error
+from mlxdiff.families import DEFAULT
 from mlxdiff.store import __main__ as shows
-from mlxdiff.store import cache, hub
+from mlxdiff.store import adapters, cache, hub
 from mlxdiff.train import fit, recipe
 from tests.test_imports import ROOT
 
@@ -195,3 +196,13 @@ def test_previews_that_overflow_are_made_by_the_linear_map(pipe, monkeypatch):
     assert shown.tobytes() == images.preview(x0[0], pipe.description.family.preview).tobytes()
     with pytest.raises(Error, match="not finite"):
         pipe.decode(x0)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\udcff" * 200])
+def test_names_that_no_file_can_have(pipe, tmp_path, name):
+    """A picture's settings, or a prompt from elsewhere, may hold such a name."""
+    with pytest.raises(Error):
+        adapters.check(name, "LoRA", pipe.description, tmp_path)
+    assert generate._known(name) == DEFAULT
+    with pytest.raises(Error, match="There is no folder"):
+        adapters.folder_of(name)

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -63,6 +64,37 @@ def test_group_norm_equals_float64(groups, silu, mean):
     norm.weight, norm.bias = mx.array(normal((21,), 1)), mx.array(normal((21,), 2))
     expected = group_norm(x, groups, normal((21,), 1), normal((21,), 2), 1e-5, silu)
     assert distance(norm(mx.array(x)), expected) < (1e-6 if mean == 0 else 1e-4)  # x itself is rounded to 300 * 2^-24
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Networks choose what they would on a GPU; MLX's CPU runs it, and compiles their chains."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("h", "w"), [(8, 6), (5, 7), (4, 6)])  # in 16 parts, in one, in 8
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("shifted", [None, (21,), (2, 1, 1, 21)])
+def test_group_norm_of_a_gpu_equals_float64(monkeypatch, h, w, few, shifted):
+    monkeypatch.setattr(layers, "FEW", 4096 if few else 0)
+    x, shift = normal((2, h, w, 21), 0) + 300, None if shifted is None else normal(shifted, 3)
+    norm = layers.GroupNorm(3, 21, 1e-5, silu=True)
+    norm.weight, norm.bias = mx.array(normal((21,), 1)), mx.array(normal((21,), 2))
+    expected = group_norm(x if shift is None else x + shift, 3, normal((21,), 1), normal((21,), 2), 1e-5, True)
+    y = norm(mx.array(x), None if shift is None else mx.array(shift))
+    assert distance(y, expected) < 1e-4  # as above
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+def test_sums_of_parts_are_one_kernel_each(dtype):
+    """MLX cuts a chain that is too long or reads too many arrays."""
+    parts = [mx.full((2, 4, 3, 5), i, dtype) for i in range(layers.PARTS)]
+    per, total, shift = mx.array(0.1), mx.ones((2, 1, 3, 1)), mx.ones((2, 1, 3, 5), dtype)
+    mx.eval(parts, total, shift)
+    assert sum(kernels(layers.summed(shift, *parts)).values()) == 1
+    assert sum(kernels(layers.squares(total, per, shift, *parts)).values()) == 1
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -265,3 +297,15 @@ def test_tiled_encode_is_close_and_its_memory_does_not_grow_with_the_picture(dec
     large = mx.tile(image, (1, 2, 2, 1))
     assert peak(lambda: decoder.encode(large)) > 4 * peak(lambda: decoder.encode(large, tile=16))
     assert peak(lambda: decoder.encode(large, tile=16)) < 1.5 * peak(lambda: decoder.encode(image, tile=16))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_in_parts_is_the_layer(bias):
+    """Bare, in 4 bits, and as a module of another kind, such as one that an adapter changes."""
+    x, layer = mx.array(normal((2, 3, 64), 0)), nn.Linear(64, 96, bias=bias)
+    for kind in (layer, nn.QuantizedLinear.from_linear(layer, 32, 4), nn.Sequential(layer)):
+        parts = layers.in_parts(kind, x, 32, 80)
+        assert [p.shape[-1] for p in parts] == [32, 48, 16]
+        assert distance(mx.concatenate(parts, axis=-1), np.array(kind(x))) < 1e-6
+        y = layers.side_by_side(kind, x[..., :40], x[..., 40:])
+        assert distance(y, np.array(kind(x))) < 1e-6

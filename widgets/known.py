@@ -1,9 +1,9 @@
 """What is known of the model that a studio names, before and after it is open: its defaults, the sizes that it takes,
 and how much memory its pictures need."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from .. import advice, families, images
 from ..advice import Machine
@@ -25,7 +25,7 @@ class Known:
         self.name = name
         self.opened: Description | None = None
         self.defaults: Defaults | None = None if row is None else row.defaults
-        self.here = Path(name).exists() if row is None else row.repo is None  # opening it fetches nothing
+        self.here = os.path.exists(name) if row is None else row.repo is None  # opening it fetches nothing
 
     def open(self, model: Description) -> None:
         self.opened, self.defaults = model, model.defaults

@@ -4,6 +4,7 @@ choose from."""
 import functools
 import html
 import itertools
+import os
 import queue
 import threading
 import traceback
@@ -190,7 +191,7 @@ class Picker:
         elif model is None:
             note = "Which of them fit is known once the model has drawn."
         named = [Path(name) for name in self._names()]
-        looks = {} if model is None else self._looked([*files, *(p for p in named if p.is_file())], model)
+        looks = {} if model is None else self._looked([*files, *(p for p in named if os.path.isfile(p))], model)
         published = {} if model is None else store.fast(model)
         looks |= {Path(name): row for name, row in published.items() if Path(name) in named and Path(name) not in looks}
         if turn == self._turn:  # else another look has begun since

@@ -23,7 +23,7 @@ from ..pipeline import Pipeline, load
 from ..recipe import BITS, DTYPES, SMALLER, Recipe, bits_of
 from ..request import Request
 from ..samplers import SAMPLERS
-from . import against_torch, machine, quality, report, start
+from . import against_torch, graph, machine, quality, report, start
 from .random_model import RandomNetworks, random_pipeline
 from .step import Trace, spread
 
@@ -41,10 +41,19 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--random", choices=MODELS, metavar="NAME", help="a named model's networks with random weights; needs no file"
     )
+    which.add_argument(
+        "--graph",
+        choices=MODELS,
+        metavar="NAME",
+        help="count a named model's kernels and traffic on a Mac; runs nothing",
+    )
     which.add_argument("--quality", nargs="?", const=DEFAULT, metavar="MODEL", help=f"{_QUALITY} ({DEFAULT})")
     which.add_argument("--table", nargs="+", metavar="FILE", help="make one table of files that --report wrote")
     g.add_argument(
-        "--blocks", type=int, metavar="N", help="with --random: keep N blocks of each kind in SD3, FLUX and T5"
+        "--blocks",
+        type=int,
+        metavar="N",
+        help="with --random or --graph: keep N blocks of each kind in SD3, FLUX and T5",
     )
     g.add_argument("--steps", type=int, metavar="N", help="steps of a run (4; with --report the model's)")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
@@ -83,8 +92,8 @@ def bench(args: argparse.Namespace) -> int:
         raise Error(f"--repeat must be at least 1; {args.repeat} was given.", "Use 1 or more.")
     if args.random is not None and args.install is not None:
         raise Error("--install draws a picture, and --random has no model for that.", "Name a model with -m.")
-    if args.blocks is not None and (args.random is None or args.blocks < 1):
-        raise Error(f"--blocks {args.blocks} has no effect.", "Use 1 or more, with --random.")
+    if args.blocks is not None and (args.random is args.graph is None or args.blocks < 1):
+        raise Error(f"--blocks {args.blocks} has no effect.", "Use 1 or more, with --random or --graph.")
     _check_mode(args)
     if args.table is not None:
         say(report.table_of([foreign.path(file) for file in args.table]))
@@ -93,6 +102,9 @@ def bench(args: argparse.Namespace) -> int:
         say_json(facts) if args.json else say(quality.table(facts))
     elif args.report is not None:
         send(args)
+    elif args.graph is not None:
+        facts = counted(args)
+        say_json(facts) if args.json else say(graph.table(facts))
     else:
         facts = measure(args)
         print(json.dumps(facts) if args.json else table(facts))
@@ -109,6 +121,7 @@ def _check_mode(args: argparse.Namespace) -> None:
     drawn = ("batch", "steps", "repeat", "quantize", "against", "install", "blocks", "report")
     sized = ("width", "height", "dtype")
     none = {"quality": drawn, "table": (*drawn, *sized, "json"), "report": ("against", "install", "blocks", "json")}
+    none["graph"] = ("repeat", "against", "install", "report")
     for mode, names in none.items():
         typed = next((name for name in names if getattr(args, name)), None)
         if typed is not None and getattr(args, mode) is not None:
@@ -120,6 +133,13 @@ def opened(args: argparse.Namespace) -> Pipeline:
     if args.random is not None:
         return random_pipeline(args.random, args.dtype, args.low_memory, args.blocks, args.force, bits=args.quantize)
     return load(args.model, bits=args.quantize, dtype=args.dtype, low_memory=args.low_memory, force=args.force)
+
+
+def counted(args: argparse.Namespace) -> dict:
+    """What a named model asks of a GPU; in 16 bits if no dtype was given."""
+    dtype = args.dtype or "float16"
+    pipe = random_pipeline(args.graph, dtype, args.low_memory, args.blocks, force=True, bits=args.quantize)
+    return graph.measure(pipe, asked(pipe, args))
 
 
 def measure(args: argparse.Namespace) -> dict:

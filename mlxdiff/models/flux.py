@@ -1,7 +1,7 @@
 """FLUX.1: velocity flux(x, t, **flux.prepare(...)), x (B, h, w, c) with even sides, t a sigma in [0, 1]. Packing into
 2 x 2 patches and positions happen inside. Names, orders and rotations are those of Black Forest Labs' code (2024)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -18,9 +18,11 @@ from .layers import (
     fused,
     gated,
     gelu_tanh,
+    in_parts,
     modulation,
     pack,
     shows,
+    side_by_side,
     silu,
     sinusoids,
     split_heads,
@@ -71,12 +73,11 @@ class Modulation(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """The scale of a norm whose numbers `QKNorm` divides."""
+
     def __init__(self, d: int):
         super().__init__()
         self.scale = mx.ones(d)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -86,10 +87,19 @@ class QKNorm(nn.Module):
         self.query_norm, self.key_norm = RMSNorm(d), RMSNorm(d)
         self.heads = config.heads
 
-    def __call__(self, qkv: mx.array) -> tuple[mx.array, ...]:
-        """(B, N, 3 * heads * d) -> q, k, v, (B, heads, N, d) each."""
-        q, k, v = (split_heads(x, self.heads) for x in mx.split(qkv, 3, axis=-1))
-        return self.query_norm(q), self.key_norm(k), v
+    def __call__(self, qk: mx.array) -> Pair:
+        """(B, N, 2 * heads * d) -> q, k, (B, N, heads, d) each, without their scales, which `rotate` applies: one norm
+        serves both."""
+        B, N, _ = qk.shape
+        return mx.split(mx.fast.rms_norm(qk.reshape(B, N, 2 * self.heads, -1), None, eps=1e-6), 2, axis=2)
+
+    def plain(self, q: mx.array) -> mx.array:
+        """Queries with their scale, not turned, (B, heads, N, d)."""
+        return (q * self.query_norm.scale).swapaxes(1, 2)
+
+    def rotated(self, q: mx.array, k: mx.array, pe: Pair) -> Pair:
+        """Both with their scales, turned by their tokens' positions, (B, heads, N, d) each."""
+        return rotate(q, self.query_norm.scale, pe), rotate(k, self.key_norm.scale, pe)
 
 
 class Attention(nn.Module):
@@ -100,7 +110,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width, bias=bias)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, ...]:
-        return self.norm(self.qkv(x))
+        """q and k as `QKNorm` gives them, and v, (B, heads, N, d)."""
+        d = x.shape[-1]
+        qk, v = in_parts(self.qkv, x, 2 * d)
+        return *self.norm(qk), split_heads(v, self.norm.heads)
 
 
 class DoubleBlock(nn.Module):
@@ -122,15 +135,19 @@ class DoubleBlock(nn.Module):
     ) -> Pair:
         """pictures: keys and values of each IP-Adapter, (B, heads, n, d)."""
         (img_norm, img_gate, *img_mlp), (txt_norm, txt_gate, *txt_mlp) = mods
-        streams = self.txt_attn(adaptive_norm(txt, *txt_norm)), self.img_attn(adaptive_norm(img, *img_norm))
+        M = txt.shape[1]
+        txt_pe, img_pe = zip(*(mx.split(p, [M]) for p in pe), strict=True)
+        *txt_qk, txt_v = self.txt_attn(adaptive_norm(txt, *txt_norm))
+        *img_qk, img_v = self.img_attn(adaptive_norm(img, *img_norm))
+        txt_qk, turned = self.txt_attn.norm.rotated(*txt_qk, txt_pe), self.img_attn.norm.rotated(*img_qk, img_pe)
+        streams = (*txt_qk, txt_v), (*turned, img_v)
         q, k, v = (mx.concatenate(parts, axis=2) for parts in zip(*streams, strict=True))
-        y = attention(rotate(q, pe), rotate(k, pe), v)
-        txt_y, img_y = mx.split(y, [txt.shape[1]], axis=1)
+        txt_y, img_y = mx.split(attention(q, k, v), [M], axis=1)
         img = gated(img, img_gate, self.img_attn.proj(img_y))
         txt = gated(txt, txt_gate, self.txt_attn.proj(txt_y))
         img, txt = self.add_mlp(img, self.img_mlp, *img_mlp), self.add_mlp(txt, self.txt_mlp, *txt_mlp)
         for picture in pictures:  # with queries that are not rotated
-            img = img + attention(streams[1][0], *picture)
+            img = img + attention(self.img_attn.norm.plain(img_qk[0]), *picture)
         return img, txt
 
     def act(self, x: mx.array) -> mx.array:
@@ -153,10 +170,11 @@ class SingleBlock(nn.Module):
 
     def __call__(self, x: mx.array, mods: list, pe: Pair) -> mx.array:
         norm, gate = mods
-        qkv, hidden = mx.split(self.linear1(adaptive_norm(x, *norm)), [3 * x.shape[-1]], axis=-1)
-        q, k, v = self.norm(qkv)
-        y = attention(rotate(q, pe), rotate(k, pe), v)
-        return gated(x, gate, self.linear2(mx.concatenate([y, self.act(hidden)], axis=-1)))
+        d = x.shape[-1]
+        qk, v, hidden = in_parts(self.linear1, adaptive_norm(x, *norm), 2 * d, 3 * d)
+        q, k = self.norm.rotated(*self.norm(qk), pe)
+        y = attention(q, k, split_heads(v, self.norm.heads))
+        return gated(x, gate, side_by_side(self.linear2, y, self.act(hidden)))
 
     def act(self, x: mx.array) -> mx.array:
         return gelu_tanh(x)
@@ -258,22 +276,36 @@ class Flux(Stack):
         pictures: list[tuple[Span, Shown]],
         residuals: Sequence[mx.array] = (),
         single_residuals: Sequence[mx.array] = (),
+        reuse: Callable | None = None,
     ) -> mx.array:
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`.
-        residuals, single_residuals: what a ControlNet adds to the picture's tokens after each block."""
+        residuals, single_residuals: what a ControlNet adds to the picture's tokens after each block; reuse: see
+        `mlxdiff.reuse`."""
         double, single, final = at_time(t, times, mods, lambda t: self.mods(t, vec))
         on = [shown for span, shown in pictures if shows(span, t)]
         img = self.img_in(pack(x))  # (B, N, d)
         B, N, _ = img.shape
         img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
-        for i, (block, m, r) in enumerate(zip_longest(self.double_blocks, double, residuals)):
-            img, txt = block(img, txt, m, pe, [shown[i] for shown in on])
-            img = img if r is None else add_at(img, r, 0)
-        both, M = mx.concatenate([txt, img], axis=1), txt.shape[1]
-        for block, m, r in zip_longest(self.single_blocks, single, single_residuals):
-            both = block(both, m, pe)
-            both = both if r is None else add_at(both, r, M)
-        return unpack(self.final_layer(both[:, M : M + N], final), *x.shape[1:3])
+        doubles = [*enumerate(zip_longest(self.double_blocks, double, residuals))]
+
+        def through(img: mx.array, txt: mx.array, blocks: list) -> Pair:
+            for i, (block, m, r) in blocks:
+                img, txt = block(img, txt, m, pe, [shown[i] for shown in on])
+                img = img if r is None else add_at(img, r, 0)
+            return img, txt
+
+        first, txt = through(img, txt, doubles[:1])
+
+        def rest() -> mx.array:
+            both = mx.concatenate(through(first, txt, doubles[1:])[::-1], axis=1)
+            M = txt.shape[1]
+            for block, m, r in zip_longest(self.single_blocks, single, single_residuals):
+                both = block(both, m, pe)
+                both = both if r is None else add_at(both, r, M)
+            return both[:, M : M + N]
+
+        y = rest() if reuse is None else reuse(first[:, :N] - img[:, :N], first[:, :N], rest)
+        return unpack(self.final_layer(y, final), *x.shape[1:3])
 
     def release_modulation(self) -> None:
         """Drop the weights that only `prepare` reads, over a quarter of all. Call this before the result of `prepare`
@@ -296,8 +328,8 @@ def add_at(x: mx.array, y: mx.array, start: int) -> mx.array:
 
 
 def rotations(config: Config, text: int, *sizes: tuple[int, int]) -> Pair:
-    """The rotation of each pair of a head's numbers, as cos (N, d/2, 1) and signed sin (N, d/2, 2) in float32. Text
-    tokens are at (0, 0, 0) and do not rotate. A patch is at (k, row, column), where k counts the pictures of these
+    """The rotation of each pair of a head's numbers, as cos (N, 1, d/2, 1) and signed sin (N, 1, d/2, 2) in float32.
+    Text tokens are at (0, 0, 0) and do not rotate. A patch is at (k, row, column), where k counts the pictures of these
     sizes (h, w) in latents: 0 for the one that is drawn."""
     ids = [np.zeros((text, 3))]
     for k, (h, w) in enumerate(sizes):
@@ -308,17 +340,19 @@ def rotations(config: Config, text: int, *sizes: tuple[int, int]) -> Pair:
 def turns(config: Config, ids: np.ndarray) -> Pair:
     """The rotations of tokens at these coordinates, (N, axes)."""
     freqs = [config.theta ** -(np.arange(0, d, 2) / d) for d in config.axes]
-    angles = np.concatenate([ids[:, i, None] * f for i, f in enumerate(freqs)], axis=1)[..., None]
+    angles = np.concatenate([ids[:, i, None] * f for i, f in enumerate(freqs)], axis=1)[:, None, :, None]
     cos, sin = np.cos(angles), np.sin(angles) * np.array([-1, 1])
     return mx.array(cos.astype(np.float32)), mx.array(sin.astype(np.float32))
 
 
-def rotate(x: mx.array, pe: Pair) -> mx.array:
-    """RoPE (Su et al. 2021) of neighbouring pairs. One kernel computes it in float32 and returns x's dtype."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)  # (B, heads, N, d/2, 2)
-    return turn(pairs, pairs[..., ::-1], *pe).reshape(x.shape)
+def rotate(x: mx.array, scale: mx.array, pe: Pair) -> mx.array:
+    """RoPE (Su et al. 2021) of neighbouring pairs of normed queries or keys (B, N, heads, d), after the scale (d,) of
+    their norm -> (B, heads, N, d). One kernel computes it in float32 and returns x's dtype."""
+    pairs, scales = x.reshape(*x.shape[:-1], -1, 2), scale.reshape(-1, 2)
+    return turn(pairs, pairs[..., ::-1], scales, scales[..., ::-1], *pe).reshape(x.shape).swapaxes(1, 2)
 
 
 @fused
-def turn(x: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    return (x.astype(mx.float32) * cos + swapped.astype(mx.float32) * sin).astype(x.dtype)
+def turn(x: mx.array, swapped: mx.array, scale: mx.array, swapped_scale: mx.array, cos: mx.array, sin: mx.array):
+    y = x.astype(mx.float32) * scale * cos + swapped.astype(mx.float32) * swapped_scale * sin
+    return y.astype(x.dtype)

@@ -1,7 +1,7 @@
 """FLUX.2: velocity flux2(x, t, **flux2.prepare(...)), x (B, h, w, 128), t a sigma in [0, 1]. A latent is a token. All
 blocks share their modulations, and no layer has a bias. Names are those of Black Forest Labs' code (2025)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -98,20 +98,32 @@ class Flux2(nn.Module):
         vec: mx.array,
         times: dict[float, int],
         mods: tuple[tuple[list, list], list, Pair] | None,
+        reuse: Callable | None = None,
     ) -> mx.array:
-        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`."""
+        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`; reuse:
+        see `mlxdiff.reuse`."""
         double, single, final = at_time(t, times, mods, lambda t: self.mods(t, vec))
 
         B, h, w, c = x.shape
         img = self.img_in(x.reshape(B, h * w, c))  # (B, N, d)
         img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, double, pe)
-        both = mx.concatenate([txt, img], axis=1)
-        for block in self.single_blocks:
-            both = block(both, single, pe)
-        M = txt.shape[1]
-        return self.final_layer(both[:, M : M + h * w], final).reshape(B, h, w, -1)
+        N, M = h * w, txt.shape[1]
+
+        def through(img: mx.array, txt: mx.array, blocks: list) -> Pair:
+            for block in blocks:
+                img, txt = block(img, txt, double, pe)
+            return img, txt
+
+        first, txt = through(img, txt, self.double_blocks[:1])
+
+        def rest() -> mx.array:
+            both = mx.concatenate(through(first, txt, self.double_blocks[1:])[::-1], axis=1)
+            for block in self.single_blocks:
+                both = block(both, single, pe)
+            return both[:, M : M + N]
+
+        y = rest() if reuse is None else reuse(first[:, :N] - img[:, :N], first[:, :N], rest)
+        return self.final_layer(y, final).reshape(B, h, w, -1)
 
     def prepare(
         self,

@@ -4,16 +4,21 @@ elementwise kernels compute in float32 inside."""
 
 import math
 from collections.abc import Callable
+from copy import copy
 from functools import partial, wraps
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from . import cpu, ways
+from . import cpu, metal, ways
 
 FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
 SCORES = 1 << 24  # bytes of attention scores per piece if no fused kernel runs; MLX queues about ten pieces
+GPU_SCORES = 1 << 28  # the same on a GPU, which runs one piece after the other
+PARTS = 16  # of a map that one kernel of a group norm adds up on a GPU; MLX fuses at most 24 arrays
+FEW = 4096  # pixels of such a sum that a GPU adds up together with a group's channels
 
 
 _compiling = False  # on a CPU too
@@ -26,6 +31,9 @@ def compile_kernels() -> None:
     _compiling = True
 
 
+run_chain: Callable | None = None  # set by `bench.graph`, which counts a chain as one kernel: called with it and arrays
+
+
 def fused(chain: Callable) -> Callable:
     """Compile a chain of elementwise operations to one kernel. It is retraced for each new shape: with shapeless=True,
     MLX keeps broadcasts separate and makes two kernels."""
@@ -33,6 +41,8 @@ def fused(chain: Callable) -> Callable:
 
     @wraps(chain)
     def call(*arrays):
+        if run_chain is not None:
+            return run_chain(chain, *arrays)
         return (compiled if _compiling or mx.default_device().type == mx.gpu else chain)(*arrays)
 
     return call
@@ -62,25 +72,50 @@ def geglu(x: mx.array, gate: mx.array) -> mx.array:
     return x * gelu(gate)
 
 
-@fused
-def squares(x: mx.array, total: mx.array, per: mx.array) -> mx.array:
-    return mx.square(x.astype(mx.float32) - total * per)
+def _wide(x: mx.array, shift: mx.array | None) -> mx.array:
+    x = x.astype(mx.float32)
+    return x if shift is None else x + shift
+
+
+def _sum(maps: list[mx.array]) -> mx.array:
+    """Their sum, in pairs: a long chain would be cut into several kernels."""
+    while len(maps) > 1:
+        maps = [a + b for a, b in zip(maps[::2], maps[1::2], strict=True)]
+    return maps[0]
 
 
 @fused
-def normed(x: mx.array, total, square, per, weight, bias, eps: float) -> mx.array:
-    return ((x.astype(mx.float32) - total * per) * mx.rsqrt(square * per + eps) * weight + bias).astype(x.dtype)
+def summed(shift: mx.array | None, *parts: mx.array) -> mx.array:
+    return _sum([_wide(x, shift) for x in parts])
 
 
 @fused
-def normed_silu(x: mx.array, total, square, per, weight, bias, eps: float) -> mx.array:
-    y = (x.astype(mx.float32) - total * per) * mx.rsqrt(square * per + eps) * weight + bias
+def squares(total: mx.array, per: mx.array, shift: mx.array | None, *parts: mx.array) -> mx.array:
+    return _sum([mx.square(_wide(x, shift) - total * per) for x in parts])
+
+
+@fused
+def normed(x: mx.array, shift: mx.array | None, total, square, per, weight, bias, eps: float) -> mx.array:
+    return ((_wide(x, shift) - total * per) * mx.rsqrt(square * per + eps) * weight + bias).astype(x.dtype)
+
+
+@fused
+def normed_silu(x: mx.array, shift: mx.array | None, total, square, per, weight, bias, eps: float) -> mx.array:
+    y = (_wide(x, shift) - total * per) * mx.rsqrt(square * per + eps) * weight + bias
     return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+@fused
+def around(total: mx.array, per: mx.array, shift: mx.array | None, rows: int, sums: mx.array, spread: mx.array):
+    """Squared distances from a group's mean, of those from the means of parts of `rows` pixels."""
+    return spread + mx.square(_wide(sums / rows, shift) - total * per) * rows
 
 
 class GroupNorm(nn.Module):
     """Group norm over (B, ..., c), then SiLU if `silu`. It takes two sums for the mean, two for the variance, and one
-    pass that applies them, without transposed copies. Pixels are summed first, to give a GPU a thread a channel."""
+    pass that applies them, without transposed copies. On a GPU, one kernel first adds up parts of the map, so that no
+    whole map is written for a sum; it also adds the shift, for the same reason. Pixels are summed before a group's
+    channels, which gives a GPU a thread a channel, unless few are left."""
 
     def __init__(self, groups: int, c: int, eps: float, silu: bool = False):
         super().__init__()
@@ -88,15 +123,32 @@ class GroupNorm(nn.Module):
         self.groups, self.eps = groups, eps
         self.apply_to = normed_silu if silu else normed
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
+        """shift: added to x first, (c) or (B or 1, 1, 1, c)."""
+        gpu = mx.default_device() == mx.gpu
+        if shift is not None and not gpu:  # a CPU would add it in each of the passes
+            x, shift = x + shift, None
         if cpu.suits("group norm", x):
             return cpu.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.apply_to is normed_silu)
         y = x.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)  # (B, N, groups, c / groups)
+        shift = None if shift is None else shift.reshape(-1, 1, *y.shape[2:])
         per = mx.array(1 / (y.shape[1] * y.shape[3]))
-        total = y.astype(mx.float32).sum(1, keepdims=True).sum(3, keepdims=True)  # (B, 1, groups, 1)
-        square = squares(y, total, per).sum(1, keepdims=True).sum(3, keepdims=True)
+
+        def over_groups(z: mx.array) -> mx.array:  # (B, 1, groups, 1)
+            together = gpu and z.shape[1] <= FEW
+            return z.sum((1, 3), keepdims=True) if together else z.sum(1, keepdims=True).sum(3, keepdims=True)
+
+        if gpu and ways.chosen("moments", x.shape[-1], y.shape[1]):
+            sums, spread = metal.moments(y)
+            rows = y.shape[1] // sums.shape[1]
+            total = over_groups(sums if shift is None else sums + rows * shift)
+            square = over_groups(around(total, per, shift, rows, sums, spread))
+        else:
+            parts = mx.split(y, math.gcd(y.shape[1], PARTS), axis=1) if gpu else [y]
+            total = over_groups(summed(shift, *parts))
+            square = over_groups(squares(total, per, shift, *parts))
         weight, bias = self.weight.reshape(self.groups, -1), self.bias.reshape(self.groups, -1)
-        return self.apply_to(y, total, square, per, weight, bias, self.eps).reshape(x.shape)
+        return self.apply_to(y, shift, total, square, per, weight, bias, self.eps).reshape(x.shape)
 
 
 def pad_heads(x: mx.array) -> mx.array:
@@ -122,8 +174,9 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None
         return cpu.attention(q, k, v)
     q, k, v = pad_heads(q), pad_heads(k), pad_heads(v)
     attend = partial(mx.fast.scaled_dot_product_attention, k=k, v=v, scale=d**-0.5, mask=mask)
-    fused = q.shape[-1] in FUSED and mx.default_device() == mx.gpu
-    rows = max(1, SCORES // (B * heads * k.shape[2] * q.itemsize))
+    gpu = mx.default_device() == mx.gpu
+    fused = q.shape[-1] in FUSED and gpu
+    rows = max(1, (GPU_SCORES if gpu else SCORES) // (B * heads * k.shape[2] * q.itemsize))
     by_row = isinstance(mask, str) or (mask is not None and mask.shape[-2] > 1)  # then a part would need its own rows
     out = attend(q) if fused or by_row or rows >= N else in_turn(attend, q, rows)
     return out[..., :d].swapaxes(1, 2).reshape(B, N, heads * d)
@@ -204,6 +257,11 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(silu(self.linear_1(x)))
 
 
+@fused
+def added(x: mx.array, bias: mx.array, y: mx.array) -> mx.array:
+    return x + bias + y
+
+
 def conv3x3(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """A convolution with a kernel of 3 x 3, padded by one pixel. weight: (o, 3, 3, c)."""
     if cpu.suits("convolution", x):
@@ -241,9 +299,11 @@ class ResBlock(nn.Module):
 
     def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
         shift = self.conv1.bias if shift is None else shift[:, None, None]
-        h = conv3x3(self.norm1(x), self.conv1.weight) + shift
-        h = self.conv2(self.norm2(h))
-        return h + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
+        h = self.norm2(conv3x3(self.norm1(x), self.conv1.weight), shift)
+        skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
+        if mx.default_device() == mx.gpu:
+            return added(conv3x3(h, self.conv2.weight), self.conv2.bias, skip)
+        return self.conv2(h) + skip
 
 
 class Downsample(nn.Module):
@@ -266,6 +326,35 @@ class Upsample(nn.Module):
         B, h0, w0, c = x.shape
         x = mx.broadcast_to(x[:, :, None, :, None], (B, h0, 2, w0, 2, c)).reshape(B, 2 * h0, 2 * w0, c)
         return self.conv(x[:, :h, :w])
+
+
+def in_parts(layer: nn.Module, x: mx.array, *ends: int) -> list[mx.array]:
+    """What a Linear layer gives, in parts that end here; one more is the rest. Each is a product of its own and lies in
+    memory as one block: parts of a whole would be copied by the norms that read them, and all be held as long as one of
+    them."""
+    if not isinstance(layer, nn.Linear | nn.QuantizedLinear):  # one that an adapter changes
+        return mx.split(layer(x), ends, axis=-1)
+    return [_rows(layer, x, *span) for span in pairwise((0, *ends, layer.weight.shape[0]))]
+
+
+def _rows(layer: nn.Linear | nn.QuantizedLinear, x: mx.array, first: int, end: int) -> mx.array:
+    part = copy(layer)
+    for name, value in layer.items():
+        if isinstance(value, mx.array):
+            part[name] = value[first:end]
+    return part(x)
+
+
+def side_by_side(layer: nn.Module, *parts: mx.array) -> mx.array:
+    """A Linear layer of parts side by side, which are not copied together: each meets its columns of the weights. Those
+    of a quantized layer cannot be taken apart."""
+    if not isinstance(layer, nn.Linear):
+        return layer(mx.concatenate(parts, axis=-1))
+    y, first = layer.bias if "bias" in layer else None, 0
+    for x in parts:
+        weight = layer.weight[:, first : first + x.shape[-1]].T
+        y, first = x @ weight if y is None else mx.addmm(y, x, weight), first + x.shape[-1]
+    return y
 
 
 @cpu.rather(cpu.gelu_tanh)

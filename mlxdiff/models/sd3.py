@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: velocity sd3(x, t, **sd3.prepare(...)), x (B, h, w, c) with even sides, t a sigma in
 [0, 1]. Esser et al. 2024; names as in diffusers' SD3Transformer2DModel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -204,19 +204,31 @@ class SD3(nn.Module):
         mods: tuple[list, list] | None,
         skip_layers: tuple[int, ...] = (),
         residuals: Sequence[mx.array] = (),
+        reuse: Callable | None = None,
     ) -> mx.array:
         """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`, except
-        `skip_layers`, which skip-layer guidance leaves out of its extra pass, and `residuals`, which are added to the
-        picture after each block but the last."""
+        `skip_layers`, which skip-layer guidance leaves out of its extra pass, `residuals`, which are added to the
+        picture after each block but the last, and `reuse`, which is that of `mlxdiff.reuse`."""
         blocks, (final,) = at_time(t, times, mods, lambda t: self.mods(t, vec))
 
         B, h, w, _ = x.shape
         x = self.pos_embed(x) + pos
-        for i, (block, m) in enumerate(zip(self.transformer_blocks, blocks, strict=True)):
-            if i not in skip_layers:
-                x, txt = block(x, txt, m)
-            if i < len(residuals):
-                x = x + residuals[i]
+        numbered = [*enumerate(zip(self.transformer_blocks, blocks, strict=True))]
+
+        def through(x: mx.array, txt: mx.array, some: list) -> tuple[mx.array, mx.array]:
+            for i, (block, m) in some:
+                if i not in skip_layers:
+                    x, txt = block(x, txt, m)
+                if i < len(residuals):
+                    x = x + residuals[i]
+            return x, txt
+
+        first, txt = through(x, txt, numbered[:1])
+
+        def rest() -> mx.array:
+            return through(first, txt, numbered[1:])[0]
+
+        x = rest() if reuse is None else reuse(first - x, first, rest)
         x = self.proj_out(adaptive_norm(x, *final))
         p = self.config.patch
         x = x.reshape(B, h // p, w // p, p, p, -1).swapaxes(2, 3)

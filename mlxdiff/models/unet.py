@@ -1,7 +1,7 @@
 """The Stable Diffusion U-Net: SD 1.x, SD 2.x, SDXL and its refiner, inpainting, LCM and distilled models; they differ
 in their Config. unet(x, t, **unet.prepare(...)), x (B, h, w, in). Rombach et al. 2022; names as in diffusers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -172,8 +172,11 @@ class UpBlock(Block):
         super().__init__(config, c_in, c, depth, heads)
         self.upsamplers = [Upsample(c)] if up else []
 
-    def __call__(self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator) -> mx.array:
-        for resnet, transformer in zip_longest(self.resnets, self.attentions):
+    def __call__(
+        self, x: mx.array, skips: list, shifts: Iterator, kv: Iterator, layers: slice = slice(None)
+    ) -> mx.array:
+        """layers: which of them to compute."""
+        for resnet, transformer in zip_longest(self.resnets[layers], self.attentions[layers]):
             x = resnet(mx.concatenate([x, skips.pop()], axis=-1), next(shifts))
             if transformer is not None:
                 x = transformer(x, kv)
@@ -302,18 +305,30 @@ class UNet(HalfUNet):
         pictures: list[tuple[Span, Shown]] = (),
         residuals: list[mx.array] | None = None,
         features: list[mx.array] = (),
+        reuse: Callable | None = None,
     ) -> mx.array:
         """x (B, h, w, in) at time t, a float or one per sample (B,) -> (B, h, w, out). `prepare` makes the rest.
-        residuals: what a ControlNet adds to each skip and, last, to the middle; features: see `down`."""
+        residuals: what a ControlNet adds to each skip and, last, to the middle; features: see `down`; reuse: see
+        `mlxdiff.reuse`."""
         on = [layers for span, layers in pictures if shows(span, t)]
-        kv = ((*own, *(x for layers in on for x in layers.get(i, ()))) for i, own in enumerate(kv))
-        shifts = self.shifts_at(t, times, added, guidance)
-        x, skips = self.down(self.conv_in(x), shifts, kv, features)
-        if residuals is not None:
-            skips = [skip + r for skip, r in zip(skips, residuals[:-1], strict=True)]
-            x = x + residuals[-1]
-        for block in self.up_blocks:
-            x = block(x, skips, shifts, kv)
+        kv = [(*own, *(x for layers in on for x in layers.get(i, ()))) for i, own in enumerate(kv)]
+        shifts = [*self.shifts_at(t, times, added, guidance)]
+        x, last = self.conv_in(x), self.up_blocks[-1]
+        skip = x if residuals is None else x + residuals[0]
+
+        def deep() -> mx.array:
+            rest = iter(shifts), iter(kv)
+            y, skips = self.down(x, *rest, features)
+            if residuals is not None:
+                skips = [skip + r for skip, r in zip(skips, residuals[:-1], strict=True)]
+                y = y + residuals[-1]
+            for block in self.up_blocks[:-1]:
+                y = block(y, skips, *rest)
+            return last(y, skips, *rest, slice(-1))
+
+        y = deep() if reuse is None else reuse(self.down_blocks[0].resnets[0](x, shifts[0]) - x, 0.0, deep)
+        read = len(last.attentions[-1].transformer_blocks) if last.attentions else 0
+        x = last(y, [skip], iter(shifts[-1:]), iter(kv[len(kv) - read :]), slice(-1, None))
         return self.conv_out(self.conv_norm_out(x))
 
     def prepare(

@@ -2,18 +2,19 @@
 Where nothing was measured, it is as it stands in STANDARD."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 
+OF_CPU = ("activations", "group norm", "attention", "convolution")  # those of cpu.py
 STANDARD = {
-    "activations": True,  # these four are those of cpu.py
-    "group norm": True,
-    "attention": True,
-    "convolution": True,
+    **dict.fromkeys(OF_CPU, True),
     "unfold": False,  # a convolution of many channels as one product
     "unpadded": False,  # heads that no fused kernel takes, not padded to a width that one takes
     "wider": False,  # heads of 72 or 80 padded to 96 or 128
+    "moments": False,  # the sums of a group norm by a kernel of our own: metal.py
     "dequantize": False,  # quantized weights made whole before each product
 }
 MANY = 512  # channels from which a convolution may be unfolded
@@ -30,6 +31,17 @@ def use(measured: dict[str, dict[tuple[int, ...], bool]]) -> None:
 def measured() -> dict[str, bool]:
     """Whether each way that was measured on this machine is used for any case."""
     return {way: any(cases.values()) for way, cases in _measured.items()}
+
+
+@contextmanager
+def exportable() -> Iterator[None]:
+    """Layers as MLX can export them: not as cpu.py computes them."""
+    before = dict(_measured)
+    use(before | {way: {(): False} for way in OF_CPU})
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def chosen(way: str, *sizes: int) -> bool:

@@ -5,6 +5,7 @@ one here. The network itself counts time from noise to picture, so both its time
 Picture and text are one sequence, [patches, text]. Each of the two is filled up to a multiple of 32 with a learned
 token, which the network attends to. A sample whose text is shorter than the longest of its batch gets a mask."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -45,9 +46,13 @@ class Attention(nn.Module):
         self.heads = config.heads
 
     def __call__(self, x: mx.array, pe: Pair, mask: mx.array | None) -> mx.array:
-        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        q, k = rotate(self.norm_q(q), pe), rotate(self.norm_k(k), pe)
-        return self.to_out[0](attention(q, k, v, mask))
+        q, k = self.rotated(self.to_q(x), self.norm_q, pe), self.rotated(self.to_k(x), self.norm_k, pe)
+        return self.to_out[0](attention(q, k, split_heads(self.to_v(x), self.heads), mask))
+
+    def rotated(self, x: mx.array, norm: nn.RMSNorm, pe: Pair) -> mx.array:
+        """(B, N, heads * d) -> (B, heads, N, d). Heads are normed where they lie: one by one they would be copied."""
+        heads = x.reshape(*x.shape[:2], self.heads, -1)
+        return rotate(mx.fast.rms_norm(heads, None, norm.eps), norm.weight, pe)
 
 
 class FeedForward(nn.Module):
@@ -148,8 +153,10 @@ class ZImage(nn.Module):
         mask: list[mx.array],
         times: dict[float, int],
         mods: tuple[list, list, mx.array] | None,
+        reuse: Callable | None = None,
     ) -> mx.array:
-        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`."""
+        """x (B, h, w, c) at t, a float or one per sample (B,) -> (B, h, w, out). The rest comes from `prepare`; reuse:
+        see `mlxdiff.reuse`."""
         refiners, layers, final = at_time(t, times, mods, self.mods)
 
         B, h, w, _ = x.shape
@@ -159,9 +166,17 @@ class ZImage(nn.Module):
         for block, m in zip(self.noise_refiner, refiners, strict=True):
             img = block(img, m, img_pe, None)
         both = mx.concatenate([img, txt], axis=1)
-        for block, m in zip(self.layers, layers, strict=True):
-            both = block(both, m, pe, mask[0] if mask else None)
-        return -unpack(self.final_layer(both[:, :N], final), h, w)
+        seen = mask[0] if mask else None
+        first = self.layers[0](both, layers[0], pe, seen)
+
+        def rest() -> mx.array:
+            y = first
+            for block, m in zip(self.layers[1:], layers[1:], strict=True):
+                y = block(y, m, pe, seen)
+            return y[:, :N]
+
+        y = rest() if reuse is None else reuse(first[:, :N] - both[:, :N], first[:, :N], rest)
+        return -unpack(self.final_layer(y, final), h, w)
 
     def prepare(
         self, ts: list[float] | None, context: mx.array, lengths: tuple[int, ...], size: tuple[int, int]
@@ -223,8 +238,8 @@ def places(h: int, w: int, t: int) -> np.ndarray:
 
 
 def joined(pes: list[Pair]) -> Pair:
-    """Rotations that all samples share, or, of several, one for each: (B, 1, N, ...)."""
-    return pes[0] if len(pes) == 1 else tuple(mx.stack(parts)[:, None] for parts in zip(*pes, strict=True))
+    """Rotations that all samples share, or, of several, one for each: (B, N, ...)."""
+    return pes[0] if len(pes) == 1 else tuple(mx.stack(parts) for parts in zip(*pes, strict=True))
 
 
 def pack(x: mx.array) -> mx.array:

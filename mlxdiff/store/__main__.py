@@ -1,4 +1,4 @@
-"""`mlxdiff cache`: lists the converted models that are kept, verifies their bytes, and removes them."""
+"""`mlxdiff cache`: lists the converted models and encoded prompts that are kept, removes them, and verifies models."""
 
 import sys
 import time
@@ -9,14 +9,14 @@ from tqdm import tqdm
 from .. import description, seal, store
 from ..console import Parser, run, say
 from ..errors import Error, did_you_mean
-from . import cache
+from . import cache, prompts
 
 _WIDE = 60  # characters of a name that the list shows
 
 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff cache", description="List the converted models that are kept, or remove some.")
-    what = "remove what is of no more use; with NAME all copies of that model; with all everything"
+    what = "remove what is of no more use; NAME: all copies of that model; prompts: encoded prompts; all: everything"
     p.add_argument("--clean", nargs="?", const="", metavar="NAME", help=what)
     what = "read every byte of the copies, or of those of NAME, and say which are damaged"
     p.add_argument("--verify", nargs="?", const="", metavar="NAME", help=what)
@@ -38,7 +38,10 @@ def show() -> int:
         state = "being made" if e.busy else e.useless
         source = f"{e.source or '-'} ({state})" if state else e.source or "-"
         say(f"{e.name:{wide}}  {e.recipe or '-':13} {_size(e.size):>9}  {_day(e.made)}  {source}")
-    say(f"{_size(sum(e.size for e in held))} in {cache.root()}.")
+    count, size = prompts.held()
+    if count:
+        say(f"{count} encoded prompt{'s' * (count > 1)}, {_size(size)}: mlxdiff cache --clean prompts removes them.")
+    say(f"{_size(sum(e.size for e in held) + size)} in {cache.root()}.")
     useless = sum(e.size for e in held if e.useless)
     if useless:
         say(f"{_size(useless)} of it is of no more use: mlxdiff cache --clean removes that.")
@@ -46,10 +49,16 @@ def show() -> int:
 
 
 def clean(name: str) -> int:
-    """Remove the useless entries, those of a name (a model's or a folder's), or all of them."""
-    held = cache.entries(store.reachable)
+    """Remove the useless entries, those of a name (a model's or a folder's), encoded prompts, or everything."""
+    held, freed = cache.entries(store.reachable), 0
+    if name in ("prompts", "all"):
+        count, freed = prompts.held()
+        prompts.clear()
+        if count or name == "prompts":
+            say(f"Removed {count} encoded prompt{'s' * (count != 1)}, {_size(freed)}.")
+        if name == "prompts":
+            return 0
     chosen = [e for e in held if name == "all" or e.useless] if name in ("", "all") else _called(name, held)
-    freed = 0
     for e in chosen:
         what = f"{e.name} {e.recipe}".strip()
         if cache.remove(e):

@@ -24,7 +24,7 @@ FOLDER = "MLXDIFF_LORAS"  # an environment variable: where names are looked up
 def folder_of(path: str | Path | None) -> Path | None:
     """The folder in which names are looked up, if one is given. Raises if it does not exist."""
     folder = None if path is None else foreign.path(path)
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not os.path.isdir(folder):  # unlike Path's, this takes any name
         raise Error(f"There is no folder {folder}.", "Give the folder of your LoRAs: `lora_dir=DIR`.")
     return folder
 
@@ -33,7 +33,7 @@ def usual_folder() -> Path | None:
     """That of MLXDIFF_LORAS, if it is a folder."""
     said = os.environ.get(FOLDER)
     folder = foreign.path(said) if said else None
-    return folder if folder is not None and folder.is_dir() else None
+    return folder if folder is not None and os.path.isdir(folder) else None
 
 
 def files(folder: Path) -> list[Path]:
@@ -60,7 +60,7 @@ def here(name: str | Path, folder: Path | None = None) -> Path | None:
     """The file of a LoRA or an embedding on this machine: a path, or a name in a folder, by default MLXDIFF_LORAS."""
     path, folder = local(name), usual_folder() if folder is None else folder
     if path is None and folder is not None:
-        path = next((p for end in ("", ".safetensors") if (p := folder / f"{name}{end}").is_file()), None)
+        path = next((p for end in ("", ".safetensors") if os.path.isfile(p := folder / f"{name}{end}")), None)
     if path is not None and path.is_dir():
         found = usual_loras(path) or sorted(path.glob("*.safetensors"))
         if len(found) != 1:

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from .. import advice, conditioning, recipe, weights
 from ..description import Description
 from ..errors import Error
-from ..models import build
+from ..models import build, ways
 from ..tokenizers import Chunk
 from . import batches, texts, tune
 from .tune import LoraTuning
@@ -155,7 +155,8 @@ def walked(run: Callable, *inputs, gpu: bool) -> int:
     flat = tree_flatten(list(inputs))
     names, records = [name for name, _ in flat], []
     call = lambda *arrays: run(*tree_unflatten(list(zip(names, arrays, strict=True))))  # noqa: E731
-    mx.export_function(records.append, call, *(array for _, array in flat))
+    with ways.exportable():
+        mx.export_function(records.append, call, *(array for _, array in flat))
     listed = {r["type"]: r for r in records if r["type"] in ("inputs", "outputs")}
     steps = [r for r in records if r["type"] == "primitive"]
     buffer, ordered, size, last = {}, {}, {}, {}  # array -> its buffer; whether its axes are; buffer -> bytes; last use

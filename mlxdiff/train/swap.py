@@ -10,7 +10,7 @@ from .. import surgery
 from ..pipeline import Pipeline
 from .fit import write_arrays
 
-RANK = 6
+RANK = 8
 KEEP = 1.0  # the weight of the words that should stay as they are
 
 

@@ -2,7 +2,10 @@
 distances on torch's embeddings; the command on folders of pictures."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from mlxdiff import images
 from mlxdiff.request import Request
 from mlxdiff.score.__main__ import main
 from tests import clip_vocab
+from tests.loopback_hub import Hub, Repo, noise
 
 from .oracle import randomize
 
@@ -189,3 +193,28 @@ def test_memory_is_bounded_by_batches(theirs, folders, capsys, monkeypatch):
     found = scored(capsys, folders[0], "--clip", theirs[0])
     assert sizes == [5] * 7 + [1]
     assert found["pictures"] == 36
+
+
+def test_it_is_fetched_once_and_then_needs_no_network(theirs, folders, tmp_path):
+    """From a hub that has what the published repository has: pickles and other frameworks' weights stay there."""
+    files = {file.name: file.read_bytes() for file in theirs[0].iterdir()}
+    others = {name: noise(1000, 1) for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")}
+    with Hub() as hub:
+        hub.repos["openai/clip-vit-large-patch14"] = Repo(files | others)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+
+        def score(*args: str) -> subprocess.CompletedProcess:
+            call = [sys.executable, "-m", "mlxdiff", "score", str(folders[0]), "--json", *args]
+            return subprocess.run(call, env=env, capture_output=True, text=True)
+
+        before = score("--offline")
+        assert (before.returncode, before.stdout) == (1, "")
+        assert "openai/clip-vit-large-patch14 (1.7 GB) is not on this machine" in before.stderr
+        first = score()
+        assert first.returncode == 0, first.stderr
+    held = {file.name for file in tmp_path.rglob("snapshots/*/*")}
+    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt"} <= held
+    assert not held & others.keys()
+    again = score("--offline")
+    assert json.loads(again.stdout)["clip_score"] == json.loads(first.stdout)["clip_score"]

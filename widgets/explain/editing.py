@@ -39,12 +39,12 @@ class Case(NamedTuple):
 
 def case(pipe, seed: int, kind: str) -> Case:
     """A picture and what is to be changed in it."""
-    rng, size = np.random.default_rng([seed, 17]), pipe.resolve("").width
-    scene = sb.sample(rng)
-    picture = Image.fromarray(sb.render(scene, rng, size))
-    words = [word for word in judge.WORDS[kind] if word != getattr(scene, kind)]
-    changed = [replace(scene, **{kind: word}) for word in words]
-    other = [each for each in changed if sb.valid(each) and not sb.held_out(each)][seed % 3]
+    rng, size, others = np.random.default_rng([seed, 17]), pipe.resolve("").width, []
+    while not others:  # a boat, for one, has no other ground than the sea
+        scene = sb.sample(rng)
+        changed = [replace(scene, **{kind: word}) for word in judge.WORDS[kind] if word != getattr(scene, kind)]
+        others = [each for each in changed if sb.valid(each) and not sb.held_out(each)]
+    picture, other = Image.fromarray(sb.render(scene, rng, size)), others[seed % len(others)]
     return Case(picture, sb.plain(scene), sb.plain(other), kind, getattr(other, kind))
 
 
@@ -125,11 +125,11 @@ class ThereAndBack(Lesson):
 
     def figure(self) -> Figure:
         d = self.data
-        fig = Figure(figsize=(8.4, 2.5), layout="constrained")
-        fig.suptitle(f"{d.case.caption}  →  {d.case.other}", style="italic")
+        fig = Figure(figsize=(8.4, 2.75), layout="constrained")
+        fig.suptitle(f"{d.case.caption}\n→ {d.case.other}", style="italic", fontsize=10)
         axes = fig.subplots(1, 4)
         show(axes[0], d.case.picture, "the picture")
-        grey = d.noise.mean(-1)
+        grey = d.noise.mean(-1) * np.sqrt(d.noise.shape[-1])  # as spread as one channel
         axes[1].imshow(grey, cmap="gray", vmin=-2, vmax=2)
         axes[1].set_title(f"its noise, of size {d.noise.std():.2f}", pad=3)
         axes[1].axis("off")
@@ -185,7 +185,7 @@ class Strength(Lesson):
     def figure(self) -> Figure:
         d = self.data
         fig = Figure(figsize=(10, 2.4), layout="constrained")
-        fig.suptitle(d.case.other, style="italic")
+        fig.suptitle(d.case.other, style="italic", fontsize=10)
         first, *axes = fig.subplots(1, 1 + len(STRENGTHS))
         show(first, d.case.picture, "the picture")
         for ax, image, strength, word in zip(axes, d.drawn, STRENGTHS, d.read, strict=True):
@@ -256,7 +256,7 @@ class OnlyAPart(Lesson):
     def figure(self) -> Figure:
         d = self.data
         fig = Figure(figsize=(8.4, 2.5), layout="constrained")
-        fig.suptitle(d.case.other, style="italic")
+        fig.suptitle(d.case.other, style="italic", fontsize=10)
         axes = fig.subplots(1, 4)
         tinted = np.asarray(d.case.picture, np.float64).copy()
         tinted[self.inside()] = 0.55 * tinted[self.inside()] + 0.45 * np.array((255, 45, 135))
