@@ -158,7 +158,7 @@ def _table(machine: advice.Machine, name: str, dtype: str, rows: list[tuple[str,
 
 
 def _advice(name: str) -> list[str]:
-    machine, dtype = advice.this_machine(), default_dtype()
+    machine, dtype = advice.this_machine(), default_dtype(MODELS[name].family)
     rows, prompt = on(machine, name, dtype), "a red house under a full moon"
     lines = _table(machine, name, dtype, rows)
     best = next((flags for flags, _, ok in rows if ok), None)

@@ -288,12 +288,11 @@ class Pipeline:
         start = yield from self.starts.begin(request, schedule, sigmas[0], draw, given, control)
         start = start._replace(hints=hints)
         x = start.x
-        extra, done = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0
+        extra, done, passes = {"draw": draw, "eta": request.eta} if spec.noisy else {}, 0, Passes(request.reuse)
         for (pipe, part), text in zip(parts, texts, strict=True):
             span = partial(Guide.times, taken=steps, sigmas=whole, t=schedule.t)
             read, see = (start, shown(model, request.references, seen, span)) if pipe is self else (None, [])
             asked = request if pipe is self else replace(request, controls=())  # they guide the first model alone
-            passes = Passes(request.reuse)
             denoise = yield from pipe.denoiser(asked, schedule, spec.visits(part), text, whole, read, see, passes)
             if start.mask is not None:
                 denoise = guidance.masked(denoise, start.mask, start.z, start.noised, sigmas[0])

@@ -92,7 +92,7 @@ def describe(found: dict) -> str:
     source = found["source"]
     meaning = f" ({_MEANINGS[source]})" if source in _MEANINGS else ""
     lines.append(f"  mark        {'none' if source is None else f'IPTC {source}{meaning}'}")
-    lines.append(f"  signature   {_signature(found['credentials'])}")
+    lines += _signature(found["credentials"])
     lines.append(f"  as a JPEG   {_jpeg(found['as_jpeg'], found['credentials'])}")
     lines += [f"  damaged     {problem}" for problem in found["problems"]]
     return "\n".join(line.replace("\n", " ") if i else line for i, line in enumerate(lines))
@@ -108,15 +108,16 @@ def _settings(found: dict) -> str:
     return ", ".join([f"“{prompt}”", *(f"{k} {v}" for k, v in shown.items() if v is not None)])
 
 
-def _signature(held: dict | None) -> str:
+def _signature(held: dict | None) -> list[str]:
     if held is None:
-        return "none"
+        return ["  signature   none"]
     if held["state"] != signing.HOLDS:
-        return f"Content Credentials: {held['state']}: {held['problem']}"
-    by = f"by “{held['signer']}”, a name that nothing here vouches for"
-    by = f"by a key that mlxdiff made on this machine. {signing.MEANS}" if held["this_machine"] else by
-    said = f"; {held['program']} says {', '.join([*held['actions'], *held['sources']])}"
-    return f"Content Credentials hold: the file is as it was signed, {by}{said}"
+        return [f"  signature   Content Credentials, {held['state']}: {held['problem']}"]
+    said = ", ".join([*held["actions"], *held["sources"]])
+    own = "a key that mlxdiff made on this machine: it shows that the file was not changed since, not who made it"
+    by = own if held["this_machine"] else f"“{held['signer']}”, a name that nothing here vouches for"
+    said = f"{held['program'] or 'no program'} says {said or 'nothing'}"
+    return [f"  signature   Content Credentials hold, the file is as it was signed: {said}", f"  signed by   {by}"]
 
 
 def _jpeg(held: dict, credentials: dict | None) -> str:
@@ -125,7 +126,7 @@ def _jpeg(held: dict, credentials: dict | None) -> str:
     apart = "the same pixels"
     if held["decibels"] is not None:
         apart = f"pixels change by at most {held['largest_change']} of 255 ({held['decibels']} dB)"
-    loses = ["its transparency"] * held["transparency"] + ["its signature"] * (credentials is not None)
-    lost = f"; it would lose {' and '.join(loses)}" if loses else ""
-    keeps = "; mark and settings stay if the program that makes it keeps XMP or EXIF"
-    return f"{apart}, {held['bytes']:,} bytes at quality {held['quality']}{lost}{keeps}"
+    loses = ["transparency"] * held["transparency"] + ["signature"] * (credentials is not None)
+    lost = f"; it loses its {' and '.join(loses)}" if loses else ""
+    keeps = "; mark and settings stay if a program keeps XMP or EXIF"
+    return f"{held['bytes']:,} bytes at quality {held['quality']}: {apart}{lost}{keeps}"

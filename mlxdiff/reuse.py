@@ -35,7 +35,7 @@ class Reuse:
 
 
 class Passes:
-    """The passes of a run, and which of its steps reused."""
+    """The passes of a run, those of a refiner included, and which of its steps reused."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold

@@ -22,7 +22,7 @@ from .metadata import DRAWN, SOURCES
 
 KEY, CERTIFICATE = "MLXDIFF_SIGN_KEY", "MLXDIFF_SIGN_CERT"  # names in the environment
 MIMES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
-LOCAL = "mlxdiff, a key of this machine alone"  # the owner's name in a certificate that mlxdiff made
+LOCAL = "mlxdiff, self-signed on one machine"  # the owner's name in a certificate that mlxdiff made
 MEANS = "It shows that a file was not changed since, not who made it."
 _CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 _YEARS = 10

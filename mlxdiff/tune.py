@@ -200,17 +200,17 @@ def measure(way: Way, sizes: tuple[int, ...], dtypes: tuple[mx.Dtype, ...], cloc
     return Measured(way.name, sizes, faster, f"{ratio:.2f} times as fast", seconds, error)
 
 
-def cases(rows: tuple[Way, ...] = WAYS) -> list[tuple[Way, tuple[int, ...]]]:
+def cases() -> list[tuple[Way, tuple[int, ...]]]:
     """Those of this device."""
     device = "gpu" if mx.default_device().type == mx.gpu else "cpu"
-    return [(way, sizes) for way in rows if device in way.devices for sizes in way.cases[device]]
+    return [(way, sizes) for way in WAYS if device in way.devices for sizes in way.cases[device]]
 
 
-def measured(rows: tuple[Way, ...] = WAYS) -> Iterator[Measured]:
+def measured() -> Iterator[Measured]:
     """All cases, one by one. On a CPU, seconds are those of the processor, which other programs disturb less."""
     gpu = mx.default_device().type == mx.gpu
     dtypes = tuple(dict.fromkeys((recipe.DTYPES[recipe.default_dtype()], mx.float16))) if gpu else ()
-    for way, sizes in cases(rows):
+    for way, sizes in cases():
         yield measure(way, sizes, dtypes, time.perf_counter if gpu else time.process_time)
         mx.clear_cache()
 

@@ -90,6 +90,16 @@ def test_over_gives_all_combinations():
     assert todo[1:3] == [Setting(8, "heun", 4), Setting(8, "ddim", None)]
 
 
+def test_reused_steps_are_compared_with_all_of_them():
+    todo = quality.settings(15, "ddim", KNOWN, ["reuse=0.1,0,0.3"])
+    assert todo == [Setting(15, "ddim", None, reuse) for reuse in (0.0, 0.1, 0.3)]
+    for over, why in ((["reuse=2"], "from 0 to 1; '2'"), (["reuse=nan"], "from 0 to 1"), (["reuse=a"], "from 0 to 1")):
+        with pytest.raises(Error, match=why):
+            quality.settings(15, "ddim", KNOWN, over)
+    with pytest.raises(Error, match="heun computes some steps twice"):
+        quality.settings(15, "ddim", KNOWN, ["reuse=0,0.1", "sampler=heun"])
+
+
 def test_the_fastest_that_is_as_good():
     def row(low, seconds):
         return {"below": {"low": low}, "seconds": {"median": seconds}}

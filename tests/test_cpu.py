@@ -54,8 +54,9 @@ def test_exp_beyond_its_range_and_of_what_is_no_number():
 
 
 def test_erf_equals_float64():
+    """Six roundings of 6e-8."""
     x = np.linspace(-6, 6, 10_001).astype(np.float32)
-    assert np.abs(np.array(cpu.erf(mx.array(x))) - np.vectorize(math.erf)(x.astype(np.float64))).max() < 3e-7
+    assert np.abs(np.array(cpu.erf(mx.array(x))) - np.vectorize(math.erf)(x.astype(np.float64))).max() < 4e-7
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "gelu_tanh", "geglu"])

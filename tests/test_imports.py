@@ -532,6 +532,7 @@ MAY = {
         "mlxdiff.pipeline",
         "mlxdiff.recipe",
         "mlxdiff.references",
+        "mlxdiff.request",
         "mlxdiff.score.*",
         "mlxdiff.store.clip",
         "mlxdiff.train.*",

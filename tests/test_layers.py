@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlxdiff.bench.step import kernels
-from mlxdiff.models import layers, vae
+from mlxdiff.models import cpu, layers, vae, ways
 
 
 def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -138,6 +138,7 @@ def test_causal_attention_equals_float64_softmax():
 @pytest.mark.parametrize("rows", [1, 4, 9, 10])
 def test_attention_in_chunks_equals_whole(rows, monkeypatch):
     """Nine queries, one at a time, in uneven chunks, and whole."""
+    monkeypatch.setitem(ways.STANDARD, "attention", False)  # of a CPU, whose pieces test_cpu.py tests
     q, k, v = normal((2, 3, 9, 40), 10), normal((2, 3, 11, 40), 11), normal((2, 3, 11, 40), 12)
     monkeypatch.setattr(layers, "SCORES", 2 * 3 * 11 * 4 * rows)
     assert distance(layers.attention(mx.array(q), mx.array(k), mx.array(v)), softmax_attention(q, k, v)) < 1e-6
@@ -152,12 +153,16 @@ def peak(make) -> int:
     return mx.get_peak_memory() - before
 
 
-def test_attention_memory_is_bounded(monkeypatch):
-    """Scores of all pairs would take 64 MB; pieces of 1 MB, about ten of them queued, take less than a third."""
+@pytest.mark.parametrize("own", [False, True])
+def test_attention_memory_is_bounded(own, monkeypatch):
+    """Scores of all pairs would take 64 MB; pieces of 1 MB, about ten of them queued, take less than a third. own: with
+    the softmax of a CPU's own, whose pieces are of that size."""
+    monkeypatch.setitem(ways.STANDARD, "attention", own)
     q = mx.array(normal((1, 1, 4096, 8), 13))
     monkeypatch.setattr(layers, "SCORES", 1 << 20)
     assert peak(lambda: layers.attention(q, q, q)) < 24e6
     monkeypatch.setattr(layers, "SCORES", 1 << 30)
+    monkeypatch.setattr(cpu, "PART", 1 << 28)
     assert peak(lambda: layers.attention(q, q, q)) > 64e6
 
 

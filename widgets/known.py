@@ -35,7 +35,7 @@ class Known:
         """The model's own description once it is open; before that, the published one of a named model."""
         if self.opened is not None:
             return self.opened
-        return published(self.name, recipe()) if self.name in MODELS else None
+        return published(self.name, recipe(family=MODELS[self.name].family)) if self.name in MODELS else None
 
     @property
     def edits(self) -> int:

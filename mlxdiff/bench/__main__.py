@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--note", default="", metavar="TEXT", help="with --report: what else matters, such as 'on battery'")
     g.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     g = p.add_argument_group("with --quality")
-    what = "steps=4,8 sampler=ddim bits=8,none: all combinations (default: each of the three changes alone)"
+    what = "steps=4,8 sampler=ddim bits=8,none reuse=0,0.1: all combinations (default: the first three, each alone)"
     g.add_argument("--over", nargs="+", default=(), metavar="NAME=VALUES", help=what)
     g.add_argument("--prompts", metavar="N|FILE", help="how many, or a text file with one a line")
     g.add_argument("--clip", metavar="CLIP", help="what scores pictures of other models; see mlxdiff score --help")

@@ -16,6 +16,7 @@ from ..errors import Error, did_you_mean
 from ..pipeline import Pipeline
 from ..recipe import BITS, bits_of
 from ..references import pixels
+from ..request import Request
 from ..score import clip, distances, measure
 from ..store import clip as store
 from ..train import judge
@@ -46,6 +47,7 @@ class Setting(NamedTuple):
     steps: int
     sampler: str
     bits: int | str | None
+    reuse: float = 0.0
 
 
 class Asked(NamedTuple):
@@ -57,10 +59,10 @@ def settings(
     steps: int, sampler: str, known: Sequence[str], over: Sequence[str] = (), bits: Sequence[int] = (4,)
 ) -> list[Setting]:
     """The settings to draw with, the slowest first. steps, sampler: the model's defaults. known: the samplers that it
-    can use. over: `steps=4,8`, `sampler=ddim`, `bits=8,none`: all combinations of these. By default each of the three
-    changes alone. bits: those of the default."""
+    can use. over: `steps=4,8`, `sampler=ddim`, `bits=8,none`, `reuse=0,0.1`: all combinations of these. By default each
+    of the first three changes alone. bits: those of the default."""
     if over:
-        values = {"steps": [steps], "sampler": [sampler], "bits": [None]} | _given(over, known)
+        values = {"steps": [steps], "sampler": [sampler], "bits": [None], "reuse": [0.0]} | _given(over, known)
         made = [Setting(*combination) for combination in product(*values.values())]
     else:
         made = [Setting(max(1, round(steps * part)), sampler, None) for part in (2, 1, 1 / 2, 1 / 4)]
@@ -69,27 +71,41 @@ def settings(
     made = list(dict.fromkeys(made))
     if len(made) > MOST:
         raise Error(f"{len(made)} settings are more than {MOST}.", "Give fewer values: `over`.")
+    for s in made:
+        Request("", steps=s.steps, sampler=s.sampler, reuse=s.reuse).check_reuse()
     order = [None, *reversed(BITS)]
-    return sorted(made, key=lambda s: (-s.steps * _CALLS.get(s.sampler, 1), s.sampler != sampler, order.index(s.bits)))
+
+    def cheapness(s: Setting) -> tuple:
+        return -s.steps * _CALLS.get(s.sampler, 1), s.sampler != sampler, order.index(s.bits), s.reuse
+
+    return sorted(made, key=cheapness)
 
 
 def _given(over: Sequence[str], known: Sequence[str]) -> dict[str, list]:
-    fix = "Give such as `over=steps=4,8`, `over=sampler=ddim,euler`, `over=bits=8,none`."
+    fix = "Give such as `over=steps=4,8`, `over=sampler=ddim,euler`, `over=bits=8,none`, `over=reuse=0,0.1`."
     found = {}
     for text in over:
         name, sign, values = text.partition("=")
-        if not sign or name not in ("steps", "sampler", "bits") or name in found:
+        if not sign or name not in Setting._fields or name in found:
             again = "is given twice" if name in found else "cannot be varied"
             raise Error(f"{text!r:.60} {again}.", fix)
         found[name] = [_value(name, value.strip(), known, fix) for value in values.split(",")]
     return found
 
 
-def _value(name: str, text: str, known: Sequence[str], fix: str) -> int | str | None:
+def _value(name: str, text: str, known: Sequence[str], fix: str) -> int | float | str | None:
     if name == "steps":
         if not text.isdecimal() or not 1 <= int(text[:9]) <= 1000:
             raise Error(f"Steps must be a whole number from 1 to 1000; {text!r:.60} was given.", fix)
         return int(text)
+    if name == "reuse":
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise Error(f"Reuse must be a number from 0 to 1; {text!r:.60} was given.", fix)
+        return value
     if name == "sampler":
         if text not in known:
             choices = f"{did_you_mean(text, known)}Use one of {', '.join(known)}."
@@ -149,7 +165,9 @@ def draw(
             seconds, errors, seen = [], [], []
             for k, prompt in enumerate(prompts):
                 begin = time.perf_counter()
-                image = pipe(prompt, seed=SEED + k, steps=setting.steps, sampler=setting.sampler, **size).image
+                how = setting._asdict() | size
+                del how["bits"]
+                image = pipe(prompt, seed=SEED + k, **how).image
                 seconds.append(time.perf_counter() - begin)
                 seen.append(see(image))
                 values = np.asarray(image, np.float32)
@@ -246,7 +264,7 @@ def table(facts: dict) -> str:
         f"{f['model']}, {f['width']}x{f['height']}, {f['dtype']}, {f['chip']}, mlx {f['mlx']} on {f['device']}",
         f"{n} prompts, seeds {SEED} to {SEED + n - 1}; score: {title or 'none'}",
         "",
-        f"{'steps':>5}  {'sampler':16}{'bits':>6}{'score':>8}  {'95 % interval':15}{'to first':>9}"
+        f"{'steps':>5}  {'sampler':16}{'bits':>6}{'reuse':>6}{'score':>8}  {'95 % interval':15}{'to first':>9}"
         f"{'s/picture':>11}{'speed':>8}{'peak':>10}",
     ]
     took = [r["seconds"]["median"] for r in rows]
@@ -255,8 +273,9 @@ def table(facts: dict) -> str:
         value = f"{score['value']:8.1f}  {score['low']:5.1f} - {score['high']:<5.1f} " if score else f"{'-':>8}{'':17}"
         db = f"{r['db']:6.1f} dB" if r["db"] is not None else "-"
         mark = "  *" if i == f["fastest_as_good"] else ""
+        bits = "-" if r["bits"] is None else r["bits"]
         lines.append(
-            f"{r['steps']:5}  {r['sampler']:16}{'-' if r['bits'] is None else r['bits']:>6}{value}{db:>9}"
+            f"{r['steps']:5}  {r['sampler']:16}{bits:>6}{r['reuse']:6g}{value}{db:>9}"
             f"{took[i]:11.2f}{took[0] / took[i]:7.1f}x{r['peak_bytes'] / 1e9:7.2f} GB{mark}"
         )
     lines += ["", "to first: how far the pictures are from those of the first row; below 23 dB, other pictures."]

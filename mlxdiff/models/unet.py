@@ -314,9 +314,9 @@ class UNet(HalfUNet):
         kv = [(*own, *(x for layers in on for x in layers.get(i, ()))) for i, own in enumerate(kv)]
         shifts = [*self.shifts_at(t, times, added, guidance)]
         x, last = self.conv_in(x), self.up_blocks[-1]
-        skip = x if residuals is None else x + residuals[0]
 
-        def deep() -> mx.array:
+        def deep() -> tuple[mx.array, list[mx.array]]:
+            """What the last layer reads, and the one skip that is left for it."""
             rest = iter(shifts), iter(kv)
             y, skips = self.down(x, *rest, features)
             if residuals is not None:
@@ -324,11 +324,15 @@ class UNet(HalfUNet):
                 y = y + residuals[-1]
             for block in self.up_blocks[:-1]:
                 y = block(y, skips, *rest)
-            return last(y, skips, *rest, slice(-1))
+            return last(y, skips, *rest, slice(-1)), skips
 
-        y = deep() if reuse is None else reuse(self.down_blocks[0].resnets[0](x, shifts[0]) - x, 0.0, deep)
+        if reuse is None:
+            y, skips = deep()
+        else:
+            y = reuse(self.down_blocks[0].resnets[0](x, shifts[0]) - x, 0.0, lambda: deep()[0])
+            skips = [x if residuals is None else x + residuals[0]]
         read = len(last.attentions[-1].transformer_blocks) if last.attentions else 0
-        x = last(y, [skip], iter(shifts[-1:]), iter(kv[len(kv) - read :]), slice(-1, None))
+        x = last(y, skips, iter(shifts[-1:]), iter(kv[len(kv) - read :]), slice(-1, None))
         return self.conv_out(self.conv_norm_out(x))
 
     def prepare(

@@ -45,11 +45,12 @@ def exportable() -> Iterator[None]:
 
 
 def chosen(way: str, *sizes: int) -> bool:
-    """Whether a way is used for these sizes: as it was measured for the sizes nearest to them."""
+    """Whether a way is used for these sizes: as it was measured for the sizes nearest to them. A way with one case is
+    asked for without sizes."""
     cases = _measured.get(way)
     if not cases:
         return STANDARD[way]
-    return cases[min(cases, key=lambda case: sum(abs(math.log(a / b)) for a, b in zip(case, sizes, strict=True)))]
+    return cases[min(cases, key=lambda case: sum(abs(math.log(a / b)) for a, b in zip(case, sizes, strict=False)))]
 
 
 def unfold(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from . import objective, toy
 
-START = -4.0  # Of a VAE. From 0 it never learns to use its numbers here.
-BATCH, PASSES = toy.BATCH, 20  # points of a step; steps of the two that draw in steps
+START = -4.0  # of a VAE: from 0 it never learns to use its numbers here
+BATCH, PASSES = 128, 20  # points of a step; steps of the two that draw in steps
 CALM = 0.99  # the largest share of the mean weights, which draw, that one step keeps
 HOLD = 0.4  # after this share of the steps, every rate falls to 0
 

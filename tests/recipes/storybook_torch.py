@@ -1,7 +1,7 @@
 """How the shipped storybook weights were made: torch on CPU cores, two single-threaded processes that share weights.
 Everything is seeded; run the commands in this order, each from the repository root:
 
-    python -m tests.recipes.storybook_torch render RUN        12 shards of 2048 pictures, and what is in them
+    python -m tests.recipes.storybook_torch render RUN        14 shards of 2048 pictures, and what is in them
     python -m tests.recipes.storybook_torch encode RUN        latents and tokens, whitening
     python -m tests.recipes.storybook_torch unet RUN --start FOLDER --minutes 105
     python -m tests.recipes.storybook_torch judge RUN --steps 800
@@ -10,8 +10,9 @@ Everything is seeded; run the commands in this order, each from the repository r
 
 The autoencoder is vae256/, made by vae_torch.py. The network did not start from nothing but from the model of 128
 pixels that was shipped before (`mlxdiff/builtin/storybook` at commit 6633e85; the recipe of that commit made it): its
-levels, its text encoder and its words are kept, and one level is put around it. `unet` saves every four minutes and
-goes on from there when it is started again."""
+levels, its text encoder and its words are kept, and one level is put around it. Without --start it starts from the
+model that is shipped now, and trains that one on. `unet` saves every four minutes and goes on from there when it is
+started again."""
 
 import argparse
 import copy
@@ -214,7 +215,9 @@ def train_unet(args, rank: int) -> None:
     data = [{k: torch.from_numpy(v) for k, v in np.load(f).items()} for f in sorted(run.glob("latents_???.npz"))]
     end = int(data[0]["ids"].max())  # the last id; the one before it starts a caption
     unet, text = new_unet().to(memory_format=torch.channels_last), known_text(args.start)
-    known = inner(load_file(args.start / "unet" / "diffusion_pytorch_model.safetensors"))
+    known = load_file(args.start / "unet" / "diffusion_pytorch_model.safetensors")
+    if "down_blocks.3.resnets.0.conv1.weight" not in known:
+        known = inner(known)
     unset = unet.load_state_dict(known, strict=False)
     assert not unset.unexpected_keys
     assert all(name.startswith(NEW) for name in unset.missing_keys)
@@ -418,7 +421,7 @@ def main() -> None:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--shards", type=int, default=14)
     parser.add_argument("--minutes", type=float, default=105.0)
     parser.add_argument("--start", type=Path, default=START, help="the folder of the model to start from")
     parser.add_argument("--words-known", action="store_true", help="the text encoder learns no more: a tenth faster")

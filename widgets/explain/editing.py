@@ -178,7 +178,7 @@ class Strength(Lesson):
     def work(self, pipe, report: Report, scene: int, kind: str, seed: int) -> Begun:
         it, drawn = case(pipe, scene, kind), []
         for strength in STRENGTHS:
-            drawn.append(pipe(it.other, image=it.picture, strength=strength, seed=seed, steps=10).image)
+            drawn.append(pipe(it.other, image=it.picture, strength=strength, seed=seed, steps=8).image)
             report(len(drawn), len(STRENGTHS))
         return Begun(it, drawn, seen(drawn, kind))
 
@@ -243,7 +243,7 @@ class OnlyAPart(Lesson):
         size = it.picture.width
         mask = Image.new("L", it.picture.size)
         mask.paste(255, tuple(round(part * size) for part in AREAS[area]))
-        settings = {"image": it.picture, "strength": 1.0, "seed": seed, "steps": 10}
+        settings = {"image": it.picture, "strength": 1.0, "seed": seed, "steps": 8}
         masked = pipe(it.other, mask=mask, **settings).image
         report(1, 2)
         whole = pipe(it.other, **settings).image
@@ -327,7 +327,7 @@ class Adapter(Lesson):
             for scale in SCALES:
                 for colour, pictures in ((word, drawn), (rest[0], others)):
                     prompt = f"a {colour} house on hills by day"
-                    pictures.append(pipe(prompt, seed=seed, steps=6, loras=[f"{file}:{scale:g}"]).image)
+                    pictures.append(pipe(prompt, seed=seed, steps=5, loras=[f"{file}:{scale:g}"]).image)
                     report(len(drawn) + len(others), 2 * len(SCALES))
         net = sum(value.size for _, value in tree_flatten(surgery.unet(pipe).parameters()))
         return Felt(drawn, others, seen(drawn, "colour"), seen(others, "colour"), numbers, net)

@@ -14,7 +14,7 @@ from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Report, played
 
 STEPS, EVERY = 400, 40  # of learning; and how often points are drawn on the way
 MOMENTS = tuple(range(0, STEPS + 1, EVERY))
-LEARNED, DRAWN = 4000, 500  # points
+LEARNED, DRAWN = 4000, 400  # points
 COLOURS = dict(zip(RIVALS, (RED, ORANGE, BLUE, GREEN), strict=True))
 BLOBS = (2, 4, 8, 12)
 _MOST = 40  # trainings that are kept: a slider that comes back need not wait
