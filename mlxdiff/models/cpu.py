@@ -14,7 +14,9 @@ from . import ways
 
 PART = 1 << 18  # numbers worked on at a time: 1 MB, for the cache
 _FEW = 1 << 13  # up to so many numbers, MLX's own function is as fast: twenty operations have a fixed cost
-_PIXELS = 1 << 10  # of a map; in smaller ones a convolution's copies cost less than its nine products
+# Pixels of a map; in smaller ones a convolution's copies cost less than its nine products. With many channels they cost
+# less also in larger ones: 5 % less at 32 x 32 and 320.
+_PIXELS, _MANY, _PIXELS_OF_MANY = 1 << 10, 256, 1 << 12
 
 
 def suits(way: str, x: mx.array) -> bool:
@@ -203,7 +205,7 @@ def _(inputs: tuple[mx.array, ...], gradient: mx.array, y: mx.array) -> tuple[mx
 
 def conv3x3(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """A convolution with a kernel of 3 x 3, padded by one pixel. weight: (o, 3, 3, c), bias: (o)."""
-    if x.shape[1] * x.shape[2] < _PIXELS:
+    if x.shape[1] * x.shape[2] < (_PIXELS if weight.shape[0] <= _MANY else _PIXELS_OF_MANY):
         y = mx.conv2d(x, weight, padding=1)
         return y if bias is None else y + bias
     return _nine(x, weight, mx.zeros(weight.shape[0]) if bias is None else bias)

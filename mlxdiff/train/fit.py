@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -199,10 +200,10 @@ def alone(folder: Path) -> Iterator[None]:
     """Train in a folder that no other process trains in: two would mix their runs. The system ends this however the
     process ends. What a process that was killed had half written is removed."""
     with writing(folder):
-        file = open(folder / ".lock", "a")  # noqa: SIM115 (open as long as the lock is held)
-    with file:
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK)  # a pipe there would wait for ever
+    with os.fdopen(handle, "wb"):
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno in (errno.EACCES, errno.EAGAIN):
                 problem = f"Another process trains in {folder}."
