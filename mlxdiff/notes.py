@@ -11,6 +11,9 @@ from .request import Request
 
 def of_run(pipe: Pipeline, request: Request) -> Iterator[str]:
     """What holds for all pictures of a run. request: resolved, one of them."""
+    size = request.width, request.height, pipe.description.defaults.size
+    if pipe.name == builtin.NAME and (small := builtin.size_notice(*size)):
+        yield small
     for adapter, scale in pipe.attached.adapters(request):
         yield f"{adapter}, scale {scale:g}"
     yield from pipe.attached.notes(request)

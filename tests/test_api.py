@@ -274,5 +274,12 @@ def test_the_command_line_tells_unknown_words_itself(unwarned, tmp_path, recwarn
     assert not [w for w in recwarn if "hause" in str(w.message)]
 
 
+def test_a_picture_much_smaller_than_those_of_its_training_is_told(tmp_path, capsys):
+    typed = ["a red house", "--steps", "1", "-o", str(tmp_path / "a.png"), "-W", "64", "-H"]
+    assert generate.main([*typed, "64"]) == 0
+    assert capsys.readouterr().err.count("at 64 x 64 it draws less well.") == 1
+    assert builtin.size_notice(240, 272, 256) == builtin.size_notice(256, 256, 256) == ""
+
+
 def test_short_words_are_near_nothing():
     assert builtin.notice("the red house and a tre") == "storybook does not know: and, tre."

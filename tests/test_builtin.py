@@ -62,12 +62,12 @@ def test_the_judge_reads_renders(referee):
 
 
 def test_the_vae_keeps_renders(pipe):
-    """New renders, there and back: 30 dB in the mean, which is what later stages (image to image) count on."""
+    """New renders, there and back: 34.4 dB were measured, on 32 others."""
     vae = pipe.networks.open("vae")
     pictures = measure.renders(measure.scenes(8))
     mean, _ = vae.encode(mx.array(pictures.astype(np.float32) / 127.5 - 1))
     back = np.clip(np.array(vae.decode(mean)) * 127.5 + 127.5, 0, 255)
-    assert np.mean([psnr(a, b) for a, b in zip(pictures, back, strict=True)]) > 30
+    assert np.mean([psnr(a, b) for a, b in zip(pictures, back, strict=True)]) > 32
 
 
 def test_it_draws_what_it_is_told(referee, drawn):

@@ -20,6 +20,8 @@ from mlxdiff.widgets.explain.guidance import changes
 from mlxdiff.widgets.explain.latent import psnr
 from tests.test_explain import quiet, stands
 
+pytestmark = pytest.mark.usefixtures("small")
+
 
 @pytest.fixture(scope="module")
 def pipe():

@@ -148,6 +148,8 @@ class Controls(w.VBox):
         built_in = model is not None and model.name == builtin.NAME
         if built_in and (unknown := builtin.notice(prompt, taught)):
             reasons["prompt"] = unknown
+        if built_in and (small := builtin.size_notice(chosen["width"], chosen["height"], known.defaults.size)):
+            reasons["size"] = small
         self.words.layout.display = None if built_in else "none"
         self.negative.disabled = "negative" in reasons
         self.why.value = html.escape(" ".join(reasons.values()))

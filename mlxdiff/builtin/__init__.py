@@ -57,6 +57,13 @@ def notice(prompt: str, taught: Iterable[str] = ()) -> str:
     return f"{NAME} does not know: {', '.join(words)}." if words else ""
 
 
+def size_notice(width: int, height: int, edge: int) -> str:
+    """A sentence for people about a picture that is smaller than those that the model learned from. "" for
+    others."""
+    small = f"{NAME} learned from pictures of {edge} x {edge} pixels: at {width} x {height} it draws less well."
+    return small if width * height < 0.75 * edge**2 else ""
+
+
 _warned: set[str] = set()
 
 

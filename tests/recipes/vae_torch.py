@@ -6,9 +6,9 @@
     python -m tests.recipes.vae_torch table RUN                          the last line of each run's log
     python -m tests.recipes.vae_torch export RUN NAME FOLDER
 
-vae256/ is the autoencoder of the next storybook: `--latents 8 --edges 0.3 --steps 8000` on five shards, 98.7 minutes of
-one core. Of 32 new renders it keeps 34.4 dB on average and 30.0 at worst, and 0.84 of their crispness (today's model of
-128 pixels: 31.5 dB). logs/vae256.csv has the run. The U-Net for it is not trained yet.
+vae256/ is the autoencoder of storybook: `--latents 8 --edges 0.3 --steps 8000` on five shards, 98.7 minutes of
+one core. Of 32 new renders it keeps 34.4 dB on average and 30.0 at worst, and 0.84 of their crispness (the model of 128
+pixels before it: 31.5 dB). logs/vae256.csv has the run.
 
 `train` saves every ten minutes and continues from there when it is started again; a finished run returns at once. A
 row of the log is written after five minutes of CPU time or more."""
