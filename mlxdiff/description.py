@@ -310,9 +310,10 @@ class Description:
     def check_taesd(self, channels: int) -> None:
         """Raise unless a tiny decoder reads latents of this many channels."""
         if channels != self.latent_channels:
+            right = self.taesd
             raise Error(
                 f"This TAESD reads latents of {channels} channels; {self.name} has {self.latent_channels}.",
-                f"Use {self.taesd}." if self.usual_latents else "Leave `taesd` out.",
+                f"Use {right}." if self.usual_latents else "Leave `taesd` out.",
             )
 
     def not_finite(self) -> Error:

@@ -327,7 +327,7 @@ def test_a_lora_that_does_not_fit_the_machine_is_refused_before_a_download(monke
 
 def test_a_change_as_large_as_the_model_is_not_kept(pipe, tmp_path):
     """A file's factors stay in memory, not the product, which is made for each layer anew."""
-    conv = "unet.down_blocks.2.resnets.0.conv2"
+    conv = f"unet.down_blocks.{len(pipe.description.net.channels) - 1}.resnets.0.conv2"
     c = pipe.description.net.channels[-1]
     factors = {f"{conv}.lora_down.weight": (1, c, 3, 3), f"{conv}.lora_up.weight": (c, 1, 1, 1)}
     file = full(tmp_path / "a.safetensors", {k: np.ones(v, np.float32) for k, v in factors.items()})
