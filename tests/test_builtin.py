@@ -159,7 +159,7 @@ def test_the_loss_by_words_is_the_error_in_v(pipe):
         x, v = np.sqrt(a) * x0 + np.sqrt(1 - a) * noise[k], np.sqrt(a) * noise[k] - np.sqrt(1 - a) * x0
         out = net(mx.array(x.astype(np.float32)), float(t), **net.prepare(None, text.context))
         assert found["right"][k] == pytest.approx(np.square(np.array(out) - v).mean(), rel=1e-3)  # float32 at sigma 5
-    assert found["time"][1] > 2 * found["right"][1]
+    assert found["time"][1] > 1.1 * found["right"][1]
 
 
 def test_a_wrong_word_is_one_word_of_a_scene_that_can_be():

@@ -52,7 +52,8 @@ def write(folder: Path, pipe, seed: int = 0, **changed) -> Path:
         "block_out_channels": made.channels,
         "conditioning_embedding_out_channels": made.hint,
         "cross_attention_dim": made.context,
-        "down_block_types": ["CrossAttnDownBlock2D"] * len(made.channels),
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in made.depth],
+        "in_channels": made.in_channels,
         "layers_per_block": made.layers[0],
         "norm_num_groups": made.groups,
     }
