@@ -203,7 +203,9 @@ def test_the_lies_are_told_in_every_step(pipe, short):
     assert len(lesson.data.pictures) == len(inside.SHIFTS)
     true = lesson.data.pictures[inside.SHIFTS.index(0)]
     assert inside.changed_by(true, pipe("a red house", seed=5, steps=2, guidance=1).image) < 1
-    assert all(inside.changed_by(p, true) > 1 for p in lesson.data.pictures if p is not true)
+    changed = [inside.changed_by(p, true) for p in lesson.data.pictures if p is not true]
+    assert min(changed) > 0.4  # of 255, in the mean
+    assert max(changed) > 2
 
 
 def test_who_decides_counts_the_way_that_one_block_goes(pipe, short):
