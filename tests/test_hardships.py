@@ -19,6 +19,7 @@ from PIL import Image
 
 import mlxdiff
 from mlxdiff import foreign, generate, images, metadata, pipeline, whole
+from mlxdiff.description import Description
 from mlxdiff.errors import Error
 from mlxdiff.families import DEFAULT
 from mlxdiff.store import __main__ as shows
@@ -196,7 +197,9 @@ def test_a_network_that_overflows_in_float16_draws_no_black_picture(monkeypatch,
 
 
 def test_previews_that_overflow_are_made_by_the_linear_map(pipe, monkeypatch):
-    x0 = np.random.default_rng(0).standard_normal((1, 8, 8, pipe.description.latent_channels), np.float32)
+    """For a model whose latents are its family's, which the built-in model's are not."""
+    x0 = np.random.default_rng(0).standard_normal((1, 8, 8, len(pipe.description.family.preview) - 1), np.float32)
+    monkeypatch.setattr(Description, "usual_latents", True)
     assert pipe.previews_by_vae
     monkeypatch.setattr(pipeline, "_pixels", lambda *_: np.full((1, 64, 64, 3), np.nan, np.float32))
     (shown,) = pipe.preview(x0)

@@ -140,7 +140,7 @@ def test_every_field_reads_back_from_json():
     full = replace(full, t5=False, image="a.png", image_hash="1f", strength=1, noise="nv")
     full = replace(full, loras=("a.safetensors:0.8",), lora_hashes=("2e",), embeddings=("b",), embedding_hashes=("3",))
     full = replace(full, mask="m.png", mask_hash="5b", mask_blur=2.0, mask_crop=3, keep=False, outpaint=(8, 0, 16, 0))
-    full = replace(full, hires=(2.0, 0.5), upscaler="x4.safetensors", upscaler_hash="6c")
+    full = replace(full, reuse=0.1, hires=(2.0, 0.5), upscaler="x4.safetensors", upscaler_hash="6c")
     guide = Guide("edges.png", "canny", 0.7, (0.1, 0.8), "canny", "4a", "5b", "depth")
     full = replace(full, controls=(guide,), references=(guide, replace(guide, model=None)), guess=True)
     plain = Request("")
