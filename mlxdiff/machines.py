@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn
 
 import mlx.core as mx
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from PIL import Image
 
 from . import __version__, foreign
@@ -311,9 +311,9 @@ class Machines:
         """The mean of all machines' arrays."""
         mx.eval(tree)
         with self._together():
-            told = average_gradients(tree, self.group)
+            told = dict(tree_flatten(average_gradients(tree, self.group)))
             mx.eval(told)
-        return told
+        return tree_map_with_path(lambda at, _: told[at], tree)  # MLX leaves out a last block that has no parameters
 
     @contextmanager
     def _together(self) -> Iterator[None]:
