@@ -183,7 +183,7 @@ def test_other_pictures_need_clip_and_are_told_what_to_fetch(tmp_path, story, ca
 
 
 def test_hostile_files_are_counted_and_the_rest_is_read(story, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(folder, "MOST_PIXELS", 200 * 200)
+    monkeypatch.setattr(folder, "MOST_PIXELS", 256 * 256)
     for file in [*story.iterdir()][:3]:
         os.link(file, tmp_path / file.name)
     (tmp_path / "cut.png").write_bytes((story / "05.png").read_bytes()[:3000])
@@ -192,7 +192,7 @@ def test_hostile_files_are_counted_and_the_rest_is_read(story, tmp_path, capsys,
     (tmp_path / "folder.webp").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    Image.new("RGB", (201, 200)).save(tmp_path / "large.png")
+    Image.new("RGB", (257, 256)).save(tmp_path / "large.png")
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "pickle.pt").write_bytes(b"x")
     (tmp_path / "._00.png").write_text("x")
@@ -202,7 +202,7 @@ def test_hostile_files_are_counted_and_the_rest_is_read(story, tmp_path, capsys,
     assert len(read) == 3
     assert all(picture.prompt for picture in read)
     assert skipped.counts == {OTHER: 2, BROKEN: 6, LARGE: 1}
-    assert "201 x 200" in skipped.example[LARGE]
+    assert "257 x 256" in skipped.example[LARGE]
 
 
 def test_a_name_reaches_no_terminal_raw(story, tmp_path, capsys):
