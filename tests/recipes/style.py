@@ -5,8 +5,8 @@
     python -m tests.recipes.style judge blue/lora           what it learned, what it forgot, and a sheet
 
 `judge` draws the same prompts with the LoRA and without it, first with the word and then without: how far the pictures
-are from a cyanotype, and how many of the prompts' words the judge still finds in pictures that do not ask for one. In
-three minutes of training the distance fell from 29 to 7 of 255, with the word and without: the word itself is not in the
+are from a cyanotype, and how many of the prompts' words the judge still finds in pictures that do not ask for one.
+After three minutes of training the distance fell from 29 to 7 of 255, with the word and without: the word is not in the
 model's vocabulary, and the text encoder is not trained here. So the LoRA is the style, and its scale says how much."""
 
 import argparse
