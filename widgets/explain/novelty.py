@@ -104,8 +104,8 @@ class Memory(Lesson):
 
 # ---- pictures
 
-# The seeds of the built-in model's training pictures. It saw the first 28,672 at 256 pixels; the model of 128 pixels that
-# it started from saw all. See its recipe.
+# The seeds of the built-in model's training pictures. It saw the first 28,672 at 256 pixels; the model of 128 pixels
+# that it started from saw all. See its recipe.
 FIRST, COUNT = 1_000_003, 61_440
 SHOWN = 3
 
