@@ -151,7 +151,7 @@ def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings,
     enlarge.click()
     expect(s.thumbs).to_have_count(3)
     s.says("Done in")
-    assert rgb(s).shape == (256, 256, 3)
+    assert rgb(s).shape == (2 * SIDE, 2 * SIDE, 3)
     s.press("Delete")
     s.press("Really delete?")
     expect(s.thumbs).to_have_count(2)
