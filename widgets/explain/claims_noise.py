@@ -229,7 +229,7 @@ def one_step(pipe, seed: int) -> Evidence:
     first, half, last = drawn = pipe.decode(np.concatenate([steps[k].x0 for k in (0, 3, -1)]))
     edges = [sharpness(image) for image in drawn]
     return Evidence(
-        edges[0] < 0.8 * edges[2],
+        edges[0] < 0.9 * edges[2],
         f"This model, which is no consistency model, expects a clean picture in its first step too. There neighbouring "
         f"pixels differ by {edges[0]:.1f} of 255, in its last by {edges[2]:.1f}: the first answer is a mean of many.",
         [(first, "expected in step 1"), (half, "in step 4"), (last, "in step 8")],
