@@ -16,6 +16,7 @@ from mlxdiff.convert.inspect import main as inspect
 from mlxdiff.errors import Error
 from mlxdiff.generate import main as generate
 from mlxdiff.memory import Workload, peaks
+from mlxdiff.models import ways
 from mlxdiff.models.esrgan import Config
 from mlxdiff.request import Request
 from mlxdiff.upscale import NAMES, Upscaler
@@ -473,7 +474,8 @@ def test_a_tile_takes_what_is_estimated(here, monkeypatch):
     mx.clear_cache()
     mx.reset_peak_memory()
     held = mx.get_active_memory()
-    upscaler(photo((32, 32)))
+    with ways.exportable():  # what a CPU computes in ways of its own takes less
+        upscaler(photo((32, 32)))
     assert 0.9 < memory.upscaling(gpu=False) / (mx.get_peak_memory() - held) < memory.SURE  # 0.99 was seen
 
 
