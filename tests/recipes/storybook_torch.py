@@ -2,7 +2,7 @@
 Everything is seeded; run the commands in this order, each from the repository root:
 
     python -m tests.recipes.storybook_torch render RUN        14 shards of 2048 pictures, and what is in them
-    python -m tests.recipes.storybook_torch encode RUN        latents and tokens, whitening
+    python -m tests.recipes.storybook_torch encode RUN        latents and tokens
     python -m tests.recipes.storybook_torch unet RUN --start FOLDER --minutes 105
     python -m tests.recipes.storybook_torch judge RUN --steps 800
     python -m tests.recipes.storybook_torch export RUN FOLDER
@@ -169,14 +169,12 @@ def shards(run: Path, pattern: str = "???") -> list[tuple[np.ndarray, list]]:
 
 def encode(args) -> None:
     """latents_NNN.npz: the posteriors' means (SHARD, GRID, GRID, LATENTS) float16, and token ids of eight captions a
-    picture. The channels come out correlated, so their covariance is kept to whiten them."""
+    picture."""
     tokenizer = CLIPTokenizer.from_pretrained(args.start / "tokenizer")
     every = sorted(p.stem[7:] for p in args.run.glob("scenes_???.json"))
     with multiprocessing.Pool(RANKS) as pool:
         for name in pool.imap_unordered(_encoded, [(args.run, name, tokenizer) for name in every], 1):
             print(name, flush=True)
-    z = np.load(args.run / f"latents_{every[0]}.npz")["mean"].astype(np.float32).reshape(-1, LATENTS)
-    np.savez(args.run / "whitening.npz", mean=z.mean(0), covariance=np.cov(z[::3].T))
 
 
 def _encoded(job) -> str:
@@ -195,12 +193,11 @@ def _encoded(job) -> str:
     return name
 
 
-def whitening(run: Path):
-    """mean (4,), into (4, 4), back (4, 4): white = (z - mean) @ into, z = white @ back + mean."""
-    stored = np.load(run / "whitening.npz")
-    values, vectors = np.linalg.eigh(stored["covariance"])
-    tensors = stored["mean"], vectors / np.sqrt(values), np.sqrt(values)[:, None] * vectors.T
-    return tuple(torch.from_numpy(t.astype(np.float32)) for t in tensors)
+def whitening():
+    """mean (8,), into (8, 8), back (8, 8): white = (z - mean) @ into, z = white @ back + mean. Of the covariance over
+    the first shard; kept in a file, since a network has learned which way its axes point."""
+    stored = np.load(VAE / "whitening.npz")
+    return tuple(torch.from_numpy(stored[name]) for name in ("mean", "into", "back"))
 
 
 # --- U-Net and text encoder
@@ -211,7 +208,7 @@ def train_unet(args, rank: int) -> None:
     other. v-prediction, timesteps stratified over the batch and leaning to high noise, one caption in ten empty, EMA
     0.995. The rate is constant, then falls to nothing from `--decay` of the time on."""
     run, batch = args.run, 32
-    mean, into, _ = whitening(run)
+    mean, into, _ = whitening()
     data = [{k: torch.from_numpy(v) for k, v in np.load(f).items()} for f in sorted(run.glob("latents_???.npz"))]
     end = int(data[0]["ids"].max())  # the last id; the one before it starts a caption
     unet, text = new_unet().to(memory_format=torch.channels_last), known_text(args.start)
@@ -332,7 +329,7 @@ def labels(scene) -> list[int]:
 def export(args) -> None:
     """The public folder in float16. The whitening goes into the 1x1 convolutions beside the latents."""
     run = args.run
-    mean, into, back = whitening(run)
+    mean, into, back = whitening()
     vae, stored = the_vae(), torch.load(run / "unet.pt")
     with torch.no_grad():
         into_conv, out_conv = vae.quant_conv, vae.post_quant_conv
