@@ -50,6 +50,17 @@ def test_another_run_starts_from_the_averaged_weights(run):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_the_decoder_learns_alone_and_leaves_the_latents(run):
+    list(vae_torch.train(run, "first", TINY))
+    vae_torch.export(run, "first", run / "public")
+    tuning = vae_torch.Settings(**vars(TINY) | {"start": str(run / "public"), "decoder": True, "steps": 3})
+    list(vae_torch.train(run, "second", tuning))
+    first, second = weights(run, "first"), weights(run, "second")
+    for name, before in first.items():
+        learns = name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(second[name], before.half().float()) != learns, name
+
+
 def test_measures_by_hand():
     """A step of 100 grey levels over two pixels is half as steep as over one; the decibels of 26 of 255."""
     picture = np.zeros((1, 32, 32, 3), np.uint8)
