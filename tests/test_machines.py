@@ -4,6 +4,7 @@ the state of a training on one; messages that are wrong by construction."""
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import struct
@@ -30,15 +31,24 @@ ROOT = Path(__file__).parent.parent
 BOUND = 180  # seconds in which processes must end; they take about ten on an idle machine
 
 
+def ports(n: int) -> range:
+    """Ports in a row that are free now, and that the system does not give to another test by itself meanwhile."""
+    while True:
+        found = range(first := 20_000 + secrets.randbelow(10_000), first + n)
+        try:
+            for port in found:
+                socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return found
+
+
 class Run:
-    """The ranks of one command. Ports are free when they are chosen."""
+    """The ranks of one command."""
 
     def __init__(self, n: int, folder: Path, *command: str):
-        doors = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
         hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{door.getsockname()[1]}"] for door in doors]))
-        for door in doors:
-            door.close()
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(n)]))
         env = os.environ | {"MLX_HOSTFILE": str(hosts), "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
         self.ranks = [
@@ -101,7 +111,7 @@ def test_mlx_launch_starts_them_and_an_error_is_said_once(tmp_path):
     launch = Path(sys.executable).with_name("mlx.launch")
     if not launch.exists():
         pytest.skip("mlx.launch is not beside this Python")
-    command = [str(launch), "-n", "2", "--backend", "ring", "--starting-port", str(_free()), "--", sys.executable]
+    command = [str(launch), "-n", "2", "--backend", "ring", "--starting-port", str(ports(2)[0]), "--", sys.executable]
     command += ["-m", "mlxdiff.generate", "a red house", "--steps", "2", "-W", "32", "-H", "32", "-b", "2"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": BOUND}
@@ -110,11 +120,6 @@ def test_mlx_launch_starts_them_and_an_error_is_said_once(tmp_path):
     wrong = subprocess.run([*command, "--sampler", "nonsense"], stdin=subprocess.DEVNULL, **how)
     assert wrong.stderr.count("nonsense") == 1
     assert "Node with rank 0 exited with code 1" in wrong.stdout + wrong.stderr
-
-
-def _free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        return door.getsockname()[1]
 
 
 # ---- training
