@@ -57,7 +57,9 @@ VAE, START = Path(__file__).parent / "vae256", Path("mlxdiff/builtin/storybook")
 
 
 def the_vae() -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(VAE))  # `from_pretrained` would note this path in exports
+    vae.load_state_dict(load_file(VAE / "diffusion_pytorch_model.safetensors"))
+    return vae.float()
 
 
 def new_unet() -> UNet2DConditionModel:
