@@ -20,6 +20,7 @@ from mlxdiff.bench.step import Call, Shape, Trace, kernels
 from mlxdiff.families import FAMILIES, MODELS, published
 from mlxdiff.models import build, layers
 from mlxdiff.recipe import DTYPES, Recipe, component_dtype
+from tests.usage import refused
 
 CLIP = replace(published.CLIP_L, vocab=514, width=32, layers=2, heads=2, hidden=40)
 UNET = replace(
@@ -399,14 +400,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_usage_is_one_line(name, capsys):
     typed, says = BAD[name]
-    try:
-        code = bench.main(typed)
-    except SystemExit as e:  # argparse's own way out
-        code = e.code
-    out, err = capsys.readouterr()
-    assert code not in (0, None)
-    assert out == ""
-    assert len(err.strip().splitlines()) == 1, err
+    err = refused(bench.main, typed, capsys)
     assert says in err
 
 

@@ -18,6 +18,7 @@ from mlxdiff.errors import Error
 from mlxdiff.score import measure
 from mlxdiff.train import judge
 from mlxdiff.train.measure import SEED, scenes
+from tests.usage import refused
 
 ROOT = Path(__file__).parent.parent
 KNOWN = ["euler", "heun", "dpmpp_2m", "ddim"]
@@ -303,14 +304,7 @@ TYPED = {
 @pytest.mark.parametrize("name", TYPED)
 def test_bad_usage_is_one_line(name, capsys):
     typed, says = TYPED[name]
-    try:
-        code = bench.main(typed)
-    except SystemExit as e:  # argparse's own way out
-        code = e.code
-    out, err = capsys.readouterr()
-    assert code not in (0, None)
-    assert out == ""
-    assert len(err.strip().splitlines()) == 1, err
+    err = refused(bench.main, typed, capsys)
     assert says in err
 
 

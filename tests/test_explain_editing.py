@@ -19,6 +19,7 @@ from mlxdiff.widgets.explain import Adapter, OnlyAPart, Strength, ThereAndBack, 
 from mlxdiff.widgets.explain.guidance import changes
 from mlxdiff.widgets.explain.latent import psnr
 from tests.test_explain import quiet, stands
+from tests.test_explain_further import worked
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -26,13 +27,6 @@ pytestmark = pytest.mark.usefixtures("small")
 @pytest.fixture(scope="module")
 def pipe():
     return mlxdiff.load("storybook")
-
-
-def worked(lesson, pipe):
-    lesson.data = lesson.work(pipe, quiet, **lesson.settings())
-    lesson.redraw()
-    assert lesson.error is None
-    return lesson
 
 
 def test_a_case_is_a_render_and_a_caption_with_one_word_changed(pipe):

@@ -17,6 +17,7 @@ from mlxdiff.errors import Error
 from mlxdiff.families import MODELS
 from mlxdiff.generate import main
 from mlxdiff.recipe import default_dtype
+from tests.usage import refused
 
 ROOT = Path(__file__).parent.parent
 
@@ -274,14 +275,7 @@ def test_a_bad_request_is_one_line_and_nothing_else(here, model, capsys, name):
     before = files(here)
     if "-m" not in typed:
         typed = ["-m", str(model), *typed]
-    try:
-        code = main(typed)
-    except SystemExit as e:  # argparse's own way out
-        code = e.code
-    out, err = capsys.readouterr()
-    assert code not in (0, None)
-    assert out == ""
-    assert len(err.strip().splitlines()) == 1, err
+    err = refused(main, typed, capsys)
     assert says in err
     assert "Traceback" not in err
     assert files(here) == before

@@ -18,6 +18,7 @@ from mlxdiff.score.folder import BROKEN, LARGE, OTHER, Skipped
 from mlxdiff.train import judge
 from mlxdiff.train import storybook as sb
 from mlxdiff.train.measure import renders, scenes
+from tests.usage import refused
 
 SETTINGS = {"steps": 4, "guidance": 4.0, "width": 128, "height": 128, "sampler": "ddim", "schedule": "leading"}
 RNG = np.random.default_rng(0)
@@ -266,14 +267,7 @@ def test_bad_usage_is_one_line(name, tmp_path, monkeypatch, capsys):
     typed, says = BAD[name]
     if name == "none can be read":
         monkeypatch.setattr(command, "clip_folder", lambda *_: None)
-    try:
-        code = command.main([*typed, "--offline"])
-    except SystemExit as e:  # argparse's own way out
-        code = e.code
-    out, err = capsys.readouterr()
-    assert code not in (0, None)
-    assert out == ""
-    assert len(err.strip().splitlines()) == 1, err
+    err = refused(command.main, [*typed, "--offline"], capsys)
     assert says in err
 
 
