@@ -33,7 +33,7 @@ class WordMaps(Lesson):
         "Does a word that changes nothing, such as <i>a</i>, have an empty map?"
     )
 
-    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 16, **options):
+    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 12, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
