@@ -749,6 +749,7 @@ MAY = {
     },
     "mlxdiff.widgets.painting": {
         "mlxdiff.errors",
+        "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.pictures",
         "mlxdiff.request",

@@ -228,6 +228,7 @@ class Studio(Settings, w.VBox):
     def _judge(self) -> None:
         self.view.edits = self._known.edits > 0
         self.view.unpaintable = f"{self.model} edits: say in the prompt what to change." if self._known.edits else ""
+        self.view.sketches = self._painting.sketcher is not None
         self._painting.show_around()
         self.view.uses = self._second.uses()
         self.controls.start_picture.inpaint.layout.display = None if self._second.inpaintable else "none"
@@ -354,6 +355,8 @@ class Studio(Settings, w.VBox):
             self._say("Settings restored")
         elif do == "paint":
             self._painting.open(self._history[key].path)
+        elif do == "sketch":
+            self._painting.sketch()
         elif do == "mask":
             self._painting.take_mask(bytes(buffers[0]), message["id"], writable(self.folder))
         elif do == "outpaint":
