@@ -188,11 +188,12 @@ def _make(folder: Path) -> None:
                 file.write(data)
         part.rename(folder)
     except OSError as e:
-        shutil.rmtree(part, ignore_errors=True)
         if folder.exists():  # another process was faster
             return
         fix = "Let MLXDIFF_CONFIG point to a folder for the key."
         raise Error(f"The key cannot be written to {folder}: {e.strerror or e}.", fix) from None
+    finally:  # of a key that was not finished, whatever the reason, nothing stays
+        shutil.rmtree(part, ignore_errors=True)
 
 
 _USES = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")

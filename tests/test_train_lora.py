@@ -76,6 +76,17 @@ def test_the_file_is_what_was_trained(pipe, learned):
     assert np.abs(np.asarray(bare.image) - again).max() > 10  # the next picture is without it
 
 
+def test_a_sample_that_is_stopped_is_the_last_with_what_is_trained(pipe, learned, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(pipe), "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        learned[0].sample(["a red house"], 8)
+    assert "unet" not in pipe.networks
+    assert not pipe.networks.trains("unet")
+
+
 def test_a_resumed_run_is_the_same_run(pipe, rings, tmp_path):
     """Left between two saves, against one that was not: equal to the last bit. What is there then can be used."""
     whole = tune.LoraRun(pipe, tuning(rings, steps=5, save_every=2, crop=True), tmp_path / "whole")

@@ -150,11 +150,11 @@ def train(args) -> int:
     same_run(args.out, vars(recipe))
     blas.use_all_cores()  # the networks are small, but a batch is not
     if (args.out / "scenes.json").exists():
-        print("The run in this folder continues.")
+        say("The run in this folder continues.")
     else:
         size = recipe.pictures * 3 * recipe.size**2 / 1e9
-        print(f"Rendering {recipe.pictures} pictures first, {size:.2g} GB in {args.out}.")
-        print("A bar shows how long each stage takes. Ctrl-C stops the run, and the same command continues it.")
+        say(f"Rendering {recipe.pictures} pictures first, {size:.2g} GB in {args.out}.")
+        say("A bar shows how long each stage takes. Ctrl-C stops the run, and the same command continues it.")
     totals = {"vae": recipe.vae_steps, "denoiser": recipe.steps}
     sizes = {"vae": max(1, recipe.batch // 4), "denoiser": recipe.batch}
     bars: dict[str, tqdm] = {}
@@ -168,7 +168,7 @@ def train(args) -> int:
         bars[stage].update(1)
     for bar in bars.values():
         bar.close()
-    print(f"{args.out / 'model'} is the model, in the diffusers layout. It draws {args.size} x {args.size} pixels.")
+    say(f"{args.out / 'model'} is the model, in the diffusers layout. It draws {args.size} x {args.size} pixels.")
     return 0
 
 
@@ -279,7 +279,7 @@ def judge(args) -> int:
 
 def _line(what: str, figures: dict[str, float]) -> None:
     parts = [f"{k} {v:.2f}" if k == "frechet" else f"{k} {100 * v:.1f}" for k, v in figures.items()]
-    print(f"{what}: {', '.join(parts)}", flush=True)
+    say(f"{what}: {', '.join(parts)}")
 
 
 def scenes(args) -> int:
@@ -290,9 +290,9 @@ def scenes(args) -> int:
         for _ in range(4):
             scene = sb.sample(rng)
             row.append(sb.render(scene, rng, args.size))
-            print(sb.caption(scene, rng))
+            say(sb.caption(scene, rng))
         rows.append(np.concatenate(row, 1))
-    print(images.write(Image.fromarray(np.concatenate(rows)), args.out, metadata.COMPUTED), file=sys.stderr)
+    say(str(images.write(Image.fromarray(np.concatenate(rows)), args.out, metadata.COMPUTED)), sys.stderr)
     return 0
 
 

@@ -261,11 +261,13 @@ def samples(
     """Draw pictures of prompts into the folder of a run, in its size, with the networks that are trained. samples.png
     shows those of all steps, one below the other."""
     files, size = [], tuning.size_for(pipe.description)
-    for i, prompt in enumerate(prompts):
-        pipe.hold(networks)  # for each, since an encoder is released when it has read
-        drawn = pipe(prompt, seed=0, width=size, height=size, **settings)
-        files += drawn.save(out / f"sample-{step:06}-{i + 1}.png")
-    pipe.release(networks)
+    try:
+        for i, prompt in enumerate(prompts):
+            pipe.hold(networks)  # for each, since an encoder is released when it has read
+            drawn = pipe(prompt, seed=0, width=size, height=size, **settings)
+            files += drawn.save(out / f"sample-{step:06}-{i + 1}.png")
+    finally:  # also when it is stopped, or the next picture would be theirs
+        pipe.release(networks)
     sheet(sorted(out.glob("sample-??????-*.png"))[-_SHOWN * len(prompts) :], len(prompts), out / "samples.png")
     return files
 
@@ -308,7 +310,7 @@ def trained(
             if report.step % tuning.save_every == 0:
                 export()
             yield report
-    except (GeneratorExit, KeyboardInterrupt):
+    except (GeneratorExit, KeyboardInterrupt, SystemExit):
         export()
         raise
     export()
