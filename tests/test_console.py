@@ -161,3 +161,11 @@ def test_a_signal_that_ends_the_process_lets_it_tidy_up(number, monkeypatch):
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+def test_a_help_in_a_locale_without_its_letters(capsys, monkeypatch):
+    with open(os.devnull, "w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as ended:
+            main(["score", "--help"])
+    assert ended.value.code == 0

@@ -24,7 +24,7 @@ class History:
         self._view = view
         self._pictures: dict[int, Picture] = {}
         self._keys = itertools.count()
-        self.lock = threading.RLock()  # of what the worker's thread and the page's both change: the strip, `images`
+        self.lock = threading.RLock()  # of what the worker's thread and the page's both change
 
     def __getitem__(self, key: int) -> Picture:
         return self._pictures[key]

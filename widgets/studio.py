@@ -12,7 +12,6 @@ import functools
 import io
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,12 +120,12 @@ class Studio(Settings, w.VBox):
 
     def _count(self) -> None:
         """Show how many jobs go on. One that has ended leaves here, whatever kept it from being told."""
-        for job in [job for job in self._jobs if job.state not in ("queued", "running")]:
-            with suppress(ValueError):  # the other thread was faster
+        with self._history.lock:  # or the page's thread might show last what it counted first
+            for job in [job for job in self._jobs if job.state not in ("queued", "running")]:
                 self._jobs.remove(job)
-        self.view.running = bool(self._jobs)
-        self.controls.cancel.disabled = not self._jobs
-        self.controls.clear.layout.display = "none" if len(self._jobs) < 2 else None
+            self.view.running = bool(self._jobs)
+            self.controls.cancel.disabled = not self._jobs
+            self.controls.clear.layout.display = "none" if len(self._jobs) < 2 else None
 
     # --- from the worker, on its thread
 
