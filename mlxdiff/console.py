@@ -52,13 +52,11 @@ class Parser(argparse.ArgumentParser):
         return f"Did you mean {begun[0]}?" if len(begun) == 1 else did_you_mean(typed, begun or flags)
 
     def _print_message(self, message: str, file: TextIO | None = None):
-        kind = getattr(file, "encoding", None) or "utf-8"  # argparse itself fails at what an encoding lacks
-        super()._print_message(message.encode(kind, "backslashreplace").decode(kind), file)
-
-    def exit(self, status: int = 0, message: str | None = None):
-        """After --help, which may not have been written: Python would only find that out at exit."""
-        code = run(self.prog, lambda: 0)
-        super().exit(status or code, message)
+        """Print a help, or end with 1: argparse fails at what an encoding lacks, and keeps silent of a full disk."""
+        kind = getattr(file, "encoding", None) or "utf-8"
+        text = message.removesuffix("\n").encode(kind, "backslashreplace").decode(kind)
+        if code := run(self.prog, lambda: _print(text, sys.stderr if file is None else file) or 0):
+            sys.exit(code)
 
     def error(self, message: str):
         stop = "" if message.endswith("?") else "."

@@ -124,7 +124,8 @@ def _read(key: Path, certificate: Path, local: bool) -> Signer:
     except (ValueError, TypeError) as e:  # the second: it has a password
         raise Error(f"{key} cannot be read as a key: {_line(e)}.", fix) from None
     if local and stat.S_IMODE(os.stat(key).st_mode) & 0o077:
-        raise Error(f"Others can read the key {key}.", f"chmod 600 {key}, or delete its folder for a new key.")
+        fix = f"chmod 600 {key}; on a drive without permissions, let MLXDIFF_CONFIG point to another folder."
+        raise Error(f"Others can read the key {key}.", fix)
     fix = fix if local else "Give a PEM file of the certificate and those that vouch for it."
     chain = foreign.read(certificate, fix)
     try:

@@ -117,33 +117,27 @@ def test_elsewhere_what_was_installed_is_named(tmp_path, monkeypatch):
     assert install("studio") == 'pip install "mlxdiff[studio]"'
 
 
-@pytest.fixture(params=["closed", "full"])
-def unwritable(request, capsys, monkeypatch):
-    """Standard output is a pipe that nobody reads, as in `mlxdiff --help | true`, or on a full disk."""
-    if request.param == "full" and not os.path.exists("/dev/full"):
+@pytest.mark.parametrize("kind", ["closed", "full"])
+@pytest.mark.parametrize("words", [[], ["--version"], ["help"], ["generate", "--help"], ["models", "-h"]])
+def test_a_text_that_cannot_be_written_is_no_traceback(kind, words, capsys, monkeypatch):
+    """Standard output is a pipe that nobody reads, as in `mlxdiff --help | true`, or on a full disk. Python, which
+    writes at exit what is left, has nothing to say either."""
+    if kind == "full" and not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     reader, handle = os.pipe()
     os.close(reader)
-    if request.param == "full":
+    if kind == "full":
         os.close(handle)
         handle = os.open("/dev/full", os.O_WRONLY)
-    with open(handle, "w") as out:
+    with open(handle, "w") as out:  # closing it is what Python does at exit
         monkeypatch.setattr(sys, "stdout", out)
-        yield request.param
-
-
-@pytest.mark.parametrize("words", [[], ["--version"], ["help"], ["generate", "--help"], ["models", "-h"]])
-def test_a_text_that_cannot_be_written_is_no_traceback(unwritable, words, capsys):
-    """Nor a word of Python's, which writes what is left at exit."""
-    try:
-        code = main(words)
-    except SystemExit as e:  # as argparse ends
-        code = e.code
+        try:
+            code = main(words)
+        except SystemExit as e:  # as argparse ends
+            code = e.code
     assert code == 1
-    sys.stdout.flush()
-    said = capsys.readouterr().err
     full = "Standard output cannot be written: No space left on device. Lead it to another place.\n"
-    assert said.partition(": ")[2] == (full if unwritable == "full" else "")
+    assert capsys.readouterr().err.partition(": ")[2] == (full if kind == "full" else "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -167,3 +161,11 @@ def test_a_signal_that_ends_the_process_lets_it_tidy_up(number, monkeypatch):
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+def test_a_help_in_a_locale_without_its_letters(capsys, monkeypatch):
+    with open(os.devnull, "w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as ended:
+            main(["score", "--help"])
+    assert ended.value.code == 0
