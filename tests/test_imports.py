@@ -824,7 +824,7 @@ MAY = {
     },
     "mlxdiff.widgets.explain.blocks": {
         "mlxdiff.families",
-        "mlxdiff.models",
+        "mlxdiff.models.build",
         "mlxdiff.probe",
         "mlxdiff.widgets.explain.*",
     },

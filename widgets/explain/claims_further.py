@@ -148,16 +148,12 @@ def phrasing(pipe, seed: int) -> Evidence:
     )
 
 
-HOW_MANY = {
-    1: "a red house by day in the snow",
-    2: "two red houses by day in the snow",
-    3: "three red houses by day in the snow",
-}
+HOW_MANY = {1: "a red house by day in the snow", 2: "two red houses by day in the snow"}
 COUNTED = 64  # pixels: the edge of the pictures in which things are counted
 
 
 def counting(pipe, seed: int) -> Evidence:
-    drawn = {n: pipe(prompt, seed=seed, steps=6, count=2).images for n, prompt in HOW_MANY.items()}
+    drawn = {n: pipe(prompt, seed=seed, steps=5, count=2).images for n, prompt in HOW_MANY.items()}
     counts = {n: [regions(red(image)) for image in images] for n, images in drawn.items()}
     referee, kind = judge.load(judge.shipped()), [*judge.WORDS].index("object")
     named = {
@@ -166,7 +162,7 @@ def counting(pipe, seed: int) -> Evidence:
     }
     said = [f"{n}: {counts[n][0]} and {counts[n][1]}, {named[n][0]} and {named[n][1]}" for n in HOW_MANY]
     return Evidence(
-        counts[1] == [1, 1] and all(found != n for n in (2, 3) for found in counts[n]),
+        counts[1] == [1, 1] and 2 not in counts[2],
         f"Red things in two pictures each, and what the judge takes them for, when asked for {'; '.join(said)}.",
         [(image, f"asked for {n}") for n, images in drawn.items() for image in images],
     )

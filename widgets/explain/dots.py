@@ -4,11 +4,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import ipywidgets as w
-import mlx.core as mx
 import numpy as np
 from matplotlib.figure import Figure
 
-from ...train import toy
 from .drawing import GRAIN, heart_and_ring, met
 from .lesson import BLUE, GREY, ORANGE, Lesson, Report, played, seed_box
 
@@ -27,13 +25,16 @@ class Walks(NamedTuple):
 
 
 def walked_back(shape: np.ndarray, x: np.ndarray, steps: int, rng: np.random.Generator) -> np.ndarray:
-    """The random walk in reverse: each step is drawn from where a dot was one step earlier, if it began in the shape
-    (Sohl-Dickstein et al. 2015)."""
-    denoise, states = toy.blobs_denoiser(shape, GRAIN, flow=False), [x]
+    """The random walk in reverse (Sohl-Dickstein et al. 2015). In each step a dot draws where it may have begun, of all
+    places in the shape by how probable they are, and then where it was one step earlier on the way from there."""
+    states, normal = [x], lambda: rng.standard_normal(x.shape)
     for more, less in pairwise(PUSH * np.sqrt(np.arange(steps, -1, -1))):
-        x0 = np.array(denoise(mx.array(x.astype(np.float32)), more), np.float64)
+        far = np.square(x[:, None] - shape).sum(-1) / (2 * (GRAIN**2 + more**2))  # (dots, blobs)
+        middle = shape[(rng.gumbel(size=far.shape) - far).argmax(1)]
+        share = GRAIN**2 / (GRAIN**2 + more**2)
+        begun = middle + share * (x - middle) + more * np.sqrt(share) * normal()
         kept = (less / more) ** 2
-        x = kept * x + (1 - kept) * x0 + less * np.sqrt(1 - kept) * rng.standard_normal(x.shape)
+        x = kept * x + (1 - kept) * begun + less * np.sqrt(1 - kept) * normal()
         states.append(x)
     return np.stack(states)
 
