@@ -627,6 +627,7 @@ MAY = {
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
         "mlxdiff.conditioning",
+        "mlxdiff.description",
         "mlxdiff.errors",
         "mlxdiff.pipeline",
         "mlxdiff.train.*",

@@ -77,8 +77,8 @@ def _lora(s: argparse.ArgumentParser) -> None:
     s.add_argument(
         "--layers", nargs="+", metavar="NAME", help="which layers, by the ends of diffusers' names (attention)"
     )
-    s.add_argument("--estimate", action="store_true", help="say how much memory a step takes, and stop")
-    s.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
+    what = "train so many of the pictures without their captions, as guidance wants it (0; 0.1 is usual)"
+    s.add_argument("--caption-dropout", type=float, metavar="SHARE", help=what)
     what = "train the CLIP encoders along, for new words (SD 1.x, 2.x, XL)"
     s.add_argument("--text-encoder", action="store_true", default=None, help=what)
 
@@ -113,6 +113,8 @@ def _common(s: argparse.ArgumentParser) -> None:
     s.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help="train over a smaller model")
     s.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model (bfloat16; on a CPU float32)")
     s.add_argument("--offline", action="store_true", help="never use the network")
+    s.add_argument("--estimate", action="store_true", help="say how much memory a step takes, and stop")
+    s.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,14 +184,10 @@ def lora(args) -> int:
 
 
 def _lora_on(args, others: machines.Machines | None) -> int:
-    from ..description import published
-    from ..families import name_of
     from . import footprint, tune
 
-    tuning, how = _settings(args, tune.LoraTuning), weights(args.quantize, _dtype(args))
-    name = name_of(args.model)
-    pipe = _load(args) if name is None else None  # of a named model, all is known before it is fetched
-    model = published(name, how) if pipe is None else pipe.description
+    tuning = _settings(args, tune.LoraTuning)
+    model, pipe = _described(args)
     tune.check(model, tuning)
     helps = others is not None and others.rank > 0
     if args.estimate:
@@ -206,10 +204,29 @@ def _lora_on(args, others: machines.Machines | None) -> int:
 
 
 def embedding(args) -> int:
-    from . import inversion
+    from . import footprint, inversion, tune
 
     tuning = _settings(args, inversion.WordTuning)
-    return _tune(args, inversion.WordRun(_load(args), tuning, args.out))
+    model, pipe = _described(args)
+    tune.check(model, tuning)
+    inversion.check(model)
+    if args.estimate:
+        say(footprint.table(model, tuning))
+        return 0
+    said = footprint.told(model, tuning, args.force)
+    return _tune(args, inversion.WordRun(_load(args) if pipe is None else pipe, tuning, args.out), said)
+
+
+def _described(args):
+    """The model's description, and the model if it had to be loaded for it: of a named one, all is known before it is
+    fetched."""
+    from ..description import published
+    from ..families import name_of
+
+    if (name := name_of(args.model)) is not None:
+        return published(name, weights(args.quantize, _dtype(args))), None
+    pipe = _load(args)
+    return pipe.description, pipe
 
 
 def _settings(args, kind: Callable):
