@@ -9,7 +9,7 @@ from .console import Parser, run, say
 from .errors import Error, did_you_mean
 from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Model
 from .guides import MASKED
-from .recipe import default_dtype, recipe
+from .recipe import WHOLE, default_dtype, recipe
 
 # The table's columns: (bits, whether --low-memory); bits None means 16 bits, not quantized.
 COLUMNS = ((4, True), (4, False), (8, False), (None, False))
@@ -110,7 +110,8 @@ def _model(name: str) -> Model:
 
 def on_a_mac(name: str) -> list[float]:
     """Gigabytes at the model's default size, for each of COLUMNS."""
-    return [memory.peak(advice.named(name, recipe(b, "bfloat16"), low), gpu=True) / 1e9 for b, low in COLUMNS]
+    ways = [(recipe(bits, "bfloat16", text_bits=WHOLE if bits is None else None), low) for bits, low in COLUMNS]
+    return [memory.peak(advice.named(name, how, low), gpu=True) / 1e9 for how, low in ways]
 
 
 def gigabytes(n: float) -> str:

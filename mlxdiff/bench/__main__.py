@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -168,7 +168,7 @@ def about(pipe: Pipeline, request: Request, args: argparse.Namespace) -> dict:
         "model": pipe.name,
         "family": model.family.name,
         "random": args.random is not None,
-        **asdict(model.recipe),
+        **model.recipe.values(),
         "width": request.width,
         "height": request.height,
         "batch": model.passes(request),
