@@ -103,6 +103,7 @@ def fit(
         start = first.item()
     gradient = nn.value_and_grad(model, loss)
     step, saved, share = start, start, plan.accumulate // size
+    sound = _state(model, chosen, mean)  # after `step` steps: what is saved when the run stops within the next one
     with writing(folder):
         _cut_log(folder / "log.csv", start)
     try:
@@ -125,20 +126,22 @@ def fit(
             keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
             mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), mean, model.trainable_parameters())
             mx.eval(value, model.trainable_parameters(), chosen.state, mean)
-            step += 1
-            report = Report(step, value.item(), rate, time.perf_counter() - began)
+            report = Report(step + 1, value.item(), rate, time.perf_counter() - began)
             if not math.isfinite(report.loss):
-                saved = step  # the last state that is sound stays
-                raise Error(f"The loss of step {step} is not finite.", "Lower the rate, or continue with float32.")
+                saved = step  # what it was computed with may not be sound: the last saved state stays
+                problem = f"The loss of step {report.step} is not finite."
+                raise Error(problem, "Lower the rate, or continue with float32.")
             with writing(folder), open(folder / "log.csv", "a", newline="") as file:
-                csv.writer(file).writerow([step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
+                csv.writer(file).writerow([report.step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
+            step, sound = report.step, _state(model, chosen, mean)
             if step - saved >= plan.save_every:
-                _save(folder, model, chosen, mean, step)
+                _save(folder, sound, step)
                 saved = step
             yield report
     finally:
+        model.update(sound["model"])
         if step > saved:
-            _save(folder, model, chosen, mean, step)
+            _save(folder, sound, step)
 
 
 def check_shares(accumulate: int, machines: int) -> None:
@@ -221,9 +224,13 @@ def averaged(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, step: int) -> None:
-    trees = {"model": model.trainable_parameters(), "optimizer": chosen.state, "mean": mean}
-    arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
+def _state(model: nn.Module, chosen: opt.Optimizer, mean: dict) -> dict[str, dict]:
+    """What a run is continued from. The arrays are not copied; the optimizer's dictionary is, since it is changed."""
+    return {"model": model.trainable_parameters(), "optimizer": tree_map(lambda x: x, chosen.state), "mean": mean}
+
+
+def _save(folder: Path, state: dict[str, dict], step: int) -> None:
+    arrays = {f"{name}.{k}": v for name, tree in state.items() for k, v in tree_flatten(tree)}
     write_arrays(folder / "state.safetensors", arrays, {"step": str(step)})
     plot(folder / "log.csv", folder / "loss.png")
 

@@ -16,7 +16,8 @@ from ..description import Description
 from ..errors import Error
 from ..models import build, ways
 from ..tokenizers import Chunk
-from . import batches, texts, tune
+from . import batches, inversion, texts, tune
+from .inversion import WordTuning
 from .tune import LoraTuning
 
 # Of an input, these make another view, and of what they compute, none of the others is the input's buffer.
@@ -36,20 +37,21 @@ class Step(NamedTuple):
     peak: int
 
 
-def step(model: Description, tuning: LoraTuning, gpu: bool) -> Step:
-    """The largest memory of a step of a LoRA's training, for square pictures of its size. gpu: not on a CPU, where a
+def step(model: Description, tuning: LoraTuning | WordTuning, gpu: bool) -> Step:
+    """The largest memory of a step of a training, for square pictures of its size. gpu: not on a CPU, where a
     convolution takes more."""
-    names = [model.family.denoiser, *model.text.clip * tuning.text_encoder]
+    of_word = isinstance(tuning, WordTuning)
+    names = [model.family.denoiser, *model.text.clip * (of_word or tuning.text_encoder)]
     nets = {name: blank(model, name) for name in names}
     held = _bytes([net.parameters() for net in nets.values()])
     for name, net in nets.items():
-        tune.attach(net, model, name, tuning)
+        (inversion.attach if of_word else tune.attach)(net, model, name, tuning)
     denoiser, *encoders = nets.values()
     whole = texts.Reader(denoiser, dict(zip(names[1:], encoders, strict=True)))
     calls = _without_blocks(whole) if tuning.low_memory else []
     aim, size = batches.Objective(model), tuning.size_for(model) // model.factor
     x = mx.zeros((tuning.batch, size, size, model.latent_channels))
-    sets = 1 if tuning.class_images is None else 2
+    sets = 1 if of_word or tuning.class_images is None else 2
 
     def loss(whole: texts.Reader, x: mx.array, t: mx.array, args: dict) -> mx.array:
         args = args | _encoded(model, whole, tuning.batch)
@@ -63,7 +65,7 @@ def step(model: Description, tuning: LoraTuning, gpu: bool) -> Step:
         return [value, *(g for _, g in tree_flatten(grads))]
 
     trained = _bytes(whole.trainable_parameters())
-    passing = walked(run, whole.parameters(), x, mx.zeros((tuning.batch,)), _read(model, tuning.batch), gpu=gpu)
+    passing = walked(run, whole.parameters(), x, mx.zeros((tuning.batch,)), batches.read(model, tuning.batch), gpu=gpu)
     passing += max((_of_block(*call, gpu) for call in {key: call for key, *call in calls}.values()), default=0)
     more = trained if tuning.accumulate > 1 else 0  # the sum of the gradients so far
     update = held + (2 * _STATES + 1) * trained  # the new ones, while the old are held
@@ -138,18 +140,6 @@ def blank(model: Description, name: str) -> nn.Module:
     return weights.quantized(net, recipe.quantization_plan(model.family, name, net, model.recipe.bits))
 
 
-def _read(model: Description, n: int) -> dict[str, mx.array]:
-    """What the denoiser reads of texts and sizes."""
-    config, plan = model.net, model.text
-    args = {"context": mx.zeros((n, plan.tokens, config.context))}
-    if plan.sizes:
-        args["time_ids"] = mx.zeros((n, 6 if plan.scores is None else 5))
-        args["pooled"] = mx.zeros((n, config.added - args["time_ids"].shape[1] * config.added_time))
-    elif plan.pooled:
-        args["pooled"] = mx.zeros((n, config.pooled))
-    return args
-
-
 def walked(run: Callable, *inputs, gpu: bool) -> int:
     """The largest sum of the buffers that are alive at once while the arrays of run(*inputs) are computed."""
     flat = tree_flatten(list(inputs))
@@ -219,7 +209,7 @@ def _unfolded(r: dict) -> int:
     return n * h * w * kh * kw * c * dtype.size
 
 
-def told(model: Description, tuning: LoraTuning, force: bool) -> str:
+def told(model: Description, tuning: LoraTuning | WordTuning, force: bool) -> str:
     """What a step takes, for people. Raises if this machine clearly has less. force: try it all the same."""
     machine = advice.this_machine()
     need = step(model, tuning, machine.gpu)
@@ -233,7 +223,9 @@ def told(model: Description, tuning: LoraTuning, force: bool) -> str:
     return f"{said}, the model's {need.weights / 1e9:.1f} among them; this machine has {machine.memory / 1e9:.1f}."
 
 
-def _others(model: Description, tuning: LoraTuning) -> list[tuple[dict, Description, LoraTuning]]:
+def _others(
+    model: Description, tuning: LoraTuning | WordTuning
+) -> list[tuple[dict, Description, LoraTuning | WordTuning]]:
     """Settings that take less, and the model and the training with them."""
     low, four = replace(tuning, low_memory=True), replace(model, recipe=replace(model.recipe, bits=4))
     less = {"low_memory": True} if not tuning.low_memory else {}
@@ -245,10 +237,11 @@ def _others(model: Description, tuning: LoraTuning) -> list[tuple[dict, Descript
     return [*found, (less | fewer | {"size": half}, four, replace(low, size=half))] if half else found
 
 
-def table(model: Description, tuning: LoraTuning) -> str:
+def table(model: Description, tuning: LoraTuning | WordTuning) -> str:
     """What a step takes with 16, 8 and 4 bits, and with low_memory or without, for people."""
     size, gpu = tuning.size_for(model), advice.this_machine().gpu
-    lines = [f"{model.name} at {size}x{size}, rank {tuning.rank}, {tuning.batch} at once: a step takes about"]
+    what = f"a word of {tuning.vectors}" if isinstance(tuning, WordTuning) else f"rank {tuning.rank}"
+    lines = [f"{model.name} at {size}x{size}, {what}, {tuning.batch} at once: a step takes about"]
     for bits in (None, 8, 4):
         how = replace(model, recipe=replace(model.recipe, bits=bits))
         plain, low = (step(how, replace(tuning, low_memory=each), gpu).peak / 1e9 for each in (False, True))
