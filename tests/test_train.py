@@ -122,6 +122,25 @@ def test_a_resumed_run_is_the_same_run(tmp_path, kind):
     assert not mx.array_equal(mean_whole.inner.weight, whole.inner.weight)
 
 
+def test_a_step_that_is_interrupted_is_as_if_it_had_not_begun(tmp_path, monkeypatch):
+    """Ctrl-C is heard when the weights of a step have just been computed. What is saved is the step before."""
+    whole, reports = run(tmp_path / "whole")
+
+    def stopped(step: int, *rest):
+        if step == 8:
+            raise KeyboardInterrupt
+        return reports[0]._make((step, *rest))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "Report", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    resumed, rest = run(tmp_path / "parts")
+    assert [r.loss for r in rest] == [r.loss for r in reports[7:]]
+    for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(resumed.parameters()), strict=True):
+        assert mx.array_equal(a, b), name
+
+
 def test_the_loss_falls_and_is_drawn(tmp_path):
     _, reports = run(tmp_path, steps=60)
     assert reports[-1].loss < 0.2 * reports[0].loss

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,60 +86,83 @@ def fit(
     """loss(model, *batch(number)) -> scalar; a step takes `accumulate` batches. The model is trained in place;
     `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved. others: the
     machines of this run, which divide a step's batches; the state of the first counts."""
-    rank, size = (0, 1) if others is None else (others.rank, others.size)
+    size = 1 if others is None else others.size
     check_shares(plan.accumulate, size)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     chosen = optimizer(plan.optimizer, plan.weight_decay)
     chosen.init(model.trainable_parameters())
-    mean = tree_map(mx.array, model.trainable_parameters())
-    start = 0
-    if (folder / "state.safetensors").exists():
-        start, mean = _restore(folder / "state.safetensors", model, chosen)
-    if others is not None:
-        first, trained, chosen.state, mean = others.same(
-            (mx.array(start), model.trainable_parameters(), chosen.state, mean)
-        )
-        model.update(trained)
-        start = first.item()
-    gradient = nn.value_and_grad(model, loss)
-    step, saved, share = start, start, plan.accumulate // size
+    done = _begun(folder, model, chosen, others)
+    gradient, saved = nn.value_and_grad(model, loss), done.step
     with writing(folder):
-        _cut_log(folder / "log.csv", start)
+        _cut_log(folder / "log.csv", done.step)
     try:
-        while step < plan.steps:
+        while done.step < plan.steps:
             began = time.perf_counter()
-            rate = rate_at(plan, step)
+            rate = rate_at(plan, done.step)
             set_rate(chosen, rate)
-            first = step * plan.accumulate + rank
-            value, grads = gradient(model, *batch(first))
-            for k in range(1, share):
-                mx.eval(value, grads)  # what it took is free again before the next batch
-                more, again = gradient(model, *batch(first + k * size))
-                value, grads = value + more, tree_map(mx.add, grads, again)
-            if share > 1:
-                value, grads = value / share, tree_map(lambda g: g / share, grads)
-            if others is not None:
-                value, grads = others.mean((value, grads))
+            value, grads = _mean_gradient(partial(gradient, model), batch, plan.accumulate, done.step, others)
             grads, _ = opt.clip_grad_norm(grads, plan.clip)
             chosen.update(model, grads)
-            keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
-            mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), mean, model.trainable_parameters())
+            keep = min(plan.ema, (done.step + 1) / (done.step + 12))  # at first the average follows closely
+            mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), done.mean, model.trainable_parameters())
             mx.eval(value, model.trainable_parameters(), chosen.state, mean)
-            step += 1
-            report = Report(step, value.item(), rate, time.perf_counter() - began)
+            report = Report(done.step + 1, value.item(), rate, time.perf_counter() - began)
             if not math.isfinite(report.loss):
-                saved = step  # the last state that is sound stays
-                raise Error(f"The loss of step {step} is not finite.", "Lower the rate, or continue with float32.")
+                saved = done.step  # the last state that is sound stays
+                raise Error(
+                    f"The loss of step {report.step} is not finite.", "Lower the rate, or continue with float32."
+                )
             with writing(folder), open(folder / "log.csv", "a", newline="") as file:
-                csv.writer(file).writerow([step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
-            if step - saved >= plan.save_every:
-                _save(folder, model, chosen, mean, step)
-                saved = step
+                csv.writer(file).writerow([report.step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
+            done = _State(report.step, model.trainable_parameters(), tree_map(lambda v: v, chosen.state), mean)
+            if done.step - saved >= plan.save_every:
+                _save(folder, done)
+                saved = done.step
             yield report
-    finally:
-        if step > saved:
-            _save(folder, model, chosen, mean, step)
+    finally:  # Ctrl-C comes in the middle of a step, which is then as if it had not begun
+        model.update(done.trained)
+        if done.step > saved:
+            _save(folder, done)
+
+
+class _State(NamedTuple):
+    """What a run continues from: of all after the same step."""
+
+    step: int
+    trained: dict
+    optimizer: dict
+    mean: dict
+
+
+def _begun(folder: Path, model: nn.Module, chosen: opt.Optimizer, others: Machines | None) -> _State:
+    """Where a run begins: at the state in its folder, if there is one. On several machines, at that of the first."""
+    step, mean = 0, tree_map(mx.array, model.trainable_parameters())
+    if (folder / "state.safetensors").exists():
+        step, mean = _restore(folder / "state.safetensors", model, chosen)
+    if others is not None:
+        first, trained, chosen.state, mean = others.same(
+            (mx.array(step), model.trainable_parameters(), chosen.state, mean)
+        )
+        model.update(trained)
+        step = first.item()
+    return _State(step, model.trainable_parameters(), tree_map(lambda v: v, chosen.state), mean)
+
+
+def _mean_gradient(
+    gradient: Callable, batch: Callable[[int], tuple], accumulate: int, step: int, others: Machines | None
+) -> tuple[mx.array, dict]:
+    """The mean loss and gradient of a step's batches. Each machine takes its share of them."""
+    rank, size = (0, 1) if others is None else (others.rank, others.size)
+    first, share = step * accumulate + rank, accumulate // size
+    value, grads = gradient(*batch(first))
+    for k in range(1, share):
+        mx.eval(value, grads)  # what it took is free again before the next batch
+        more, again = gradient(*batch(first + k * size))
+        value, grads = value + more, tree_map(mx.add, grads, again)
+    if share > 1:
+        value, grads = value / share, tree_map(lambda g: g / share, grads)
+    return (value, grads) if others is None else others.mean((value, grads))
 
 
 def check_shares(accumulate: int, machines: int) -> None:
@@ -156,10 +180,14 @@ def same_run(folder: Path, settings: dict) -> None:
         str(folder).encode()  # MLX writes no other names
         if file.exists():
             before = foreign.read_json(file, "Give a new folder.")
-            changed = [k for k in settings if settings[k] != before.get(k)]
-            if changed:
-                stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
-                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another `output`.")
+            stored = {k: before.get(k) for k in settings if settings[k] != before.get(k)}
+            if stored:
+                # A list of fingerprints would say nothing.
+                named = [
+                    f"{k} {v}" if k != "pictures" or type(v) is int else "other pictures" for k, v in stored.items()
+                ]
+                fix = "Give the same settings, or another `output`."
+                raise Error(f"{folder} holds a run with {', '.join(named)}.", fix)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,10 +249,10 @@ def averaged(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, step: int) -> None:
-    trees = {"model": model.trainable_parameters(), "optimizer": chosen.state, "mean": mean}
+def _save(folder: Path, done: _State) -> None:
+    trees = {"model": done.trained, "optimizer": done.optimizer, "mean": done.mean}
     arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
-    write_arrays(folder / "state.safetensors", arrays, {"step": str(step)})
+    write_arrays(folder / "state.safetensors", arrays, {"step": str(done.step)})
     plot(folder / "log.csv", folder / "loss.png")
 
 
