@@ -8,7 +8,7 @@ import gc
 import os
 import resource
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -75,6 +75,45 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture
+def interrupts():
+    """`for moment in interrupts("worker.py"): with moment: ...` runs the block again and again, and raises
+    KeyboardInterrupt in this thread before one line of these files after the other, as Ctrl-C may; and when a Condition
+    that they enter has taken its lock, before its `__enter__` returns. It ends when no line is left."""
+
+    def moments(*names):
+        passed = number = 0
+
+        def trace(frame, event, _):
+            nonlocal passed
+            code = frame.f_code
+            lock = code.co_name == "__enter__" and frame.f_back.f_code.co_filename.endswith(names)
+            if not lock and not code.co_filename.endswith(names):
+                return None
+            if event == ("return" if lock else "line"):
+                passed += 1
+                if passed == number:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        @contextmanager
+        def moment():
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                with suppress(KeyboardInterrupt):
+                    yield
+            finally:
+                sys.settrace(before)
+
+        while passed >= number:
+            passed, number = 0, number + 1
+            yield moment()
+
+    return moments
 
 
 def pytest_collection_modifyitems(items):

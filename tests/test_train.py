@@ -1,6 +1,7 @@
 """Training. References: closed forms for objectives, an uninterrupted run for a resumed one, torch with diffusers' own
 networks and AdamW for the losses and weights of both nets, diffusers as the reader of an exported folder."""
 
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -122,23 +123,46 @@ def test_a_resumed_run_is_the_same_run(tmp_path, kind):
     assert not mx.array_equal(mean_whole.inner.weight, whole.inner.weight)
 
 
-def test_a_step_that_is_interrupted_is_as_if_it_had_not_begun(tmp_path, monkeypatch):
-    """Ctrl-C is heard when the weights of a step have just been computed. What is saved is the step before."""
-    whole, reports = run(tmp_path / "whole")
+def test_ctrl_c_at_any_moment_of_a_step_continues_as_the_same_run(tmp_path):
+    """Raised at each line of the loop in turn, most of which Ctrl-C only meets by chance; while a step is computed, it
+    is raised as soon as that ends."""
+    whole, _ = run(tmp_path / "whole", kind="muon", steps=4)
+    log = [line.split(",")[:3] for line in (tmp_path / "whole" / "log.csv").read_text().splitlines()]
 
-    def stopped(step: int, *rest):
-        if step == 8:
-            raise KeyboardInterrupt
-        return reports[0]._make((step, *rest))
+    def moments():
+        """How many moments one has passed, until it is interrupted at the last of them."""
+        for last in range(1, 99):
+            passed = 0
 
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "Report", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "parts")
-    resumed, rest = run(tmp_path / "parts")
-    assert [r.loss for r in rest] == [r.loss for r in reports[7:]]
-    for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(resumed.parameters()), strict=True):
-        assert mx.array_equal(a, b), name
+            def trace(frame, event, _, last=last):
+                nonlocal passed
+                if frame.f_code is not fit.fit.__code__:
+                    return None
+                if event == "line" and frame.f_locals.get("step") == 2:
+                    passed += 1
+                    if passed == last:
+                        raise KeyboardInterrupt
+                return trace
+
+            place = tmp_path / f"{last}"
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                run(place, stop=3, kind="muon", steps=4)
+            except KeyboardInterrupt:
+                yield place
+            else:
+                return
+            finally:
+                sys.settrace(before)
+
+    places = [*moments()]
+    assert len(places) > 12
+    for place in places:
+        resumed, _ = run(place, kind="muon", steps=4)
+        assert [line.split(",")[:3] for line in (place / "log.csv").read_text().splitlines()] == log
+        for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(resumed.parameters()), strict=True):
+            assert mx.array_equal(a, b), (place.name, name)
 
 
 def test_the_loss_falls_and_is_drawn(tmp_path):

@@ -72,7 +72,7 @@ def main() -> int:
     aim, size, rng = batches.Objective(model), args.size // model.factor, np.random.default_rng(0)
     mean = mx.array(rng.standard_normal((1, size, size, model.latent_channels), np.float32))
     data = batches.Data([], [], [])
-    data.add(mean, 0 * mean, footprint._read(model, 1))
+    data.add(mean, 0 * mean, batches.read(model, 1))
     batch = lambda number: ([aim.part(data, np.random.default_rng(number), 1)],)  # noqa: E731
     plan = fit.Plan(tuning.steps, tuning.rate, "adamw", 0, 1.0, 1.0, 0.0, 100, 1e-2, 1)
     with tempfile.TemporaryDirectory() as folder:

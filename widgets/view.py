@@ -42,7 +42,7 @@ def _module(name: str) -> str:
 
 class View(anywidget.AnyWidget):
     _esm = _module("studio.js")
-    _css = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("studio.css", "painting.css"))
+    _css = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("theme.css", "studio.css", "painting.css"))
 
     controls = t.Dict().tag(sync=True)  # name -> widget id of the control; the page sends their values with a run
     status = t.Unicode("Ready").tag(sync=True)

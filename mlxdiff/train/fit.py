@@ -86,73 +86,63 @@ def fit(
     """loss(model, *batch(number)) -> scalar; a step takes `accumulate` batches. The model is trained in place;
     `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved. others: the
     machines of this run, which divide a step's batches; the state of the first counts."""
-    size = 1 if others is None else others.size
-    check_shares(plan.accumulate, size)
+    check_shares(plan.accumulate, 1 if others is None else others.size)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     chosen = optimizer(plan.optimizer, plan.weight_decay)
     chosen.init(model.trainable_parameters())
-    done = _begun(folder, model, chosen, others)
-    gradient, saved = nn.value_and_grad(model, loss), done.step
+    step, mean = _begun(folder / "state.safetensors", model, chosen, others)
+    gradient, saved = partial(nn.value_and_grad(model, loss), model), step
+    sound = _state(model, chosen, mean)  # after `step` steps: what is saved when the run stops within the next one
     with writing(folder):
-        _cut_log(folder / "log.csv", done.step)
+        _cut_log(folder / "log.csv", step)
     try:
-        while done.step < plan.steps:
+        while step < plan.steps:
             began = time.perf_counter()
-            rate = rate_at(plan, done.step)
+            rate = rate_at(plan, step)
             set_rate(chosen, rate)
-            value, grads = _mean_gradient(partial(gradient, model), batch, plan.accumulate, done.step, others)
+            value, grads = _mean_gradient(gradient, batch, step, plan.accumulate, others)
             grads, _ = opt.clip_grad_norm(grads, plan.clip)
             chosen.update(model, grads)
-            keep = min(plan.ema, (done.step + 1) / (done.step + 12))  # at first the average follows closely
-            mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), done.mean, model.trainable_parameters())
+            keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
+            mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), mean, model.trainable_parameters())
             mx.eval(value, model.trainable_parameters(), chosen.state, mean)
-            report = Report(done.step + 1, value.item(), rate, time.perf_counter() - began)
+            report = Report(step + 1, value.item(), rate, time.perf_counter() - began)
             if not math.isfinite(report.loss):
-                saved = done.step  # the last state that is sound stays
-                raise Error(
-                    f"The loss of step {report.step} is not finite.", "Lower the rate, or continue with float32."
-                )
+                saved = step  # what it was computed with may not be sound: the last saved state stays
+                problem = f"The loss of step {report.step} is not finite."
+                raise Error(problem, "Lower the rate, or continue with float32.")
             with writing(folder), open(folder / "log.csv", "a", newline="") as file:
                 csv.writer(file).writerow([report.step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
-            done = _State(report.step, model.trainable_parameters(), tree_map(lambda v: v, chosen.state), mean)
-            if done.step - saved >= plan.save_every:
-                _save(folder, done)
-                saved = done.step
+            step, sound = report.step, _state(model, chosen, mean)
+            if step - saved >= plan.save_every:
+                _save(folder, sound, step)
+                saved = step
             yield report
-    finally:  # Ctrl-C comes in the middle of a step, which is then as if it had not begun
-        model.update(done.trained)
-        if done.step > saved:
-            _save(folder, done)
+    finally:
+        model.update(sound["model"])
+        if step > saved:
+            _save(folder, sound, step)
 
 
-class _State(NamedTuple):
-    """What a run continues from: of all after the same step."""
-
-    step: int
-    trained: dict
-    optimizer: dict
-    mean: dict
-
-
-def _begun(folder: Path, model: nn.Module, chosen: opt.Optimizer, others: Machines | None) -> _State:
-    """Where a run begins: at the state in its folder, if there is one. On several machines, at that of the first."""
+def _begun(file: Path, model: nn.Module, chosen: opt.Optimizer, others: Machines | None) -> tuple[int, dict]:
+    """The step at which a run begins, and the mean of its weights: those of a saved state, if there is one. On several
+    machines, that of the first counts."""
     step, mean = 0, tree_map(mx.array, model.trainable_parameters())
-    if (folder / "state.safetensors").exists():
-        step, mean = _restore(folder / "state.safetensors", model, chosen)
+    if file.exists():
+        step, mean = _restore(file, model, chosen)
     if others is not None:
-        first, trained, chosen.state, mean = others.same(
-            (mx.array(step), model.trainable_parameters(), chosen.state, mean)
-        )
+        mine = mx.array(step), model.trainable_parameters(), chosen.state, mean
+        first, trained, chosen.state, mean = others.same(mine)
         model.update(trained)
         step = first.item()
-    return _State(step, model.trainable_parameters(), tree_map(lambda v: v, chosen.state), mean)
+    return step, mean
 
 
 def _mean_gradient(
-    gradient: Callable, batch: Callable[[int], tuple], accumulate: int, step: int, others: Machines | None
+    gradient: Callable, batch: Callable[[int], tuple], step: int, accumulate: int, others: Machines | None
 ) -> tuple[mx.array, dict]:
-    """The mean loss and gradient of a step's batches. Each machine takes its share of them."""
+    """The mean loss and gradient of a step's batches, of which each machine computes its share."""
     rank, size = (0, 1) if others is None else (others.rank, others.size)
     first, share = step * accumulate + rank, accumulate // size
     value, grads = gradient(*batch(first))
@@ -249,10 +239,14 @@ def averaged(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _save(folder: Path, done: _State) -> None:
-    trees = {"model": done.trained, "optimizer": done.optimizer, "mean": done.mean}
-    arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
-    write_arrays(folder / "state.safetensors", arrays, {"step": str(done.step)})
+def _state(model: nn.Module, chosen: opt.Optimizer, mean: dict) -> dict[str, dict]:
+    """What a run is continued from. The arrays are not copied; the optimizer's dictionary is, since it is changed."""
+    return {"model": model.trainable_parameters(), "optimizer": tree_map(lambda x: x, chosen.state), "mean": mean}
+
+
+def _save(folder: Path, state: dict[str, dict], step: int) -> None:
+    arrays = {f"{name}.{k}": v for name, tree in state.items() for k, v in tree_flatten(tree)}
+    write_arrays(folder / "state.safetensors", arrays, {"step": str(step)})
     plot(folder / "log.csv", folder / "loss.png")
 
 

@@ -15,7 +15,8 @@ from ..description import Description
 from ..errors import Error
 from ..models import build
 from ..tokenizers import Chunk
-from . import batches, tape, texts, tune
+from . import batches, inversion, tape, texts, tune
+from .inversion import WordTuning
 from .tune import LoraTuning
 
 _STATES = 4  # numbers for each that is trained: itself, the mean of fit, and AdamW's two
@@ -28,20 +29,21 @@ class Step(NamedTuple):
     peak: int
 
 
-def step(model: Description, tuning: LoraTuning, gpu: bool) -> Step:
-    """The largest memory of a step of a LoRA's training, for square pictures of its size. gpu: not on a CPU, where a
+def step(model: Description, tuning: LoraTuning | WordTuning, gpu: bool) -> Step:
+    """The largest memory of a step of a training, for square pictures of its size. gpu: not on a CPU, where a
     convolution takes more."""
-    names = [model.family.denoiser, *model.text.clip * tuning.text_encoder]
+    of_word = isinstance(tuning, WordTuning)
+    names = [model.family.denoiser, *model.text.clip * (of_word or tuning.text_encoder)]
     nets = {name: blank(model, name) for name in names}
     held = _bytes([net.parameters() for net in nets.values()])
     for name, net in nets.items():
-        tune.attach(net, model, name, tuning)
+        (inversion.attach if of_word else tune.attach)(net, model, name, tuning)
     denoiser, *encoders = nets.values()
     whole = texts.Reader(denoiser, dict(zip(names[1:], encoders, strict=True)))
     if tuning.low_memory:
         tape.mark(batches.blocks(whole))
     aim, size = batches.Objective(model), tuning.size_for(model) // model.factor
-    sets = 1 if tuning.class_images is None else 2
+    sets = 1 if of_word or tuning.class_images is None else 2
     xs = [mx.zeros((tuning.batch, size, size, model.latent_channels)) for _ in range(sets)]
 
     def loss(whole: texts.Reader, xs: list[mx.array], t: mx.array, args: dict) -> mx.array:
@@ -56,7 +58,7 @@ def step(model: Description, tuning: LoraTuning, gpu: bool) -> Step:
         return [value, *(g for _, g in tree_flatten(grads))]
 
     trained = _bytes(whole.trainable_parameters())
-    graph = tape.traced(run, whole.parameters(), xs, mx.zeros((tuning.batch,)), _read(model, tuning.batch))
+    graph = tape.traced(run, whole.parameters(), xs, mx.zeros((tuning.batch,)), batches.read(model, tuning.batch))
     passing = tape.peak(tape.again(graph) if tuning.low_memory else graph, gpu)
     more = trained if tuning.accumulate > 1 else 0  # the sum of the gradients so far
     update = held + (2 * _STATES + 1) * trained  # the new ones, while the old are held
@@ -84,19 +86,7 @@ def blank(model: Description, name: str) -> nn.Module:
     return weights.quantized(net, recipe.quantization_plan(model.family, name, net, model.recipe.bits))
 
 
-def _read(model: Description, n: int) -> dict[str, mx.array]:
-    """What the denoiser reads of texts and sizes."""
-    config, plan = model.net, model.text
-    args = {"context": mx.zeros((n, plan.tokens, config.context))}
-    if plan.sizes:
-        args["time_ids"] = mx.zeros((n, 6 if plan.scores is None else 5))
-        args["pooled"] = mx.zeros((n, config.added - args["time_ids"].shape[1] * config.added_time))
-    elif plan.pooled:
-        args["pooled"] = mx.zeros((n, config.pooled))
-    return args
-
-
-def told(model: Description, tuning: LoraTuning, force: bool) -> str:
+def told(model: Description, tuning: LoraTuning | WordTuning, force: bool) -> str:
     """What a step takes, for people. Raises if this machine clearly has less. force: try it all the same."""
     machine = advice.this_machine()
     need = step(model, tuning, machine.gpu)
@@ -110,7 +100,9 @@ def told(model: Description, tuning: LoraTuning, force: bool) -> str:
     return f"{said}, the model's {need.weights / 1e9:.1f} among them; this machine has {machine.memory / 1e9:.1f}."
 
 
-def _others(model: Description, tuning: LoraTuning) -> list[tuple[dict, Description, LoraTuning]]:
+def _others(
+    model: Description, tuning: LoraTuning | WordTuning
+) -> list[tuple[dict, Description, LoraTuning | WordTuning]]:
     """Settings that take less, and the model and the training with them."""
     low, four = replace(tuning, low_memory=True), replace(model, recipe=replace(model.recipe, bits=4))
     less = {"low_memory": True} if not tuning.low_memory else {}
@@ -122,10 +114,11 @@ def _others(model: Description, tuning: LoraTuning) -> list[tuple[dict, Descript
     return [*found, (less | fewer | {"size": half}, four, replace(low, size=half))] if half else found
 
 
-def table(model: Description, tuning: LoraTuning) -> str:
+def table(model: Description, tuning: LoraTuning | WordTuning) -> str:
     """What a step takes with 16, 8 and 4 bits, and with low_memory or without, for people."""
     size, gpu = tuning.size_for(model), advice.this_machine().gpu
-    lines = [f"{model.name} at {size}x{size}, rank {tuning.rank}, {tuning.batch} at once: a step takes about"]
+    what = f"a word of {tuning.vectors}" if isinstance(tuning, WordTuning) else f"rank {tuning.rank}"
+    lines = [f"{model.name} at {size}x{size}, {what}, {tuning.batch} at once: a step takes about"]
     for bits in (None, 8, 4):
         how = replace(model, recipe=replace(model.recipe, bits=bits))
         plain, low = (step(how, replace(tuning, low_memory=each), gpu).peak / 1e9 for each in (False, True))

@@ -15,7 +15,7 @@ from .guidance import changes
 from .lesson import BLUE, GREY, ORANGE, Lesson, Report, seed_box
 from .seeds import sharpness
 
-STEPS = 6
+STEPS = 5
 PROMPT = "a red house on the left in the mountains at night under a full moon"
 
 
@@ -66,8 +66,9 @@ class TakenOut(Lesson):
 
     def figure(self) -> Figure:
         panels = {"whole": self.data.whole} | {f"without\n{name}": image for name, image in self.data.without.items()}
-        fig = Figure(figsize=(8.4, 5.1), layout="constrained")
-        axes = fig.subplots(2, -(-len(panels) // 2))
+        across = -(-len(panels) // 2)
+        fig = Figure(figsize=(8.4, 2 * (8.4 / across + 0.55)), layout="constrained")
+        axes = fig.subplots(2, across)
         for ax in axes.flat[len(panels) :]:
             ax.axis("off")
         for ax, (name, image) in zip(axes.flat, panels.items(), strict=False):
