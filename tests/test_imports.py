@@ -616,6 +616,7 @@ MAY = {
         "mlxdiff.train.*",
         "mlxdiff.weights",
     },
+    "mlxdiff.train.tape": {"mlxdiff.models.ways"},
     "mlxdiff.train.texts": {
         "mlxdiff.conditioning",
         "mlxdiff.description",

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -258,20 +259,20 @@ def _tune(args, made, *said: str) -> int:
         say(line)
     say("Ctrl-C stops the run, and the same command continues it.")
     bar, mean = None, None
-    try:
-        for report in made.steps():
-            if bar is None:
-                bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
-            mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
-            bar.set_postfix_str(
-                f"loss {mean:.4f}, {tuning.batch * tuning.accumulate / report.seconds:.2g} samples/s", refresh=False
-            )
-            bar.update(1)
-            if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
-                made.sample(args.sample, report.step)
-    finally:
-        if bar is not None:
-            bar.close()
+    with closing(made.steps()) as steps:  # it saves when it is closed
+        try:
+            for report in steps:
+                if bar is None:
+                    bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
+                mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
+                speed = tuning.batch * tuning.accumulate / report.seconds
+                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.2g} samples/s", refresh=False)
+                bar.update(1)
+                if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
+                    made.sample(args.sample, report.step)
+        finally:
+            if bar is not None:
+                bar.close()
     say(f"{made.file} is ready: mlxdiff generate PROMPT -m {args.model} {made.flag}")
     return 0
 

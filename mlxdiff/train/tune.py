@@ -99,15 +99,16 @@ def check(model: Description, tuning: Tuning) -> None:
         raise Error(f"{model.name} is a {model.variant} model, which this cannot train for.", fix)
 
 
-def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None) -> list[Picture]:
-    """The pictures of a folder. Raises for what is wrong with them, with the settings or with the model."""
+def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None, setting: str = "prompt") -> list[Picture]:
+    """The pictures of a folder. Raises for what is wrong with them, with the settings or with the model. setting: the
+    name of the prompt's, for messages."""
     tuning.check()
     check(pipe.description, tuning)
     size, multiple = tuning.size_for(pipe.description), pipe.description.multiple
     if size % multiple or not multiple <= size <= MAX_EDGE:
         usual = pipe.description.defaults.size
         raise Error(f"Size {size} is not a multiple of {multiple} up to {MAX_EDGE}.", f"Use `size={usual}`.")
-    return folders.read(foreign.path(images), prompt, size, multiple, tuning.crop)
+    return folders.read(foreign.path(images), prompt, size, multiple, tuning.crop, setting)
 
 
 def encode(pipe: Pipeline, chosen: list[Picture], tuning: Tuning, args: Callable[[str, Request], dict]) -> Data:
@@ -193,7 +194,7 @@ class LoraRun:
         self.pipe, self.tuning, self.out, self.others = pipe, tuning, out, others
         self.sets = [read(pipe, tuning, tuning.images, tuning.prompt)]
         if tuning.class_images is not None:
-            self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt))
+            self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt, "class_prompt"))
         model, denoiser = pipe.description, pipe.description.family.denoiser
         pipe.networks.adapt([])  # what it drew with before does not count
         self.networks = {n: pipe.networks.open(n) for n in (denoiser, *model.text.clip * tuning.text_encoder)}
@@ -322,7 +323,16 @@ def trained(
         return ([aim.part(data, rng, tuning.batch) for data in sets],)
 
     plan = Plan(
-        tuning.steps, tuning.rate, "adamw", tuning.warmup, 1.0, 1.0, 0.0, tuning.save_every, 1e-2, tuning.accumulate
+        tuning.steps,
+        tuning.rate,
+        "adamw",
+        tuning.warmup,
+        decay=1.0,
+        clip=1.0,
+        ema=0.0,
+        save_every=tuning.save_every,
+        weight_decay=1e-2,
+        accumulate=tuning.accumulate,
     )
     try:
         for report in fit(net, loss, batch, plan, out / RUN, others):
