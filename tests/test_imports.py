@@ -481,6 +481,7 @@ MAY = {
         "mlxdiff.families.base",
         "mlxdiff.guides",
         "mlxdiff.pipeline",
+        "mlxdiff.recipe",
         "mlxdiff.request",
     },
     "mlxdiff.generate": {
