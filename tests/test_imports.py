@@ -482,6 +482,7 @@ MAY = {
         "mlxdiff.families.base",
         "mlxdiff.guides",
         "mlxdiff.pipeline",
+        "mlxdiff.recipe",
         "mlxdiff.request",
     },
     "mlxdiff.generate": {

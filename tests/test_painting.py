@@ -393,7 +393,7 @@ def test_a_deleted_picture_is_gone_from_the_folder_and_the_history(studio):
     assert (second.path.exists(), first.path.exists(), studio.images) == (False, True, [first])
     assert ([e["key"] for e in studio.view.history], studio.view.shown["key"]) == ([keys[0]], keys[0])
     send(studio, "delete", key=keys[0])
-    assert (studio.view.history, studio.view.shown, studio.controls.reuse.disabled) == ([], {}, True)
+    assert (studio.view.history, studio.view.shown, studio.controls.last.disabled) == ([], {}, True)
 
 
 def test_before_is_the_picture_that_a_run_began_with(studio, monkeypatch):

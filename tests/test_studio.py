@@ -325,7 +325,7 @@ def test_seeds_are_fresh_unless_locked(studio):
     seeds = [draw(studio).request.seed for _ in range(2)]
     assert seeds[0] != seeds[1]
     assert studio.seed == seeds[1]  # the field shows what was used
-    studio.controls.reuse.click()
+    studio.controls.last.click()
     assert draw(studio).request.seed == seeds[1]
     studio.controls.dice.click()
     assert studio.seed != seeds[1]
@@ -624,6 +624,19 @@ def test_restore_all_or_the_seed_alone(studio):
     assert draw(studio).request == first
     heard(studio, do="view", key=1)
     assert studio.view.shown["title"] == "two"
+
+
+def test_reuse_has_a_control_and_comes_back_with_a_picture(studio):
+    """Its value is not one of the control's steps, and comes back to the last digit."""
+    studio.controls.reuse.value = 0.12345
+    first = draw(studio, steps=8, sampler="euler").request
+    assert first.reuse == 0.12345
+    studio.reuse = 0.0
+    assert studio.controls.reuse.value == 0
+    assert draw(studio).request.reuse == 0
+    heard(studio, do="restore", key=0)
+    assert (studio.reuse, studio.controls.reuse.value, studio.more) == (0.12345, 0.12345, {})
+    assert "reuse" in studio.controls.compare.rows.options
 
 
 def test_a_stochastic_sampler_s_eta_is_not_carried_to_another(studio):

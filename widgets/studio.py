@@ -174,7 +174,7 @@ class Studio(Settings, w.VBox):
 
     def _keep(self, picture: Picture, image: Image.Image, show: bool) -> None:
         self._history.keep(picture, image, show)
-        self.controls.reuse.disabled = False
+        self.controls.last.disabled = False
 
     def _say(self, text: str, progress: float = 0.0, aloud: bool = True) -> None:
         self.view.say(text, progress, aloud)
@@ -293,7 +293,7 @@ class Studio(Settings, w.VBox):
             c.cancel: self.cancel,
             c.clear: lambda: self.cancel(everything=True),
             c.dice: lambda: self.set_trait("seed", secrets.randbelow(2**32)),
-            c.reuse: lambda: self._reuse(self.images[-1]),
+            c.last: lambda: self._reuse(self.images[-1]),
             c.forget: lambda: self._forget(*self.more),
             c.compare.draw: self._draw_grid,
             c.words.surprise: lambda: self.set_trait("prompt", builtin.surprise()),
@@ -382,7 +382,7 @@ class Studio(Settings, w.VBox):
         self._history.delete(key)
         with self._history.lock:
             self.images = [p for p in self.images if p.path != picture.path]
-        self.controls.reuse.disabled = not self.images
+        self.controls.last.disabled = not self.images
         self._say(f"{picture.path.name} is deleted")
 
     def _reuse(self, picture: Picture) -> None:

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from transformers import CLIPTokenizer, T5Tokenizer
 
 import mlxdiff
-from mlxdiff import generate
+from mlxdiff import generate, notes
 from mlxdiff.errors import Error
 from mlxdiff.models.t5 import T5Encoder
 from mlxdiff.pipeline import Pipeline
@@ -314,6 +314,8 @@ def test_t5_alone_in_8_bits(wide, family):
     drawn = np.asarray(small(PROMPT, seed=SEED, steps=3, **SIZE).image)
     assert not np.array_equal(drawn, want)
     assert psnr(drawn, want) > LEAST[8]
+    said = [" ".join(notes.of_run(pipe, pipe.resolve(PROMPT, **SIZE))) for pipe in (small, opened(folder))]
+    assert [("T5 is in 8 bits. --text-bits 16" in text) for text in said] == [True, False]
     with pytest.raises(Error, match="with text_bits 8, not 4"):
         opened(small.networks.folder, text_bits=4)
 
