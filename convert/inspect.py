@@ -14,7 +14,7 @@ from ..errors import Error
 from ..families import FAMILIES
 from ..foreign import path as expanded
 from ..models import build
-from ..recipe import Recipe, component_dtype
+from ..recipe import Recipe, component_bits, component_dtype
 from ..spelling import as_flags
 from ..store.adapters import usual_loras
 from . import Checkpoint, Component, check, lora, open
@@ -114,7 +114,7 @@ def of_folder(folder: Path) -> dict:
             "tensors": len(stored),
             "parameters": sum(v.size for _, v in tree_flatten(build.build(config).parameters())),
             "bytes": sum(v.nbytes for _, v in stored),
-            "dtype": str(Recipe(dtype, None if error is None else model.recipe.bits)),
+            "dtype": str(Recipe(dtype, None if error is None else component_bits(model.family, name, model.recipe))),
             "error": error,
         }
     same = {key: getattr(model, key) for key in ("variant", "prediction", "schedule")}

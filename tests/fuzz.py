@@ -171,7 +171,8 @@ class Fuzz:
         self.run.mkdir()
         fit.same_run(self.run, {"steps": 3, "rate": 0.1})
         (self.run / "log.csv").write_text("step,loss,rate,seconds\n1,0.5,0.1,1.0\n2,0.4,0.1,1.0\n", encoding="utf-8")
-        fit._save(self.run, self.trained, fit.optimizer("adamw"), self.trained.trainable_parameters(), 2)
+        state = fit._state(self.trained, fit.optimizer("adamw"), self.trained.trainable_parameters())
+        fit._save(self.run, state, 2)
         self.of_run = {file: file.read_bytes() for file in sorted(self.run.iterdir()) if file.suffix != ".png"}
         t5_vocab.write(folder / "t5")
         self.pieces = folder / "t5" / "spiece.model"

@@ -482,6 +482,7 @@ MAY = {
         "mlxdiff.families.base",
         "mlxdiff.guides",
         "mlxdiff.pipeline",
+        "mlxdiff.recipe",
         "mlxdiff.request",
     },
     "mlxdiff.generate": {
@@ -616,6 +617,7 @@ MAY = {
         "mlxdiff.train.*",
         "mlxdiff.weights",
     },
+    "mlxdiff.train.tape": {"mlxdiff.models.ways"},
     "mlxdiff.train.texts": {
         "mlxdiff.conditioning",
         "mlxdiff.description",
@@ -627,6 +629,7 @@ MAY = {
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
         "mlxdiff.conditioning",
+        "mlxdiff.description",
         "mlxdiff.errors",
         "mlxdiff.pipeline",
         "mlxdiff.train.*",
@@ -750,6 +753,7 @@ MAY = {
     },
     "mlxdiff.widgets.painting": {
         "mlxdiff.errors",
+        "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.pictures",
         "mlxdiff.request",

@@ -8,9 +8,9 @@ from dataclasses import replace
 from .. import advice, families, images
 from ..advice import Machine
 from ..description import Description, published
-from ..families import ADAPTERS, MODELS, Defaults
+from ..families import MODELS, Defaults
 from ..memory import Workload, peak
-from ..recipe import recipe
+from ..recipe import Recipe, recipe
 from ..request import Request
 
 MULTIPLE = 64  # pixels: until a model is open, edges are multiples of this, which suits every model
@@ -65,9 +65,8 @@ class Known:
         """The names of networks that guide the model. role: "control" or "reference". masked: those that read the
         masked start picture, else those that read a picture of their own."""
         model = self.description
-        wanted = None if model is None else model.family.name, role, masked
-        rows = {name: row for (of, name), row in ADAPTERS.items() if (of, row.role, row.masked) == wanted}
-        return [name for name, row in rows.items() if row.fits(model.net)]
+        rows = {} if model is None else families.fitting(model.family, model.net, role)
+        return [name for name, row in rows.items() if row.masked == masked]
 
     @property
     def aspects(self) -> tuple[str, ...]:
@@ -105,7 +104,7 @@ class Known:
         if model is None:
             return None
         if options.get("bits") is not None:
-            model = replace(model, recipe=replace(model.recipe, bits=options["bits"]))
+            model = replace(model, recipe=Recipe(model.recipe.dtype, options["bits"]))
         sizes = tuple(images.size(picture) for picture in request.pictures)
         refiner = options.get("refiner")
         second = published(refiner, model.recipe) if refiner in MODELS else None

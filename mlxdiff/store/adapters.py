@@ -10,7 +10,7 @@ from .. import foreign
 from ..adapters import Adapter, Rows, Taught, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, FAMILIES, Fast
+from ..families import ADAPTERS, FAMILIES, Fast, fitting
 from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, guides, local
 
 if TYPE_CHECKING:
@@ -151,5 +151,4 @@ def embedding(path: Path, model: Description, word: str | None = None) -> tuple[
 
 def fast(model: Description) -> dict[str, Fast]:
     """The published LoRAs that fit a model, by their names."""
-    rows = ((called, row) for (of, called), row in ADAPTERS.items() if of == model.family.name)
-    return {called: row for called, row in rows if row.role == "lora" and row.fits(model.net)}
+    return fitting(model.family, model.net, "lora")

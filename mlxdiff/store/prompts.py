@@ -81,9 +81,10 @@ def _kept(file: Path, count: int, width: int) -> list[Text] | None:
         sound = sound and all(t.pooled is None or (t.pooled.ndim, t.pooled.shape[0]) == (2, 1) for t in texts)
         if not (sound and all(mx.issubdtype(a.dtype, mx.floating) and mx.isfinite(a).all().item() for a in every)):
             return None
-        os.utime(file)  # the oldest leave first
     except (KeyError, OSError, RuntimeError, ValueError):
         return None
+    with suppress(OSError):  # a cache that may only be read
+        os.utime(file)  # the oldest leave first
     return texts
 
 
