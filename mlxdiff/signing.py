@@ -224,7 +224,7 @@ def verify(file: Path, kind: str) -> dict | None:
             return _said(json.loads(reader.json()), number)
     except c2pa.C2paError.ManifestNotFound:
         return None
-    except (c2pa.C2paError, ValueError) as e:
+    except (c2pa.C2paError, ValueError, RecursionError) as e:
         return {"state": CHANGED, "problem": f"they cannot be read: {_line(e)}"}
     except OSError as e:
         raise Error(f"{file} cannot be read: {e.strerror or e}.", "Check the path.") from None
