@@ -297,7 +297,8 @@ EXTRA_FINGERS = Claim(
 NEAR_ONLY = Claim(
     "A U-Net sees what is near, only a transformer sees the whole picture",
     "wrong",
-    "Both see all of it: a transformer by comparing all places, a U-Net also by its small maps, on which all is near.",
+    "Both see all of it: a transformer by comparing all places, a U-Net also by its small maps, on which all is near, "
+    "and by its norms, which are taken over whole maps.",
     _LOOK,
     sees_near,
 )
