@@ -254,6 +254,7 @@ MAY = {
         "mlxdiff.tokenizers",
     },
     "mlxdiff.store.guides": {
+        "mlxdiff.builtin",
         "mlxdiff.convert",
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -274,6 +275,7 @@ MAY = {
     },
     "mlxdiff.store.adapters": {
         "mlxdiff.adapters",
+        "mlxdiff.builtin",
         "mlxdiff.convert.*",
         "mlxdiff.description",
         "mlxdiff.errors",
