@@ -9,7 +9,7 @@ from .. import description, store
 from ..console import Parser, run, say
 from ..dialects import lora
 from ..families import PARTS, name_of
-from ..recipe import BITS, DTYPES, SMALLER, bits_of, default_dtype, recipe
+from ..recipe import BITS, DTYPES, OF_TEXT, SMALLER, TEXT_BITS, bits_of, default_dtype, recipe
 from ..spelling import flag
 from ..store import Progress, adapters
 from ..store.tokenizer import tokenizer_for
@@ -23,6 +23,7 @@ def parser() -> Parser:
     p.add_argument("source", metavar="MODEL", help="name, hub id, diffusers folder, .safetensors or .gguf file")
     p.add_argument("-o", "--output", metavar="DIR", type=Path, help="the folder; an older model's is replaced")
     p.add_argument("-q", "--quantize", metavar="BITS", type=bits_of, choices=BITS, help=SMALLER)
+    p.add_argument("--text-bits", metavar="BITS", type=bits_of, choices=TEXT_BITS, help=OF_TEXT)
     p.add_argument("--dtype", choices=DTYPES, help="default: what suits this machine")
     p.add_argument("--prediction", choices=PREDICTIONS, help="what the network predicts, if the file does not say it")
     p.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer folder for a single-file checkpoint")
@@ -72,7 +73,7 @@ def _convert(args, options: dict) -> int:
             if words is None:
                 words = tokenizer_for(checkpoint, args.offline, show)
             loras = _loras(args, folder, checkpoint, show)
-            save(checkpoint, args.output, args.quantize, dtype, words, show, loras)
+            save(checkpoint, args.output, args.quantize, dtype, words, show, loras, args.text_bits)
     say(describe_facts(of_folder(args.output)))
     return 0
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from .. import description, provenance, store, weights
+from .. import description, foreign, provenance, store, weights
 from ..console import Parser, run, say, say_json
 from ..errors import Error
 from ..families import FAMILIES
 from ..foreign import path as expanded
 from ..models import build
-from ..recipe import Recipe, component_dtype
+from ..recipe import Recipe, component_bits, component_dtype
 from ..spelling import as_flags
 from ..store.adapters import usual_loras
 from . import Checkpoint, Component, check, lora, open
@@ -114,7 +114,7 @@ def of_folder(folder: Path) -> dict:
             "tensors": len(stored),
             "parameters": sum(v.size for _, v in tree_flatten(build.build(config).parameters())),
             "bytes": sum(v.nbytes for _, v in stored),
-            "dtype": str(Recipe(dtype, None if error is None else model.recipe.bits)),
+            "dtype": str(Recipe(dtype, None if error is None else component_bits(model.family, name, model.recipe))),
             "error": error,
         }
     same = {key: getattr(model, key) for key in ("variant", "prediction", "schedule")}
@@ -130,7 +130,7 @@ def describe_lora(facts: dict) -> str:
     lines.append(f"  fits {', '.join(facts['fits'])} and models of the same shapes")
     if facts["words"]:
         lines.append(f"  trained on {', '.join(f'{word!r:.60}' for word in facts['words'])}")
-    return "\n".join(lines)
+    return foreign.lines(lines)
 
 
 _NAMES = {"single-file": "original names", "diffusers": "diffusers names", "converted": "converted"}
@@ -162,7 +162,7 @@ def describe(facts: dict) -> str:
         lines.append(f"  to use it: {use[0].lower()}{use[1:]}" if use else "  not a whole model: one network of it")
     if facts.get("part_of") is not None:
         lines.append(f"  the whole is {facts['part_of']}")
-    return "\n".join(lines)
+    return foreign.lines(lines)
 
 
 def _title(facts: dict) -> str:

@@ -53,15 +53,16 @@ def save(
     tokenizer: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     loras: list[tuple[str | Path, float]] | None = None,
+    text_bits: int | str | None = None,
 ) -> Path:
     """Write a model folder at `target`, which appears whole or not at all.
 
     bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize. dtype: float32, float16 or bfloat16; by default what
     suits this machine. tokenizer: a tokenizer folder, for a checkpoint that has none. progress is called with
     ("convert", bytes done, bytes in all). loras: LoRA files and their scales, which change the weights before they are
-    quantized."""
+    quantized. text_bits: of T5 and Qwen3, or 16 for all; by default `bits`, or 8 on a GPU with less than 32 GB."""
     target = Path(target)
-    recipe = checked(bits, dtype, FAMILIES.get(checkpoint.family))
+    recipe = checked(bits, dtype, FAMILIES.get(checkpoint.family), text_bits)
     try:
         _vacant(target)
         model = describe(checkpoint, recipe)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import samplers, schedules
@@ -18,7 +18,7 @@ from .foreign import read_json
 from .guides import steps_on
 from .models import build
 from .models.vae import factor
-from .recipe import BITS, DTYPES, Recipe
+from .recipe import BITS, DTYPES, TEXT_BITS, WHOLE, Recipe
 from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Picture, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
@@ -328,7 +328,7 @@ class Description:
         """Write model.json into a folder whose other files are all there. progress: called with bytes done and bytes in
         all, since every file is read once for the seal."""
         values = {name: getattr(self, name) for name in ("name", "variant", "prediction", "schedule", "zero_negative")}
-        values |= {"format": FORMAT, "family": self.family.name, "recipe": asdict(self.recipe), "error": self.error}
+        values |= {"format": FORMAT, "family": self.family.name, "recipe": self.recipe.values(), "error": self.error}
         values |= {"tokenizers": self.tokenizers, "seal": seals.of(folder, progress)}
         values["components"] = {name: build.settings(config) for name, config in self.components.items()}
         values["hash"] = hash_of(values)
@@ -351,7 +351,7 @@ def published(name: str, recipe: Recipe) -> Description:
         family=model.family,
         variant=model.variant,
         prediction=model.family.prediction if model.prediction is None else model.prediction,
-        recipe=recipe,
+        recipe=recipe.of(model.family),
         schedule=model.family.schedule if schedule is None else schedule,
         zero_negative=model.family.zero_negative,
         components=model.networks,
@@ -446,7 +446,11 @@ _SOUND = {
     "variant": lambda v: isinstance(v, str),
     "prediction": lambda v: v in [*PREDICTIONS],
     "recipe": lambda v: (
-        isinstance(v, dict) and v.keys() == {"dtype", "bits"} and v["dtype"] in [*DTYPES] and v["bits"] in [None, *BITS]
+        isinstance(v, dict)
+        and v.keys() - {"text_bits"} == {"dtype", "bits"}
+        and v["dtype"] in [*DTYPES]
+        and v["bits"] in [None, *BITS]
+        and v.get("text_bits", WHOLE) in [*TEXT_BITS]
     ),
     "schedule": _schedule_is_sound,
     "zero_negative": lambda v: isinstance(v, bool),

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -21,7 +21,7 @@ from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
 from .guides import DETECTORS, MASKED, guides
 from .pipeline import Event, Pipeline, load
-from .recipe import BITS, DTYPES, SMALLER, bits_of, recipe
+from .recipe import BITS, DTYPES, OF_TEXT, SMALLER, TEXT_BITS, WHOLE, bits_of, recipe
 from .request import OUTPAINT, STRENGTH, Request
 
 
@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
     g.add_argument("--refine-at", type=float, metavar="F", help="fraction of the steps before the refiner begins (0.8)")
     g.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help=SMALLER)
+    g.add_argument("--text-bits", type=bits_of, choices=TEXT_BITS, metavar="BITS", help=OF_TEXT)
     g.add_argument("--dtype", choices=DTYPES, help="default: the dtype that suits this machine")
     g.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder for a single-file checkpoint")
     for kind, what in PARTS.items():
@@ -177,11 +178,12 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
     if note := tune.apply():
         warn(note)
     with Bar(args.json, sys.stderr if args.output == output.STDOUT else sys.stdout) as bar:
-        t5, dtype = any(r.t5 for r in requests), recipe(args.quantize, args.dtype).dtype
+        t5, how = any(r.t5 for r in requests), {"dtype": args.dtype, "text_bits": args.text_bits}
         first = requests[0]  # the others differ in prompts and seeds
-        if others is not None:  # chips have different default dtypes, but pictures are to be the same
-            others.greet({"model": model, "request": first.to_json(), "t5": t5, "dtype": dtype})
-        pipe = _load(args, model, first, t5, dtype, bar.progress)
+        if others is not None:  # machines have different defaults, but pictures are to be the same
+            how = _same_everywhere(args, model)
+            others.greet({"model": model, "request": first.to_json(), "t5": t5, "how": how})
+        pipe = _load(args, model, first, t5, how, bar.progress)
         requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
         requests = _once(requests, bar)
         if any(r.reuse for r in requests):  # pictures drawn at once reuse the same steps, and differ with their number
@@ -213,11 +215,20 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
     return 1 if lacking else 0
 
 
-def _load(args: argparse.Namespace, model: str, first: Request, t5: bool, dtype: str, progress: Callable) -> Pipeline:
+def _same_everywhere(args: argparse.Namespace, model: str) -> dict:
+    """How this machine stores weights, for others to do the same."""
+    family = MODELS[model].family if model in MODELS else None
+    how = recipe(args.quantize, args.dtype, family, args.text_bits)
+    whole = how.bits is None and how.text_bits is None
+    return {"dtype": how.dtype, "text_bits": WHOLE if whole else how.text_bits}
+
+
+def _load(args: argparse.Namespace, model: str, first: Request, t5: bool, how: dict, progress: Callable) -> Pipeline:
+    """how: `dtype` and `text_bits`."""
     return load(
         model,
         bits=args.quantize,
-        dtype=dtype,
+        **how,
         refiner=args.refiner,
         taesd=args.taesd,
         offline=args.offline,
@@ -302,7 +313,7 @@ def _one(
 
 
 def _facts(pipe: Pipeline, request: Request, reused: int) -> dict:
-    return {"model": pipe.name, **asdict(pipe.description.recipe)} | ({"reused": reused} if request.reuse else {})
+    return {"model": pipe.name, **pipe.description.recipe.values()} | ({"reused": reused} if request.reuse else {})
 
 
 def _share(
@@ -335,7 +346,7 @@ def _follow(args: argparse.Namespace, first: machines.Machines) -> int:
     """Draw what the first machine hands out, and say nothing."""
     told = first.greeted()
     request = Request.from_json(told["request"])
-    pipe = _load(args, told["model"], request, told["t5"], told["dtype"], lambda *_: None)
+    pipe = _load(args, told["model"], request, told["t5"], told["how"], lambda *_: None)
 
     def drawn(request: Request) -> tuple[Image, dict]:
         mx.reset_peak_memory()

@@ -23,7 +23,7 @@ from .description import Description
 from .families import FAMILIES
 from .models import build
 from .models.vae import factor
-from .recipe import BITS
+from .recipe import BITS, Recipe
 from .request import Request
 
 SURE = 1.15  # the estimate may exceed the truth by this factor (tests check it); a run is refused only beyond it
@@ -76,7 +76,7 @@ class Workload:
         if bits is None:
             return changed
         models = {"model": changed.model, "refiner": changed.refiner}
-        fewer = {k: replace(m, recipe=replace(m.recipe, bits=bits)) for k, m in models.items() if m is not None}
+        fewer = {k: replace(m, recipe=Recipe(m.recipe.dtype, bits)) for k, m in models.items() if m is not None}
         return replace(changed, **fewer)
 
 
@@ -189,10 +189,11 @@ def _draws(
 def _adapted(model: Description, name: str, loras: tuple[Adapter | int, ...]) -> float:
     """Bytes that LoRAs add to a quantized network: their factors run beside its layers, in its dtype, and a layer that
     one changes at full rank is no longer quantized. A network that is not quantized takes no more than without them."""
-    if model.recipe.bits is None or not loras:
+    bits = recipe.component_bits(model.family, name, model.recipe)
+    if bits is None or not loras:
         return 0
     shapes, item, more, dense = _built(model.components[name])[1], _item(model, name), 0.0, set()
-    plan = _plan(model.family.name, name, model.components[name], model.recipe.bits)
+    plan = _plan(model.family.name, name, model.components[name], bits)
     for lora in loras:
         if isinstance(lora, int):
             more += lora * item / 2 if name == model.family.denoiser else 0
@@ -251,7 +252,8 @@ def _counted(family_name: str, name: str, config: build.Config, how: recipe.Reci
     family = FAMILIES[family_name]  # the cache needs hashable arguments, and a Family holds dicts
     module, before, after = _built(config)
     item = recipe.DTYPES[recipe.component_dtype(family, name, how.dtype)].size
-    layers, held = recipe.quantization_plan(family, name, module, how.bits), 0
+    layers = recipe.quantization_plan(family, name, module, recipe.component_bits(family, name, how))
+    held = 0
     for parameter in after:
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight" and path in layers:

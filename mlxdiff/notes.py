@@ -6,6 +6,7 @@ from . import builtin
 from .families.base import SECOND_PASS
 from .guides import steps_on
 from .pipeline import Pipeline
+from .recipe import WHOLE
 from .request import Request
 
 
@@ -14,6 +15,10 @@ def of_run(pipe: Pipeline, request: Request) -> Iterator[str]:
     size = request.width, request.height, pipe.description.defaults.size
     if pipe.name == builtin.NAME and (small := builtin.size_notice(*size)):
         yield small
+    bits = pipe.description.recipe.text_bits
+    if bits not in (None, WHOLE) and (pipe.description.text.t5 is None or pipe.description.reads_t5(request)):
+        reader = "T5" if pipe.description.text.t5 is not None else "Qwen3"
+        yield f"{reader} is in {bits}{' bits' * isinstance(bits, int)}. --text-bits {WHOLE} keeps all bits."
     for adapter, scale in pipe.attached.adapters(request):
         yield f"{adapter}, scale {scale:g}"
     yield from pipe.attached.notes(request)

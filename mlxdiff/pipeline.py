@@ -57,6 +57,7 @@ def load(
     model: str | Path = families.DEFAULT,
     *,
     bits: int | str | None = None,
+    text_bits: int | str | None = None,
     dtype: str | None = None,
     refiner: str | Path | None = None,
     taesd: str | Path | None = None,
@@ -80,6 +81,7 @@ def load(
 
     model: a name (`mlxdiff models` lists them), a hub id (`org/repo`), a folder, or a .safetensors or .gguf file.
     bits: 3, 4, 5, 6, 8, "mxfp4", "mxfp8" or "nvfp4", to quantize.
+    text_bits: the same for T5 and Qwen3, or 16 for all; by default `bits`, or 8 on a GPU with less than 32 GB.
     dtype: "float16", "bfloat16" or "float32"; by default the one that suits this machine.
     refiner: a second model that finishes each picture, such as "sdxl-refiner".
     taesd: a tiny decoder for previews: "auto" for the one made for the family, a hub id, a folder or a file.
@@ -115,9 +117,9 @@ def load(
             upscale.check(request.upscaler)
 
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
-    advice.check_named(absent, recipe(bits, dtype), check)
-    options = {"bits": bits, "dtype": dtype, "offline": offline, "prediction": prediction, "parts": parts, "t5": t5}
-    options |= {"revision": revision, "tokenizer": tokenizer, "progress": progress}
+    advice.check_named(absent, recipe(bits, dtype, text_bits=text_bits), check)
+    options = {"bits": bits, "text_bits": text_bits, "dtype": dtype, "prediction": prediction, "parts": parts, "t5": t5}
+    options |= {"offline": offline, "revision": revision, "tokenizer": tokenizer, "progress": progress}
 
     def opened(name: str | Path, **check) -> Pipeline:
         folder = store.resolve(name, **options, **check)
@@ -374,10 +376,12 @@ class Pipeline:
         learned = self.attached.words(request)
         conditioning.teach_tokenizers(toks, learned, model.components)
         for name, words in conditioning.tokenize(text_plan, toks, prompts).items():
-            conditioning.teach(self.networks.get(name), name, learned)  # it is released below
-            parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
-            mx.eval(parts[name])
-            self.networks.release(name)  # one encoder at a time: T5 alone is larger than all the others
+            try:
+                conditioning.teach(self.networks.get(name), name, learned)
+                parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
+                mx.eval(parts[name])
+            finally:  # one encoder at a time: T5 alone is larger than all the others; after Ctrl-C it is still taught
+                self.networks.release(name)
         return conditioning.join(text_plan, parts, model.net.context)
 
     def denoiser(

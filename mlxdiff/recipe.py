@@ -1,6 +1,6 @@
 """How weights are stored: their dtype, and which layers get how many bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,29 +14,75 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # shift. The other ways are MLX's small floats: a group has a scale only.
 BITS: dict[int | str, int] = {3: 3, 4: 4, 5: 5, 6: 6, 8: 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 SMALLER = f"{', '.join(map(str, BITS))}: smaller, not faster"
+OF_TEXT = "those of T5 and Qwen3; 16 is all (default: as -q; without it 8 on a GPU with less than 32 GB, else 16)"
 _GROUPS = {"mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 _TEXT = Careful(whole=("text_projection", "embeddings"))
+WHOLE = 16  # `text_bits` of text encoders that are not quantized
+TEXT_BITS = (WHOLE, *BITS)
+_AMPLE = 32 * 2**30  # bytes of a GPU's memory; with less, large text encoders are quantized
 
 
 @dataclass(frozen=True)
 class Recipe:
     dtype: str
     bits: int | str | None
+    text_bits: int | str | None = None  # of T5 and Qwen3, or WHOLE; None: as `bits`
 
     def __str__(self) -> str:
-        """One word: float16, float16-4bit, float16-mxfp4."""
-        if self.bits is None:
-            return self.dtype
-        return f"{self.dtype}-{self.bits}bit" if isinstance(self.bits, int) else f"{self.dtype}-{self.bits}"
+        """One word: float16, float16-4bit, float16-mxfp4, float16-text8."""
+        word = self.dtype
+        if self.bits is not None:
+            word += f"-{self.bits}bit" if isinstance(self.bits, int) else f"-{self.bits}"
+        return word if self.text_bits is None else f"{word}-text{self.text_bits}"
+
+    def values(self) -> dict:
+        """Its fields, `text_bits` only where it is set."""
+        return {name: value for name, value in vars(self).items() if name != "text_bits" or value is not None}
+
+    def of(self, family: Family | None) -> "Recipe":
+        """The same for a family, which may have neither T5 nor Qwen3."""
+        return self if family is None or large_text(family) else replace(self, text_bits=None)
 
 
-def recipe(bits: int | str | None = None, dtype: str | None = None, family: Family | None = None) -> Recipe:
-    """A checked recipe. dtype None: the dtype that suits this machine and the family, if that is known."""
+def recipe(
+    bits: int | str | None = None,
+    dtype: str | None = None,
+    family: Family | None = None,
+    text_bits: int | str | None = None,
+) -> Recipe:
+    """A checked recipe. dtype None: the dtype that suits this machine and the family, if that is known. text_bits None:
+    those of `bits`; if that is None too, 8 on a GPU with little memory."""
     if bits is not None and bits not in [*BITS]:
         raise Error(f"Weights cannot be quantized to {bits!r}.", f"Use one of {', '.join(map(str, BITS))}.")
+    if text_bits is not None and text_bits not in [*TEXT_BITS]:
+        choices = f"Use one of {', '.join(map(str, TEXT_BITS))}; {WHOLE} quantizes nothing."
+        raise Error(f"Text encoders cannot have `text_bits` {text_bits!r}.", choices)
     if dtype is not None and dtype not in [*DTYPES]:
         raise Error(f"{dtype!r} is not a dtype for weights.", f"Use one of {', '.join(DTYPES)}.")
-    return Recipe(default_dtype(family) if dtype is None else dtype, bits)
+    if text_bits is None and bits is None and _little_memory():
+        text_bits = 8
+    return Recipe(default_dtype(family) if dtype is None else dtype, bits, text_bits).of(family)
+
+
+def _little_memory() -> bool:
+    """Whether a GPU computes and has less than 32 GB, or shares less. A CPU multiplies quantized weights slowly."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return False
+    info = mx.device_info()
+    return int(info.get("memory_size", info.get("total_memory", _AMPLE))) < _AMPLE
+
+
+def large_text(family: Family) -> tuple[str, ...]:
+    """The text encoders of a family that have billions of parameters."""
+    return tuple(name for name, network in family.text.encoders.items() if network in ("t5", "qwen3"))
+
+
+def component_bits(family: Family | None, name: str, recipe: Recipe) -> int | str | None:
+    """The bits of a component's quantized layers; None: none are."""
+    bits = recipe.bits
+    if recipe.text_bits is not None and family is not None and name in large_text(family):
+        bits = recipe.text_bits
+    return None if bits == WHOLE else bits
 
 
 def default_dtype(family: Family | None = None) -> str:

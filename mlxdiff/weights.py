@@ -16,7 +16,7 @@ from .errors import Error
 from .families import Family
 from .foreign import check_regular
 from .models import build
-from .recipe import DTYPES, Recipe, component_dtype, quantization_plan
+from .recipe import DTYPES, Recipe, component_bits, component_dtype, quantization_plan
 
 _TAGS = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 _STORED = 32  # numbers of a group in quantized files, which keep them
@@ -47,7 +47,7 @@ class Writer:
         self.path, name = path, path.stem
         self.dtype = DTYPES[component_dtype(family, name, recipe.dtype)]
         module = build.build(config)
-        self.layers = quantization_plan(family, name, module, recipe.bits)
+        self.layers = quantization_plan(family, name, module, component_bits(family, name, recipe))
         self.as_stored = {}
         for layer, how in self.layers.items():
             key, bits = f"{layer}.weight", (stored or {}).get(f"{layer}.weight")
@@ -142,7 +142,8 @@ def load(path: Path, family: Family, config: build.Config, recipe: Recipe) -> nn
     except Error as e:
         raise Error(f"{path}: {e.problem}", e.fix) from None
     module = build.build(config)
-    layers, linear = quantization_plan(family, path.stem, module, recipe.bits), dict(module.named_modules())
+    layers = quantization_plan(family, path.stem, module, component_bits(family, path.stem, recipe))
+    linear = dict(module.named_modules())
     for layer, how in layers.items():  # those that the writer took as they were stored have more scales
         groups = (linear[layer].weight.shape[0], linear[layer].weight.shape[1] // _STORED)
         if how["mode"] == "affine" and f"{layer}.scales" in arrays and arrays[f"{layer}.scales"].shape == groups:

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxdiff
-from mlxdiff import advice, generate, images, memory
+from mlxdiff import advice, conditioning, generate, images, memory
 from mlxdiff.adapters import SidePath
 from mlxdiff.attached import settled
 from mlxdiff.convert import __main__ as convert
@@ -540,6 +540,22 @@ def test_a_taught_word_is_kept_with_the_picture(pipe, width, tmp_path):
     full(file, {"emb_params": np.zeros((2, width), np.float32)})
     with pytest.raises(Error, match="The embedding files are not those of these settings"):
         pipe(images.read_settings(tmp_path / "a.png")[0])
+
+
+def test_ctrl_c_while_a_prompt_is_read_teaches_the_next_one_nothing(width, tmp_path, monkeypatch):
+    """A text encoder that was taught a word and not closed would keep it, in the place of the next one."""
+    files = [full(tmp_path / f"{x}.safetensors", {"moss": np.full((1, width), x, np.float32)}) for x in (1, -1)]
+    stopped, fresh = (mlxdiff.load("storybook", dtype="float32") for _ in range(2))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conditioning, "read", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stopped("a moss house", **SMALL, embeddings=[str(files[0])])
+    again, want = (each("a moss house", **SMALL, embeddings=[str(files[1])]).image for each in (stopped, fresh))
+    assert again.tobytes() == want.tobytes()
 
 
 BAD_WORDS = {

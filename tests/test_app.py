@@ -195,11 +195,8 @@ def started(request, tmp_path):
     env |= {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
     # Whoever started the tests may ignore the signals that end a terminal, and hand that down.
     code = "import signal; [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGTERM)]\n"
-    code += "import sys; from mlxdiff.widgets import app, lab; from pathlib import Path\n"
-    code += {
-        "lab": "sys.exit(lab.studio(Path('studio.ipynb').resolve(), None, True))",
-        "page": "sys.exit(app.studio(None, None, True))",
-    }[request.param]
+    code += "import sys; from mlxdiff.widgets import app\n"
+    code += f"sys.exit(app.main({['--lab'] * (request.param == 'lab')}))"
     (tmp_path / "books").mkdir()
     book = lab._notebook(tmp_path / "books" / "studio.ipynb", None)
     lab._cell(book, tmp_path).source = "print('hello')"

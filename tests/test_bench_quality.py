@@ -101,6 +101,16 @@ def test_reused_steps_are_compared_with_all_of_them():
         quality.settings(15, "ddim", KNOWN, ["reuse=0,0.1", "sampler=heun"])
 
 
+def test_the_part_of_the_steps_that_was_saved():
+    """Reference: the same pictures, drawn one by one, and what each says of its steps."""
+    pipe, question = mlxdiff.load("storybook"), quality.asked("storybook", "1")
+    todo, size = [Setting(8, "dpmpp_2m", None, reuse) for reuse in (0.0, 1.0)], {"width": 64, "height": 64}
+    rows = quality.compare(lambda bits: pipe, todo, question, quality.Scorer(question, None), lambda done: None, **size)
+    saved = [pipe(question.prompts[0], seed=SEED, steps=8, reuse=reuse, **size).reused / 8 for reuse in (0.0, 1.0)]
+    assert saved[1] > saved[0] == 0
+    assert [row["reused"] for row in rows] == saved
+
+
 def test_the_fastest_that_is_as_good():
     def row(low, seconds):
         return {"below": {"low": low}, "seconds": {"median": seconds}}

@@ -1,11 +1,14 @@
 """The studio without a browser: traits, messages and files, over a pipeline that needs no model (tests/fakes.py)."""
 
+import errno
+import fcntl
 import io
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections import deque
 
 import numpy as np
 import pytest
@@ -343,7 +346,7 @@ def test_seeds_are_fresh_unless_locked(studio):
     seeds = [draw(studio).request.seed for _ in range(2)]
     assert seeds[0] != seeds[1]
     assert studio.seed == seeds[1]  # the field shows what was used
-    studio.controls.reuse.click()
+    studio.controls.last.click()
     assert draw(studio).request.seed == seeds[1]
     studio.controls.dice.click()
     assert studio.seed != seeds[1]
@@ -492,6 +495,76 @@ def test_favourites_are_kept_beside_the_pictures_and_outlast_the_strip(studio, m
     assert file.read_text() == ""
 
 
+def test_two_studios_keep_each_other_s_favourites(studio, monkeypatch):
+    """Of one folder: a star is what this studio shows, and no other process may note one in between."""
+    for prompt in ("one", "two"):
+        draw(studio, prompt=prompt)
+    other = Studio("fake", worker=studio._worker)
+    other.recall()
+    names = [picture.path.name for picture in studio.images]
+    keys = {entry["title"].split(",")[0]: entry["key"] for entry in other.view.history}
+    heard(studio, do="star", key=0)
+    heard(other, do="star", key=keys["one"])  # which it shows without one
+    read, refused = history.favourites, []
+
+    def favourites(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused.append(folder)
+        finally:
+            os.close(handle)
+        return read(folder)
+
+    monkeypatch.setattr(history, "favourites", favourites)
+    heard(other, do="star", key=keys["two"])
+    assert read(studio.images[0].path.parent) == {*names}
+    assert refused
+    assert [entry["star"] for entry in other.view.history] == [True, True]
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(history, "favourites", read)
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    heard(other, do="star", key=keys["two"])
+    assert read(studio.images[0].path.parent) == {names[0]}
+
+
+def test_a_picture_that_is_finished_while_others_are_recalled_is_in_the_strip(studio, monkeypatch):
+    draw(studio, prompt="one")
+    other, newest, threads = Studio("fake", worker=studio._worker), history._newest, []
+
+    def slow(entries):
+        if threading.current_thread() is threading.main_thread():  # the strip was read, and is not changed yet
+            image = studio.images[0].image
+            threads.append(threading.Thread(target=other._history.keep, args=(studio.images[0], image, False)))
+            threads[0].start()
+            threads[0].join(0.1)
+        return newest(entries)
+
+    monkeypatch.setattr(history, "_newest", slow)
+    other.recall()
+    threads[0].join()
+    assert len(other.view.history) == 2
+
+
+def test_an_interrupt_at_any_moment_leaves_no_studio_busy(studio, interrupts):
+    """A kernel's interrupt meets the thread of the cells; the worker draws on."""
+    times = 0
+    for moment in interrupts("studio.py", "worker.py"):
+        times += 1
+        with moment:
+            studio.generate()
+            studio.cancel(everything=True)
+        studio.cancel(everything=True)
+        assert draw(studio, steps=1).images
+        settled(studio)
+        assert (studio.view.running, studio._jobs, studio._worker._waiting) == (False, [], deque())
+    assert times > 30
+
+
 def test_a_copy_in_another_format_is_handed_to_the_page_and_restores(studio, monkeypatch):
     draw(studio, prompt="one")
     handed = []
@@ -572,6 +645,19 @@ def test_restore_all_or_the_seed_alone(studio):
     assert draw(studio).request == first
     heard(studio, do="view", key=1)
     assert studio.view.shown["title"] == "two"
+
+
+def test_reuse_has_a_control_and_comes_back_with_a_picture(studio):
+    """Its value is not one of the control's steps, and comes back to the last digit."""
+    studio.controls.reuse.value = 0.12345
+    first = draw(studio, steps=8, sampler="euler").request
+    assert first.reuse == 0.12345
+    studio.reuse = 0.0
+    assert studio.controls.reuse.value == 0
+    assert draw(studio).request.reuse == 0
+    heard(studio, do="restore", key=0)
+    assert (studio.reuse, studio.controls.reuse.value, studio.more) == (0.12345, 0.12345, {})
+    assert "reuse" in studio.controls.compare.rows.options
 
 
 def test_a_stochastic_sampler_s_eta_is_not_carried_to_another(studio):

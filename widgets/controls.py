@@ -66,6 +66,8 @@ class Controls(w.VBox):
         self.sampler = w.Dropdown(description="Sampler", layout=wide)
         self.schedule = w.Dropdown(description="Schedule", layout=wide)
         self.offer(flow=False)
+        what = "0.1 skips most of a step where little changed: faster, slightly different; 0 skips nothing"
+        self.reuse = w.BoundedFloatText(description="Reuse", min=0, max=1, step=0.05, tooltip=what, layout=wide)
         self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=MULTIPLE, layout=wide)
         self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=MULTIPLE, layout=wide)
         self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=wide)
@@ -80,7 +82,7 @@ class Controls(w.VBox):
         self.seed = w.Text(description="Seed", continuous_update=False, layout=wide)
         self.locked = w.ToggleButton(description="Keep", tooltip="Keep this seed for every picture")
         self.dice = w.Button(description="New", tooltip="Another seed")
-        self.reuse = w.Button(description="Last", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
+        self.last = w.Button(description="Last", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
         self.more = w.HTML().add_class("mlxdiff-why")
         self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
         self.loras, self.compare = Loras(), Compare()
@@ -102,11 +104,12 @@ class Controls(w.VBox):
                     self.steps,
                     self.guidance,
                     w.HBox([self.sampler, self.schedule]).add_class("mlxdiff-two"),
+                    self.reuse,
                     w.HBox([*self.shapes.values()]).add_class("mlxdiff-presets"),
                     w.HBox([self.width, self.height, self.count]).add_class("mlxdiff-three"),
                     self.memory,
                 ).add_class("mlxdiff-roomy"),
-                w.HBox([self.seed, self.locked, self.dice, self.reuse]).add_class("mlxdiff-seed"),
+                w.HBox([self.seed, self.locked, self.dice, self.last]).add_class("mlxdiff-seed"),
                 w.HBox([self.more, self.forget]),
                 w.HBox(folds).add_class("mlxdiff-folds"),
             ]
@@ -165,7 +168,7 @@ class Controls(w.VBox):
 
     def bind(self, studio: t.HasTraits) -> None:
         """Tie every control to its trait, in both directions."""
-        for name in ("prompt", "steps", "guidance", "width", "height", "strength", "count", "locked"):
+        for name in ("prompt", "steps", "guidance", "width", "height", "strength", "reuse", "count", "locked"):
             _tie(studio, name, getattr(self, name))
         for name in ("negative", "sampler", "schedule", "upscaler"):
             _tie(studio, name, getattr(self, name), lambda v: "" if v is None else v, lambda v: v or None)

@@ -10,7 +10,7 @@ from ..advice import Machine
 from ..description import Description, published
 from ..families import MODELS, QUICK, Defaults, Fast
 from ..memory import Workload, peak
-from ..recipe import recipe
+from ..recipe import Recipe, recipe
 from ..request import Request
 
 MULTIPLE = 64  # pixels: until a model is open, edges are multiples of this, which suits every model
@@ -110,7 +110,7 @@ class Known:
         if model is None:
             return None
         if options.get("bits") is not None:
-            model = replace(model, recipe=replace(model.recipe, bits=options["bits"]))
+            model = replace(model, recipe=Recipe(model.recipe.dtype, options["bits"]))
         sizes = tuple(images.size(picture) for picture in request.pictures)
         refiner = options.get("refiner")
         second = published(refiner, model.recipe) if refiner in MODELS else None

@@ -29,6 +29,7 @@ FIELDS: dict[str, Callable] = {
     "width": int,
     "height": int,
     "strength": float,
+    "reuse": float,
     "prompt": str,
     "negative": str,
 }
@@ -106,6 +107,7 @@ class Settings(t.HasTraits):
     reference_guides = t.List(help="Request's references: Guides or tuples, such as ('ip-adapter', 'photo.png', 0.6)")
     loras = t.List(t.Unicode(), help="LoRAs, each with its scale, such as ['style.safetensors:0.8']")
     embeddings = t.List(t.Unicode(), help="taught words: files, each with its word if the file's own does not suit")
+    reuse = t.Float(0.0, help="0.1 skips most of a step where little changed: faster, slightly different; 0 skips none")
     upscaler = t.Unicode(None, allow_none=True, help="with what the page's Enlarge enlarges: a name, file or hub id")
     more = t.Dict(help="the Request's fields that have no control, such as {'clip_skip': 2}")
     folder = t.Union([t.Unicode(), t.Instance(Path)], default_value="pictures", help="where files are written")

@@ -3,12 +3,11 @@ model or, without any file, a named model's full-size networks with random weigh
 shortest and the longest."""
 
 import argparse
-import json
 import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -107,7 +106,7 @@ def bench(args: argparse.Namespace) -> int:
         say_json(facts) if args.json else say(graph.table(facts))
     else:
         facts = measure(args)
-        print(json.dumps(facts) if args.json else table(facts))
+        say_json(facts) if args.json else say(table(facts))
     return 0
 
 
@@ -169,7 +168,7 @@ def about(pipe: Pipeline, request: Request, args: argparse.Namespace) -> dict:
         "model": pipe.name,
         "family": model.family.name,
         "random": args.random is not None,
-        **asdict(model.recipe),
+        **model.recipe.values(),
         "width": request.width,
         "height": request.height,
         "batch": model.passes(request),

@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib import metadata
 from typing import NamedTuple
 
@@ -424,7 +423,7 @@ def measure(pipe: Pipeline, request: Request) -> dict:
         "mlxdiff": __version__,
         "mlx": metadata.version("mlx"),
         "model": pipe.name,
-        **asdict(model.recipe),
+        **model.recipe.values(),
         "vae_dtype": component_dtype(model.family, "vae", model.recipe.dtype),
         "width": request.width,
         "height": request.height,

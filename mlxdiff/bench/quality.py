@@ -141,13 +141,15 @@ def asked(model: str, prompts: str | None) -> Asked:
 
 
 class Drawn(NamedTuple):
-    """The pictures of one setting, as far as they are needed. db: to those of the slowest one; None of itself."""
+    """The pictures of one setting, as far as they are needed. db: to those of the slowest one; None of itself. reused:
+    the part of all steps that took over the work of earlier ones."""
 
     setting: Setting
     seconds: dict
     peak_bytes: int
     db: float | None
     seen: list[np.ndarray]  # each as the judge or CLIP takes it
+    reused: float
 
 
 def draw(
@@ -162,13 +164,14 @@ def draw(
         for setting in (s for s in todo if s.bits == bits):
             mx.clear_cache()
             mx.reset_peak_memory()
-            seconds, errors, seen = [], [], []
+            seconds, errors, seen, reused = [], [], [], 0
             for k, prompt in enumerate(prompts):
                 begin = time.perf_counter()
                 how = setting._asdict() | size
                 del how["bits"]
-                image = pipe(prompt, seed=SEED + k, **how).image
+                result = pipe(prompt, seed=SEED + k, **how)
                 seconds.append(time.perf_counter() - begin)
+                image, reused = result.image, reused + result.reused
                 seen.append(see(image))
                 values = np.asarray(image, np.float32)
                 if setting == todo[0]:
@@ -177,7 +180,8 @@ def draw(
                 if k + 1 < len(prompts):
                     yield None
             db = None if setting == todo[0] else 10 * np.log10(255**2 / max(float(np.mean(errors)), 1e-3))
-            yield Drawn(setting, spread(seconds), mx.get_peak_memory(), db, seen)
+            part = reused / (setting.steps * len(prompts))
+            yield Drawn(setting, spread(seconds), mx.get_peak_memory(), db, seen, part)
         del pipe
         mx.clear_cache()
 
@@ -245,7 +249,8 @@ def row(drawn: Drawn, scores: np.ndarray | None, best: np.ndarray | None) -> dic
     if scores is not None:
         each = np.arange(len(scores))
         found |= {"score": measure.mean(scores, each, 100.0), "below": measure.mean(best - scores, each)}
-    return found | {"db": drawn.db, "seconds": drawn.seconds, "peak_bytes": drawn.peak_bytes}
+    costs = {"seconds": drawn.seconds, "peak_bytes": drawn.peak_bytes}
+    return found | {"db": drawn.db, "reused": drawn.reused} | costs
 
 
 def fastest_as_good(rows: list[dict]) -> int | None:
@@ -264,8 +269,8 @@ def table(facts: dict) -> str:
         f"{f['model']}, {f['width']}x{f['height']}, {f['dtype']}, {f['chip']}, mlx {f['mlx']} on {f['device']}",
         f"{n} prompts, seeds {SEED} to {SEED + n - 1}; score: {title or 'none'}",
         "",
-        f"{'steps':>5}  {'sampler':16}{'bits':>6}{'reuse':>6}{'score':>8}  {'95 % interval':15}{'to first':>9}"
-        f"{'s/picture':>11}{'speed':>8}{'peak':>10}",
+        f"{'steps':>5}  {'sampler':16}{'bits':>6}{'reuse':>6}{'saved':>7}{'score':>8}  {'95 % interval':15}"
+        f"{'to first':>9}{'s/picture':>11}{'speed':>8}{'peak':>10}",
     ]
     took = [r["seconds"]["median"] for r in rows]
     for i, r in enumerate(rows):
@@ -275,10 +280,11 @@ def table(facts: dict) -> str:
         mark = "  *" if i == f["fastest_as_good"] else ""
         bits = "-" if r["bits"] is None else r["bits"]
         lines.append(
-            f"{r['steps']:5}  {r['sampler']:16}{bits:>6}{r['reuse']:6g}{value}{db:>9}"
+            f"{r['steps']:5}  {r['sampler']:16}{bits:>6}{r['reuse']:6g}{r['reused']:7.0%}{value}{db:>9}"
             f"{took[i]:11.2f}{took[0] / took[i]:7.1f}x{r['peak_bytes'] / 1e9:7.2f} GB{mark}"
         )
-    lines += ["", "to first: how far the pictures are from those of the first row; below 23 dB, other pictures."]
+    lines += ["", "saved: the part of the steps that took over the work of earlier ones (`reuse`)."]
+    lines.append("to first: how far the pictures are from those of the first row; below 23 dB, other pictures.")
     if f["fastest_as_good"] is not None:
         lines.append(f"*: the fastest whose score is not measurably below that of the first row, of {n} prompts.")
     elif title is None:

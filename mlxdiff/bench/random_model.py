@@ -21,7 +21,7 @@ from ..models import build
 from ..models.build import Config
 from ..networks import Networks
 from ..pipeline import Pipeline
-from ..recipe import DTYPES, component_dtype, quantization_plan, recipe
+from ..recipe import DTYPES, component_bits, component_dtype, quantization_plan, recipe
 from ..tokenizers import BOS, EOS, QWEN_SPECIAL
 
 
@@ -52,7 +52,8 @@ class RandomNetworks(Networks):
         kind = DTYPES[component_dtype(model.family, name, model.recipe.dtype)]
         net = build.build(model.components[name])
         net.update(tree_map(lambda p: _random(p.shape, kind) if p.ndim > 1 else p.astype(kind), net.parameters()))
-        return weights.quantized(net, quantization_plan(model.family, name, net, model.recipe.bits)).eval()
+        bits = component_bits(model.family, name, model.recipe)
+        return weights.quantized(net, quantization_plan(model.family, name, net, bits)).eval()
 
     def clock(self) -> float:
         """Seconds, without the time that making weights took."""

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ def resolve(
     *,
     bits: int | str | None = None,
     dtype: str | None = None,
+    text_bits: int | str | None = None,
     offline: bool = False,
     revision: str | None = None,
     tokenizer: str | Path | None = None,
@@ -62,13 +63,14 @@ def resolve(
 ) -> Path:
     """The model folder of a named model, a hub id (`org/repo`, or `org/repo/file.safetensors`), a folder or a file.
 
-    bits, dtype: how to store the weights. offline: never use the network. revision: a branch, tag or commit of the hub
-    repository; by default the commit that was seen first is kept. tokenizer: a folder, for checkpoints without one.
-    prediction: "eps" or "v", if a checkpoint does not say. parts: files of what `families.PARTS` names, for a
-    transformer that lacks them and has no such files beside it. t5: False neither fetches nor converts SD3's T5.
+    bits, dtype, text_bits: how to store the weights. offline: never use the network. revision: a branch, tag or commit
+    of the hub repository; by default the commit that was seen first is kept. tokenizer: a folder, for checkpoints
+    without one. prediction: "eps" or "v", if a checkpoint does not say. parts: files of what `families.PARTS` names,
+    for a transformer that lacks them and has no such files beside it. t5: False neither fetches nor converts SD3's T5.
     progress(stage, done, total) is called with bytes. check: called with the model's description as soon as it is
     known, which is before a conversion; an exception from it ends the call."""
-    asked, how = {"dtype": dtype, "bits": bits, "prediction": prediction}, recipe.recipe(bits, dtype)
+    asked = {"dtype": dtype, "bits": bits, "text_bits": text_bits, "prediction": prediction}
+    how = recipe.recipe(bits, dtype, text_bits=text_bits)
     tokenizer = None if tokenizer is None else foreign.path(tokenizer)
     if tokenizer is not None and not tokenizer.is_dir():
         fix = "Give `tokenizer=DIR`, the tokenizer folder of a model in diffusers layout."
@@ -158,7 +160,10 @@ def _as_it_is(folder: Path, asked: dict, options: Options) -> Path:
         fix = f"Leave {names} out; such parts are taken when the original checkpoint is converted."
         raise Error(f"{folder} is already converted; its {names} cannot be replaced.", fix)
     model = description.read(folder)
-    has = {"dtype": model.recipe.dtype, "bits": model.recipe.bits, "prediction": model.prediction}
+    how = model.recipe
+    has = {"dtype": how.dtype, "bits": how.bits, "text_bits": how.text_bits, "prediction": model.prediction}
+    if has["text_bits"] is None:
+        has["text_bits"] = recipe.WHOLE if how.bits is None else how.bits
     for key, value in asked.items():
         if value is not None and value != has[key]:
             raise Error(
@@ -281,11 +286,12 @@ def _keyed(options: Options) -> Recipe:
 def _asked(options: Options) -> list:
     tokenizer = None if options.tokenizer is None else [str(options.tokenizer.resolve()), _stamps(options.tokenizer)]
     parts = [[kind, str(file.resolve()), _stamps(file)] for kind, file in sorted(options.parts.items())]
-    return [asdict(_keyed(options)), options.prediction, options.t5, tokenizer, *parts]
+    return [_keyed(options).values(), options.prediction, options.t5, tokenizer, *parts]
 
 
 def _target(label: str, identity: list, options: Options) -> Path:
-    return cache.folder(label, str(_keyed(options)), [description.FORMAT, identity, _asked(options)])
+    word = str(replace(_keyed(options), text_bits=None))  # T5 and Qwen3: it may have neither
+    return cache.folder(label, word, [description.FORMAT, identity, _asked(options)])
 
 
 def _present(label: str, identity: list, options: Options) -> Path | None:
@@ -308,13 +314,14 @@ def _make(label: str, identity: list, obtain: Callable[[Path], Path], options: O
         checkpoint = convert.open(obtain(part), options.prediction, options.parts, options.t5)
         how = options.recipe
         if options.suited:
-            how = recipe.recipe(how.bits, None, FAMILIES.get(checkpoint.family))
+            how = replace(how, dtype=recipe.default_dtype(FAMILIES.get(checkpoint.family)))
+        how = how.of(FAMILIES.get(checkpoint.family))
         options.check(convert.describe(checkpoint, how))
         cache.check_room(checkpoint.path.name, _size(checkpoint, how))
         tokenizer = options.tokenizer
         if tokenizer is None:
             tokenizer = tokenizer_for(checkpoint, options.offline, options.progress)
-        convert.save(checkpoint, part / "model", **asdict(how), tokenizer=tokenizer, progress=options.progress)
+        convert.save(checkpoint, part / "model", **how.values(), tokenizer=tokenizer, progress=options.progress)
         cache.write_json(part / "model" / "source.json", {"identity": identity, "asked": asked})
 
     return cache.make(_target(label, identity, options), fill, lambda: options.progress("wait", 0, 0))
@@ -336,8 +343,9 @@ def _size(checkpoint: "Checkpoint", how: Recipe) -> float:
     """Bytes that the conversion will write. If it is quantized, all layers count as quantized."""
     need = 0.0
     for name, component in checkpoint.components.items():
-        dtype = recipe.component_dtype(FAMILIES.get(checkpoint.family), name, how.dtype)
-        size = recipe.DTYPES[dtype].size if how.bits is None else recipe.BITS[how.bits] / 8
+        family = FAMILIES.get(checkpoint.family)
+        dtype, bits = recipe.component_dtype(family, name, how.dtype), recipe.component_bits(family, name, how)
+        size = recipe.DTYPES[dtype].size if bits is None else recipe.BITS[bits] / 8
         need += component.parameters * size
     return need
 

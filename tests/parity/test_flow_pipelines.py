@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from transformers import CLIPTokenizer, T5Tokenizer
 
 import mlxdiff
-from mlxdiff import generate
+from mlxdiff import generate, notes
 from mlxdiff.errors import Error
 from mlxdiff.models.t5 import T5Encoder
 from mlxdiff.pipeline import Pipeline
@@ -297,6 +297,27 @@ def test_quantized_pipelines(wide, family, bits):
     assert max(error.values()) < 0.25
     drawn = np.asarray(small(PROMPT, seed=SEED, steps=3, **SIZE).image)
     assert psnr(drawn, want) > LEAST[bits]
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_t5_alone_in_8_bits(wide, family):
+    """`text_bits` quantizes T5 and nothing else, in a folder of its own; the picture changes, and as little as with 8
+    bits for all."""
+    folder, want = wide[family]
+    small, t5 = opened(folder, text_bits=8), {"sd3": "text_encoder_3", "flux": "text_encoder_2"}[family]
+    assert small.networks.folder != opened(folder).networks.folder
+    assert small.description.error.keys() == {t5}
+    quantized = [name for name in small.description.components if any(
+        isinstance(layer, nn.QuantizedLinear) for layer in small.networks.open(name).modules()
+    )]  # fmt: skip
+    assert quantized == [t5]
+    drawn = np.asarray(small(PROMPT, seed=SEED, steps=3, **SIZE).image)
+    assert not np.array_equal(drawn, want)
+    assert psnr(drawn, want) > LEAST[8]
+    said = [" ".join(notes.of_run(pipe, pipe.resolve(PROMPT, **SIZE))) for pipe in (small, opened(folder))]
+    assert [("T5 is in 8 bits. --text-bits 16" in text) for text in said] == [True, False]
+    with pytest.raises(Error, match="with text_bits 8, not 4"):
+        opened(small.networks.folder, text_bits=4)
 
 
 def test_long_and_weighted_prompts_run_and_differ(oracles):
