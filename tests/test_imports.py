@@ -261,6 +261,7 @@ MAY = {
         "mlxdiff.tokenizers",
     },
     "mlxdiff.store.guides": {
+        "mlxdiff.builtin",
         "mlxdiff.convert",
         "mlxdiff.description",
         "mlxdiff.errors",
@@ -281,6 +282,7 @@ MAY = {
     },
     "mlxdiff.store.adapters": {
         "mlxdiff.adapters",
+        "mlxdiff.builtin",
         "mlxdiff.convert.*",
         "mlxdiff.description",
         "mlxdiff.errors",
