@@ -39,8 +39,10 @@ def adapters(name: str | None) -> int:
     for (of, called), row in ADAPTERS.items():
         if family in (None, of):
             place = row.repo if row.file is None else f"{row.repo}/{row.file}"
-            size, title = row.size + row.encoder, FAMILIES[of].title
-            say(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {row.licence:27} {place}")
+            size = f"{row.size + row.encoder:.2f} GB"
+            if row.repo is None:
+                size, place = "none", "in the package"
+            say(f"{FAMILIES[of].title:22} {called:20} {row.kind:12} {size:>10}  {row.licence:27} {place}")
     say('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
     say(f"inpaint reads the start image and its mask: -i photo.png --mask door.png --control inpaint {MASKED}")
     say('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')

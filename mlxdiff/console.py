@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from .arguments import NEITHER, THEIRS
 from .errors import Error, did_you_mean
-from .foreign import shown
+from .foreign import lines, shown
 from .spelling import as_flags, flag
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -108,12 +108,12 @@ def _leaving() -> Iterator[None]:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line, or several, that may hold foreign text. file: standard output by default. What its encoding lacks
-    is escaped. If it cannot be written, nothing more goes there, and an Error says so, or BrokenPipeError."""
+    """Print a line, or several that `foreign.lines` joins. file: standard output by default. What its encoding lacks is
+    escaped. If it cannot be written, nothing more goes there, and an Error says so, or BrokenPipeError."""
     file = sys.stdout if file is None else file
     kind = getattr(file, "encoding", None) or "utf-8"
-    lines = "\n".join(shown(line) for line in text.split("\n"))
-    _print(lines.encode(kind, "backslashreplace").decode(kind), file)
+    safe = "\n".join(shown(line) for line in text.split("\n"))
+    _print(safe.encode(kind, "backslashreplace").decode(kind), file)
 
 
 def say_json(facts: dict, file: TextIO | None = None) -> None:
@@ -122,9 +122,9 @@ def say_json(facts: dict, file: TextIO | None = None) -> None:
 
 
 def warn(text: str) -> None:
-    """Say something on standard error, if it can be written."""
+    """Say a line on standard error, if it can be written."""
     with suppress(Error, BrokenPipeError):
-        say(text, sys.stderr)
+        say(lines([text]), sys.stderr)
 
 
 def open_streams() -> None:

@@ -68,6 +68,8 @@ class Signer:
                 c2pa.Builder(manifest, context).sign(signer, MIMES[kind], io.BytesIO(data), out)
         except c2pa.C2paError as e:
             fix = "C2PA takes certificates for signing documents or mail, issued by another certificate."
+            if "not valid at time" in str(e):  # after the clock was set back, or ten years later
+                fix = f"Check this machine's clock. For a new key of mlxdiff, delete {folder()}."
             raise Error(f"The picture cannot be signed: {_line(e)}.", fix) from None
         return out.getvalue()
 
@@ -224,7 +226,7 @@ def verify(file: Path, kind: str) -> dict | None:
             return _said(json.loads(reader.json()), number)
     except c2pa.C2paError.ManifestNotFound:
         return None
-    except (c2pa.C2paError, ValueError) as e:
+    except (c2pa.C2paError, ValueError, RecursionError) as e:
         return {"state": CHANGED, "problem": f"they cannot be read: {_line(e)}"}
     except OSError as e:
         raise Error(f"{file} cannot be read: {e.strerror or e}.", "Check the path.") from None

@@ -19,6 +19,7 @@ pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidg
 
 from mlxdiff import advice, builtin, families, images, samplers, schedules
 from mlxdiff.convert import lora_header
+from mlxdiff.description import published
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
@@ -169,6 +170,26 @@ def test_presets_of_named_models_are_valid_requests(name):
     for values in settings.presets(row.defaults).values():
         Request("x", **values).resolve(row.defaults, ("euler", "leading"), "leading", 1, 8)
     assert ("quick" in settings.presets(row.defaults)) == (row.defaults.steps >= 10)
+
+
+def test_quick_takes_the_models_own_lora_and_another_preset_leaves_it_out(studio):
+    studio.model, studio.loras = "storybook", ["style.safetensors:0.5"]
+    settled(studio)
+    studio._learn(published("storybook", recipe(dtype="float32")))  # the model that opened is a fake
+    row, presets = families.ADAPTERS["sd1", families.QUICK], studio.controls.presets
+    presets["quick"].click()
+    request = studio.request()
+    assert request.loras == ("style.safetensors:0.5", "quick")
+    assert {name: getattr(request, name) for name in row.wants} == row.wants
+    presets["standard"].click()
+    assert studio.request().loras == ("style.safetensors:0.5",)
+    assert studio.request().steps == families.MODELS["storybook"].defaults.steps
+    presets["quick"].click()
+    studio.model = "sd15"
+    assert studio.loras == ["style.safetensors:0.5"]
+    presets["quick"].click()
+    assert studio.loras == ["style.safetensors:0.5"]
+    assert studio.steps == 10
 
 
 def test_naming_a_model_brings_its_defaults(studio):

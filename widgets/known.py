@@ -8,7 +8,7 @@ from dataclasses import replace
 from .. import advice, families, images
 from ..advice import Machine
 from ..description import Description, published
-from ..families import MODELS, Defaults
+from ..families import MODELS, QUICK, Defaults, Fast
 from ..memory import Workload, peak
 from ..recipe import Recipe, recipe
 from ..request import Request
@@ -67,6 +67,12 @@ class Known:
         model = self.description
         rows = {} if model is None else families.fitting(model.family, model.net, role)
         return [name for name, row in rows.items() if row.masked == masked]
+
+    @property
+    def quick(self) -> Fast | None:
+        """The model's own LoRA for few steps, if it has one."""
+        model = self.description
+        return None if model is None else families.fitting(model.family, model.net, "lora").get(QUICK)
 
     @property
     def aspects(self) -> tuple[str, ...]:
