@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from .. import description, provenance, store, weights
+from .. import description, foreign, provenance, store, weights
 from ..console import Parser, run, say, say_json
 from ..errors import Error
 from ..families import FAMILIES
@@ -130,7 +130,7 @@ def describe_lora(facts: dict) -> str:
     lines.append(f"  fits {', '.join(facts['fits'])} and models of the same shapes")
     if facts["words"]:
         lines.append(f"  trained on {', '.join(f'{word!r:.60}' for word in facts['words'])}")
-    return "\n".join(lines)
+    return foreign.lines(lines)
 
 
 _NAMES = {"single-file": "original names", "diffusers": "diffusers names", "converted": "converted"}
@@ -162,7 +162,7 @@ def describe(facts: dict) -> str:
         lines.append(f"  to use it: {use[0].lower()}{use[1:]}" if use else "  not a whole model: one network of it")
     if facts.get("part_of") is not None:
         lines.append(f"  the whole is {facts['part_of']}")
-    return "\n".join(lines)
+    return foreign.lines(lines)
 
 
 def _title(facts: dict) -> str:

@@ -47,6 +47,7 @@ _SPELLING: list[rules.Row] = [
     (r"\.processor\.proj_lora\.", r".linear2.lora."),
     (r"\.processor\.to_out_lora\.", ".to_out.0.lora."),
     (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
+    (r"(?<![a-z_])sformer_blocks\.", "transformer_blocks."),  # so cut in some files for FLUX.2
 ]
 # What ComfyUI calls text encoders: the first and the second of a network.
 _COMFY = {"clip": (("clip_l", "clip_h"), ("clip_g",)), "t5": (("t5xxl",),), "qwen3": (("qwen3_4b", "qwen3_8b"),)}

@@ -36,6 +36,7 @@ FLOATS = {
     "F8_E4M3": (np.uint8, _E4M3),
     "F8_E5M2": (np.uint8, _E5M2),
 }
+_HELD = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.uint16}  # that MLX takes as they are; numpy has no bfloat16
 _SIZES = {tag: np.dtype(kind).itemsize for tag, (kind, _) in FLOATS.items()} | {
     tag: int(tag[-2:].strip("IU")) // 8 for tag in ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 }
@@ -54,7 +55,7 @@ _SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 
 @dataclass(frozen=True)
 class Tensor:
-    """The place of a tensor in a file. `read` maps the file and copies this tensor only."""
+    """The place of a tensor in a file. `read` reads this tensor only."""
 
     file: Path
     name: str
@@ -88,19 +89,31 @@ class Tensor:
         return tuple(mx.array(part.reshape(self.shape[0], -1)) for part in parts)
 
     def _stored(self, kind: type, shape: tuple[int, ...]) -> np.ndarray:
-        if 0 in shape:
-            return np.empty(shape, kind)
+        return self._into(np.empty(shape, kind))
+
+    def _into(self, out: np.ndarray) -> np.ndarray:
+        """Its bytes, in an array. They are not mapped: a file that is cut short meanwhile would end the process."""
+        rest = memoryview(out.reshape(-1).view(np.uint8))
         try:
-            return np.memmap(self.file, kind, "r", self.offset, shape)
-        except (OSError, ValueError) as e:
-            raise Error(f"{self.file} can no longer be read at {self.name!r}: {e}.", _AGAIN) from None
+            with open(self.file, "rb", buffering=0) as f:
+                f.seek(self.offset)
+                while rest and (n := f.readinto(rest)):
+                    rest = rest[n:]
+        except OSError as e:
+            raise Error(f"{self.file} can no longer be read at {self.name!r}: {e.strerror}.", _AGAIN) from None
+        if rest:
+            raise Error(f"{self.file} became shorter while it was read.", _AGAIN)
+        return out
 
     def _plain(self) -> mx.array:
         kind, table = FLOATS[self.dtype]
-        raw = self._stored(kind, self.shape)
-        if self.dtype == "F64":
-            raw = raw.astype(np.float32)
-        array = mx.array(np.asarray(raw if table is None else table[raw]))
+        if table is not None or self.dtype == "F64":
+            raw = self._stored(kind, self.shape)
+            array = mx.array(raw.astype(np.float32) if table is None else table[raw])
+        else:
+            array = mx.zeros(self.shape, _HELD[self.dtype])
+            if array.size:
+                self._into(np.array(array, copy=False))
         array = array.view(mx.bfloat16) if self.dtype == "BF16" else array
         return array if self.scale is None else array.astype(mx.float32) * self.scale.read().astype(mx.float32)
 
@@ -280,7 +293,8 @@ def _parse(path: Path, text: bytes, begin: int, size: int) -> Weights:
         raise Error(f"The header of {path} is not valid JSON: {e}.", _AGAIN) from None
     if not isinstance(entries, dict):
         raise Error(f"The header of {path} is not a JSON object.", _AGAIN)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mx.save_safetensors writes null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Error(f"__metadata__ of {path} is not text by name.", _AGAIN)
     spans, tensors = [], {}

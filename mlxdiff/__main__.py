@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from . import __version__
-from .console import INTERRUPTED, warn
+from .console import run, say, warn
 from .errors import did_you_mean
 
 COMMANDS = {
@@ -26,24 +26,20 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return _main(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:  # while modules are loaded; later the command hears it
-        warn("mlxdiff: stopped.")
-        return INTERRUPTED
+    return run("mlxdiff", lambda: _main(sys.argv[1:] if argv is None else argv))  # Ctrl-C while modules are loaded too
 
 
 def _main(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
-        print(f"mlxdiff {__version__}")
+        say(f"mlxdiff {__version__}")
         return 0
     helps = argv[:1] == ["help"]
     word, rest = (argv[1], ["--help"]) if helps and len(argv) > 1 else ("".join(argv[:1]), argv[1:])
     if word in ("", "help", "-h", "--help"):
-        print("usage: mlxdiff COMMAND ...\n       mlxdiff PROMPT ...\n")
+        say("usage: mlxdiff COMMAND ...\n       mlxdiff PROMPT ...\n")
         for name, (_, text) in COMMANDS.items():
-            print(f"  {name:10} {text}")
-        print("\nmlxdiff PROMPT is short for mlxdiff generate PROMPT. mlxdiff COMMAND --help says more.")
+            say(f"  {name:10} {text}")
+        say("\nmlxdiff PROMPT is short for mlxdiff generate PROMPT. mlxdiff COMMAND --help says more.")
         return 0 if argv else 2
     if word in COMMANDS:
         return importlib.import_module(COMMANDS[word][0]).main(rest)
@@ -53,7 +49,7 @@ def _main(argv: list[str]) -> int:
         fix = names if helps or not meant else f"To draw it: mlxdiff generate {word}"
         if word.startswith("-") and not helps:
             meant, fix = "", f"To draw: mlxdiff generate {word} ..., or the prompt first: mlxdiff PROMPT {word} ..."
-        print(f"mlxdiff: {word!r} is not a command. {meant}{fix}", file=sys.stderr)
+        warn(f"mlxdiff: {word!r} is not a command. {meant}{fix}")
         return 2
     return importlib.import_module(COMMANDS["generate"][0]).main(argv)
 

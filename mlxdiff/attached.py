@@ -155,8 +155,8 @@ class Attached:
         stamp = [(f.name, foreign.stamp(f)) for f in files if f.is_file()]
         key = ("control", str(guide.model))
         if self._opened.get(key, (None,))[0] != stamp:
-            self._opened[key] = stamp, (path, *store.control(path, self.model))
             self._networks.pop(path, None)
+            self._opened[key] = stamp, (path, *store.control(path, self.model))
         return self._opened[key][1]
 
     def encoded(self, request: Request) -> list[tuple[Image | None, Config, str | None]]:

@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 from . import advice, builtin, memory
-from .console import Parser, run
+from .console import Parser, run, say
 from .errors import Error, did_you_mean
 from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Model
 from .guides import MASKED
@@ -35,30 +35,32 @@ def chosen(name: str | None) -> int:
 def adapters(name: str | None) -> int:
     """List the networks that guide or change a named model, or all models."""
     family = None if name is None else _model(name).family.name
-    print(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'licence':27} hub id")
+    say(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'licence':27} hub id")
     for (of, called), row in ADAPTERS.items():
         if family in (None, of):
             place = row.repo if row.file is None else f"{row.repo}/{row.file}"
-            size, title = row.size + row.encoder, FAMILIES[of].title
-            print(f"{title:22} {called:20} {row.kind:12} {size:7.2f} GB  {row.licence:27} {place}")
-    print('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
-    print(f"inpaint reads the start image and its mask: -i photo.png --mask door.png --control inpaint {MASKED}")
-    print('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
-    print('or, if it is a LoRA: mlxdiff generate "a lighthouse" -m sd15 --lora lcm')
+            size = f"{row.size + row.encoder:.2f} GB"
+            if row.repo is None:
+                size, place = "none", "in the package"
+            say(f"{FAMILIES[of].title:22} {called:20} {row.kind:12} {size:>10}  {row.licence:27} {place}")
+    say('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
+    say(f"inpaint reads the start image and its mask: -i photo.png --mask door.png --control inpaint {MASKED}")
+    say('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
+    say('or, if it is a LoRA: mlxdiff generate "a lighthouse" -m sd15 --lora lcm')
     fast = {key: row for key, row in ADAPTERS.items() if row.role == "lora" and family in (None, key[0])}
     if fast:
-        print("\nThese LoRAs bring settings, which are used where you give no others; most draw in few steps:")
+        say("\nThese LoRAs bring settings, which are used where you give no others; most draw in few steps:")
     for (of, called), row in fast.items():
         scale = "" if row.scale == 1 else f", scale {row.scale:g}"
         wants = f"{row.steps:2} steps, guidance {row.guidance:<3g} {row.sampler:15} {row.schedule}{scale}"
-        print(f"{FAMILIES[of].title:27} {called:12} {wants}")
+        say(f"{FAMILIES[of].title:27} {called:12} {wants}")
     return 0
 
 
 def everything() -> int:
-    print(f"{'':20} {'default':>13} {'':>10}   estimated GB of memory at")
+    say(f"{'':20} {'default':>13} {'':>10}   estimated GB of memory at")
     columns = f"{'size':>7} {'steps':>5} {'download':>10}  {'4 low':>6} {'4':>5} {'8':>5} {'16 bits':>8}   licence"
-    print(f"{'name':20} {columns}")
+    say(f"{'name':20} {columns}")
     for name, m in MODELS.items():
         low, four, eight, sixteen = map(gigabytes, on_a_mac(name))
         figures = f"{low:>6} {four:>5} {eight:>5} {sixteen:>8}"
@@ -66,35 +68,35 @@ def everything() -> int:
         also = "; edits pictures" if row.edits else "; needs a mask" if row.inpaints else ""
         also = "; needs a control picture" if "control" in row.reads else also
         drawn = f"{m.defaults.size:7} {m.defaults.steps:5}"
-        print(f"{name:20} {drawn} {_download(name):>10}  {figures}   {m.licence}{also}")
+        say(f"{name:20} {drawn} {_download(name):>10}  {figures}   {m.licence}{also}")
     families = [f for f in FAMILIES.values() if any(not v.needs for v in f.variants.values())]
     titles = textwrap.fill(", ".join(f.title for f in families), 100)
-    print("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
-    print("mlxdiff models NAME says what fits this machine; mlxdiff models --adapters lists the networks that guide.")
-    print(f"\nBesides these, mlxdiff draws with any hub repository, folder, .safetensors or .gguf file of\n{titles}.")
+    say("\nMemory: the peak of one picture of the default size on a Mac; 4 low is -q 4 --low-memory.")
+    say("mlxdiff models NAME says what fits this machine; mlxdiff models --adapters lists the networks that guide.")
+    say(f"\nBesides these, mlxdiff draws with any hub repository, folder, .safetensors or .gguf file of\n{titles}.")
     return 0
 
 
 def one(name: str) -> int:
     m = _model(name)
     d = m.defaults
-    print(f"{name}: {m.title}")
-    print(f"{'licence':10} {m.licence}")
+    say(f"{name}: {m.title}")
+    say(f"{'licence':10} {m.licence}")
     place = "in the package" if m.repo is None else f"{_download(name)} from {m.repo}"
-    print(f"{'download':10} {place}{', gated: accept its licence there first' if m.gated else ''}")
+    say(f"{'download':10} {place}{', gated: accept its licence there first' if m.gated else ''}")
     guidance = f"guidance {d.guidance:g}" if d.guidance else "no guidance"
-    print(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, {guidance}")
+    say(f"{'draws':10} {d.size}x{d.size} in {d.steps} step{'s' if d.steps > 1 else ''}, {guidance}")
     row = m.family.variants[m.variant]
     if row.edits:
-        print(f"{'edits':10} {'a picture' if row.edits == 1 else f'up to {row.edits} pictures'}: -i FILE")
+        say(f"{'edits':10} {'a picture' if row.edits == 1 else f'up to {row.edits} pictures'}: -i FILE")
     if row.inpaints:
-        print(f"{'needs':10} a picture and a mask: -i FILE --mask FILE, or -i FILE --outpaint LEFT TOP RIGHT BOTTOM")
+        say(f"{'needs':10} a picture and a mask: -i FILE --mask FILE, or -i FILE --outpaint LEFT TOP RIGHT BOTTOM")
     if "control" in row.reads:
-        print(f"{'needs':10} a control picture: --control FILE")
+        say(f"{'needs':10} a control picture: --control FILE")
     if name == builtin.NAME:
         for kind, words in builtin.vocabulary().items():
-            print(f"{kind:10} {', '.join(words)}")
-    print("\n".join(_advice(name)))
+            say(f"{kind:10} {', '.join(words)}")
+    say("\n".join(_advice(name)))
     return 0
 
 

@@ -3,6 +3,7 @@ which are values or links ([id, output]). It reads the sampler and what leads to
 Nodes that change a picture in other ways are left out."""
 
 import json
+from collections import deque
 from collections.abc import Iterator
 
 from . import dialects
@@ -25,9 +26,8 @@ def parse(text: str) -> tuple[dict, str | None]:
     ]
     if not samplers:
         raise ValueError("their graph has no sampler with a prompt")
-    ids = {id(sampler) for sampler in samplers}  # of two passes, the first begins with no other's latents
-    first = [s for s in samplers if not any(id(above) in ids for above in _above(nodes, s, "latent_image"))]
-    sampler = (first or samplers)[0]
+    later = _below(nodes, samplers, "latent_image")  # of two passes, the first begins with no other's latents
+    sampler = next((s for s in samplers if id(s) not in later), samplers[0])
     read = _of_guider if "guider" in _inputs(sampler) else _of_sampler
     settings, model = read(nodes, sampler)
     settings |= {name: _first(nodes, sampler, "latent_image", (name,), int) for name in ("width", "height")}
@@ -103,14 +103,36 @@ def _linked(nodes: dict[str, dict], value: object) -> dict | None:
 
 def _above(nodes: dict[str, dict], node: dict, name: str) -> Iterator[dict]:
     """The nodes that lead to an input of a node, nearest first. A graph of others may have circles."""
-    waiting, seen = [_linked(nodes, _inputs(node).get(name))], set()
+    waiting, seen = deque([_linked(nodes, _inputs(node).get(name))]), set()
     while waiting:
-        node = waiting.pop(0)
-        if node is not None and id(node) not in seen and node.get("class_type") != _NOTHING:
+        node = waiting.popleft()
+        if node is not None and id(node) not in seen:
             seen.add(id(node))
-            yield node
-            follow = name if name in _inputs(node) else None  # of a node with a positive and a negative side, one
-            waiting += [_linked(nodes, v) for k, v in _inputs(node).items() if follow in (None, k)]
+            if node.get("class_type") != _NOTHING:
+                yield node
+                waiting += _next(nodes, node, name)
+
+
+def _next(nodes: dict[str, dict], node: dict, name: str) -> list[dict | None]:
+    """The nodes that lead to a node, on the way to an input of this name: of a node that has a positive and a negative
+    side, only one side."""
+    held = _inputs(node)
+    return [_linked(nodes, value) for value in ([held[name]] if name in held else held.values())]
+
+
+def _below(nodes: dict[str, dict], first: list[dict], name: str) -> set[int]:
+    """The ids of the nodes that some of these lead to, on the way to an input of this name. Each link is followed once,
+    however many nodes a graph has."""
+    leads: dict[int, list[dict]] = {}
+    for node in nodes.values():
+        for above in _next(nodes, node, name) if node.get("class_type") != _NOTHING else ():
+            leads.setdefault(id(above), []).append(node)
+    waiting, found = list(first), set()
+    while waiting:
+        for node in leads.pop(id(waiting.pop()), ()):
+            found.add(id(node))
+            waiting.append(node)
+    return found
 
 
 def _first(nodes: dict[str, dict], node: dict, name: str, inputs: tuple[str, ...], kind: type):

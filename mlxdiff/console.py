@@ -3,17 +3,19 @@
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 from urllib.parse import unquote, urlsplit
 
 from .arguments import NEITHER, THEIRS
 from .errors import Error, did_you_mean
-from .foreign import shown
+from .foreign import lines, shown
 from .spelling import as_flags, flag
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -49,6 +51,13 @@ class Parser(argparse.ArgumentParser):
         begun = [long for long in flags if long.startswith(typed.casefold())]
         return f"Did you mean {begun[0]}?" if len(begun) == 1 else did_you_mean(typed, begun or flags)
 
+    def _print_message(self, message: str, file: TextIO | None = None):
+        """Print a help, or end with 1: argparse fails at what an encoding lacks, and keeps silent of a full disk."""
+        kind = getattr(file, "encoding", None) or "utf-8"
+        text = message.removesuffix("\n").encode(kind, "backslashreplace").decode(kind)
+        if code := run(self.prog, lambda: _print(text, sys.stderr if file is None else file) or 0):
+            sys.exit(code)
+
     def error(self, message: str):
         stop = "" if message.endswith("?") else "."
         warn(f"{self.prog}: {message}{stop} See {self.prog} --help.")
@@ -57,12 +66,13 @@ class Parser(argparse.ArgumentParser):
 
 def run(prog: str, body: Callable[[], int]) -> int:
     """Run `body` and return its exit code. An Error prints one line and returns 1, Ctrl-C returns 130, and a closed
-    pipe prints nothing."""
+    pipe prints nothing. A signal that would end this process is SystemExit."""
     open_streams()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about a picture's size or EXIF, which are read all the same
     try:
         try:
-            code = body()
+            with _leaving():
+                code = body()
         finally:
             _flush(sys.stdout)
         return code
@@ -76,13 +86,34 @@ def run(prog: str, body: Callable[[], int]) -> int:
         return 1
 
 
+@contextmanager
+def _leaving() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that what is half written is removed, a training saves, and whatever
+    was started is ended too. The same signal a second time ends this process at once. One that is ignored, as by nohup,
+    stays ignored."""
+    known = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    taken = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
+
+    def leave(number: int, _) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line, or several, that may hold foreign text. file: standard output by default. What its encoding lacks
-    is escaped. If it cannot be written, nothing more goes there, and an Error says so, or BrokenPipeError."""
+    """Print a line, or several that `foreign.lines` joins. file: standard output by default. What its encoding lacks is
+    escaped. If it cannot be written, nothing more goes there, and an Error says so, or BrokenPipeError."""
     file = sys.stdout if file is None else file
     kind = getattr(file, "encoding", None) or "utf-8"
-    lines = "\n".join(shown(line) for line in text.split("\n"))
-    _print(lines.encode(kind, "backslashreplace").decode(kind), file)
+    safe = "\n".join(shown(line) for line in text.split("\n"))
+    _print(safe.encode(kind, "backslashreplace").decode(kind), file)
 
 
 def say_json(facts: dict, file: TextIO | None = None) -> None:
@@ -91,9 +122,9 @@ def say_json(facts: dict, file: TextIO | None = None) -> None:
 
 
 def warn(text: str) -> None:
-    """Say something on standard error, if it can be written."""
+    """Say a line on standard error, if it can be written."""
     with suppress(Error, BrokenPipeError):
-        say(text, sys.stderr)
+        say(lines([text]), sys.stderr)
 
 
 def open_streams() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -87,6 +88,11 @@ def fits(value, kind) -> bool:
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max  # also of a whole number beyond it
     return type(value) is kind or (kind is type(None) and value is None)
+
+
+def lines(texts: Iterable[str]) -> str:
+    """Lines for a terminal, each of which may hold foreign text: a line end in one of them would forge another."""
+    return "\n".join(" ".join(text.split("\n")).rstrip() for text in texts)
 
 
 def shown(text: str, most: int = MOST_SHOWN) -> str:

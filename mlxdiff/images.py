@@ -24,6 +24,8 @@ READ = (*SUFFIXES, ".tif", ".tiff", ".bmp", ".gif")  # what names of pictures th
 ENDINGS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of names that mlxdiff gives
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
 MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
+MOST_PIXELS = 10**8  # of a picture that is read: half a gigabyte; only a few cameras make larger ones
+_MOST_WORK = 2**32  # scans times pixels of a JPEG: some seconds
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
 _MOST_NAME = 255  # bytes of a file name, on every common file system
 _STRIP = 256  # rows
@@ -130,10 +132,23 @@ def _readable(source: str | Path | io.BytesIO | Image.Image) -> Iterator[tuple[s
 
 
 def open_file(file: Path | io.BytesIO) -> Image.Image:
-    """A picture of a format that only reading its bytes decodes: for others Pillow may start a program, as for EPS."""
+    """A picture of a format that only reading its bytes decodes: for others Pillow may start a program, as for EPS.
+    Raises OSError if decoding it would take far more work or memory than its pixels are worth."""
     if isinstance(file, Path):
         foreign.check_regular(file)
-    return Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
+    pixels = image.width * image.height
+    if pixels > MOST_PIXELS:
+        raise OSError(0, f"it has {pixels // 10**6} megapixels, and {MOST_PIXELS // 10**6} are the most")
+    if "progressive" in image.info and pixels * _scans(file) > _MOST_WORK:
+        raise OSError(0, "it is a JPEG in more scans than its pixels need")
+    return image
+
+
+def _scans(file: Path | io.BytesIO) -> int:
+    """How often a progressive JPEG goes over its pixels: ten times usually, and a file of a megabyte could do it ten
+    thousand times. Thumbnails within it count too."""
+    return (file.read_bytes() if isinstance(file, Path) else file.getbuffer().tobytes()).count(b"\xff\xda")
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -339,7 +339,7 @@ def _received(rank: int, facts: dict, body: bytes) -> Drawn:
     sound = (
         foreign.fits(size, tuple[int, ...]) and foreign.fits(seconds, float) and foreign.fits(whole, tuple[int, ...])
     )
-    if not sound or len(size) != 2 or min(size) < 1 or 3 * size[0] * size[1] != len(body):
+    if not sound or len(size) != 2 or min(size) < 1 or 3 * size[0] * size[1] != len(body) or max(whole) >= 2**63:
         raise Error("It sent something other than a picture.")
     return Drawn(Image.frombytes("RGB", tuple(size), body), rank, seconds, *whole)
 
@@ -353,7 +353,7 @@ def _first() -> str | None:
         text = Path(file).read_text() if file else ""
         hosts = json.loads(text) if text.strip() else []
         return hosts[0][0].rpartition(":")[0] if len(hosts) > 1 else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         fix = "mlx.launch writes such a file; start this with it."
         raise Error(f"MLX_HOSTFILE {file} is no list of machines.", fix) from None
 

@@ -62,9 +62,9 @@ class Networks:
 
     def adapt(self, changed: list[tuple[Adapter, float]]) -> None:
         """Use these adapters and no others. Networks for which that makes a difference are released."""
-        before, self._adapters = self._adapters, changed
-        if changed != before:
-            self.release(*{name for adapter, _ in before + changed for name in adapter.changes})
+        if changed != self._adapters:  # released first: after Ctrl-C between the two, none has others than these say
+            self.release(*{name for adapter, _ in self._adapters + changed for name in adapter.changes})
+        self._adapters = changed
 
     def release(self, *names: str) -> None:
         for name in names:

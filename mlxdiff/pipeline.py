@@ -376,10 +376,12 @@ class Pipeline:
         learned = self.attached.words(request)
         conditioning.teach_tokenizers(toks, learned, model.components)
         for name, words in conditioning.tokenize(text_plan, toks, prompts).items():
-            conditioning.teach(self.networks.get(name), name, learned)  # it is released below
-            parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
-            mx.eval(parts[name])
-            self.networks.release(name)  # one encoder at a time: T5 alone is larger than all the others
+            try:
+                conditioning.teach(self.networks.get(name), name, learned)
+                parts[name] = conditioning.read(text_plan, self.networks.get(name), words, request.clip_skip)
+                mx.eval(parts[name])
+            finally:  # one encoder at a time: T5 alone is larger than all the others; after Ctrl-C it is still taught
+                self.networks.release(name)
         return conditioning.join(text_plan, parts, model.net.context)
 
     def denoiser(

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from . import conditioning, images, samplers, schedules, tokenizers
+from . import conditioning, images, samplers, schedules, surgery, tokenizers
 from .errors import Error
 from .families.base import tokenizer_of
 from .models.layers import split_heads
@@ -106,21 +106,48 @@ class Attention(NamedTuple):
 def attention(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Attention]:
     """The steps of `trace` with the cross-attention of a U-Net: the mean over layers, heads and pictures, for the
     prompt alone, in the last call of the network in each step. N counts the tokens of all chunks, see `tokens`."""
+    for step, seen in _watched_steps(pipe, prompt, "attn2", **settings):
+        h, w = step.x.shape[1:3]
+        yield Attention(step, np.mean([_enlarged(maps, h, w) for maps in seen], axis=0))
+
+
+class Gaze(NamedTuple):
+    step: Step
+    maps: dict[str, np.ndarray]  # block -> (h, w, h, w) at the block's level: each place's attention to all places
+
+
+def gaze(pipe: Pipeline, prompt: str | Request, **settings) -> Iterator[Gaze]:
+    """Like `attention`, but the self-attention of each block: the mean over its layers, heads and pictures. The blocks
+    are named as in `surgery.blocks`."""
+    for step, seen in _watched_steps(pipe, prompt, "attn1", **settings):
+        h, w = step.x.shape[1:3]
+        rest, maps = iter(seen), {}
+        for name, block in surgery.blocks(pipe.networks.get("unet")).items():
+            own = [next(rest) for a in block.attentions for _ in a.transformer_blocks]
+            if own:
+                height, width = _level(len(own[0]), h, w)
+                maps[name] = np.mean(own, axis=0).reshape(height, width, height, width)
+        yield Gaze(step, maps)
+
+
+def _watched_steps(
+    pipe: Pipeline, prompt: str | Request, which: str, **settings
+) -> Iterator[tuple[Step, list[np.ndarray]]]:
+    """The steps of `trace`, each with what `_watched` collects in it."""
     if pipe.description.family.denoiser != "unet" or pipe.refiner is not None:
         raise Error(f"{pipe.name} does not draw with one U-Net.", "Look at the attention of a U-Net without a refiner.")
     request = pipe.resolve(prompt, **settings)
-    steps = trace(pipe, request)
+    steps, net = trace(pipe, request), pipe.networks.get("unet")
     while True:
-        with _watched(pipe.networks.get("unet"), request.count) as seen:  # restored before anyone else can draw with it
+        with _watched(net, request.count, which) as seen:  # restored before anyone else can draw with it
             step = next(steps, None)
         if step is None:
             return
-        h, w = step.x.shape[1:3]
-        yield Attention(step, np.mean([_enlarged(np.array(maps), h, w) for maps in seen.values()], axis=0))
+        yield step, [np.array(seen[i]) for i in sorted(seen)]
 
 
 class _Watched:
-    """Wraps a cross-attention: it returns the same output, and reports its softmax."""
+    """Wraps an attention: it returns the same output, and reports its softmax."""
 
     def __init__(self, layer: nn.Module, report: Callable[[mx.array], None]):
         self.layer, self.kv, self.report = layer, layer.kv, report
@@ -133,33 +160,36 @@ class _Watched:
 
 
 @contextmanager
-def _watched(net: nn.Module, count: int) -> Iterator[dict[int, mx.array]]:
+def _watched(net: nn.Module, count: int, which: str) -> Iterator[dict[int, mx.array]]:
     """While the context lasts, collects each layer's last softmax, (hw, N): the mean over its heads and over the last
     `count` samples of the batch. The prompt's half comes last in a batch; of two separate passes its pass comes
-    last."""
+    last. which: attn1, the self-attention, or attn2, the cross-attention."""
     layers = [layer for block in net.blocks() for a in block.attentions for layer in a.transformer_blocks]
-    originals, seen = [layer.attn2 for layer in layers], {}
+    originals, seen = [layer[which] for layer in layers], {}
 
     def keep(i: int) -> Callable[[mx.array], None]:
         return lambda softmax: seen.update({i: softmax[-count:].mean((0, 1))})
 
     try:
         for i, layer in enumerate(layers):
-            layer.attn2 = _Watched(originals[i], keep(i))
+            layer[which] = _Watched(originals[i], keep(i))
         yield seen
     finally:
-        for layer, attn2 in zip(layers, originals, strict=True):
-            layer.attn2 = attn2
+        for layer, original in zip(layers, originals, strict=True):
+            layer[which] = original
 
 
 def _enlarged(maps: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Maps (hw, N) at one level of the network -> (N, h, w) at the size of the latents. Each level halves both
-    edges."""
-    height, width = h, w
-    while height * width > len(maps):
-        height, width = -(-height // 2), -(-width // 2)
-    planes = np.ascontiguousarray(maps.T).reshape(-1, height, width)
+    """Maps (hw, N) at one level of the network -> (N, h, w) at the size of the latents."""
+    planes = np.ascontiguousarray(maps.T).reshape(-1, *_level(len(maps), h, w))
     return np.stack([Image.fromarray(plane).resize((w, h), Image.Resampling.BILINEAR) for plane in planes])
+
+
+def _level(places: int, h: int, w: int) -> tuple[int, int]:
+    """The size of the map that has so many places: each level of the network halves both edges of the latents."""
+    while h * w > places:
+        h, w = -(-h // 2), -(-w // 2)
+    return h, w
 
 
 # --- the text

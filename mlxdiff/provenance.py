@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import images, metadata, signing
+from . import foreign, images, metadata, signing
 from .errors import Error
 from .metadata import Metadata
 
@@ -95,7 +95,7 @@ def describe(found: dict) -> str:
     lines += _signature(found["credentials"])
     lines.append(f"  as a JPEG   {_jpeg(found['as_jpeg'], found['credentials'])}")
     lines += [f"  damaged     {problem}" for problem in found["problems"]]
-    return "\n".join(line.replace("\n", " ") if i else line for i, line in enumerate(lines))
+    return foreign.lines(lines)
 
 
 def _settings(found: dict) -> str:

@@ -68,6 +68,8 @@ class Signer:
                 c2pa.Builder(manifest, context).sign(signer, MIMES[kind], io.BytesIO(data), out)
         except c2pa.C2paError as e:
             fix = "C2PA takes certificates for signing documents or mail, issued by another certificate."
+            if "not valid at time" in str(e):  # after the clock was set back, or ten years later
+                fix = f"Check this machine's clock. For a new key of mlxdiff, delete {folder()}."
             raise Error(f"The picture cannot be signed: {_line(e)}.", fix) from None
         return out.getvalue()
 
@@ -124,7 +126,8 @@ def _read(key: Path, certificate: Path, local: bool) -> Signer:
     except (ValueError, TypeError) as e:  # the second: it has a password
         raise Error(f"{key} cannot be read as a key: {_line(e)}.", fix) from None
     if local and stat.S_IMODE(os.stat(key).st_mode) & 0o077:
-        raise Error(f"Others can read the key {key}.", f"chmod 600 {key}, or delete its folder for a new key.")
+        fix = f"chmod 600 {key}; on a drive without permissions, let MLXDIFF_CONFIG point to another folder."
+        raise Error(f"Others can read the key {key}.", fix)
     fix = fix if local else "Give a PEM file of the certificate and those that vouch for it."
     chain = foreign.read(certificate, fix)
     try:
@@ -188,11 +191,12 @@ def _make(folder: Path) -> None:
                 file.write(data)
         part.rename(folder)
     except OSError as e:
-        shutil.rmtree(part, ignore_errors=True)
         if folder.exists():  # another process was faster
             return
         fix = "Let MLXDIFF_CONFIG point to a folder for the key."
         raise Error(f"The key cannot be written to {folder}: {e.strerror or e}.", fix) from None
+    finally:  # of a key that was not finished, whatever the reason, nothing stays
+        shutil.rmtree(part, ignore_errors=True)
 
 
 _USES = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
@@ -222,7 +226,7 @@ def verify(file: Path, kind: str) -> dict | None:
             return _said(json.loads(reader.json()), number)
     except c2pa.C2paError.ManifestNotFound:
         return None
-    except (c2pa.C2paError, ValueError) as e:
+    except (c2pa.C2paError, ValueError, RecursionError) as e:
         return {"state": CHANGED, "problem": f"they cannot be read: {_line(e)}"}
     except OSError as e:
         raise Error(f"{file} cannot be read: {e.strerror or e}.", "Check the path.") from None

@@ -4,8 +4,10 @@ ftfy, no accent stripping), T5Tokenizer and Qwen2Tokenizer. Nothing is ever trun
 of CLIP becomes several chunks of length - 2 tokens; T5 and Qwen have no maximum length. Qwen is a language model and
 reads the prompt as it is written: brackets and BREAK are text, and a weight with a number is refused."""
 
+import base64
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -217,11 +219,12 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
         raise Error(f"{folder} holds no tokenizer: neither tokenizer.json nor spiece.model.", again)
     try:
         if fast.is_file():
-            backend = Tokenizer.from_str(_text(fast))
+            _check_steps(fast)
+            backend = _unpanicked(Tokenizer.from_str, _text(fast))
             backend.no_padding()  # the file may store padding and truncation from its last use
             backend.no_truncation()
             eos, pad = (backend.token_to_id(token) for token in ("</s>", "<pad>"))
-            pieces = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
+            pieces = lambda text: _unpanicked(backend.encode, text, add_special_tokens=False).ids  # noqa: E731
         else:
             from sentencepiece import SentencePieceProcessor  # slow to import (0.05 s), and most models have no T5
 
@@ -241,6 +244,47 @@ def load_t5(folder: str | Path) -> T5Tokenizer:
     if eos is None or pad is None or min(eos, pad) < 0:
         raise Error(f"The tokenizer in {folder} has no </s> or no <pad>.", again)
     return T5Tokenizer(pieces, eos, pad)
+
+
+def _check_steps(file: Path) -> None:
+    """Raise unless what a tokenizer.json does before it looks up words is what T5's do. Other steps of the format could
+    make a text endless, or take for ever on it."""
+    content, again = _json(file), "Give the tokenizer folder of a T5 text encoder."
+    for place, inside in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        step = content.get(place)
+        steps = step.get(inside) if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
+        if not isinstance(steps, list) or len(steps) > _MOST_STEPS:
+            raise Error(f"The {place} of {file} is not like T5's.", again)
+        for step in steps:
+            if step is not None and not (isinstance(step, dict) and _is_t5s(step)):
+                raise Error(f"{file} has a {place} that T5's does not have: {reprlib.repr(step)}.", again)
+
+
+def _is_t5s(step: dict) -> bool:
+    """Whether a step is one of those that T5's tokenizers have had, in this package's versions and its forerunners'."""
+    kind = step.get("type")
+    if kind == "Replace":
+        return step.get("pattern") in ({"Regex": " {2,}"}, {"String": " "}) and step.get("content") in (" ", "▁")
+    if kind == "Precompiled":
+        try:
+            table = base64.b64decode(step["precompiled_charsmap"], validate=True)
+        except (KeyError, TypeError, ValueError):
+            return False
+        return len(table) > 4 and int.from_bytes(table[:4], "little") < len(table) - 3
+    return kind in ("Strip", "NFKC", "WhitespaceSplit", "Metaspace", "ByteLevel")
+
+
+_MOST_STEPS = 4
+
+
+def _unpanicked(call: Callable, *args, **settings):
+    """The result of a call into the tokenizers package, whose faults would pass by every `except Exception`."""
+    try:
+        return call(*args, **settings)
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        raise Error(f"The tokenizer cannot be used: {e}.", "Fetch the tokenizer again.") from None
 
 
 def load_qwen(folder: str | Path) -> QwenTokenizer:

@@ -246,12 +246,13 @@ def apply(again: bool = False) -> str:
     global _applied
     if _applied and not again:
         return ""
-    _applied = True
     ways.use({})
     try:
         choices = _read().get(machine(), {})
     except Error as e:
+        _applied = True
         return str(e)
+    _applied = True
     ways.use({way: {tuple(sizes): on for sizes, on in cases} for way, cases in choices.items()})
     return ""
 

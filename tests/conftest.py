@@ -5,10 +5,11 @@ which a neighbour would disturb: they come last, on all cores, and while one of 
 
 import fcntl
 import gc
+import linecache
 import os
 import resource
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -75,6 +76,53 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture
+def interrupts():
+    """`for moment in interrupts("worker.py"): with moment: ...` runs the block again and again, and raises
+    KeyboardInterrupt in this thread before one line of these files after the other, as Ctrl-C may; and when a Condition
+    that they enter has taken its lock, before its `__enter__` returns. It ends when no line is left. At the end of a
+    `with` it does not: Python hears no signal between the last line and `__exit__`."""
+
+    def moments(*names):
+        passed = number = 0
+        entered = set()
+
+        def trace(frame, event, _):
+            nonlocal passed
+            code = frame.f_code
+            lock = code.co_name == "__enter__" and frame.f_back.f_code.co_filename.endswith(names)
+            if not lock and not code.co_filename.endswith(names):
+                return None
+            place = frame, frame.f_lineno
+            if event == "line" and linecache.getline(code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+                if place in entered:
+                    return trace
+                entered.add(place)
+            if event == ("return" if lock else "line"):
+                passed += 1
+                if passed == number:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        @contextmanager
+        def moment():
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                with suppress(KeyboardInterrupt):
+                    yield
+            finally:
+                sys.settrace(before)
+                entered.clear()
+
+        while passed >= number:
+            passed, number = 0, number + 1
+            yield moment()
+
+    return moments
 
 
 def pytest_collection_modifyitems(items):

@@ -5,15 +5,20 @@ it."""
 import argparse
 import io
 import json
+import multiprocessing
+import os
 import random
+import resource
 import shutil
-import struct
+import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import gguf
@@ -27,82 +32,21 @@ from mlxdiff import builtin, convert, description, images, load, metadata, sampl
 from mlxdiff.convert import embedding, lora, scheduler, source, write
 from mlxdiff.convert import settings as reading
 from mlxdiff.convert import tokenizer as copying
+from mlxdiff.description import Description
 from mlxdiff.errors import Error
+from mlxdiff.foreign import shown
 from mlxdiff.models import controlnet, t2i, t5, unet
 from mlxdiff.recipe import recipe
+from mlxdiff.spelling import as_flags
 from mlxdiff.store import references
 from mlxdiff.train import fit
 from tests import checkpoints, t5_vocab
+from tests.damage import damaged, damaged_file
 
 SLOW = 5.0  # seconds of work that one input may take
-_VALUES = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    7,
-    10**9,
-    2**63,
-    10**30,
-    0.5,
-    -0.0,
-    1e308,
-    "",
-    "x",
-    "\x1b[31m",
-    "../../x",
-    "a" * 999,
-]
-_VALUES += [[0, 2**31 - 1], [2**31 - 1, 0], [], {}, [0], [[1]], {"a": 1}, ["a", "b"], [10**6] * 4]
-_VALUES += [float("nan"), float("inf")]
+MEMORY = 500_000_000  # bytes by which one input may raise the peak
+HANGS = 60.0  # seconds on the clock after which an input counts as hanging
 _PARAMETERS = "a fox\nNegative prompt: rain\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 3, Size: 64x64, Model: x"
-
-
-def damaged(rng: random.Random, data: bytes, is_json: bool) -> bytes:
-    """One to three changes: of values in the JSON, or of bytes."""
-    for _ in range(rng.randint(1, 3)):
-        if is_json and rng.random() < 0.8:
-            try:
-                data = json.dumps(_changed(rng, json.loads(data))).encode()
-                continue
-            except (ValueError, RecursionError):  # no JSON any more, after a change of bytes
-                pass
-        at = rng.randrange(len(data) + 1)
-        data = rng.choice(
-            [
-                data[:at],
-                data[:at] + rng.randbytes(4) + data[at:],
-                data[:at] + data[at + rng.randint(1, 9) :],
-                data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :],
-                data + data,
-                b"[" * 100_000,
-            ]
-        )
-    return data
-
-
-def _changed(rng: random.Random, value):
-    """The JSON value with one place of it replaced, removed, or put twice."""
-    if isinstance(value, dict) and value and rng.random() < 0.9:
-        key = rng.choice([*value])
-        if rng.random() < 0.15:
-            return {k: v for k, v in value.items() if k != key}
-        if rng.random() < 0.1:
-            return value | {f"{key}2": value[key]}
-        return value | {key: _changed(rng, value[key])}
-    if isinstance(value, list) and value and rng.random() < 0.8:
-        i = rng.randrange(len(value))
-        return [*value[:i], _changed(rng, value[i]), *value[i + 1 :]]
-    return rng.choice(_VALUES)
-
-
-def _with_header(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """Weights whose header is changed, and with it, mostly, its length."""
-    length = struct.unpack("<Q", data[:8])[0]
-    header = change(data[8 : 8 + length])
-    return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
 def _outward(network: nn.Module) -> dict[str, tuple]:
@@ -114,10 +58,26 @@ def _outward(network: nn.Module) -> dict[str, tuple]:
 _T5 = t5.Config(220, 8, 1, 2, 4, 16, 8, 16, 1e-6)
 
 
+def _node(**inputs) -> dict:
+    return {"class_type": "x", "inputs": inputs}
+
+
+_GRAPH = json.dumps({
+    "1": _node(seed=3, steps=4, cfg=5.0, sampler_name="euler", scheduler="karras", denoise=1.0, model=["7", 0],
+               positive=["2", 0], negative=["3", 0], latent_image=["4", 0]),
+    "2": _node(text="a fox", clip=["7", 1]), "3": _node(text="rain", clip=["7", 1]),
+    "4": _node(width=64, height=64, batch_size=1), "5": _node(ckpt_name="a.safetensors"),
+    "7": _node(lora_name="b.safetensors", strength_model=0.5, model=["5", 0], clip=["5", 1]),
+    "8": _node(guider=["9", 0], noise=["10", 0], sampler=["11", 0], sigmas=["12", 0], latent_image=["1", 0]),
+    "9": _node(conditioning=["2", 0], model=["5", 0]), "10": _node(noise_seed=7),
+    "11": _node(sampler_name="dpmpp_2m"), "12": _node(scheduler="simple", steps=9, model=["5", 0]),
+})  # fmt: skip
+
+
 class Fuzz:
     """The good files, in a folder of this run, and what has happened so far."""
 
-    def __init__(self, folder: Path, drawing: bool = False):
+    def __init__(self, folder: Path, drawing: bool = False, models: Path | None = None, only: str = ""):
         self.model = shutil.copytree(builtin.FOLDER, folder / "model")
         files = sorted(f for f in self.model.rglob("*") if f.suffix in (".json", ".txt", ".safetensors"))
         self.files = {f: f.read_bytes() for f in files}
@@ -171,12 +131,27 @@ class Fuzz:
         self.run.mkdir()
         fit.same_run(self.run, {"steps": 3, "rate": 0.1})
         (self.run / "log.csv").write_text("step,loss,rate,seconds\n1,0.5,0.1,1.0\n2,0.4,0.1,1.0\n", encoding="utf-8")
-        fit._save(self.run, self.trained, fit.optimizer("adamw"), self.trained.trainable_parameters(), 2)
+        state = fit._state(self.trained, fit.optimizer("adamw"), self.trained.trainable_parameters())
+        fit._save(self.run, state, 2)
         self.of_run = {file: file.read_bytes() for file in sorted(self.run.iterdir()) if file.suffix != ".png"}
         t5_vocab.write(folder / "t5")
         self.pieces = folder / "t5" / "spiece.model"
         self.good_pieces = self.pieces.read_bytes()
         self.pipe = load(self.model, dtype="float32") if drawing else None
+        self.more = []
+        if models is not None:
+            from . import fuzz_kinds
+
+            if not models.exists():
+                fuzz_kinds.models(models)
+            for kind in fuzz_kinds.KINDS:
+                if kind.__name__ in only.split(",") or not only:
+                    self.more.append(kind(folder / kind.__name__, self.pipe, models))
+                    self.more[-1].__name__ = kind.__name__
+        self.mine = [self.checkpoint, self.description, self.settings, self.index, self.training, self.spiece]
+        self.mine += [self.beside, self.beside, *[self.scheduler] * (self.pipe is not None)]
+        if only:
+            self.mine = [kind for kind in self.mine if kind.__name__ in only.split(",")]
 
     def _weights(self, shapes: dict) -> bytes:
         return checkpoints.full(
@@ -196,24 +171,23 @@ class Fuzz:
     def one(self, number: int) -> None:
         """Make the input of this number and read it. Anything but success or an Error is raised."""
         rng = random.Random(number)
-        kinds = [self.checkpoint, self.description, self.settings, self.index, self.training, self.spiece]
-        kind = rng.choice([*kinds, self.beside, self.beside, *[self.scheduler] * (self.pipe is not None)])
-        self.kind, begin = "", time.process_time()
+        kind = rng.choice([*self.mine, *self.more])
+        self.kind, begin, peak = "", time.process_time(), _peak()
         try:
             kind(rng)
             end = "read"
-        except Error:
+        except Error as e:
             end = "refused"
+            line = " ".join(as_flags(str(e)).split())  # as `console.run` prints it
+            assert 10 < len(shown(line)) <= 2010, f"input {number} says {line[:300]}"
         assert (took := time.process_time() - begin) < SLOW, f"input {number} took {took:.1f} s"
+        assert (grown := _peak() - peak) < MEMORY, f"input {number} took {grown / 1e6:.0f} MB"
         self.ends[f"{self.kind or kind.__name__} {end}"] += 1
 
     def checkpoint(self, rng: random.Random) -> None:
         file = rng.choice([*self.files])
         good = self.files[file]
-        if file.suffix == ".safetensors":
-            file.write_bytes(_with_header(good, lambda header: damaged(rng, header, True)))
-        else:
-            file.write_bytes(damaged(rng, good, file.suffix == ".json"))
+        file.write_bytes(damaged_file(rng, file, good))
         try:
             checkpoint = convert.open(self.model)
             convert.describe(checkpoint, recipe(None, "float32"))
@@ -232,17 +206,21 @@ class Fuzz:
         for config in model.components.values():
             description.build.build(config)
         if self.pipe is not None and model.components == self.described.components:
-            self.pipe.description = model
-            self.pipe("a red house", seed=1, steps=2, width=64, height=64)
+            self.drawn(model)
 
     def settings(self, rng: random.Random) -> None:
         ours = json.dumps({"prompt": "a fox", "seed": 1, "steps": 4, "width": 64, "loras": ["a:1"], "image": "a.png"})
-        good = {"mlxdiff": ours} if rng.random() < 0.5 else {"parameters": _PARAMETERS}
+        good = rng.choice(({"mlxdiff": ours}, {"parameters": _PARAMETERS}, {"prompt": _GRAPH}))
         texts = {}
         for key, text in good.items():
-            texts[key] = damaged(rng, text.encode(), key == "mlxdiff").decode("utf-8", "replace").replace("\0", "")
+            texts[key] = damaged(rng, text.encode(), key != "parameters").decode("utf-8", "replace")
+            texts[key] = texts[key].replace("\0", "")
         out, kind = io.BytesIO(), rng.choice(("PNG", "JPEG", "WEBP"))
         options = metadata.options(kind, texts, metadata.DRAWN)
+        if kind != "PNG" and "prompt" in texts:  # as ComfyUI's extensions write it
+            exif = Image.Exif()
+            exif[rng.choice((0x010E, 0x010F, 0x0110))] = f"prompt:{texts['prompt']}"[:60_000]
+            options["exif"] = exif.tobytes()
         if kind == "WEBP" and rng.random() < 0.5:
             name = rng.choice(("xmp", "exif"))
             options[name] = damaged(rng, options[name], False)
@@ -261,7 +239,7 @@ class Fuzz:
             head = 8 * len(good) // 10 if rng.random() < 0.1 else 1200
             self.network.write_bytes(damaged(rng, good[:head], False) + good[head:])
         else:
-            self.network.write_bytes(_with_header(good, lambda header: damaged(rng, header, True)))
+            self.network.write_bytes(damaged_file(rng, self.network, good))
         read(self.network)
 
     def training(self, rng: random.Random) -> None:
@@ -269,11 +247,7 @@ class Fuzz:
         for file, good in self.of_run.items():
             file.write_bytes(good)
         file = rng.choice([*self.of_run])
-        good, is_json = self.of_run[file], file.suffix == ".json"
-        if file.suffix == ".safetensors" and rng.random() < 0.8:
-            file.write_bytes(_with_header(good, lambda header: damaged(rng, header, True)))
-        else:
-            file.write_bytes(damaged(rng, good, is_json))
+        file.write_bytes(damaged_file(rng, file, self.of_run[file]))
         fit.same_run(self.run, {"steps": 3, "rate": 0.1})
         fit._restore(self.run / "state.safetensors", self.trained, fit.optimizer("adamw"))
         fit._cut_log(self.run / "log.csv", 2)
@@ -295,10 +269,16 @@ class Fuzz:
             schedule, _ = scheduler.from_json(reading.Settings(file))
         finally:
             file.write_bytes(self.files[file])
-        self.pipe.description = replace(self.described, schedule=schedule)
-        drawn = self.pipe("a red house", seed=1, steps=rng.randint(1, 3), width=64, height=64,
-                          sampler=rng.choice([*samplers.SAMPLERS]))  # fmt: skip
-        assert drawn.image.size == (64, 64)
+        self.drawn(replace(self.described, schedule=schedule), rng.choice([*samplers.SAMPLERS]), rng.randint(1, 3))
+
+    def drawn(self, model: Description, sampler: str = "ddim", steps: int = 2) -> None:
+        """A picture by a pipeline of this description, which others use after it as it was."""
+        before, self.pipe.description = self.pipe.description, model
+        try:
+            drawn = self.pipe("a red house", seed=1, steps=steps, width=64, height=64, sampler=sampler)
+            assert drawn.image.size == (64, 64)
+        finally:
+            self.pipe.description = before
 
     def index(self, rng: random.Random) -> None:
         file = self.model / "unet" / "model.safetensors.index.json"
@@ -311,23 +291,58 @@ class Fuzz:
             file.unlink()
 
 
+def _peak() -> int:
+    """The most bytes that this process has held."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _work(args: argparse.Namespace, at: Synchronized) -> None:
+    """Try one input after the other, in a process of its own. at: the number of the one at hand."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MLXDIFF_CACHE"] = f"{folder}/cache"
+        models = args.models or Path(folder, "models")
+        fuzz, number = Fuzz(Path(folder), True, models, args.only), args.first
+        stop = time.monotonic() + 60 * args.minutes
+        while time.monotonic() < stop and number - args.first != args.count:
+            at.value = number
+            try:
+                fuzz.one(number)
+            except Exception:
+                print(
+                    f"Input {number} failed: repeat it with --first {number} --count 1 and the same kinds.", flush=True
+                )
+                traceback.print_exc(limit=-6)
+                fuzz.ends["failed"] += 1
+            number += 1
+    at.value = -1
+    print(f"{number - args.first} inputs: {', '.join(f'{n} {end}' for end, n in sorted(fuzz.ends.items()))}.")
+    if fuzz.ends["failed"]:
+        sys.exit(1)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description="Read damaged files for some minutes.")
     p.add_argument("--minutes", type=float, default=1.0)
     p.add_argument("--first", type=int, default=0, metavar="N", help="number of the first input")
     p.add_argument("--count", type=int, metavar="N", help="stop after so many inputs")
+    p.add_argument("--only", default="", metavar="KINDS", help="such as flux,sd3; a failed input needs the same ones")
+    p.add_argument("--models", type=Path, metavar="DIR", help="keep the tiny models there: they take long to make")
     args = p.parse_args()
-    stop, number = time.monotonic() + 60 * args.minutes, args.first
-    with tempfile.TemporaryDirectory() as folder:
-        fuzz = Fuzz(Path(folder), drawing=True)
-        while time.monotonic() < stop and number - args.first != args.count:
-            try:
-                fuzz.one(number)
-            except BaseException:
-                print(f"Input {number} failed: repeat it with --first {number} --count 1.")
-                raise
-            number += 1
-    print(f"{number - args.first} inputs: {', '.join(f'{n} {end}' for end, n in sorted(fuzz.ends.items()))}.")
+    spawn = multiprocessing.get_context("spawn")  # a signal or a hang ends the child alone
+    at = spawn.Value("q", -1)
+    child = spawn.Process(target=_work, args=(args, at), daemon=True)
+    child.start()
+    number, seen = -1, 0.0
+    while child.is_alive():
+        child.join(1.0)
+        if at.value != number:
+            number, seen = at.value, time.monotonic()
+        if number >= 0 and time.monotonic() - seen > HANGS:
+            child.kill()
+    if at.value >= 0:
+        print(f"Input {at.value} ended the process or hung: repeat it with --first {at.value} --count 1.")
+    sys.exit(child.exitcode)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxdiff
-from mlxdiff import advice, generate, images, memory
+from mlxdiff import advice, conditioning, generate, images, memory
 from mlxdiff.adapters import SidePath
 from mlxdiff.attached import settled
 from mlxdiff.convert import __main__ as convert
@@ -76,7 +76,7 @@ def test_a_prompt_names_loras_of_a_folder(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("MLXDIFF_LORAS", str(tmp_path))
     request = pipe.resolve("a red house <lora:style:0.5>", seed=1)
     assert (request.prompt, request.loras) == ("a red house", ("style:0.5",))
-    with pytest.raises(Error, match=r"There is no LoRA 'styl'\. Give a .safetensors file, a hub id"):
+    with pytest.raises(Error, match=r"There is no LoRA 'styl'\. storybook has quick; or give a .safetensors file"):
         pipe.resolve("a red house <lora:styl:0.5>")
 
 
@@ -177,7 +177,7 @@ def test_a_file_goes_before_a_name(pipe, fast, tmp_path):
         ("sd3.5-medium", "hyper-8", "which was made for sd3-medium: it does not fit sd3.5-medium"),
         ("sd21", "hyper-4", "sd21 is Stable Diffusion 2.x. Leave it out"),
         ("sdxl", "lightning4", "There is no LoRA 'lightning4'. Did you mean lightning-4"),
-        ("sdxl", "nothing", "There is no LoRA 'nothing'. Stable Diffusion XL has lcm, lightning-2"),
+        ("sdxl", "nothing", "There is no LoRA 'nothing'. sdxl has lcm, lightning-2"),
     ],
 )
 def test_a_name_that_does_not_fit_is_refused_before_any_download(model, name, says, monkeypatch, capsys):
@@ -192,7 +192,7 @@ def test_a_name_that_does_not_fit_is_refused_before_any_download(model, name, sa
 def test_named_loras_fit_the_models_that_they_were_made_for():
     """With settings that those models can draw with."""
     rows = {key: row for key, row in ADAPTERS.items() if row.role == "lora"}
-    assert len(rows) == 20
+    assert len(rows) == 21
     for (family, name), row in rows.items():
         fit = [n for n, m in MODELS.items() if row.fits(m.networks[m.family.denoiser]) and m.family.name == family]
         model = published(fit[0], Recipe("float32", None))
@@ -540,6 +540,22 @@ def test_a_taught_word_is_kept_with_the_picture(pipe, width, tmp_path):
     full(file, {"emb_params": np.zeros((2, width), np.float32)})
     with pytest.raises(Error, match="The embedding files are not those of these settings"):
         pipe(images.read_settings(tmp_path / "a.png")[0])
+
+
+def test_ctrl_c_while_a_prompt_is_read_teaches_the_next_one_nothing(width, tmp_path, monkeypatch):
+    """A text encoder that was taught a word and not closed would keep it, in the place of the next one."""
+    files = [full(tmp_path / f"{x}.safetensors", {"moss": np.full((1, width), x, np.float32)}) for x in (1, -1)]
+    stopped, fresh = (mlxdiff.load("storybook", dtype="float32") for _ in range(2))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conditioning, "read", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stopped("a moss house", **SMALL, embeddings=[str(files[0])])
+    again, want = (each("a moss house", **SMALL, embeddings=[str(files[1])]).image for each in (stopped, fresh))
+    assert again.tobytes() == want.tobytes()
 
 
 BAD_WORDS = {

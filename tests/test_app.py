@@ -84,6 +84,14 @@ def test_a_notebook_of_somebody_else_is_neither_run_nor_signed(tmp_path, monkeyp
     assert lab._notebook(path, None).cells == book.cells
 
 
+def test_without_a_place_for_jupyters_signatures_it_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "file" / "data"))
+    nbformat.write(lab._notebook(tmp_path / "new.ipynb", None), tmp_path / "a.ipynb")
+    with pytest.raises(Error, match="JUPYTER_DATA_DIR"):
+        lab._notebook(tmp_path / "a.ipynb", None)
+
+
 def test_the_flags_of_the_page_and_of_the_notebook(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(app, "studio", lambda *args: asked.append(args) or 0)
@@ -195,11 +203,8 @@ def started(request, tmp_path):
     env |= {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
     # Whoever started the tests may ignore the signals that end a terminal, and hand that down.
     code = "import signal; [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGTERM)]\n"
-    code += "import sys; from mlxdiff.widgets import app, lab; from pathlib import Path\n"
-    code += {
-        "lab": "sys.exit(lab.studio(Path('studio.ipynb').resolve(), None, True))",
-        "page": "sys.exit(app.studio(None, None, True))",
-    }[request.param]
+    code += "import sys; from mlxdiff.widgets import app\n"
+    code += f"sys.exit(app.main({['--lab'] * (request.param == 'lab')}))"
     (tmp_path / "books").mkdir()
     book = lab._notebook(tmp_path / "books" / "studio.ipynb", None)
     lab._cell(book, tmp_path).source = "print('hello')"

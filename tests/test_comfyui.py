@@ -173,6 +173,22 @@ def test_wrong_values_are_left_out_and_circles_end():
     assert read(WIDE)[0]["prompt"] == ""  # 10,000 links, each followed once
 
 
+def test_the_work_grows_as_the_graph_does(monkeypatch):
+    """Many samplers that all begin with the end of one long chain: each link is followed a few times in all."""
+
+    def links(n: int) -> int:
+        followed = []
+        linked = comfyui._linked
+        monkeypatch.setattr(comfyui, "_linked", lambda *args: followed.append(1) or linked(*args))
+        chain = {str(i): node("Any", x=[str(i + 1), 0]) for i in range(n)}
+        samplers = {f"s{i}": node("KSampler", positive=0, latent_image=["0", 0]) for i in range(n)}
+        comfyui.parse(json.dumps(chain | samplers))
+        monkeypatch.undo()
+        return len(followed)
+
+    assert links(400) < 2.1 * links(200)
+
+
 def test_a_file_of_comfyui_replays_or_says_why(tmp_path: Path, capsys):
     """Its model is not here, so the default draws; its LoRA is not here either, which is said before the work."""
     from mlxdiff.generate import main as generate

@@ -2,11 +2,15 @@
 
 import importlib.metadata
 import json
+import os
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from mlxdiff import console, dialects, store
+from mlxdiff.__main__ import main
 from mlxdiff.console import Parser, install
 from mlxdiff.errors import Error, did_you_mean, near
 from mlxdiff.request import Request
@@ -111,3 +115,57 @@ def test_elsewhere_what_was_installed_is_named(tmp_path, monkeypatch):
     assert install("studio") == 'pip install "mlxdiff[studio] @ git+https://example.org/mlxdiff"'
     noted = None
     assert install("studio") == 'pip install "mlxdiff[studio]"'
+
+
+@pytest.mark.parametrize("kind", ["closed", "full"])
+@pytest.mark.parametrize("words", [[], ["--version"], ["help"], ["generate", "--help"], ["models", "-h"]])
+def test_a_text_that_cannot_be_written_is_no_traceback(kind, words, capsys, monkeypatch):
+    """Standard output is a pipe that nobody reads, as in `mlxdiff --help | true`, or on a full disk. Python, which
+    writes at exit what is left, has nothing to say either."""
+    if kind == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    reader, handle = os.pipe()
+    os.close(reader)
+    if kind == "full":
+        os.close(handle)
+        handle = os.open("/dev/full", os.O_WRONLY)
+    with open(handle, "w") as out:  # closing it is what Python does at exit
+        monkeypatch.setattr(sys, "stdout", out)
+        try:
+            code = main(words)
+        except SystemExit as e:  # as argparse ends
+            code = e.code
+    assert code == 1
+    full = "Standard output cannot be written: No space left on device. Lead it to another place.\n"
+    assert capsys.readouterr().err.partition(": ")[2] == (full if kind == "full" else "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_process_lets_it_tidy_up(number, monkeypatch):
+    before, tidied = signal.signal(number, signal.SIG_DFL), []
+
+    def body():
+        try:
+            return console.run("inner", lambda: signal.raise_signal(number))
+        finally:
+            tidied.append(signal.getsignal(number))
+
+    try:
+        with pytest.raises(SystemExit) as ended:
+            console.run("outer", body)
+        assert ended.value.code == 128 + number
+        assert tidied == [signal.SIG_DFL]  # a second one need not wait
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # by nohup
+        assert console.run("outer", lambda: signal.raise_signal(number) or 0) == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_help_in_a_locale_without_its_letters(capsys, monkeypatch):
+    with open(os.devnull, "w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as ended:
+            main(["score", "--help"])
+    assert ended.value.code == 0

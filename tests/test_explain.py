@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 pytest.importorskip("matplotlib", reason="the lessons need pip install -e '.[studio]'")
 pytest.importorskip("anywidget", reason="the lessons need pip install -e '.[studio]'")
@@ -234,6 +234,15 @@ def test_a_picture_of_ones_own_takes_the_scenes_place(noise):
     upload(noise.file, "mine.png", out.getvalue())
     assert noise.said.value == ""
     assert noise.error is None
+
+
+def test_a_picture_of_ones_own_starts_no_program(tmp_path, monkeypatch):
+    """An EPS, which Pillow would have Ghostscript draw."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("it was started"))
+    for own in (io.BytesIO((tmp_path / "a.eps").read_bytes()), tmp_path / "a.eps", str(tmp_path / "a.eps")):
+        with pytest.raises(Error, match="mine is not a picture that can be read"):
+            forward.pixels(own, "mine")
 
 
 def test_forward_noise_redraws_at_once_without_a_worker(noise):

@@ -1,4 +1,4 @@
-"""Lessons 10 to 12: their numbers against closed forms and independent computations."""
+"""Lessons 10 to 12 and what was added to others: their numbers against closed forms and independent computations."""
 
 import math
 
@@ -12,19 +12,27 @@ import mlx.core as mx
 
 import mlxdiff
 from mlxdiff import samplers, surgery
+from mlxdiff.probe import gaze, trace
 from mlxdiff.train import storybook, toy
 from mlxdiff.widgets.explain import (
     FewSteps,
+    InkDrop,
     LyingAboutTime,
     Memory,
     NoiseTable,
     Straighten,
     TakenOut,
+    UNetBesideTransformer,
+    WhereBlocksLook,
     WhoDecides,
+    blocks,
+    claims_further,
+    dots,
     few,
     inside,
     novelty,
 )
+from tests import notebooks
 from tests.test_explain import numbers, quiet, stands
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -40,6 +48,40 @@ def worked(lesson, pipe):
     lesson.redraw()
     assert lesson.error is None
     return lesson
+
+
+# ---- lesson 1
+
+
+def test_a_random_walk_and_its_way_back():
+    """From one blob of spread g, after n pushes the spread is sqrt(g^2 + n p^2), and after the way back g again: within
+    five standard errors of a spread of 8,000 numbers. Another blob's way back does not end there."""
+    rng, n = np.random.default_rng(1), 50
+    middle, spread = np.array([[0.7, -0.4]]), math.sqrt(dots.GRAIN**2 + n * dots.PUSH**2)
+    far = middle + spread * rng.standard_normal((4000, 2))
+    back = dots.walked_back(middle, far, n, rng)
+    assert len(back) == n + 1
+    assert np.abs((back[-1] - middle).std() / dots.GRAIN - 1) < 5 / math.sqrt(2 * 8000)
+    half = back[n // 2] - middle
+    assert np.abs(half.std() / math.sqrt(dots.GRAIN**2 + n / 2 * dots.PUSH**2) - 1) < 5 / math.sqrt(2 * 8000)
+    other = dots.walked_back(middle + 1, far, n, rng)
+    assert np.linalg.norm((other[-1] - middle).mean(0)) > 1
+
+
+def test_the_ink_says_how_far_it_has_spread(pipe):
+    lesson = worked(InkDrop(at=50), pipe)
+    d, said = lesson.data, numbers(lesson.words())
+    by_hand = [math.sqrt(((d.out[k] - d.out[0]) ** 2).sum(1).mean()) for k in (50, dots.STEPS // 4, dots.STEPS)]
+    assert said[:6] == [
+        50,
+        round(by_hand[0], 2),
+        dots.STEPS // 4,
+        round(by_hand[1], 2),
+        dots.STEPS,
+        round(by_hand[2], 2),
+    ]
+    assert by_hand[2] == pytest.approx(math.sqrt(2 * dots.STEPS) * dots.PUSH, rel=5 / math.sqrt(2 * dots.DOTS))
+    assert stands(lesson)
 
 
 # ---- lesson 10
@@ -223,3 +265,79 @@ def test_who_decides_counts_the_way_that_one_block_goes(pipe, short):
     assert lesson.data.share["up 2"] == pytest.approx((x - a) @ (b - a) / ((b - a) @ (b - a)), abs=1e-3)
     assert list(lesson.data.share) == surgery.readers(net)
     assert stands(lesson)
+
+
+# ---- lesson 12: where blocks look, and what can be counted
+
+
+def test_a_block_whose_queries_are_nothing_looks_everywhere_alike(pipe):
+    """Equal scores make equal shares; the shares of a place add up to 1; and who watches changes nothing."""
+    net, same = surgery.unet(pipe), {"seed": 7, "steps": 2, "guidance": 1.0}
+    plain = [step.x0 for step in trace(pipe, inside.PROMPT, **same)]
+    seen = list(gaze(pipe, inside.PROMPT, **same))
+    assert all((a == b.step.x0).all() for a, b in zip(plain, seen, strict=True))
+    assert [*seen[0].maps] == surgery.readers(net)
+    assert all(np.allclose(m.sum((2, 3)), 1, atol=1e-4) for m in seen[0].maps.values())
+    (layer,) = surgery.blocks(net)["middle"].attentions[0].transformer_blocks
+    kept = layer.attn1.to_q.weight
+    try:
+        layer.attn1.to_q.weight = mx.zeros_like(kept)
+        maps = next(gaze(pipe, inside.PROMPT, **same)).maps
+    finally:
+        layer.attn1.to_q.weight = kept
+    np.testing.assert_allclose(maps["middle"], 1 / maps["middle"][0, 0].size, rtol=1e-5)
+    assert not np.allclose(maps["down 2"], 1 / maps["down 2"][0, 0].size, rtol=1e-2)
+
+
+def test_how_far_an_even_look_goes_by_hand():
+    assert blocks.reach(np.full((2, 2, 2, 2), 0.25)) == pytest.approx((0 + 0.5 + 0.5 + math.sqrt(0.5)) / 4)
+    own = np.eye(4).reshape(2, 2, 2, 2)  # each place looks at itself
+    assert blocks.reach(own) == 0
+
+
+def test_where_blocks_look_says_what_was_seen(pipe):
+    lesson = worked(WhereBlocksLook(step=2), pipe)
+    for name, maps in lesson.data.maps.items():
+        assert f"{name} {blocks.reach(maps):.2f}" in lesson.words()
+    before = lesson.image.value
+    lesson.down.value = 10
+    lesson.redraw()
+    assert lesson.image.value != before
+    assert stands(lesson)
+
+
+def test_the_places_of_published_networks_by_their_known_counts(pipe):
+    """SD 1.5 compares at 64 x 64 places in 5 layers, at 32 x 32 and 16 x 16 in 5 each, and once in the middle; SD3
+    medium has 24 layers, and 1,024 patches at 512 pixels. Their weights: 860 million and 2.03 billion."""
+    lesson = worked(UNetBesideTransformer(), pipe)
+    d = lesson.data
+    assert d.pairs("sd15", 512) == 5 * (4096**2 + 1024**2 + 256**2) + 64**2
+    assert d.pairs("sd3-medium", 512) == 24 * 1024**2
+    assert d.pairs("sdxl", 1024) == 10 * 4096**2 + 60 * 1024**2  # 2 and 3 attentions of 2 layers; 2, 1 and 3 of 10
+    assert d.weights["sd15"] == pytest.approx(860e6, rel=0.001)
+    assert d.weights["sd3-medium"] == pytest.approx(2.03e9, rel=0.03)
+    assert "16 times as many" in lesson.words()
+    small = lesson.image.value
+    lesson.size.value = 1024
+    lesson.redraw()
+    assert lesson.image.value != small
+
+
+# ---- claims that stand in the lessons. Reference of the evidence: what is committed, by test_notebooks.py
+
+
+def test_things_are_counted_where_they_do_not_touch():
+    mask = np.zeros((20, 20), bool)
+    mask[2:6, 2:6] = mask[2:6, 9:13] = mask[12, 3:17] = True
+    assert claims_further.regions(mask) == 3
+    mask[4, 6:9] = True
+    assert claims_further.regions(mask) == 2
+    mask[19, 0] = True  # too small to be a thing
+    assert claims_further.regions(mask) == 2
+
+
+def test_the_lessons_claims_have_their_verdict_in_what_is_committed():
+    said = "\n".join("\n".join(notebooks.texts(notebooks.read(name))) for name in notebooks.names())
+    for claim in claims_further.CLAIMS:
+        assert f"**“{claim.quote}”.**" in said
+        assert f"Verdict: {claim.verdict}. " in said.split(f"**“{claim.quote}”.**")[1]

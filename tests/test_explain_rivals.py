@@ -77,15 +77,15 @@ def test_a_step_moves_what_learns_and_the_mean_follows(name):
     rival = learning.RIVALS[name](seed=0)
     net = {"GAN": "forger", "VAE": "net"}.get(name)
     now = getattr(rival, net) if net else rival.toy.net
-    calm = rival.calm if net else rival.calm.net
+    averaged = rival.averaged if net else rival.averaged.net
 
     def flat(module):
         return np.concatenate([np.array(v).ravel() for _, v in nn.utils.tree_flatten(module.parameters())])
 
-    old, mean = flat(now), flat(calm)
+    old, mean = flat(now), flat(averaged)
     rival.step(mx.array(toy.ring(learning.BATCH, 8).astype(np.float32)), np.random.default_rng(0))
     assert np.abs(flat(now) - old).max() > 1e-4
-    np.testing.assert_allclose(flat(calm), mean + 11 / 12 * (flat(now) - mean), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(flat(averaged), mean + 11 / 12 * (flat(now) - mean), rtol=0, atol=1e-6)
 
 
 def test_a_flow_learns_in_a_few_steps_and_draws_what_it_learned():

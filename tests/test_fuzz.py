@@ -3,7 +3,8 @@
 import random
 import time
 
-from tests.fuzz import Fuzz, damaged
+from tests.damage import damaged
+from tests.fuzz import Fuzz
 
 SECONDS = 8.0  # for all of it, so that a slow machine tries fewer
 

@@ -1,5 +1,6 @@
 """Pictures and their settings. References: PIL reads back what was written."""
 
+import io
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -275,6 +276,32 @@ def test_a_picture_of_more_pixels_than_pillow_opens_is_one_error(tmp_path, monke
     for read in (images.read, images.read_settings):
         with pytest.raises(Error, match="cannot be read as a picture: Image size"):
             read(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_path):
+    """A black one, which is a small file."""
+    Image.new("1", (10_001, 10_000)).save(tmp_path / "a.png")
+    for read in (images.read, images.read_settings, images.size):
+        with pytest.raises(Error, match="it has 100 megapixels, and 100 are the most"):
+            read(tmp_path / "a.png")
+
+
+def test_a_jpeg_that_repeats_its_scans_is_refused(tmp_path, monkeypatch):
+    """Each scan goes over all pixels: in a megabyte there is room for thousands."""
+    whole = io.BytesIO()
+    Image.new("L", (64, 64)).save(whole, "JPEG", progressive=True)
+    data = whole.getvalue()
+    scan = data[data.rindex(b"\xff\xc4") : -2]
+    monkeypatch.setattr(images, "_MOST_WORK", 64 * 64 * 30)
+    for n, refused in ((3, False), (40, True)):
+        (tmp_path / "a.jpg").write_bytes(data[:-2] + n * scan + data[-2:])
+        assert Image.open(tmp_path / "a.jpg").convert("L").getextrema() == (0, 0)  # Pillow reads it
+        if refused:
+            with pytest.raises(Error, match="in more scans than its pixels need"):
+                images.read(tmp_path / "a.jpg")
+        else:
+            images.read(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize(

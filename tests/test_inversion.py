@@ -1,14 +1,18 @@
 """Training a word on the built-in model. References: the trained reader for its file, an uninterrupted run for a
 resumed one. That gradients are torch's, and pictures diffusers', is parity/test_tune.py's."""
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxdiff import advice
 from mlxdiff.convert import embedding as reader
 from mlxdiff.errors import Error
-from mlxdiff.train import inversion
+from mlxdiff.memory import SURE
+from mlxdiff.train import footprint, inversion, tune
 from mlxdiff.train.__main__ import main
 
 WORD = "<ring>"
@@ -70,6 +74,47 @@ def test_the_word_moves_the_picture(pipe, rings, tmp_path):
     list(run.steps())
     then = np.asarray(pipe(f"a {WORD}", **settings).image).astype(float)
     assert 10 * np.log10(255**2 / np.square(then - first).mean()) < 30
+
+
+def test_what_was_encoded_is_kept_and_numbers_of_captions_are_checked(pipe, rings, tmp_path, monkeypatch):
+    """A run that continues does not encode; a caption that there is none of makes it encode anew."""
+    run = begun(pipe, rings, tmp_path / "run")
+    (first,) = run.encoded()
+    monkeypatch.setattr(tune, "encode", None)
+    (again,) = run.encoded()
+    assert all(mx.array_equal(a, b) for a, b in zip(first.means, again.means, strict=True))
+    file = run.out / tune.RUN / "encoded-0.safetensors"
+    good, header = mx.load(str(file), return_metadata=True)
+    mx.eval(good)
+    for number in (mx.array([9]), mx.array([-1]), mx.array([0.5]), mx.array([0, 0])):
+        mx.save_safetensors(str(file), good | {"1.args.caption": number}, header)
+        with pytest.raises(TypeError):  # it encodes, which this test took away
+            run.encoded()
+
+
+def test_a_step_takes_the_memory_that_was_told(pipe, rings, tmp_path):
+    """As for a LoRA: against MLX's own count."""
+    run = begun(pipe, rings, tmp_path / "run", size=128, batch=8, steps=2)
+    steps, told = run.steps(), footprint.step(pipe.description, run.tuning, gpu=False)
+    next(steps)
+    gc.collect()
+    mx.clear_cache()
+    besides = mx.get_active_memory() - told.weights
+    mx.reset_peak_memory()
+    next(steps)
+    steps.close()
+    assert 0.75 < told.peak / (mx.get_peak_memory() - besides) < SURE
+
+
+def test_too_little_memory_is_told_before_the_work(rings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(advice, "this_machine", lambda: advice.Machine(35 * 10**6, 35 * 10**6, False))
+    typed = ["embedding", "-m", "storybook", "-i", str(rings), "-o", str(tmp_path / "out"), "--word", WORD]
+    typed += ["--initial", "house"]
+    assert main(typed) == 1
+    assert "GB; this machine has 0.0. What fits: --low-memory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*typed, "--estimate"]) == 0
+    assert "a word of 1, 1 at once: a step takes about" in capsys.readouterr().out
 
 
 def test_the_command(rings, tmp_path, capsys):

@@ -236,6 +236,7 @@ def test_pictures_come_back_whole(pair):
         ((PICTURE | {"size": [10**9, 10**9]}, bytes(6)), "something other than a picture"),
         ((PICTURE | {"size": [-2, -1]}, bytes(6)), "something other than a picture"),
         ((PICTURE | {"size": "ab"}, bytes(6)), "something other than a picture"),
+        ((PICTURE | {"peak_bytes": 10**400}, bytes(6)), "something other than a picture"),
         ((PICTURE | {"seconds": None}, bytes(6)), "something other than a picture"),
     ],
 )
@@ -324,7 +325,7 @@ def test_a_process_alone_initialises_nothing(monkeypatch, tmp_path):
     hosts.write_text('[["10.0.0.1:5000"], ["10.0.0.2:5000"]]')
     assert machines.started()
     assert machines._first() == "10.0.0.1"
-    for wrong in ("[1, 2]", "{", '{"a": 1, "b": 2}'):
+    for wrong in ("[1, 2]", "{", '{"a": 1, "b": 2}', "[" * 100_000):
         hosts.write_text(wrong)
         with pytest.raises(Error, match="is no list of machines"):
             machines.started()

@@ -409,3 +409,45 @@ def test_before_is_the_picture_that_a_run_began_with(studio, monkeypatch):
     before = images.read(Image.open(io.BytesIO(png)))
     assert before.size == (request.width, request.height) == (80, 48)
     np.testing.assert_array_equal(np.asarray(before)[:, :64], np.asarray(images.read("start.png")))
+
+
+def test_a_sketch_guides_the_next_picture(studio):
+    """Drawn on a black page of the picture's size, by the network of that name; the start picture's mask stays."""
+    mask = painted(1, 1, 9, 9)
+    send(studio, "mask", paint(mask), id="page 1")
+    assert studio.view.sketches
+    studio.width, studio.height = 64, 128
+    send(studio, "sketch")
+    page = Image.open(io.BytesIO(studio.view.paper["png"]))
+    assert (page.size, page.getbbox(), studio.view.paper["sketch"]) == ((64, 128), None, True)
+    assert (studio.view.mask, studio.view.around["inner"]) == ({"id": "", "png": b""}, [64, 128])
+
+    lines = painted(5, 5, 20, 100, size=(64, 128))
+    send(studio, "mask", paint(lines), id="page 1")
+    (guide,) = studio.control_guides
+    assert (guide.model, guide.image.name) == ("scribble", f"guide-{images.fingerprint(lines)}.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(guide.image)), np.asarray(lines))
+    assert Path(studio.mask).name == f"mask-{images.fingerprint(mask)}.png"
+
+    studio.control_guides = [replace(guide, scale=0.5)]
+    studio.height = 64
+    send(studio, "sketch")  # to go on with it
+    shown = Image.open(io.BytesIO(studio.view.mask["png"]))
+    np.testing.assert_array_equal(np.asarray(shown)[..., 3], np.asarray(lines))
+    more = painted(5, 5, 60, 100, size=(64, 128))
+    send(studio, "mask", paint(more), id="page 1")
+    (second,) = studio.control_guides
+    assert (second.scale, images.fingerprint(Image.open(second.image))) == (0.5, images.fingerprint(more))
+    send(studio, "mask", paint(painted(size=(64, 128))), id="page 1")
+    assert studio.control_guides == []
+
+    studio.controls.start_picture.paint.click()
+    assert "sketch" not in studio.view.paper
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(studio.view.mask["png"])))[..., 3], np.asarray(mask))
+
+
+def test_a_model_without_a_network_for_sketches_says_so(studio):
+    studio.model = "z-image"
+    assert not studio.view.sketches
+    with pytest.raises(Error, match="z-image has no network that reads a sketch"):
+        studio._painting.sketch()

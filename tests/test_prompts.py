@@ -93,6 +93,8 @@ DAMAGES = {
     "more": _rewrite(lambda a: a | {"9.context": a["0.context"]}),
     "less": _rewrite(lambda a: {k: v for k, v in a.items() if k != "0.context"}),
     "pooled": _rewrite(lambda a: a | {"0.pooled": mx.zeros(3)}),
+    "narrow pooled": _rewrite(lambda a: a | {"0.pooled": a["0.pooled"][:, :-1]}),
+    "not pooled": _rewrite(lambda a: {k: v for k, v in a.items() if k != "0.pooled"}),
 }
 
 

@@ -208,10 +208,10 @@ def test_hostile_files_are_counted_and_the_rest_is_read(story, tmp_path, capsys,
 
 def test_a_name_reaches_no_terminal_raw(story, tmp_path, capsys):
     os.link(story / "05.png", tmp_path / "05.png")
-    (tmp_path / "\x1b[31mred.txt").write_text("x")
+    (tmp_path / "\x1b[31mred\nwords the judge sees 100 %.txt").write_text("x")
     assert command.main([str(tmp_path), "--offline"]) == 0
     out = capsys.readouterr().out
-    assert "red.txt" in out
+    assert "red words the judge sees 100 %.txt" in out
     assert "\x1b" not in out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +68,20 @@ def test_reading_is_lazy(tmp_path):
     assert tensors["last"].read().tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("tag", ["F32", "BF16", "F64", "F8_E4M3"])
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path, tag):
+    """A mapped file would end the process by a signal."""
+    file = sparse(tmp_path / "a.safetensors", {"a": (9000,), "b": (9000,)}, dtype=tag)
+    tensors = source.read(file).tensors
+    os.truncate(file, 5000)
+    for tensor in tensors.values():
+        with pytest.raises(Error, match="became shorter while it was read"):
+            tensor.read()
+    file.unlink()
+    with pytest.raises(Error, match="can no longer be read at 'a'"):
+        tensors["a"].read()
+
+
 def test_a_pickle_becomes_safetensors_as_the_readme_says(tmp_path):
     """Reference: the tensors that torch wrote. A checkpoint holds more than them, and two of them may share memory."""
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -82,6 +96,14 @@ def test_a_pickle_becomes_safetensors_as_the_readme_says(tmp_path):
     assert tensors.keys() == {"a", "tied", "turned"}
     assert all(np.array_equal(tensors[name].read(), weight) for name in ("a", "tied"))
     np.testing.assert_array_equal(np.array(tensors["turned"].read()), weight.T)
+
+
+def test_a_file_that_mlx_wrote_is_read(tmp_path):
+    """Its header has null in place of the free text, which the reference takes too."""
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"a": mx.ones(3)})
+    assert b'"__metadata__":null' in (tmp_path / "a.safetensors").read_bytes()
+    assert source.read(tmp_path / "a.safetensors").tensors["a"].read().tolist() == [1, 1, 1]
+    assert safetensors.numpy.load_file(tmp_path / "a.safetensors")["a"].tolist() == [1, 1, 1]
 
 
 def test_large_metadata_is_fine(tmp_path):

@@ -1,11 +1,14 @@
 """The studio without a browser: traits, messages and files, over a pipeline that needs no model (tests/fakes.py)."""
 
+import errno
+import fcntl
 import io
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections import deque
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ pytest.importorskip("anywidget", reason="the studio needs ipywidgets and anywidg
 
 from mlxdiff import advice, builtin, families, images, samplers, schedules
 from mlxdiff.convert import lora_header
+from mlxdiff.description import published
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
@@ -166,6 +170,26 @@ def test_presets_of_named_models_are_valid_requests(name):
     for values in settings.presets(row.defaults).values():
         Request("x", **values).resolve(row.defaults, ("euler", "leading"), "leading", 1, 8)
     assert ("quick" in settings.presets(row.defaults)) == (row.defaults.steps >= 10)
+
+
+def test_quick_takes_the_models_own_lora_and_another_preset_leaves_it_out(studio):
+    studio.model, studio.loras = "storybook", ["style.safetensors:0.5"]
+    settled(studio)
+    studio._learn(published("storybook", recipe(dtype="float32")))  # the model that opened is a fake
+    row, presets = families.ADAPTERS["sd1", families.QUICK], studio.controls.presets
+    presets["quick"].click()
+    request = studio.request()
+    assert request.loras == ("style.safetensors:0.5", "quick")
+    assert {name: getattr(request, name) for name in row.wants} == row.wants
+    presets["standard"].click()
+    assert studio.request().loras == ("style.safetensors:0.5",)
+    assert studio.request().steps == families.MODELS["storybook"].defaults.steps
+    presets["quick"].click()
+    studio.model = "sd15"
+    assert studio.loras == ["style.safetensors:0.5"]
+    presets["quick"].click()
+    assert studio.loras == ["style.safetensors:0.5"]
+    assert studio.steps == 10
 
 
 def test_naming_a_model_brings_its_defaults(studio):
@@ -469,6 +493,76 @@ def test_favourites_are_kept_beside_the_pictures_and_outlast_the_strip(studio, m
     heard(studio, do="star", key=1)
     heard(studio, do="delete", key=1)
     assert file.read_text() == ""
+
+
+def test_two_studios_keep_each_other_s_favourites(studio, monkeypatch):
+    """Of one folder: a star is what this studio shows, and no other process may note one in between."""
+    for prompt in ("one", "two"):
+        draw(studio, prompt=prompt)
+    other = Studio("fake", worker=studio._worker)
+    other.recall()
+    names = [picture.path.name for picture in studio.images]
+    keys = {entry["title"].split(",")[0]: entry["key"] for entry in other.view.history}
+    heard(studio, do="star", key=0)
+    heard(other, do="star", key=keys["one"])  # which it shows without one
+    read, refused = history.favourites, []
+
+    def favourites(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused.append(folder)
+        finally:
+            os.close(handle)
+        return read(folder)
+
+    monkeypatch.setattr(history, "favourites", favourites)
+    heard(other, do="star", key=keys["two"])
+    assert read(studio.images[0].path.parent) == {*names}
+    assert refused
+    assert [entry["star"] for entry in other.view.history] == [True, True]
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(history, "favourites", read)
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    heard(other, do="star", key=keys["two"])
+    assert read(studio.images[0].path.parent) == {names[0]}
+
+
+def test_a_picture_that_is_finished_while_others_are_recalled_is_in_the_strip(studio, monkeypatch):
+    draw(studio, prompt="one")
+    other, newest, threads = Studio("fake", worker=studio._worker), history._newest, []
+
+    def slow(entries):
+        if threading.current_thread() is threading.main_thread():  # the strip was read, and is not changed yet
+            image = studio.images[0].image
+            threads.append(threading.Thread(target=other._history.keep, args=(studio.images[0], image, False)))
+            threads[0].start()
+            threads[0].join(0.1)
+        return newest(entries)
+
+    monkeypatch.setattr(history, "_newest", slow)
+    other.recall()
+    threads[0].join()
+    assert len(other.view.history) == 2
+
+
+def test_an_interrupt_at_any_moment_leaves_no_studio_busy(studio, interrupts):
+    """A kernel's interrupt meets the thread of the cells; the worker draws on."""
+    times = 0
+    for moment in interrupts("studio.py", "worker.py"):
+        times += 1
+        with moment:
+            studio.generate()
+            studio.cancel(everything=True)
+        studio.cancel(everything=True)
+        assert draw(studio, steps=1).images
+        settled(studio)
+        assert (studio.view.running, studio._jobs, studio._worker._waiting) == (False, [], deque())
+    assert times > 30
 
 
 def test_a_copy_in_another_format_is_handed_to_the_page_and_restores(studio, monkeypatch):

@@ -1,5 +1,7 @@
 """T5's tokenizer against transformers', from spiece.model and from tokenizer.json, with a vocabulary made here."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +20,14 @@ STRINGS = [
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory):
+def saved(tmp_path_factory):
+    return tmp_path_factory.mktemp("t5") / "json"
+
+
+@pytest.fixture(scope="module")
+def three(saved):
     """transformers', and ours from each kind of file."""
-    root = tmp_path_factory.mktemp("t5")
+    root = saved.parent
     t5_vocab.write(root / "spiece")
     theirs = T5Tokenizer.from_pretrained(root / "spiece")
     theirs("x", padding="max_length", max_length=7, truncation=True)  # which it would store, and ours must not heed
@@ -72,6 +79,49 @@ def test_what_is_no_tokenizer_is_told(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(Error, match="cannot be read"):
         tokenizers.load_t5(tmp_path)
+
+
+GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 999}
+HOSTILE = {
+    "a text that grows": {"normalizer": {"type": "Sequence", "normalizers": [GROWS] * 4}},
+    "one that grows alone": {"normalizer": GROWS},
+    "a pattern that takes for ever": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}}},
+    "many steps": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 5}},
+    "steps within steps": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence"}]}},
+    "a table of another type": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": [1]}},
+    "a table that is none": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+    "text": {"normalizer": "x"},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.usefixtures("three")
+def test_steps_that_are_not_t5s_are_refused(tmp_path, saved, change, capfd):
+    """The package would take them: a prompt of 12 letters would become 10^13. A wrong table makes it panic, which is
+    no Exception and prints lines of its own."""
+    content = json.loads((saved / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | change), encoding="utf-8")
+    with pytest.raises(Error, match="T5's") as e:
+        tokenizers.load_t5(tmp_path)
+    assert len(str(e.value)) < 400
+    assert capfd.readouterr().err == ""
+
+
+def _interrupted():
+    raise KeyboardInterrupt
+
+
+def test_a_panic_of_the_package_is_an_error():
+    class PanicException(BaseException):
+        pass
+
+    def panics():
+        raise PanicException("index out of bounds")
+
+    with pytest.raises(Error, match="cannot be used: index out of bounds"):
+        tokenizers._unpanicked(panics)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizers._unpanicked(_interrupted)
 
 
 def test_text_that_is_no_unicode_is_told(three):

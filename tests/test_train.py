@@ -1,6 +1,7 @@
 """Training. References: closed forms for objectives, an uninterrupted run for a resumed one, torch with diffusers' own
 networks and AdamW for the losses and weights of both nets, diffusers as the reader of an exported folder."""
 
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -120,6 +121,48 @@ def test_a_resumed_run_is_the_same_run(tmp_path, kind):
     mean_whole, mean_parts = (fit.averaged(Line(), tmp_path / n) for n in ("whole", "parts"))
     assert mx.array_equal(mean_whole.inner.weight, mean_parts.inner.weight)
     assert not mx.array_equal(mean_whole.inner.weight, whole.inner.weight)
+
+
+def test_ctrl_c_at_any_moment_of_a_step_continues_as_the_same_run(tmp_path):
+    """Raised at each line of the loop in turn, most of which Ctrl-C only meets by chance; while a step is computed, it
+    is raised as soon as that ends."""
+    whole, _ = run(tmp_path / "whole", kind="muon", steps=4)
+    log = [line.split(",")[:3] for line in (tmp_path / "whole" / "log.csv").read_text().splitlines()]
+
+    def moments():
+        """How many moments one has passed, until it is interrupted at the last of them."""
+        for last in range(1, 99):
+            passed = 0
+
+            def trace(frame, event, _, last=last):
+                nonlocal passed
+                if frame.f_code is not fit.fit.__code__:
+                    return None
+                if event == "line" and frame.f_locals.get("step") == 2:
+                    passed += 1
+                    if passed == last:
+                        raise KeyboardInterrupt
+                return trace
+
+            place = tmp_path / f"{last}"
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                run(place, stop=3, kind="muon", steps=4)
+            except KeyboardInterrupt:
+                yield place
+            else:
+                return
+            finally:
+                sys.settrace(before)
+
+    places = [*moments()]
+    assert len(places) > 12
+    for place in places:
+        resumed, _ = run(place, kind="muon", steps=4)
+        assert [line.split(",")[:3] for line in (place / "log.csv").read_text().splitlines()] == log
+        for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(resumed.parameters()), strict=True):
+            assert mx.array_equal(a, b), (place.name, name)
 
 
 def test_the_loss_falls_and_is_drawn(tmp_path):

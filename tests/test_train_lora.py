@@ -76,6 +76,17 @@ def test_the_file_is_what_was_trained(pipe, learned):
     assert np.abs(np.asarray(bare.image) - again).max() > 10  # the next picture is without it
 
 
+def test_a_sample_that_is_stopped_is_the_last_with_what_is_trained(pipe, learned, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(pipe), "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        learned[0].sample(["a red house"], 8)
+    assert "unet" not in pipe.networks
+    assert not pipe.networks.trains("unet")
+
+
 def test_a_resumed_run_is_the_same_run(pipe, rings, tmp_path):
     """Left between two saves, against one that was not: equal to the last bit. What is there then can be used."""
     whole = tune.LoraRun(pipe, tuning(rings, steps=5, save_every=2, crop=True), tmp_path / "whole")
@@ -194,6 +205,8 @@ def test_what_was_encoded_is_kept(pipe, rings, tmp_path, monkeypatch):
         {"0.spread": good["0.spread"] * mx.nan},
         {"1.mean": good["1.mean"].astype(mx.int32)},
         {"1.args.context": good["1.args.context"][0]},
+        {k: v[..., :-1] for k, v in good.items() if k.endswith("context")},  # of a model whose texts are narrower
+        {"empty.args.context": good["0.args.context"]},  # of a run that drops captions
     ]
     file.write_bytes(b"half")
     for change in [None, *wrong]:
@@ -276,6 +289,25 @@ def test_pictures_of_the_class_count_by_their_weight(pipe, rings, tmp_path):
     assert mx.abs(parts[0].args["context"] - parts[1].args["context"]).max().item() > 0.1
     (report,) = run.steps()
     assert report.loss > 0
+
+
+def test_captions_are_dropped_as_often_as_asked(pipe, rings, tmp_path):
+    """What a step reads then is an empty prompt. Noise and levels are those of a run that drops none; what was encoded
+    is kept with it."""
+    given = {"steps": 1, "batch": 4}
+    (with_all,) = tune.LoraRun(pipe, tuning(rings, **given), tmp_path / "a").encoded()
+    run = tune.LoraRun(pipe, tuning(rings, **given, caption_dropout=0.5), tmp_path / "b")
+    for data in (*run.encoded(), *run.encoded()):
+        aim, dropped = batches.Objective(pipe.description), 0
+        (empty,) = pipe.read([""], pipe.resolve(""), t5=False)
+        for k in range(16):
+            one, other = (aim.part(d, np.random.default_rng(k), 4) for d in (with_all, data))
+            assert mx.array_equal(one.x, other.x)
+            is_empty = mx.abs(other.args["context"] - empty.context).max((1, 2)) < 1e-4  # float32, other batches
+            same = mx.abs(other.args["context"] - one.args["context"]).max((1, 2)) < 1e-4
+            assert (is_empty ^ same).all().item()
+            dropped += is_empty.sum().item()
+        assert 20 <= dropped <= 44  # of 64, half: three standard deviations
 
 
 def test_pictures_keep_about_their_shape():
@@ -362,6 +394,7 @@ def refused(capsys, *args: str) -> str:
         ("--images", "x" * 5000): "cannot be read: File name too long.",
         ("--images", "~nosuchuser/x"): "names a home folder that does not exist.",
         ("--sample", "a <lora:nowhere:1>"): "There is no LoRA 'nowhere'.",
+        ("--caption-dropout", "1"): "caption_dropout must be a number from 0.0 to 0.9; 1.0 was given.",
         ("--rate", "nan"): "Rate must be a number from 1e-09 to 1.0; nan was given.",
         ("--size", "60"): "Size 60 is not a multiple of 8",
         ("--accumulate", "0"): "Accumulate must be a whole number from 1",

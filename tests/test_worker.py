@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,7 +227,7 @@ def test_nothing_that_a_listener_raises_ends_the_thread(capsys, kind, when):
 
     worker = Worker(fakes.load)
     job = worker.submit("fake", Request("a", steps=1), broken)
-    assert job._ended.wait(WAIT)
+    assert worker._wait(job, WAIT)
     assert worker.submit("fake", Request("a", steps=1), quiet).result(WAIT).images
 
 
@@ -235,19 +236,37 @@ def test_interrupting_the_wait_cancels(monkeypatch):
     gate = threading.Event()
     worker = Worker(lambda model, **_: fakes.Pipe(gate=gate))
     job = worker.submit("fake", Request("a"), quiet)
-    wait, calls = job._ended.wait, []
+    wait, calls = worker._wait, []
 
-    def interrupted(timeout=None):
+    def interrupted(job, timeout=None):
         calls.append(timeout)
         if len(calls) == 1:
             gate.set()
             raise KeyboardInterrupt
-        return wait(WAIT)
+        return wait(job, WAIT)
 
-    monkeypatch.setattr(job._ended, "wait", interrupted)
+    monkeypatch.setattr(worker, "_wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         job.result()
     assert job.state == "cancelled"
+
+
+def test_an_interrupt_at_any_moment_hangs_nothing(interrupts):
+    """While a cell queues a job, waits for it, cancels one."""
+    times = 0
+    for moment in interrupts("worker.py"):
+        worker, jobs, times = Worker(fakes.load), [], times + 1
+        with moment:
+            jobs.append(worker.submit("fake", Request("a", steps=1), quiet))
+            jobs.append(worker.submit("fake", Request("b", steps=1), quiet))
+            jobs[0].result(WAIT)
+            jobs[1].cancel()
+            worker.place  # noqa: B018 (it takes the lock)
+        assert worker.submit("fake", Request("c", steps=1), quiet).result(WAIT).images
+        for job in jobs:
+            with suppress(Cancelled):
+                job.result(WAIT)
+    assert times > 30
 
 
 def test_200_jobs_leave_no_threads():

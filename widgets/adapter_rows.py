@@ -56,7 +56,8 @@ class WordRow(_Row):
 def about_fast(row: Fast) -> str:
     """What people should know of a published LoRA before they take it."""
     made = f"made for {row.steps} steps at guidance {row.guidance:g}"
-    return f"{row.kind}, {made}; {row.size * 1000:.0f} MB from the hub, once; licence {row.licence}."
+    place = "built in" if row.repo is None else f"{row.size * 1000:.0f} MB from the hub, once"
+    return f"{row.kind}, {made}; {place}; licence {row.licence}."
 
 
 def _chip(word: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Thread
 
 from .. import signing
-from ..console import Parser, run
+from ..console import Parser, run, say
 from . import lab
 
 
@@ -52,15 +52,14 @@ def studio(model: str | None, folder: str | None, browser: bool, sign: bool = Fa
     if sign:
         settings["signer"] = signing.announced()
     lab.needed("tornado", "ipywidgets", "anywidget", "jupyter_core")
-    print("Starting the studio ...", flush=True)
+    say("Starting the studio ...")
     from .server import serve
     from .studio import Studio
 
     with ExitStack() as stack:
-        lab.exit_on_signals()
 
         def tell(address: str) -> None:
-            print(f"The studio is at {address}\nCtrl-C here ends it.", flush=True)
+            say(f"The studio is at {address}\nCtrl-C here ends it.")
             if browser:
                 page = stack.enter_context(lab.private_page(address))
                 Thread(

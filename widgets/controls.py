@@ -156,7 +156,7 @@ class Controls(w.VBox):
         self.words.layout.display = None if built_in else "none"
         self.negative.disabled = "negative" in reasons
         self.why.value = html.escape(" ".join(reasons.values()))
-        possible = {} if known.defaults is None else presets(known.defaults)
+        possible = {} if known.defaults is None else presets(known.defaults, known.quick)
         for name, button in self.presets.items():
             button.disabled = name not in possible
             _mark(button, name in possible and chosen.items() >= _settings_of(possible[name]).items())

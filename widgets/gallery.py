@@ -49,7 +49,7 @@ class Picture:
 
     @property
     def image(self) -> Image.Image:
-        return Image.open(io.BytesIO(self._repr_png_()))
+        return images.open_file(io.BytesIO(self._repr_png_()))
 
     def save(self, path: str | Path) -> Path:
         """Save another copy with its settings. The suffix chooses PNG, JPEG or WebP; no file is ever overwritten."""

@@ -1,8 +1,11 @@
 """The pictures that a studio shows in its strip: those that it has drawn, and those that its folder held before. A file
 beside the pictures names the favourites, one a line."""
 
+import fcntl
 import itertools
-from contextlib import suppress
+import os
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from PIL import Image
@@ -21,13 +24,15 @@ class History:
         self._view = view
         self._pictures: dict[int, Picture] = {}
         self._keys = itertools.count()
+        self.lock = threading.RLock()  # of what the worker's thread and the page's both change
 
     def __getitem__(self, key: int) -> Picture:
         return self._pictures[key]
 
     def keep(self, picture: Picture, image: Image.Image, show: bool) -> None:
         entry = self._entry(picture, image)
-        self._view.history = _newest([*self._view.history, entry])
+        with self.lock:
+            self._view.history = _newest([*self._view.history, entry])
         if show:
             self.show(entry["key"])
 
@@ -41,10 +46,11 @@ class History:
             path.unlink(missing_ok=True)
         except OSError as e:
             raise Error(f"{path} cannot be deleted: {e.strerror}.", "Delete it yourself.") from None
-        if path.name in (starred := favourites(path.parent)):
-            _write(path.parent, starred - {path.name})
+        if path.name in favourites(path.parent):
+            _star(path, False)
         self._pictures.pop(key)
-        self._view.history = [entry for entry in self._view.history if entry["key"] != key]
+        with self.lock:
+            self._view.history = [entry for entry in self._view.history if entry["key"] != key]
         if self._view.history:
             self.show(self._view.history[-1]["key"])
         else:
@@ -67,19 +73,20 @@ class History:
                 title = "Comparison" if path.name.startswith(COMPARISON) else ""
                 picture = Picture(path, request, model or "", "", 0.0, title)
                 earlier.append(self._entry(picture, images.read(path), path.name in starred))
-        self._view.history = _newest([*earlier, *self._view.history])
+        with self.lock:
+            self._view.history = _newest([*earlier, *self._view.history])
         if wrong is not None:
             raise wrong
 
     def star(self, key: int) -> None:
-        """Make a picture a favourite, or one no more."""
+        """Make a picture a favourite, or, if it is shown as one, one no more."""
         path = self._pictures[key].path
         if "\n" in path.name:
             raise Error("The name of this picture has more than one line.", "Rename its file.")
-        starred = favourites(path.parent) ^ {path.name}
-        _write(path.parent, starred)
-        entries = self._view.history
-        self._view.history = [e | {"star": path.name in starred} if e["key"] == key else e for e in entries]
+        star = not any(e["star"] for e in self._view.history if e["key"] == key)
+        _star(path, star)
+        with self.lock:
+            self._view.history = [e | {"star": star} if e["key"] == key else e for e in self._view.history]
 
     def _entry(self, picture: Picture, image: Image.Image, star: bool = False) -> dict:
         key = next(self._keys)
@@ -99,6 +106,18 @@ def favourites(folder: Path) -> set[str]:
         return set()
     data = foreign.read(folder / FAVOURITES, f"Mend {FAVOURITES} there, or delete it.")
     return {name.removesuffix("\r") for name in data.decode("utf-8", "surrogateescape").split("\n")} - {""}
+
+
+def _star(path: Path, star: bool) -> None:
+    """Note whether a picture is a favourite, while no other studio notes one in its folder: one of them would be
+    lost."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # some drives have no locks
+            folder = os.open(path.parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        names = favourites(path.parent)
+        _write(path.parent, names | {path.name} if star else names - {path.name})
 
 
 def _write(folder: Path, names: set[str]) -> None:

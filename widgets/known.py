@@ -8,7 +8,7 @@ from dataclasses import replace
 from .. import advice, families, images
 from ..advice import Machine
 from ..description import Description, published
-from ..families import ADAPTERS, MODELS, Defaults
+from ..families import MODELS, QUICK, Defaults, Fast
 from ..memory import Workload, peak
 from ..recipe import Recipe, recipe
 from ..request import Request
@@ -65,9 +65,14 @@ class Known:
         """The names of networks that guide the model. role: "control" or "reference". masked: those that read the
         masked start picture, else those that read a picture of their own."""
         model = self.description
-        wanted = None if model is None else model.family.name, role, masked
-        rows = {name: row for (of, name), row in ADAPTERS.items() if (of, row.role, row.masked) == wanted}
-        return [name for name, row in rows.items() if row.fits(model.net)]
+        rows = {} if model is None else families.fitting(model.family, model.net, role)
+        return [name for name, row in rows.items() if row.masked == masked]
+
+    @property
+    def quick(self) -> Fast | None:
+        """The model's own LoRA for few steps, if it has one."""
+        model = self.description
+        return None if model is None else families.fitting(model.family, model.net, "lora").get(QUICK)
 
     @property
     def aspects(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import re
 import secrets
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..console import install
+from ..console import install, say
 from ..errors import Error
 from ..whole import appearing
 
@@ -39,6 +40,7 @@ MORE = """# Everything is also here, in Python:
 # studio.compare(seed=[1, 2, 3], guidance=[1, 3, 7])"""
 _OURS = re.compile(re.escape(CELL).replace(r"\{model\}", r"""('[^'\\\n]*'|"[^"\\\n]*")?"""))
 _PATIENCE = 60.0  # seconds that Jupyter may take to start, on a cold disk and an old machine
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FAREWELL = 30.0  # seconds that Jupyter may take to end: it gives every kernel five
 
 
@@ -54,7 +56,8 @@ def studio(path: Path, model: str | None, browser: bool) -> int:
 
     def draw(url: str, token: str) -> None:
         _draw(book, path, url, token)
-        NotebookNotary().sign(book)  # without a signature Jupyter would not show what was drawn
+        with _notary():
+            NotebookNotary().sign(book)  # without a signature Jupyter would not show what was drawn
         _write(book, path)
 
     return lab(path, "studio is", browser, draw)
@@ -86,16 +89,18 @@ def lab(
     extensions: a folder with more of its extensions."""
     token, port = secrets.token_hex(16), _free_port()
     url = f"http://127.0.0.1:{port}"
-    print("Starting JupyterLab ...", flush=True)
-    with tempfile.TemporaryFile("w+") as log, ExitStack() as stack:
-        exit_on_signals()
-        server = _serve(path.parent, token, port, log, extensions)
-        stack.callback(_end, server)
+    say("Starting JupyterLab ...")
+    with writing("The folder for temporary files", "let TMPDIR point to another one"):
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (entered below)
+    with log, ExitStack() as stack:
         try:
+            with _signals_later():  # or a server would be left that nobody knows
+                server = _serve(path.parent, token, port, log, extensions)
+                stack.callback(_end, server)
             _wait(server, url, log)
             prepare(url, token)
             address = f"{url}/lab/tree/{urllib.parse.quote(path.name)}?token={token}"
-            print(f"The {what} at {address}\nCtrl-C here ends it.", flush=True)
+            say(f"The {what} at {address}\nCtrl-C here ends it.")
             if browser:
                 webbrowser.open(stack.enter_context(private_page(address)))
             return server.wait()
@@ -103,18 +108,25 @@ def lab(
             return 0
 
 
-def exit_on_signals() -> None:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that whatever was started is ended too. A signal that nohup ignores
-    stays ignored."""
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(each) is not signal.SIG_IGN:
-            signal.signal(each, lambda number, _: sys.exit(128 + number))
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Signals that end this process do so after the block."""
+    came, before = [], {number: handler for number in _ENDING if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _end(server: subprocess.Popen) -> None:
     """End Jupyter, which ends its kernels before itself. No signal interrupts this. If Jupyter takes too long, it is
     killed, and its kernels end when they see that it is gone."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in _ENDING:
         signal.signal(each, signal.SIG_IGN)
     server.terminate()
     try:
@@ -130,16 +142,39 @@ def private_page(address: str) -> Iterator[str]:
     this page, because everybody on the machine can read a program's arguments."""
     from jupyter_core.paths import jupyter_runtime_dir  # Jupyter keeps such pages there too
 
-    os.makedirs(jupyter_runtime_dir(), exist_ok=True)
-    handle, name = tempfile.mkstemp(".html", "mlxdiff-", jupyter_runtime_dir())
-    with open(handle, "w", encoding="utf-8") as page:
-        there = html.escape(address)
-        page.write(f'<meta charset="utf-8"><meta http-equiv="refresh" content="0;url={there}">')
-        page.write(f'<a href="{there}">To the studio</a>')
+    there, folder = html.escape(address), jupyter_runtime_dir()
+    with writing(folder, "add --no-browser"):
+        os.makedirs(folder, exist_ok=True)
+        handle, name = tempfile.mkstemp(".html", "mlxdiff-", folder)
     try:
+        with writing(folder, "add --no-browser"), open(handle, "w", encoding="utf-8") as page:
+            page.write(f'<meta charset="utf-8"><meta http-equiv="refresh" content="0;url={there}">')
+            page.write(f'<a href="{there}">To the studio</a>')
         yield Path(name).as_uri()
     finally:
         os.unlink(name)
+
+
+@contextmanager
+def _notary() -> Iterator[None]:
+    """Of notebooks, which keeps a secret and a list of signatures."""
+    from jupyter_core.paths import jupyter_data_dir
+
+    try:
+        with writing(jupyter_data_dir(), "let JUPYTER_DATA_DIR point to another folder"):
+            yield
+    except sqlite3.Error as e:
+        fix = "Free some space, or let JUPYTER_DATA_DIR point to another folder."
+        raise Error(f"Jupyter's signatures in {jupyter_data_dir()} cannot be used: {e}.", fix) from None
+
+
+@contextmanager
+def writing(place: str, otherwise: str) -> Iterator[None]:
+    """Make one Error of whatever keeps a file of this program's own from being written."""
+    try:
+        yield
+    except OSError as e:
+        raise Error(f"{place} cannot be written: {e.strerror or e}.", f"Free some space, or {otherwise}.") from None
 
 
 def _notebook(path: Path, model: str | None):
@@ -170,7 +205,9 @@ def _check_trust(book, path: Path) -> None:
 
     first = _cell(book, path)
     others = [cell for cell in book.cells if cell is not first and cell.get("outputs")]
-    if NotebookNotary().check_signature(book) or (_OURS.fullmatch(first.source) and not others):
+    with _notary():
+        signed = NotebookNotary().check_signature(book)
+    if signed or (_OURS.fullmatch(first.source) and not others):
         return
     raise Error(
         f"{path} was not made by `mlxdiff studio` here, and its first code cell would run unasked.",

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlxdiff
@@ -10,7 +11,7 @@ import mlxdiff
 from .. import whole
 from ..console import Parser, run
 from ..errors import Error
-from .lab import lab, needed
+from .lab import lab, needed, writing
 
 FIRST = "00_start.ipynb"
 
@@ -28,8 +29,10 @@ def main(argv: list[str] | None = None) -> int:
 def lessons(folder: Path, browser: bool) -> int:
     needed("jupyterlab", "ipywidgets", "anywidget", "matplotlib")
     copy(folder)
-    with tempfile.TemporaryDirectory() as place:
-        write_starter(Path(place))
+    with ExitStack() as stack:
+        with writing("The folder for temporary files", "let TMPDIR point to another one"):
+            place = stack.enter_context(tempfile.TemporaryDirectory())
+            write_starter(Path(place))
         return lab(folder / FIRST, "lessons are", browser, extensions=Path(place))
 
 

@@ -1,8 +1,9 @@
 // Painting on the start picture: a mask says where it is drawn anew, and handles say how many pixels are added around it.
+// Or on a black page: a sketch, which the next picture follows.
 // The mask is the alpha of a canvas of the picture's size. What a person does is kept as a list of marks; undoing draws
 // all but the last again.
 
-const PAINT = "rgb(255, 45, 135)";
+const PAINT = "rgb(255, 45, 135)", CHALK = "white";
 const SIDES = ["left", "top", "right", "bottom"];
 
 export function painting({ model, send, h, covered }) {
@@ -21,6 +22,7 @@ export function painting({ model, send, h, covered }) {
   const paper = h("div", { class: "mlxdiff-paper" }, sheet, ...handles);
   const frame = h("div", { class: "mlxdiff-frame", hidden: "" }, paper);
   const context = canvas.getContext("2d", { willReadFrequently: true });
+  const sketches = () => Boolean(model.get("paper").sketch);
 
   // --- marks
 
@@ -28,7 +30,7 @@ export function painting({ model, send, h, covered }) {
 
   function draw(mark) {
     context.globalCompositeOperation = "source-over";
-    context.fillStyle = context.strokeStyle = PAINT;
+    context.fillStyle = context.strokeStyle = sketches() ? CHALK : PAINT;
     if (mark.kind === "clear") context.clearRect(0, 0, canvas.width, canvas.height);
     else if (mark.kind === "invert") {
       context.globalCompositeOperation = "source-out";
@@ -42,7 +44,7 @@ export function painting({ model, send, h, covered }) {
   // One piece of a stroke. It is drawn as it comes, and in the same pieces when it is drawn again: so the pixels are the same.
   function stroke({ points, size, erase }, i) {
     context.globalCompositeOperation = erase ? "destination-out" : "source-over";
-    context.fillStyle = context.strokeStyle = PAINT;
+    context.fillStyle = context.strokeStyle = sketches() ? CHALK : PAINT;
     context.beginPath();
     if (i === 0) {
       context.arc(...points[0], size / 2, 0, 2 * Math.PI);
@@ -131,7 +133,10 @@ export function painting({ model, send, h, covered }) {
     picture.src = url = URL.createObjectURL(new Blob([png], { type: "image/png" }));
     [canvas.width, canvas.height] = [width, height];
     slider.max = Math.round(Math.min(width, height) / 2);
-    sized(Math.min(width, height) / 8);
+    frame.classList.toggle("mlxdiff-sketches", sketches());
+    bar.classList.toggle("mlxdiff-sketches", sketches());
+    picture.alt = sketches() ? "A black page" : "The start picture";
+    sized(Math.min(width, height) / (sketches() ? 50 : 8));
     load();
   }
 
@@ -320,10 +325,12 @@ export function painting({ model, send, h, covered }) {
   const hint = h("p", { class: "mlxdiff-hint" });
   const done = button("Done", () => close(), "Back to the picture; what is painted stays (Esc)");
   const label = (text, ...content) => h("label", { class: "mlxdiff-dial" }, h("span", {}, text), ...content);
+  const softening = label("Soft edge", soft, softness);
+  softening.classList.add("mlxdiff-of-masks");
   const bar = h("div", { class: "mlxdiff-painting", hidden: "" },
     h("div", { class: "mlxdiff-tools", role: "toolbar", "aria-label": "Paint" }, ...tools, back, forth,
       button("Invert", () => add({ kind: "invert" }), "Paint what is not painted, and the reverse"), clear, done),
-    h("div", { class: "mlxdiff-dials" }, label("Size", slider, thickness), label("Soft edge", soft, softness)),
+    h("div", { class: "mlxdiff-dials" }, label("Size", slider, thickness), softening),
     h("div", { class: "mlxdiff-dials mlxdiff-sides", role: "group", "aria-label": "Pixels to add around the picture" },
       h("span", {}, "Add around it"), ...SIDES.map((side, i) => label(side, numbers[i]))),
     hint);
@@ -333,7 +340,9 @@ export function painting({ model, send, h, covered }) {
     forth.disabled = !undone.length;
     const empty = !context.getImageData(0, 0, canvas.width, canvas.height).data.some((value) => value);
     clear.disabled = empty;
-    hint.textContent = empty && !sides.some(Boolean)
+    hint.textContent = sketches()
+      ? "Draw the outlines of what is large, type what it is, and press Generate. The picture follows your lines."
+      : empty && !sides.some(Boolean)
       ? "Paint over what is to change, type what should be there, and press Generate. With nothing painted, all of it changes."
       : "Type what should be there, and press Generate.";
   }

@@ -1,20 +1,24 @@
 """What a person paints on the start picture: the mask, where the picture is drawn anew, and the pixels that are added
-around it. The page paints; here are the mask's files and what the page is told."""
+around it; or on a black page: a sketch, which guides the next picture. The page paints; here are the files and what the
+page is told."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from .. import images, pictures
 from ..errors import Error
+from ..guides import Guide
 from ..request import OUTPAINT, STRENGTH, Request
 from .settings import Settings
-from .start_picture import StartPicture, keep, opened
+from .start_picture import GUIDE, StartPicture, keep, opened
 from .view import View
 
 MASK = "mask-"  # how the names of masks' files begin
 _EDGE = 2048  # pixels: a larger picture is painted on in a smaller copy
+SKETCH = ("sketch", "scribble")  # what networks are called that read a sketch
 _TINT = (255, 45, 135)  # the page's paint; its alpha is the mask
 _THUMB = 160  # pixels of the start picture with its mask
 
@@ -27,6 +31,8 @@ class Painting:
         self._size = (1, 1)  # of the copy that is painted on
         self._small: Image.Image | None = None  # for a thumbnail
         self._shown: str | None = None  # the fingerprint of the mask that the pages show
+        self._sketches = False  # whether the page is black, and what is painted on it is a sketch
+        self._sketch: Path | None = None  # the last sketch
 
     @property
     def _kind(self) -> str:
@@ -38,10 +44,34 @@ class Painting:
             self._studio.image = picture
         if self._view.unpaintable:
             raise Error(self._view.unpaintable, "Choose another model.")
+        if self._sketches:
+            self._studio._show_pictures()
         self._view.send({"do": "paint"})
+
+    def sketch(self) -> None:
+        """Let the page draw a sketch, as large as the next picture, or go on with the last one."""
+        if not self.sketcher:
+            raise Error(f"{self._studio.model} has no network that reads a sketch.", "Choose another model.")
+        if not any(guide.image == self._sketch for guide in self._studio.control_guides):
+            self._sketch = None
+        size = (self._studio.width, self._studio.height) if self._sketch is None else images.size(self._sketch)
+        self._sketches, self._size, self._shown = True, size, None
+        black = _png(Image.new("RGB", size))
+        self._view.paper = {"png": black, "width": size[0], "height": size[1], "sketch": True}
+        drawn = b"" if self._sketch is None else _paint(Image.open(self._sketch).convert("L"), (255, 255, 255))
+        self._view.mask = {"id": "", "png": drawn}
+        self.show_around()
+        self._view.send({"do": "paint"})
+
+    @property
+    def sketcher(self) -> str | None:
+        """The name of the model's network that reads a sketch."""
+        named = self._studio._known.networks("control")
+        return next((name for name in SKETCH if name in named), None)
 
     def show_picture(self, picture: Image.Image | None) -> None:
         """Give the page what it paints on, or nothing."""
+        self._sketches = False
         if picture is None:
             self._view.paper = {}
             return
@@ -54,6 +84,8 @@ class Painting:
     def show_mask(self) -> None:
         """Give the page the mask, unless it is the one that it sent."""
         mask, studio = None, self._studio
+        if self._sketches:
+            return
         if studio.mask is not None and studio.image is not None:
             try:
                 mask = pictures.read(Request("", image=studio.image, mask=studio.mask)).mask
@@ -70,17 +102,37 @@ class Painting:
     def show_around(self) -> None:
         """Tell the page how large the picture is drawn, and what is added around it."""
         studio, step = self._studio, self._studio._known.multiple
+        if self._sketches:
+            self._view.around = {"sides": [0] * 4, "inner": [*self._size], "step": step, "blur": 0.0}
+            return
         left, top, right, bottom = studio.outpaint
         inner = [max(step, studio.width - left - right), max(step, studio.height - top - bottom)]
         self._view.around = {"sides": [*studio.outpaint], "inner": inner, "step": step, "blur": studio.mask_blur}
 
     def take_mask(self, png: bytes, sender: str, folder: Path) -> None:
-        """Take the mask that a page sends. An empty one is none."""
+        """Take the mask or the sketch that a page sends. An empty one is none."""
         mask = read_mask(png, self._size)
         painted = mask.getbbox() is not None
+        if self._sketches:
+            self._view.mask = {"id": sender, "png": png}
+            self._guide(write_mask(mask, folder, GUIDE) if painted else None)
+            return
         self._shown = images.fingerprint(mask) if painted else None
         self._view.mask = {"id": sender, "png": png}
         self._set("mask", write_mask(mask, folder) if painted else None)
+
+    def _guide(self, sketch: Path | None) -> None:
+        """Let a sketch guide the next picture in the place of the last one."""
+        guides, before = [*self._studio.control_guides], self._sketch
+        places = [i for i, guide in enumerate(guides) if before is not None and guide.image == before]
+        self._sketch = sketch
+        if sketch is None:
+            guides = [guide for i, guide in enumerate(guides) if i not in places]
+        elif places:
+            guides[places[0]] = replace(guides[places[0]], image=sketch, hash=None)
+        else:
+            guides.append(Guide(sketch, self.sketcher))
+        self._studio.control_guides = guides
 
     def take_file(self, data: bytes, folder: Path) -> None:
         """Take a picture from the page as the mask: white where the start picture is drawn anew."""
@@ -122,14 +174,14 @@ def read_mask(png: bytes, size: tuple[int, int]) -> Image.Image:
     raise Error("The page sent no mask of the start picture's size.", "Reload the page, and paint it again.")
 
 
-def write_mask(mask: Image.Image, folder: Path) -> Path:
-    """Save a mask beside the pictures that will be drawn with it: their settings name this file."""
-    return keep(folder / f"{MASK}{images.fingerprint(mask)}.png", _png(mask))
+def write_mask(mask: Image.Image, folder: Path, kind: str = MASK) -> Path:
+    """Save a mask or a sketch beside the pictures that will be drawn with it: their settings name this file."""
+    return keep(folder / f"{kind}{images.fingerprint(mask)}.png", _png(mask))
 
 
-def _paint(mask: Image.Image) -> bytes:
+def _paint(mask: Image.Image, tint: tuple[int, int, int] = _TINT) -> bytes:
     """A mask as the page's paint."""
-    paint = Image.new("RGBA", mask.size, _TINT)
+    paint = Image.new("RGBA", mask.size, tint)
     paint.putalpha(mask)
     return _png(paint)
 

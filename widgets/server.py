@@ -25,7 +25,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 _HERE = Path(__file__).parent
 _FILES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-_FILES |= {f"{name}.css": "text/css" for name in ("studio", "painting")}
+_FILES |= {f"{name}.css": "text/css" for name in ("theme", "studio", "painting")}
 _FILES |= {f"{name}.js": "text/javascript" for name in ("studio", "painting", "zoom")}
 _POLICY = "; ".join(
     (

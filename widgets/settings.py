@@ -12,7 +12,7 @@ from .. import dialects, images, samplers
 from ..advice import this_machine
 from ..description import Description
 from ..errors import Error
-from ..families import DEFAULT, MODELS, Defaults
+from ..families import DEFAULT, MODELS, QUICK, Defaults, Fast
 from ..families.base import SECOND_PASS
 from ..guides import Guide, guides
 from ..memory import Workload
@@ -39,8 +39,9 @@ BY_MODEL = ("steps", "guidance", "width", "height", "sampler", "schedule")  # ea
 _QUICK, _FINE = 0.4, 2.0  # times the model's default number of steps
 
 
-def presets(defaults: Defaults) -> dict[str, dict]:
-    """What the three buttons set. A model made for a few steps has only the standard settings."""
+def presets(defaults: Defaults, quick: Fast | None = None) -> dict[str, dict]:
+    """What the three buttons set. A model made for a few steps has only the standard settings. quick: the model's own
+    LoRA for few steps, which the quick ones are for."""
     standard = {
         "steps": defaults.steps,
         "guidance": defaults.guidance,
@@ -53,7 +54,7 @@ def presets(defaults: Defaults) -> dict[str, dict]:
         return {"standard": standard}
     solver = {"sampler": "dpmpp_2m"}  # it is of second order, and every family can use it
     return {
-        "quick": standard | solver | {"steps": round(defaults.steps * _QUICK)},
+        "quick": standard | (solver | {"steps": round(defaults.steps * _QUICK)} if quick is None else quick.wants),
         "standard": standard,
         "fine": standard | solver | {"steps": round(defaults.steps * _FINE)},
     }
@@ -167,6 +168,7 @@ class Settings(t.HasTraits):
         """Another model was named: take its defaults, if they are known."""
         self._known = Known(self.model)
         self._before = {n: getattr(self, n) for n in BY_MODEL}
+        self._hurry(False)
         if self._known.defaults is not None:
             self._apply("standard")
 
@@ -184,10 +186,17 @@ class Settings(t.HasTraits):
 
     def _apply(self, preset: str) -> None:
         self._set(self._preset(preset))
+        self._hurry(preset == "quick" and self._known.quick is not None)
+
+    def _hurry(self, on: bool) -> None:
+        """Draw with the model's own LoRA for few steps, or without it."""
+        loras = [text for text in self.loras if dialects.lora(text)[0] != QUICK] + [QUICK] * on
+        if loras != self.loras:
+            self.loras = loras
 
     def _preset(self, name: str) -> dict:
         """A preset's settings, but a start picture keeps its shape."""
-        return presets(self._known.defaults)[name] | self._known.shape(self._sizes, self.outpaint)
+        return presets(self._known.defaults, self._known.quick)[name] | self._known.shape(self._sizes, self.outpaint)
 
     def _reshape(self, shape: str) -> None:
         if self._known.defaults is None:

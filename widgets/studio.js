@@ -111,9 +111,10 @@ function render({ model, el }) {
   const other = h("span");
   const help = h("details", { class: "mlxdiff-keys" }, h("summary", { class: "mlxdiff-button" }, "Keys"),
     h("dl", {}, ...KEYS.flatMap(([key, does]) => [h("dt", {}, key), h("dd", {}, does)])));
+  const sketch = button("Draw a sketch", () => send("sketch"), "Draw lines with the mouse, which the next picture follows");
   const open = h("div", { class: "mlxdiff-tools mlxdiff-files" },
     chooser("Restore settings from…", (file) => take(file, "restore")), chooser(other, (file) => take(file, "begin")),
-    chooser("Guide with a picture…", (file) => ask(file)), help);
+    chooser("Guide with a picture…", (file) => ask(file)), sketch, help);
   const strip = h("div", { class: "mlxdiff-strip", role: "group", "aria-label": "History", onkeydown: walk });
   const only = button("★ Favourites", () => { only.setAttribute("aria-pressed", only.ariaPressed !== "true"); history(); },
     "Show only these");
@@ -190,6 +191,7 @@ function render({ model, el }) {
     other.textContent = edits ? "Edit a picture…" : "Begin with a picture…";
     begin.textContent = edits ? "Edit it" : "Begin with it";
     begin.title = edits ? "Edit this picture next" : "Begin the next picture with this one";
+    sketch.hidden = !model.get("sketches");
     change.disabled = Boolean(model.get("unpaintable"));
     change.title = model.get("unpaintable") || "Paint where this picture is drawn anew, or add to its sides";
   }
@@ -431,7 +433,7 @@ function render({ model, el }) {
     for (const each of root?.querySelectorAll('[title="null"]') ?? []) each.removeAttribute("title");
   }
 
-  const changes = { shown: arrived, history, error: failed, edits: purposes, unpaintable: purposes };
+  const changes = { shown: arrived, history, error: failed, edits: purposes, unpaintable: purposes, sketches: purposes };
   for (const name of ["status", "spoken", "progress", "running"]) changes[name] = update;
   for (const [name, listener] of Object.entries(changes)) model.on(`change:${name}`, listener);
   model.on("msg:custom", receive);

@@ -12,7 +12,6 @@ import functools
 import io
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +86,7 @@ class Studio(Settings, w.VBox):
         """Stop the running picture, or everything that this studio has queued."""
         for job in self._jobs[::-1] if everything else self._jobs[:1]:
             job.cancel()
+        self._count()
 
     def compare(self, **axes: list) -> Grid:
         """A grid over one or two settings: compare(seed=[1, 2, 3], guidance=[1, 3, 7]). The last runs across."""
@@ -115,19 +115,17 @@ class Studio(Settings, w.VBox):
         self._clear()
         job = self._worker.submit(self.model if model is None else model, request, tell, **self.options)
         self._jobs.append(job)
-        if job.state not in ("queued", "running"):  # it ended before it was added, so nothing else removes it
-            self._leave(job)
         self._count()
         return job
 
-    def _leave(self, job: Job) -> None:
-        with suppress(ValueError):
-            self._jobs.remove(job)
-
     def _count(self) -> None:
-        self.view.running = bool(self._jobs)
-        self.controls.cancel.disabled = not self._jobs
-        self.controls.clear.layout.display = "none" if len(self._jobs) < 2 else None
+        """Show how many jobs go on. One that has ended leaves here, whatever kept it from being told."""
+        with self._history.lock:  # or the page's thread might show last what it counted first
+            for job in [job for job in self._jobs if job.state not in ("queued", "running")]:
+                self._jobs.remove(job)
+            self.view.running = bool(self._jobs)
+            self.controls.cancel.disabled = not self._jobs
+            self.controls.clear.layout.display = "none" if len(self._jobs) < 2 else None
 
     # --- from the worker, on its thread
 
@@ -146,7 +144,8 @@ class Studio(Settings, w.VBox):
             request = replace(job.request, seed=job.request.seed + update.step - 1, count=1)
             made = job.description.name, str(job.description.recipe)
             picture = Picture.write(update.picture, self.folder, request, *made, update.seconds, self.signer)
-            self.images = [*self.images, picture]
+            with self._history.lock:
+                self.images = [*self.images, picture]
             self._keep(picture, update.picture, show=grid is None)
             if grid is not None and grid.put(cell, picture, update.picture):
                 whole = grid.finish(self.folder, self.signer)
@@ -159,7 +158,6 @@ class Studio(Settings, w.VBox):
             self._say(self._place() + text, progress, aloud=update.step == 0)
 
     def _ended(self, job: Job, update: Update) -> None:
-        self._leave(job)
         self._count()
         if job.state == "failed":
             self._fail(job.error)
@@ -228,6 +226,7 @@ class Studio(Settings, w.VBox):
     def _judge(self) -> None:
         self.view.edits = self._known.edits > 0
         self.view.unpaintable = f"{self.model} edits: say in the prompt what to change." if self._known.edits else ""
+        self.view.sketches = self._painting.sketcher is not None
         self._painting.show_around()
         self.view.uses = self._second.uses()
         self.controls.start_picture.inpaint.layout.display = None if self._second.inpaintable else "none"
@@ -354,6 +353,8 @@ class Studio(Settings, w.VBox):
             self._say("Settings restored")
         elif do == "paint":
             self._painting.open(self._history[key].path)
+        elif do == "sketch":
+            self._painting.sketch()
         elif do == "mask":
             self._painting.take_mask(bytes(buffers[0]), message["id"], writable(self.folder))
         elif do == "outpaint":
@@ -379,7 +380,8 @@ class Studio(Settings, w.VBox):
         if any(isinstance(p, str | Path) and Path(p).resolve() == picture.path for p in self._taken):
             raise Error("The next picture is to begin with this one.", "Remove it there first.")
         self._history.delete(key)
-        self.images = [p for p in self.images if p.path != picture.path]
+        with self._history.lock:
+            self.images = [p for p in self.images if p.path != picture.path]
         self.controls.last.disabled = not self.images
         self._say(f"{picture.path.name} is deleted")
 

@@ -2,8 +2,8 @@
 
 It mirrors Python state. Traits hold what a reopened page must show; previews are messages, shown once and forgotten.
 The page only sends messages. They are dicts whose `do` is generate, compare, cancel; view, restore, seed, begin,
-paint, before, copy, enlarge, star, delete (with a picture of the history); drop, mask (with bytes); outpaint, soften
-(with numbers)."""
+paint, before, copy, enlarge, star, delete (with a picture of the history); sketch; drop, mask (with bytes); outpaint,
+soften (with numbers)."""
 
 import re
 import traceback
@@ -42,7 +42,7 @@ def _module(name: str) -> str:
 
 class View(anywidget.AnyWidget):
     _esm = _module("studio.js")
-    _css = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("studio.css", "painting.css"))
+    _css = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("theme.css", "studio.css", "painting.css"))
 
     controls = t.Dict().tag(sync=True)  # name -> widget id of the control; the page sends their values with a run
     status = t.Unicode("Ready").tag(sync=True)
@@ -52,7 +52,8 @@ class View(anywidget.AnyWidget):
     edits = t.Bool(False).tag(sync=True)  # whether the model edits the pictures it is given
     uses = t.List().tag(sync=True)  # what a picture from the page may be for: dicts of name, label, why not ("")
     unpaintable = t.Unicode("").tag(sync=True)  # why this model draws no part of a picture anew; "" if it does
-    paper = t.Dict().tag(sync=True)  # png, width, height: what is painted on; empty without a start picture
+    sketches = t.Bool(False).tag(sync=True)  # whether the model has a network that reads a sketch
+    paper = t.Dict().tag(sync=True)  # png, width, height, sketch: what is painted on; empty without one
     mask = t.Dict({"id": "", "png": b""}).tag(sync=True)  # the paint, and who painted it
     around = t.Dict().tag(sync=True)  # sides, inner, step, blur: see Painting
     error = t.Dict().tag(sync=True)  # problem, fix, trace

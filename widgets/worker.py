@@ -61,7 +61,7 @@ class Job:
         self.request: Request | None = None  # resolved, once the model is open
         self.description: Description | None = None
         self._worker, self._listener = worker, tell
-        self._stop, self._ended = threading.Event(), threading.Event()
+        self._stopped = self._over = False  # what it was told, and whether `result()` still waits
         self.value: object = None  # what `result()` returns
 
     def __repr__(self) -> str:
@@ -76,11 +76,11 @@ class Job:
         """Wait for the Result, for the value of other work, or for None if the job only opens a model. Interrupting the
         wait cancels the job."""
         try:
-            if not self._ended.wait(timeout):
+            if not self._worker._wait(self, timeout):
                 raise TimeoutError(f"{self!r} has not ended after {timeout:g} s.")
         except KeyboardInterrupt:
             self.cancel()
-            self._ended.wait()
+            self._worker._wait(self)
             raise
         if self.error is not None:
             raise self.error
@@ -92,7 +92,7 @@ class Job:
         self._listener(self, Update(stage, *args, peak=mx.get_peak_memory(), **facts))
 
     def check(self) -> None:
-        if self._stop.is_set():
+        if self._stopped:
             raise Cancelled(repr(self))
 
 
@@ -107,8 +107,11 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._started = self._total = 0
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        # Entered as the lock: a kernel's interrupt may leave a Condition's own `__enter__` after it has taken the lock,
+        # which nobody would then give back. `_changed` waits and notifies.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._thread = threading.Thread(target=self._loop, name="mlxdiff", daemon=True)
 
     def submit(
         self, model: str | Path, asked: Request | Work | None, tell: Callable[[Job, Update], None], **options
@@ -117,51 +120,56 @@ class Worker:
         calls `tell(job, update)` and work as `work(pipe, job)`. Work may call `job.check()`, which raises Cancelled
         once the job is cancelled, and `job.report`."""
         job = Job(self, model, options, asked, tell)
-        with self._changed:
+        with self._lock:
+            if self._thread.ident is None:
+                atexit.register(self.rest, _AT_EXIT)
+                self._thread.start()
             if self._running is None and not self._waiting:
                 self._started = self._total = 0
-            self._waiting.append(job)
             self._total += isinstance(asked, Request)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="mlxdiff", daemon=True)
-                self._thread.start()
-                atexit.register(self.rest, _AT_EXIT)
+            self._waiting.append(job)
             self._changed.notify_all()
         return job
 
     @property
     def place(self) -> tuple[int, int]:
         """(2, 4) is the second of four runs since the queue was last empty."""
-        with self._changed:
+        with self._lock:
             return self._started, self._total
 
     def rest(self, timeout: float | None = None) -> None:
         """Cancel everything and wait until the thread is idle."""
-        with self._changed:
+        with self._lock:
             jobs = [*self._waiting] if self._running is None else [*self._waiting, self._running]
         for job in jobs:
             job.cancel()
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._running is None, timeout)
 
+    def _wait(self, job: Job, timeout: float | None = None) -> bool:
+        with self._lock:
+            return self._changed.wait_for(lambda: job._over, timeout)
+
     def _cancel(self, job: Job) -> None:
-        job._stop.set()
-        with self._changed:
+        job._stopped = True
+        with self._lock:
             waiting = job in self._waiting
             if waiting:
+                job.state, job._over = "cancelled", True
                 self._waiting.remove(job)
                 self._total -= isinstance(job.asked, Request)
+                self._changed.notify_all()
         if waiting:
             self._end(job, "cancelled")
 
     def _loop(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._waiting)
                 self._running = self._waiting.popleft()
                 self._started += isinstance(self._running.asked, Request)
             self._run(self._running)
-            with self._changed:
+            with self._lock:
                 self._running = None
                 self._changed.notify_all()
 
@@ -189,7 +197,9 @@ class Worker:
             with suppress(OSError, ValueError):  # the kernel's terminal may be closed
                 traceback.print_exc()
         finally:
-            job._ended.set()
+            with self._lock:
+                job._over = True
+                self._changed.notify_all()
 
     def _draw(self, job: Job) -> object:
         job.check()

@@ -3,7 +3,6 @@ model or, without any file, a named model's full-size networks with random weigh
 shortest and the longest."""
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -107,7 +106,7 @@ def bench(args: argparse.Namespace) -> int:
         say_json(facts) if args.json else say(graph.table(facts))
     else:
         facts = measure(args)
-        print(json.dumps(facts) if args.json else table(facts))
+        say_json(facts) if args.json else say(table(facts))
     return 0
 
 

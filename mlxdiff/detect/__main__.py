@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import images, metadata
 from ..console import Parser, run, say
+from ..foreign import lines
 from ..foreign import path as expanded
 from ..generate import Bar
 from ..output import check_writable
@@ -46,7 +47,7 @@ def make(args: argparse.Namespace) -> int:
     with Bar(False, sys.stdout) as bar:
         made = detect(args.kind, picture, model=args.model, offline=args.offline, progress=bar.progress)
     path = images.write(made, target, metadata.DRAWN if args.kind == "depth" else metadata.ENHANCED)
-    say(f"{path}  {made.width} x {made.height}, {time.perf_counter() - begin:.1f} s")
+    say(lines([f"{path}  {made.width} x {made.height}, {time.perf_counter() - begin:.1f} s"]))
     return 0
 
 

@@ -1,7 +1,7 @@
 """The families of models, and the named models. A family's file holds everything that is true of this family alone."""
 
 from . import flux, flux2, sd, sd3, sdxl, zimage
-from .base import PARTS, Beside, Defaults, Family, Fast, Model
+from .base import PARTS, QUICK, Beside, Config, Defaults, Family, Fast, Model
 
 _FILES = (sd, sdxl, sd3, flux, flux2, zimage)  # a new family's file goes here
 
@@ -19,14 +19,22 @@ __all__ = [
     "FAMILIES",
     "MODELS",
     "PARTS",
+    "QUICK",
     "Beside",
     "Defaults",
     "Family",
     "Fast",
     "Model",
     "find",
+    "fitting",
     "name_of",
 ]
+
+
+def fitting(family: Family, net: Config, role: str) -> dict[str, Beside]:
+    """The networks that have names, this role ("control", "reference" or "lora") and fit a denoiser of a family."""
+    rows = ((called, row) for (of, called), row in ADAPTERS.items() if (of, row.role) == (family.name, role))
+    return {called: row for called, row in rows if row.fits(net)}
 
 
 def name_of(model: str) -> str | None:

@@ -26,6 +26,7 @@ PARTS = {
 _WIDTHS = ("channels", "width", "heads", "head_dim", "context")  # fields of the denoisers' Configs
 
 PROMPT = "{prompt}"  # in a template
+QUICK = "quick"  # the name of a LoRA of the package with which a model draws in few steps
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,11 @@ class Beside:
     """A published network that guides a family's models, and has a name here."""
 
     kind: str  # for people
-    repo: str  # hub id
+    repo: str | None  # hub id, or None for a network that ships inside the package
     licence: str
     size: float  # GB at 16 bits
     net: Config  # the denoiser that it was made for
-    file: str | None = None  # of the repository; None: its network in diffusers layout
+    file: str | None = None  # of the repository; None: its network in diffusers layout. In the package: its folder
     mode: str | None = None  # the kind of picture that the name means, of a network for several
     masked: bool = False  # whether its picture is the start image without what the mask marks
     encoder: float = 0.0  # GB at 16 bits of the vision model, for one that reads reference pictures

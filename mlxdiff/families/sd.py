@@ -3,7 +3,7 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import Beside, Defaults, Family, Model, TextPlan
+from .base import QUICK, Beside, Defaults, Family, Fast, Model, TextPlan
 from .published import (
     CLIP_H,
     CLIP_L,
@@ -167,3 +167,13 @@ ADAPTERS |= {
 }
 ADAPTERS |= {(SD1.name, "lcm"): lcm("lcm-lora-sdv1-5", 0.13, UNET)}
 ADAPTERS |= {(SD1.name, f"hyper-{steps}"): hyper(f"SD15-{steps}steps-lora", 0.27, UNET, steps) for steps in (2, 4, 8)}
+ADAPTERS[SD1.name, QUICK] = Fast(
+    "Quick LoRA",
+    repo=None,
+    licence="MIT",
+    size=0.002,
+    net=_STORYBOOK["unet"],
+    file="quick.safetensors",
+    guidance=1.0,
+    sampler="ddim",
+)

@@ -1,5 +1,6 @@
 """The figures of a score as a text table."""
 
+from .. import foreign
 from ..store import clip as store
 from .folder import Skipped
 
@@ -25,7 +26,7 @@ def table(facts: dict, skipped: dict[str, Skipped]) -> str:
         lowest = sorted(score["each"], key=lambda each: each["score"])[:3]
         lines += ["", "least like their prompts: " + ", ".join(f"{e['picture']} {e['score']:.1f}" for e in lowest)]
     lines += ["", *(f"- {note}" for note in [*notes(facts, skipped), *facts["warnings"]])]
-    return "\n".join(line.rstrip() for line in lines).rstrip()
+    return foreign.lines(lines).rstrip()
 
 
 def _head(facts: dict) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from .. import description, seal, store
+from .. import description, foreign, seal, store
 from ..console import Parser, run, say
 from ..errors import Error, did_you_mean
 from . import cache, prompts
@@ -37,7 +37,7 @@ def show() -> int:
     for e in held:
         state = "being made" if e.busy else e.useless
         source = f"{e.source or '-'} ({state})" if state else e.source or "-"
-        say(f"{e.name:{wide}}  {e.recipe or '-':13} {_size(e.size):>9}  {_day(e.made)}  {source}")
+        say(foreign.lines([f"{e.name:{wide}}  {e.recipe or '-':13} {_size(e.size):>9}  {_day(e.made)}  {source}"]))
     count, size = prompts.held()
     if count:
         say(f"{count} encoded prompt{'s' * (count > 1)}, {_size(size)}: mlxdiff cache --clean prompts removes them.")

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import foreign
+from .. import builtin, foreign
 from ..adapters import Adapter, Rows, Taught, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, FAMILIES, Fast
+from ..families import ADAPTERS, FAMILIES, Fast, fitting
 from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, guides, local
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def find(
     if path is not None:
         return path
     row = published(name, model, folder) if what == "LoRA" else None
+    if row is not None and row.repo is None:
+        return builtin.FOLDER.parent / row.file
     match = _HUB_ID.fullmatch(str(name))
     repo, file = (row.repo, row.file) if row is not None else (match[1], match[2] or _NAMES[0])
     return _one_file(repo, file, offline, _silent if progress is None else progress)
@@ -117,7 +119,7 @@ def check(name: str | Path, what: str, model: Description, folder: Path | None =
         return
     if not _HUB_ID.fullmatch(str(name)):
         known = [*fast(model)] if what == "LoRA" else []
-        names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
+        names = f"{model.name} has {', '.join(known)}; or give" if known else "Give"
         fix = f"{did_you_mean(str(name), known)}{names} a .safetensors file, a hub id, or a name in the folder that"
         raise Error(f"There is no {what} {str(name)!r}.", f"{fix} `lora_dir=DIR` or MLXDIFF_LORAS names.")
 
@@ -151,5 +153,4 @@ def embedding(path: Path, model: Description, word: str | None = None) -> tuple[
 
 def fast(model: Description) -> dict[str, Fast]:
     """The published LoRAs that fit a model, by their names."""
-    rows = ((called, row) for (of, called), row in ADAPTERS.items() if of == model.family.name)
-    return {called: row for called, row in rows if row.role == "lora" and row.fits(model.net)}
+    return fitting(model.family, model.net, "lora")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from .. import recipe, weights
+from .. import builtin, recipe, weights
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, MODELS, Beside
+from ..families import ADAPTERS, MODELS, Beside, fitting
 from ..models import build
 from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, local
 
@@ -30,8 +30,11 @@ def row(name: str | Path | None, model: Description, role: str) -> Beside | None
         raise Error(problem, f"Give it as {_ROLES[found.role][1]}.")
     if not found.fits(model.net):
         fit = [n for n, m in MODELS.items() if m.family is model.family and found.fits(m.networks[m.family.denoiser])]
-        problem = f"{name} is {found.repo}, which was made for {', '.join(fit)}: it does not fit {model.name}."
-        raise Error(problem, f"Use such a model, or the file of a network that was made for {model.name}.")
+        what = found.repo or f"a {found.kind} of the package"
+        problem = f"{name} is {what}, which was made for {', '.join(fit)}: it does not fit {model.name}."
+        ours = ", ".join(fitting(model.family, model.net, role))
+        also = f"{model.name} has {ours}; or give" if ours else "Give"
+        raise Error(problem, f"{also} the file of a network that was made for {model.name}.")
     return found
 
 
@@ -42,12 +45,12 @@ def locate(name: str | Path, model: Description, role: str) -> Path | tuple[str,
         return path
     found = row(name, model, role)
     if found is not None:
-        return found.repo, found.file
+        return builtin.FOLDER.parent / found.file if found.repo is None else (found.repo, found.file)
     match = _HUB_ID.fullmatch(str(name))
     if match is not None:
         return match[1], match[2]
-    known = [n for (of, n), row in ADAPTERS.items() if (of, row.role) == (model.family.name, role)]
-    names = f"{model.family.title} has {', '.join(known)}; or give" if known else "Give"
+    known = [*fitting(model.family, model.net, role)]
+    names = f"{model.name} has {', '.join(known)}; or give" if known else "Give"
     fix = f"{did_you_mean(str(name), known)}{names} {_ROLES[role][2]} or a .safetensors file."
     raise Error(f"There is no {role} network, file or folder {str(name)!r}.", fix)
 

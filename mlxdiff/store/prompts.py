@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from .. import __version__, foreign
 from ..conditioning import Text
+from ..description import Description
 from ..families.base import tokenizer_of
 from ..request import Request
 from . import cache
@@ -31,7 +32,7 @@ def read(pipe: "Pipeline", prompts: list[str], request: Request, t5: bool, files
     if identity is None:
         return pipe.read(prompts, request, t5)
     file = folder() / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40]}.safetensors"
-    texts = _kept(file, len(prompts), pipe.description.net.context)
+    texts = _kept(file, len(prompts), *_widths(pipe.description))
     if texts is None:
         texts = pipe.read(prompts, request, t5)
         with suppress(OSError, RuntimeError):  # a full disk, or a cache that may not be written, stops no picture
@@ -70,7 +71,13 @@ def _identity(pipe: "Pipeline", words: list, t5: bool) -> list | None:
     return [machine, model.family.name, model.variant, str(model.recipe), sorted(marks.items()), words]
 
 
-def _kept(file: Path, count: int, width: int) -> list[Text] | None:
+def _widths(model: Description) -> tuple[int, int]:
+    """Of a text, and of its pooled vector: 0 if it has none."""
+    pooled = (model.components[name] for name in model.text.pooled)
+    return model.net.context, sum(c.width if c.projection is None else c.projection for c in pooled)
+
+
+def _kept(file: Path, count: int, width: int, pooled: int) -> list[Text] | None:
     """What was kept, checked; None if there is nothing, or nothing sound."""
     try:
         foreign.check_regular(file)
@@ -78,12 +85,14 @@ def _kept(file: Path, count: int, width: int) -> list[Text] | None:
         texts = [Text(arrays.pop(f"{i}.context"), arrays.pop(f"{i}.pooled", None)) for i in range(count)]
         every = [array for text in texts for array in text if array is not None]
         sound = not arrays and all(t.context.shape[::2] == (1, width) and t.context.ndim == 3 for t in texts)
-        sound = sound and all(t.pooled is None or (t.pooled.ndim, t.pooled.shape[0]) == (2, 1) for t in texts)
+        vector = (1, pooled) if pooled else ()
+        sound = sound and all(vector == (() if t.pooled is None else t.pooled.shape) for t in texts)
         if not (sound and all(mx.issubdtype(a.dtype, mx.floating) and mx.isfinite(a).all().item() for a in every)):
             return None
-        os.utime(file)  # the oldest leave first
     except (KeyError, OSError, RuntimeError, ValueError):
         return None
+    with suppress(OSError):  # a cache that may only be read
+        os.utime(file)  # the oldest leave first
     return texts
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -77,8 +78,8 @@ def _lora(s: argparse.ArgumentParser) -> None:
     s.add_argument(
         "--layers", nargs="+", metavar="NAME", help="which layers, by the ends of diffusers' names (attention)"
     )
-    s.add_argument("--estimate", action="store_true", help="say how much memory a step takes, and stop")
-    s.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
+    what = "train so many of the pictures without their captions, as guidance wants it (0; 0.1 is usual)"
+    s.add_argument("--caption-dropout", type=float, metavar="SHARE", help=what)
     what = "train the CLIP encoders along, for new words (SD 1.x, 2.x, XL)"
     s.add_argument("--text-encoder", action="store_true", default=None, help=what)
 
@@ -113,6 +114,8 @@ def _common(s: argparse.ArgumentParser) -> None:
     s.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help="train over a smaller model")
     s.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model (bfloat16; on a CPU float32)")
     s.add_argument("--offline", action="store_true", help="never use the network")
+    s.add_argument("--estimate", action="store_true", help="say how much memory a step takes, and stop")
+    s.add_argument("--force", action="store_true", help="try it even if this machine has too little memory")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,11 +153,11 @@ def train(args) -> int:
     same_run(args.out, vars(recipe))
     blas.use_all_cores()  # the networks are small, but a batch is not
     if (args.out / "scenes.json").exists():
-        print("The run in this folder continues.")
+        say("The run in this folder continues.")
     else:
         size = recipe.pictures * 3 * recipe.size**2 / 1e9
-        print(f"Rendering {recipe.pictures} pictures first, {size:.2g} GB in {args.out}.")
-        print("A bar shows how long each stage takes. Ctrl-C stops the run, and the same command continues it.")
+        say(f"Rendering {recipe.pictures} pictures first, {size:.2g} GB in {args.out}.")
+        say("A bar shows how long each stage takes. Ctrl-C stops the run, and the same command continues it.")
     totals = {"vae": recipe.vae_steps, "denoiser": recipe.steps}
     sizes = {"vae": max(1, recipe.batch // 4), "denoiser": recipe.batch}
     bars: dict[str, tqdm] = {}
@@ -168,7 +171,7 @@ def train(args) -> int:
         bars[stage].update(1)
     for bar in bars.values():
         bar.close()
-    print(f"{args.out / 'model'} is the model, in the diffusers layout. It draws {args.size} x {args.size} pixels.")
+    say(f"{args.out / 'model'} is the model, in the diffusers layout. It draws {args.size} x {args.size} pixels.")
     return 0
 
 
@@ -182,14 +185,10 @@ def lora(args) -> int:
 
 
 def _lora_on(args, others: machines.Machines | None) -> int:
-    from ..description import published
-    from ..families import name_of
     from . import footprint, tune
 
-    tuning, how = _settings(args, tune.LoraTuning), weights(args.quantize, _dtype(args))
-    name = name_of(args.model)
-    pipe = _load(args) if name is None else None  # of a named model, all is known before it is fetched
-    model = published(name, how) if pipe is None else pipe.description
+    tuning = _settings(args, tune.LoraTuning)
+    model, pipe = _described(args)
     tune.check(model, tuning)
     helps = others is not None and others.rank > 0
     if args.estimate:
@@ -206,10 +205,29 @@ def _lora_on(args, others: machines.Machines | None) -> int:
 
 
 def embedding(args) -> int:
-    from . import inversion
+    from . import footprint, inversion, tune
 
     tuning = _settings(args, inversion.WordTuning)
-    return _tune(args, inversion.WordRun(_load(args), tuning, args.out))
+    model, pipe = _described(args)
+    tune.check(model, tuning)
+    inversion.check(model)
+    if args.estimate:
+        say(footprint.table(model, tuning))
+        return 0
+    said = footprint.told(model, tuning, args.force)
+    return _tune(args, inversion.WordRun(_load(args) if pipe is None else pipe, tuning, args.out), said)
+
+
+def _described(args):
+    """The model's description, and the model if it had to be loaded for it: of a named one, all is known before it is
+    fetched."""
+    from ..description import published
+    from ..families import name_of
+
+    if (name := name_of(args.model)) is not None:
+        return published(name, weights(args.quantize, _dtype(args))), None
+    pipe = _load(args)
+    return pipe.description, pipe
 
 
 def _settings(args, kind: Callable):
@@ -241,20 +259,20 @@ def _tune(args, made, *said: str) -> int:
         say(line)
     say("Ctrl-C stops the run, and the same command continues it.")
     bar, mean = None, None
-    try:
-        for report in made.steps():
-            if bar is None:
-                bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
-            mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
-            bar.set_postfix_str(
-                f"loss {mean:.4f}, {tuning.batch * tuning.accumulate / report.seconds:.2g} samples/s", refresh=False
-            )
-            bar.update(1)
-            if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
-                made.sample(args.sample, report.step)
-    finally:
-        if bar is not None:
-            bar.close()
+    with closing(made.steps()) as steps:  # it saves when it is closed
+        try:
+            for report in steps:
+                if bar is None:
+                    bar = tqdm(total=tuning.steps, initial=report.step - 1, desc="train", unit="step")
+                mean = report.loss if mean is None else mean + 0.05 * (report.loss - mean)
+                speed = tuning.batch * tuning.accumulate / report.seconds
+                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.2g} samples/s", refresh=False)
+                bar.update(1)
+                if args.sample and (report.step % tuning.save_every == 0 or report.step == tuning.steps):
+                    made.sample(args.sample, report.step)
+        finally:
+            if bar is not None:
+                bar.close()
     say(f"{made.file} is ready: mlxdiff generate PROMPT -m {args.model} {made.flag}")
     return 0
 
@@ -279,7 +297,7 @@ def judge(args) -> int:
 
 def _line(what: str, figures: dict[str, float]) -> None:
     parts = [f"{k} {v:.2f}" if k == "frechet" else f"{k} {100 * v:.1f}" for k, v in figures.items()]
-    print(f"{what}: {', '.join(parts)}", flush=True)
+    say(f"{what}: {', '.join(parts)}")
 
 
 def scenes(args) -> int:
@@ -290,9 +308,9 @@ def scenes(args) -> int:
         for _ in range(4):
             scene = sb.sample(rng)
             row.append(sb.render(scene, rng, args.size))
-            print(sb.caption(scene, rng))
+            say(sb.caption(scene, rng))
         rows.append(np.concatenate(row, 1))
-    print(images.write(Image.fromarray(np.concatenate(rows)), args.out, metadata.COMPUTED), file=sys.stderr)
+    say(str(images.write(Image.fromarray(np.concatenate(rows)), args.out, metadata.COMPUTED)), sys.stderr)
     return 0
 
 

@@ -39,6 +39,8 @@ class Data:
     spreads: list[mx.array]  # of the VAE's distribution around them
     args: list[dict[str, mx.array]]  # of the denoiser's `prepare`
     weight: float = 1.0
+    dropout: float = 0.0  # the share of the pictures of which a step reads no caption, but `empty`
+    empty: dict[str, mx.array] = field(default_factory=dict)
     buckets: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def add(self, mean: mx.array, spread: mx.array, args: dict[str, mx.array]) -> None:
@@ -55,33 +57,67 @@ class Data:
         return [chosen[i] for i in rng.choice(len(chosen), n, replace=n > len(chosen))]
 
 
+class Reads(NamedTuple):
+    """What a step reads of a picture besides its latents."""
+
+    widths: dict[str, tuple[int, ...]]  # the last axis of each array
+    captions: int | None  # how many there are, if a step reads the number of one
+
+    def known(self, args: dict[str, mx.array]) -> bool:
+        """Whether the number of a caption, if there is one, is that of a caption that there is."""
+        number = args.get("caption", mx.array([0]))
+        right = number.dtype == mx.int32 and number.shape == (1,)
+        return right and 0 <= number.item() < (self.captions or 1)
+
+
+def read(model: Description, n: int) -> dict[str, mx.array]:
+    """What a denoiser reads of n texts and sizes, as zeros."""
+    config, plan = model.net, model.text
+    args = {"context": mx.zeros((n, plan.tokens, config.context))}
+    if plan.sizes:
+        args["time_ids"] = mx.zeros((n, 6 if plan.scores is None else 5))
+        args["pooled"] = mx.zeros((n, config.added - args["time_ids"].shape[1] * config.added_time))
+    elif plan.pooled:
+        args["pooled"] = mx.zeros((n, config.pooled))
+    return args
+
+
 def store(file: Path, data: Data) -> None:
     """Write encoded pictures, so that a run that continues need not encode them again."""
     arrays = {}
     for i, (mean, spread, args) in enumerate(zip(data.means, data.spreads, data.args, strict=True)):
         arrays |= {f"{i}.mean": mean, f"{i}.spread": spread, **{f"{i}.args.{k}": v for k, v in args.items()}}
+    arrays |= {f"empty.args.{k}": v for k, v in data.empty.items()}
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(file, arrays, {"pictures": str(len(data.means))})
 
 
-def stored(file: Path, weight: float, shapes: list[tuple[int, ...]]) -> Data | None:
-    """What `store` wrote, read when it is used; None if there is none, or not a whole one. shapes: of the latents."""
-    data = Data([], [], [], weight)
+def stored(file: Path, weight: float, dropout: float, shapes: list[tuple[int, ...]], reads: Reads) -> Data | None:
+    """What `store` wrote, read when it is used; None if there is none, or not a whole one, or one that was made for
+    another model. shapes: of the latents."""
     try:
         foreign.check_regular(file)
         arrays, header = mx.load(str(file), return_metadata=True)
+        data = Data([], [], [], weight, dropout, _arguments(arrays, "empty"))
         whole = header["pictures"] == str(len(shapes))
         for i, shape in enumerate(shapes):
-            start = f"{i}.args."
-            args = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
+            args = _arguments(arrays, i)
             data.add(arrays[f"{i}.mean"], arrays[f"{i}.spread"], args)
             for latents in (data.means[-1], data.spreads[-1]):
                 whole &= latents.shape == shape and latents.dtype == mx.float32 and mx.isfinite(latents).all().item()
             whole &= {k: v.ndim for k, v in args.items()} == {k: v.ndim for k, v in data.args[0].items()}
+            whole &= {k: v.shape[-1:] for k, v in args.items()} == reads.widths and reads.known(args)
+        wanted = {k: (v.ndim, v.shape[-1:]) for k, v in data.args[0].items() if dropout and k != "time_ids"}
+        whole &= {k: (v.ndim, v.shape[-1:]) for k, v in data.empty.items()} == wanted and reads.known(data.empty)
     except (KeyError, OSError, RuntimeError, ValueError):
         return None
     return data if whole else None
+
+
+def _arguments(arrays: dict[str, mx.array], of: int | str) -> dict[str, mx.array]:
+    start = f"{of}.args."
+    return {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
 
 
 class Objective:
@@ -104,7 +140,9 @@ class Objective:
             t, level = objective.levels(kind, self.alpha_bar, u)
         x0 = mean + spread * mx.array(noises[0])
         x, target = objective.mixture(kind, x0, mx.array(noises[1]), mx.array(level.astype(np.float32)))
-        args = self.arguments([data.args[i] for i in picks], x.shape[1:3])
+        drops = rng.random(n) < data.dropout if data.dropout else [False] * n
+        each = [data.args[i] | (data.empty if drop else {}) for i, drop in zip(picks, drops, strict=True)]
+        args = self.arguments(each, x.shape[1:3])
         return Part(x, mx.array(t.astype(np.float32)), target, args, data.weight)
 
     def sigmas(self, u: np.ndarray, latents: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,60 +86,73 @@ def fit(
     """loss(model, *batch(number)) -> scalar; a step takes `accumulate` batches. The model is trained in place;
     `averaged` reads its mean from the folder. What is frozen of a model is neither changed nor saved. others: the
     machines of this run, which divide a step's batches; the state of the first counts."""
-    rank, size = (0, 1) if others is None else (others.rank, others.size)
-    check_shares(plan.accumulate, size)
+    check_shares(plan.accumulate, 1 if others is None else others.size)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     chosen = optimizer(plan.optimizer, plan.weight_decay)
     chosen.init(model.trainable_parameters())
-    mean = tree_map(mx.array, model.trainable_parameters())
-    start = 0
-    if (folder / "state.safetensors").exists():
-        start, mean = _restore(folder / "state.safetensors", model, chosen)
-    if others is not None:
-        first, trained, chosen.state, mean = others.same(
-            (mx.array(start), model.trainable_parameters(), chosen.state, mean)
-        )
-        model.update(trained)
-        start = first.item()
-    gradient = nn.value_and_grad(model, loss)
-    step, saved, share = start, start, plan.accumulate // size
+    step, mean = _begun(folder / "state.safetensors", model, chosen, others)
+    gradient, saved = partial(nn.value_and_grad(model, loss), model), step
+    sound = _state(model, chosen, mean)  # after `step` steps: what is saved when the run stops within the next one
     with writing(folder):
-        _cut_log(folder / "log.csv", start)
+        _cut_log(folder / "log.csv", step)
     try:
         while step < plan.steps:
             began = time.perf_counter()
             rate = rate_at(plan, step)
             set_rate(chosen, rate)
-            first = step * plan.accumulate + rank
-            value, grads = gradient(model, *batch(first))
-            for k in range(1, share):
-                mx.eval(value, grads)  # what it took is free again before the next batch
-                more, again = gradient(model, *batch(first + k * size))
-                value, grads = value + more, tree_map(mx.add, grads, again)
-            if share > 1:
-                value, grads = value / share, tree_map(lambda g: g / share, grads)
-            if others is not None:
-                value, grads = others.mean((value, grads))
+            value, grads = _mean_gradient(gradient, batch, step, plan.accumulate, others)
             grads, _ = opt.clip_grad_norm(grads, plan.clip)
             chosen.update(model, grads)
             keep = min(plan.ema, (step + 1) / (step + 12))  # at first the average follows closely
             mean = tree_map(lambda m, p, k=keep: m + (1 - k) * (p - m), mean, model.trainable_parameters())
             mx.eval(value, model.trainable_parameters(), chosen.state, mean)
-            step += 1
-            report = Report(step, value.item(), rate, time.perf_counter() - began)
+            report = Report(step + 1, value.item(), rate, time.perf_counter() - began)
             if not math.isfinite(report.loss):
-                saved = step  # the last state that is sound stays
-                raise Error(f"The loss of step {step} is not finite.", "Lower the rate, or continue with float32.")
+                saved = step  # what it was computed with may not be sound: the last saved state stays
+                problem = f"The loss of step {report.step} is not finite."
+                raise Error(problem, "Lower the rate, or continue with float32.")
             with writing(folder), open(folder / "log.csv", "a", newline="") as file:
-                csv.writer(file).writerow([step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
+                csv.writer(file).writerow([report.step, f"{report.loss:.6g}", f"{rate:.4g}", f"{report.seconds:.3f}"])
+            step, sound = report.step, _state(model, chosen, mean)
             if step - saved >= plan.save_every:
-                _save(folder, model, chosen, mean, step)
+                _save(folder, sound, step)
                 saved = step
             yield report
     finally:
+        model.update(sound["model"])
         if step > saved:
-            _save(folder, model, chosen, mean, step)
+            _save(folder, sound, step)
+
+
+def _begun(file: Path, model: nn.Module, chosen: opt.Optimizer, others: Machines | None) -> tuple[int, dict]:
+    """The step at which a run begins, and the mean of its weights: those of a saved state, if there is one. On several
+    machines, that of the first counts."""
+    step, mean = 0, tree_map(mx.array, model.trainable_parameters())
+    if file.exists():
+        step, mean = _restore(file, model, chosen)
+    if others is not None:
+        mine = mx.array(step), model.trainable_parameters(), chosen.state, mean
+        first, trained, chosen.state, mean = others.same(mine)
+        model.update(trained)
+        step = first.item()
+    return step, mean
+
+
+def _mean_gradient(
+    gradient: Callable, batch: Callable[[int], tuple], step: int, accumulate: int, others: Machines | None
+) -> tuple[mx.array, dict]:
+    """The mean loss and gradient of a step's batches, of which each machine computes its share."""
+    rank, size = (0, 1) if others is None else (others.rank, others.size)
+    first, share = step * accumulate + rank, accumulate // size
+    value, grads = gradient(*batch(first))
+    for k in range(1, share):
+        mx.eval(value, grads)  # what it took is free again before the next batch
+        more, again = gradient(*batch(first + k * size))
+        value, grads = value + more, tree_map(mx.add, grads, again)
+    if share > 1:
+        value, grads = value / share, tree_map(lambda g: g / share, grads)
+    return (value, grads) if others is None else others.mean((value, grads))
 
 
 def check_shares(accumulate: int, machines: int) -> None:
@@ -156,10 +170,14 @@ def same_run(folder: Path, settings: dict) -> None:
         str(folder).encode()  # MLX writes no other names
         if file.exists():
             before = foreign.read_json(file, "Give a new folder.")
-            changed = [k for k in settings if settings[k] != before.get(k)]
-            if changed:
-                stored = ", ".join(f"{k} {before.get(k)}" for k in changed)
-                raise Error(f"{folder} holds a run with {stored}.", "Give the same settings, or another `output`.")
+            stored = {k: before.get(k) for k in settings if settings[k] != before.get(k)}
+            if stored:
+                # A list of fingerprints would say nothing.
+                named = [
+                    f"{k} {v}" if k != "pictures" or type(v) is int else "other pictures" for k, v in stored.items()
+                ]
+                fix = "Give the same settings, or another `output`."
+                raise Error(f"{folder} holds a run with {', '.join(named)}.", fix)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Error(f"{folder} holds something other than a run.", "Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,9 +239,13 @@ def averaged(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _save(folder: Path, model: nn.Module, chosen: opt.Optimizer, mean: dict, step: int) -> None:
-    trees = {"model": model.trainable_parameters(), "optimizer": chosen.state, "mean": mean}
-    arrays = {f"{name}.{k}": v for name, tree in trees.items() for k, v in tree_flatten(tree)}
+def _state(model: nn.Module, chosen: opt.Optimizer, mean: dict) -> dict[str, dict]:
+    """What a run is continued from. The arrays are not copied; the optimizer's dictionary is, since it is changed."""
+    return {"model": model.trainable_parameters(), "optimizer": tree_map(lambda x: x, chosen.state), "mean": mean}
+
+
+def _save(folder: Path, state: dict[str, dict], step: int) -> None:
+    arrays = {f"{name}.{k}": v for name, tree in state.items() for k, v in tree_flatten(tree)}
     write_arrays(folder / "state.safetensors", arrays, {"step": str(step)})
     plot(folder / "log.csv", folder / "loss.png")
 

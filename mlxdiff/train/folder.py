@@ -23,9 +23,12 @@ class Picture:
     fingerprint: str  # of its pixels
 
 
-def read(folder: Path, prompt: str | None, size: int, multiple: int, crop: bool) -> list[Picture]:
+def read(
+    folder: Path, prompt: str | None, size: int, multiple: int, crop: bool, setting: str = "prompt"
+) -> list[Picture]:
     """The pictures of a folder, checked before the work. prompt: for those without a .txt file. size: edge of a square
-    of the area that each takes. multiple: of all edges. crop: all are cropped to the square."""
+    of the area that each takes. multiple: of all edges. crop: all are cropped to the square. setting: the name of the
+    prompt's, for messages."""
     try:
         files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
@@ -40,17 +43,17 @@ def read(folder: Path, prompt: str | None, size: int, multiple: int, crop: bool)
     stray = next((f for f in files if f.suffix == ".txt" and f not in known), None)
     if stray is not None:
         raise Error(f"{stray} is a caption without a picture.", "Give it the name of its picture, or remove it.")
-    return [_read(f, prompt, size, multiple, crop) for f in pictures]
+    return [_read(f, prompt, size, multiple, crop, setting) for f in pictures]
 
 
-def _read(file: Path, prompt: str | None, size: int, multiple: int, crop: bool) -> Picture:
+def _read(file: Path, prompt: str | None, size: int, multiple: int, crop: bool, setting: str) -> Picture:
     image, text = images.read(file), file.with_suffix(".txt")
     caption = prompt
     if text.exists():
         caption = " ".join(foreign.read_text(text, "Write the caption as UTF-8 text.").split())
     if not caption:
         what = f"{text} is empty" if text.exists() else f"{file} has no caption"
-        raise Error(f"{what}.", f"Write one to {text.name} beside the picture, or give all one: `prompt=TEXT`.")
+        raise Error(f"{what}.", f"Write one to {text.name} beside the picture, or give all one: `{setting}=TEXT`.")
     if len(caption) > _LONGEST:
         raise Error(f"The caption of {file} has {len(caption):,} characters.", f"Use at most {_LONGEST:,}.")
     width, height = (size, size) if crop else bucket(image.size, size, multiple)

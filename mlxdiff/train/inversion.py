@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import conditioning, values
 from ..adapters import Word
+from ..description import Description
 from ..errors import Error
 from ..pipeline import Pipeline
 from . import lora, texts, tune
@@ -52,15 +53,30 @@ class Taught(nn.Module):
         return mx.where(ids[..., None] < n, known, new.astype(known.dtype))
 
 
+def check(model: Description) -> None:
+    """Raise for a model that is taught no words."""
+    if model.flow:
+        problem = f"{model.name} is {model.family.title}, whose text encoders are taught no words."
+        raise Error(problem, "Train a LoRA with a trigger word: `mlxdiff train lora`.")
+
+
+def attach(net: nn.Module, model: Description, name: str, tuning: WordTuning) -> None:
+    """Freeze a component; an encoder gets the rows of a word, which are zeros."""
+    if name in model.text.clip:
+        base = net.embeddings.token_embedding
+        net.embeddings.token_embedding = Taught(base, mx.zeros((tuning.vectors, model.components[name].width)))
+    net.freeze()
+    if name in model.text.clip:
+        net.embeddings.token_embedding.unfreeze(keys="rows", recurse=False)
+
+
 class WordRun:
     """A training of a word: made, and checked, before the work."""
 
     def __init__(self, pipe: Pipeline, tuning: WordTuning, out: Path):
         self.pipe, self.tuning, self.out = pipe, tuning, out
         model, plan = pipe.description, pipe.description.text
-        if model.flow:
-            problem = f"{model.name} is {model.family.title}, whose text encoders are taught no words."
-            raise Error(problem, "Train a LoRA with a trigger word: `mlxdiff train lora`.")
+        check(model)
         prompt = PROMPT.format(tuning.word) if tuning.prompt is None else tuning.prompt
         self.pictures = tune.read(pipe, tuning, tuning.images, prompt)
         lacks = next((p for p in self.pictures if tuning.word not in p.caption), None)
@@ -109,12 +125,12 @@ class WordRun:
     def steps(self) -> Iterator[Report]:
         """Train, step by step. The file is written whenever the state is saved, and in the end."""
         with alone(self.out):
-            loss, data = self.captions.loss, [self.encoded()]
+            loss, data = self.captions.loss, self.encoded()
             yield from tune.trained(self.reader, loss, data, self.pipe, self.tuning, self.out, self.export)
 
-    def encoded(self) -> Data:
-        """The pictures, with the numbers of their captions."""
-        return tune.encode(self.pipe, self.pictures, self.tuning, self.captions.arguments)
+    def encoded(self) -> list[Data]:
+        """The pictures, with the numbers of their captions. A run that continues reads them from its folder."""
+        return tune.encoded(self.pipe, self.tuning, [self.pictures], self.out, self.captions)
 
     def sample(self, prompts: Sequence[str], step: int) -> list[Path]:
         """Draw pictures with what is trained so far."""

@@ -147,8 +147,9 @@ def train_vae(folder: Path, recipe: Recipe, shown: np.ndarray) -> Iterator[Repor
         return mx.array(crops.astype(np.float32) / 127.5 - 1), mx.array(noise)
 
     mx.random.seed(recipe.seed)
+    rate = 0.02 if recipe.optimizer == "muon" else 1e-3
     plan = Plan(
-        recipe.vae_steps, 0.02 if recipe.optimizer == "muon" else 1e-3, recipe.optimizer, 40, 0.0, 1.0, 0.995, 250
+        recipe.vae_steps, rate, recipe.optimizer, warmup=40, decay=0.0, clip=1.0, ema=0.995, save_every=SAVE_EVERY
     )
     yield from fit(vae.VAE(VAE), vae_loss, batch, plan, folder / "vae")
 
@@ -223,9 +224,8 @@ def train_denoiser(
 
     mx.random.seed(recipe.seed)
     model = Denoiser(vocab_size(folder))
-    plan = Plan(
-        recipe.steps, 0.01 if recipe.optimizer == "muon" else 1e-3, recipe.optimizer, 80, 0.5, 1.0, 0.998, SAVE_EVERY
-    )
+    rate = 0.01 if recipe.optimizer == "muon" else 1e-3
+    plan = Plan(recipe.steps, rate, recipe.optimizer, warmup=80, decay=0.5, clip=1.0, ema=0.998, save_every=SAVE_EVERY)
     yield from fit(model, denoiser_loss, batch, plan, folder / "denoiser")
 
 

@@ -16,7 +16,7 @@ from . import objective, toy
 
 START = -4.0  # of a VAE: from 0 it never learns to use its numbers here
 BATCH, PASSES = 128, 20  # points of a step; steps of the two that draw in steps
-CALM = 0.99  # the largest share of the mean weights, which draw, that one step keeps
+EMA = 0.99  # the largest share of the mean weights, which draw, that one step keeps
 HOLD = 0.4  # after this share of the steps, every rate falls to 0
 
 
@@ -53,10 +53,10 @@ class Gan:
         mx.random.seed(seed)
         self.forger, self.critic = Layers(2, 2), Layers(2, 1)
         rate = {"learning_rate": 2e-3, "betas": [0.5, 0.9]}
-        self.rates = [opt.Adam(**rate), opt.Adam(**rate)]
-        self.calm = Layers(2, 2)
-        critic = _stepper(self.critic, self.rates[0], self._critic_loss, also=[self.forger.state])
-        forger = _stepper(self.forger, self.rates[1], self._forger_loss, self.calm, [self.critic.state])
+        self.optimizers = [opt.Adam(**rate), opt.Adam(**rate)]
+        self.averaged = Layers(2, 2)
+        critic = _stepper(self.critic, self.optimizers[0], self._critic_loss, also=[self.forger.state])
+        forger = _stepper(self.forger, self.optimizers[1], self._forger_loss, self.averaged, [self.critic.state])
         self._steps = critic, forger
 
     def step(self, points: mx.array, rng: np.random.Generator) -> mx.array:
@@ -66,7 +66,7 @@ class Gan:
         return forger(_noise(rng, len(points)))
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        return np.array(self.calm(_noise(rng, n)))
+        return np.array(self.averaged(_noise(rng, n)))
 
     def _critic_loss(self, critic: nn.Module, real: mx.array, noise: mx.array) -> mx.array:
         said = critic(mx.concatenate([real, self.forger(noise)]))
@@ -84,17 +84,17 @@ class Vae:
 
     def __init__(self, seed: int):
         mx.random.seed(seed)
-        self.net, self.calm = Halves(), Halves()
-        self.rates = [opt.Adam(2e-3)]
-        self._step = _stepper(self.net, self.rates[0], self._loss, self.calm)
+        self.net, self.averaged = Halves(), Halves()
+        self.optimizers = [opt.Adam(2e-3)]
+        self._step = _stepper(self.net, self.optimizers[0], self._loss, self.averaged)
 
     def step(self, points: mx.array, rng: np.random.Generator) -> mx.array:
         return self._step(points, _noise(rng, len(points)))
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """With the grain that the model itself gives its points. Without it they would be smoother than its world."""
-        points = self.calm.decoder(_noise(rng, n))
-        return np.array(points + mx.exp(self.calm.doubt / 2) * _noise(rng, n))
+        points = self.averaged.decoder(_noise(rng, n))
+        return np.array(points + mx.exp(self.averaged.doubt / 2) * _noise(rng, n))
 
     def _loss(self, net: nn.Module, points: mx.array, noise: mx.array) -> mx.array:
         mean, doubt = net.encoder(points).split(2, axis=-1)
@@ -109,9 +109,9 @@ class Steps:
     passes = PASSES
 
     def __init__(self, prediction: str, seed: int):
-        self.toy, self.calm = toy.Toy(prediction, seed), toy.Toy(prediction, seed)
-        self.rates = [opt.Adam(6e-3)]
-        self._step = _stepper(self.toy.net, self.rates[0], toy.loss, self.calm.net)
+        self.toy, self.averaged = toy.Toy(prediction, seed), toy.Toy(prediction, seed)
+        self.optimizers = [opt.Adam(6e-3)]
+        self._step = _stepper(self.toy.net, self.optimizers[0], toy.loss, self.averaged.net)
 
     def step(self, points: mx.array, rng: np.random.Generator) -> mx.array:
         kind, x0 = self.toy.prediction, points.reshape(-1, 1, 1, 2)
@@ -122,7 +122,7 @@ class Steps:
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
         sampler = "euler" if self.toy.prediction == "flow" else "dpmpp_2m"
-        return self.calm.paths(n, PASSES, sampler, seed=int(rng.integers(2**31)))[-1]
+        return self.averaged.paths(n, PASSES, sampler, seed=int(rng.integers(2**31)))[-1]
 
 
 RIVALS: dict[str, Callable] = {
@@ -146,7 +146,7 @@ class Training(NamedTuple):
 def train(name: str, points: np.ndarray, steps: int, moments: tuple[int, ...], n: int, seed: int) -> Iterator:
     """Train a rival; yields the steps done, and at last its Training."""
     rng, rival, losses, clouds = np.random.default_rng([seed, 0]), RIVALS[name](seed=seed), [], []
-    rates, learned, drawn = [float(r.learning_rate) for r in rival.rates], 0.0, 0.0
+    rates, learned, drawn = [float(r.learning_rate) for r in rival.optimizers], 0.0, 0.0
     for step in range(steps + 1):
         if step in moments:
             begin = time.perf_counter()
@@ -156,7 +156,7 @@ def train(name: str, points: np.ndarray, steps: int, moments: tuple[int, ...], n
         if step == steps:
             break
         begin = time.perf_counter()
-        for chosen, rate in zip(rival.rates, rates, strict=True):
+        for chosen, rate in zip(rival.optimizers, rates, strict=True):
             chosen.learning_rate = rate * min(1.0, (1 - step / steps) / (1 - HOLD))
         losses.append(rival.step(mx.array(points[rng.integers(0, len(points), BATCH)]), rng).item())
         learned += time.perf_counter() - begin
@@ -174,27 +174,30 @@ def _noise(rng: np.random.Generator, n: int) -> mx.array:
 
 
 def _stepper(
-    net: nn.Module, chosen: opt.Optimizer, loss: Callable, calm: nn.Module | None = None, also: list = ()
+    net: nn.Module, chosen: opt.Optimizer, loss: Callable, averaged: nn.Module | None = None, also: list = ()
 ) -> Callable:
-    """One compiled step of learning. calm: gets the running mean of the net's weights. also: the state of networks that
-    the loss reads beside its own."""
+    """One compiled step of learning. averaged: gets the running mean of the net's weights. also: the state of networks
+    that the loss reads beside its own."""
     chosen.init(net.trainable_parameters())
-    gradient, state = nn.value_and_grad(net, loss), [net.state, chosen.state, *([] if calm is None else [calm.state])]
+    gradient, state = (
+        nn.value_and_grad(net, loss),
+        [net.state, chosen.state, *([] if averaged is None else [averaged.state])],
+    )
     done = 0
 
     @partial(mx.compile, inputs=[*state, *also], outputs=state)
     def step(follow: mx.array, *batch: mx.array) -> mx.array:
         value, grads = gradient(net, *batch)
         chosen.update(net, grads)
-        if calm is not None:
-            near = tree_map(lambda mean, now: mean + follow * (now - mean), calm.parameters(), net.parameters())
-            calm.update(near)
+        if averaged is not None:
+            near = tree_map(lambda mean, now: mean + follow * (now - mean), averaged.parameters(), net.parameters())
+            averaged.update(near)
         return value
 
     def run(*batch: mx.array) -> mx.array:
         nonlocal done
         done += 1
-        value = step(mx.array(max(1 - CALM, 11 / (done + 11))), *batch)  # at first the mean follows closely
+        value = step(mx.array(max(1 - EMA, 11 / (done + 11))), *batch)  # at first the mean follows closely
         mx.eval(value, state)
         return value
 

@@ -25,14 +25,20 @@ class Captions:
 
     def __init__(self, model: Description, toks: conditioning.Tokenizers, pictures: list[Picture], clip_skip: int):
         self.model, self.clip_skip = model, clip_skip
-        self.texts = list(dict.fromkeys(p.caption for p in pictures))
+        self.texts = [*dict.fromkeys(p.caption for p in pictures), ""]
         self.words = conditioning.tokenize(model.text, toks, self.texts)
 
-    def arguments(self, picture: Picture, request: Request) -> dict[str, mx.array]:
+    def arguments(self, caption: str, request: Request) -> dict[str, mx.array]:
         """What a step reads of a picture besides its latents: the number of its caption, and sizes."""
-        number = mx.array([self.texts.index(picture.caption)])
+        number = mx.array([self.texts.index(caption)])
         args = conditioning.arguments(self.model.text, conditioning.Text(number, None), request, negative=False)
         return {"caption": args.pop("context"), **args}
+
+    @property
+    def reads(self) -> batches.Reads:
+        """What `arguments` gives."""
+        sizes = {k: v.shape[-1:] for k, v in batches.read(self.model, 1).items() if k == "time_ids"}
+        return batches.Reads({"caption": (1,), **sizes}, len(self.texts))
 
     def read(self, reader: Reader, args: dict) -> dict[str, mx.array]:
         """The arguments of the denoiser's `prepare`."""

@@ -15,7 +15,8 @@ from . import objective
 from .fit import Plan, Report, averaged, fit
 
 HIDDEN, WAVES, BATCH = 128, 8, 256
-TUNED = 6e-3, "adamw", 30, 0.3, 1.0, 0.99  # fields of fit.Plan: rate, optimizer, warmup, decay, clip, ema
+# Of fit.Plan.
+TUNED = {"rate": 6e-3, "optimizer": "adamw", "warmup": 30, "decay": 0.3, "clip": 1.0, "ema": 0.99}
 ALPHA_BAR = schedules.alpha_bar(schedules.betas("linear", 1000, 0.0001, 0.02))
 
 
@@ -84,7 +85,7 @@ class Toy:
             return x, level if self.prediction == "flow" else mx.array(t), target
 
         with TemporaryDirectory() as folder:
-            yield from fit(self.net, loss, batch, Plan(steps, *TUNED, steps), Path(folder))
+            yield from fit(self.net, loss, batch, Plan(steps, **TUNED, save_every=steps), Path(folder))
             averaged(self.net, Path(folder))
 
     def expected(self, x: np.ndarray, ratio: float) -> np.ndarray:

@@ -76,12 +76,14 @@ class LoraTuning(Tuning):
     alpha: float | None = None  # None: the rank
     layers: tuple[str, ...] = ()  # names in diffusers, or their ends; none: the family's
     text_encoder: bool = False  # whether the CLIP encoders are trained along
+    caption_dropout: float = 0.0  # the share of the pictures that a step reads without their caption
 
     def check(self) -> None:
         super().check()
         values.whole("rank", self.rank, 1, lora.MOST_RANK)
         values.number("alpha", self.rank if self.alpha is None else self.alpha, 1e-3, 1e4)
         values.number("prior", self.prior, 0.0, 100.0)
+        values.number("caption_dropout", self.caption_dropout, 0.0, 0.9)
         if self.class_images is None and self.class_prompt is not None:
             fix = "Give a folder: `class_images=FOLDER`. `mlxdiff generate` draws such pictures."
             raise Error("class_prompt describes pictures of the class, and there are none.", fix)
@@ -97,19 +99,20 @@ def check(model: Description, tuning: Tuning) -> None:
         raise Error(f"{model.name} is a {model.variant} model, which this cannot train for.", fix)
 
 
-def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None) -> list[Picture]:
-    """The pictures of a folder. Raises for what is wrong with them, with the settings or with the model."""
+def read(pipe: Pipeline, tuning: Tuning, images: str, prompt: str | None, setting: str = "prompt") -> list[Picture]:
+    """The pictures of a folder. Raises for what is wrong with them, with the settings or with the model. setting: the
+    name of the prompt's, for messages."""
     tuning.check()
     check(pipe.description, tuning)
     size, multiple = tuning.size_for(pipe.description), pipe.description.multiple
     if size % multiple or not multiple <= size <= MAX_EDGE:
         usual = pipe.description.defaults.size
         raise Error(f"Size {size} is not a multiple of {multiple} up to {MAX_EDGE}.", f"Use `size={usual}`.")
-    return folders.read(foreign.path(images), prompt, size, multiple, tuning.crop)
+    return folders.read(foreign.path(images), prompt, size, multiple, tuning.crop, setting)
 
 
-def encode(pipe: Pipeline, chosen: list[Picture], tuning: Tuning, args: Callable[[Picture, Request], dict]) -> Data:
-    """Encode pictures once; the VAE is released. args: what a step reads of a picture besides its latents."""
+def encode(pipe: Pipeline, chosen: list[Picture], tuning: Tuning, args: Callable[[str, Request], dict]) -> Data:
+    """Encode pictures once; the VAE is released. args: what a step reads of a caption and of sizes."""
     model, data = pipe.description, Data([], [], [])
     request = drawn(pipe, tuning)
     vae = pipe.networks.get("vae")
@@ -119,12 +122,54 @@ def encode(pipe: Pipeline, chosen: list[Picture], tuning: Tuning, args: Callable
         for shown in (image, ImageOps.mirror(image)) if tuning.flip else (image,):
             mean, logvar = vae.encode(mx.array(images.to_pixels(shown))[None])
             latents = [of.astype(mx.float32) for of in (mean, vae.spread(logvar))]
-            data.add(*latents, args(picture, sized))
+            data.add(*latents, args(picture.caption, sized))
             if not mx.isfinite(latents[0]).all().item():
                 raise model.not_finite()
             mx.eval(latents, data.args[-1])
     pipe.networks.release("vae")
     return data
+
+
+def encoded(
+    pipe: Pipeline, tuning: Tuning, sets: list[list[Picture]], out: Path, captions: texts.Captions | None
+) -> list[Data]:
+    """The sets of pictures, with their captions. A run that continues reads them from its folder. captions: if the text
+    encoders are trained, and read them in each step."""
+    model, request = pipe.description, drawn(pipe, tuning)
+    files = [out / RUN / f"encoded-{i}.safetensors" for i in range(len(sets))]
+    prior, dropout = getattr(tuning, "prior", 1.0), getattr(tuning, "caption_dropout", 0.0)
+    plain = batches.Reads({k: v.shape[-1:] for k, v in batches.read(model, 1).items()}, None)
+    reads = plain if captions is None else captions.reads
+
+    def held() -> list[Data | None]:
+        how = zip(files, (1.0, prior), sets, strict=False)
+        return [batches.stored(file, w, dropout, _shapes(model, tuning, s), reads) for file, w, s in how]
+
+    found = held()
+    if all(found):
+        return found
+    said = [p.caption for pictures in sets for p in pictures] + [""] * bool(dropout)
+    args = _texts(pipe, request, said) if captions is None else captions.arguments
+    for file, pictures in zip(files, sets, strict=True):
+        data = encode(pipe, pictures, tuning, args)
+        if dropout:
+            data.empty.update({k: v for k, v in args("", request).items() if k != "time_ids"})
+        batches.store(file, data)
+    return held()
+
+
+def _shapes(model: Description, tuning: Tuning, pictures: list[Picture]) -> list[tuple[int, ...]]:
+    """Of the latents of a set, in the order of `encode`."""
+    times = 2 if tuning.flip else 1
+    sizes = [(p.height // model.factor, p.width // model.factor) for p in pictures for _ in range(times)]
+    return [(1, *size, model.latent_channels) for size in sizes]
+
+
+def _texts(pipe: Pipeline, request: Request, said: list[str]) -> Callable[[str, Request], dict]:
+    """What a step reads of a caption and of sizes. Each caption is read once; the encoders are released."""
+    model, captions = pipe.description, list(dict.fromkeys(said))
+    found = dict(zip(captions, pipe.read(captions, request, model.reads_t5(request)), strict=True))
+    return lambda caption, request: conditioning.arguments(model.text, found[caption], request, negative=False)
 
 
 def drawn(pipe: Pipeline, tuning: Tuning) -> Request:
@@ -149,7 +194,7 @@ class LoraRun:
         self.pipe, self.tuning, self.out, self.others = pipe, tuning, out, others
         self.sets = [read(pipe, tuning, tuning.images, tuning.prompt)]
         if tuning.class_images is not None:
-            self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt))
+            self.sets.append(read(pipe, tuning, tuning.class_images, tuning.class_prompt, "class_prompt"))
         model, denoiser = pipe.description, pipe.description.family.denoiser
         pipe.networks.adapt([])  # what it drew with before does not count
         self.networks = {n: pipe.networks.open(n) for n in (denoiser, *model.text.clip * tuning.text_encoder)}
@@ -193,33 +238,8 @@ class LoraRun:
             yield from trained(self.trained, loss, data, self.pipe, self.tuning, self.out, self.export, self.others)
 
     def encoded(self) -> list[Data]:
-        """The pictures and those of the class, with their captions. A run that continues reads them from its folder."""
-        files = [self.out / RUN / f"encoded-{i}.safetensors" for i in range(len(self.sets))]
-        weights, shapes = (1.0, self.tuning.prior), [self._shapes(pictures) for pictures in self.sets]
-        held = [batches.stored(*each) for each in zip(files, weights, shapes, strict=False)]
-        if all(held):
-            return held
-        args = self.captions.arguments if self.captions else self._texts()
-        for file, pictures in zip(files, self.sets, strict=True):
-            batches.store(file, encode(self.pipe, pictures, self.tuning, args))
-        return [batches.stored(*each) for each in zip(files, weights, shapes, strict=False)]
-
-    def _shapes(self, pictures: list[Picture]) -> list[tuple[int, ...]]:
-        """Of the latents of a set, in the order of `encode`."""
-        model, times = self.pipe.description, 2 if self.tuning.flip else 1
-        sizes = [(p.height // model.factor, p.width // model.factor) for p in pictures for _ in range(times)]
-        return [(1, *size, model.latent_channels) for size in sizes]
-
-    def _texts(self) -> Callable[[Picture, Request], dict[str, mx.array]]:
-        """What a step reads of a picture's caption. Each caption is read once; the encoders are released."""
-        model, request = self.pipe.description, drawn(self.pipe, self.tuning)
-        captions = list(dict.fromkeys(p.caption for pictures in self.sets for p in pictures))
-        found = dict(zip(captions, self.pipe.read(captions, request, model.reads_t5(request)), strict=True))
-
-        def args(picture: Picture, request: Request) -> dict[str, mx.array]:
-            return conditioning.arguments(model.text, found[picture.caption], request, negative=False)
-
-        return args
+        """The pictures and those of the class, with their captions."""
+        return encoded(self.pipe, self.tuning, self.sets, self.out, self.captions)
 
     def export(self) -> Path:
         return lora.export(self.made, self.pipe.description, self.notes, self.out)
@@ -261,11 +281,13 @@ def samples(
     """Draw pictures of prompts into the folder of a run, in its size, with the networks that are trained. samples.png
     shows those of all steps, one below the other."""
     files, size = [], tuning.size_for(pipe.description)
-    for i, prompt in enumerate(prompts):
-        pipe.hold(networks)  # for each, since an encoder is released when it has read
-        drawn = pipe(prompt, seed=0, width=size, height=size, **settings)
-        files += drawn.save(out / f"sample-{step:06}-{i + 1}.png")
-    pipe.release(networks)
+    try:
+        for i, prompt in enumerate(prompts):
+            pipe.hold(networks)  # for each, since an encoder is released when it has read
+            drawn = pipe(prompt, seed=0, width=size, height=size, **settings)
+            files += drawn.save(out / f"sample-{step:06}-{i + 1}.png")
+    finally:  # also when it is stopped, or the next picture would be theirs
+        pipe.release(networks)
     sheet(sorted(out.glob("sample-??????-*.png"))[-_SHOWN * len(prompts) :], len(prompts), out / "samples.png")
     return files
 
@@ -301,14 +323,23 @@ def trained(
         return ([aim.part(data, rng, tuning.batch) for data in sets],)
 
     plan = Plan(
-        tuning.steps, tuning.rate, "adamw", tuning.warmup, 1.0, 1.0, 0.0, tuning.save_every, 1e-2, tuning.accumulate
+        tuning.steps,
+        tuning.rate,
+        "adamw",
+        tuning.warmup,
+        decay=1.0,
+        clip=1.0,
+        ema=0.0,
+        save_every=tuning.save_every,
+        weight_decay=1e-2,
+        accumulate=tuning.accumulate,
     )
     try:
         for report in fit(net, loss, batch, plan, out / RUN, others):
             if report.step % tuning.save_every == 0:
                 export()
             yield report
-    except (GeneratorExit, KeyboardInterrupt):
+    except (GeneratorExit, KeyboardInterrupt, SystemExit):
         export()
         raise
     export()

@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import images, metadata
 from ..console import Parser, run, say, say_json
 from ..errors import Error
+from ..foreign import lines
 from ..foreign import path as expanded
 from ..generate import Bar
 from ..output import check_writable
@@ -76,7 +77,7 @@ def enlarge(args: argparse.Namespace) -> int:
         if args.json:
             say_json({"path": str(path), "size": [w, h], "seconds": round(seconds, 3), **done})
         else:
-            say(f"{path}  {w} x {h}, {seconds:.1f} s")
+            say(lines([f"{path}  {w} x {h}, {seconds:.1f} s"]))
     return 0
 
 

@@ -32,7 +32,7 @@ def board(page, tmp_path):
     moving = {"paths": [[-2, 0], [0, 0], [2, 0]], "arrows": [[0, 0.2], [0, 0.2]], "places": [[1, 1]]}
     coded = {name: base64.b64encode(np.array(v, "<f4").tobytes()).decode() for name, v in moving.items()}
     arrays = ", ".join(f'{name}: view("{text}")' for name, text in coded.items())
-    css = "".join((PLACE / name).read_text() for name in ("lesson.css", "board.css"))
+    css = "".join((PLACE / name).read_text() for name in ("../theme.css", "lesson.css", "board.css"))
     run = json.dumps({"steps": 2, "count": 1, "grid": 1, "turn": 1})
     text = PAGE.format(css=css, js=json.dumps((PLACE / "board.js").read_text()), run=run, arrays=arrays)
     (tmp_path / "board.html").write_text(text)

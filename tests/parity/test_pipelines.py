@@ -69,7 +69,7 @@ def command(cache: Path, out: Path, *args: str, process: bool = False) -> tuple[
 
 def oracle(pipe, **settings) -> np.ndarray:
     generator = torch.Generator("cpu").manual_seed(SEED)
-    return np.asarray(pipe(PROMPT, generator=generator, **(SIZE | settings)).images[0])
+    return np.asarray(pipe(prompt=PROMPT, generator=generator, **(SIZE | settings)).images[0])
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])

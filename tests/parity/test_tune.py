@@ -308,7 +308,7 @@ def test_a_word_is_taught_as_in_diffusers(models, photos, name, tmp_path):
     run = word(ours, photos, tmp_path / "run")
     run.out.mkdir(exist_ok=True)
     run.export()
-    part = batches.Objective(ours.description).part(run.encoded(), np.random.default_rng(4), 2)
+    part = batches.Objective(ours.description).part(run.encoded()[0], np.random.default_rng(4), 2)
     sides = [(theirs.tokenizer, theirs.text_encoder, "clip_l")]
     sides += [(theirs.tokenizer_2, theirs.text_encoder_2, "clip_g")] if name == "sdxl" else []
     state, tables = load_file(run.file), []

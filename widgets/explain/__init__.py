@@ -1,7 +1,10 @@
 """Lessons: small widgets, one idea each, on the built-in model. `from mlxdiff.widgets.explain import FilmStrip`."""
 
+from .blocks import UNetBesideTransformer, WhereBlocksLook
+from .claims_further import COUNTING, EXTRA_FINGERS, HEALS, NEAR_ONLY, ONE_SPACE, PHRASING, SCHEDULE
 from .claims_model import MODEL
 from .claims_noise import NOISE
+from .dots import InkDrop
 from .drawing import YourWorld
 from .editing import Adapter, OnlyAPart, Strength, ThereAndBack
 from .few import FewSteps, NoiseTable, Straighten
@@ -23,8 +26,15 @@ from .whole import Map, here
 from .words import WordMaps
 
 __all__ = [
+    "COUNTING",
+    "EXTRA_FINGERS",
+    "HEALS",
     "MODEL",
+    "NEAR_ONLY",
     "NOISE",
+    "ONE_SPACE",
+    "PHRASING",
+    "SCHEDULE",
     "Adapter",
     "BetweenSeeds",
     "Bias",
@@ -35,6 +45,7 @@ __all__ = [
     "FilmStrip",
     "ForwardNoise",
     "GuidanceSweep",
+    "InkDrop",
     "Loss",
     "LossSays",
     "LyingAboutTime",
@@ -61,6 +72,8 @@ __all__ = [
     "Trial",
     "TwoAnswers",
     "TwoMoons",
+    "UNetBesideTransformer",
+    "WhereBlocksLook",
     "WhoDecides",
     "WordMaps",
     "YourWorld",

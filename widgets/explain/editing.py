@@ -327,7 +327,7 @@ class Adapter(Lesson):
             for scale in SCALES:
                 for colour, pictures in ((word, drawn), (rest[0], others)):
                     prompt = f"a {colour} house on hills by day"
-                    pictures.append(pipe(prompt, seed=seed, steps=5, loras=[f"{file}:{scale:g}"]).image)
+                    pictures.append(pipe(prompt, seed=seed, steps=4, loras=[f"{file}:{scale:g}"]).image)
                     report(len(drawn) + len(others), 2 * len(SCALES))
         net = sum(value.size for _, value in tree_flatten(surgery.unet(pipe).parameters()))
         return Felt(drawn, others, seen(drawn, "colour"), seen(others, "colour"), numbers, net)

@@ -278,6 +278,6 @@ def learn_pairs(pupil: toy.Toy, noise: np.ndarray, points: np.ndarray, steps: in
         return x, level, target
 
     with TemporaryDirectory() as folder:
-        for report in fit(pupil.net, toy.loss, batch, Plan(steps, *toy.TUNED, steps), Path(folder)):
+        for report in fit(pupil.net, toy.loss, batch, Plan(steps, **toy.TUNED, save_every=steps), Path(folder)):
             yield report.step
         averaged(pupil.net, Path(folder))

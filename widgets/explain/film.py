@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ...probe import trace
+from .latent import to_colours
 from .lesson import BLUE, GREEN, ORANGE, Lesson, Report, played, seed_box
 
 SHAPES, DETAIL = 6, 16  # cycles across a picture: below the first is layout, above the second is detail
@@ -15,7 +16,7 @@ SHAPES, DETAIL = 6, 16  # cycles across a picture: below the first is layout, ab
 
 class Frame(NamedTuple):
     sigma: float
-    noisy: Image.Image  # x, decoded
+    noisy: np.ndarray  # (h, w, 3): x as colours
     noise: np.ndarray  # (h, w): the predicted noise, its first channel
     clean: Image.Image  # x0, decoded
 
@@ -31,7 +32,7 @@ class FilmStrip(Lesson):
         "Then choose fewer steps."
     )
 
-    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 16, **options):
+    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 12, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
@@ -40,12 +41,16 @@ class FilmStrip(Lesson):
         super().__init__(*asks.values(), played(self.at, 300), asks=asks, **options)
 
     def work(self, pipe, report: Report, prompt: str, seed: int, steps: int) -> list[Frame]:
-        frames = []
+        seen, clean = [], []
         for step in trace(pipe, prompt, seed=seed, steps=steps):
-            noisy, clean = pipe.decode(np.concatenate([step.x / np.sqrt(1 + step.sigma**2), step.x0]))
-            frames.append(Frame(step.sigma, noisy, step.noise[0, :, :, 0], clean))
+            seen.append(step)
+            clean += pipe.decode(step.x0)
             report(step.step, step.steps)
-        return frames
+        colours = to_colours(seen[-1].x0[0], clean[-1])
+        return [
+            Frame(s.sigma, colours(s.x[0] / np.sqrt(1 + s.sigma**2)), s.noise[0, :, :, 0], picture)
+            for s, picture in zip(seen, clean, strict=True)
+        ]
 
     def redraw(self) -> None:
         if self.data is not None:
@@ -54,10 +59,10 @@ class FilmStrip(Lesson):
 
     def figure(self) -> Figure:
         frame, last = self.data[self.at.value - 1], self.data[-1]
-        fig = Figure(figsize=(8.4, 4.6), layout="constrained")
-        top, bottom = fig.subfigures(2, 1, height_ratios=(1.6, 1))
+        fig = Figure(figsize=(8.4, 4.0), layout="constrained")
+        top, bottom = fig.subfigures(2, 1, height_ratios=(2.6, 1.4))
         panels = (
-            (frame.noisy, f"what the network sees\nnoise {frame.sigma:.2f} to 1 of picture"),
+            (frame.noisy, f"what the network sees, latents:\nnoise {frame.sigma:.2f} to 1 of picture"),
             (frame.noise, "what it takes for noise\n(one of its channels)"),
             (frame.clean, "the picture it expects"),
             (last.clean, "where it ends"),

@@ -170,7 +170,8 @@ def pixels(picture: Image.Image | str | Path | io.BytesIO, name: str) -> np.ndar
 def square(picture: Image.Image | str | Path | io.BytesIO, name: str, side: int) -> Image.Image:
     """The middle square of a picture or a file, scaled to `side` pixels."""
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        file = Path(picture) if isinstance(picture, str) else picture
+        image = file if isinstance(file, Image.Image) else images.open_file(file)
         return ImageOps.fit(images.read(image), (side, side))
     except (OSError, Image.DecompressionBombError):
         raise Error(f"{name} is not a picture that can be read.", "Choose a PNG, JPEG or WebP.") from None

@@ -54,8 +54,8 @@ class TwoAnswers(Lesson):
 
     def figure(self) -> Figure:
         d, at = self.data, self.asked["at"]
-        fig = Figure(figsize=(5.9, 3.6), layout="constrained")
-        top, bottom = fig.subfigures(2, 1, height_ratios=(1.45, 1))
+        fig = Figure(figsize=(7.6, 3.7), layout="constrained")
+        top, bottom = fig.subfigures(2, 1, height_ratios=(2.35, 1.35))
         panels = (
             (d.empty, "without words:\nthe empty prompt"),
             (d.prompt, "with your words"),
@@ -103,7 +103,7 @@ class GuidanceSweep(Lesson):
     idea = "The seed stays the same and only guidance grows: the picture obeys more, and its colours run out of room."
     trying = "Ask for a vague prompt, “a boat”: at guidance 1 it wanders. Which value would you take?"
 
-    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 8, **options):
+    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 6, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
@@ -122,8 +122,8 @@ class GuidanceSweep(Lesson):
         return runs
 
     def figure(self) -> Figure:
-        fig = Figure(figsize=(5.9, 3.6), layout="constrained")
-        top, bottom = fig.subfigures(2, 1, height_ratios=(1.3, 1))
+        fig = Figure(figsize=(7.6, 3.6), layout="constrained")
+        top, bottom = fig.subfigures(2, 1, height_ratios=(2.2, 1.4))
         for ax, run in zip(top.subplots(1, len(self.data)), self.data, strict=True):
             ax.imshow(run.image)
             ax.set_title(f"guidance {run.guidance:g}")
@@ -177,7 +177,7 @@ class Negative(Lesson):
     def figure(self) -> Figure:
         names = ("without", "with")
         shown = [pair for pair in zip(names, self.data, strict=True) if self.show.value in ("both", pair[0])]
-        fig = Figure(figsize=(5.0, 1.8), layout="constrained")
+        fig = Figure(figsize=(7.0, 2.3), layout="constrained")
         *axes, last = fig.subplots(1, len(shown) + 1)
         for ax, (name, image) in zip(axes, shown, strict=True):
             ax.imshow(image)

@@ -15,7 +15,7 @@ from .guidance import changes
 from .lesson import BLUE, GREY, ORANGE, Lesson, Report, seed_box
 from .seeds import sharpness
 
-STEPS = 6
+STEPS = 4
 PROMPT = "a red house on the left in the mountains at night under a full moon"
 
 
@@ -42,8 +42,8 @@ class TakenOut(Lesson):
     idea = "The same noise and the same words, drawn without one part of the network: what is missing is what it did."
     trying = "Take attention out instead: which block makes the layout? Then another prompt: do the same parts matter?"
 
-    def __init__(self, what: str = "a skip", prompt: str = PROMPT, seed: int = 7, **options):
-        self.what = w.Dropdown(options=("a skip", "attention"), value=what, description="Leave out")
+    def __init__(self, what: str = "skips", prompt: str = PROMPT, seed: int = 7, **options):
+        self.what = w.Dropdown(options=("skips", "attention"), value=what, description="Leave out")
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
         asks = {"what": self.what, "prompt": self.prompt, "seed": self.seed}
@@ -51,9 +51,10 @@ class TakenOut(Lesson):
 
     def work(self, pipe, report: Report, what: str, prompt: str, seed: int) -> Parts:
         net = surgery.unet(pipe)
-        if what == "a skip":
+        if what == "skips":
             levels = surgery.skips(net)
-            each = {f"skip {i + 1}, level {level}": surgery.cut(net, {i}) for i, level in enumerate(levels)}
+            of = {level: [i for i, each in enumerate(levels) if each == level] for level in levels}
+            each = {f"skips of level {level}": surgery.cut(net, own) for level, own in of.items()}
             each["all skips"] = surgery.cut(net, range(len(levels)))
         else:
             each = {name: surgery.muted(net, [name]) for name in surgery.readers(net)}
@@ -66,8 +67,10 @@ class TakenOut(Lesson):
 
     def figure(self) -> Figure:
         panels = {"whole": self.data.whole} | {f"without\n{name}": image for name, image in self.data.without.items()}
-        fig = Figure(figsize=(8.4, 5.1), layout="constrained")
-        axes = fig.subplots(2, -(-len(panels) // 2))
+        rows = 1 if len(panels) <= 6 else 2
+        across = -(-len(panels) // rows)
+        fig = Figure(figsize=(8.4, rows * (8.4 / across + 0.55)), layout="constrained")
+        axes = fig.subplots(rows, across)
         for ax in axes.flat[len(panels) :]:
             ax.axis("off")
         for ax, (name, image) in zip(axes.flat, panels.items(), strict=False):

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ipywidgets as w
@@ -11,6 +12,7 @@ from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ...images import to_pixels
 from ...probe import encode
 from ...train.recipe import CELL, SIZE, VAE
 from ...train.storybook import render, sample
@@ -31,6 +33,15 @@ def scene(seed: int) -> Image.Image:
 
 def scene_slider(seed: int) -> w.IntSlider:
     return w.IntSlider(seed, min=1, max=50, description="Scene", continuous_update=False)
+
+
+def to_colours(latents: np.ndarray, picture: Image.Image) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that shows latents (h, w, c) as colours, by the linear map that fits this picture's latents best."""
+    h, wide, c = latents.shape
+    seen = to_pixels(picture.resize((wide, h), Image.Resampling.BOX)).reshape(-1, 3)
+    inputs = np.concatenate([latents.reshape(-1, c), np.ones((h * wide, 1))], 1)
+    fitted = np.linalg.lstsq(inputs, seen, rcond=None)[0]
+    return lambda z: np.clip((z @ fitted[:-1] + fitted[-1]) / 2 + 0.5, 0, 1)
 
 
 # --- the channels

@@ -13,7 +13,7 @@ from .guidance import changes, size
 from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Report, seed_box
 
 COUNTS = (4, 8, 16)
-REFERENCE = ("unipc", 50)
+REFERENCE = ("unipc", 32)
 SCHEDULE = "karras"  # its first and last noise levels do not depend on the number of steps
 RACERS = {"euler": (1, BLUE), "heun": (2, GREEN), "dpmpp_2m": (2, ORANGE)}  # name -> the order it claims, its colour
 NOISY = "euler_ancestral"

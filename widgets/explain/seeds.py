@@ -24,7 +24,7 @@ class SeedGrid(Lesson):
     idea = "The noise decides what the words leave open. The seed is the name of a noise."
     trying = "Say more: “a red house in the snow under a full moon”. What does the seed still decide?"
 
-    def __init__(self, prompt: str = "a house", seed: int = 1, steps: int = 8, **options):
+    def __init__(self, prompt: str = "a house", seed: int = 1, steps: int = 6, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed, "First seed")
         self.steps = w.IntSlider(steps, min=4, max=30, description="Steps", continuous_update=False)
@@ -40,7 +40,7 @@ class SeedGrid(Lesson):
 
     def figure(self) -> Figure:
         prompt, seed = self.asked["prompt"], self.asked["seed"]
-        fig = Figure(figsize=(5.6, 3.75))
+        fig = Figure(figsize=(7.2, 4.75))
         fig.subplots_adjust(left=0.17, right=0.995, bottom=0.005, top=0.94, wspace=0.03, hspace=0.15)
         rows = (
             ("one prompt", self.data.seeds, [f"seed {seed + i}" for i in range(len(PROMPTS))]),
@@ -72,7 +72,7 @@ class BetweenSeeds(Lesson):
     idea = "Noise has a strength, and the network relies on it: from one noise to another, go around and not through."
     trying = "Choose other seeds, then a prompt that says less. Which small things does the way through leave out?"
 
-    def __init__(self, prompt: str = "a tree under the stars", a: int = 1, b: int = 2, steps: int = 8, **options):
+    def __init__(self, prompt: str = "a tree under the stars", a: int = 1, b: int = 2, steps: int = 6, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.a = seed_box(a, "From seed")
         self.b = seed_box(b, "To seed")

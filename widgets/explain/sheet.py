@@ -6,6 +6,8 @@ from pathlib import Path
 import anywidget
 import traitlets as t
 
+_HERE = Path(__file__).parent
+
 
 class Sheet(anywidget.AnyWidget):
     _esm = """
@@ -31,7 +33,7 @@ class Sheet(anywidget.AnyWidget):
     }
     export default { render };
     """
-    _css = (Path(__file__).parent / "lesson.css").read_text(encoding="utf-8")
+    _css = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("../theme.css", "lesson.css"))
 
     value = t.Bytes().tag(sync=True)  # a PNG
     width = t.Int().tag(sync=True)  # pixels, at most

@@ -13,6 +13,7 @@ from ...images import to_pixels
 from ...probe import Token, encode, noise_of, sides, tokens, trace
 from ...schedules import q_sample
 from ...train import measure, storybook
+from .latent import to_colours
 from .lesson import GREY, ORANGE, Lesson, Report, seed_box
 
 STEPS = 6
@@ -49,12 +50,7 @@ class Way(NamedTuple):
 
     def colours(self, z: np.ndarray) -> np.ndarray:
         """Latents (h, w, c) as colours, by the linear map that fits this run's picture best."""
-        last = self.x0[-1]
-        h, wide, c = last.shape
-        seen = to_pixels(self.picture.resize((wide, h), Image.Resampling.BOX)).reshape(-1, 3)
-        inputs = np.concatenate([last.reshape(-1, c), np.ones((h * wide, 1))], 1)
-        to_colour = np.linalg.lstsq(inputs, seen, rcond=None)[0]
-        return np.clip((z @ to_colour[:-1] + to_colour[-1]) / 2 + 0.5, 0, 1)
+        return to_colours(self.x0[-1], self.picture)(z)
 
 
 class Map(Lesson):

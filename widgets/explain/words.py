@@ -33,7 +33,7 @@ class WordMaps(Lesson):
         "Does a word that changes nothing, such as <i>a</i>, have an empty map?"
     )
 
-    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 16, **options):
+    def __init__(self, prompt: str = "a red house under a full moon", seed: int = 7, steps: int = 12, **options):
         self.prompt = w.Text(prompt, description="Prompt", continuous_update=False)
         self.seed = seed_box(seed)
         self.steps = w.IntSlider(steps, min=4, max=50, description="Steps", continuous_update=False)
@@ -62,7 +62,7 @@ class WordMaps(Lesson):
         panels = [(spelled(tokens, word), maps[at, word].sum(0)) for word in words]
         panels.append(("begin, end,\npadding", maps[at, [i for i, t in enumerate(tokens) if t.role != "text"]].sum(0)))
         rows = math.ceil((1 + len(panels)) / PANELS)
-        fig = Figure(figsize=(WIDTH, 1.45 * (rows + 1) + 0.5), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 1.33 * (rows + 1) + 0.4), layout="constrained")
         top, bottom = fig.subfigures(2, 1, height_ratios=(rows, 1))
         top.suptitle(f"step {at + 1}: all words, each map from black (none) to its own brightest", size=9)
         axes = iter(top.subplots(rows, PANELS, squeeze=False).flat)
