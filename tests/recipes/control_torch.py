@@ -283,7 +283,8 @@ def measure(args) -> None:
         silent = draw(args.folder, args.start, [""] * (args.count // 4), pages[: args.count // 4], args.guidance)
         for what, drawn in (("without", bare), ("with", told), ("empty prompts", silent)):
             report(f"{kind} {what}", (lines, NEAR[kind]), drawn, scenes, referee)
-        rows = [np.stack(pages[:10])[..., None].repeat(3, -1), told[:10], silent[:10], renders[:10]]
+        n = len(silent[:10])
+        rows = [np.stack(pages[:n])[..., None].repeat(3, -1), told[:n], silent[:n], renders[:n]]
         Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows])).save(
             args.out / f"sheet_{kind}.png"
         )
