@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -295,6 +296,8 @@ def _one(
         if event.x0 is not None and place is not None:
             try:
                 previews = previews or [images.new_folder(place / images.stem(single)) for single in singles]
+                if shutil.disk_usage(place).free < 3 * request.width * request.height * len(singles):
+                    raise Error(f"{place} has little room left, which the pictures may need.", "Free some space.")
                 shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
                 step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
                 for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
