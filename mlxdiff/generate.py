@@ -14,7 +14,6 @@ from typing import TextIO
 
 import mlx.core as mx
 from PIL.Image import Image
-from tqdm import tqdm
 
 from . import BLAS, images, machines, notes, output, samplers, schedules, tune
 from .console import Parser, run, say, say_json, warn
@@ -465,9 +464,11 @@ class Bar:
             self.unreported = e
 
     def _open(self, stage: str, total: int, **style) -> None:
-        if not self.quiet and stage != self.stage:
+        if not self.quiet and stage != self.stage and sys.stderr.isatty():
+            from tqdm import tqdm  # a tenth of what all imports take, and of no use in a pipe
+
             self._close()
-            self.bar = tqdm(total=total, desc=f"{stage:8}", leave=False, dynamic_ncols=True, disable=None, **style)
+            self.bar = tqdm(total=total, desc=f"{stage:8}", leave=False, dynamic_ncols=True, **style)
             self.stage = stage
 
     def _close(self) -> None:
