@@ -68,6 +68,8 @@ class Signer:
                 c2pa.Builder(manifest, context).sign(signer, MIMES[kind], io.BytesIO(data), out)
         except c2pa.C2paError as e:
             fix = "C2PA takes certificates for signing documents or mail, issued by another certificate."
+            if "not valid at time" in str(e):  # after the clock was set back, or ten years later
+                fix = f"Check this machine's clock. For a new key of mlxdiff, delete {folder()}."
             raise Error(f"The picture cannot be signed: {_line(e)}.", fix) from None
         return out.getvalue()
 

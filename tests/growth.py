@@ -43,7 +43,7 @@ def main() -> None:
         pipe(request)
         if i == args.after:
             first = held()
-        if i % 100 == 0 or i == args.after:
+        if i % 50 == 0 or i == args.after:
             rss = held()
             print(
                 f"{i:5} pictures, {time.monotonic() - begin:4.0f} s: {rss / 2**20:.1f} MB, MLX holds "

@@ -84,6 +84,14 @@ def test_a_notebook_of_somebody_else_is_neither_run_nor_signed(tmp_path, monkeyp
     assert lab._notebook(path, None).cells == book.cells
 
 
+def test_without_a_place_for_jupyters_signatures_it_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "file" / "data"))
+    nbformat.write(lab._notebook(tmp_path / "new.ipynb", None), tmp_path / "a.ipynb")
+    with pytest.raises(Error, match="JUPYTER_DATA_DIR"):
+        lab._notebook(tmp_path / "a.ipynb", None)
+
+
 def test_the_flags_of_the_page_and_of_the_notebook(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(app, "studio", lambda *args: asked.append(args) or 0)

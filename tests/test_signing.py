@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,6 +107,32 @@ def test_the_local_key_is_made_once_and_is_the_users_alone(tmp_path, config):
     assert "PRIVATE" not in repr(first)
     key.chmod(0o644)
     with pytest.raises(Error, match="Others can read the key"):
+        signing.signer()
+
+
+@signs
+def test_ctrl_c_leaves_no_half_of_a_key(config, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        signing.signer()
+    assert not [*config.iterdir()]
+
+
+@signs
+def test_a_clock_that_was_set_back_is_named(config, monkeypatch):
+    """The key was made while it was ten days ahead."""
+
+    class Ahead(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime.now(tz) + datetime.timedelta(days=10)
+
+    made = SimpleNamespace(datetime=Ahead, timedelta=datetime.timedelta, timezone=datetime.timezone)
+    monkeypatch.setattr(signing, "datetime", made)
+    with pytest.raises(Error, match=r"not valid at time of signing\. Check this machine's clock"):
         signing.signer()
 
 

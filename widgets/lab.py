@@ -8,6 +8,7 @@ import re
 import secrets
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,8 @@ def studio(path: Path, model: str | None, browser: bool) -> int:
 
     def draw(url: str, token: str) -> None:
         _draw(book, path, url, token)
-        NotebookNotary().sign(book)  # without a signature Jupyter would not show what was drawn
+        with _notary():
+            NotebookNotary().sign(book)  # without a signature Jupyter would not show what was drawn
         _write(book, path)
 
     return lab(path, "studio is", browser, draw)
@@ -154,6 +156,19 @@ def private_page(address: str) -> Iterator[str]:
 
 
 @contextmanager
+def _notary() -> Iterator[None]:
+    """Of notebooks, which keeps a secret and a list of signatures."""
+    from jupyter_core.paths import jupyter_data_dir
+
+    try:
+        with writing(jupyter_data_dir(), "let JUPYTER_DATA_DIR point to another folder"):
+            yield
+    except sqlite3.Error as e:
+        fix = "Free some space, or let JUPYTER_DATA_DIR point to another folder."
+        raise Error(f"Jupyter's signatures in {jupyter_data_dir()} cannot be used: {e}.", fix) from None
+
+
+@contextmanager
 def writing(place: str, otherwise: str) -> Iterator[None]:
     """Make one Error of whatever keeps a file of this program's own from being written."""
     try:
@@ -190,7 +205,9 @@ def _check_trust(book, path: Path) -> None:
 
     first = _cell(book, path)
     others = [cell for cell in book.cells if cell is not first and cell.get("outputs")]
-    if NotebookNotary().check_signature(book) or (_OURS.fullmatch(first.source) and not others):
+    with _notary():
+        signed = NotebookNotary().check_signature(book)
+    if signed or (_OURS.fullmatch(first.source) and not others):
         return
     raise Error(
         f"{path} was not made by `mlxdiff studio` here, and its first code cell would run unasked.",

@@ -8,6 +8,11 @@ Everything is seeded; run the commands in this order, each from the repository r
     python -m tests.recipes.storybook_torch export RUN FOLDER
     python -m tests.recipes.storybook_torch measure RUN FOLDER
 
+and for a decoder that mends what the network does badly, beside vae_torch.py:
+
+    python -m tests.recipes.storybook_torch redraw RUN --shards 2 --count 384
+    python -m tests.recipes.storybook_torch decoder RUN FOLDER
+
 The autoencoder is vae256/, made by vae_torch.py. The network did not start from nothing but from the model of 128
 pixels that was shipped before (`mlxdiff/builtin/storybook` at commit 6633e85; the recipe of that commit made it): its
 levels, its text encoder and its words are kept, and one level is put around it. Without --start it starts from the
@@ -287,6 +292,40 @@ def scribble(ids, end: int, g) -> None:
             ids[row, -1] = end
 
 
+# --- pictures drawn again, for the decoder
+
+
+@torch.no_grad()
+def redraw(args) -> None:
+    """again_NNN.npz: white latents of the first `--count` pictures of each shard, noised to about a third and drawn to
+    the end as a picture is drawn. They have the network's own faults, and the picture they stand for is known."""
+    torch.set_num_threads(1)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.start, torch_dtype=torch.float32)
+    unet, text = pipeline.unet, pipeline.text_encoder
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
+    mean, into, _ = whitening()
+    empty = torch.tensor(pipeline.tokenizer("", padding="max_length", max_length=POSITIONS).input_ids)
+    for file in sorted(args.run.glob("latents_???.npz"))[: args.shards]:
+        g, data, again = torch.Generator().manual_seed(int(file.stem[8:])), np.load(file), []
+        for i in range(0, args.count, 32):
+            x0 = torch.from_numpy(data["mean"][i : i + 32]).float()
+            x0 = ((x0 - mean) @ into).permute(0, 3, 1, 2)
+            ids = torch.from_numpy(data["ids"][i : i + 32, 0]).long()
+            words = text(torch.cat([empty.expand(len(ids), -1), ids])).last_hidden_state
+            scheduler.set_timesteps(15)
+            first = 7 + i // 32 % 3  # sigma 1.3, 0.8, 0.5
+            scheduler.set_begin_index(first)
+            noise = torch.randn(len(x0), GRID, GRID, LATENTS, generator=g).permute(0, 3, 1, 2)
+            x = scheduler.add_noise(x0, noise, scheduler.timesteps[first : first + 1].expand(len(x0)))
+            for t in scheduler.timesteps[first:]:
+                with torch.autocast("cpu", torch.bfloat16, enabled=cpu.BFLOAT16):
+                    bare, led = unet(torch.cat([x, x]), t, words).sample.float().chunk(2)
+                x = scheduler.step(bare + args.guidance * (led - bare), t, x).prev_sample
+            again.append(x.permute(0, 2, 3, 1).numpy().astype(np.float16))
+            print(file.stem, i, f"{((x - x0) ** 2).mean().sqrt():.3f}", flush=True)
+        np.savez(args.run / f"again_{file.stem[8:]}.npz", latents=np.concatenate(again))
+
+
 # --- judge
 
 
@@ -328,11 +367,10 @@ def labels(scene) -> list[int]:
 # --- export and measure
 
 
-def export(args) -> None:
-    """The public folder in float16. The whitening goes into the 1x1 convolutions beside the latents."""
-    run = args.run
+def the_whitened_vae() -> AutoencoderKL:
+    """With the whitening in the 1x1 convolutions beside the latents."""
     mean, into, back = whitening()
-    vae, stored = the_vae(), torch.load(run / "unet.pt")
+    vae = the_vae()
     with torch.no_grad():
         into_conv, out_conv = vae.quant_conv, vae.post_quant_conv
         into_conv.weight[:LATENTS] = torch.einsum("io,ijkl->ojkl", into, into_conv.weight[:LATENTS]) / SCALE
@@ -343,12 +381,23 @@ def export(args) -> None:
         out_conv.bias += matrix @ mean
         out_conv.weight[:, :, 0, 0] = matrix @ back.T * SCALE
     vae.register_to_config(scaling_factor=SCALE)
+    return vae
+
+
+def decoder(args) -> None:
+    """A new decoder into a model's folder, which otherwise stays as it is."""
+    the_whitened_vae().half().save_pretrained(args.folder / "vae")
+
+
+def export(args) -> None:
+    """The public folder in float16."""
+    stored = torch.load(args.run / "unet.pt")
     tokenizer = CLIPTokenizer.from_pretrained(args.start / "tokenizer")
     unet, text = new_unet(), known_text(args.start)
     unet.load_state_dict(stored["mean_unet"])
     text.load_state_dict(stored["mean_text"])
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=the_whitened_vae(),
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
@@ -415,8 +464,10 @@ COMMANDS = {
     "render": render,
     "encode": encode,
     "unet": lambda args: cpu.run(train_unet, args, RANKS),
+    "redraw": redraw,
     "judge": train_judge,
     "export": export,
+    "decoder": decoder,
     "measure": lambda args: measure(args, shipped_sampling(args.folder), 15),
 }
 
