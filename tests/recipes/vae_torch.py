@@ -16,7 +16,7 @@ storybook_torch's pictures, linked here as pictures_256_NNN.npy;
     dec3  --rate 0.006 --edges 0.5 --steep 0.3 --steps 1600 --again 0.5
     dec4  --rate 0.006 --edges 0.6 --steep 0.5 --steps 2000 --again 0.6 --seed 4
 
-`--again` reads what storybook_torch's `redraw` wrote (again_NNN.npz, linked here, of the same first shards): latents with
+`--again` reads what storybook_torch's `redraw` wrote (again_NNN.npz of the same first shards, linked too): latents with
 the faults of the network beside the pictures that they stand for. Of 32 new renders the whole keeps 34.5 dB on average
 and 30.3 at worst, and 0.89 of their crispness (before: 34.4, 30.0 and 0.84).
 
