@@ -1043,6 +1043,29 @@ def test_a_published_lora_is_chosen_by_its_name_and_brings_its_settings(studio, 
     assert looked(studio)._named.children == ()
 
 
+def test_what_the_package_holds_is_chosen_by_its_name(studio, monkeypatch):
+    """For the built-in model: a LoRA and a word, without a folder. They change no setting, and their words are there to
+    click on, and known."""
+    monkeypatch.delenv("MLXDIFF_LORAS", raising=False)
+    studio.model = "storybook"
+    before = studio.request()
+    studio.controls.loras_shown.value = True
+    entries = {entry.description: entry for entry in looked(studio)._named.children[1:]}
+    assert entries["woodcut"].tooltip == "style LoRA; built in; licence MIT."
+    entries["woodcut"].click()
+    entries["teal"].click()
+    request = studio.request()
+    assert (request.loras, request.embeddings) == (("woodcut:1",), ("teal",))
+    for name in ("steps", "guidance", "sampler", "schedule"):
+        assert getattr(request, name) == getattr(before, name)
+    shown = looked(studio)
+    assert ">woodcut</button>" in shown.rows[0].words.value
+    assert shown.words[0].about.value == "A learned word. It counts where the prompt has it:"
+    assert ">&lt;teal&gt;</button>" in shown.words[0].words.value
+    studio.prompt = "a <teal> house, woodcut"
+    assert "does not know" not in studio.controls.why.value
+
+
 def test_a_taught_word_is_chosen_from_the_folder(studio, folder):
     """A file of one table of 768 numbers a token is a word for CLIP-L; one of 1024 is not."""
     save_file({"<moss & co>": np.zeros((3, 768), np.float32)}, folder / "moss.safetensors")

@@ -181,19 +181,16 @@ class Beside:
 
     @property
     def role(self) -> str:
-        """What people give it to: "control", "reference" or "lora"."""
+        """What people give it to: "control", "reference", "lora" or "word"."""
         return "reference" if self.tokens else "control"
 
 
 @dataclass(frozen=True)
-class Fast(Beside):
-    """A published LoRA that has a name here, and changes the defaults: most let a model draw in few steps."""
+class Lora(Beside):
+    """A LoRA that has a name here."""
 
     scale: float = 1.0
-    steps: int = 4
-    guidance: float = 0.0
-    sampler: str = "euler"
-    schedule: str = "trailing"
+    words: tuple[str, ...] = ()  # that a prompt needs for it
 
     def fits(self, net: Config) -> bool:
         """Whether a denoiser has the layers of that which it was made for. None of these changes a U-Net's first layer,
@@ -208,7 +205,35 @@ class Fast(Beside):
     @property
     def wants(self) -> dict[str, int | float | str]:
         """The settings of a request that it was made for."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Fast(Lora):
+    """One that changes the defaults: most let a model draw in few steps."""
+
+    steps: int = 4
+    guidance: float = 0.0
+    sampler: str = "euler"
+    schedule: str = "trailing"
+
+    @property
+    def wants(self) -> dict[str, int | float | str]:
         return {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "schedule")}
+
+
+@dataclass(frozen=True)
+class Word(Beside):
+    """A textual inversion that has a name here."""
+
+    word: str = ""
+
+    @property
+    def role(self) -> str:
+        return "word"
+
+    def __str__(self) -> str:
+        return f"a {self.kind}"
 
 
 @dataclass(frozen=True)
