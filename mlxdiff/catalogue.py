@@ -44,6 +44,7 @@ def adapters(name: str | None) -> int:
                 size, place = "none", "in the package"
             say(f"{FAMILIES[of].title:22} {called:20} {row.kind:12} {size:>10}  {row.licence:27} {place}")
     say('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
+    say('or, with the built-in model: mlxdiff generate "a red house" --control sketch drawing.png')
     say(f"inpaint reads the start image and its mask: -i photo.png --mask door.png --control inpaint {MASKED}")
     say('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
     say('or, if it is a LoRA: mlxdiff generate "a lighthouse" -m sd15 --lora lcm')

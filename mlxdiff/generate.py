@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from typing import TextIO
 
 import mlx.core as mx
 from PIL.Image import Image
-from tqdm import tqdm
 
 from . import BLAS, images, machines, notes, output, samplers, schedules, tune
 from .console import Parser, run, say, say_json, warn
@@ -296,6 +296,8 @@ def _one(
         if event.x0 is not None and place is not None:
             try:
                 previews = previews or [images.new_folder(place / images.stem(single)) for single in singles]
+                if shutil.disk_usage(place).free < 3 * request.width * request.height * len(singles):
+                    raise Error(f"{place} has little room left, which the pictures may need.", "Free some space.")
                 shown = slice(None) if event.hires is None else slice(event.hires, event.hires + 1)
                 step = f"{event.step:03}.png" if event.hires is None else f"hires-{event.step:03}.png"
                 for rough, folder, single in zip(pipe.preview(event.x0), previews[shown], singles[shown], strict=True):
@@ -462,9 +464,11 @@ class Bar:
             self.unreported = e
 
     def _open(self, stage: str, total: int, **style) -> None:
-        if not self.quiet and stage != self.stage:
+        if not self.quiet and stage != self.stage and sys.stderr.isatty():
+            from tqdm import tqdm  # a tenth of what all imports take, and of no use in a pipe
+
             self._close()
-            self.bar = tqdm(total=total, desc=f"{stage:8}", leave=False, dynamic_ncols=True, disable=None, **style)
+            self.bar = tqdm(total=total, desc=f"{stage:8}", leave=False, dynamic_ncols=True, **style)
             self.stage = stage
 
     def _close(self) -> None:

@@ -379,3 +379,7 @@ def of_matrix_units(chip: str, flops: float) -> str:
     if flops > _WITHOUT[chip]:
         return f"{reached}: the matrix units of {chip} seem to be in use."
     return f"{reached}: the matrix units of {chip} seem not to be in use. They need macOS 26.2 and MLX's wheel for it."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

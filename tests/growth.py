@@ -1,5 +1,5 @@
 """Memory over many pictures: `python -m tests.growth` draws 2,000 small ones of 50 prompts and many sizes and samplers,
-and fails if the process holds more than 10 MB more at the end than after the first 200. By hand: it takes minutes."""
+and fails if the process holds more than 10 MB more at the end than after the first 200. By hand, on an idle machine."""
 
 import argparse
 import gc

@@ -140,7 +140,10 @@ def test_a_quantized_model_quantizes_its_controls(net, edges):
 # ---- what is refused, in one line and before any work
 
 BAD = {
-    "no such network": ({"controls": [("cany", "E")]}, "There is no control network, file or folder 'cany'. Did you"),
+    "no such network": (
+        {"controls": [("cany", "E")]},
+        "There is no control network, file or folder 'cany'. storybook has edges, sketch; or",
+    ),
     "no such picture": ({"controls": [("NET", "none.png")]}, "There is no picture at none.png."),
     "no network": ({"controls": ["E"]}, "itself reads no control picture. Name the network that reads it: `controls="),
     "a kind that is not told apart": ({"controls": [("NET:depth", "E")]}, "one kind of picture; 'depth' was given"),
@@ -227,8 +230,9 @@ def test_the_masked_start_image_draws_again_and_is_refused_without_a_mask(pipe, 
         (
             "storybook",
             {"controls": [("canny", "E")]},
-            "which was made for sd15, .*: it does not fit storybook",
+            r"which was made for sd15, .*: it does not fit storybook\. storybook has edges, sketch; or give the file",
         ),
+        ("sd15", {"controls": [("edges", "E")]}, "a ControlNet of the package, which was made for storybook: it does"),
         (
             "storybook",
             {"references": [("ip-adapter", "E")]},

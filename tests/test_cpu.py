@@ -82,9 +82,10 @@ def test_halves_of_an_array_are_read_where_they_lie(plain):
 
 
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("part", [64, 1 << 18], ids=["in parts", "whole"])
-def test_group_norm_equals_that_of_mlx(silu, part, monkeypatch, plain):
+@pytest.mark.parametrize(("part", "few"), [(64, 0), (1 << 18, 0), (1 << 18, 1 << 13)], ids=["in parts", "whole", "few"])
+def test_group_norm_equals_that_of_mlx(silu, part, few, monkeypatch, plain):
     monkeypatch.setattr(cpu, "PART", part)
+    monkeypatch.setattr(cpu, "_FEW", few)
     norm, x = layers.GroupNorm(3, 12, 1e-5, silu), 2 * normal(2, 9, 7, 12) + 5
     norm.weight, norm.bias = normal(12, seed=1), normal(12, seed=2)
     assert off(norm(x), plain(norm, x)) < 2e-6  # a mean of 2.5 deviations costs as many roundings
@@ -95,6 +96,7 @@ def test_group_norm_equals_that_of_mlx(silu, part, monkeypatch, plain):
 @pytest.mark.parametrize("part", [50, 700, 4000, 1 << 18], ids=["rows", "a head", "two heads", "whole"])
 def test_attention_in_parts_equals_that_of_mlx(part, monkeypatch, plain):
     monkeypatch.setattr(cpu, "PART", part)
+    monkeypatch.setattr(cpu, "_FEW", 0)
     q, k, v = normal(2, 3, 30, 40), normal(2, 3, 21, 40, seed=1), normal(2, 3, 21, 40, seed=2)
     assert off(layers.attention(q, k, v), plain(layers.attention, q, k, v)) < 1e-6
     slope = mx.grad(lambda *qkv: (layers.attention(*qkv) * normal(2, 30, 120, seed=3)).sum(), argnums=[0, 1, 2])
@@ -106,6 +108,36 @@ def test_peaked_attention(plain):
     """Scores of hundreds, whose softmax is nearly one of the values: 2^-24 of their size remains as an error."""
     q, k, v = 40 * normal(1, 2, 64, 40), normal(1, 2, 80, 40, seed=1), normal(1, 2, 80, 40, seed=2)
     assert off(layers.attention(q, k, v), plain(layers.attention, q, k, v)) < 1e-4
+
+
+def test_few_scores_are_left_to_mlx(monkeypatch):
+    q, k, v = normal(1, 2, 16, 24), normal(1, 2, 21, 24, seed=1), normal(1, 2, 21, 24, seed=2)
+    few = layers.attention(q, k, v)
+    monkeypatch.setattr(cpu, "_FEW", 0)
+    assert 0 < off(few, layers.attention(q, k, v)) < 1e-6
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one shift", "a shift for each sample"])
+def test_two_halves_of_a_batch_on_a_core_each(shared, monkeypatch):
+    """Reference: the whole batch at once."""
+    block, x, shift = layers.ResBlock(64, 32, 8, 1e-5, time=16), normal(2, 32, 32, 64), normal(1 if shared else 2, 32)
+    block.eval()
+    slope = mx.grad(lambda x: (block(x, shift) * normal(2, 32, 32, 32, seed=5)).sum())
+    monkeypatch.setattr(cpu, "_CORES", 1)
+    whole, steep = block(x, shift), slope(x)
+    mx.eval(whole, steep)
+    monkeypatch.setattr(cpu, "_CORES", 2)
+    halves, taken = cpu._halves, []
+    monkeypatch.setattr(cpu, "_halves", lambda *a: taken.append(a) or halves(*a))
+    assert off(block(x, shift), whole) < 1e-6
+    assert taken
+    assert off(slope(x), steep) < 1e-5
+    taken.clear()
+    block(normal(2, 8, 8, 64), shift)  # few numbers
+    block(normal(3, 32, 32, 64), shift[:1])
+    block.train()
+    block(x, shift)
+    assert not taken
 
 
 @pytest.mark.parametrize("shape", [(1, 33, 40, 5, 3), (2, 32, 32, 8, 16)])  # B, h, w, channels, outputs

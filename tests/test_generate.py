@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,6 +348,11 @@ def test_previews_that_cannot_be_written_cost_no_picture(here, model, capsys):
     err = capsys.readouterr().err
     assert err.count("No more previews: steps/a.png cannot be written") == 1
     assert files(here) == ["a.png"]
+    with pytest.MonkeyPatch.context() as patch:  # not full yet, but so that the picture would no longer fit
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 100))
+        assert main(quick(model, *said)) == 0
+    assert capsys.readouterr().err.count("No more previews: steps has little room left") == 1
+    assert files(here) == ["a-1.png", "a.png"]
 
 
 def test_weights_that_are_not_finite_draw_no_black_picture(here, model, cache, capsys, monkeypatch):

@@ -11,7 +11,6 @@ from mlx.utils import tree_flatten
 from mlxdiff import advice
 from mlxdiff.convert import embedding as reader
 from mlxdiff.errors import Error
-from mlxdiff.memory import SURE
 from mlxdiff.train import footprint, inversion, tune
 from mlxdiff.train.__main__ import main
 
@@ -103,7 +102,7 @@ def test_a_step_takes_the_memory_that_was_told(pipe, rings, tmp_path):
     mx.reset_peak_memory()
     next(steps)
     steps.close()
-    assert 0.75 < told.peak / (mx.get_peak_memory() - besides) < SURE
+    assert 0.97 < told.peak / (mx.get_peak_memory() - besides) < 1.25
 
 
 def test_too_little_memory_is_told_before_the_work(rings, tmp_path, capsys, monkeypatch):

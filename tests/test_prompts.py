@@ -1,6 +1,7 @@
 """Prompts that were encoded before. References: the picture without the cache, bit for bit; which networks were opened;
 the file system's own word on permissions, sizes and times."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -67,6 +68,19 @@ def test_a_prompt_is_encoded_once(model, opened, tmp_path):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert b"fox" not in file.read_bytes()
     assert stat.S_IMODE((tmp_path / "prompts").stat().st_mode) == 0o700
+
+
+def test_what_was_kept_is_used_though_the_cache_may_only_be_read(tmp_path, monkeypatch):
+    """Its time of use cannot be noted."""
+
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(prompts, "folder", lambda: tmp_path)
+    prompts._keep(tmp_path / "a.safetensors", [prompts.Text(mx.ones((1, 7, 4)), None)])
+    monkeypatch.setattr(os, "utime", refused)
+    (found,) = prompts._kept(tmp_path / "a.safetensors", 1, 4, 0)
+    assert mx.array_equal(found.context, mx.ones((1, 7, 4)))
 
 
 def _cut(file: Path) -> None:

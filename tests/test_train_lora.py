@@ -22,7 +22,6 @@ import mlxdiff
 from mlxdiff import advice
 from mlxdiff.convert import lora as reader
 from mlxdiff.errors import Error
-from mlxdiff.memory import SURE
 from mlxdiff.train import batches, fit, folder, footprint, lora, tune
 from mlxdiff.train.__main__ import main
 
@@ -150,8 +149,8 @@ def steps_of(run) -> list[list[str]]:
 
 @pytest.mark.parametrize("low", [False, True])
 def test_a_step_takes_the_memory_that_was_told(pipe, rings, tmp_path, low):
-    """Against MLX's own count, of which what else this process holds is no part. In which order MLX computes, and how
-    far ahead, is its own: a fifth below was seen."""
+    """Against MLX's own count, of which what else this process holds is no part. What is told should not be less; it
+    is more where MLX does not begin as many operations ahead as it may: 2 % to 11 % were seen."""
     given = tuning(rings, size=128, batch=8, rank=2, steps=2, low_memory=low)
     run = tune.LoraRun(pipe, given, tmp_path / "run")
     steps, told = run.steps(), footprint.step(pipe.description, given, gpu=False)
@@ -162,7 +161,7 @@ def test_a_step_takes_the_memory_that_was_told(pipe, rings, tmp_path, low):
     mx.reset_peak_memory()
     next(steps)
     steps.close()
-    assert 0.75 < told.peak / (mx.get_peak_memory() - besides) < SURE
+    assert 0.97 < told.peak / (mx.get_peak_memory() - besides) < 1.25
 
 
 def test_recomputing_and_accumulating_change_nothing(pipe, rings, tmp_path):

@@ -165,6 +165,9 @@ ADAPTERS |= {
     (SD1.name, "ip-adapter-plus-face"): ip_adapter("models/ip-adapter-plus-face_sd15", 0.10, 16, UNET),
     (SD1.name, "ip-adapter-full-face"): ip_adapter("models/ip-adapter-full-face_sd15", 0.04, 257, UNET),
 }
+# One network reads both: it follows thin lines closely, and thick strokes as a hand's.
+_LINES = Beside("ControlNet", repo=None, licence="MIT", size=0.003, net=_STORYBOOK["unet"], file="lines")
+ADAPTERS |= {(SD1.name, "edges"): _LINES, (SD1.name, "sketch"): _LINES}
 ADAPTERS |= {(SD1.name, "lcm"): lcm("lcm-lora-sdv1-5", 0.13, UNET)}
 ADAPTERS |= {(SD1.name, f"hyper-{steps}"): hyper(f"SD15-{steps}steps-lora", 0.27, UNET, steps) for steps in (2, 4, 8)}
 ADAPTERS[SD1.name, QUICK] = Fast(

@@ -5,7 +5,10 @@ function is a polynomial, a large map is taken in parts, and a convolution is ni
 The results equal MLX's own within a few roundings, and gradients pass."""
 
 import math
+import os
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 
 import mlx.core as mx
@@ -13,6 +16,7 @@ import mlx.core as mx
 from . import ways
 
 PART = 1 << 18  # numbers worked on at a time: 1 MB, for the cache
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 _FEW = 1 << 13  # up to so many numbers, MLX's own function is as fast: twenty operations have a fixed cost
 # Pixels of a map; in smaller ones a convolution's copies cost less than its nine products. With many channels they cost
 # less also in larger ones: 5 % less at 32 x 32 and 320.
@@ -38,12 +42,13 @@ def rather(faster: Callable) -> Callable:
 
 
 def in_parts(f: Callable, arrays: Sequence[mx.array], axis: int, rows: int) -> list[mx.array]:
-    """f of slices of the arrays, `rows` along the axis. Each waits for the previous one: MLX would begin several, and
-    their arrays would not stay in the cache."""
-    parts: list[mx.array] = []
-    for i in range(0, arrays[0].shape[axis], rows):
+    """f of slices of the arrays, `rows` along the axis, on two cores in turns. On each, a part waits for the previous
+    one: MLX would begin several, and their arrays would not stay in the cache."""
+    parts, cores = [], min(_CORES, 2)
+    for n, i in enumerate(range(0, arrays[0].shape[axis], rows)):
         first, *rest = (_sliced(x, axis, i, rows) for x in arrays)
-        parts.append(f(mx.depends(first, parts[-1]) if parts else first, *rest))
+        with _second_core() if n % cores else nullcontext():
+            parts.append(f(mx.depends(first, parts[-cores]) if n >= cores else first, *rest))
     return parts
 
 
@@ -64,17 +69,54 @@ def _elementwise(f: Callable) -> Callable:
     return call
 
 
+# --- two cores
+
+# Numbers of a map whose samples are worth a core each. Handing an operation to a core costs as much as it does with
+# 2^15 numbers; and of more than 2^20, matrix products are a network's largest part, which have threads of their own.
+_SHARED = range(1 << 16, 1 << 20)
+_here = threading.local()  # of each thread, the stream beside its default one
+
+
+def _second_core() -> AbstractContextManager:
+    """Where operations are computed beside those outside of it: MLX has a thread for each stream."""
+    if not hasattr(_here, "beside"):
+        _here.beside = mx.new_stream(mx.cpu)
+    return mx.stream(_here.beside)
+
+
+def by_sample(layer: Callable) -> Callable:
+    """A layer's call, (self, x, ...), that computes two halves of a batch beside each other, on a core each."""
+
+    @wraps(layer)
+    def call(self, x: mx.array, *arrays: mx.array) -> mx.array:
+        alone = self.training or x.shape[0] % 2 or x.size not in _SHARED or not suits("convolution", x)
+        if alone or _CORES < 2:
+            return layer(self, x, *arrays)
+        first, second = zip(*(_halves(a, x.shape[0]) for a in (x, *arrays)), strict=True)
+        with _second_core():
+            second = layer(self, *second)
+        return mx.concatenate([layer(self, *first), second])
+
+    return call
+
+
+def _halves(x: mx.array, B: int) -> list[mx.array]:
+    """Of an array of B samples; one that all samples share stays whole."""
+    return mx.split(x, 2) if x.shape[0] == B else [x, x]
+
+
 # --- exp, and what follows from it
 
 # 2^f for f in -1/2 to 1/2, the lowest power first: fitted to the least greatest relative error, which is 7.5e-8.
 _POWER = (1.000000072, 0.6931469671, 0.2402211974, 0.0555071331, 0.009675540363, 0.001327645459)
+_OF_E = 1 / math.log(2)  # e^x = 2^(x times this)
 _SHIFT = 1.5 * 2.0**23  # added to a number, it leaves the nearest integer in the lowest bits
 
 
 @mx.custom_function
-def exp(x: mx.array) -> mx.array:
-    """e^x = 2^n 2^f: n goes into the exponent's bits. It stays between 1e-38 and 3e38: it is never 0 or infinite."""
-    z = mx.clip(x * (1 / math.log(2)), -126.0, 127.9)
+def power(z: mx.array) -> mx.array:
+    """2^z = 2^n 2^f: n goes into the exponent's bits. It stays between 1e-38 and 3e38: it is never 0 or infinite."""
+    z = mx.clip(z, -126.0, 127.9)
     n = z + _SHIFT
     f, p = z - (n - _SHIFT), _POWER[-1]
     for c in _POWER[-2::-1]:
@@ -82,9 +124,13 @@ def exp(x: mx.array) -> mx.array:
     return (p.view(mx.int32) + mx.left_shift(n.view(mx.int32), 23)).view(mx.float32)
 
 
-@exp.vjp
-def _(x: mx.array, gradient: mx.array, y: mx.array) -> mx.array:
-    return gradient * y
+@power.vjp
+def _(z: mx.array, gradient: mx.array, y: mx.array) -> mx.array:
+    return gradient * y * math.log(2)
+
+
+def exp(x: mx.array) -> mx.array:
+    return power(x * _OF_E)
 
 
 def sigmoid(x: mx.array) -> mx.array:
@@ -140,7 +186,8 @@ geglu = _elementwise(lambda x, gate: x * _gelu(gate))
 
 
 def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: float, silu: bool) -> mx.array:
-    """Group norm over (B, ..., c), then SiLU if `silu`: three passes over the map, with numbers for each channel."""
+    """Group norm over (B, ..., c), then SiLU if `silu`: three passes over the map, with numbers for each channel, which
+    the last pass only multiplies and adds."""
     B, c = x.shape[0], x.shape[-1]
     y = x.reshape(B, -1, c)  # (B, N, c)
     rows, N = max(1, PART // (B * c)), y.shape[1]
@@ -153,10 +200,15 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
 
     centre = mean(lambda part: part)
     scale = weight * mx.rsqrt(mean(lambda part: mx.square(part - centre)) + eps)
+    shift, few = bias - centre * scale, x.size <= _FEW
+    to_power = scale * -_OF_E, shift * -_OF_E  # z, with 2^z = e^-y of the norm's result y
 
     def apply(part: mx.array) -> mx.array:
-        part = (part - centre) * scale + bias
-        return _silu(part) if silu else part
+        if few or not silu:
+            part = part * scale + shift
+            return part * mx.sigmoid(part) if silu else part
+        z = part * to_power[0] + to_power[1]
+        return z * (-1 / _OF_E) / (1 + power(z))
 
     parts = in_parts(apply, [y], 1, rows)
     return (mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]).reshape(x.shape)
@@ -166,14 +218,17 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """softmax(q k^T / sqrt(d)) v, as `layers.attention`: a head, or some rows of it, at a time."""
     B, heads, N, d = q.shape
     M = k.shape[2]
+    if B * heads * N * M <= _FEW:
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5)
+        return y.swapaxes(1, 2).reshape(B, N, heads * d)
     # Each part would copy keys and values that do not lie in order.
-    q, k, v = (mx.contiguous(x).reshape(B * heads, -1, d) for x in (q * d**-0.5, k, v))
+    q, k, v = (mx.contiguous(x).reshape(B * heads, -1, d) for x in (q * (d**-0.5 * _OF_E), k, v))
     at_once, rows = max(1, PART // (N * M)), max(1, min(N, PART // M))
 
     def of_heads(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         def attend(part: mx.array) -> mx.array:
             scores = part @ k.swapaxes(1, 2)
-            weights = exp(scores - mx.stop_gradient(scores.max(-1, keepdims=True)))
+            weights = power(scores - mx.stop_gradient(scores.max(-1, keepdims=True)))
             return (weights @ v) / weights.sum(-1, keepdims=True)
 
         parts = in_parts(attend, [q], 1, rows)

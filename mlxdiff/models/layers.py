@@ -276,6 +276,7 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, c_in: int, c: int, bias: bool = True):
         super().__init__(c_in, c, 3, padding=1, bias=bias)
 
+    @cpu.by_sample
     def __call__(self, x: mx.array) -> mx.array:
         return conv3x3(x, self.weight, self.get("bias"))
 
@@ -298,7 +299,11 @@ class ResBlock(nn.Module):
         return self.time_emb_proj(emb) + self.conv1.bias  # with the bias included: one pass over the map, not two
 
     def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
-        shift = self.conv1.bias if shift is None else shift[:, None, None]
+        shift = self.conv1.bias[None] if shift is None else shift
+        return self.of_shift(x, shift[:, None, None])
+
+    @cpu.by_sample
+    def of_shift(self, x: mx.array, shift: mx.array) -> mx.array:
         h = self.norm2(conv3x3(self.norm1(x), self.conv1.weight), shift)
         skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
         if mx.default_device() == mx.gpu:

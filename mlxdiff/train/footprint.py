@@ -19,6 +19,7 @@ from . import batches, inversion, tape, texts, tune
 from .inversion import WordTuning
 from .tune import LoraTuning
 
+_SAFE = 1.05  # what can be traced is less than what MLX takes: its own small arrays, and a CPU's ways of computing
 _STATES = 4  # numbers for each that is trained: itself, the mean of fit, and AdamW's two
 
 
@@ -59,10 +60,10 @@ def step(model: Description, tuning: LoraTuning | WordTuning, gpu: bool) -> Step
 
     trained = _bytes(whole.trainable_parameters())
     graph = tape.traced(run, whole.parameters(), xs, mx.zeros((tuning.batch,)), batches.read(model, tuning.batch))
-    passing = tape.peak(tape.again(graph) if tuning.low_memory else graph, gpu)
+    most = held + _SAFE * (tape.peak(tape.again(graph) if tuning.low_memory else graph, gpu) - held)
     more = trained if tuning.accumulate > 1 else 0  # the sum of the gradients so far
     update = held + (2 * _STATES + 1) * trained  # the new ones, while the old are held
-    return Step(held, max(passing + (_STATES - 1) * trained + more, update))
+    return Step(held, int(max(most + (_STATES - 1) * trained + more, update)))
 
 
 def _encoded(model: Description, whole: texts.Reader, n: int) -> dict[str, mx.array]:

@@ -130,7 +130,6 @@ def test_a_lora_by_keyboard_a_favourite_and_the_picture_in_full_screen(started, 
     page.goto(started)
     s = Hand(page, page.locator(".mlxdiff-studio"))
     s.label("Prompt").fill("a red house under a full moon")
-    s.press("Quick")
     shown = s.root.get_by_role("button", name="LoRA, words")
     shown.press("Enter")
     ink, wide = (s.root.get_by_role("button", name=name, exact=True) for name in ("ink", "wide"))

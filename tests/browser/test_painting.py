@@ -161,3 +161,31 @@ def test_a_part_of_the_first_picture_is_painted_and_drawn_anew(started, timings,
 def _here(request: Request, folder: Path) -> Request:
     """The request with paths that hold outside the studio's folder too."""
     return replace(request, image=folder / request.image, mask=folder / request.mask)
+
+
+def test_a_sketch_is_drawn_with_the_mouse_and_followed(started, page, tmp_path):
+    """On a black page, white; the built-in model follows what is there, and a reloaded page goes on with it."""
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.goto(started)
+    s = Hand(page, page.locator(".mlxdiff-studio"))
+    s.press("Draw a sketch")
+    brush = Brush(s)
+    expect(s.root.locator(".mlxdiff-paper")).to_be_visible()
+    expect(s.root.get_by_label("Soft edge")).to_be_hidden()
+    assert int(s.root.get_by_label("Brush size").input_value()) < 10
+    brush.drag((0.3, 0.8), (0.3, 0.5), (0.5, 0.35), (0.7, 0.5), (0.7, 0.8), (0.3, 0.8))
+    drawn = brush.painted()
+    page.screenshot(path=SHOTS / "sketch.png")
+    s.label("Prompt").fill("a red house at sunset")
+    s.press("Generate")
+    expect(s.thumbs).to_have_count(1)
+    s.says("Done in")
+    (file,) = (tmp_path / "pictures").glob("a-red-house*.png")
+    (guide,) = images.read_settings(file)[0].controls
+    assert guide.model == "sketch"
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / guide.image)), drawn)
+    page.reload()
+    s.press("Draw a sketch")
+    np.testing.assert_array_equal(brush.painted(), drawn)
+    s.press("Clear")
+    expect(s.root.locator(".mlxdiff-guide")).to_have_count(0)

@@ -280,10 +280,11 @@ def measure(args) -> None:
         if kind == "sketch":
             lines = [sketch(p, np.random.default_rng(k), 1) for k, p in enumerate(renders)]
         told = draw(args.folder, args.start, prompts, pages, args.guidance)
-        silent = draw(args.folder, args.start, [""] * (args.count // 3), pages[: args.count // 3], args.guidance)
+        silent = draw(args.folder, args.start, [""] * (args.count // 4), pages[: args.count // 4], args.guidance)
         for what, drawn in (("without", bare), ("with", told), ("empty prompts", silent)):
             report(f"{kind} {what}", (lines, NEAR[kind]), drawn, scenes, referee)
-        rows = [np.stack(pages[:10])[..., None].repeat(3, -1), told[:10], silent[:10], renders[:10]]
+        n = len(silent[:10])
+        rows = [np.stack(pages[:n])[..., None].repeat(3, -1), told[:n], silent[:n], renders[:n]]
         Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows])).save(
             args.out / f"sheet_{kind}.png"
         )

@@ -1,7 +1,7 @@
 """The README's pictures of the built-in model, drawn anew:
 
     python -m tests.recipes.readme                        all of them
-    python -m tests.recipes.readme sheet masks            some: sheet, masks, style, studio, painting, lesson
+    python -m tests.recipes.readme sheet masks            some: sheet, masks, lines, style, studio, painting, lesson
 
 studio, painting and lesson need Chromium, as the tests in a browser do. `style` takes the LoRA of the package."""
 
@@ -19,14 +19,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import mlxdiff
+from mlxdiff import detect
 from mlxdiff.train import measure
 from mlxdiff.train import storybook as sb
 from tests.notebooks import few_bits
-from tests.recipes import inpainting
+from tests.recipes import inpainting, sketches
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
 PROMPT = "a red house under a full moon"
+SUNSET, WINTER = "a red house on a hill at sunset with the sun", "a yellow house in the snow by day with clouds"
+NIGHT, DAY = "a blue house in the snow at night under a full moon", "a pink house on a hill by day with a rainbow"
 ACROSS, GAP, LINE = 4, 6, 18  # of the sheet: pictures in a row, and pixels
 WINDOW = {"width": 1440, "height": 900}
 
@@ -48,6 +51,18 @@ def sheet() -> None:
             lines = [*lines[:-1], longer] if draw.textlength(longer, font) < edge - GAP else [*lines, word]
         draw.multiline_text((x + 2, y + edge + GAP), "\n".join(lines), "black", font)
     few_bits(page).save(DATA / "storybook.png", optimize=True)
+
+
+def lines() -> None:
+    """A drawing as made with a mouse and two pictures that follow it; the edges of one, and pictures that follow them.
+    Seeds 1 and 2, not selected."""
+    pipe = mlxdiff.load("storybook")
+    page = sketches.sketch("house")
+    first = [pipe(text, seed=s, controls=[("sketch", page)]).image for s, text in ((1, SUNSET), (2, WINTER))]
+    edges = detect.run("canny", first[0])
+    second = [pipe(text, seed=s, controls=[("edges", edges)]).image for s, text in ((1, NIGHT), (2, DAY))]
+    row = np.concatenate([np.asarray(p) for p in (page, *first, edges, *second)], 1)
+    few_bits(Image.fromarray(row)).save(DATA / "lines.png", optimize=True)
 
 
 def style() -> None:
@@ -147,6 +162,7 @@ def lesson() -> None:
 PICTURES = {
     "sheet": sheet,
     "masks": inpainting.main,
+    "lines": lines,
     "studio": studio,
     "painting": painting,
     "lesson": lesson,

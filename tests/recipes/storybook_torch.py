@@ -8,6 +8,11 @@ Everything is seeded; run the commands in this order, each from the repository r
     python -m tests.recipes.storybook_torch export RUN FOLDER
     python -m tests.recipes.storybook_torch measure RUN FOLDER
 
+and for a decoder that mends what the network does badly, beside vae_torch.py:
+
+    python -m tests.recipes.storybook_torch redraw RUN --shards 2 --count 384
+    python -m tests.recipes.storybook_torch decoder RUN FOLDER
+
 The autoencoder is vae256/, made by vae_torch.py. The network did not start from nothing but from the model of 128
 pixels that was shipped before (`mlxdiff/builtin/storybook` at commit 6633e85; the recipe of that commit made it): its
 levels, its text encoder and its words are kept, and one level is put around it. Without --start it starts from the
@@ -50,7 +55,7 @@ SCHEDULE = {
     "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction",
 }  # fmt: skip
 SCALE = 0.18215
-BATCH, AVERAGE_EVERY = 32, 8
+AVERAGE_EVERY = 8
 VAE, START = Path(__file__).parent / "vae256", Path("mlxdiff/builtin/storybook")
 
 # --- networks
@@ -206,7 +211,13 @@ def whitening():
 
 
 def train_unet(args, rank: int) -> None:
-    """v-prediction, timesteps stratified over the batch and leaning to high noise."""
+    """Each process trains by itself and every eight steps their weights are averaged: neither waits often for the
+    other. v-prediction, timesteps stratified over the batch and leaning to high noise, one caption in ten empty, EMA
+    0.995. The rate is constant, then falls to nothing from `--decay` of the time on."""
+    run, batch = args.run, 32
+    mean, into, _ = whitening()
+    data = [{k: torch.from_numpy(v) for k, v in np.load(f).items()} for f in sorted(run.glob("latents_???.npz"))]
+    end = int(data[0]["ids"].max())  # the last id; the one before it starts a caption
     unet, text = new_unet().to(memory_format=torch.channels_last), known_text(args.start)
     known = load_file(args.start / "unet" / "diffusion_pytorch_model.safetensors")
     if "down_blocks.3.resnets.0.conv1.weight" not in known:
@@ -214,40 +225,19 @@ def train_unet(args, rank: int) -> None:
     unset = unet.load_state_dict(known, strict=False)
     assert not unset.unexpected_keys
     assert all(name.startswith(NEW) for name in unset.missing_keys)
+    means = [copy.deepcopy(net).requires_grad_(False) for net in (unet, text)]
     text.requires_grad_(not args.words_known)
-    alpha_bar = DDIMScheduler(**SCHEDULE).alphas_cumprod
-
-    def loss(x0, ids, g):
-        u = (torch.arange(BATCH) + torch.rand(1, generator=g)) / BATCH
-        t = (u**0.85 * 1000).long().clamp(0, 999)[torch.randperm(BATCH, generator=g)]
-        a = alpha_bar[t].view(-1, 1, 1, 1)
-        noise = torch.randn(BATCH, GRID, GRID, LATENTS, generator=g).permute(0, 3, 1, 2)
-        with torch.autocast("cpu", torch.bfloat16):
-            v = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample
-        return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * x0)
-
-    learn(args, rank, {"unet": unet, "text": text}, loss)
-
-
-def learn(args, rank: int, nets: dict[str, nn.Module], loss) -> None:
-    """Lower loss(x0, ids, generator) of whitened latents and captions. Each process trains by itself and every eight
-    steps their weights are averaged: neither waits often for the other. One caption in ten is empty; EMA 0.995. The
-    rate is constant, then falls to nothing from `--decay` of the time on. All is kept in a file of the first net's
-    name."""
-    run, file = args.run, args.run / f"{next(iter(nets))}.pt"
-    mean, into, _ = whitening()
-    data = [{k: torch.from_numpy(v) for k, v in np.load(f).items()} for f in sorted(run.glob("latents_???.npz"))]
-    end = int(data[0]["ids"].max())  # the last id; the one before it starts a caption
-    means = {f"mean_{name}": copy.deepcopy(net).requires_grad_(False) for name, net in nets.items()}
-    params, mean_params = ([p for net in some.values() for p in net.parameters()] for some in (nets, means))
-    muon, adam = cpu.optimizers(nets.values(), args.rate, momentum=0.95, decay=0.01)
-    state = {**nets, **means, "muon": muon, "adam": adam}
+    params = [*unet.parameters(), *text.parameters()]
+    mean_params = [p for net in means for p in net.parameters()]
+    muon, adam = cpu.optimizers([unet, text], args.rate, momentum=0.95, decay=0.01)
+    state = {"unet": unet, "text": text, "mean_unet": means[0], "mean_text": means[1], "muon": muon, "adam": adam}
     step = resumed = 0
-    if file.exists():
-        stored = torch.load(file)
+    if (run / "unet.pt").exists():
+        stored = torch.load(run / "unet.pt")
         step = resumed = stored.pop("step")
         for name, part in stored.items():
             state[name].load_state_dict(part)
+    alpha_bar = DDIMScheduler(**SCHEDULE).alphas_cumprod
     g = torch.Generator().manual_seed(1000 * step + rank + 1)
     start = saved = time.time()
     progress = total = 0.0
@@ -259,19 +249,25 @@ def learn(args, rank: int, nets: dict[str, nn.Module], loss) -> None:
         lr = args.rate * min(1, (step + 1) / 80, (step - resumed + 1) / 20) * min(1, (1 - progress) / (1 - args.decay))
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr, 0.15 * lr
         shard = data[torch.randint(len(data), (1,), generator=g).item()]
-        i = torch.randint(SHARD, (BATCH,), generator=g)
+        i = torch.randint(SHARD, (batch,), generator=g)
         x0 = ((shard["mean"][i].float() - mean) @ into).permute(0, 3, 1, 2)
-        ids = shard["ids"][i, torch.randint(CAPTIONS, (BATCH,), generator=g)].long()
+        ids = shard["ids"][i, torch.randint(CAPTIONS, (batch,), generator=g)].long()
         scribble(ids, end, g)
-        ids[torch.rand(BATCH, generator=g) < 0.1] = torch.tensor([end - 1] + [end] * (POSITIONS - 1))
-        error = loss(x0, ids, g)
-        for net in nets.values():
+        ids[torch.rand(batch, generator=g) < 0.1] = torch.tensor([end - 1] + [end] * (POSITIONS - 1))
+        u = (torch.arange(batch) + torch.rand(1, generator=g)) / batch
+        t = (u**0.85 * 1000).long().clamp(0, 999)[torch.randperm(batch, generator=g)]
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        noise = torch.randn(batch, GRID, GRID, LATENTS, generator=g).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            v = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample
+        loss = F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * x0)
+        for net in (unet, text):
             net.zero_grad(set_to_none=True)
-        error.backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         muon.step()
         adam.step()
-        step, total = step + 1, total + error.item()
+        step, total = step + 1, total + loss.item()
         if step % AVERAGE_EVERY == 0:
             cpu.average_weights(params)
         if rank == 0:
@@ -281,9 +277,9 @@ def learn(args, rank: int, nets: dict[str, nn.Module], loss) -> None:
                 total = 0.0
             if time.time() - saved > 240:
                 saved = time.time()
-                save({name: part.state_dict() for name, part in state.items()} | {"step": step}, file)
+                save({name: part.state_dict() for name, part in state.items()} | {"step": step}, run / "unet.pt")
     if rank == 0:
-        save({name: part.state_dict() for name, part in state.items()} | {"step": step}, file)
+        save({name: part.state_dict() for name, part in state.items()} | {"step": step}, run / "unet.pt")
 
 
 def scribble(ids, end: int, g) -> None:
@@ -294,6 +290,40 @@ def scribble(ids, end: int, g) -> None:
             noise = torch.randint(end - 1, (n,), generator=g)
             ids[row] = torch.cat([ids[row, :k], noise, ids[row, k:-n]])
             ids[row, -1] = end
+
+
+# --- pictures drawn again, for the decoder
+
+
+@torch.no_grad()
+def redraw(args) -> None:
+    """again_NNN.npz: white latents of the first `--count` pictures of each shard, noised to about a third and drawn to
+    the end as a picture is drawn. They have the network's own faults, and the picture they stand for is known."""
+    torch.set_num_threads(1)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.start, torch_dtype=torch.float32)
+    unet, text = pipeline.unet, pipeline.text_encoder
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
+    mean, into, _ = whitening()
+    empty = torch.tensor(pipeline.tokenizer("", padding="max_length", max_length=POSITIONS).input_ids)
+    for file in sorted(args.run.glob("latents_???.npz"))[: args.shards]:
+        g, data, again = torch.Generator().manual_seed(int(file.stem[8:])), np.load(file), []
+        for i in range(0, args.count, 32):
+            x0 = torch.from_numpy(data["mean"][i : i + 32]).float()
+            x0 = ((x0 - mean) @ into).permute(0, 3, 1, 2)
+            ids = torch.from_numpy(data["ids"][i : i + 32, 0]).long()
+            words = text(torch.cat([empty.expand(len(ids), -1), ids])).last_hidden_state
+            scheduler.set_timesteps(15)
+            first = 7 + i // 32 % 3  # sigma 1.3, 0.8, 0.5
+            scheduler.set_begin_index(first)
+            noise = torch.randn(len(x0), GRID, GRID, LATENTS, generator=g).permute(0, 3, 1, 2)
+            x = scheduler.add_noise(x0, noise, scheduler.timesteps[first : first + 1].expand(len(x0)))
+            for t in scheduler.timesteps[first:]:
+                with torch.autocast("cpu", torch.bfloat16, enabled=cpu.BFLOAT16):
+                    bare, led = unet(torch.cat([x, x]), t, words).sample.float().chunk(2)
+                x = scheduler.step(bare + args.guidance * (led - bare), t, x).prev_sample
+            again.append(x.permute(0, 2, 3, 1).numpy().astype(np.float16))
+            print(file.stem, i, f"{((x - x0) ** 2).mean().sqrt():.3f}", flush=True)
+        np.savez(args.run / f"again_{file.stem[8:]}.npz", latents=np.concatenate(again))
 
 
 # --- judge
@@ -337,11 +367,10 @@ def labels(scene) -> list[int]:
 # --- export and measure
 
 
-def export(args) -> None:
-    """The public folder in float16. The whitening goes into the 1x1 convolutions beside the latents."""
-    run = args.run
+def the_whitened_vae() -> AutoencoderKL:
+    """With the whitening in the 1x1 convolutions beside the latents."""
     mean, into, back = whitening()
-    vae, stored = the_vae(), torch.load(run / "unet.pt")
+    vae = the_vae()
     with torch.no_grad():
         into_conv, out_conv = vae.quant_conv, vae.post_quant_conv
         into_conv.weight[:LATENTS] = torch.einsum("io,ijkl->ojkl", into, into_conv.weight[:LATENTS]) / SCALE
@@ -352,12 +381,23 @@ def export(args) -> None:
         out_conv.bias += matrix @ mean
         out_conv.weight[:, :, 0, 0] = matrix @ back.T * SCALE
     vae.register_to_config(scaling_factor=SCALE)
+    return vae
+
+
+def decoder(args) -> None:
+    """A new decoder into a model's folder, which otherwise stays as it is."""
+    the_whitened_vae().half().save_pretrained(args.folder / "vae")
+
+
+def export(args) -> None:
+    """The public folder in float16."""
+    stored = torch.load(args.run / "unet.pt")
     tokenizer = CLIPTokenizer.from_pretrained(args.start / "tokenizer")
     unet, text = new_unet(), known_text(args.start)
     unet.load_state_dict(stored["mean_unet"])
     text.load_state_dict(stored["mean_text"])
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=the_whitened_vae(),
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
@@ -424,8 +464,10 @@ COMMANDS = {
     "render": render,
     "encode": encode,
     "unet": lambda args: cpu.run(train_unet, args, RANKS),
+    "redraw": redraw,
     "judge": train_judge,
     "export": export,
+    "decoder": decoder,
     "measure": lambda args: measure(args, shipped_sampling(args.folder), 15),
 }
 

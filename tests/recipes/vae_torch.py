@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL
 
 from mlxdiff.train import storybook as sb
 from tests.recipes import cpu
-from tests.recipes.storybook_torch import picture_batch, save, steepness
+from tests.recipes.storybook_torch import picture_batch, save, steepness, whitening
 
 SHARD, SEED, KEPT, KEPT_SEED = 1024, 10_000_000, 32, 6_000_000
 CROP, CROPS, WHOLE_FROM = 128, 4, 0.75  # four crops cost as much as a whole picture of 256
@@ -47,7 +47,10 @@ class Settings:
     rate: float = 0.022
     square: float = 0.0  # weight of the squared error beside the pyramid's
     edges: float = 0.0  # weight of the error near edges
+    steep: float = 0.0  # weight of edges less or more steep than the picture's
+    seed: int = 0  # of the choice of pictures
     start: str | None = None  # the run whose averaged weights this one starts from, or a folder of a finished one
+    again: float = 0.0  # share of steps that decode what the network drew (storybook_torch's `redraw`), not the encoder
     decoder: bool = False  # train the decoder alone: the latents stay what a network has learned
 
 
@@ -111,16 +114,33 @@ def edge_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return ((y - x).abs() * steep).mean() / (steep.mean() + 1e-3)
 
 
-def loss_of(vae: AutoencoderKL, x: torch.Tensor, s: Settings) -> torch.Tensor:
+def steep_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """How far the steepest slope around each pixel is from the picture's, wherever within two pixels the edge lies: an
+    absolute error alone prefers a soft edge to a sharp one that is a little off."""
+    return F.l1_loss(*(F.max_pool2d(slope(p.mean(1, keepdim=True)), 5, 1, 2) for p in (y, x)))
+
+
+def slope(grey: torch.Tensor) -> torch.Tensor:
+    down, right = grey.diff(dim=2)[..., :-1], grey.diff(dim=3)[:, :, :-1]
+    return (down.square() + right.square() + 1e-6).sqrt()
+
+
+def loss_of(vae: AutoencoderKL, x: torch.Tensor, z: torch.Tensor | None, s: Settings) -> torch.Tensor:
+    """z: latents to decode, if they are not what the encoder makes of x."""
+    prior = 0.0
     with torch.autocast("cpu", torch.bfloat16, enabled=cpu.BFLOAT16):
-        with torch.set_grad_enabled(not s.decoder):
-            posterior = vae.encode(x).latent_dist
-            z = posterior.sample()
-        y = vae.decode(z).sample
-    y, mean, logvar = y.float(), posterior.mean.float(), posterior.logvar.float()
-    loss = pyramid_loss(y, x) + 1e-4 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        if z is None:
+            with torch.set_grad_enabled(not s.decoder):
+                posterior = vae.encode(x).latent_dist
+                z = posterior.sample()
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            prior = 1e-4 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        y = vae.decode(z).sample.float()
+    loss = pyramid_loss(y, x) + prior
     if s.square:
         loss = loss + s.square * F.mse_loss(y, x)
+    if s.steep:
+        loss = loss + s.steep * steep_loss(y, x)
     return loss + s.edges * edge_loss(y, x) if s.edges else loss
 
 
@@ -140,7 +160,7 @@ def measure(vae: AutoencoderKL, pictures: np.ndarray) -> tuple[float, float, flo
 
 def batch(shards: list[np.ndarray], s: Settings, step: int) -> torch.Tensor:
     """Crops, and in the last quarter whole pictures, because the norms' statistics are those of what is seen."""
-    rng = np.random.default_rng([0, step])
+    rng = np.random.default_rng([s.seed, step])
     pictures = shards[rng.integers(len(shards))]
     if step >= WHOLE_FROM * s.steps:
         return picture_batch(pictures[rng.integers(len(pictures))][None])
@@ -148,6 +168,21 @@ def batch(shards: list[np.ndarray], s: Settings, step: int) -> torch.Tensor:
     return picture_batch(
         np.stack([pictures[i, y : y + CROP, x : x + CROP] for i, (y, x) in zip(picks, corners, strict=True)])
     )
+
+
+def batch_again(shards: list, again: list, s: Settings, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `batch`, and the latents that the network drew for what is shown. One latent stands for 8 x 8 pixels."""
+    rng, whole = np.random.default_rng([s.seed, step, 1]), step >= WHOLE_FROM * s.steps
+    k, size = rng.integers(len(again)), s.size if whole else CROP
+    picks = rng.integers(len(again[k]), size=1 if whole else CROPS)
+    corners = rng.integers(0, (s.size - size) // 8 + 1, (len(picks), 2))
+    x, z = [], []
+    for i, (v, u) in zip(picks, corners, strict=True):
+        x.append(shards[k][i, 8 * v : 8 * v + size, 8 * u : 8 * u + size])
+        z.append(again[k][i, v : v + size // 8, u : u + size // 8])
+    mean, _, back = whitening()
+    z = torch.from_numpy(np.stack(z)).float() @ back + mean
+    return picture_batch(np.stack(x)), z.permute(0, 3, 1, 2)
 
 
 def train(run: Path, name: str, s: Settings) -> Iterator[int]:
@@ -158,6 +193,7 @@ def train(run: Path, name: str, s: Settings) -> Iterator[int]:
     _same_settings(folder / "settings.json", s)
     shards = [np.load(f, mmap_mode="r") for f in sorted(run.glob(f"pictures_{s.size}_*.npy"))]
     kept = np.load(run / "kept.npy")
+    again = [np.load(f)["latents"] for f in sorted(run.glob("again_*.npz"))] if s.again else []  # of the first shards
     torch.manual_seed(0)
     vae = new_vae(s)
     if s.start:
@@ -178,7 +214,9 @@ def train(run: Path, name: str, s: Settings) -> Iterator[int]:
         torch.manual_seed(step)
         rate = s.rate * min(1, (step + 1) / 40, 2 * (1 - step / s.steps))
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = rate, rate / 20
-        loss = loss_of(vae, batch(shards, s, step), s)
+        drawn_again = again and np.random.default_rng([s.seed, step, 2]).random() < s.again
+        x, z = batch_again(shards, again, s, step) if drawn_again else (batch(shards, s, step), None)
+        loss = loss_of(vae, x, z, s)
         vae.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -255,7 +293,7 @@ def main() -> None:
     p.add_argument("--no-attention", dest="attention", action="store_false")
     p.add_argument("--decoder", action="store_true")
     p.add_argument("--start")
-    for field in ("latents", "size", "steps", "rate", "square", "edges"):
+    for field in ("latents", "size", "steps", "rate", "square", "edges", "steep", "again", "seed"):
         p.add_argument(f"--{field}", type=type(getattr(usual, field)), default=getattr(usual, field))
     args = vars(parser.parse_args())
     command, run = args.pop("command"), args.pop("run")
