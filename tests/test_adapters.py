@@ -143,8 +143,6 @@ def test_a_named_lora_brings_its_settings(pipe, fast, tmp_path, capsys):
     assert (np.asarray(drawn.image) == np.asarray(want.image)).all()
     said = pipe.resolve("a house <lora:fast>", steps=3)
     assert (said.loras, said.steps, said.guidance, said.sampler) == (("fast:0.5",), 3, 1.0, "ddim")
-    said = pipe.resolve("a house", loras=["woodcut", "fast"])  # the first of these brings none
-    assert (said.steps, said.sampler) == (2, "ddim")
     said = pipe.resolve("a house", loras=["fast:1"], sampler="euler")
     assert (said.loras, said.sampler, said.schedule) == (("fast:1",), "euler", pipe.description.schedule["spacing"])
     typed = ["a red house", "-W", "64", "-H", "64", "--lora", "fast", "--dtype", "float32", "--steps", "3"]
@@ -170,7 +168,6 @@ def test_a_file_goes_before_a_name(pipe, fast, tmp_path):
     ("model", "name", "says"),
     [
         ("storybook", "lcm", "which was made for sd15, sd15-inpaint: it does not fit storybook"),
-        ("sd15", "woodcut", "is a style LoRA of the package, which was made for storybook: it does not fit sd15"),
         (
             "flux-dev",
             "lcm",
@@ -195,7 +192,7 @@ def test_a_name_that_does_not_fit_is_refused_before_any_download(model, name, sa
 def test_named_loras_fit_the_models_that_they_were_made_for():
     """With settings that those models can draw with."""
     rows = {key: row for key, row in ADAPTERS.items() if row.role == "lora"}
-    assert len(rows) == 22
+    assert len(rows) == 21
     for (family, name), row in rows.items():
         fit = [n for n, m in MODELS.items() if row.fits(m.networks[m.family.denoiser]) and m.family.name == family]
         model = published(fit[0], Recipe("float32", None))

@@ -1,18 +1,18 @@
-"""The adapters in the package, which tests/recipes/style.py trains anew with each new built-in model: nothing here
-depends on the weights. References: the headers, the bare picture, and diffusers with the same files."""
+"""The word in the package, which tests/recipes/word.py teaches anew for each new built-in model: nothing here depends
+on the weights. References: the header, the bare picture, and diffusers with the same file."""
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mlxdiff import builtin, catalogue, generate
-from mlxdiff.convert import lora_header
 from mlxdiff.errors import Error
-from mlxdiff.families import ADAPTERS, Lora, Word
+from mlxdiff.families import ADAPTERS, Word
 from mlxdiff.store import adapters, hub
 
-OURS = {n: r for (_, n), r in ADAPTERS.items() if r.repo is None and n in ("woodcut", "teal")}
+((TEAL, FILE),) = [(row, builtin.FOLDER.parent / row.file) for row in ADAPTERS.values() if isinstance(row, Word)]
 SMALL = {"seed": 1, "width": 128, "height": 128, "steps": 4, "guidance": 4.0, "sampler": "ddim"}
-PROMPT = "a <teal> house in the snow at night, woodcut"
+PROMPT = "a <teal> house in the snow at night"
 
 
 def psnr(a, b) -> float:
@@ -25,70 +25,60 @@ def no_network(monkeypatch):
         monkeypatch.setattr(hub, name, lambda *_: pytest.fail("asked the hub"))
 
 
-def test_they_are_small_and_whole_and_their_headers_say_what_the_rows_say(pipe):
-    place = builtin.FOLDER.parent
-    assert {name: type(row) for name, row in OURS.items()} == {"woodcut": Lora, "teal": Word}
-    assert all((place / row.file).stat().st_size < 2_000_000 for row in OURS.values())
-    assert (place / OURS["teal"].file).stat().st_size < 20_000
-    looks = adapters.look([place / row.file for row in OURS.values()], pipe.description)
-    style, word = (looks[place / OURS[name].file] for name in ("woodcut", "teal"))
-    assert isinstance(style, lora_header.Look)
-    n = sum(style.layers.values())
-    assert str(style).startswith(f"{n} of {n} layers (unet {n})")
-    assert style.words == OURS["woodcut"].words == ("woodcut",)
-    assert word.word == OURS["teal"].word == "<teal>"
-    text = b"".join((place / row.file).read_bytes()[:4000] for row in OURS.values())
-    assert b"woodcut/pictures" in text  # the trainer notes its settings, and no place of the machine that made it
-    assert b"/home" not in text
-    assert b"/tmp" not in text
-    assert b"/work" not in text
+def test_it_is_small_and_its_header_says_what_its_row_says(pipe):
+    assert FILE.stat().st_size < 20_000
+    assert adapters.look([FILE], pipe.description)[FILE].word == TEAL.word == "<teal>"
+    text = FILE.read_bytes()[:4000]
+    assert not any(place in text for place in (b"/home", b"/tmp", b"/work"))  # no place of the machine that made it
 
 
-def test_diffusers_draws_the_same_with_both(pipe):
-    """In float32 from the same files: above 40 dB. With either of them left out it is another picture."""
+def test_diffusers_draws_the_same_with_it(pipe):
+    """In float32 from the same file: above 40 dB. With the word it began as it is another picture."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    pytest.importorskip("peft")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(builtin.FOLDER, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
-    theirs.load_lora_weights(builtin.FOLDER.parent, weight_name=OURS["woodcut"].file)
-    theirs.load_textual_inversion(builtin.FOLDER.parent, weight_name=OURS["teal"].file)
+    theirs.load_textual_inversion(FILE.parent, weight_name=FILE.name)
     g = torch.Generator().manual_seed(1)
     want = theirs(PROMPT, 128, 128, 4, guidance_scale=4.0, generator=g, output_type="np").images[0] * 255
-    assert psnr(pipe(PROMPT, loras=["woodcut"], embeddings=["teal"], **SMALL).image, want) > 40
-    assert psnr(pipe(PROMPT, embeddings=["teal"], **SMALL).image, want) < 30
-    red = pipe(PROMPT.replace("<teal>", "red"), loras=["woodcut"], **SMALL).image
-    assert psnr(red, want) < 30
+    assert psnr(pipe(PROMPT, embeddings=["teal"], **SMALL).image, want) > 40
+    assert psnr(pipe(PROMPT.replace("<teal>", "blue"), **SMALL).image, want) < 30
 
 
-def test_a_lora_says_which_word_it_wants(pipe, tmp_path, capsys):
-    """By its header, so also a file of one's own; a word that it knows is not told as unknown."""
-    typed = ["-W", "64", "-H", "64", "--steps", "1", "--dtype", "float32", "--offline"]
-    for k, name in enumerate(("woodcut", str(builtin.FOLDER.parent / "woodcut.safetensors"))):
-        assert generate.main(["a red house", *typed, "--lora", name, "-o", str(tmp_path / f"a{k}.png")]) == 0
-        assert "woodcut was trained with the word woodcut: put it into the prompt.\n" in capsys.readouterr().err
-        both = ["a <teal> house, woodcut", *typed, "--lora", name, "--embedding", "teal"]
-        assert generate.main([*both, "-o", str(tmp_path / f"b{k}.png")]) == 0
-        told = capsys.readouterr().err
-        assert "trained with" not in told
-        assert "does not know" not in told
-        assert "<teal>: 1 token, for text_encoder\n" in told
-
-
-def test_they_leave_the_settings_as_they_are(pipe):
-    bare = pipe.resolve("a house")
-    both = pipe.resolve("a <teal> house <lora:woodcut:0.5>", embeddings=["teal"])
-    assert (both.loras, both.embeddings) == (("woodcut:0.5",), ("teal",))
+def test_the_word_is_known_by_name_and_leaves_the_settings_as_they_are(pipe, tmp_path, capsys):
+    bare, both = pipe.resolve("a house"), pipe.resolve("a <teal> house", embeddings=["teal"])
+    assert both.embeddings == ("teal",)
     assert (both.steps, both.guidance, both.sampler) == (bare.steps, bare.guidance, bare.sampler)
     with pytest.raises(Error, match=r"There is no embedding 'tael'. Did you mean teal"):
         pipe.resolve("a house", embeddings=["tael"])
-    with pytest.raises(Error, match=r"woodcut is a LoRA \(style LoRA\), not an embedding. Give it as `loras="):
-        pipe.resolve("a house", embeddings=["woodcut"])
+    typed = ["-W", "64", "-H", "64", "--steps", "1", "--dtype", "float32", "--offline", "--embedding", "teal"]
+    assert generate.main(["a <teal> house", *typed, "-o", str(tmp_path / "a.png")]) == 0
+    told = capsys.readouterr().err
+    assert "<teal>: 1 token, for text_encoder\n" in told
+    assert "does not know" not in told
+    assert generate.main(["a house", "-m", "sd15", *typed, "-o", str(tmp_path / "b.png")]) != 0
+    assert "made for storybook: it does not fit sd15" in capsys.readouterr().err
 
 
-def test_the_command_lists_them_with_their_words(capsys):
+def test_the_command_lists_it_with_its_word(capsys):
     assert catalogue.main(["storybook", "--adapters"]) == 0
-    told = capsys.readouterr().out
-    assert "count where the prompt has their word" in told
-    for name, word, flag in (("woodcut", "woodcut", "--lora"), ("teal", "<teal>", "--embedding")):
-        assert f"{name:27} {word:20} {flag} {name}\n" in told
+    assert f"{'teal':27} {'<teal>':20} --embedding teal\n" in capsys.readouterr().out
+
+
+def test_a_lora_says_which_word_it_wants(pipe, tmp_path, capsys):
+    """By its header, as trainers write it; a word that it knows is not told as unknown."""
+    lora = tmp_path / "ink.safetensors"
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    full = load_file(builtin.FOLDER / "unet" / "diffusion_pytorch_model.safetensors")[
+        "mid_block.attentions.0.proj_in.weight"
+    ]
+    up, down = np.full((full.shape[0], 1), 0.01, np.float32), np.ones((1, full.shape[1]), np.float32)
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    save_file(tensors, lora, {"modelspec.trigger_phrase": "woodcut"})
+    typed = ["-W", "64", "-H", "64", "--steps", "1", "--dtype", "float32", "--offline", "--lora", str(lora)]
+    assert generate.main(["a red house", *typed, "-o", str(tmp_path / "a.png")]) == 0
+    assert "ink was trained with the word woodcut: put it into the prompt.\n" in capsys.readouterr().err
+    assert generate.main(["a red house, woodcut", *typed, "-o", str(tmp_path / "b.png")]) == 0
+    told = capsys.readouterr().err
+    assert "trained with" not in told
+    assert "does not know" not in told

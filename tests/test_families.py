@@ -1,5 +1,5 @@
-"""The families. References: the README's list of what a new family touches, held to the code by reading it; a family
-made up here, which draws without any other file knowing of it."""
+"""The families. References: the list in mlxdiff/README.md of what a new family touches, held to the code by reading it;
+a family made up here, which draws without any other file knowing of it."""
 
 import ast
 import shutil
@@ -22,7 +22,7 @@ FLOAT32 = Recipe("float32", None)
 
 # ---- one family, one file
 
-# What adding a transformer family touches, as the README lists it; {} is the family's name.
+# What adding a transformer family touches, as mlxdiff/README.md lists it; {} is the family's name.
 TOUCHED = ("mlxdiff/models/{}.py", "convert/{}.py", "mlxdiff/families/{}.py")
 REGISTRIES = ("mlxdiff/models/build.py", "mlxdiff/families/__init__.py", "convert/registry.py")
 
@@ -56,8 +56,8 @@ def test_a_transformer_family_is_known_to_its_own_files_and_the_registries_alone
     assert known - {file.format(name) for file in TOUCHED} - set(REGISTRIES) == REUSED.get(name, set())
 
 
-def test_the_readme_lists_what_a_new_family_touches():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_map_lists_what_a_new_family_touches():
+    text = (ROOT / "mlxdiff" / "README.md").read_text(encoding="utf-8")
     (row,) = (line for line in text.splitlines() if line.startswith("| a family of models |"))
     for file in (*TOUCHED, *REGISTRIES):
         assert f"`{file.format('NAME')}`" in row, file

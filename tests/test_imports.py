@@ -1,4 +1,5 @@
-"""The direction of the imports, held module by module to the table below (reference: the README's map), read with ast.
+"""The direction of the imports, held module by module to the table below (reference: the map in mlxdiff/README.md),
+read with ast.
 Reading down the table, a module may import what stands above it, never what stands below."""
 
 import ast
@@ -491,6 +492,7 @@ MAY = {
     "mlxdiff.notes": {
         "mlxdiff.builtin",
         "mlxdiff.families.base",
+        "mlxdiff.foreign",
         "mlxdiff.guides",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",

@@ -82,9 +82,9 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path, tag):
         tensors["a"].read()
 
 
-def test_a_pickle_becomes_safetensors_as_the_readme_says(tmp_path):
+def test_a_pickle_becomes_safetensors_as_the_guide_says(tmp_path):
     """Reference: the tensors that torch wrote. A checkpoint holds more than them, and two of them may share memory."""
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "mlxdiff" / "GUIDE.md").read_text(encoding="utf-8")
     command = re.search(r"<!-- pickle -->\n```bash\n(.*?)```", text, re.DOTALL)[1]
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     torch.save({"state_dict": {"a": weight, "tied": weight, "turned": weight.T}, "epoch": 3}, tmp_path / "model.ckpt")

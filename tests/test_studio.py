@@ -23,6 +23,7 @@ from mlxdiff.description import published
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
+from mlxdiff.store import adapters
 from mlxdiff.widgets import Studio, controls, gallery, history, settings, start_picture
 from mlxdiff.widgets.view import View, line
 from mlxdiff.widgets.worker import Cancelled, Update, Worker
@@ -1043,26 +1044,25 @@ def test_a_published_lora_is_chosen_by_its_name_and_brings_its_settings(studio, 
     assert looked(studio)._named.children == ()
 
 
-def test_what_the_package_holds_is_chosen_by_its_name(studio, monkeypatch):
-    """For the built-in model: a LoRA and a word, without a folder. They change no setting, and their words are there to
-    click on, and known."""
+def test_a_word_of_the_package_is_chosen_by_its_name(studio, monkeypatch):
+    """Without a folder. It changes no setting, and is there to click on, and known. (The studio's model is a fake, so
+    what fits it is said here.)"""
     monkeypatch.delenv("MLXDIFF_LORAS", raising=False)
-    studio.model = "storybook"
+    monkeypatch.setattr(adapters, "offered", lambda model: {"teal": families.ADAPTERS["sd1", "teal"]})
+    draw(studio)
     before = studio.request()
     studio.controls.loras_shown.value = True
     entries = {entry.description: entry for entry in looked(studio)._named.children[1:]}
-    assert entries["woodcut"].tooltip == "style LoRA; built in; licence MIT."
-    entries["woodcut"].click()
+    assert entries["teal"].tooltip == "learned word; built in; licence MIT."
     entries["teal"].click()
     request = studio.request()
-    assert (request.loras, request.embeddings) == (("woodcut:1",), ("teal",))
+    assert request.embeddings == ("teal",)
     for name in ("steps", "guidance", "sampler", "schedule"):
         assert getattr(request, name) == getattr(before, name)
     shown = looked(studio)
-    assert ">woodcut</button>" in shown.rows[0].words.value
     assert shown.words[0].about.value == "A learned word. It counts where the prompt has it:"
     assert ">&lt;teal&gt;</button>" in shown.words[0].words.value
-    studio.prompt = "a <teal> house, woodcut"
+    studio.prompt = "a <teal> house"
     assert "does not know" not in studio.controls.why.value
 
 

@@ -80,7 +80,7 @@ class Loras(w.VBox):
         found.sort(key=lambda each: isinstance(self.looks.get(each[0]), Error))  # those that fit are first
         self._list.children = [self._entry(*each) for each in found[:_SHOWN]]
         named = [self._name_entry(name, row) for name, row in self._published.items() if name not in taken]
-        heading = w.HTML("Published, by name:").add_class("mlxdiff-why")
+        heading = w.HTML("By name:").add_class("mlxdiff-why")
         self._named.children = [heading, *named] if named else []
 
     def _name_entry(self, name: str, row: Beside) -> w.Button:

@@ -186,11 +186,14 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Lora(Beside):
-    """A LoRA that has a name here."""
+class Fast(Beside):
+    """A published LoRA that has a name here, and changes the defaults: most let a model draw in few steps."""
 
     scale: float = 1.0
-    words: tuple[str, ...] = ()  # that a prompt needs for it
+    steps: int = 4
+    guidance: float = 0.0
+    sampler: str = "euler"
+    schedule: str = "trailing"
 
     def fits(self, net: Config) -> bool:
         """Whether a denoiser has the layers of that which it was made for. None of these changes a U-Net's first layer,
@@ -205,20 +208,6 @@ class Lora(Beside):
     @property
     def wants(self) -> dict[str, int | float | str]:
         """The settings of a request that it was made for."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Fast(Lora):
-    """One that changes the defaults: most let a model draw in few steps."""
-
-    steps: int = 4
-    guidance: float = 0.0
-    sampler: str = "euler"
-    schedule: str = "trailing"
-
-    @property
-    def wants(self) -> dict[str, int | float | str]:
         return {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "schedule")}
 
 
@@ -232,7 +221,7 @@ class Word(Beside):
     def role(self) -> str:
         return "word"
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # for people
         return f"a {self.kind}"
 
 

@@ -3,7 +3,7 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import QUICK, Beside, Defaults, Family, Fast, Lora, Model, TextPlan, Word
+from .base import QUICK, Beside, Defaults, Family, Fast, Model, TextPlan, Word
 from .published import (
     CLIP_H,
     CLIP_L,
@@ -180,9 +180,12 @@ ADAPTERS[SD1.name, QUICK] = Fast(
     guidance=1.0,
     sampler="ddim",
 )
-# Trained by `mlxdiff train`: see builtin/ADAPTERS.md.
-_OURS = {"repo": None, "licence": "MIT", "net": _STORYBOOK["unet"]}
-ADAPTERS |= {
-    (SD1.name, "woodcut"): Lora("style LoRA", size=0.001, file="woodcut.safetensors", words=("woodcut",), **_OURS),
-    (SD1.name, "teal"): Word("learned word", size=0.001, file="teal.safetensors", word="<teal>", **_OURS),
-}
+ADAPTERS[SD1.name, "teal"] = Word(
+    "learned word",
+    repo=None,
+    licence="MIT",
+    size=0.000001,
+    net=_STORYBOOK["unet"],
+    file="teal.safetensors",
+    word="<teal>",
+)

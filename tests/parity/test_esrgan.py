@@ -87,7 +87,7 @@ def test_it_equals_the_reference_in_every_spelling(tmp_path, kind, spelling):
     x = np.random.default_rng(1).random((2, 3, 4 * fold, 3 * fold), np.float32)
     expected = reference(w, torch.tensor(x), fold, blocks, doublings)
     assert expected.shape[2:] == (x.shape[2] * net.config.scale, x.shape[3] * net.config.scale)
-    assert error(nchw(net(nhwc(x))), expected) < 1e-5  # float32 in another order; see README for what is seen
+    assert error(nchw(net(nhwc(x))), expected) < 1e-5  # float32 in another order; tests/README.md has what is seen
 
 
 def test_a_picture_is_folded_as_torch_folds_it():

@@ -8,10 +8,10 @@ Everything is seeded; run the commands in this order, each from the repository r
     python -m tests.recipes.storybook_torch export RUN FOLDER
     python -m tests.recipes.storybook_torch measure RUN FOLDER
 
-and for a decoder that mends what the network does badly, beside vae_torch.py:
+and for a decoder that mends what the network does badly, before and after vae_torch.py trains it:
 
     python -m tests.recipes.storybook_torch redraw RUN --shards 2 --count 384
-    python -m tests.recipes.storybook_torch decoder RUN FOLDER
+    python -m tests.recipes.storybook_torch decoder RUN FOLDER      vae256/ into a model's folder
 
 The autoencoder is vae256/, made by vae_torch.py. The network did not start from nothing but from the model of 128
 pixels that was shipped before (`mlxdiff/builtin/storybook` at commit 6633e85; the recipe of that commit made it): its
