@@ -53,6 +53,7 @@ _SPELLING: list[rules.Row] = [
 _COMFY = {"clip": (("clip_l", "clip_h"), ("clip_g",)), "t5": (("t5xxl",),), "qwen3": (("qwen3_4b", "qwen3_8b"),)}
 _AGAIN = "Use another copy of it."
 _WORDS = 8  # that are shown of a header
+_TRIGGER = "modelspec.trigger_phrase"
 _MOST = 1e6  # of an alpha and of a rank; real ones have up to four digits
 
 
@@ -113,7 +114,8 @@ def read(path: Path, model: Description) -> Adapter:
     if not moves:
         raise Error(f"{path} changes nothing: all of its numbers are 0.", _AGAIN)
     numbers = sum(math.prod(t.shape) for tensors in stored.values() for t in tensors.values())
-    return Adapter(path.stem, changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size)
+    words = tuple(file.metadata[key] for key in (_TRIGGER,) if file.metadata.get(key))
+    return Adapter(path.stem, changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size, words)
 
 
 def recognise(path: Path) -> bool:
@@ -139,8 +141,8 @@ def describe(path: Path) -> dict:
 def _words(path: Path) -> list[str]:
     """The words that a trainer noted in the header: the trigger phrase, or the most frequent tags."""
     notes = source.read(path).metadata
-    if "modelspec.trigger_phrase" in notes:
-        return [notes["modelspec.trigger_phrase"]]
+    if _TRIGGER in notes:
+        return [notes[_TRIGGER]]
     try:
         folders = json.loads(notes.get("ss_tag_frequency", "{}"))
         counts = [(n, tag) for tags in folders.values() for tag, n in tags.items() if isinstance(n, int)]

@@ -52,6 +52,7 @@ class Adapter:
     layers: dict[str, int]  # component -> how many of its layers the file changes
     ranks: tuple[int, ...]
     nbytes: int  # in memory, as long as it is known
+    words: tuple[str, ...] = ()  # that a prompt needs for it, as its trainer noted
 
     @property
     def inputs(self) -> int:

@@ -91,8 +91,9 @@ class Attached:
         return [self._word(*embedding(text))[0] for text in request.embeddings or ()]
 
     def taught(self, request: Request) -> list[str]:
-        """What these words are called."""
-        return [word.word for word in self.words(request)]
+        """What these words are called, and those that the LoRAs were trained on."""
+        learned = [word for adapter, _ in self.adapters(request) for word in adapter.words]
+        return [word.word for word in self.words(request)] + learned
 
     def _guide(self, guide: Guide, what: str, pictures: dict[tuple, Image]) -> Guide:
         """A guide with its fingerprints. Its picture goes into `pictures`."""

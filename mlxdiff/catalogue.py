@@ -7,7 +7,7 @@ import textwrap
 from . import advice, builtin, memory
 from .console import Parser, run, say
 from .errors import Error, did_you_mean
-from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Model
+from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Model, Word
 from .guides import MASKED
 from .recipe import WHOLE, default_dtype, recipe
 
@@ -48,6 +48,12 @@ def adapters(name: str | None) -> int:
     say(f"inpaint reads the start image and its mask: -i photo.png --mask door.png --control inpaint {MASKED}")
     say('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
     say('or, if it is a LoRA: mlxdiff generate "a lighthouse" -m sd15 --lora lcm')
+    say('or, with a word of the package: mlxdiff generate "a <teal> house" --embedding teal')
+    words = {name: row for (of, name), row in ADAPTERS.items() if family in (None, of) and isinstance(row, Word)}
+    if words:
+        say("\nThese were taught, and count where the prompt has their word:")
+        for name, row in words.items():
+            say(f"{name:27} {row.word:20} --embedding {name}")
     fast = {key: row for key, row in ADAPTERS.items() if row.role == "lora" and family in (None, key[0])}
     if fast:
         say("\nThese LoRAs bring settings, which are used where you give no others; most draw in few steps:")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from . import builtin
+from . import builtin, foreign
 from .families.base import SECOND_PASS
 from .guides import steps_on
 from .pipeline import Pipeline
@@ -39,6 +39,10 @@ def of_prompt(pipe: Pipeline, request: Request) -> Iterator[str]:
         second = pipe.description.guidance == SECOND_PASS
         why = "Without guidance above 1" if second else f"As {pipe.name} draws in one pass,"
         yield f"{why} a negative prompt does nothing."
+    for adapter, _ in pipe.attached.adapters(request):
+        if adapter.words and not any(word.lower() in request.prompt.lower() for word in adapter.words):
+            word = foreign.shown(adapter.words[0], 60)
+            yield f"{adapter.name} was trained with the word {word}: put it into the prompt."
     taught = pipe.attached.taught(request)
     unknown = builtin.notice(request.prompt, taught) if pipe.name == builtin.NAME else ""
     if unknown:

@@ -492,6 +492,7 @@ MAY = {
     "mlxdiff.notes": {
         "mlxdiff.builtin",
         "mlxdiff.families.base",
+        "mlxdiff.foreign",
         "mlxdiff.guides",
         "mlxdiff.pipeline",
         "mlxdiff.recipe",

@@ -23,6 +23,7 @@ from mlxdiff.description import published
 from mlxdiff.errors import Error
 from mlxdiff.recipe import recipe
 from mlxdiff.request import MAX_EDGE, Request
+from mlxdiff.store import adapters
 from mlxdiff.widgets import Studio, controls, gallery, history, settings, start_picture
 from mlxdiff.widgets.view import View, line
 from mlxdiff.widgets.worker import Cancelled, Update, Worker
@@ -1041,6 +1042,28 @@ def test_a_published_lora_is_chosen_by_its_name_and_brings_its_settings(studio, 
     assert "lcm" not in [entry.description for entry in studio.controls.loras._named.children[1:]]
     studio.model = "z-image-turbo"
     assert looked(studio)._named.children == ()
+
+
+def test_a_word_of_the_package_is_chosen_by_its_name(studio, monkeypatch):
+    """Without a folder. It changes no setting, and is there to click on, and known. (The studio's model is a fake, so
+    what fits it is said here.)"""
+    monkeypatch.delenv("MLXDIFF_LORAS", raising=False)
+    monkeypatch.setattr(adapters, "offered", lambda model: {"teal": families.ADAPTERS["sd1", "teal"]})
+    draw(studio)
+    before = studio.request()
+    studio.controls.loras_shown.value = True
+    entries = {entry.description: entry for entry in looked(studio)._named.children[1:]}
+    assert entries["teal"].tooltip == "learned word; built in; licence MIT."
+    entries["teal"].click()
+    request = studio.request()
+    assert request.embeddings == ("teal",)
+    for name in ("steps", "guidance", "sampler", "schedule"):
+        assert getattr(request, name) == getattr(before, name)
+    shown = looked(studio)
+    assert shown.words[0].about.value == "A learned word. It counts where the prompt has it:"
+    assert ">&lt;teal&gt;</button>" in shown.words[0].words.value
+    studio.prompt = "a <teal> house"
+    assert "does not know" not in studio.controls.why.value
 
 
 def test_a_taught_word_is_chosen_from_the_folder(studio, folder):

@@ -17,9 +17,9 @@ from .. import foreign
 from ..adapters import Taught
 from ..dialects import embedding, lora
 from ..errors import Error
-from ..families import Fast
+from ..families import Beside, Word
 from ..store import adapters as store
-from .adapter_rows import LoraRow, WordRow, about_fast
+from .adapter_rows import LoraRow, WordRow, about
 from .settings import Settings
 
 _SHOWN = 60  # files in the list; a search finds the others
@@ -28,19 +28,19 @@ _NO_FOLDER = "Start with `mlxdiff studio --lora-dir DIR` to choose from the file
 
 
 class Loras(w.VBox):
-    """`change` is called with the LoRAs that a person chose, `teach` with the words, as a request has them; `fast` with
-    the name of a published LoRA and what is known of it."""
+    """`change` is called with the LoRAs that a person chose, `teach` with the words, as a request has them; `named`
+    with the name of a published LoRA and what is known of it."""
 
     def __init__(self):
         self.change: Callable[[list[str]], None] = lambda loras: None
         self.teach: Callable[[list[str]], None] = lambda words: None
-        self.fast: Callable[[str, Fast], None] = lambda name, row: None
+        self.named: Callable[[str, Beside], None] = lambda name, row: None
         self.chosen: list[str] = []
         self.taught: list[str] = []
         self.rows: list[LoraRow] = []
         self.words: list[WordRow] = []
         self._files: list[tuple[Path, str]] = []
-        self._published: dict[str, Fast] = {}
+        self._published: dict[str, Beside] = {}
         self.looks: dict[Path, object] = {}  # of files, and of the names of published ones
         self._rows, self._list = w.VBox(), w.VBox().add_class("mlxdiff-lora-files")
         self._named = w.VBox().add_class("mlxdiff-lora-files")
@@ -65,8 +65,8 @@ class Loras(w.VBox):
         self._rows.children = [*self.rows, *self.words]
         self._show_list()
 
-    def offer(self, files: list[Path], folder: Path | None, note: str, published: dict[str, Fast]) -> None:
-        """The files of the folder, and the published LoRAs that fit. note: what to say instead of the files."""
+    def offer(self, files: list[Path], folder: Path | None, note: str, published: dict[str, Beside]) -> None:
+        """The files of the folder, and the LoRAs and words with names. note: what to say instead of the files."""
         self._published = published
         self._files = [(path, str(path.relative_to(folder).with_suffix(""))) for path in files]
         self.search.layout.display = None if len(files) > 8 else "none"
@@ -80,12 +80,15 @@ class Loras(w.VBox):
         found.sort(key=lambda each: isinstance(self.looks.get(each[0]), Error))  # those that fit are first
         self._list.children = [self._entry(*each) for each in found[:_SHOWN]]
         named = [self._name_entry(name, row) for name, row in self._published.items() if name not in taken]
-        heading = w.HTML("Published, by name:").add_class("mlxdiff-why")
+        heading = w.HTML("By name:").add_class("mlxdiff-why")
         self._named.children = [heading, *named] if named else []
 
-    def _name_entry(self, name: str, row: Fast) -> w.Button:
-        button = w.Button(description=name, tooltip=about_fast(row))
-        button.on_click(lambda _: self.fast(name, row))
+    def _name_entry(self, name: str, row: Beside) -> w.Button:
+        button = w.Button(description=name, tooltip=about(row))
+        if isinstance(row, Word):
+            button.on_click(lambda _: self.teach([*self.taught, name]))
+        else:
+            button.on_click(lambda _: self.named(name, row))
         return button
 
     def _entry(self, path: Path, name: str) -> w.Widget:
@@ -149,7 +152,7 @@ class Picker:
         self.rests = threading.Event()  # set after the last look
         list_.change = functools.partial(studio.set_trait, "loras")
         list_.teach = functools.partial(studio.set_trait, "embeddings")
-        list_.fast = self._take
+        list_.named = self._take
         unfold.observe(lambda change: self.look(), "value")
 
     def look(self) -> None:
@@ -192,7 +195,7 @@ class Picker:
             note = "Which of them fit is known once the model has drawn."
         named = [Path(name) for name in self._names()]
         looks = {} if model is None else self._looked([*files, *(p for p in named if os.path.isfile(p))], model)
-        published = {} if model is None else store.fast(model)
+        published = {} if model is None else store.offered(model)
         looks |= {Path(name): row for name, row in published.items() if Path(name) in named and Path(name) not in looks}
         if turn == self._turn:  # else another look has begun since
             self._list.show(self._studio.loras, self._studio.embeddings, looks)
@@ -200,17 +203,19 @@ class Picker:
             self._studio._judge()  # the words that are taught are known now
 
     def taught(self) -> list[str]:
-        """The taught words that are chosen, as far as they are known."""
+        """The words of the embeddings and LoRAs that are chosen, as far as they are known."""
         chosen = {Path(name): word for name, word in map(embedding, self._studio.embeddings)}
         looks = {path: getattr(look, "word", None) for path, look in self._list.looks.items()}
-        return [word for word in (chosen[path] or looks.get(path) for path in chosen) if word]
+        learned = [self._list.looks.get(Path(lora(text)[0])) for text in self._studio.loras]
+        words = [word for look in learned for word in getattr(look, "words", ())]
+        return [word for word in (chosen[path] or looks.get(path) for path in chosen) if word] + words
 
     def _names(self) -> list[str]:
         """The files and names that are chosen."""
         studio = self._studio
         return [lora(text)[0] for text in studio.loras] + [embedding(text)[0] for text in studio.embeddings]
 
-    def _take(self, name: str, row: Fast) -> None:
+    def _take(self, name: str, row: Beside) -> None:
         """Draw with a published LoRA, in the settings that it was made for."""
         self._studio.loras = [*self._studio.loras, f"{name}:{row.scale:g}"]
         self._studio._set(row.wants)

@@ -1,7 +1,7 @@
 """The families of models, and the named models. A family's file holds everything that is true of this family alone."""
 
 from . import flux, flux2, sd, sd3, sdxl, zimage
-from .base import PARTS, QUICK, Beside, Config, Defaults, Family, Fast, Model
+from .base import PARTS, QUICK, Beside, Config, Defaults, Family, Fast, Model, Word
 
 _FILES = (sd, sdxl, sd3, flux, flux2, zimage)  # a new family's file goes here
 
@@ -25,6 +25,7 @@ __all__ = [
     "Family",
     "Fast",
     "Model",
+    "Word",
     "find",
     "fitting",
     "name_of",
@@ -32,7 +33,7 @@ __all__ = [
 
 
 def fitting(family: Family, net: Config, role: str) -> dict[str, Beside]:
-    """The networks that have names, this role ("control", "reference" or "lora") and fit a denoiser of a family."""
+    """The networks with names and this role ("control", "reference", "lora", "word") that fit a family's denoiser."""
     rows = ((called, row) for (of, called), row in ADAPTERS.items() if (of, row.role) == (family.name, role))
     return {called: row for called, row in rows if row.fits(net)}
 

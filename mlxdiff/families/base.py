@@ -181,7 +181,7 @@ class Beside:
 
     @property
     def role(self) -> str:
-        """What people give it to: "control", "reference" or "lora"."""
+        """What people give it to: "control", "reference", "lora" or "word"."""
         return "reference" if self.tokens else "control"
 
 
@@ -209,6 +209,20 @@ class Fast(Beside):
     def wants(self) -> dict[str, int | float | str]:
         """The settings of a request that it was made for."""
         return {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "schedule")}
+
+
+@dataclass(frozen=True)
+class Word(Beside):
+    """A textual inversion that has a name here."""
+
+    word: str = ""
+
+    @property
+    def role(self) -> str:
+        return "word"
+
+    def __str__(self) -> str:  # for people
+        return f"a {self.kind}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from .. import builtin, foreign
 from ..adapters import Adapter, Rows, Taught, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, FAMILIES, Fast, fitting
+from ..families import ADAPTERS, FAMILIES, Beside, Fast, fitting
 from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, guides, local
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _MOST = 500  # files of a list
+_ROLE = {"LoRA": "lora", "embedding": "word"}
 FOLDER = "MLXDIFF_LORAS"  # an environment variable: where names are looked up
 
 
@@ -69,20 +70,21 @@ def here(name: str | Path, folder: Path | None = None) -> Path | None:
     return path
 
 
-def named(name: str | Path, model: Description) -> Fast | None:
-    """The published LoRA that a name means for a model; None if the name is not one of those. Raises if that LoRA was
-    made for another model."""
-    families = [of for (of, called), row in ADAPTERS.items() if called == str(name) and row.role == "lora"]
+def named(name: str | Path, model: Description, what: str = "LoRA") -> Beside | None:
+    """The published LoRA or embedding that a name means for a model; None if the name is not one of those. Raises if it
+    was made for another model."""
+    role = _ROLE[what]
+    families = [of for (of, called), row in ADAPTERS.items() if called == str(name) and row.role == role]
     if families and model.family.name not in families:
-        whose = " and ".join(FAMILIES[of].title for of in families)
-        fix = f"{model.family.title} has {', '.join(known)}." if (known := fast(model)) else "Leave it out."
-        raise Error(f"The LoRA {name} is for {whose}; {model.name} is {model.family.title}.", fix)
-    return guides.row(name, model, "lora")
+        whose, known = " and ".join(FAMILIES[of].title for of in families), fitting(model.family, model.net, role)
+        fix = f"{model.family.title} has {', '.join(known)}." if known else "Leave it out."
+        raise Error(f"The {what} {name} is for {whose}; {model.name} is {model.family.title}.", fix)
+    return guides.row(name, model, role)
 
 
-def published(name: str | Path, model: Description, folder: Path | None = None) -> Fast | None:
+def published(name: str | Path, model: Description, folder: Path | None = None, what: str = "LoRA") -> Beside | None:
     """As `named`; None if a file that is here has this name."""
-    return None if here(name, folder) is not None else named(name, model)
+    return None if here(name, folder) is not None else named(name, model, what)
 
 
 def scale(row: Fast | None, said: float | None) -> float:
@@ -105,7 +107,7 @@ def find(
     path = here(name, folder)
     if path is not None:
         return path
-    row = published(name, model, folder) if what == "LoRA" else None
+    row = published(name, model, folder, what)
     if row is not None and row.repo is None:
         return builtin.FOLDER.parent / row.file
     match = _HUB_ID.fullmatch(str(name))
@@ -115,10 +117,10 @@ def find(
 
 def check(name: str | Path, what: str, model: Description, folder: Path | None = None) -> None:
     """Raise unless `find` can find this name for this model, as far as it is known without the network."""
-    if here(name, folder) is not None or (what == "LoRA" and named(name, model) is not None):
+    if here(name, folder) is not None or named(name, model, what) is not None:
         return
     if not _HUB_ID.fullmatch(str(name)):
-        known = [*fast(model)] if what == "LoRA" else []
+        known = [*fitting(model.family, model.net, _ROLE[what])]
         names = f"{model.name} has {', '.join(known)}; or give" if known else "Give"
         fix = f"{did_you_mean(str(name), known)}{names} a .safetensors file, a hub id, or a name in the folder that"
         raise Error(f"There is no {what} {str(name)!r}.", f"{fix} `lora_dir=DIR` or MLXDIFF_LORAS names.")
@@ -151,6 +153,6 @@ def embedding(path: Path, model: Description, word: str | None = None) -> tuple[
     return embedding.read(path, model, word), fingerprint(path)
 
 
-def fast(model: Description) -> dict[str, Fast]:
-    """The published LoRAs that fit a model, by their names."""
-    return fitting(model.family, model.net, "lora")
+def offered(model: Description) -> dict[str, Beside]:
+    """The LoRAs and embeddings that fit a model, by their names."""
+    return fitting(model.family, model.net, "lora") | fitting(model.family, model.net, "word")

@@ -16,6 +16,7 @@ _ROLES = {  # -> what people call such a network, how it is given, what else a n
     "control": ("a network for control pictures", "`controls=[(MODEL, PICTURE)]`", "a hub id (org/repo), a folder"),
     "reference": ("a network for references", "`references=[(MODEL, PICTURE)]`", "a folder"),
     "lora": ("a LoRA", "`loras=[NAME]`", "a file"),
+    "word": ("an embedding", "`embeddings=[NAME]`", "a file"),
 }
 
 
