@@ -10,8 +10,9 @@ from types import NoneType, UnionType
 from .errors import Error, near
 
 # Options of `load`.
-OPTIONS = ("model", "bits", "dtype", "refiner", "taesd", "low_memory", "force", "request", "offline", "revision")
-OPTIONS += ("tokenizer", "prediction", "parts", "t5", "loras", "embeddings", "lora_dir", "prompt_cache", "progress")
+OPTIONS = ("model", "bits", "text_bits", "dtype", "refiner", "taesd", "low_memory", "force", "request", "offline")
+OPTIONS += ("revision", "tokenizer", "prediction", "parts", "t5", "loras", "embeddings", "lora_dir", "prompt_cache")
+OPTIONS += ("progress",)
 # Names from diffusers and similar programs -> our names.
 THEIRS = {
     "batch": "count",

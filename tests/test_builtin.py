@@ -164,11 +164,11 @@ def test_a_seed_is_a_picture(pipe):
 
 
 def test_the_negative_prompt_lowers_what_it_names(pipe, referee):
-    """The judge's belief in clouds where the prompt asks for them, over two seeds, with and without refusing them."""
+    """The judge's belief in clouds where the prompt leaves the sky open, over two seeds, with and without refusing."""
 
     def belief(**extra):
         settings = FEW | {"steps": 8} | extra
-        shown = [np.asarray(pipe("a red house by day with clouds", seed=s, **settings).image) for s in range(2)]
+        shown = [np.asarray(pipe("a red house by day", seed=s, **settings).image) for s in range(2)]
         logits = referee(mx.array(np.stack(shown).astype(np.float32) / 127.5 - 1))[2]
         return mx.softmax(logits, -1)[:, sb.SKIES.index("clouds")].mean().item()
 

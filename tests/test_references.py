@@ -225,7 +225,7 @@ def test_a_whole_clip_serves_as_vision_model(pipe, file, style, tmp_path):
 # ---- what is refused, in one line and before any work
 
 BAD = {
-    "no such adapter": ([("ip-adaptr", "S")], "There is no reference network, file or folder 'ip-adaptr'. Did"),
+    "no such adapter": ([("ip-adaptr", "S")], "There is no reference network, file or folder 'ip-adaptr'. Give"),
     "no such picture": ([("IP", "none.png")], "There is no picture at none.png."),
     "no network": (["S"], "has no network that reads it. Name an IP-Adapter or FLUX Redux before the"),
     "an interval without a step": ([Guide("S", "IP", interval=(0.1, 0.2))], "0.1 to 0.2 holds none of 4 steps"),

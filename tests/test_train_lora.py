@@ -235,8 +235,10 @@ def test_only_the_changes_move(pipe, rings, tmp_path):
     after = dict(tree_flatten(run.net.parameters()))
     assert len(frozen) > 100
     assert all(np.array_equal(after[k], v) for k, v in frozen.items())
-    moved = [k for k, v in changes(run.net).items() if not np.array_equal(v, before[k])]
-    assert len(moved) == len(before)
+    still = [k for k, v in changes(run.net).items() if np.array_equal(v, before[k])]
+    # At the deepest level a picture of 64 pixels is one place, which reads itself whatever it asks for.
+    assert len(still) < len(before) / 10
+    assert all(".attn1.to_q." in k or ".attn1.to_k." in k for k in still)
     state = mx.load(str(run.out / tune.RUN / "state.safetensors"))
     assert {k.removeprefix("model.") for k in state if k.startswith("model.")} == before.keys()  # nothing frozen
 

@@ -151,12 +151,12 @@ def velocity(theirs, x: torch.Tensor, t: torch.Tensor, args: dict) -> torch.Tens
     return out.transpose(1, 2).reshape(B, c, h, w)
 
 
-def close(ours, theirs: torch.Tensor | None) -> None:
-    """The error's length is at most NEAR of the whole's. What nothing reads, such as the queries of a last block's
+def close(ours, theirs: torch.Tensor | None, near: float = NEAR) -> None:
+    """The error's length is at most `near` of the whole's. What nothing reads, such as the queries of a last block's
     text, has no gradient on either side."""
     ours, theirs = np.array(ours), np.zeros(ours.shape) if theirs is None else theirs.detach().numpy()
     assert ours.shape == theirs.shape
-    assert np.linalg.norm(ours - theirs) <= NEAR * np.linalg.norm(theirs)
+    assert np.linalg.norm(ours - theirs) <= near * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("name", [*DIFFUSION, *FLOW, "sd1 with text", "sdxl with text"])
@@ -188,8 +188,11 @@ def test_gradients_and_three_steps_are_those_of_peft(models, photos, name, tmp_p
             chosen.step()
         assert [r.step for r in run.steps()] == [1, 2, 3]
         ours_now = ours_by_name(run, run.trained.trainable_parameters())
+        # AdamW divides a gradient by its own size: where it is tiny, as in a text encoder, rounding grows with it. Of
+        # SDXL with its encoders 3.8e-4 was seen on one kind of processor, and below 1e-4 on others.
+        near = 1e-3 if name == "sdxl with text" else NEAR
         for key, parameter in parameters.items():
-            close(ours_now[key], parameter)
+            close(ours_now[key], parameter, near)
     finally:
         without_peft(theirs, run)
 
