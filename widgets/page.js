@@ -151,17 +151,18 @@ function combobox(model) {
   return element;
 }
 
-function number(model) {
+const number = (whole) => (model) => {
   const control = h("input", { type: "number" }); // it has no min, from which its arrows would count the steps
   follow(model, ["step"], (step) => { control.step = step; });
   follow(model, ["value"], (value) => { control.value = value; });
   control.addEventListener("change", () => {
-    const value = Math.min(Math.max(Math.round(control.valueAsNumber), model.get("min")), model.get("max"));
+    const typed = whole ? Math.round(control.valueAsNumber) : control.valueAsNumber;
+    const value = Math.min(Math.max(typed, model.get("min")), model.get("max"));
     if (Number.isFinite(value)) model.put("value", value);
     control.value = model.get("value");
   });
   return field("widget-text", model, control);
-}
+};
 
 function slider(model) {
   const control = h("input", { type: "range" }), readout = h("output", { class: "widget-readout", for: model.id });
@@ -218,7 +219,8 @@ const KINDS = {
   TextView: text("widget-text", "input"),
   ComboboxView: combobox,
   TextareaView: text("widget-textarea", "textarea"),
-  IntTextView: number,
+  IntTextView: number(true),
+  FloatTextView: number(false),
   IntSliderView: slider,
   FloatSliderView: slider,
   DropdownView: list,
