@@ -171,6 +171,7 @@ def test_a_lora_by_keyboard_a_favourite_and_the_picture_in_full_screen(started, 
     zoom = lambda: float(stage.evaluate("e => e.style.getPropertyValue('--zoom')"))  # noqa: E731
     s.press("Full screen")
     expect(stage).to_have_css("width", "1440px")
+    page.wait_for_timeout(200)  # the style is there before the event that the keys wait for
     page.keyboard.press("+")
     assert zoom() == 1.25
     page.mouse.move(1000, 300)
