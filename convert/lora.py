@@ -114,7 +114,8 @@ def read(path: Path, model: Description) -> Adapter:
     if not moves:
         raise Error(f"{path} changes nothing: all of its numbers are 0.", _AGAIN)
     numbers = sum(math.prod(t.shape) for tensors in stored.values() for t in tensors.values())
-    words = tuple(file.metadata[key] for key in (_TRIGGER,) if file.metadata.get(key))
+    phrase = file.metadata.get(_TRIGGER)
+    words = (phrase,) if phrase else ()
     return Adapter(path.stem, changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size, words)
 
 
