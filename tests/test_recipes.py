@@ -1,13 +1,16 @@
 """The recipes that train the built-in model. References: an uninterrupted run for a resumed one, closed forms for what
 is measured, torch's own GroupNorm for ours."""
 
+import argparse
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from tests.recipes import cpu, student_torch, vae_torch  # noqa: E402
+import mlxdiff  # noqa: E402
+from tests.recipes import cpu, flow_torch, student_torch, vae_torch  # noqa: E402
 from tests.recipes import storybook_torch as st  # noqa: E402
 
 TINY = vae_torch.Settings(latents=2, channels=(8, 8), attention=False, size=32, steps=8)
@@ -143,3 +146,34 @@ def test_the_teachers_walk_equals_the_closed_form():
     for stop, s in zip(stops, levels, strict=True):
         share = (0.25 + s**2) ** 0.5 / (1 + s**2) ** 0.5 / start
         torch.testing.assert_close(stop, noise * share, rtol=0.032 if s == 0 else 0.012, atol=1e-5)
+
+
+def test_the_flow_sibling_is_a_public_folder_that_diffusers_and_we_draw_alike_with(tmp_path, monkeypatch):
+    """Random weights, both in float32 from the same float16 files, T5 left out: above 40 dB. And the one token that
+    stands for T5's 256 in training, against all 256 of them in diffusers' attention."""
+    import diffusers
+
+    torch.manual_seed(0)
+    net = flow_torch.network()
+    torch.nn.init.normal_(net.proj_out.weight, std=0.1)
+    torch.save({"mean_transformer": net.state_dict()}, tmp_path / "transformer.pt")
+    flow_torch.export(argparse.Namespace(run=tmp_path, folder=tmp_path / "flow", start=st.START))
+    file = tmp_path / "flow" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert file.stat().st_size < 8_000_000
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "flow", torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(1)
+    small = {"height": 64, "width": 64, "guidance_scale": 4.0}
+    (want,) = theirs("a red house", num_inference_steps=3, generator=g, output_type="np", **small).images
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))
+    pipe = mlxdiff.load(tmp_path / "flow", dtype="float32")
+    ours = pipe("a red house", seed=1, steps=3, guidance=4.0, width=64, height=64).image
+    assert -10 * np.log10(np.square(np.asarray(ours) / 255 - want).mean()) > 40
+
+    ids = theirs.tokenizer("a red house", padding="max_length", return_tensors="pt").input_ids
+    context, pooled = flow_torch.read(st.known_text(st.START), ids)
+    x, t = torch.randn(1, 8, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        whole = net(x, torch.nn.functional.pad(context, (0, 0, 0, flow_torch.LEFT_OUT - 1)), pooled, t).sample
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flow_torch.attention)
+        torch.testing.assert_close(net(x, context, pooled, t).sample, whole, rtol=1e-3, atol=1e-4)

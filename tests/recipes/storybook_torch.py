@@ -55,7 +55,7 @@ SCHEDULE = {
     "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction",
 }  # fmt: skip
 SCALE = 0.18215
-AVERAGE_EVERY = 8
+BATCH, AVERAGE_EVERY = 32, 8
 VAE, START = Path(__file__).parent / "vae256", Path("mlxdiff/builtin/storybook")
 
 # --- networks
@@ -211,13 +211,7 @@ def whitening():
 
 
 def train_unet(args, rank: int) -> None:
-    """Each process trains by itself and every eight steps their weights are averaged: neither waits often for the
-    other. v-prediction, timesteps stratified over the batch and leaning to high noise, one caption in ten empty, EMA
-    0.995. The rate is constant, then falls to nothing from `--decay` of the time on."""
-    run, batch = args.run, 32
-    mean, into, _ = whitening()
-    data = [{k: torch.from_numpy(v) for k, v in np.load(f).items()} for f in sorted(run.glob("latents_???.npz"))]
-    end = int(data[0]["ids"].max())  # the last id; the one before it starts a caption
+    """v-prediction, timesteps stratified over the batch and leaning to high noise."""
     unet, text = new_unet().to(memory_format=torch.channels_last), known_text(args.start)
     known = load_file(args.start / "unet" / "diffusion_pytorch_model.safetensors")
     if "down_blocks.3.resnets.0.conv1.weight" not in known:
@@ -225,19 +219,40 @@ def train_unet(args, rank: int) -> None:
     unset = unet.load_state_dict(known, strict=False)
     assert not unset.unexpected_keys
     assert all(name.startswith(NEW) for name in unset.missing_keys)
-    means = [copy.deepcopy(net).requires_grad_(False) for net in (unet, text)]
     text.requires_grad_(not args.words_known)
-    params = [*unet.parameters(), *text.parameters()]
-    mean_params = [p for net in means for p in net.parameters()]
-    muon, adam = cpu.optimizers([unet, text], args.rate, momentum=0.95, decay=0.01)
-    state = {"unet": unet, "text": text, "mean_unet": means[0], "mean_text": means[1], "muon": muon, "adam": adam}
+    alpha_bar = DDIMScheduler(**SCHEDULE).alphas_cumprod
+
+    def loss(x0, ids, g):
+        u = (torch.arange(BATCH) + torch.rand(1, generator=g)) / BATCH
+        t = (u**0.85 * 1000).long().clamp(0, 999)[torch.randperm(BATCH, generator=g)]
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        noise = torch.randn(BATCH, GRID, GRID, LATENTS, generator=g).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            v = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample
+        return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * x0)
+
+    learn(args, rank, {"unet": unet, "text": text}, loss)
+
+
+def learn(args, rank: int, nets: dict[str, nn.Module], loss) -> None:
+    """Lower loss(x0, ids, generator) of whitened latents and captions. Each process trains by itself and every eight
+    steps their weights are averaged: neither waits often for the other. One caption in ten is empty; EMA 0.995. The
+    rate is constant, then falls to nothing from `--decay` of the time on. All is kept in a file of the first net's
+    name."""
+    run, file = args.run, args.run / f"{next(iter(nets))}.pt"
+    mean, into, _ = whitening()
+    data = [{k: torch.from_numpy(v) for k, v in np.load(f).items()} for f in sorted(run.glob("latents_???.npz"))]
+    end = int(data[0]["ids"].max())  # the last id; the one before it starts a caption
+    means = {f"mean_{name}": copy.deepcopy(net).requires_grad_(False) for name, net in nets.items()}
+    params, mean_params = ([p for net in some.values() for p in net.parameters()] for some in (nets, means))
+    muon, adam = cpu.optimizers(nets.values(), args.rate, momentum=0.95, decay=0.01)
+    state = {**nets, **means, "muon": muon, "adam": adam}
     step = resumed = 0
-    if (run / "unet.pt").exists():
-        stored = torch.load(run / "unet.pt")
+    if file.exists():
+        stored = torch.load(file)
         step = resumed = stored.pop("step")
         for name, part in stored.items():
             state[name].load_state_dict(part)
-    alpha_bar = DDIMScheduler(**SCHEDULE).alphas_cumprod
     g = torch.Generator().manual_seed(1000 * step + rank + 1)
     start = saved = time.time()
     progress = total = 0.0
@@ -249,25 +264,19 @@ def train_unet(args, rank: int) -> None:
         lr = args.rate * min(1, (step + 1) / 80, (step - resumed + 1) / 20) * min(1, (1 - progress) / (1 - args.decay))
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr, 0.15 * lr
         shard = data[torch.randint(len(data), (1,), generator=g).item()]
-        i = torch.randint(SHARD, (batch,), generator=g)
+        i = torch.randint(SHARD, (BATCH,), generator=g)
         x0 = ((shard["mean"][i].float() - mean) @ into).permute(0, 3, 1, 2)
-        ids = shard["ids"][i, torch.randint(CAPTIONS, (batch,), generator=g)].long()
+        ids = shard["ids"][i, torch.randint(CAPTIONS, (BATCH,), generator=g)].long()
         scribble(ids, end, g)
-        ids[torch.rand(batch, generator=g) < 0.1] = torch.tensor([end - 1] + [end] * (POSITIONS - 1))
-        u = (torch.arange(batch) + torch.rand(1, generator=g)) / batch
-        t = (u**0.85 * 1000).long().clamp(0, 999)[torch.randperm(batch, generator=g)]
-        a = alpha_bar[t].view(-1, 1, 1, 1)
-        noise = torch.randn(batch, GRID, GRID, LATENTS, generator=g).permute(0, 3, 1, 2)
-        with torch.autocast("cpu", torch.bfloat16):
-            v = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample
-        loss = F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * x0)
-        for net in (unet, text):
+        ids[torch.rand(BATCH, generator=g) < 0.1] = torch.tensor([end - 1] + [end] * (POSITIONS - 1))
+        error = loss(x0, ids, g)
+        for net in nets.values():
             net.zero_grad(set_to_none=True)
-        loss.backward()
+        error.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         muon.step()
         adam.step()
-        step, total = step + 1, total + loss.item()
+        step, total = step + 1, total + error.item()
         if step % AVERAGE_EVERY == 0:
             cpu.average_weights(params)
         if rank == 0:
@@ -277,9 +286,9 @@ def train_unet(args, rank: int) -> None:
                 total = 0.0
             if time.time() - saved > 240:
                 saved = time.time()
-                save({name: part.state_dict() for name, part in state.items()} | {"step": step}, run / "unet.pt")
+                save({name: part.state_dict() for name, part in state.items()} | {"step": step}, file)
     if rank == 0:
-        save({name: part.state_dict() for name, part in state.items()} | {"step": step}, run / "unet.pt")
+        save({name: part.state_dict() for name, part in state.items()} | {"step": step}, file)
 
 
 def scribble(ids, end: int, g) -> None:
