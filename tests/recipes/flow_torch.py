@@ -7,10 +7,11 @@ a rectified flow, on the same latents and words. Torch on CPU cores; after `rend
     python -m tests.recipes.flow_torch measure RUN FOLDER
 
 `train` saves every four minutes and goes on from there when it is started again. It begins with latents of half the
-width and height, a quarter of the positions at a quarter of the cost, where it learns what a scene is. The folder has the autoencoder of the
-model that is named by --start, and its text encoder twice, in the places of SD3's two CLIPs; there is no T5. Where T5
-is left out, SD3 reads 256 tokens of zeros instead. They stay equal in every layer, so `train` reads one of them, whose
-share in the attention is that of 256."""
+width and height, a quarter of the positions at a quarter of the cost, where it learns what a scene is.
+
+The folder has the autoencoder of the model that is named by --start, and its text encoder twice, in the places of SD3's
+two CLIPs; there is no T5. Where T5 is left out, SD3 reads 256 tokens of zeros instead. They stay equal in every layer,
+so `train` reads one of them, whose share in the attention is that of 256."""
 
 import argparse
 import math
