@@ -261,7 +261,8 @@ def learn(args, rank: int, nets: dict[str, nn.Module], loss) -> None:
             progress = cpu.agree((time.time() - start) / (60 * args.minutes))
         if progress >= 1:
             break
-        lr = args.rate * min(1, (step + 1) / 80, (step - resumed + 1) / 20) * min(1, (1 - progress) / (1.001 - args.decay))
+        fall = min(1, (1 - progress) / max(1 - args.decay, 1e-3))
+        lr = args.rate * min(1, (step + 1) / 80, (step - resumed + 1) / 20) * fall
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr, 0.15 * lr
         shard = data[torch.randint(len(data), (1,), generator=g).item()]
         i = torch.randint(SHARD, (BATCH,), generator=g)
