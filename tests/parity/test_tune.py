@@ -38,6 +38,7 @@ TOKENS = 64  # of a text for FLUX.2, in place of 512: sooner
 CONVS = ("conv1", "conv2", "conv", "conv_in", "conv_out", "conv_shortcut", "proj_in")
 MORE = {f"{name} with text": {"text_encoder": True} for name in ("sd1", "sdxl")}
 MORE |= {"sd1 in all layers": {"layers": ("all",), "rank": 6}, "sdxl with convolutions": {"layers": CONVS}}
+MORE |= {"zimage in all layers": {"layers": ("all",)}}  # two of them have other names in diffusers
 
 
 @pytest.fixture(scope="module")
