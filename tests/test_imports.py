@@ -638,7 +638,13 @@ MAY = {
         "mlxdiff.train.*",
     },
     "mlxdiff.train.swap": {"mlxdiff.pipeline", "mlxdiff.surgery", "mlxdiff.train.fit"},
-    "mlxdiff.train.lora": {"mlxdiff.adapters", "mlxdiff.description", "mlxdiff.errors", "mlxdiff.train.fit"},
+    "mlxdiff.train.lora": {
+        "mlxdiff.adapters",
+        "mlxdiff.description",
+        "mlxdiff.errors",
+        "mlxdiff.models.layers",
+        "mlxdiff.train.fit",
+    },
     "mlxdiff.train.inversion": {
         "mlxdiff.adapters",
         "mlxdiff.conditioning",

@@ -280,6 +280,9 @@ class Conv3x3(nn.Conv2d):
     def __call__(self, x: mx.array) -> mx.array:
         return conv3x3(x, self.weight, self.get("bias"))
 
+    def without_bias(self, x: mx.array) -> mx.array:
+        return conv3x3(x, self.weight)
+
 
 class ResBlock(nn.Module):
     """Two convolutions and a skip. `shift`, (B or 1, c), comes from `time_shift` and is added between them."""
@@ -304,10 +307,10 @@ class ResBlock(nn.Module):
 
     @cpu.by_sample
     def of_shift(self, x: mx.array, shift: mx.array) -> mx.array:
-        h = self.norm2(conv3x3(self.norm1(x), self.conv1.weight), shift)
+        h = self.norm2(self.conv1.without_bias(self.norm1(x)), shift)
         skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
         if mx.default_device() == mx.gpu:
-            return added(conv3x3(h, self.conv2.weight), self.conv2.bias, skip)
+            return added(self.conv2.without_bias(h), self.conv2.bias, skip)
         return self.conv2(h) + skip
 
 
