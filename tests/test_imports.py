@@ -721,6 +721,7 @@ MAY = {
     "mlxdiff.widgets.gallery": {
         "mlxdiff.dialects",
         "mlxdiff.errors",
+        "mlxdiff.foreign",
         "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.pictures",
