@@ -728,8 +728,40 @@ def test_a_picture_without_settings_says_so(studio):
 def test_a_file_that_is_gone_is_named(studio):
     draw(studio)
     studio.images[0].path.unlink()
-    with pytest.raises(Error, match="cannot be read"):
+    with pytest.raises(Error, match="There is no picture at"):
         _ = studio.images[0].image
+    with pytest.raises(Error, match="cannot be read"):
+        studio.images[0]._repr_png_()
+
+
+@pytest.mark.parametrize("now", ["gone", "text", "pipe", "folder", "cut"])
+def test_a_picture_that_changed_while_it_is_shown_is_one_line(studio, now):
+    """Whatever the page asks for, the studio goes on, and deleting another picture shows none that cannot be read."""
+    for seed in (1, 2):
+        studio.seed = seed
+        draw(studio)
+    keys, path = [entry["key"] for entry in studio.view.history], studio.images[0].path
+    data = path.read_bytes()
+    path.unlink()
+    if now == "pipe":
+        os.mkfifo(path)
+    elif now == "folder":
+        path.mkdir()
+    elif now != "gone":
+        path.write_bytes(b"hello" if now == "text" else data[: len(data) // 2])
+    asked = [{"do": "copy", "ending": ending} for ending in ("png", "jpg", "webp")] + [{"do": "begin"}, {"do": "paint"}]
+    for message in [*asked, *[{"do": "view"}] * (now not in ("text", "cut"))]:
+        studio.view._handle_custom_msg({**message, "key": keys[0]}, [])
+        assert path.name in studio.status, message
+        assert "\n" not in studio.status
+        studio.view.say("Ready")
+    for do in ("seed", "restore", "star"):  # these need no file
+        heard(studio, do=do, key=keys[0])
+    heard(studio, do="delete", key=keys[1])
+    assert [entry["key"] for entry in studio.view.history] == keys[:1]
+    assert studio.view.shown.get("key") == (keys[0] if now in ("text", "cut") else None)
+    assert len(studio.images) == 1
+    draw(studio)
 
 
 # --- the start picture

@@ -172,6 +172,7 @@ DAMAGED = {
     "unknown way": other("machines", "m", value={"warp": [[[1], True]]}),
     "foreign sizes": other("machines", "m", "unfold", value=[[[0, 0], True]]),
     "no sizes": other("machines", "m", "unfold", value=[]),
+    "more cases than there are": other("machines", "m", "unfold", value=[[[512, 4096], True]] * 9),
     "not a choice": other("machines", "m", "unfold", value=[[[512, 4096], 1]]),
     "nested": "[" * 100_000,
 }
