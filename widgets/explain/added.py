@@ -146,8 +146,8 @@ def teal(image: Image.Image) -> float:
 class LearnedWord(Lesson):
     title = "A word is a place"
     idea = (
-        f"The model has no word for teal. Training found one vector for <code>{escape(TAUGHT)}</code> and changed nothing else. Above "
-        "it is made shorter and longer, below it is moved to another word."
+        f"The model has no word for teal. Training found one vector for <code>{escape(TAUGHT)}</code> and changed "
+        "nothing else. Above it is made shorter and longer, below it is moved to another word."
     )
     trying = "Move it to another colour. Is there a middle, or does one word win at once?"
 
