@@ -851,6 +851,7 @@ MAY = {
         "mlxdiff.families",
         "mlxdiff.probe",
         "mlxdiff.train.*",
+        "mlxdiff.train.storybook.sketches",
         "mlxdiff.widgets.explain.*",
     },
     "mlxdiff.widgets.explain.blocks": {
