@@ -860,6 +860,21 @@ MAY = {
         "mlxdiff.train.*",
         "mlxdiff.widgets.explain.*",
     },
+    "mlxdiff.widgets.explain.adapters": {
+        "mlxdiff.errors",
+        "mlxdiff.families",
+        "mlxdiff.surgery",
+        "mlxdiff.train.*",
+        "mlxdiff.widgets.explain.*",
+    },
+    "mlxdiff.widgets.explain.added": {
+        "mlxdiff.builtin",
+        "mlxdiff.families",
+        "mlxdiff.probe",
+        "mlxdiff.train.*",
+        "mlxdiff.train.storybook.sketches",
+        "mlxdiff.widgets.explain.*",
+    },
     "mlxdiff.widgets.explain.blocks": {
         "mlxdiff.families",
         "mlxdiff.models.build",

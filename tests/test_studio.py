@@ -194,6 +194,17 @@ def test_quick_takes_the_models_own_lora_and_another_preset_leaves_it_out(studio
     assert studio.steps == 10
 
 
+def test_a_page_that_has_not_seen_what_a_button_set_does_not_undo_it(studio):
+    """Its settings travel with the request for a run, and may be older than the button's."""
+    before = studio.view.turn
+    studio._set({"steps": 7})
+    heard(studio, do="generate", settings={"steps": 3}, turn=before)
+    assert studio.steps == 7
+    heard(studio, do="generate", settings={"steps": 3}, turn=studio.view.turn)
+    assert studio.steps == 3
+    settled(studio)
+
+
 def test_naming_a_model_brings_its_defaults(studio):
     studio.model = "sdxl"
     assert (studio.width, studio.steps, studio.guidance) == (1024, 30, 5.0)

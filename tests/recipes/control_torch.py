@@ -36,7 +36,8 @@ from mlxdiff import detect
 from mlxdiff.train import judge
 from mlxdiff.train import measure as world
 from mlxdiff.train import storybook as sb
-from tests.recipes import cpu, sketches
+from mlxdiff.train.storybook import sketches
+from tests.recipes import cpu
 from tests.recipes.storybook_torch import (
     CAPTIONS,
     GRID,
