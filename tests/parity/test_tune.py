@@ -194,8 +194,11 @@ def test_gradients_and_three_steps_are_those_of_peft(models, photos, name, tmp_p
                 assert abs(value.item() - want.item()) < NEAR * want.item()
                 grads = ours_by_name(run, grads)
                 assert grads.keys() == parameters.keys()
+                # Through SDXL's deepest levels and both encoders rounding adds up: 1.07e-4 was seen on one kind of
+                # processor, for one matrix.
+                near = 2e-4 if name == "sdxl with text" else NEAR
                 for key, parameter in parameters.items():
-                    close(grads[key].reshape(parameter.shape), parameter.grad)
+                    close(grads[key].reshape(parameter.shape), parameter.grad, near)
                 assert sum(np.array(g).any() for g in grads.values()) > 0.8 * len(grads)
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             chosen.step()
