@@ -156,7 +156,7 @@ def test_the_flow_sibling_is_a_public_folder_that_diffusers_and_we_draw_alike_wi
     torch.manual_seed(0)
     net = flow_torch.network()
     torch.nn.init.normal_(net.proj_out.weight, std=0.1)
-    torch.save({"mean_transformer": net.state_dict()}, tmp_path / "transformer.pt")
+    torch.save({"transformer": net.state_dict()}, tmp_path / "transformer.pt")
     flow_torch.export(argparse.Namespace(run=tmp_path, folder=tmp_path / "flow", start=st.START))
     file = tmp_path / "flow" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert file.stat().st_size < 8_000_000
