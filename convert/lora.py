@@ -162,16 +162,20 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def layers(component: str, config: build.Config) -> dict[str, Rows]:
-    """The linear layers of a network by their names in diffusers and transformers. Where our layer is several of theirs
-    in one, each is some of its rows."""
+    """The layers of a network that multiply, by their names in diffusers and transformers. Where our layer is several
+    of theirs in one, each is some of its rows."""
     module, places = MODULES[build.name_of(config)], _layers(component, config)
+    pointwise = module.pointwise(config) if hasattr(module, "pointwise") else ()
     others = module.layers(config) if hasattr(module, "layers") else []
     ours = [name for name in places if name not in others]
     found = {}
     for name in others if any(re.search(module.ORIGINAL, f"{n}.") for n in ours) else ours:
         (rows, *more) = places[name].weight if name in places and places[name].weight else (None,)
-        if rows is not None and not more and rows.parts == 1 and len(rows.shape) == 2:
-            found[name] = Rows(rows.parameter.rpartition(".")[0], rows.first, rows.shape[0])
+        if rows is not None and not more and rows.parts == 1 and len(rows.shape) in (2, 4):
+            kernel = rows.shape[1:3] if len(rows.shape) == 4 else None
+            kernel = (1, 1) if name.rpartition(".")[2] in pointwise else kernel
+            (name,) = rules.rename(name, getattr(module, "PUBLISHED", []))
+            found[name] = Rows(rows.parameter.rpartition(".")[0], rows.first, rows.shape[0], kernel)
     return found
 
 

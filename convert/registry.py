@@ -19,6 +19,11 @@ a module of which a whole CLIP holds a network also
 
     of_whole(s)                the network's settings, from the whole one's config.json
 
+one whose layers have other names in diffusers, or are convolutions there, also
+
+    PUBLISHED                  rules from our layers' names to diffusers', where these are not ours
+    pointwise(config)          the last names of linear layers that are convolutions of 1 x 1 there
+
 a module whose published config.json is wrong also
 
     corrected(config, shapes)  its Config, from what config.json says and from shapes

@@ -261,6 +261,11 @@ _ATTENTION = [f"attn{n}.to_{part}" for n in (1, 2) for part in ("q", "k", "v", "
 _TRANSFORMER = [*_ATTENTION, "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"]
 
 
+def pointwise(config: Config) -> tuple[str, ...]:
+    """The last names of our linear layers that are convolutions of 1 x 1 in diffusers."""
+    return ("conv_shortcut",) if config.linear_projection else ("conv_shortcut", "proj_in", "proj_out")
+
+
 def layers(config: Config) -> list[str]:
     """The layers' original names."""
     names = ["time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.0", "out.2"]

@@ -13,6 +13,7 @@ TABLE: list[Row] = [
     (r"\.attention\.out\.", ".attention.to_out.0."),
     (r"\.attention\.qkv\.weight$", tuple(f".attention.to_{p}.weight" for p in "qkv")),
 ]
+PUBLISHED: list[Row] = [(r"^(x_embedder|final_layer)\b", r"all_\1.2-1")]  # our layers' names to diffusers'
 LAYOUTS = {"zimage": of_transformer("z-image", {"qwen3_4b": "text_encoder"}, vae="ae.safetensors")}
 CLASSES = ("ZImageTransformer2DModel",)
 ORIGINAL = r"\.attention\.qkv\."

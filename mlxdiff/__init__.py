@@ -1,8 +1,12 @@
 """Stable Diffusion in plain Python on MLX."""
 
-from importlib import import_module as _import_module
-from pathlib import Path as _Path
-from typing import TYPE_CHECKING
+from . import loading as _loading
+
+_loading.begin()  # first of all: loading takes a while
+
+from importlib import import_module as _import_module  # noqa: E402
+from pathlib import Path as _Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 __version__ = "0.1.0"
 

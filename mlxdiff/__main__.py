@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("mlxdiff", lambda: _main(sys.argv[1:] if argv is None else argv))  # Ctrl-C while modules are loaded too
+    return run("mlxdiff", lambda: _main(sys.argv[1:] if argv is None else argv), loads=True)
 
 
 def _main(argv: list[str]) -> int:

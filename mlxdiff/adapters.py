@@ -17,6 +17,7 @@ class Rows(NamedTuple):
     layer: str
     first: int
     rows: int
+    kernel: tuple[int, ...] | None = None  # (h, w) of a convolution there; one of 1 x 1 is a linear layer here
 
 
 @dataclass(frozen=True)

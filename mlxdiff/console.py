@@ -8,17 +8,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 from urllib.parse import unquote, urlsplit
 
+from . import loading
 from .arguments import NEITHER, THEIRS
 from .errors import Error, did_you_mean
 from .foreign import lines, shown
+from .loading import INTERRUPTED
 from .spelling import as_flags, flag
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,17 +64,19 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def run(prog: str, body: Callable[[], int]) -> int:
+def run(prog: str, body: Callable[[], int], loads: bool = False) -> int:
     """Run `body` and return its exit code. An Error prints one line and returns 1, Ctrl-C returns 130, and a closed
-    pipe prints nothing. A signal that would end this process is SystemExit."""
+    pipe prints nothing. A signal that would end this process is SystemExit. loads: the body only loads the modules of a
+    command and calls it, which runs as this does."""
     open_streams()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about a picture's size or EXIF, which are read all the same
     try:
-        try:
-            with _leaving():
-                code = body()
-        finally:
-            _flush(sys.stdout)
+        with nullcontext() if loads else loading.done():
+            try:
+                with _leaving():
+                    code = body()
+            finally:
+                _flush(sys.stdout)
         return code
     except Error as e:
         warn(f"{prog}: {' '.join(as_flags(str(e)).split())}")

@@ -110,12 +110,13 @@ def _enlarged(settings: dict) -> dict:
     return shared | {"Hires upscale": f"{scale:g}", "Hires upscaler": "Lanczos" if by is None else by}
 
 
-_LORA = re.compile(r"<lora:([^:<>]+)(?::([-+.\d]+))?[^<>]*>")
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?[^<>]*>")
 
 
 def loras(prompt: str) -> tuple[str, list[str]]:
-    """A prompt without A1111's <lora:name:scale>, and these LoRAs as a request has them."""
-    named = [f"{name}:{scale}" if scale else name for name, scale in _LORA.findall(prompt)]
+    """A prompt without A1111's <lora:name:scale>, and these LoRAs as a request has them. What is no scale stays, to be
+    refused; what extensions add behind it, and values with names, are left out."""
+    named = [f"{name}:{scale}" if scale.strip() and "=" not in scale else name for name, scale in _LORA.findall(prompt)]
     return (_LORA.sub("", prompt).strip(), named) if named else (prompt, named)
 
 

@@ -26,6 +26,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # that are read
 MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
 MOST_PIXELS = 10**8  # of a picture that is read: half a gigabyte; only a few cameras make larger ones
 _MOST_WORK = 2**32  # scans times pixels of a JPEG: some seconds
+_MOST_PARTS, _LARGE = 64, 2**24  # of EXIF in a JPEG; bytes of a file in which more could be
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
 _MOST_NAME = 255  # bytes of a file name, on every common file system
 _STRIP = 256  # rows
@@ -73,7 +74,7 @@ def read(source: str | Path | Image.Image, ground: str = "white", alpha: bool = 
         return made
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """A picture in strips, each with the row that it begins in: less to hold in another form."""
     for top in range(0, image.height, _STRIP):
         yield top, image.crop((0, top, image.width, min(image.height, top + _STRIP)))
@@ -82,7 +83,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Of a grey picture in 16 bits."""
     made = Image.new("L", image.size)
-    for top, strip in _strips(image):
+    for top, strip in strips(image):
         made.paste(Image.fromarray((np.asarray(strip).astype(np.float32) / 257).round().astype(np.uint8)), (0, top))
     return made
 
@@ -90,7 +91,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _grounded(image: Image.Image, ground: str) -> Image.Image:
     """A transparent picture on a ground, in RGB."""
     made = Image.new("RGB", image.size)
-    for top, strip in _strips(image):
+    for top, strip in strips(image):
         strip = Image.alpha_composite(Image.new("RGBA", strip.size, ground), strip.convert("RGBA"))
         made.paste(strip.convert("RGB"), (0, top))
     return made
@@ -136,6 +137,7 @@ def open_file(file: Path | io.BytesIO) -> Image.Image:
     Raises OSError if decoding it would take far more work or memory than its pixels are worth."""
     if isinstance(file, Path):
         foreign.check_regular(file)
+    _check_exif(file)
     image = Image.open(file, formats=FORMATS)
     pixels = image.width * image.height
     if pixels > MOST_PIXELS:
@@ -143,6 +145,16 @@ def open_file(file: Path | io.BytesIO) -> Image.Image:
     if "progressive" in image.info and pixels * _scans(file) > _MOST_WORK:
         raise OSError(0, "it is a JPEG in more scans than its pixels need")
     return image
+
+
+def _check_exif(file: Path | io.BytesIO) -> None:
+    """Refuse a large JPEG whose EXIF is in many parts: joining them takes Pillow a time that grows with their square,
+    minutes for a file of 130 MB. Pictures have one."""
+    size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+    if size > _LARGE:
+        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+        if data.startswith(b"\xff\xd8") and data.count(b"Exif\0\0") > _MOST_PARTS:
+            raise OSError(0, f"it is a JPEG whose EXIF has more than {_MOST_PARTS} parts")
 
 
 def _scans(file: Path | io.BytesIO) -> int:
@@ -168,7 +180,7 @@ def cut(
 
 def fingerprint(image: Image.Image) -> str:
     seen = hashlib.sha256(repr(image.size).encode())
-    for _, strip in _strips(image):
+    for _, strip in strips(image):
         seen.update(strip.tobytes())
     return seen.hexdigest()[:16]
 

@@ -72,12 +72,15 @@ def _as_jpeg(path: Path, bands: str) -> dict:
     if max(image.size) > images.MOST_EDGE["JPEG"]:
         return {"quality": metadata.QUALITY, "impossible": f"it has {max(image.size)} pixels along an edge"}
     image.save(out, "JPEG", quality=metadata.QUALITY)
-    apart = np.abs(np.asarray(image).astype(np.int16) - np.asarray(images.read(out)))
-    mean = float(np.mean(apart.astype(np.float32) ** 2))
+    copy, squares, most = images.read(out), 0, 0
+    for (_, strip), (_, other) in zip(images.strips(image), images.strips(copy), strict=True):
+        apart = np.abs(np.asarray(strip).astype(np.int32) - np.asarray(other))
+        squares, most = squares + int((apart**2).sum(dtype=np.int64)), max(most, int(apart.max()))
+    mean = squares / (3 * image.width * image.height)
     return {
         "quality": metadata.QUALITY,
         "bytes": len(out.getvalue()),
-        "largest_change": int(apart.max()),
+        "largest_change": most,
         "decibels": None if mean == 0 else round(10 * math.log10(255**2 / mean), 1),
         "transparency": "A" in bands,
     }

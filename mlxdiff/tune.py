@@ -290,10 +290,11 @@ def _sound(choices) -> bool:
         pair = isinstance(case, list) and len(case) == 2 and isinstance(case[0], list) and type(case[1]) is bool
         return pair and all(type(n) is int for n in case[0]) and tuple(case[0]) in sizes_of[way]
 
-    return isinstance(choices, dict) and all(
-        way in sizes_of and isinstance(of_way, list) and of_way and all(known_case(way, case) for case in of_way)
-        for way, of_way in choices.items()
-    )
+    def known_cases(way: str, of_way) -> bool:
+        few = isinstance(of_way, list) and 0 < len(of_way) <= len(sizes_of.get(way, ()))  # before a long list is read
+        return few and all(known_case(way, case) for case in of_way)
+
+    return isinstance(choices, dict) and all(known_cases(way, of_way) for way, of_way in choices.items())
 
 
 # --- the command

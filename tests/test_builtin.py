@@ -15,7 +15,7 @@ from mlxdiff.models.unet import UNet
 from mlxdiff.store import hub
 from mlxdiff.train import judge, measure, recipe
 from mlxdiff.train import storybook as sb
-from tests.recipes import sketches
+from mlxdiff.train.storybook import sketches
 
 FOLDER = Path(mlxdiff.__file__).parent / "builtin" / "storybook"
 LINES = FOLDER.parent / "lines"

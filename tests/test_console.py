@@ -4,12 +4,14 @@ import importlib.metadata
 import json
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from mlxdiff import console, dialects, store
+from mlxdiff import __version__, console, dialects, store
 from mlxdiff.__main__ import main
 from mlxdiff.console import Parser, install
 from mlxdiff.errors import Error, did_you_mean, near
@@ -169,3 +171,38 @@ def test_a_help_in_a_locale_without_its_letters(capsys, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             main(["score", "--help"])
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("words", [["mlxdiff.generate", "x"], ["mlxdiff", "models"], ["mlxdiff.convert", "x"]])
+def test_ctrl_c_while_modules_load_is_quiet(tmp_path, words):
+    """numpy is the one that takes long, here: it sends what Ctrl-C sends, and then loads on for a minute."""
+    (tmp_path / "numpy.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
+    assert python(tmp_path, "-m", *words) == (console.INTERRUPTED, "", "")
+
+
+def test_ctrl_c_while_a_command_that_is_done_leaves_is_quiet(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os; atexit.register(os.kill, os.getpid(), 2)")
+    assert python(tmp_path, "-m", "mlxdiff", "--version") == (console.INTERRUPTED, f"mlxdiff {__version__}\n", "")
+
+
+def test_a_program_that_uses_mlxdiff_keeps_its_own_ctrl_c(tmp_path):
+    """Also one that calls a command, and within a command it is heard as usual."""
+    (tmp_path / "own.py").write_text(
+        "from signal import SIGINT, default_int_handler, getsignal, raise_signal\n"
+        "from mlxdiff import console\n"
+        "from mlxdiff.__main__ import main\n"
+        "main(['--version'])\n"
+        "assert console.run('a', lambda: raise_signal(SIGINT)) == 130\n"
+        "assert getsignal(SIGINT) is default_int_handler\n"
+    )
+    code, _, err = python(tmp_path, "-m", "own")
+    assert (code, err) == (0, "a: stopped.\n")
+
+
+def python(first: Path, *words: str) -> tuple[int, str, str]:
+    """How a process ends, and what it says. first: a folder from which modules are loaded before all others."""
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731 (background jobs ignore it)
+    env = os.environ | {"PYTHONPATH": f"{first}{os.pathsep}{ROOT}"}
+    told = {"capture_output": True, "text": True, "timeout": 50, "env": env, "cwd": first, "preexec_fn": heard}
+    made = subprocess.run([sys.executable, *words], **told)
+    return made.returncode, made.stdout, made.stderr

@@ -158,6 +158,53 @@ def test_convolution_equals_that_of_mlx(shape, bias, plain):
         assert off(ours, theirs) < 2e-6
 
 
+@pytest.fixture
+def turns(monkeypatch):
+    """How many parts each call was divided into, on a machine of two cores."""
+    seen, in_turns = [], cpu.in_turns
+    monkeypatch.setattr(cpu, "_CORES", 2)
+    monkeypatch.setattr(cpu, "in_turns", lambda f, calls: seen.append(len(calls)) or in_turns(f, calls))
+    return seen
+
+
+def test_a_convolution_on_two_cores_is_that_on_one(turns, monkeypatch):
+    """Reference: the whole map at once. Each row is the sum of the same products."""
+    x, weight = normal(1, 33, 40, 16), normal(16, 3, 3, 16, seed=1)
+    whole = cpu.conv3x3(x, weight)
+    monkeypatch.setattr(cpu, "_PRODUCTS", range(1, 1 << 30))
+    assert off(cpu.conv3x3(x, weight), whole) < 1e-6
+    assert turns == [1, 2]
+
+
+def test_what_has_a_core_already_is_not_handed_to_both(turns, monkeypatch):
+    monkeypatch.setattr(cpu, "_PRODUCTS", range(1, 1 << 30))
+    second, handed = cpu._second_core, []
+    monkeypatch.setattr(cpu, "_second_core", lambda: handed.append(1) or second())
+    conv = layers.Conv3x3(16, 16)
+    conv.eval()
+    conv(normal(2, 64, 64, 16))  # its halves are convolutions that would be divided
+    assert (len(turns), len(handed)) == (2, 1)
+    conv(normal(1, 64, 64, 16))
+    assert len(handed) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 17, 5, 5), (1, 24, 16, 32, 32)])  # B, h, w, channels, outputs
+def test_convolution_of_a_doubled_map_equals_that_of_mlx(shape, plain):
+    B, h, w, c, o = shape
+    up, x = layers.Upsample(c), normal(B, h, w, c)
+    up.conv.bias = normal(o, seed=1)
+    assert off(up(x, 2 * h, 2 * w), plain(up, x, 2 * h, 2 * w)) < 2e-6  # weights are added up first
+    assert mx.array_equal(up(x, 2 * h - 1, 2 * w), up.conv(cpu.doubled(x)[:, :-1]))  # a cut map is convolved as it is
+
+    def total(weight, bias, x):
+        up.conv.weight, up.conv.bias = weight, bias
+        return (up(x, 2 * h, 2 * w) * normal(B, 2 * h, 2 * w, o, seed=2)).sum()
+
+    args, slope = (up.conv.weight, up.conv.bias, x), mx.grad(total, argnums=[0, 1, 2])
+    for ours, theirs in zip(slope(*args), plain(slope, *args), strict=True):
+        assert off(ours, theirs) < 2e-6
+
+
 def test_half_precision_is_left_to_mlx():
     assert not cpu.suits("activations", normal(2).astype(mx.float16))
     assert not cpu.suits("activations", normal(2).astype(mx.bfloat16))

@@ -186,3 +186,14 @@ def test_time_grows_with_the_length_alone(start, unit):
     small, large = seconds(2**18), seconds(2**20)
     assert large < 20
     assert large < 9 * max(small, 0.1)  # what takes less is not measured well
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("a:0.8", "a:0.8"), ("a", "a"), ("a:", "a"), ("a:1e-1", "a:1e-1"), ("a:0.5:lbw=X", "a:0.5"), ("a:te=1:2", "a"),
+        ("a:0,5", "a:0,5"), ("a:nan", "a:nan"), ("a:0.5x", "a:0.5x"),  # refused later, not read as 0, 1 and 0.5
+    ],
+)  # fmt: skip
+def test_a_lora_in_a_prompt_keeps_its_whole_scale(said, meant):
+    assert dialects.loras(f"a house <lora:{said}>") == ("a house", [meant])

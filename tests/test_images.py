@@ -304,6 +304,26 @@ def test_a_jpeg_that_repeats_its_scans_is_refused(tmp_path, monkeypatch):
             images.read(tmp_path / "a.jpg")
 
 
+def test_a_jpeg_with_exif_in_many_parts_is_refused(tmp_path, monkeypatch):
+    """Pillow joins them in a time that grows with their square: 2,000 parts, 130 MB, took more than a minute."""
+    whole = io.BytesIO()
+    Image.new("L", (8, 8)).save(whole, "JPEG")
+    part = b"\xff\xe1" + (1002).to_bytes(2, "big") + b"Exif\0\0" + bytes(994)
+    monkeypatch.setattr(images, "_LARGE", 10_000)
+    for n, refused in ((64, False), (65, True)):
+        data = whole.getvalue()[:2] + n * part + whole.getvalue()[2:]
+        (tmp_path / "a.jpg").write_bytes(data)
+        assert Image.open(tmp_path / "a.jpg").size == (8, 8)  # Pillow reads it
+        for source in (tmp_path / "a.jpg", io.BytesIO(data)):
+            if refused:
+                with pytest.raises(Error, match="whose EXIF has more than 64 parts"):
+                    images.read_metadata(source)
+            else:
+                images.read_metadata(source)
+    monkeypatch.setattr(images, "_LARGE", 10**6)  # a small file cannot take long
+    images.read_metadata(tmp_path / "a.jpg")
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -438,6 +438,11 @@ def test_a_sketch_guides_the_next_picture(studio):
     send(studio, "mask", paint(more), id="page 1")
     (second,) = studio.control_guides
     assert (second.scale, images.fingerprint(Image.open(second.image))) == (0.5, images.fingerprint(more))
+    whole = second.image.read_bytes()
+    second.image.write_bytes(whole[:60])
+    send(studio, "sketch")
+    assert f"{second.image} cannot be read as a picture" in studio.status
+    second.image.write_bytes(whole)
     send(studio, "mask", paint(painted(size=(64, 128))), id="page 1")
     assert studio.control_guides == []
 

@@ -315,6 +315,7 @@ def test_the_studio_signs(tmp_path, monkeypatch, capsys):
 
 def test_inspect_says_where_a_picture_comes_from(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(images, "_STRIP", 16)  # it is compared in strips
     images.save(picture(), Path("a.png"), FULL, "storybook", "float32")
     assert inspect(["a.png", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -118,8 +118,9 @@ def test_another_model_is_asked_for_and_named(studio):
 def test_the_seed_field_holds_any_seed_and_refuses_words(studio):
     studio.seed = 2**63 - 1  # more digits than a browser's numbers keep
     assert studio.controls.seed.value == str(2**63 - 1)
-    studio.controls.seed.value = "moon"
-    assert (studio.seed, studio.controls.seed.value) == (2**63 - 1, str(2**63 - 1))
+    for wrong in ("moon", "9" * 5000):  # more digits than Python reads
+        studio.controls.seed.value = wrong
+        assert (studio.seed, studio.controls.seed.value) == (2**63 - 1, str(2**63 - 1))
     studio.controls.seed.value = "12"
     assert studio.seed == 12
 
@@ -191,6 +192,17 @@ def test_quick_takes_the_models_own_lora_and_another_preset_leaves_it_out(studio
     presets["quick"].click()
     assert studio.loras == ["style.safetensors:0.5"]
     assert studio.steps == 10
+
+
+def test_a_page_that_has_not_seen_what_a_button_set_does_not_undo_it(studio):
+    """Its settings travel with the request for a run, and may be older than the button's."""
+    before = studio.view.turn
+    studio._set({"steps": 7})
+    heard(studio, do="generate", settings={"steps": 3}, turn=before)
+    assert studio.steps == 7
+    heard(studio, do="generate", settings={"steps": 3}, turn=studio.view.turn)
+    assert studio.steps == 3
+    settled(studio)
 
 
 def test_naming_a_model_brings_its_defaults(studio):
@@ -727,8 +739,40 @@ def test_a_picture_without_settings_says_so(studio):
 def test_a_file_that_is_gone_is_named(studio):
     draw(studio)
     studio.images[0].path.unlink()
-    with pytest.raises(Error, match="cannot be read"):
+    with pytest.raises(Error, match="There is no picture at"):
         _ = studio.images[0].image
+    with pytest.raises(Error, match="cannot be read"):
+        studio.images[0]._repr_png_()
+
+
+@pytest.mark.parametrize("now", ["gone", "text", "pipe", "folder", "cut"])
+def test_a_picture_that_changed_while_it_is_shown_is_one_line(studio, now):
+    """Whatever the page asks for, the studio goes on, and deleting another picture shows none that cannot be read."""
+    for seed in (1, 2):
+        studio.seed = seed
+        draw(studio)
+    keys, path = [entry["key"] for entry in studio.view.history], studio.images[0].path
+    data = path.read_bytes()
+    path.unlink()
+    if now == "pipe":
+        os.mkfifo(path)
+    elif now == "folder":
+        path.mkdir()
+    elif now != "gone":
+        path.write_bytes(b"hello" if now == "text" else data[: len(data) // 2])
+    asked = [{"do": "copy", "ending": ending} for ending in ("png", "jpg", "webp")] + [{"do": "begin"}, {"do": "paint"}]
+    for message in [*asked, *[{"do": "view"}] * (now not in ("text", "cut"))]:
+        studio.view._handle_custom_msg({**message, "key": keys[0]}, [])
+        assert path.name in studio.status, message
+        assert "\n" not in studio.status
+        studio.view.say("Ready")
+    for do in ("seed", "restore", "star"):  # these need no file
+        heard(studio, do=do, key=keys[0])
+    heard(studio, do="delete", key=keys[1])
+    assert [entry["key"] for entry in studio.view.history] == keys[:1]
+    assert studio.view.shown.get("key") == (keys[0] if now in ("text", "cut") else None)
+    assert len(studio.images) == 1
+    draw(studio)
 
 
 # --- the start picture

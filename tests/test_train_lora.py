@@ -147,11 +147,11 @@ def steps_of(run) -> list[list[str]]:
     return [line.split(",")[:2] for line in log.read_text().splitlines()[1:]] if log.exists() else []
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_a_step_takes_the_memory_that_was_told(pipe, rings, tmp_path, low):
+@pytest.mark.parametrize(("low", "layers"), [(False, ()), (True, ()), (False, ("all",))])
+def test_a_step_takes_the_memory_that_was_told(pipe, rings, tmp_path, low, layers):
     """Against MLX's own count, of which what else this process holds is no part. What is told should not be less; it
     is more where MLX does not begin as many operations ahead as it may: 2 % to 11 % were seen."""
-    given = tuning(rings, size=128, batch=8, rank=2, steps=2, low_memory=low)
+    given = tuning(rings, size=128, batch=8, rank=2, steps=2, low_memory=low, layers=layers)
     run = tune.LoraRun(pipe, given, tmp_path / "run")
     steps, told = run.steps(), footprint.step(pipe.description, given, gpu=False)
     next(steps)
@@ -357,7 +357,13 @@ def endless_caption(place):
     (place / "a.txt").write_text("word " * 5000)
 
 
+def caption_in_latin_1(place):
+    picture(place / "a.png")
+    (place / "a.txt").write_bytes("ein Häuschen".encode("latin-1"))
+
+
 BAD = {
+    caption_in_latin_1: "a.txt cannot be read: .*utf-8.*Write the caption as UTF-8 text",
     endless_caption: "The caption of .*a.png has 24,999 characters",
     empty: "holds no pictures",
     unreadable: "a.png cannot be read as a picture",

@@ -5,6 +5,7 @@ import json
 from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlxdiff import generate, tune
@@ -171,6 +172,7 @@ DAMAGED = {
     "unknown way": other("machines", "m", value={"warp": [[[1], True]]}),
     "foreign sizes": other("machines", "m", "unfold", value=[[[0, 0], True]]),
     "no sizes": other("machines", "m", "unfold", value=[]),
+    "more cases than there are": other("machines", "m", "unfold", value=[[[512, 4096], True]] * 9),
     "not a choice": other("machines", "m", "unfold", value=[[[512, 4096], 1]]),
     "nested": "[" * 100_000,
 }
@@ -237,25 +239,40 @@ def test_the_nearest_case_counts():
 
 def test_a_quantized_layer_takes_the_chosen_way(monkeypatch):
     """It equals MLX's own: only the order of sums differs."""
-    import mlx.nn as nn
 
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
             self.layers = [nn.QuantizedLinear(64, 32, group_size=32, bits=4), nn.Linear(32, 8)]
 
-    network, x = Network(), mx.random.normal((3, 64), key=mx.random.key(0))
+    network, x = Network(), mx.random.normal((ways.ROWS, 64), key=mx.random.key(0))
+    network.eval()
     before = network.layers[0](x)
+    ways.use({"dequantize": {(4, 64, 3): False}})
     assert type(ways.adopt(network).layers[0]) is nn.QuantizedLinear
     ways.use({"dequantize": {(4, 64, 3): True}})
     assert type(ways.adopt(network).layers[0]) is ways.Dequantizing
     asked = []
     monkeypatch.setattr(mx, "dequantize", lambda *a, _plain=mx.dequantize, **k: asked.append(a) or _plain(*a, **k))
     assert mx.abs(network.layers[0](x) - before).max().item() < 1e-5
-    assert asked
+    assert len(asked) == 1
+    network.layers[0](x[1:])  # few rows
+    network.train()
+    network.layers[0](x)
+    network.eval()
     ways.use({"dequantize": {(4, 64, 3): False}})
     network.layers[0](x)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("device", [mx.cpu, mx.gpu])
+def test_a_cpu_makes_quantized_weights_whole_where_nothing_was_measured(device, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    layer = nn.QuantizedLinear(64, 32, group_size=32, bits=4)
+    assert type(ways.adopt(layer)) is (ways.Dequantizing if device == mx.cpu else nn.QuantizedLinear)
+    assert ways.chosen("dequantize", 4, 64, 8) == (device == mx.cpu)
+    with ways.exportable():
+        assert not ways.chosen("dequantize", 4, 64, 8)
 
 
 def test_heads_are_padded_as_measured(monkeypatch):

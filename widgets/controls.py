@@ -308,7 +308,7 @@ def _tie(
 
 
 def _seed(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) > MAX_SEED:
+    if not text.strip().isdecimal() or len(text) > 99 or int(text) > MAX_SEED:
         raise t.TraitError(f"{text!r} is not a seed.")
     return int(text)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import images, pictures
+from .. import foreign, images, pictures
 from ..dialects import embedding, lora
 from ..errors import Error
 from ..guides import Guide
@@ -49,18 +49,19 @@ class Picture:
 
     @property
     def image(self) -> Image.Image:
-        return images.open_file(io.BytesIO(self._repr_png_()))
+        """In RGB. Its file may have been changed, or be gone."""
+        return images.read(self.path)
 
     def save(self, path: str | Path) -> Path:
         """Save another copy with its settings. The suffix chooses PNG, JPEG or WebP; no file is ever overwritten."""
-        return images.save(self.image.convert("RGB"), Path(path), self.request, self.model, self.recipe)
+        return images.save(self.image, Path(path), self.request, self.model, self.recipe)
 
     def copy(self, ending: str, signer: Signer | None = None) -> tuple[str, bytes]:
         """The name and the bytes of a copy in another format, with its settings."""
         if ending not in images.ENDINGS:
             raise Error(f"There is no format {ending!r:.20}.", f"Choose one of {', '.join(images.ENDINGS)}.")
         how = (self.request, self.model, self.recipe, images.ENDINGS[ending])
-        return f"{self.path.stem}.{ending}", images.encoded(self.image.convert("RGB"), *how, signer=signer)
+        return f"{self.path.stem}.{ending}", images.encoded(self.image, *how, signer=signer)
 
     def caption(self) -> str:
         r = self.request
@@ -117,6 +118,7 @@ class Picture:
 
     def _repr_png_(self) -> bytes:
         try:
+            foreign.check_regular(self.path)
             return self.path.read_bytes()
         except OSError as e:
             raise Error(f"{self.path} cannot be read: {e.strerror}.", "Was it moved? Draw it again.") from None

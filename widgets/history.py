@@ -51,10 +51,11 @@ class History:
         self._pictures.pop(key)
         with self.lock:
             self._view.history = [entry for entry in self._view.history if entry["key"] != key]
-        if self._view.history:
-            self.show(self._view.history[-1]["key"])
-        else:
-            self._view.shown = {}
+        for entry in reversed(self._view.history):
+            with suppress(Error):  # its file may be gone too
+                self.show(entry["key"])
+                return
+        self._view.shown = {}
 
     def recall(self, folder: str | Path) -> None:
         """Put the newest pictures of the folder before those in the strip. Files without settings are left out."""

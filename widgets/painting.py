@@ -58,7 +58,7 @@ class Painting:
         self._sketches, self._size, self._shown = True, size, None
         black = _png(Image.new("RGB", size))
         self._view.paper = {"png": black, "width": size[0], "height": size[1], "sketch": True}
-        drawn = b"" if self._sketch is None else _paint(Image.open(self._sketch).convert("L"), (255, 255, 255))
+        drawn = b"" if self._sketch is None else _paint(images.read(self._sketch).convert("L"), (255, 255, 255))
         self._view.mask = {"id": "", "png": drawn}
         self.show_around()
         self._view.send({"do": "paint"})

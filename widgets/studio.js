@@ -371,7 +371,8 @@ function render({ model, el }) {
     if (action === "cancel") return send(action);
     if (action === "compare") closePanel(null);
     await paper.sent(); // what was painted last
-    send(action, { settings: await settings() });
+    const turn = model.get("turn"); // before the settings, which may only be newer
+    send(action, { settings: await settings(), turn });
   }
 
   // A list cuts off a long entry: its tooltip shows all of it.

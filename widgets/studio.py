@@ -98,6 +98,14 @@ class Studio(Settings, w.VBox):
             grid.jobs.append(self._submit(request, functools.partial(self._on_update, grid=grid, cell=cell)))
         return grid
 
+    def restore(self, request: Request, model: str | None = None) -> None:
+        super().restore(request, model)
+        self.view.turn += 1
+
+    def _set(self, settings: dict) -> None:
+        super()._set(settings)
+        self.view.turn += 1  # last: a page that knows the turn knows the settings
+
     def recall(self) -> None:
         """Show the pictures too that the folder held before."""
         self._history.recall(self.folder)
@@ -324,7 +332,8 @@ class Studio(Settings, w.VBox):
     def _on_message(self, message: dict, buffers: list) -> None:
         """Do what a message from the page asks for."""
         do, key = message["do"], message.get("key")
-        self.controls.take(message.get("settings", {}))
+        if message.get("turn", self.view.turn) == self.view.turn:  # else the page shows what a button has just changed
+            self.controls.take(message.get("settings", {}))
         if do == "generate":
             self.generate()
         elif do == "compare":

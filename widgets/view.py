@@ -45,6 +45,7 @@ class View(anywidget.AnyWidget):
     _css = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("theme.css", "studio.css", "painting.css"))
 
     controls = t.Dict().tag(sync=True)  # name -> widget id of the control; the page sends their values with a run
+    turn = t.Int(0).tag(sync=True)  # grows after something other than its control has changed a setting
     status = t.Unicode("Ready").tag(sync=True)
     spoken = t.Unicode("").tag(sync=True)  # for screen readers: the stages of a run, not every step
     progress = t.Float(0.0).tag(sync=True)  # 0 to 1; below 0 if unknown

@@ -7,8 +7,8 @@ The results equal MLX's own within a few roundings, and gradients pass."""
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ _FEW = 1 << 13  # up to so many numbers, MLX's own function is as fast: twenty o
 # Pixels of a map; in smaller ones a convolution's copies cost less than its nine products. With many channels they cost
 # less also in larger ones: 5 % less at 32 x 32 and 320.
 _PIXELS, _MANY, _PIXELS_OF_MANY = 1 << 10, 256, 1 << 12
+_DOUBLED = 1 << 8  # pixels of a map, before they are doubled
 
 
 def suits(way: str, x: mx.array) -> bool:
@@ -42,14 +43,19 @@ def rather(faster: Callable) -> Callable:
 
 
 def in_parts(f: Callable, arrays: Sequence[mx.array], axis: int, rows: int) -> list[mx.array]:
-    """f of slices of the arrays, `rows` along the axis, on two cores in turns. On each, a part waits for the previous
-    one: MLX would begin several, and their arrays would not stay in the cache."""
-    parts, cores = [], min(_CORES, 2)
-    for n, i in enumerate(range(0, arrays[0].shape[axis], rows)):
-        first, *rest = (_sliced(x, axis, i, rows) for x in arrays)
-        with _second_core() if n % cores else nullcontext():
-            parts.append(f(mx.depends(first, parts[-cores]) if n >= cores else first, *rest))
-    return parts
+    """f of slices of the arrays, `rows` along the axis, on two cores in turns."""
+    begins = range(0, arrays[0].shape[axis], rows)
+    return in_turns(f, [[_sliced(x, axis, i, rows) for x in arrays] for i in begins])
+
+
+def in_turns(f: Callable, calls: Sequence[Sequence]) -> list[mx.array]:
+    """f of the arguments of each call, on two cores in turns. On each, a call waits for the previous one: MLX would
+    begin several, and their arrays would not stay in the cache. What f itself divides stays on one core."""
+    results, cores = [], min(_CORES, 2) if len(calls) > 1 and not _shared() else 1
+    for n, (first, *rest) in enumerate(calls):
+        with _second_core() if n % cores else nullcontext(), _sharing(cores > 1):
+            results.append(f(mx.depends(first, results[-cores]) if n >= cores else first, *rest))
+    return results
 
 
 def _sliced(x: mx.array, axis: int, i: int, rows: int) -> mx.array:
@@ -74,6 +80,8 @@ def _elementwise(f: Callable) -> Callable:
 # Numbers of a map whose samples are worth a core each. Handing an operation to a core costs as much as it does with
 # 2^15 numbers; and of more than 2^20, matrix products are a network's largest part, which have threads of their own.
 _SHARED = range(1 << 16, 1 << 20)
+_SCORES = 1 << 17  # of an attention, the same
+_PRODUCTS = range(1 << 24, 1 << 30)  # multiplications of a convolution, the same
 _here = threading.local()  # of each thread, the stream beside its default one
 
 
@@ -84,18 +92,33 @@ def _second_core() -> AbstractContextManager:
     return mx.stream(_here.beside)
 
 
+def _shared() -> bool:
+    """Whether both cores were given work already, of which this is a part."""
+    return getattr(_here, "shared", False)
+
+
+@contextmanager
+def _sharing(on: bool) -> Iterator[None]:
+    before, _here.shared = _shared(), on or _shared()
+    try:
+        yield
+    finally:
+        _here.shared = before
+
+
 def by_sample(layer: Callable) -> Callable:
     """A layer's call, (self, x, ...), that computes two halves of a batch beside each other, on a core each."""
 
     @wraps(layer)
     def call(self, x: mx.array, *arrays: mx.array) -> mx.array:
         alone = self.training or x.shape[0] % 2 or x.size not in _SHARED or not suits("convolution", x)
-        if alone or _CORES < 2:
+        if alone or _CORES < 2 or _shared():
             return layer(self, x, *arrays)
         first, second = zip(*(_halves(a, x.shape[0]) for a in (x, *arrays)), strict=True)
-        with _second_core():
-            second = layer(self, *second)
-        return mx.concatenate([layer(self, *first), second])
+        with _sharing(True):
+            with _second_core():
+                second = layer(self, *second)
+            return mx.concatenate([layer(self, *first), second])
 
     return call
 
@@ -224,6 +247,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     # Each part would copy keys and values that do not lie in order.
     q, k, v = (mx.contiguous(x).reshape(B * heads, -1, d) for x in (q * (d**-0.5 * _OF_E), k, v))
     at_once, rows = max(1, PART // (N * M)), max(1, min(N, PART // M))
+    if B * heads * N * M >= _SCORES:
+        at_once = min(at_once, -(-B * heads // 2))
 
     def of_heads(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         def attend(part: mx.array) -> mx.array:
@@ -241,16 +266,32 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 @mx.custom_function
 def _nine(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    B, h, w, c = x.shape
+    B, h, w, _ = x.shape
     row, o = w + 2, weight.shape[0]
-    # One row more at the end: the last products read two pixels beyond the map.
-    flat = mx.pad(x, [(0, 0), (1, 2), (1, 1), (0, 0)]).reshape(B, (h + 3) * row, c)
-    y = bias
-    for i in range(3):
-        for j in range(3):
-            begin = i * row + j  # where the map begins that this tap of the kernel meets
-            y = mx.addmm(y, flat[:, begin : begin + h * row], weight[:, i, j].T)
-    return y.reshape(B, h, row, o)[:, :, :w]
+    flat = _bordered(x)
+
+    def of_rows(flat: mx.array, first: int, last: int) -> mx.array:
+        y = bias
+        for i in range(3):
+            for j in range(3):
+                at = i * row + j  # where the map begins that this tap of the kernel meets
+                y = mx.addmm(y, flat[:, first * row + at : last * row + at], weight[:, i, j].T)
+        return y
+
+    half = h // 2 if _worth_both(x, weight) else 0
+    parts = in_turns(of_rows, [(flat, 0, half), (flat, half, h)] if half else [(flat, 0, h)])
+    return (mx.concatenate(parts, axis=1) if half else parts[0]).reshape(B, h, row, o)[:, :, :w]
+
+
+def _bordered(x: mx.array) -> mx.array:
+    """(B, h, w, c) -> (B, (h + 3) (w + 2), c), with a border of zeros. It has one row more at the end: the last
+    products read two pixels beyond the map."""
+    return mx.pad(x, [(0, 0), (1, 2), (1, 1), (0, 0)]).reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _worth_both(x: mx.array, weight: mx.array) -> bool:
+    """Whether a convolution of this map is worth two cores. The products of a larger one have threads of their own."""
+    return x.size * weight.size // x.shape[-1] in _PRODUCTS
 
 
 @_nine.vjp
@@ -264,3 +305,50 @@ def conv3x3(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
         y = mx.conv2d(x, weight, padding=1)
         return y if bias is None else y + bias
     return _nine(x, weight, mx.zeros(weight.shape[0]) if bias is None else bias)
+
+
+@mx.custom_function
+def conv3x3_of_doubled(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """The same of a map whose pixels are doubled along both axes, (B, 2 h, 2 w, o). A row of the result meets two rows
+    of x, not three, since two of the three are the same: so each of the four kinds of pixels, by even and odd rows and
+    columns, has four products whose weights are sums of the kernel's. That is 16 products of x in place of 36."""
+    B, h, w, c = x.shape
+    row, o = w + 2, weight.shape[0]
+    flat = _bordered(x)
+
+    def of_rows(flat: mx.array, odd: int) -> mx.array:
+        columns = []
+        for odd_column in range(2):
+            y = bias
+            for i, part in enumerate(_met(weight, 1, odd)):
+                for j, tap in enumerate(_met(part, 2, odd_column)):
+                    at = (i + odd) * row + j + odd_column
+                    y = mx.addmm(y, flat[:, at : at + h * row], tap.reshape(o, c).T)
+            columns.append(y.reshape(B, h, row, o)[:, :, :w])
+        return mx.concatenate(columns, axis=-1).reshape(B, h, 1, 2 * w * o)
+
+    calls = [(flat, 0), (flat, 1)]
+    both = in_turns(of_rows, calls) if _worth_both(x, weight) else [of_rows(*call) for call in calls]
+    return mx.concatenate(both, axis=2).reshape(B, 2 * h, 2 * w, o)
+
+
+def _met(kernel: mx.array, axis: int, odd: int) -> tuple[mx.array, mx.array]:
+    """The kernel's sums along an axis for the two pixels that an even, or an odd, pixel of the doubled map meets."""
+    before, at, after = mx.split(kernel, 3, axis=axis)
+    return (before + at, after) if odd else (before, at + after)
+
+
+@conv3x3_of_doubled.vjp
+def _(inputs: tuple[mx.array, ...], gradient: mx.array, y: mx.array) -> tuple[mx.array, ...]:
+    return tuple(mx.vjp(lambda x, *rest: _nine(doubled(x), *rest), inputs, [gradient])[1])
+
+
+def doubled(x: mx.array) -> mx.array:
+    """Each pixel twice along both axes, (B, 2 h, 2 w, c)."""
+    B, h, w, c = x.shape
+    return mx.broadcast_to(x[:, :, None, :, None], (B, h, 2, w, 2, c)).reshape(B, 2 * h, 2 * w, c)
+
+
+def suits_doubled(x: mx.array) -> bool:
+    """Whether a convolution of the doubled map is computed that way. Of a small map, its products would be small."""
+    return suits("convolution", x) and x.shape[1] * x.shape[2] >= _DOUBLED

@@ -9,15 +9,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 OF_CPU = ("activations", "group norm", "attention", "convolution")  # those of cpu.py
-STANDARD = {
+STANDARD: dict[str, bool | mx.DeviceType] = {  # a device: on this one, and on no other
     **dict.fromkeys(OF_CPU, True),
     "unfold": False,  # a convolution of many channels as one product
     "unpadded": False,  # heads that no fused kernel takes, not padded to a width that one takes
     "wider": False,  # heads of 72 or 80 padded to 96 or 128
     "moments": False,  # the sums of a group norm by a kernel of our own: metal.py
-    "dequantize": False,  # quantized weights made whole before each product
+    "dequantize": mx.cpu,  # quantized weights made whole before each product
 }
 MANY = 512  # channels from which a convolution may be unfolded
+# Rows of a product from which quantized weights may be made whole. With 768 channels it cost a CPU as much as two rows
+# of the product in 4 bits, and three in 8.
+ROWS = 4
 
 _measured: dict[str, dict[tuple[int, ...], bool]] = {}
 
@@ -35,9 +38,9 @@ def measured() -> dict[str, bool]:
 
 @contextmanager
 def exportable() -> Iterator[None]:
-    """Layers as MLX can export them: not as cpu.py computes them."""
+    """Layers as MLX can export them: not as cpu.py computes them, nor with quantized weights made whole."""
     before = dict(_measured)
-    use(before | {way: {(): False} for way in OF_CPU})
+    use(before | {way: {(): False} for way in (*OF_CPU, "dequantize")})
     try:
         yield
     finally:
@@ -49,8 +52,13 @@ def chosen(way: str, *sizes: int) -> bool:
     asked for without sizes."""
     cases = _measured.get(way)
     if not cases:
-        return STANDARD[way]
+        return _standard(way)
     return cases[min(cases, key=lambda case: sum(abs(math.log(a / b)) for a, b in zip(case, sizes, strict=False)))]
+
+
+def _standard(way: str) -> bool:
+    on = STANDARD[way]
+    return on if isinstance(on, bool) else mx.default_device().type == on
 
 
 def unfold(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -65,10 +73,12 @@ def unfold(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.ar
 
 
 class Dequantizing(nn.QuantizedLinear):
-    """A quantized layer that makes its weights whole before the product, where that was measured to be faster."""
+    """A quantized layer that makes its weights whole before the product, where that is faster. In training they would
+    have to be kept for the gradient."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not chosen("dequantize", self.bits, x.shape[-1], x.size // x.shape[-1]):
+        rows = x.size // x.shape[-1]
+        if self.training or rows < ROWS or not chosen("dequantize", self.bits, x.shape[-1], rows):
             return super().__call__(x)
         y = dequantize(x, self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
         return y + self.bias if "bias" in self else y
@@ -76,12 +86,14 @@ class Dequantizing(nn.QuantizedLinear):
 
 def dequantize(x: mx.array, weight, scales, biases, group_size: int, bits: int, mode: str) -> mx.array:
     how = {"group_size": group_size, "bits": bits, "mode": mode}
+    weight = mx.depends(weight, x)  # else MLX makes the weights of a dozen layers whole before the first product
     return x @ mx.dequantize(weight, scales, biases, **how, dtype=x.dtype).T
 
 
 def adopt(network: nn.Module) -> nn.Module:
     """The network with quantized layers that choose their way."""
-    if any(_measured.get("dequantize", {}).values()):
+    cases = _measured.get("dequantize")
+    if any(cases.values()) if cases else _standard("dequantize"):
         for layer in network.modules():
             if type(layer) is nn.QuantizedLinear:
                 layer.__class__ = Dequantizing

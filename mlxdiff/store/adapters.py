@@ -140,7 +140,7 @@ def lora(path: Path, model: Description, called: str | None = None) -> tuple[Ada
 
 
 def layers(model: Description, component: str) -> dict[str, Rows]:
-    """The linear layers of a component by their names in diffusers and transformers."""
+    """The layers of a component that multiply, by their names in diffusers and transformers."""
     from ..convert import lora
 
     return lora.layers(component, model.components[component])

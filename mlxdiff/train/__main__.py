@@ -75,9 +75,8 @@ def _lora(s: argparse.ArgumentParser) -> None:
     s.add_argument("--prior", type=float, metavar="W", help="weight of their loss (1)")
     s.add_argument("--rank", type=int, metavar="R", help="of the change of each layer; more learns more details (16)")
     s.add_argument("--alpha", type=float, metavar="A", help="the change is scaled by alpha / rank (default: the rank)")
-    s.add_argument(
-        "--layers", nargs="+", metavar="NAME", help="which layers, by the ends of diffusers' names (attention)"
-    )
+    what = "which layers, by the ends of diffusers' names; 'all' takes every one, convolutions too (attention)"
+    s.add_argument("--layers", nargs="+", metavar="NAME", help=what)
     what = "train so many of the pictures without their captions, as guidance wants it (0; 0.1 is usual)"
     s.add_argument("--caption-dropout", type=float, metavar="SHARE", help=what)
     what = "train the CLIP encoders along, for new words (SD 1.x, 2.x, XL)"

@@ -2,6 +2,7 @@
 and first values as in peft."""
 
 import json
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,24 +12,50 @@ import numpy as np
 from ..adapters import Rows
 from ..description import Description
 from ..errors import Error, did_you_mean
+from ..models.layers import Conv3x3, conv3x3
 from .fit import write_arrays
 
 FILE = "pytorch_lora_weights.safetensors"
 MOST_RANK = 1024
+EVERY = "all"  # in the place of layers' names
 OF_TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")  # the layers of CLIP that are trained, as in diffusers' scripts
 
 
 class LowRank(nn.Module):
     """A change of low rank. It is trained in float32 and computes in the dtype of what it reads."""
 
-    def __init__(self, rows: int, columns: int, rank: int, alpha: float, rng: np.random.Generator):
+    def __init__(self, rows: Rows, columns: tuple[int, ...], rank: int, scale: float, rng: np.random.Generator):
         super().__init__()
-        self.down = mx.array(rng.normal(0, 1 / rank, (rank, columns)).astype(np.float32))
-        self.up = mx.zeros((rows, rank))
-        self.scale = alpha / rank
+        self.down = mx.array(rng.normal(0, 1 / rank, (rank, *columns)).astype(np.float32))
+        self.up = mx.zeros((rows.rows, rank))
+        self.scale, self.kernel = scale, rows.kernel
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.scale * ((x @ self.down.T.astype(x.dtype)) @ self.up.T.astype(x.dtype))
+        return self.scale * (self.low(x) @ self.up.T.astype(x.dtype))
+
+    def low(self, x: mx.array) -> mx.array:
+        return x @ self.down.T.astype(x.dtype)
+
+    def stored(self) -> tuple[mx.array, mx.array]:
+        """down and up as diffusers stores them: those of a convolution are convolutions, the second of 1 x 1."""
+        down, up = self.down, self.scale * self.up
+        if self.kernel is None:
+            return down, up
+        down = down.transpose(0, 3, 1, 2) if down.ndim == 4 else down[:, :, None, None]
+        return down, up[:, :, None, None]
+
+
+class LowRankConv(LowRank):
+    """That of a convolution, whose `down` is one like it. Yeh et al. 2023 call it LoCon."""
+
+    def __init__(self, layer: nn.Conv2d, *values):
+        super().__init__(*values)
+        self._like = {"stride": layer.stride, "padding": layer.padding}
+        self._fast = isinstance(layer, Conv3x3)
+
+    def low(self, x: mx.array) -> mx.array:
+        down = self.down.astype(x.dtype)
+        return conv3x3(x, down) if self._fast else mx.conv2d(x, down, **self._like)
 
 
 class Changed(nn.Module):
@@ -53,7 +80,12 @@ class Changed(nn.Module):
         return self.layer.bias
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.layer(x)
+        return self._plus(self.layer(x), x)
+
+    def without_bias(self, x: mx.array) -> mx.array:
+        return self._plus(self.layer.without_bias(x), x)
+
+    def _plus(self, y: mx.array, x: mx.array) -> mx.array:
         if len(self.changes) == 1 and self.changes[0].up.shape[0] == y.shape[-1]:
             return y + self.changes[0](x).astype(y.dtype)
         parts, end = [], 0
@@ -65,32 +97,36 @@ class Changed(nn.Module):
         return y + mx.concatenate(parts, axis=-1)
 
 
-def columns_of(layer: nn.Module) -> int:
-    """How many numbers a Linear layer reads, quantized or not."""
-    columns = layer.weight.shape[1]
-    return columns * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else columns
+def columns_of(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of what one output of a layer reads, quantized or not: (in,), or (h, w, in) of a convolution."""
+    columns = layer.weight.shape[1:]
+    return (columns[0] * 32 // layer.bits,) if isinstance(layer, nn.QuantizedLinear) else columns
 
 
 def attach(
     net: nn.Module, name: str, known: dict[str, Rows], wanted: tuple[str, ...], rank: int, alpha: float, seed: list[int]
 ) -> dict[str, LowRank]:
-    """Freeze a network, and put changes beside all layers whose names end like one of `wanted`. known: its layers by
-    their names in diffusers. name: of the model, for messages. seed: of the first values."""
+    """Freeze a network, and put changes beside all layers whose names end like one of `wanted`, or beside every layer,
+    which have a lower rank where a layer is smaller. known: its layers by their names in diffusers. name: of the model,
+    for messages. seed: of the first values."""
     net.freeze()
-    modules = dict(net.named_modules())
-    linear = {n: rows for n, rows in known.items() if isinstance(modules[rows.layer], nn.Linear | nn.QuantizedLinear)}
-    for end in wanted:
-        if not any(_ends(path, end) for path in linear):
-            ends = sorted({path.rpartition(".")[2] for path in linear if not path.rpartition(".")[2].isdigit()})
+    modules, kinds = dict(net.named_modules()), nn.Linear | nn.QuantizedLinear | nn.Conv2d
+    layers = {n: rows for n, rows in known.items() if isinstance(modules[rows.layer], kinds)}
+    every = EVERY in wanted
+    for end in () if every else wanted:
+        if not any(_ends(path, end) for path in layers):
+            ends = sorted({path.rpartition(".")[2] for path in layers if not path.rpartition(".")[2].isdigit()})
             raise Error(f"{name} has no layer {end!r}.", f"{did_you_mean(end, ends)}It has {', '.join(ends)}.")
     made, held = {}, {}
-    for i, path in enumerate(sorted(p for p in linear if any(_ends(p, end) for end in wanted))):
-        rows = linear[path]
-        layer, shape = modules[rows.layer], (rows.rows, columns_of(modules[rows.layer]))
-        if rank > min(shape):
-            problem = f"Rank {rank} is too high: {path} is {' x '.join(map(str, shape))}."
-            raise Error(problem, f"Use at most {min(shape)}.")
-        made[path] = LowRank(*shape, rank, alpha, np.random.default_rng([*seed, i]))
+    for i, path in enumerate(sorted(p for p in layers if every or any(_ends(p, end) for end in wanted))):
+        rows = layers[path]
+        layer, columns = modules[rows.layer], columns_of(modules[rows.layer])
+        most = min(rows.rows, math.prod(columns))
+        if rank > most and not every:
+            problem = f"Rank {rank} is too high: {path} is {' x '.join(map(str, (rows.rows, *columns)))}."
+            raise Error(problem, f"Use at most {most}.")
+        values = rows, columns, min(rank, most), alpha / rank, np.random.default_rng([*seed, i])
+        made[path] = LowRankConv(layer, *values) if len(columns) == 3 else LowRank(*values)
         if rows.layer not in held:
             held[rows.layer] = Changed(layer)
             _put(net, rows.layer, held[rows.layer])
@@ -120,12 +156,15 @@ def export(made: dict[str, dict[str, LowRank]], model: Description, notes: dict,
         prefix = component if component == model.family.denoiser else f"{component}.text_model"
         names = {f"{prefix}.{path}": change for path, change in changes.items()}
         for path, change in names.items():
-            tensors[f"{path}.lora_A.weight"] = change.down
-            tensors[f"{path}.lora_B.weight"] = change.scale * change.up
-        rank = next(iter(changes.values())).down.shape[0]
+            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = map(mx.contiguous, change.stored())
+        ranks = {path: change.down.shape[0] for path, change in changes.items()}
+        rank = max(ranks.values())
+        lower = {path: r for path, r in ranks.items() if r < rank}
         settings = {
             "r": rank,
             "lora_alpha": rank,
+            "rank_pattern": lower,
+            "alpha_pattern": lower,
             "target_modules": sorted(changes),
         }  # peft reads them as ends of names
         peft |= {f"{component}.{key}": value for key, value in settings.items()}

@@ -74,7 +74,7 @@ class LoraTuning(Tuning):
     prior: float = 1.0  # weight of their loss
     rank: int = 16
     alpha: float | None = None  # None: the rank
-    layers: tuple[str, ...] = ()  # names in diffusers, or their ends; none: the family's
+    layers: tuple[str, ...] = ()  # names in diffusers, or their ends; "all"; none: the family's
     text_encoder: bool = False  # whether the CLIP encoders are trained along
     caption_dropout: float = 0.0  # the share of the pictures that a step reads without their caption
 

@@ -85,6 +85,9 @@ def test_one_command_then_a_prompt_then_a_picture(started, timings, page, tmp_pa
     page.locator("body").press("Control+Enter")
     expect(s.thumbs).to_have_count(2)
     s.says("Done in")
+    (other,) = {*(tmp_path / "pictures").glob("*.png")} - {file}
+    drawn = images.read_settings(other)[0]  # the key came before the page had seen what the button set
+    assert (drawn.steps, drawn.guidance, drawn.loras) == (4, 1.0, ("quick:1",))
     expect(s.root.locator(".mlxdiff-words dd").first).to_contain_text(prompt)
 
     # An error goes with what is done next.

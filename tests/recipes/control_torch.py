@@ -3,9 +3,10 @@ sketches. Torch on one CPU core; everything is seeded. From the repository's roo
 storybook_torch.py have filled RUN:
 
     python -m tests.recipes.control_torch train RUN OUT --minutes 60
-    python -m tests.recipes.control_torch train RUN OUT --minutes 8 --start FOLDER     on, for another model's weights
     python -m tests.recipes.control_torch export OUT mlxdiff/builtin/lines
     python -m tests.recipes.control_torch measure OUT mlxdiff/builtin/lines
+
+For another model's weights: `train` with --start FOLDER --known mlxdiff/builtin/lines, for a few minutes.
 
 One network reads both: thin white lines are where `mlxdiff detect canny` finds edges, so they are followed closely;
 thick strokes are a hand's, so they say roughly where things are. It has no attention and starts from the model's own
@@ -35,7 +36,8 @@ from mlxdiff import detect
 from mlxdiff.train import judge
 from mlxdiff.train import measure as world
 from mlxdiff.train import storybook as sb
-from tests.recipes import cpu, sketches
+from mlxdiff.train.storybook import sketches
+from tests.recipes import cpu
 from tests.recipes.storybook_torch import (
     CAPTIONS,
     GRID,
@@ -160,6 +162,8 @@ def train(args) -> None:
     net = new_control().to(memory_format=torch.channels_last)
     known = {k: v for k, v in base.state_dict().items() if k in net.state_dict()}
     net.load_state_dict(known, strict=False)
+    if args.known is not None:
+        net.load_state_dict(ControlNetModel.from_pretrained(args.known).state_dict())
     base.to(torch.bfloat16 if cpu.BFLOAT16 else torch.float32, memory_format=torch.channels_last)
     hint = net.controlnet_cond_embedding
     for conv in (hint.conv_in, hint.blocks[0]):
@@ -319,6 +323,7 @@ def main() -> None:
     parser.add_argument("paths", type=Path, nargs=2, metavar="PATH")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--start", type=Path, default=START, help="the folder of the model to draw with")
+    parser.add_argument("--known", type=Path, help="the folder of another model's network, to start from")
     parser.add_argument("--rate", type=float, default=0.012)
     parser.add_argument("--decay", type=float, default=0.5)
     parser.add_argument("--count", type=int, default=96)

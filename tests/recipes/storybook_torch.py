@@ -211,7 +211,7 @@ def whitening():
 
 
 def train_unet(args, rank: int) -> None:
-    """v-prediction, timesteps stratified over the batch and leaning to high noise."""
+    """v-prediction, timesteps stratified over the batch and leaning to high noise, or to low noise (--lean)."""
     unet, text = new_unet().to(memory_format=torch.channels_last), known_text(args.start)
     known = load_file(args.start / "unet" / "diffusion_pytorch_model.safetensors")
     if "down_blocks.3.resnets.0.conv1.weight" not in known:
@@ -224,7 +224,7 @@ def train_unet(args, rank: int) -> None:
 
     def loss(x0, ids, g):
         u = (torch.arange(BATCH) + torch.rand(1, generator=g)) / BATCH
-        t = (u**0.85 * 1000).long().clamp(0, 999)[torch.randperm(BATCH, generator=g)]
+        t = (u**args.lean * 1000).long().clamp(0, 999)[torch.randperm(BATCH, generator=g)]
         a = alpha_bar[t].view(-1, 1, 1, 1)
         noise = torch.randn(BATCH, GRID, GRID, LATENTS, generator=g).permute(0, 3, 1, 2)
         with torch.autocast("cpu", torch.bfloat16):
@@ -473,7 +473,7 @@ def measure(args, pipeline: StableDiffusionPipeline, steps: int) -> None:
 COMMANDS = {
     "render": render,
     "encode": encode,
-    "unet": lambda args: cpu.run(train_unet, args, RANKS),
+    "unet": lambda args: cpu.run(train_unet, args, args.ranks),
     "redraw": redraw,
     "judge": train_judge,
     "export": export,
@@ -492,6 +492,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=START, help="the folder of the model to start from")
     parser.add_argument("--words-known", action="store_true", help="the text encoder learns no more: a tenth faster")
     parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--lean", type=float, default=0.85, help="below 1: more of high noise; above: of low noise")
+    parser.add_argument("--ranks", type=int, default=RANKS, help="processes")
     parser.add_argument("--decay", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--judge", type=Path, default=judge.shipped())

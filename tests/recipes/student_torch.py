@@ -10,7 +10,7 @@ four steps of trailing spacing. `train` first lets the model, the teacher, walk 
 DPM++ 2M, and keeps where it stood between the segments (trajectories_*.npz); it needs no pictures. Then the student
 learns to reach the end of a segment in one DDIM step. Half of the time it starts where the teacher stood, otherwise
 where it went itself: so it learns to undo its own errors. `train` goes on from where it stopped. With another teacher:
-a new RUN, --start FOLDER and --known OLDRUN/student.pt.
+a new RUN, --start FOLDER and --known mlxdiff/builtin/quick.safetensors.
 
 The shipped file: `train RUN --shards 3 --minutes 40`, then `--minutes 9 --rate 0.0025 --decay 0` (logs/student.log).
 Its teacher took three steps in each segment, which overshoots in the last one; INSIDE has been better since."""
@@ -182,15 +182,20 @@ def train(args) -> None:
     adam = torch.optim.AdamW([{"params": group} for group in groups], betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     step = 0
     stored = args.run / "student.pt"
-    if stored.exists() or args.known is not None:
-        known = torch.load(stored if stored.exists() else args.known)
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(known["means" if args.known and not stored.exists() else "params"][name])
-                means[name].copy_(known["means"][name])
-        if stored.exists():
-            adam.load_state_dict(known["adam"])
-            step = known["step"]
+    if stored.exists():
+        known = torch.load(stored)
+        for of, kept in ((params, known["params"]), (means, known["means"])):
+            torch._foreach_copy_([p.data for p in of.values()], [kept[name] for name in of])
+        adam.load_state_dict(known["adam"])
+        step = known["step"]
+    elif args.known is not None:
+        known = load_file(args.known)
+        for name, _ in layers(unet):
+            for part, there in (("down", "lora_A"), ("up", "lora_B")):
+                key = f"{name}.parametrizations.weight.0.{part}"
+                tensor = known[f"unet.{name}.{there}.weight"].float().flatten(1)
+                params[key].data.copy_(tensor)
+                means[key].copy_(tensor)
     every, at = noise_levels().float(), torch.tensor(times())
     sigmas = torch.stack([every[at], torch.cat([every[at[1:]], every[:1]])])  # of the segments: beginning and end
     final = torch.tensor([*([1.0] * (STEPS - 1)), 0.0])  # the teacher's last segment ends at 0
@@ -280,7 +285,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--start", type=Path, default=st.START, help="the folder of the teacher")
-    parser.add_argument("--known", type=Path, help="a student of another teacher to start from")
+    parser.add_argument("--known", type=Path, help="the LoRA file of another teacher's student, to start from")
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--rank", type=int, default=RANK)

@@ -1,12 +1,14 @@
 """Lessons: small widgets, one idea each, on the built-in model. `from mlxdiff.widgets.explain import FilmStrip`."""
 
+from .adapters import Adapter, Drift, Scale
+from .added import FromLines, LearnedWord
 from .blocks import UNetBesideTransformer, WhereBlocksLook
 from .claims_further import COUNTING, EXTRA_FINGERS, HEALS, NEAR_ONLY, ONE_SPACE, PHRASING, SCHEDULE
 from .claims_model import MODEL
 from .claims_noise import NOISE
 from .dots import InkDrop
 from .drawing import YourWorld
-from .editing import Adapter, OnlyAPart, Strength, ThereAndBack
+from .editing import OnlyAPart, Strength, ThereAndBack
 from .few import FewSteps, NoiseTable, Straighten
 from .film import FilmStrip
 from .forward import ForwardNoise
@@ -41,11 +43,14 @@ __all__ = [
     "Channels",
     "Checks",
     "Distance",
+    "Drift",
     "FewSteps",
     "FilmStrip",
     "ForwardNoise",
+    "FromLines",
     "GuidanceSweep",
     "InkDrop",
+    "LearnedWord",
     "Loss",
     "LossSays",
     "LyingAboutTime",
@@ -61,6 +66,7 @@ __all__ = [
     "Rivals",
     "RoundTrip",
     "SamplerRace",
+    "Scale",
     "Scores",
     "SeedGrid",
     "Straighten",

@@ -1,29 +1,23 @@
-"""Lesson 17, editing: a picture taken back to noise, a start picture, a part drawn anew, and an adapter with its scale.
-What stays is measured in decibels, and what was asked for by the judge."""
+"""Lesson 17, editing: a picture taken back to noise, a start picture, and a part drawn anew. What stays is measured in
+decibels, and what was asked for by the judge."""
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import ipywidgets as w
-import mlx.core as mx
 import numpy as np
 from matplotlib.figure import Figure
-from mlx.utils import tree_flatten
 from PIL import Image
 
-from ... import surgery
-from ...errors import Error
 from ...probe import encode, sides
 from ...schedules import sigmas
-from ...train import judge, swap
+from ...train import judge
 from ...train import storybook as sb
 from .guidance import changes
 from .judging import read
 from .latent import psnr
-from .lesson import BLUE, GREEN, RED, Lesson, Report, seed_box
+from .lesson import GREEN, RED, Lesson, Report, seed_box
 from .seeds import show
 
 KINDS = ("colour", "object", "sky", "terrain")  # of words that can be changed
@@ -275,79 +269,4 @@ class OnlyAPart(Lesson):
             f"“{d.case.other}” in the {self.asked['area']}: pixels change by {by[inside].mean():.1f} of 255 inside, "
             f"and {(by[~inside] > 0).mean():.0%} of those outside change at all. Without a mask they change by "
             f"{whole[inside].mean():.1f} inside and by {whole[~inside].mean():.1f} outside."
-        )
-
-
-# ---- an adapter
-
-
-SCALES = (-1.0, 0.0, 0.5, 1.0, 1.5)
-THINGS = ("house", "castle", "balloon", "tent", "mushroom", "tree")
-
-
-class Felt(NamedTuple):
-    drawn: list[Image.Image]  # with the word that the adapter changes, at each of SCALES
-    others: list[Image.Image]  # without it
-    read: list[str]
-    read_others: list[str]
-    numbers: int  # in the adapter
-    whole: int  # in the network
-
-
-class Adapter(Lesson):
-    title = "An adapter and its scale"
-    idea = (
-        "A LoRA is a small change of some weights. This one is so small that it need not be trained: it makes the "
-        "model read one colour as another. Its scale says how much of the change is added."
-    )
-    trying = (
-        "Other colours. Is a scale below 0 the opposite? Does the lower picture, with another colour, stay the same?"
-    )
-
-    def __init__(self, word: str = "red", becomes: str = "blue", seed: int = 3, **options):
-        self.word = w.Dropdown(options=sb.COLOURS, value=word, description="Read")
-        self.becomes = w.Dropdown(options=sb.COLOURS, value=becomes, description="As")
-        self.seed = seed_box(seed)
-        asks = {"word": self.word, "becomes": self.becomes, "seed": self.seed}
-        super().__init__(*asks.values(), asks=asks, **options)
-
-    def work(self, pipe, report: Report, word: str, becomes: str, seed: int) -> Felt:
-        if word == becomes:
-            raise Error(f"{word} is {word} already.", "Choose two colours.")
-        rest = [colour for colour in sb.COLOURS if colour not in (word, becomes)]
-        source, target, stay = (
-            [f"a {colour} {thing} by day" for colour in colours for thing in THINGS]
-            for colours in ([word], [becomes], rest)
-        )
-        drawn, others = [], []
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "swap.safetensors"
-            swap.write(file, pipe, source, target, [*stay, ""])
-            numbers = sum(value.size for value in mx.load(str(file)).values())
-            for scale in SCALES:
-                for colour, pictures in ((word, drawn), (rest[0], others)):
-                    prompt = f"a {colour} house on hills by day"
-                    pictures.append(pipe(prompt, seed=seed, steps=4, loras=[f"{file}:{scale:g}"]).image)
-                    report(len(drawn) + len(others), 2 * len(SCALES))
-        net = sum(value.size for _, value in tree_flatten(surgery.unet(pipe).parameters()))
-        return Felt(drawn, others, seen(drawn, "colour"), seen(others, "colour"), numbers, net)
-
-    def figure(self) -> Figure:
-        d = self.data
-        fig = Figure(figsize=(9, 4.2), layout="constrained")
-        for row, pictures, read_ in zip(
-            fig.subplots(2, len(SCALES)), (d.drawn, d.others), (d.read, d.read_others), strict=True
-        ):
-            for ax, image, scale, word in zip(row, pictures, SCALES, read_, strict=True):
-                show(ax, image, f"scale {scale:g}: {word}", BLUE if scale == 0 else "black")
-        return fig
-
-    def words(self) -> str:
-        d = self.data
-        shift = [changes(image, d.others[SCALES.index(0.0)]).mean() for image in d.others]
-        said = ", ".join(f"{word} at {scale:g}" for scale, word in zip(SCALES, d.read, strict=True))
-        return (
-            f"{d.numbers:,} numbers beside the network's {d.whole:,}. “{self.asked['word']}” is read as "
-            f"“{self.asked['becomes']}”, and the judge sees {said}. The picture that asks for another colour "
-            f"changes by {shift[SCALES.index(1.0)]:.1f} of 255 at scale 1."
         )
