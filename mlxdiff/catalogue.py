@@ -100,7 +100,7 @@ def one(name: str) -> int:
         say(f"{'needs':10} a picture and a mask: -i FILE --mask FILE, or -i FILE --outpaint LEFT TOP RIGHT BOTTOM")
     if "control" in row.reads:
         say(f"{'needs':10} a control picture: --control FILE")
-    if name == builtin.NAME:
+    if name in builtin.NAMES:
         for kind, words in builtin.vocabulary().items():
             say(f"{kind:10} {', '.join(words)}")
     say("\n".join(_advice(name)))

@@ -12,8 +12,8 @@ from .request import Request
 
 def of_run(pipe: Pipeline, request: Request) -> Iterator[str]:
     """What holds for all pictures of a run. request: resolved, one of them."""
-    size = request.width, request.height, pipe.description.defaults.size
-    if pipe.name == builtin.NAME and (small := builtin.size_notice(*size)):
+    small = builtin.size_notice(pipe.name, request.width, request.height, pipe.description.defaults.size)
+    if small:
         yield small
     bits = pipe.description.recipe.text_bits
     if bits not in (None, WHOLE) and (pipe.description.text.t5 is None or pipe.description.reads_t5(request)):
@@ -43,7 +43,6 @@ def of_prompt(pipe: Pipeline, request: Request) -> Iterator[str]:
         if adapter.words and not any(word.lower() in request.prompt.lower() for word in adapter.words):
             word = foreign.shown(adapter.words[0], 60)
             yield f"{adapter.name} was trained with the word {word}: put it into the prompt."
-    taught = pipe.attached.taught(request)
-    unknown = builtin.notice(request.prompt, taught) if pipe.name == builtin.NAME else ""
+    unknown = builtin.notice(pipe.name, request.prompt, pipe.attached.taught(request))
     if unknown:
         yield f"{unknown} `mlxdiff models {pipe.name}` lists the words that it knows."

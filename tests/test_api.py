@@ -278,8 +278,10 @@ def test_a_picture_much_smaller_than_those_of_its_training_is_told(tmp_path, cap
     typed = ["a red house", "--steps", "1", "-o", str(tmp_path / "a.png"), "-W", "64", "-H"]
     assert generate.main([*typed, "64"]) == 0
     assert capsys.readouterr().err.count("at 64 x 64 it draws less well.") == 1
-    assert builtin.size_notice(240, 272, 256) == builtin.size_notice(256, 256, 256) == ""
+    assert builtin.size_notice("storybook", 240, 272, 256) == builtin.size_notice("sd15", 64, 64, 512) == ""
 
 
 def test_short_words_are_near_nothing():
-    assert builtin.notice("the red house and a tre") == "storybook does not know: and, tre."
+    assert builtin.notice("storybook-flow", "a gren house") == "storybook-flow does not know: gren (green?)."
+    assert builtin.notice("sd15", "a gren house") == ""
+    assert builtin.notice("storybook", "the red house and a tre") == "storybook does not know: and, tre."

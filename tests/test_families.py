@@ -109,7 +109,7 @@ def test_a_named_model_has_the_networks_its_family_asks_for(name):
     model.check_draws()
     assert description._misplaced(model.family, model.components) is None
     assert build.name_of(model.net) == model.family.network
-    assert model.usual_latents != (name == "storybook")  # whose own VAE draws its previews
+    assert model.usual_latents != (name in builtin.NAMES)  # whose own VAE draws its previews
     assert model.defaults == MODELS[name].defaults
     if not model.row.reads:  # else it cannot draw from a prompt alone: tests/test_masks.py
         model.resolve(Request(""))

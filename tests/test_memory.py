@@ -65,9 +65,10 @@ def test_the_rows_are_the_published_models(tmp_path, name):
     assert set(found) in (set(MODELS[name].networks), {"unet"})
 
 
-def test_every_named_model_has_its_networks():
-    found = convert.open(builtin.FOLDER).components
-    assert {n: c.config for n, c in found.items()} == MODELS["storybook"].networks
+@pytest.mark.parametrize("name", builtin.NAMES)
+def test_every_named_model_has_its_networks(name):
+    found = convert.open(builtin.FOLDER.parent / name).components
+    assert {n: c.config for n, c in found.items()} == MODELS[name].networks
 
 
 # ---- what runs really take

@@ -156,11 +156,12 @@ def test_the_flow_sibling_is_a_public_folder_that_diffusers_and_we_draw_alike_wi
     torch.manual_seed(0)
     net = flow_torch.network()
     torch.nn.init.normal_(net.proj_out.weight, std=0.1)
-    torch.save({"mean_transformer": net.state_dict()}, tmp_path / "transformer.pt")
+    torch.save({"transformer": net.state_dict()}, tmp_path / "transformer.pt")
     flow_torch.export(argparse.Namespace(run=tmp_path, folder=tmp_path / "flow", start=st.START))
     file = tmp_path / "flow" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert file.stat().st_size < 8_000_000
-    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "flow", torch_dtype=torch.float32)
+    more = {"torch_dtype": torch.float32, **flow_torch.WITHOUT_T5}
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "flow", **more)
     theirs.set_progress_bar_config(disable=True)
     g = torch.Generator().manual_seed(1)
     small = {"height": 64, "width": 64, "guidance_scale": 4.0}

@@ -148,10 +148,11 @@ class Controls(w.VBox):
         self.strength.disabled = edits
         if edits and self.start_picture.sizes:
             reasons["strength"] = "This model edits: it takes no strength and no mask."
-        built_in = model is not None and model.name == builtin.NAME
-        if built_in and (unknown := builtin.notice(prompt, taught)):
+        built_in = model is not None and model.name in builtin.NAMES
+        if built_in and (unknown := builtin.notice(model.name, prompt, taught)):
             reasons["prompt"] = unknown
-        if built_in and (small := builtin.size_notice(chosen["width"], chosen["height"], known.defaults.size)):
+        size = chosen["width"], chosen["height"]
+        if built_in and (small := builtin.size_notice(model.name, *size, known.defaults.size)):
             reasons["size"] = small
         self.words.layout.display = None if built_in else "none"
         self.negative.disabled = "negative" in reasons

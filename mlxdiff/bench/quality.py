@@ -121,7 +121,7 @@ def _value(name: str, text: str, known: Sequence[str], fix: str) -> int | float 
 
 def asked(model: str, prompts: str | None) -> Asked:
     """What to draw. prompts: a number of prompts, or a file with one a line."""
-    own = model == builtin.NAME
+    own = model in builtin.NAMES
     if prompts is not None and not prompts.isdecimal():
         fix = "Give a number, or a text file with one prompt a line."
         lines = [line.strip() for line in foreign.read_text(foreign.path(prompts), fix).splitlines() if line.strip()]

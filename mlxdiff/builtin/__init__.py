@@ -1,4 +1,4 @@
-"""The built-in model: its folder, and the words that it was trained to understand."""
+"""The built-in models: their folders, and the words that they were trained to understand."""
 
 import json
 import re
@@ -11,6 +11,8 @@ from pathlib import Path
 from ..errors import near
 
 NAME = "storybook"
+FLOW = "storybook-flow"  # its sibling: another network on the same latents and words
+NAMES = NAME, FLOW
 FOLDER = Path(__file__).parent / NAME
 _LONG = 4  # letters; a shorter word is close to too many others
 
@@ -45,32 +47,34 @@ def unknown_words(prompt: str) -> list[str]:
     return [word for word in dict.fromkeys(said) if word not in known_words()]
 
 
-def notice(prompt: str, taught: Iterable[str] = ()) -> str:
-    """A sentence for people: the words that the model does not know, each with the closest word that it knows. "" if it
-    knows all words. taught: words that it was taught."""
+def notice(model: str, prompt: str, taught: Iterable[str] = ()) -> str:
+    """A sentence for people: the words that a built-in model does not know, each with the closest word that it knows.
+    "" if it knows all words, and for other models. taught: words that it was taught."""
+    if model not in NAMES:
+        return ""
     words = []
     for word in taught:
         prompt = prompt.replace(word, "")
     for word in unknown_words(prompt):
         close = near(word, [w for w in sorted(known_words()) if len(w) >= _LONG], 0.75) if len(word) >= _LONG else ""
         words.append(f"{word} ({close}?)" if close else word)
-    return f"{NAME} does not know: {', '.join(words)}." if words else ""
+    return f"{model} does not know: {', '.join(words)}." if words else ""
 
 
-def size_notice(width: int, height: int, edge: int) -> str:
-    """A sentence for people about a picture that is smaller than those that the model learned from. "" for
+def size_notice(model: str, width: int, height: int, edge: int) -> str:
+    """A sentence for people about a picture that is smaller than those that a built-in model learned from. "" for
     others."""
-    small = f"{NAME} learned from pictures of {edge} x {edge} pixels: at {width} x {height} it draws less well."
-    return small if width * height < 0.75 * edge**2 else ""
+    small = f"{model} learned from pictures of {edge} x {edge} pixels: at {width} x {height} it draws less well."
+    return small if model in NAMES and width * height < 0.75 * edge**2 else ""
 
 
 _warned: set[str] = set()
 
 
 def warn(model: str, prompt: str, taught: Iterable[str] = ()) -> None:
-    """If `model` is the built-in one, warn about unknown words, once per process for the same words. The warning points
+    """If `model` is built in, warn about unknown words, once per process for the same words. The warning points
     to the code that called the caller."""
-    text = notice(prompt, taught) if model == NAME else ""
+    text = notice(model, prompt, taught)
     if text and text not in _warned:
         _warned.add(text)
         warnings.warn(f"{text} mlxdiff.builtin.vocabulary() lists what it knows.", stacklevel=3)

@@ -18,6 +18,7 @@ CLIP_L = clip.Config(
     eos=49407,
     eps=1e-5,
 )
+CLIP_STORYBOOK = replace(CLIP_L, vocab=1048, positions=40, width=128, layers=3, heads=4, hidden=512, eos=1047)
 CLIP_H = replace(CLIP_L, width=1024, layers=23, heads=16, hidden=4096, act="gelu")
 CLIP_G = replace(CLIP_H, width=1280, layers=32, heads=20, hidden=5120, projection=1280)
 T5_XXL = t5.Config(
@@ -84,6 +85,7 @@ VAE = vae.Config(
     post_quant_conv=True,
     mid_attention=True,
 )
+VAE_STORYBOOK = replace(VAE, latent_channels=8, channels=(16, 32, 64, 96), layers=1, groups=8)
 VAE_FLOW = replace(VAE, latent_channels=16, quant_conv=False, post_quant_conv=False)
 VAE_FLUX = replace(VAE_FLOW, scale=0.3611, shift=0.1159)  # FLUX.1's file, which Z-Image has too
 PREVIEW_FLUX = (

@@ -7,10 +7,12 @@ from .base import QUICK, Beside, Defaults, Family, Fast, Model, TextPlan, Word
 from .published import (
     CLIP_H,
     CLIP_L,
+    CLIP_STORYBOOK,
     DISCRETE,
     UNET,
     UNET_CAREFUL,
     VAE,
+    VAE_STORYBOOK,
     hyper,
     ip_adapter,
     lcm,
@@ -61,7 +63,7 @@ _SD15 = {"text_encoder": CLIP_L, "unet": UNET, "vae": VAE}
 _SD21 = {"text_encoder": CLIP_H, "unet": replace(UNET, heads=(5, 10, 20, 20), context=1024, linear_projection=True)}
 _SD21 |= {"vae": VAE}
 _STORYBOOK = {
-    "text_encoder": replace(CLIP_L, vocab=1048, positions=40, width=128, layers=3, heads=4, hidden=512, eos=1047),
+    "text_encoder": CLIP_STORYBOOK,
     "unet": replace(
         UNET,
         in_channels=8,
@@ -74,7 +76,7 @@ _STORYBOOK = {
         context=128,
         groups=16,
     ),
-    "vae": replace(VAE, latent_channels=8, channels=(16, 32, 64, 96), layers=1, groups=8),
+    "vae": VAE_STORYBOOK,
 }
 MODELS = {
     "storybook": Model(

@@ -6,7 +6,7 @@ from ..errors import Error
 from ..models.sd3 import Config
 from ..request import Request
 from .base import Beside, Careful, Defaults, Family, Model, TextPlan
-from .published import ATTENTION, CLIP_G, CLIP_L, FLOW, T5_XXL, VAE_FLOW, hyper
+from .published import ATTENTION, CLIP_G, CLIP_L, CLIP_STORYBOOK, FLOW, T5_XXL, VAE_FLOW, VAE_STORYBOOK, hyper
 
 _PREVIEW = (
     (-0.0922, -0.0175, 0.0749),
@@ -102,7 +102,24 @@ _REST = {
     "text_encoder_3": T5_XXL,
     "vae": replace(VAE_FLOW, scale=1.5305, shift=0.0609),
 }
+_STORYBOOK = {
+    "transformer": replace(
+        _NETWORK, in_channels=8, out_channels=8, positions=24, context=256, pooled=256, heads=2, layers=6, qk_norm=True
+    ),
+    "text_encoder": replace(CLIP_STORYBOOK, projection=128),
+    "text_encoder_2": replace(CLIP_STORYBOOK, projection=128),
+    "vae": VAE_STORYBOOK,
+}
 MODELS = {
+    "storybook-flow": Model(
+        SD3,
+        repo=None,
+        title="Storybook flow: its transformer sibling, built in, 256 pixels",
+        licence="MIT",
+        download=0,
+        networks=_STORYBOOK,
+        defaults=Defaults(size=256, steps=28, guidance=4.0),
+    ),
     "sd3-medium": Model(
         SD3,
         repo="stabilityai/stable-diffusion-3-medium-diffusers",

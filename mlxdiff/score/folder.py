@@ -83,8 +83,8 @@ def read(paths: list[Path], prompts: dict[str, str] | None, skipped: Skipped) ->
 
 
 def by_builtin(paths: list[Path]) -> bool:
-    """Whether all pictures say that the built-in model drew them."""
-    return all(_settings(path)[1] == builtin.NAME for path in paths)
+    """Whether all pictures say that a built-in model drew them."""
+    return all(_settings(path)[1] in builtin.NAMES for path in paths)
 
 
 def _settings(path: Path) -> tuple[str | None, str | None]:

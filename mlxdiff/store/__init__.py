@@ -137,7 +137,7 @@ def local(model: str | Path) -> Path | None:
         return None
     row = MODELS.get(str(model))
     if row is not None and not any((path / f).is_file() for f in ("model.json", "model_index.json")):
-        return builtin.FOLDER if row.repo is None else None
+        return builtin.FOLDER.parent / str(model) if row.repo is None else None
     return path if exists else None
 
 
