@@ -12,9 +12,9 @@ learns to reach the end of a segment in one DDIM step. Half of the time it start
 where it went itself: so it learns to undo its own errors. `train` goes on from where it stopped. With another teacher:
 a new RUN, --start FOLDER and --known mlxdiff/builtin/quick.safetensors.
 
-The shipped file: `train RUN --shards 3 --minutes 40`, then `--minutes 9 --rate 0.0025 --decay 0`, with three steps of the
-teacher in each segment; and for the U-Net of today, from that file, `--shards 3 --minutes 10 --rate 0.002 --decay 0.2` with
-INSIDE (logs/student.log)."""
+The shipped file: `train RUN --shards 3 --minutes 40`, then `--minutes 9 --rate 0.0025 --decay 0`, with three steps of
+the teacher in each segment; and for the U-Net of today, from that file, with INSIDE: `--shards 3 --minutes 10 --rate
+0.002 --decay 0.2` (logs/student.log)."""
 
 import argparse
 import time
