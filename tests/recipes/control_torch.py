@@ -297,9 +297,8 @@ def measure(args) -> None:
     drawn = [draw(args.folder, args.start, [text] * len(flat), flat, args.guidance) for text in said]
     for text, some in zip(said, drawn, strict=True):
         words = [sb.OBJECTS[row[3]] for row in judge.read(referee, some)]
-        print(
-            f"by hand, {text or 'no words'}: {', '.join(f'{a} seen as {b}' for a, b in zip(pages, words, strict=True))}"
-        )
+        seen = [f"{name} seen as {word}" for name, word in zip(sketches.STROKES, words, strict=True)]
+        print(f"by hand, {text or 'no words'}: {', '.join(seen)}")
     rows = [np.stack(flat)[..., None].repeat(3, -1), *drawn]
     Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows])).save(args.out / "sheet_hand.png")
 
