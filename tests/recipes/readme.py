@@ -22,8 +22,9 @@ import mlxdiff
 from mlxdiff import detect
 from mlxdiff.train import measure
 from mlxdiff.train import storybook as sb
+from mlxdiff.train.storybook import sketches
 from tests.notebooks import few_bits
-from tests.recipes import inpainting, sketches
+from tests.recipes import inpainting
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
