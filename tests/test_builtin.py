@@ -188,7 +188,9 @@ def test_fewer_bits_still_draw_it(referee, drawn, bits, tmp_path, monkeypatch):
 
 
 def test_the_loss_by_words_is_the_error_in_v(pipe):
-    """measure.losses against the network called by hand in training's terms: x_vp in, v out (Salimans and Ho 2022)."""
+    """measure.losses against the network called by hand in training's terms: x_vp in, v out (Salimans and Ho 2022). A
+    wrong word costs over a tenth in the mean of its kinds (1.19 to 1.85 times the loss in 16 scenes); one kind alone, in
+    one scene, may cost nothing."""
     (scene,) = measure.scenes(1)
     levels = recipe.ALPHA_BAR[[200, 800]]
     (found,) = measure.losses(pipe, [scene], np.sqrt((1 - levels) / levels))
@@ -200,7 +202,7 @@ def test_the_loss_by_words_is_the_error_in_v(pipe):
         x, v = np.sqrt(a) * x0 + np.sqrt(1 - a) * noise[k], np.sqrt(a) * noise[k] - np.sqrt(1 - a) * x0
         out = net(mx.array(x.astype(np.float32)), float(t), **net.prepare(None, text.context))
         assert found["right"][k] == pytest.approx(np.square(np.array(out) - v).mean(), rel=1e-3)  # float32 at sigma 5
-    assert found["time"][1] > 1.1 * found["right"][1]
+    assert np.mean([loss[1] for kind, loss in found.items() if kind != "right"]) > 1.1 * found["right"][1]
 
 
 def test_a_wrong_word_is_one_word_of_a_scene_that_can_be():
