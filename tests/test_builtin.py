@@ -188,9 +188,9 @@ def test_fewer_bits_still_draw_it(referee, drawn, bits, tmp_path, monkeypatch):
 
 
 def test_the_loss_by_words_is_the_error_in_v(pipe):
-    """measure.losses against the network called by hand in training's terms: x_vp in, v out (Salimans and Ho 2022). A
-    wrong word costs over a tenth in the mean of its kinds (1.19 to 1.85 times the loss in 16 scenes); one kind alone, in
-    one scene, may cost nothing."""
+    """measure.losses against the network called by hand in training's terms: x_vp in, v out (Salimans and Ho 2022).
+    A wrong word costs over a tenth in the mean of its kinds (the loss was 1.19 to 1.85 times as high in 16 scenes); one
+    kind alone, in one scene, may cost nothing."""
     (scene,) = measure.scenes(1)
     levels = recipe.ALPHA_BAR[[200, 800]]
     (found,) = measure.losses(pipe, [scene], np.sqrt((1 - levels) / levels))
