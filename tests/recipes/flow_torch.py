@@ -3,6 +3,7 @@ a rectified flow, on the same latents and words. Torch on CPU cores; after `rend
 
     python -m tests.recipes.flow_torch train RUN --half --minutes 17 --decay 1 --rate 0.015
     python -m tests.recipes.flow_torch train RUN --compile --minutes 25 --decay 0.3 --rate 0.012
+    python -m tests.recipes.flow_torch train RUN --compile --minutes 21 --decay 0.1 --rate 0.012
     python -m tests.recipes.flow_torch export RUN FOLDER
     python -m tests.recipes.flow_torch measure RUN FOLDER
 
