@@ -60,10 +60,12 @@ def test_without_pasting_the_rest_is_the_vaes_and_no_prompt_moves_it(pipe):
     """The same latents outside, and a decoder that looks a few latents far."""
     far = np.asarray(mask((0, 0, 57, 57))) == 0
     draw = lambda prompt: pipe(prompt, image=picture(), mask=mask((0, 0, 7, 7)), keep=False, **QUICK).image  # noqa: E731
-    one, other = draw(PROMPT), draw("a blue boat on a lake")
+    one, other = draw(PROMPT), draw("a green cactus in the desert at night")
     assert differs(one, picture())[far].any()
     apart = np.abs(np.asarray(one, int) - np.asarray(other, int))
-    assert apart[far].mean() < 1 < apart[:8, :8].mean()  # the decoder's attention sees the whole picture
+    # 0.05 and 1.8: the decoder's attention sees the whole picture, and there is one latent to draw.
+    assert apart[far].mean() < 0.1 * apart[:8, :8].mean()
+    assert apart[:8, :8].mean() > 1
 
 
 def test_a_soft_edge(pipe):

@@ -1,6 +1,8 @@
 """T5's tokenizer against transformers', from spiece.model and from tokenizer.json, with a vocabulary made here."""
 
 import json
+import unicodedata
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -46,8 +48,22 @@ def test_equals_transformers(three, text):
 @settings(max_examples=150, deadline=None)
 def test_equals_transformers_on_any_text(three, text):
     theirs, *both = three
-    for ours in both:
+    for ours in both[loses_a_mark(text) :]:  # of spiece.model, sentencepiece itself is the reference there
         assert ours.ids(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+def loses_a_mark(text: str) -> bool:
+    """transformers' tokenizer forgets a mark that stands on a character that is written otherwise first, such as the
+    accent of "²\\u0591" where ² becomes 2. sentencepiece, which T5 was trained with, keeps it."""
+    stands = ((a, b) for a, b in pairwise(text) if unicodedata.category(b) in ("Mn", "Mc", "Me", "Cf"))
+    return any(unicodedata.normalize("NFKC", a) != a for a, _ in stands)
+
+
+def test_a_mark_on_a_character_that_is_written_otherwise(three):
+    theirs, ours, by_json = three
+    assert loses_a_mark("²\u0591")
+    assert ours.ids("²\u0591") == ours.ids("2\u0591") == theirs("2\u0591", add_special_tokens=False).input_ids
+    assert by_json.ids("²\u0591") == theirs("²\u0591", add_special_tokens=False).input_ids == theirs("2").input_ids[:-1]
 
 
 @pytest.mark.parametrize("length", [8, 256, 512])
