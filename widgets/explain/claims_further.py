@@ -153,7 +153,7 @@ COUNTED = 64  # pixels: the edge of the pictures in which things are counted
 
 
 def counting(pipe, seed: int) -> Evidence:
-    drawn = {n: pipe(prompt, seed=seed, steps=5, count=2).images for n, prompt in HOW_MANY.items()}
+    drawn = {n: pipe(prompt, seed=seed, steps=10, count=2).images for n, prompt in HOW_MANY.items()}
     counts = {n: [regions(red(image)) for image in images] for n, images in drawn.items()}
     referee, kind = judge.load(judge.shipped()), [*judge.WORDS].index("object")
     named = {
