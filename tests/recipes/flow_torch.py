@@ -14,7 +14,6 @@ The folder has the autoencoder of the model that is named by --start, and its te
 two CLIPs; there is no T5. Where T5 is left out, SD3 reads 256 tokens of zeros instead. They stay equal in every layer,
 so `train` reads one of them, whose share in the attention is that of 256."""
 
-import argparse
 import math
 import shutil
 from pathlib import Path
@@ -31,7 +30,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from mlxdiff.train import judge
 from tests.recipes import cpu
 from tests.recipes import storybook_torch as st
 
@@ -158,20 +156,11 @@ COMMANDS = {"train": lambda args: cpu.run(train, args, args.ranks), "export": ex
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("run", type=Path)
+    parser = st.parser(__doc__, COMMANDS, minutes=25.0)
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--start", type=Path, default=st.START, help="the folder whose words and autoencoder it takes")
     parser.add_argument("--ranks", type=int, default=st.RANKS, help="processes")
     parser.add_argument("--half", action="store_true", help="train on latents of half the width and height")
     parser.add_argument("--compile", action="store_true", help="1.8 times as fast; takes a C++ compiler and a minute")
-    parser.add_argument("--minutes", type=float, default=25.0)
-    parser.add_argument("--rate", type=float, default=0.01)
-    parser.add_argument("--decay", type=float, default=0.5)
-    parser.add_argument("--judge", type=Path, default=judge.shipped())
-    parser.add_argument("--count", type=int, default=192)
-    parser.add_argument("--guidance", type=float, default=4.0)
     args = parser.parse_args()
     COMMANDS[args.command](args)
 

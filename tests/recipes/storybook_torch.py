@@ -482,24 +482,30 @@ COMMANDS = {
 }
 
 
+def parser(doc: str, commands, minutes: float, rate: float = 0.01, guidance: float = 4.0) -> argparse.ArgumentParser:
+    """The arguments that the recipes on these latents share."""
+    shared = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared.add_argument("command", choices=commands)
+    shared.add_argument("run", type=Path)
+    shared.add_argument("--minutes", type=float, default=minutes)
+    shared.add_argument("--start", type=Path, default=START, help="the folder of the model to start from")
+    shared.add_argument("--rate", type=float, default=rate)
+    shared.add_argument("--decay", type=float, default=0.5)
+    shared.add_argument("--judge", type=Path, default=judge.shipped())
+    shared.add_argument("--count", type=int, default=192)
+    shared.add_argument("--guidance", type=float, default=guidance)
+    return shared
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--shards", type=int, default=14)
-    parser.add_argument("--minutes", type=float, default=105.0)
-    parser.add_argument("--start", type=Path, default=START, help="the folder of the model to start from")
-    parser.add_argument("--words-known", action="store_true", help="the text encoder learns no more: a tenth faster")
-    parser.add_argument("--rate", type=float, default=0.01)
-    parser.add_argument("--lean", type=float, default=0.85, help="below 1: more of high noise; above: of low noise")
-    parser.add_argument("--ranks", type=int, default=RANKS, help="processes")
-    parser.add_argument("--decay", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--judge", type=Path, default=judge.shipped())
-    parser.add_argument("--count", type=int, default=192)
-    parser.add_argument("--guidance", type=float, default=4.0)
-    args = parser.parse_args()
+    own = parser(__doc__, COMMANDS, minutes=105.0)
+    own.add_argument("folder", type=Path, nargs="?")
+    own.add_argument("--shards", type=int, default=14)
+    own.add_argument("--words-known", action="store_true", help="the text encoder learns no more: a tenth faster")
+    own.add_argument("--lean", type=float, default=0.85, help="below 1: more of high noise; above: of low noise")
+    own.add_argument("--ranks", type=int, default=RANKS, help="processes")
+    own.add_argument("--steps", type=int, default=800)
+    args = own.parse_args()
     COMMANDS[args.command](args)
 
 

@@ -16,7 +16,6 @@ The shipped file: `train RUN --shards 3 --minutes 40`, then `--minutes 9 --rate 
 the teacher in each segment; and for the U-Net of today, from that file, with INSIDE: `--shards 3 --minutes 10 --rate
 0.002 --decay 0.2` (logs/student.log)."""
 
-import argparse
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +28,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import CLIPTokenizer
 
-from mlxdiff.train import judge
 from mlxdiff.train import storybook as sb
 from tests.recipes import cpu
 from tests.recipes import storybook_torch as st
@@ -281,20 +279,11 @@ COMMANDS = {"train": train, "export": export, "measure": measure}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("run", type=Path)
+    parser = st.parser(__doc__, COMMANDS, minutes=25.0, rate=4e-3, guidance=1.0)
     parser.add_argument("file", type=Path, nargs="?")
-    parser.add_argument("--start", type=Path, default=st.START, help="the folder of the teacher")
     parser.add_argument("--known", type=Path, help="the LoRA file of another teacher's student, to start from")
     parser.add_argument("--shards", type=int, default=16)
-    parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--decay", type=float, default=0.5)
-    parser.add_argument("--judge", type=Path, default=judge.shipped())
-    parser.add_argument("--count", type=int, default=192)
-    parser.add_argument("--guidance", type=float, default=1.0)
     args = parser.parse_args()
     COMMANDS[args.command](args)
 
