@@ -152,9 +152,9 @@ def _check_exif(file: Path | io.BytesIO) -> None:
     minutes for a file of 130 MB. Pictures have one."""
     size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
     if size > _LARGE:
-        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
-        if data.startswith(b"\xff\xd8") and data.count(b"Exif\0\0") > _MOST_PARTS:
-            raise OSError(0, f"it is a JPEG whose EXIF has more than {_MOST_PARTS} parts")
+        with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.getvalue()) as f:
+            if f.read(2) == b"\xff\xd8" and f.read().count(b"Exif\0\0") > _MOST_PARTS:
+                raise OSError(0, f"it is a JPEG whose EXIF has more than {_MOST_PARTS} parts")
 
 
 def _scans(file: Path | io.BytesIO) -> int:
