@@ -22,6 +22,7 @@ from mlxdiff.train import judge
 from mlxdiff.train import storybook as sb
 from mlxdiff.train.measure import SIZE
 from mlxdiff.train.storybook import objects
+from mlxdiff.widgets.explain.added import teal
 
 WORD, LIKE, TEAL = "<teal>", "blue", (0, 158, 148)
 SEED, COUNT = 3_000_000, 16
@@ -51,8 +52,7 @@ def make(folder: Path) -> None:
 
 def coloured(pictures: np.ndarray) -> float:
     """The share of pixels, in percent, with teal's hue."""
-    hue, saturation, _ = np.moveaxis(np.stack([np.asarray(Image.fromarray(p).convert("HSV")) for p in pictures]), -1, 0)
-    return 100 * float(((hue > 158 / 360 * 255) & (hue < 198 / 360 * 255) & (saturation > 90)).mean())
+    return 100 * float(np.mean([teal(Image.fromarray(picture)) for picture in pictures]))
 
 
 def measure(folder: Path, count: int) -> None:
