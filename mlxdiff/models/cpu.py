@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 
 import mlx.core as mx
+import numpy as np
 
 from . import ways
 
@@ -21,6 +22,8 @@ _FEW = 1 << 13  # up to so many numbers, MLX's own function is as fast: twenty o
 # Pixels of a map; in smaller ones a convolution's copies cost less than its nine products. With many channels they cost
 # less also in larger ones: 5 % less at 32 x 32 and 320.
 _PIXELS, _MANY, _PIXELS_OF_MANY = 1 << 10, 256, 1 << 12
+_KERNEL = 1 << 18  # numbers of a kernel; a smaller one costs little to put in order, so that it suits all maps
+_FEW_PIXELS = 1 << 8  # of a map: in smaller ones, one product of copies costs less than nine
 _DOUBLED = 1 << 8  # pixels of a map, before they are doubled
 
 
@@ -44,8 +47,10 @@ def rather(faster: Callable) -> Callable:
 
 def in_parts(f: Callable, arrays: Sequence[mx.array], axis: int, rows: int) -> list[mx.array]:
     """f of slices of the arrays, `rows` along the axis, on two cores in turns."""
-    begins = range(0, arrays[0].shape[axis], rows)
-    return in_turns(f, [[_sliced(x, axis, i, rows) for x in arrays] for i in begins])
+    n = arrays[0].shape[axis]
+    if n <= rows:
+        return [f(*arrays)]
+    return in_turns(f, [[_sliced(x, axis, i, rows) for x in arrays] for i in range(0, n, rows)])
 
 
 def in_turns(f: Callable, calls: Sequence[Sequence]) -> list[mx.array]:
@@ -214,12 +219,13 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
     B, c = x.shape[0], x.shape[-1]
     y = x.reshape(B, -1, c)  # (B, N, c)
     rows, N = max(1, PART // (B * c)), y.shape[1]
+    of_group = np.repeat(np.eye(groups, dtype=np.float32), c // groups, axis=0)  # (c, groups)
+    into, back = mx.array(of_group), mx.array(of_group.T / (N * c / groups))
 
     def mean(f: Callable) -> mx.array:
         """The mean of f over pixels and a group's channels, for each channel, (B, 1, c)."""
-        total = sum(in_parts(lambda part: f(part).sum(1, keepdims=True), [y], 1, rows))
-        of_group = total.reshape(B, groups, -1).sum(2, keepdims=True) * (groups / (N * c))
-        return mx.broadcast_to(of_group, (B, groups, c // groups)).reshape(B, 1, c)
+        total, *more = in_parts(lambda part: f(part).sum(1), [y], 1, rows)
+        return (sum(more, total) @ into @ back)[:, None]
 
     centre = mean(lambda part: part)
     scale = weight * mx.rsqrt(mean(lambda part: mx.square(part - centre)) + eps)
@@ -266,16 +272,18 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 @mx.custom_function
 def _nine(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    B, h, w, _ = x.shape
+    B, h, w, c = x.shape
     row, o = w + 2, weight.shape[0]
-    flat = _bordered(x)
+    kernel = weight.transpose(1, 2, 3, 0).reshape(9, c, o)  # a view, of weights that lie `in_order`
+    if h * w < _FEW_PIXELS:
+        return mx.addmm(bias, ways.patches(x), kernel.reshape(9 * c, o)).reshape(B, h, w, o)
+    flat, taps = _bordered(x), mx.split(kernel, 9)
 
     def of_rows(flat: mx.array, first: int, last: int) -> mx.array:
         y = bias
-        for i in range(3):
-            for j in range(3):
-                at = i * row + j  # where the map begins that this tap of the kernel meets
-                y = mx.addmm(y, flat[:, first * row + at : last * row + at], weight[:, i, j].T)
+        for i, tap in enumerate(taps):
+            at = i // 3 * row + i % 3  # where the map begins that this tap of the kernel meets
+            y = mx.addmm(y, flat[:, first * row + at : last * row + at], tap)
         return y
 
     half = h // 2 if _worth_both(x, weight) else 0
@@ -301,10 +309,17 @@ def _(inputs: tuple[mx.array, ...], gradient: mx.array, y: mx.array) -> tuple[mx
 
 def conv3x3(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """A convolution with a kernel of 3 x 3, padded by one pixel. weight: (o, 3, 3, c), bias: (o)."""
-    if x.shape[1] * x.shape[2] < (_PIXELS if weight.shape[0] <= _MANY else _PIXELS_OF_MANY):
+    few = x.shape[1] * x.shape[2] < (_PIXELS if weight.shape[0] <= _MANY else _PIXELS_OF_MANY)
+    if few and weight.size > _KERNEL:
         y = mx.conv2d(x, weight, padding=1)
         return y if bias is None else y + bias
     return _nine(x, weight, mx.zeros(weight.shape[0]) if bias is None else bias)
+
+
+# Which of a kernel's three taps along an axis are added up for each of the two pixels that an even, and an odd, pixel
+# of the doubled map meets; and the same for both axes: (16, 9).
+_MET = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+_OF_DOUBLED = np.einsum("ika,jlb->ijklab", _MET, _MET).reshape(16, 9)
 
 
 @mx.custom_function
@@ -315,27 +330,22 @@ def conv3x3_of_doubled(x: mx.array, weight: mx.array, bias: mx.array) -> mx.arra
     B, h, w, c = x.shape
     row, o = w + 2, weight.shape[0]
     flat = _bordered(x)
+    sums = mx.array(_OF_DOUBLED) @ weight.transpose(1, 2, 3, 0).reshape(9, c * o)
+    taps = mx.split(sums.reshape(16, c, o), 16)
 
     def of_rows(flat: mx.array, odd: int) -> mx.array:
         columns = []
         for odd_column in range(2):
             y = bias
-            for i, part in enumerate(_met(weight, 1, odd)):
-                for j, tap in enumerate(_met(part, 2, odd_column)):
-                    at = (i + odd) * row + j + odd_column
-                    y = mx.addmm(y, flat[:, at : at + h * row], tap.reshape(o, c).T)
+            for k in range(4):  # of two rows and two columns
+                at = (k // 2 + odd) * row + k % 2 + odd_column
+                y = mx.addmm(y, flat[:, at : at + h * row], taps[8 * odd + 4 * odd_column + k])
             columns.append(y.reshape(B, h, row, o)[:, :, :w])
         return mx.concatenate(columns, axis=-1).reshape(B, h, 1, 2 * w * o)
 
     calls = [(flat, 0), (flat, 1)]
     both = in_turns(of_rows, calls) if _worth_both(x, weight) else [of_rows(*call) for call in calls]
     return mx.concatenate(both, axis=2).reshape(B, 2 * h, 2 * w, o)
-
-
-def _met(kernel: mx.array, axis: int, odd: int) -> tuple[mx.array, mx.array]:
-    """The kernel's sums along an axis for the two pixels that an even, or an odd, pixel of the doubled map meets."""
-    before, at, after = mx.split(kernel, 3, axis=axis)
-    return (before + at, after) if odd else (before, at + after)
 
 
 @conv3x3_of_doubled.vjp
@@ -347,6 +357,11 @@ def doubled(x: mx.array) -> mx.array:
     """Each pixel twice along both axes, (B, 2 h, 2 w, c)."""
     B, h, w, c = x.shape
     return mx.broadcast_to(x[:, :, None, :, None], (B, h, 2, w, 2, c)).reshape(B, 2 * h, 2 * w, c)
+
+
+def in_order(weight: mx.array) -> mx.array:
+    """The same kernel, with memory in the order in which its nine taps are read."""
+    return mx.contiguous(weight.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
 
 
 def suits_doubled(x: mx.array) -> bool:

@@ -64,12 +64,17 @@ def _standard(way: str) -> bool:
 def unfold(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """A convolution with a kernel of 3 x 3, padded by one pixel, as one product of the map unfolded nine times."""
     B, h, w, c = x.shape
+    weight = weight.reshape(-1, 9 * c).T
+    y = patches(x) @ weight if bias is None else mx.addmm(bias, patches(x), weight)
+    return y.reshape(B, h, w, -1)
+
+
+def patches(x: mx.array) -> mx.array:
+    """The nine pixels around each of a map, padded by one pixel: (B, h, w, c) -> (B, h w, 9 c)."""
+    B, h, w, c = x.shape
     x = mx.contiguous(mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]))
     row = (w + 2) * c
-    patches = mx.as_strided(x, (B, h, w, 3, 3 * c), ((h + 2) * row, row, c, row, 1)).reshape(B, h * w, 9 * c)
-    weight = weight.reshape(-1, 9 * c).T
-    y = patches @ weight if bias is None else mx.addmm(bias, patches, weight)
-    return y.reshape(B, h, w, -1)
+    return mx.as_strided(x, (B, h, w, 3, 3 * c), ((h + 2) * row, row, c, row, 1)).reshape(B, h * w, 9 * c)
 
 
 class Dequantizing(nn.QuantizedLinear):
