@@ -585,6 +585,7 @@ MAY = {
         "mlxdiff.pipeline",
         "mlxdiff.recipe",
         "mlxdiff.request",
+        "mlxdiff.train.tape",
     },
     "mlxdiff.bench": NONE,
     "mlxdiff.bench.__main__": {
