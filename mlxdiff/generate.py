@@ -67,11 +67,9 @@ def _from_a_picture(g: argparse._ArgumentGroup) -> None:
 
 
 def _guided(g: argparse._ArgumentGroup) -> None:
-    what = (
-        "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file; no MODEL"
-    )
-    what += f" for flux-depth and flux-canny, which read it themselves; IMAGE {MASKED}: the start image without what"
-    what += " the mask marks, for a ControlNet that inpaints"
+    what = "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file; no"
+    what += f" MODEL for flux-depth and flux-canny, which read it themselves; IMAGE {MASKED}: the start image without"
+    what += " what the mask marks, for a ControlNet that inpaints"
     form = ("[MODEL] IMAGE", "SCALE [FROM TO]")
     g.add_argument("--control", dest="controls", action=_Control, nargs="+", metavar=form, help=what)
     what = f"make a control picture of the photograph of the next --control: {', '.join(DETECTORS)}"
@@ -95,7 +93,8 @@ def _how_to_draw(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--steps", type=int, metavar="N", help="more steps are slower and finer (default: the model's)")
     g.add_argument("-g", "--guidance", "--cfg-scale", type=float, metavar="G", help="pull to the prompt; 1 is no pull")
     g.add_argument("--rescale", type=float, metavar="R", help="guidance rescale, 0 to 1 (default 0)")
-    g.add_argument("--interval", type=float, nargs=2, metavar=("FROM", "TO"), help="fractions of the steps to guide")
+    what, part = "guide in this part of the steps alone, such as 0.2 0.8", ("FROM", "TO")
+    g.add_argument("--interval", type=float, nargs=2, metavar=part, help=what)
     g.add_argument("--sampler", metavar="NAME", help=", ".join(samplers.SAMPLERS))
     g.add_argument("--schedule", metavar="NAME", help=", ".join(schedules.SPACINGS))
     g.add_argument("--eta", type=float, metavar="E", help="how much noise a stochastic sampler puts back")
@@ -104,7 +103,8 @@ def _how_to_draw(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--true-cfg", type=float, metavar="G", help="FLUX: push from the negative prompt by a second pass")
     g.add_argument("--skip-layers", type=int, nargs="+", metavar="N", help="SD3.5 medium: 7 8 9 draws firmer shapes")
     g.add_argument("--skip-scale", type=float, metavar="G", help="how far to push from the pass without them (2.8)")
-    g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in which steps (0.01 0.2)")
+    what = "in which part of the steps (0.01 0.2)"
+    g.add_argument("--skip-interval", type=float, nargs=2, metavar=part, help=what)
     g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: leave T5 out, for less memory")
     what = "skip most of a step where little changed, 0.1 is a tenth: faster, slightly different; 0 skips nothing (0)"
     g.add_argument("--reuse", type=float, metavar="F", help=what)
