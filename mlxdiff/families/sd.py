@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Stability AI), LCM, and the built-in model, which is an SD 1.x.
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Stability AI), LCM, and storybook, a built-in SD 1.x.
 This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
