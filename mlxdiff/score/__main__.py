@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import foreign
+from ..bar import Bar
 from ..console import Parser, run, say, say_json
 from ..errors import Error
-from ..generate import Bar
 from ..result import Event
 from ..store import clip as store
 from ..train import judge
