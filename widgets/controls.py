@@ -19,6 +19,7 @@ from .start_picture import StartPicture
 
 _ANOTHER = ""
 _WIDE = {"width": "auto"}  # of a control's layout
+_REUSE = [("off", 0.0), ("0.05: a little faster", 0.05), ("0.1: faster", 0.1), ("0.2: fast, less exact", 0.2)]
 
 
 def values(name: str, text: str) -> list:
@@ -93,8 +94,9 @@ class Controls(w.VBox):
         self.sampler = w.Dropdown(description="Sampler", layout=_WIDE).add_class("mlxdiff-beside")
         self.schedule = w.Dropdown(description="Schedule", layout=_WIDE).add_class("mlxdiff-beside")
         self.offer(flow=False)
-        what = "0.1 skips most of a step where little changed: faster, slightly different; 0 skips nothing"
-        self.reuse = w.BoundedFloatText(description="Reuse", min=0, max=1, step=0.05, tooltip=what, layout=_WIDE)
+        what = "Reuse the last step's work where less than this share has changed: faster, and slightly different"
+        self.reuse = w.Dropdown(description="Reuse", options=_REUSE, tooltip=what, layout=_WIDE)
+        self.reuse.add_class("mlxdiff-beside")
         self.shapes = {
             n: w.Button(description=n, tooltip=f"Set a {n.lower()} size that suits the model") for n in SHAPES
         }
@@ -105,6 +107,7 @@ class Controls(w.VBox):
         self.bits, self.low_memory = self.memory.bits.add_class("mlxdiff-beside"), self.memory.low_memory
         return _fold(
             "More settings",
+            "Steps, guidance, sampler, size, memory",
             self.steps,
             self.guidance,
             w.HBox([self.sampler, self.schedule]).add_class("mlxdiff-two"),
@@ -127,8 +130,11 @@ class Controls(w.VBox):
         self.loras, self.enlarging, self.compare = Loras(), Enlarging(), Compare()
         self.upscaler = self.enlarging.upscaler
         self.compare.draw.add_class("mlxdiff-compare")
-        panels = {TITLE: self.loras, "Enlarge": self.enlarging, "Compare": self.compare}
-        folds = [_fold(title, panel, panel=True) for title, panel in panels.items()]
+        folds = [
+            _fold(TITLE, "Files that change what the model draws, or teach it a word", self.loras, panel=True),
+            _fold("Enlarge", "With what the button Enlarge 2× enlarges", self.enlarging, panel=True),
+            _fold("Compare", "A grid of pictures over one or two settings", self.compare, panel=True),
+        ]
         self.loras_shown = folds[0].children[0]
         return w.HBox(folds).add_class("mlxdiff-folds")
 
@@ -207,7 +213,8 @@ class Words(w.VBox):
         kinds = builtin.vocabulary().items()
         chips = "".join(f"<p>{kind.title()}</p><div>{''.join(map(_chip, words))}</div>" for kind, words in kinds)
         self.surprise = w.Button(description="Surprise me", tooltip="A prompt of random words that the model knows")
-        unfold = w.ToggleButton(description="Its words").add_class("mlxdiff-unfold")
+        what = "Every word that this model was taught. A click adds one to the prompt"
+        unfold = w.ToggleButton(description="Words it knows", tooltip=what).add_class("mlxdiff-unfold")
         head = w.HBox([unfold, self.surprise]).add_class("mlxdiff-words-head")
         super().__init__([head, w.HTML(chips).add_class("mlxdiff-chips").add_class("mlxdiff-panel")])
         self.add_class("mlxdiff-words-known").add_class("mlxdiff-fold")
@@ -217,8 +224,10 @@ class Memory(w.VBox):
     """How the weights are held, and how much memory the next picture takes."""
 
     def __init__(self):
-        ways = [("all bits", ""), *((f"{n} bits" if isinstance(n, int) else n, n) for n in BITS)]
-        self.bits = w.Dropdown(description="Weights", options=ways, tooltip="Fewer bits are smaller, not faster")
+        gains = {8: ": half the size", 4: ": a quarter"}
+        ways = [(f"{n} bits{gains.get(n, '')}" if isinstance(n, int) else n, n) for n in BITS]
+        what = "The model's numbers. With fewer bits they need less memory, and are a little less exact; not faster"
+        self.bits = w.Dropdown(description="Weights", options=[("full precision", ""), *ways], tooltip=what)
         self.low_memory = w.ToggleButton(description="Low memory", tooltip="Slower, but in less memory")
         self.fit = w.Button(
             description="Fit it to this machine", tooltip="Change settings until the next picture fits this machine"
@@ -273,8 +282,10 @@ class Compare(w.VBox):
         self.columns = w.Dropdown(description="Columns", options=two, value="guidance")
         self.column_values = w.Text(description="Column values", value="1, 3, 7")
         self.draw = w.Button(description="Draw the grid", tooltip="Draw a picture for every pair and one labelled PNG")
+        what = "One setting changes from row to row, another from column to column. All else stays as it is."
         super().__init__(
             [
+                w.HTML(what).add_class("mlxdiff-why"),
                 w.HBox([self.rows, self.row_values]).add_class("mlxdiff-axis"),
                 w.HBox([self.columns, self.column_values]).add_class("mlxdiff-axis"),
                 self.draw,
@@ -348,10 +359,10 @@ def _mark(button: w.Button, chosen: bool) -> None:
     (button.add_class if chosen else button.remove_class)("mlxdiff-chosen")
 
 
-def _fold(title: str, *children: w.Widget, panel: bool = False) -> w.VBox:
-    """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion. panel: on a
-    page of its own they are shown beside the other controls, not between them."""
-    button = w.ToggleButton(description=title).add_class("mlxdiff-unfold")
+def _fold(title: str, what: str, *children: w.Widget, panel: bool = False) -> w.VBox:
+    """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion. what: its
+    tooltip. panel: on a page of its own they are shown beside the other controls, not between them."""
+    button = w.ToggleButton(description=title, tooltip=what).add_class("mlxdiff-unfold")
     content = w.VBox(children)
     if panel:
         content.add_class("mlxdiff-panel")
