@@ -214,7 +214,7 @@ class Words(w.VBox):
         chips = "".join(f"<p>{kind.title()}</p><div>{''.join(map(_chip, words))}</div>" for kind, words in kinds)
         self.surprise = w.Button(description="Surprise me", tooltip="A prompt of random words that the model knows")
         what = "Every word that this model was taught. A click adds one to the prompt"
-        unfold = w.ToggleButton(description="Words it knows", tooltip=what).add_class("mlxdiff-unfold")
+        unfold = w.ToggleButton(description="Known words", tooltip=what).add_class("mlxdiff-unfold")
         head = w.HBox([unfold, self.surprise]).add_class("mlxdiff-words-head")
         super().__init__([head, w.HTML(chips).add_class("mlxdiff-chips").add_class("mlxdiff-panel")])
         self.add_class("mlxdiff-words-known").add_class("mlxdiff-fold")
