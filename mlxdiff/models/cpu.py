@@ -219,13 +219,12 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
     B, c = x.shape[0], x.shape[-1]
     y = x.reshape(B, -1, c)  # (B, N, c)
     rows, N = max(1, PART // (B * c)), y.shape[1]
-    of_group = np.repeat(np.eye(groups, dtype=np.float32), c // groups, axis=0)  # (c, groups)
-    into, back = mx.array(of_group), mx.array(of_group.T / (N * c / groups))
 
     def mean(f: Callable) -> mx.array:
         """The mean of f over pixels and a group's channels, for each channel, (B, 1, c)."""
-        total, *more = in_parts(lambda part: f(part).sum(1), [y], 1, rows)
-        return (sum(more, total) @ into @ back)[:, None]
+        total = sum(in_parts(lambda part: f(part).sum(1, keepdims=True), [y], 1, rows))
+        of_group = total.reshape(B, groups, -1).sum(2, keepdims=True) * (groups / (N * c))
+        return mx.broadcast_to(of_group, (B, groups, c // groups)).reshape(B, 1, c)
 
     centre = mean(lambda part: part)
     scale = weight * mx.rsqrt(mean(lambda part: mx.square(part - centre)) + eps)
