@@ -336,9 +336,10 @@ def _seed(text: str) -> int:
 
 
 def _models(extra: str) -> list[tuple[str, str]]:
-    rows = [
-        (row.title if row.repo is None else f"{row.title}, {row.download:.1f} GB", name) for name, row in MODELS.items()
-    ]
+    rows = []
+    for name, row in MODELS.items():
+        short = f"{row.title.partition(':')[0]}, built in"  # the list is narrow
+        rows.append((short if row.repo is None else f"{row.title}, {row.download:.1f} GB", name))
     return [*rows, *([] if extra in MODELS else [(extra, extra)]), ("Another …", _ANOTHER)]
 
 

@@ -378,7 +378,8 @@ function render({ model, el }) {
   // A list cuts off a long entry: its tooltip shows all of it, and what the list is for.
   function entitle({ target }) {
     if (!(target instanceof HTMLSelectElement)) return;
-    target.title = [target.selectedOptions[0]?.text, target.closest(".widget-dropdown")?.title].filter(Boolean).join(". ");
+    target.dataset.what ??= target.title || target.closest(".widget-dropdown")?.title || "";
+    target.title = [target.selectedOptions[0]?.text, target.dataset.what].filter(Boolean).join(". ");
   }
 
   async function settings() {
