@@ -85,9 +85,9 @@ def _elementwise(f: Callable) -> Callable:
 
 # Numbers of a map whose samples are worth a core each. Handing an operation to a core costs as much as it does with
 # 2^15 numbers; and of more than 2^20, matrix products are a network's largest part, which have threads of their own.
-_SHARED = range(1 << 16, 1 << 20)
+_SHARED = range(1 << 16, 1 << 40)
 _SCORES = 1 << 17  # of an attention, the same
-_PRODUCTS = range(1 << 24, 1 << 30)  # multiplications of a convolution, the same
+_PRODUCTS = range(1 << 24, 1 << 50)  # multiplications of a convolution, the same
 _here = threading.local()  # of each thread, the stream beside its default one
 
 

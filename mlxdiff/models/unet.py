@@ -8,6 +8,7 @@ from itertools import zip_longest
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import cpu
 from .layers import (
     Attention,
     Conv3x3,
@@ -117,10 +118,16 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(c, c)
 
     def __call__(self, x: mx.array, kv: Iterator) -> mx.array:
+        kvs = [next(kv) for _ in self.transformer_blocks]
+        return self.of(x, *[a for pair in kvs for a in pair])
+
+    @cpu.by_sample
+    def of(self, x, *flat):
         B, h, w, c = x.shape
         y = self.proj_in(self.norm(x).reshape(B, h * w, c))  # (B, N, c)
-        for layer in self.transformer_blocks:
-            y = layer(y, next(kv))
+        n = len(flat) // len(self.transformer_blocks)
+        for i, layer in enumerate(self.transformer_blocks):
+            y = layer(y, flat[i * n : (i + 1) * n])
         return x + self.proj_out(y).reshape(B, h, w, c)
 
 
