@@ -3,7 +3,7 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import QUICK, Beside, Defaults, Family, Fast, Model, TextPlan, Word
+from .base import QUICK, Beside, Defaults, Family, Fast, Lora, Model, TextPlan, Word
 from .published import (
     CLIP_H,
     CLIP_L,
@@ -181,6 +181,14 @@ ADAPTERS[SD1.name, QUICK] = Fast(
     file="quick.safetensors",
     guidance=1.0,
     sampler="ddim",
+)
+ADAPTERS[SD1.name, "paper"] = Lora(
+    "style LoRA",
+    repo=None,
+    licence="MIT",
+    size=0.001,
+    net=_STORYBOOK["unet"],
+    file="paper.safetensors",
 )
 ADAPTERS[SD1.name, "teal"] = Word(
     "learned word",

@@ -104,6 +104,8 @@ def _common(s: argparse.ArgumentParser) -> None:
     s.add_argument("--low-memory", action="store_true", default=None, help="compute twice what need not be kept then")
     s.add_argument("--rate", type=float, metavar="R", help="learning rate")
     s.add_argument("--warmup", type=int, metavar="N", help="steps until the rate is reached (0)")
+    what = "the share of the steps after which the rate falls to nothing, for calm last ones (1: it stays)"
+    s.add_argument("--decay-after", type=float, metavar="SHARE", help=what)
     s.add_argument("--size", type=int, metavar="PX", help="edge of a square with as many pixels (the model's size)")
     s.add_argument("--crop", action="store_true", default=None, help="crop all to that square (default: keep shapes)")
     s.add_argument("--flip", action="store_true", default=None, help="also learn from mirrored pictures")
