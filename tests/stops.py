@@ -2,6 +2,7 @@
 and continues them, `python -m tests.stops interrupt convert 10` sends what Ctrl-C sends. A line for each; the exit code
 says whether all went well."""
 
+import math
 import os
 import random
 import signal
@@ -85,16 +86,16 @@ def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
     before, start = place.files(), (whole / "recipe.json").stat().st_mtime - began
     well, names = True, files(whole)
     for moment in sorted(rng.uniform(0, STEPS) for _ in range(count)):
-        began, early = time.time(), rng.random() < 0.25
-        wait = rng.uniform(0.2 * start, start) if early else moment % 1 * (seconds - start) / STEPS
-        reached = lambda began=began, step=int(moment): written(parts) > began and len(log(parts)) >= step  # noqa: E731
-        code, said, _ = place.run([*words, "parts"], wait, by, None if early else reached)
+        began, early = time.time(), rng.uniform(0.2, 1) * start if rng.random() < 0.25 else math.inf
+        reached = lambda until=began + early, began=began, step=int(moment): (  # noqa: E731
+            time.time() > until or (written(parts) > began and len(log(parts)) >= step)
+        )
+        code, said, seen = place.run([*words, "parts"], moment % 1 * (seconds - start) / STEPS, by, reached)
         bad = wrong(code, said, by)
         if by == signal.SIGINT:  # a process that is killed cleans nothing up
             bad += [f"left {f}" for f in place.files() - before if not f.startswith("parts/")]
             bad += [f"left {f}" for f in files(parts) - names]
-        when = f"{wait:.2f} s" if early else f"step {moment:.2f}"
-        print(f"{name}: after {when}: {code}, {len(log(parts))} steps{told(bad)}", flush=True)
+        print(f"{name}: after {seen:.2f} s: {code}, {len(log(parts))} steps{told(bad)}", flush=True)
         well &= not bad
     code, said, _ = place.run([*words, "parts"])
     same = code == 0 and equal(whole, parts)

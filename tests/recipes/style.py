@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageFilter
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import mlxdiff
 from mlxdiff import builtin
@@ -122,10 +123,12 @@ def make(folder: Path) -> None:
 
 def ship(folder: Path) -> None:
     """In 16 bits, without the settings of the training, which name a folder."""
-    tensors, header = mx.load(str(folder / "run" / lora.FILE), return_metadata=True)
+    file = folder / "run" / lora.FILE
+    halves = {name: value.astype(np.float16) for name, value in load_file(file).items()}
+    with safe_open(file, "np") as opened:
+        header = opened.metadata() | {"modelspec.title": "paper"}
     del header["mlxdiff"]
-    halves = {name: value.astype(mx.float16) for name, value in tensors.items()}
-    mx.save_safetensors(str(builtin.FOLDER.parent / "paper.safetensors"), halves, header | {"modelspec.title": "paper"})
+    save_file(halves, builtin.FOLDER.parent / "paper.safetensors", header)
 
 
 def measure(folder: Path, count: int) -> None:
