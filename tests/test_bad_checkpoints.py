@@ -611,7 +611,7 @@ def run(argv: list[str], **limits) -> subprocess.CompletedProcess:
         ([f"decoder.up.{i}.block.0.weight" for i in range(600)], "more blocks than any model"),
         ([f"body.{i}.block1.weight" for i in range(600)], "more blocks than any model"),
         ([f"{'1' * 5000}.conv.0.weight"], "a TAESD decoder"),  # Python makes no number of so many digits
-        ([f"joint_blocks.{'1' * 5000}.x_block.attn.qkv.weight", "x_embedder.proj.weight"], "joint_blocks"),
+        ([f"joint_blocks.{'1' * 5000}.x_block.attn.qkv.weight", "x_embedder.proj.weight"], "Stable Diffusion 3"),
     ],
 )
 def test_numbers_in_names_make_no_work(tmp_path, names, says, capsys):
