@@ -271,7 +271,7 @@ def _recognise(path: Path, size: int, start: bytes) -> None:
     if start.lstrip()[:1] == b"<":
         raise Error(f"{path} is a web page (HTML), not weights.", "Download it again; the link may need a login.")
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP"):
-        raise Error(f"{path} is a picture, not weights.", f"To draw it again: mlxdiff generate --from-image {path}")
+        raise Error(f"{path} is a picture, not weights.", f"`mlxdiff generate --from-image {path}` draws it again.")
     if path.suffix.lower() != ".safetensors":
         what = "a GGUF file" if path.suffix.lower() == ".gguf" else "a .safetensors or .gguf file"
         raise Error(f"{path} is not {what}.", "Give a .safetensors or .gguf file, or a folder in diffusers layout.")
