@@ -22,7 +22,7 @@ from mlxdiff.bench.random_model import random_pipeline
 from mlxdiff.errors import Error
 from mlxdiff.families import MODELS
 from mlxdiff.memory import Peaks, Workload, peak, peaks
-from mlxdiff.models import build, layers, ways
+from mlxdiff.models import build, ways
 from mlxdiff.recipe import BITS, recipe
 from mlxdiff.request import Request
 
@@ -88,7 +88,7 @@ def measured(pipe: mlxdiff.Pipeline, **settings) -> tuple[Peaks, Peaks]:
 def compiled(monkeypatch):
     """The estimate counts compiled kernels, which large networks have; a small one takes a quarter less on a CPU. It
     does not count on what a CPU computes in ways of its own, which take half of that or less."""
-    monkeypatch.setattr(layers, "_compiling", True)
+    monkeypatch.setattr(ways, "_compiling", True)
     for way in ways.OF_CPU:
         monkeypatch.setitem(ways.STANDARD, way, False)
 

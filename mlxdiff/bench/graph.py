@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 
 from .. import __version__, conditioning, memory
 from ..conditioning import Text
-from ..models import layers
+from ..models import layers, ways
 from ..networks import dtype_of
 from ..pipeline import Pipeline
 from ..recipe import Recipe, component_dtype
@@ -94,7 +94,7 @@ def _as_on_a_gpu(marks: _Marks) -> Iterator[None]:
         (mx.fast, "layer_norm", marks.norm("LayerNorm")),
         (mx.fast, "rms_norm", marks.norm("RMSNorm")),
         (mx.fast, "scaled_dot_product_attention", marks.attention),
-        (layers, "run_chain", marks.chain),
+        (ways, "run_chain", marks.chain),
         *((mx, name, marks.wait(getattr(mx, name))) for name in ("eval", "async_eval", "synchronize")),
         *((mx.array, name, marks.wait(getattr(mx.array, name))) for name in ("item", "tolist")),
     ]
