@@ -26,9 +26,8 @@ _SHOWN = 20  # how many unmapped or missing tensors the text for people names; -
 def parser() -> Parser:
     p = Parser(prog="mlxdiff inspect", description=_WHAT)
     p.add_argument("model", metavar="MODEL|PICTURE", help="name, hub id, folder, .safetensors or .gguf; or a picture")
-    p.add_argument(
-        "--json", action="store_true", help="for machines: a line for the picture, or for each copy of the model"
-    )
+    what = "for machines: a line for the picture, or for each copy of the model"
+    p.add_argument("--json", action="store_true", help=what)
     return p
 
 

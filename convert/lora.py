@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -81,13 +82,29 @@ class NoPlace(Error):
     """Tensors have no place in a model."""
 
 
+class _File(NamedTuple):
+    """What a file holds, and what each of its keys says: `_split`, which is slow, is done once for all models."""
+
+    held: source.Weights
+    keys: dict[str, tuple[str, str | None]]
+
+
+def _open(path: Path) -> _File:
+    held = source.read(path)
+    return _File(held, {key: _split(key) for key in held.tensors})
+
+
 def read(path: Path, model: Description) -> Adapter:
     """The changes that a file makes to a model. Raises unless every tensor of the file has a place in it."""
-    file, places = source.read(path), _places(model)
+    return _read(path, _open(path), model)
+
+
+def _read(path: Path, file: _File, model: Description) -> Adapter:
+    places = _places(model)
     stored: dict[str, dict[str, source.Tensor]] = {}  # layer -> what is stored of it
     strange = []
-    for key, tensor in file.tensors.items():
-        name, kind = _split(key)
+    for key, tensor in file.held.tensors.items():
+        name, kind = file.keys[key]
         if name not in places:
             strange.append(key)
         elif not tensor.floating:
@@ -97,8 +114,8 @@ def read(path: Path, model: Description) -> Adapter:
         else:
             stored[name][kind] = tensor
     if strange or not stored:
-        raise _no_place(path, model, strange, file.tensors)
-    alphas = _Alphas(path, file.metadata)
+        raise _no_place(path, model, strange, file.keys)
+    alphas = _Alphas(path, file.held.metadata)
     changes: dict[str, dict[str, list[Change]]] = {}
     layers: dict[str, int] = {}
     ranks = set()
@@ -114,7 +131,7 @@ def read(path: Path, model: Description) -> Adapter:
     if not moves:
         raise Error(f"{path} changes nothing: all of its numbers are 0.", _AGAIN)
     numbers = sum(math.prod(t.shape) for tensors in stored.values() for t in tensors.values())
-    phrase = file.metadata.get(_TRIGGER)
+    phrase = file.held.metadata.get(_TRIGGER)
     words = (phrase,) if phrase else ()
     return Adapter(path.stem, changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size, words)
 
@@ -126,10 +143,10 @@ def recognise(path: Path) -> bool:
 
 def describe(path: Path) -> dict:
     """What a file is: the named models that it fits, what it changes in them, and the words that it was trained on."""
-    fits, adapter, wrong = [], None, None
+    fits, adapter, wrong, file = [], None, None, _open(path)
     for name in MODELS:
         try:
-            adapter = read(path, description.published(name, Recipe("float32", None)))
+            adapter = _read(path, file, description.published(name, Recipe("float32", None)))
         except Error as e:
             wrong = e if wrong is None or isinstance(wrong, NoPlace) else wrong
         else:
@@ -242,7 +259,7 @@ def _layers(component: str, config: build.Config) -> dict[str, _Place]:
     return layers
 
 
-def _no_place(path: Path, model: Description, strange: list[str], keys) -> NoPlace:
+def _no_place(path: Path, model: Description, strange: list[str], keys: dict[str, tuple[str, str | None]]) -> NoPlace:
     """The error for keys without a place. It names the family in which most of the keys have one."""
     what = f"{len(strange)} of the {len(keys)} tensors of {path} have no place in {model.name}"
     example = f" (such as {strange[0]!r})" if strange else ""
@@ -250,7 +267,7 @@ def _no_place(path: Path, model: Description, strange: list[str], keys) -> NoPla
     for name, row in MODELS.items():
         if row.family is not model.family and row.family.title not in fits:
             places = _places(description.published(name, Recipe("float32", None)))
-            fits[row.family.title] = sum(_split(key)[0] in places for key in keys)
+            fits[row.family.title] = sum(name in places for name, _ in keys.values())
     best = max(fits, key=fits.get, default=None)
     if best is not None and fits[best] > len(keys) - len(strange):
         return NoPlace(f"{what}{example}.", f"It seems to be made for {best}: use it with such a model.")
@@ -345,62 +362,77 @@ class _Layer:
     def _weight(
         self, places: tuple[_Rows, ...], left: set[str], alphas: _Alphas, wider: dict[str, int]
     ) -> Iterator[tuple[_Rows, Change]]:
-        v, used = self.values, set()
         magnitude = next((k for k in ("columns", "magnitude") if k in left), None)
-
-        def takes(*kinds: str) -> bool:
-            found = all(k in left for k in kinds)
-            used.update(kinds if found else ())
-            return found
-
-        if takes("down", "up"):
-            scale = self._scale(left, v["down"].shape[0], alphas)
-            linear = all(len(rows.shape) == 2 for rows in places)
-            low = [x.reshape(*x.shape[:2]) if math.prod(x.shape[2:]) == 1 else x for x in (v["down"], v["up"])]
-            if linear and not takes("mid") and all(x.ndim == 2 for x in low):
-                self._agree(low[1].shape[1] == low[0].shape[0], "down", "up")
-                yield from self._low(places, low[0], scale * low[1], magnitude, wider)
-            else:
-                takes("mid")
-                yield from self._spread(places, lambda: scale * self._convolved(), magnitude)
-        elif takes("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"):
-            scale = self._scale(left, v["hada_w1_b"].shape[0], alphas)
-            cores = [takes(f"hada_t{n}") for n in (1, 2)]
-
-            def product() -> mx.array:
-                of = (
-                    (f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}", core) for n, core in zip((1, 2), cores, strict=True)
-                )
-                one, two = (self._tucker(*names) for names in of)
-                self._agree(one.shape == two.shape, "hada_w1_a", "hada_w2_a")
-                return scale * one * two
-
-            yield from self._spread(places, product, magnitude)
-        elif any(k.startswith("lokr") for k in left):
-            factors, ranks = [], []
-            for n in ("1", "2"):
-                if takes(f"lokr_w{n}"):
-                    factors.append(lambda n=n: v[f"lokr_w{n}"])
-                elif takes(f"lokr_w{n}_a", f"lokr_w{n}_b"):
-                    of = f"lokr_w{n}_a", f"lokr_w{n}_b", "lokr_t2", n == "2" and takes("lokr_t2")
-                    factors.append(lambda of=of: self._tucker(*of))
-                    ranks.append(v[f"lokr_w{n}_b"].shape[0])
-                else:
-                    raise self.wrong(f"lacks lokr_w{n}")
-            whole = not ranks and "alpha" in left  # LyCORIS stores an alpha for whole factors too, and ignores it
-            scale = 1.0 if whole else self._scale(left, ranks[-1] if ranks else None, alphas)
-
-            def kron() -> mx.array:
-                one, two = (make() for make in factors)
-                return scale * mx.kron(one.reshape(*one.shape, *[1] * (two.ndim - one.ndim)), two)
-
-            yield from self._spread(places, kron, magnitude)
-        elif takes("diff"):
-            yield from self._spread(places, lambda: v["diff"], magnitude)
+        if {"down", "up"} <= left:
+            used = {"down", "up", "mid"}
+            changes = self._pair(places, self._scale(left, self.values["down"].shape[0], alphas), magnitude, wider)
         else:
-            raise self.wrong(f"lacks the other half of {', '.join(sorted(left))}")
+            used, product = self._product(left, alphas)
+            changes = self._spread(places, product, magnitude)
         if rest := left - used - {"alpha", magnitude}:
             raise self.wrong(f"also has {', '.join(sorted(rest))}, which do not belong together")
+        yield from changes
+
+    def _product(self, left: set[str], alphas: _Alphas) -> tuple[set[str], Callable[[], mx.array]]:
+        """Which tensors are multiplied to make a change of full rank, and what makes it."""
+        if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= left:
+            return self._hadamard(left, alphas)
+        if any(k.startswith("lokr") for k in left):
+            return self._kronecker(left, alphas)
+        if "diff" in left:
+            return {"diff"}, lambda: self.values["diff"]
+        raise self.wrong(f"lacks the other half of {', '.join(sorted(left))}")
+
+    def _pair(
+        self, places: tuple[_Rows, ...], scale: float, magnitude: str | None, wider: dict[str, int]
+    ) -> Iterator[tuple[_Rows, Change]]:
+        """LoRA and LoCon: up @ down, kept as two where both and the layer are linear."""
+        linear = "mid" not in self.values and all(len(rows.shape) == 2 for rows in places)
+        down, up = (
+            x.reshape(*x.shape[:2]) if math.prod(x.shape[2:]) == 1 else x for x in map(self.values.get, ("down", "up"))
+        )
+        if linear and down.ndim == up.ndim == 2:
+            self._agree(up.shape[1] == down.shape[0], "down", "up")
+            yield from self._low(places, down, scale * up, magnitude, wider)
+        else:
+            yield from self._spread(places, lambda: scale * self._convolved(), magnitude)
+
+    def _hadamard(self, left: set[str], alphas: _Alphas) -> tuple[set[str], Callable[[], mx.array]]:
+        """LoHa: two products of low rank, multiplied number by number."""
+        scale = self._scale(left, self.values["hada_w1_b"].shape[0], alphas)
+        factors = [(f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}") for n in (1, 2)]
+
+        def product() -> mx.array:
+            one, two = (self._tucker(*names) for names in factors)
+            self._agree(one.shape == two.shape, "hada_w1_a", "hada_w2_a")
+            return scale * one * two
+
+        return {name for names in factors for name in names}, product
+
+    def _kronecker(self, left: set[str], alphas: _Alphas) -> tuple[set[str], Callable[[], mx.array]]:
+        """LoKr: a Kronecker product, whose factors are stored whole or as products of low rank."""
+        used, factors, ranks = set(), [], []
+        for n in ("1", "2"):
+            whole, a, b, core = f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}"
+            if whole in left:
+                used.add(whole)
+                factors.append(lambda whole=whole: self.values[whole])
+            elif {a, b} <= left:
+                used |= {a, b, core}
+                factors.append(partial(self._tucker, a, b, core))
+                ranks.append(self.values[b].shape[0])
+            else:
+                raise self.wrong(f"lacks {whole}")
+        whole = not ranks and "alpha" in left  # LyCORIS stores an alpha for whole factors too, and ignores it
+        scale = 1.0 if whole else self._scale(left, ranks[-1] if ranks else None, alphas)
+
+        def product() -> mx.array:
+            one, two = (make() for make in factors)
+            if max(one.shape) * max(two.shape) >= 2**31:  # which MLX cannot make
+                raise self.wrong("has factors whose product is too large")
+            return scale * mx.kron(one.reshape(*one.shape, *[1] * (two.ndim - one.ndim)), two)
+
+        return used, product
 
     def _scale(self, left: set[str], rank: int | None, alphas: _Alphas) -> float:
         if "alpha" not in left:
@@ -426,17 +458,18 @@ class _Layer:
         self._agree(fits and mid.shape[:2] == (up.shape[1], down.shape[0]), "down", "up", "mid")
         return mx.einsum("oa,abhw,bi->oihw", up[:, :, 0, 0], mid, down[:, :, 0, 0])
 
-    def _tucker(self, a: str, b: str, t: str, core: bool) -> mx.array:
-        """a @ b, or with a core (r, r, h, w): LoHa's and LoKr's forms of a convolution."""
+    def _tucker(self, a: str, b: str, t: str) -> mx.array:
+        """a @ b, or with a core t (r, r, h, w): LoHa's and LoKr's forms of a convolution."""
         left, right = self.values[a], self.values[b]
-        if not core:
+        if t not in self.values:
             flat = right.reshape(right.shape[0], -1) if right.ndim > 1 else right
             self._agree(left.ndim == 2 and flat.ndim == 2 and left.shape[1] == flat.shape[0], a, b)
             return left @ flat if right.ndim == 2 else (left @ flat).reshape(left.shape[0], *right.shape[1:])
         middle = self.values[t]
         fits = left.ndim == right.ndim == 2 and middle.ndim == 4
+        self._agree(fits, a, b, t)
         if t == "lokr_t2" or left.shape[0] == middle.shape[1]:  # a (r, out), b (r, in)
-            self._agree(fits and middle.shape[:2] == (left.shape[0], right.shape[0]), a, b, t)
+            self._agree(middle.shape[:2] == (left.shape[0], right.shape[0]), a, b, t)
             return mx.einsum("ijhw,jq,ip->pqhw", middle, right, left)
         raise self.wrong(f"has {a} of shape {self.shapes[a]}, which does not fit {t} {self.shapes[t]}")
 

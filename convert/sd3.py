@@ -52,7 +52,7 @@ def recognise(keys: Shapes) -> str | None:
 
 def table(names: list[str], like: Config | None) -> list[Row]:
     """TABLE and rows for the last block, whose text is only scaled and shifted."""
-    last = max((int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d+)\.", n))), default=0)
+    last = max((int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d{1,3})\.", n))), default=0)
     swap = tuple(rf"transformer_blocks.{last}.norm1_context.linear.\1+{i}" for i in (1, 0))
     return [
         (rf"^joint_blocks\.{last}\.context_block\.adaLN_modulation\.1{_END}", swap),
@@ -84,12 +84,8 @@ def config(shapes: Shapes, like: Config) -> Config:
 
 def from_json(s: Settings, cls: str) -> Config:
     """From diffusers' config.json."""
-    heads, head = s.whole("num_attention_heads", 18), s.whole("attention_head_dim", 64)
-    s.one("caption_projection_dim", 1152, [heads * head])
-    layers, dual = s.whole("num_layers", 18, MOST_LAYERS), s.get("dual_attention_layers", [])
-    if not isinstance(dual, list) or not all(type(i) is int and 0 <= i < layers for i in dual):
-        s.refuse("dual_attention_layers", dual)
-    channels = s.whole("in_channels", 16)
+    inside, channels = blocks(s), s.whole("in_channels", 16)
+    s.one("caption_projection_dim", 1152, [inside["heads"] * inside["head_dim"]])
     return Config(
         in_channels=channels,
         out_channels=channels if s.get("out_channels", 16) is None else s.whole("out_channels", 16),
@@ -97,12 +93,22 @@ def from_json(s: Settings, cls: str) -> Config:
         positions=s.whole("pos_embed_max_size", 96, 2**12),
         context=s.whole("joint_attention_dim", 4096),
         pooled=s.whole("pooled_projection_dim", 2048),
-        heads=heads,
-        head_dim=head,
-        layers=layers,
-        dual=tuple(dual),
-        qk_norm=s.one("qk_norm", None, [None, "rms_norm"]) is not None,
+        **inside,
     )
+
+
+def blocks(s: Settings) -> dict:
+    """What diffusers' config.json says of the blocks, for a Config."""
+    layers, dual = s.whole("num_layers", 18, MOST_LAYERS), s.get("dual_attention_layers", [])
+    if not isinstance(dual, list) or not all(type(i) is int and 0 <= i < layers for i in dual):
+        s.refuse("dual_attention_layers", dual)
+    return {
+        "heads": s.whole("num_attention_heads", 18),
+        "head_dim": s.whole("attention_head_dim", 64),
+        "layers": layers,
+        "dual": tuple(dual),
+        "qk_norm": s.one("qk_norm", None, [None, "rms_norm"]) is not None,
+    }
 
 
 def layers(config: Config) -> list[str]:

@@ -8,7 +8,7 @@ from ..models.sd3_controlnet import Config
 from . import controlnet, sd3
 from .layout import Layout
 from .rules import Row, Shapes
-from .settings import MOST_LAYERS, Settings
+from .settings import Settings
 
 _BLOCK = r"^(transformer_blocks\.\d+)"
 TABLE: list[Row] = [
@@ -72,10 +72,6 @@ def from_json(s: Settings, cls: str) -> Config:
     text = s.get("joint_attention_dim", 4096) is not None
     places = s.flag("use_pos_embed", True)
     s.one("pos_embed_type", "sincos", ["sincos", None])
-    heads, head = s.whole("num_attention_heads", 18), s.whole("attention_head_dim", 64)
-    layers, dual = s.whole("num_layers", 18, MOST_LAYERS), s.get("dual_attention_layers", [])
-    if not isinstance(dual, list) or not all(type(i) is int and 0 <= i < layers for i in dual):
-        s.refuse("dual_attention_layers", dual)
     channels = s.whole("in_channels", 16)
     more = s.get("extra_conditioning_channels", 0)
     return Config(
@@ -85,11 +81,7 @@ def from_json(s: Settings, cls: str) -> Config:
         positions=s.whole("pos_embed_max_size", 96, 2**12) if places else 0,
         context=s.whole("joint_attention_dim", 4096) if text else 0,
         pooled=s.whole("pooled_projection_dim", 2048),
-        heads=heads,
-        head_dim=head,
-        layers=layers,
-        dual=tuple(dual),
-        qk_norm=s.one("qk_norm", None, [None, "rms_norm"]) is not None,
+        **sd3.blocks(s),
         hint_channels=channels + (s.whole("extra_conditioning_channels", 0) if more else 0),
         told=not s.flag("force_zeros_for_pooled_projection", True),
     )

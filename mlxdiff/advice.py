@@ -96,14 +96,14 @@ def check_request(
     readers: tuple = (),
     loras: tuple = (),
 ) -> None:
-    """Refuse a request, not yet resolved, that this model cannot draw here. force: for whatever reason but memory.
-    None: what will be drawn is not known yet, and counts as a small picture."""
+    """Refuse a request, not yet resolved, that this model cannot draw here. request: None if it is not known yet what
+    will be drawn, which counts as a small picture. force: do not ask whether the memory is enough."""
     model.check_draws()
     sizes = ()
     if request is None:
         full = model.fill(Request("", width=128, height=128, t5=t5))
     else:
-        if request.sampler is None:  # which sampler it will be, a checkpoint that is not here yet may still say
+        if request.sampler is None:  # a checkpoint that is not here yet may name another than the family's
             request = replace(request, eta=None)
         sizes = pictures.sizes(request)
         full = model.resolve(request, sizes)

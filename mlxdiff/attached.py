@@ -1,5 +1,5 @@
 """What a request names beside its model: LoRAs, taught words, and the pictures and networks that guide it. They are
-found, read once, and held against the fingerprints of a replay."""
+found, read once, and compared with the fingerprints of a replay."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

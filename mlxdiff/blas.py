@@ -12,6 +12,7 @@ import importlib.util
 import os
 import struct
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -30,7 +31,11 @@ def preload() -> str | None:
 
     OpenBLAS uses one thread until `use_all_cores` is called, unless OPENBLAS_NUM_THREADS is set."""
     names = [file.name for file in _files("mlx", "../mlx_cpu.libs/libblas-*.so*")]
-    if sys.platform != "linux" or "mlx.core" in sys.modules or not names:
+    if sys.platform != "linux" or not names:
+        return None
+    if "mlx.core" in sys.modules:
+        text = "mlx was imported before mlxdiff, so MLX keeps its own, much slower, BLAS. Import mlxdiff first."
+        warnings.warn(text, stacklevel=3)
         return None
     ours = [name for name in _SETTINGS if name not in os.environ]
     os.environ.update({name: _SETTINGS[name] for name in ours})

@@ -21,9 +21,8 @@ _STAGES = memory.Peaks("reading the prompt", "drawing the steps", "decoding the 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff models", description="List the named models, or describe one.")
     p.add_argument("name", nargs="?", metavar="NAME", help=f"describe this model; {builtin.NAME} also lists its words")
-    p.add_argument(
-        "--adapters", action="store_true", help="list the networks that guide or change models, by their names"
-    )
+    what = "list the networks that guide or change models, by their names"
+    p.add_argument("--adapters", action="store_true", help=what)
     args = p.parse_args(argv)
     return run("mlxdiff models", lambda: adapters(args.name) if args.adapters else chosen(args.name))
 

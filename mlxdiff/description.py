@@ -19,7 +19,7 @@ from .guides import steps_on
 from .models import build
 from .models.vae import factor
 from .recipe import BITS, DTYPES, TEXT_BITS, WHOLE, Recipe
-from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Picture, Request
+from .request import MAX_EDGE, OUTPAINT, STRENGTH, Defaults, Request
 from .schedules import Schedule
 from .tokenizers import unweighted
 
@@ -160,8 +160,8 @@ class Description:
             self._check(self.second_pass(full))
         return full
 
-    def second_pass(self, request: Request, picture: Picture = Path("the picture of the first pass")) -> Request:
-        """The request of the second pass of a resolved one with `hires`. picture: the enlarged one."""
+    def second_pass(self, request: Request) -> Request:
+        """The request of the second pass of a resolved one with `hires`. Its image stands for the enlarged picture."""
         scale, strength = request.hires
         edges = {"width": request.width, "height": request.height}
         edges = {name: max(1, round(edge * scale / self.multiple)) * self.multiple for name, edge in edges.items()}
@@ -169,7 +169,8 @@ class Description:
             w, h = edges.values()
             raise Error(f"hires {scale:g} makes it {w} x {h}; an edge has at most {MAX_EDGE}.", "Use a smaller scale.")
         alone = {"hires": None, "upscaler": None, "upscaler_hash": None}
-        return replace(request, image=picture, image_hash=None, strength=strength, **edges, **alone)
+        picture = {"image": Path("the picture of the first pass"), "image_hash": None}
+        return replace(request, strength=strength, **picture, **edges, **alone)
 
     def fill(self, request: Request, pictures: Sequence[tuple[int, int]] = ()) -> Request:
         """As `resolve`, but without checking whether this model can do what is asked."""

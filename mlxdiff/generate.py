@@ -1,7 +1,6 @@
 """`python -m mlxdiff.generate`: turns arguments into a Request, events into a progress bar, and pictures into files."""
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -15,12 +14,13 @@ from typing import TextIO
 import mlx.core as mx
 from PIL.Image import Image
 
-from . import BLAS, images, machines, notes, output, samplers, schedules, tune
-from .console import Parser, run, say, say_json, warn
+from . import BLAS, foreign, images, machines, notes, output, samplers, schedules, tune
+from .bar import Bar
+from .console import Parser, run, warn
 from .errors import Error
 from .families import DEFAULT, MODELS, PARTS
 from .guides import DETECTORS, MASKED, guides
-from .pipeline import Event, Pipeline, load
+from .pipeline import Pipeline, load
 from .recipe import BITS, DTYPES, OF_TEXT, SMALLER, TEXT_BITS, WHOLE, bits_of, recipe
 from .request import OUTPAINT, STRENGTH, Request
 
@@ -29,7 +29,17 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="mlxdiff generate", usage="mlxdiff generate PROMPT [options]", epilog=_EXAMPLES, add_help=False)
     p.description = "Draw pictures from a prompt. Settings that you leave open take the model's defaults."
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    g = p.add_argument_group("what to draw")
+    _what_to_draw(p.add_argument_group("what to draw"))
+    _from_a_picture(p.add_argument_group("from a picture"))
+    _guided(p.add_argument_group("guided by pictures"))
+    _larger(p.add_argument_group("larger"))
+    _how_to_draw(p.add_argument_group("how to draw it"))
+    _with_which_model(p.add_argument_group("with which model"))
+    _where_it_goes(p.add_argument_group("where it goes"))
+    return p
+
+
+def _what_to_draw(g: argparse._ArgumentGroup) -> None:
     g.add_argument("words", nargs="*", metavar="PROMPT", help="the prompt; '-' reads it from standard input")
     g.add_argument("-p", "--prompt", help="the prompt, as a flag")
     g.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; # begins a comment line")
@@ -40,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
     g.add_argument("--from-image", type=Path, metavar="PICTURE", help="use its settings; flags replace them")
 
-    g = p.add_argument_group("from a picture")
+
+def _from_a_picture(g: argparse._ArgumentGroup) -> None:
     what = "start image, cropped to -W, -H if they are given; or what to edit: repeat it if the model takes several"
     g.add_argument("-i", "--image", action="append", metavar="FILE", help=what)
     what = f"how much of a start image to redraw; 1 is all ({STRENGTH}, to outpaint {OUTPAINT}, for inpaint models 1)"
@@ -55,12 +66,11 @@ def parser() -> argparse.ArgumentParser:
     sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
     g.add_argument("--outpaint", type=int, nargs=4, metavar=sides, help="pixels to add around the start image")
 
-    g = p.add_argument_group("guided by pictures")
-    what = (
-        "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file; no MODEL"
-    )
-    what += f" for flux-depth and flux-canny, which read it themselves; IMAGE {MASKED}: the start image without what"
-    what += " the mask marks, for a ControlNet that inpaints"
+
+def _guided(g: argparse._ArgumentGroup) -> None:
+    what = "a picture to follow line by line, and the ControlNet that reads it: a name, hub id, folder or file; no"
+    what += f" MODEL for flux-depth and flux-canny, which read it themselves; IMAGE {MASKED}: the start image without"
+    what += " what the mask marks, for a ControlNet that inpaints"
     form = ("[MODEL] IMAGE", "SCALE [FROM TO]")
     g.add_argument("--control", dest="controls", action=_Control, nargs="+", metavar=form, help=what)
     what = f"make a control picture of the photograph of the next --control: {', '.join(DETECTORS)}"
@@ -71,18 +81,21 @@ def parser() -> argparse.ArgumentParser:
     what += " MODEL:layout takes over that alone"
     g.add_argument("--reference", dest="references", action="append", nargs="+", metavar=form, help=what)
 
-    g = p.add_argument_group("larger")
+
+def _larger(g: argparse._ArgumentGroup) -> None:
     what = "draw it, enlarge it and draw on: SCALE 2 doubles its edges; STRENGTH of the second pass is 0 to 1"
     form = ("SCALE", "STRENGTH")
     g.add_argument("--hires", type=float, nargs="+", metavar=form, help=f"{what} ({STRENGTH})")
     what = "enlarge by this upscaler (mlxdiff upscale --help lists some): the finished picture, or that of --hires"
     g.add_argument("--upscale", dest="upscaler", metavar="MODEL", help=what)
 
-    g = p.add_argument_group("how to draw it")
+
+def _how_to_draw(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--steps", type=int, metavar="N", help="more steps are slower and finer (default: the model's)")
     g.add_argument("-g", "--guidance", "--cfg-scale", type=float, metavar="G", help="pull to the prompt; 1 is no pull")
     g.add_argument("--rescale", type=float, metavar="R", help="guidance rescale, 0 to 1 (default 0)")
-    g.add_argument("--interval", type=float, nargs=2, metavar=("FROM", "TO"), help="fractions of the steps to guide")
+    what, part = "guide in this part of the steps alone, such as 0.2 0.8", ("FROM", "TO")
+    g.add_argument("--interval", type=float, nargs=2, metavar=part, help=what)
     g.add_argument("--sampler", metavar="NAME", help=", ".join(samplers.SAMPLERS))
     g.add_argument("--schedule", metavar="NAME", help=", ".join(schedules.SPACINGS))
     g.add_argument("--eta", type=float, metavar="E", help="how much noise a stochastic sampler puts back")
@@ -91,13 +104,15 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--true-cfg", type=float, metavar="G", help="FLUX: push from the negative prompt by a second pass")
     g.add_argument("--skip-layers", type=int, nargs="+", metavar="N", help="SD3.5 medium: 7 8 9 draws firmer shapes")
     g.add_argument("--skip-scale", type=float, metavar="G", help="how far to push from the pass without them (2.8)")
-    g.add_argument("--skip-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="in which steps (0.01 0.2)")
+    what = "in which part of the steps (0.01 0.2)"
+    g.add_argument("--skip-interval", type=float, nargs=2, metavar=part, help=what)
     g.add_argument("--no-t5", dest="t5", action="store_false", default=None, help="SD3: leave T5 out, for less memory")
     what = "skip most of a step where little changed, 0.1 is a tenth: faster, slightly different; 0 skips nothing (0)"
     g.add_argument("--reuse", type=float, metavar="F", help=what)
     g.add_argument("--noise", metavar="KIND", help="torch: as diffusers; nv: as A1111 on a GPU; mlx (default torch)")
 
-    g = p.add_argument_group("with which model")
+
+def _with_which_model(g: argparse._ArgumentGroup) -> None:
     g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder, .safetensors or .gguf ({DEFAULT})")
     many = "a file or name (lcm, ...) that changes the model, at a scale if it is not 1; may be given several times"
     g.add_argument("--lora", dest="loras", action="append", metavar="FILE[:SCALE]", help=many)
@@ -123,7 +138,8 @@ def parser() -> argparse.ArgumentParser:
     what = "do not measure first which ways to compute are fastest here: done once, before a large model on a GPU"
     g.add_argument("--no-tune", dest="tune", action="store_false", help=what)
 
-    g = p.add_argument_group("where it goes")
+
+def _where_it_goes(g: argparse._ArgumentGroup) -> None:
     output.add_arguments(g)
     where = "write a rough picture of every step there, in a new folder for each picture (slower)"
     g.add_argument("--preview-dir", type=Path, metavar="DIR", help=where)
@@ -131,7 +147,6 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--json", action="store_true", help="print one JSON line for each picture, and no progress bar")
     g.add_argument("-v", "--verbose", action="store_true", help="say what was chosen")
     g.add_argument("-h", "--help", action="help", help="show this and stop")
-    return p
 
 
 _LARGE = 2**30  # bytes of a denoiser
@@ -167,14 +182,7 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
     if args.seed is not None:
         requests = [replace(r, seed=s) for r in requests for s in args.seed]
     target = output.Output.of(args, requests)
-    if args.preview_dir is not None:
-        if others is not None:
-            raise Error("--preview-dir is for one machine, and mlx.launch started several.", "Leave it out.")
-        output.check_writable(args.preview_dir, "--preview-dir")
-    elif args.taesd is not None:
-        raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
-    if args.refine_at is not None and args.refiner is None:
-        raise Error("--refine-at says when a refiner begins, but there is no refiner.", "Add --refiner MODEL.")
+    _check(args, others)
     if note := tune.apply():
         warn(note)
     with Bar(args.json, sys.stderr if args.output == output.STDOUT else sys.stdout) as bar:
@@ -184,24 +192,12 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
             how = _same_everywhere(args, model)
             others.greet({"model": model, "request": first.to_json(), "t5": t5, "how": how})
         pipe = _load(args, model, first, t5, how, bar.progress)
-        requests = [pipe.resolve(r) for r in requests]  # report a bad setting before the first picture is drawn
-        requests = _once(requests, bar)
-        if any(r.reuse for r in requests):  # pictures drawn at once reuse the same steps, and differ with their number
-            requests = [single for r in requests for single in r.singles()]
+        requests = _resolved(pipe, requests, bar)
         for request in requests:
             images.check_settings(target.kind, request, pipe.name, str(pipe.description.recipe))
         if args.tune and large(pipe) and not tune.known():
             _tune(bar)
-        if args.taesd == "auto" and pipe.previews_by_vae:
-            bar.write(f"{pipe.name} draws previews with its VAE, which is small: no TAESD is needed.")
-        if args.verbose:
-            bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
-            bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
-            for fact in (tune.summary(), tune.matrix_units()):
-                if fact:
-                    bar.write(fact)
-        for note in notes.of_run(pipe, requests[0]):
-            bar.write(note)
+        _say_of_run(args, pipe, requests[0], bar)
         write, lacking = partial(target.write, requests=requests), 0
         for request in requests:
             for note in notes.of_prompt(pipe, request):
@@ -213,6 +209,39 @@ def _draw(args: argparse.Namespace, others: machines.Machines | None) -> int:
         if bar.unreported is not None:
             raise bar.unreported
     return 1 if lacking else 0
+
+
+def _check(args: argparse.Namespace, others: machines.Machines | None) -> None:
+    """Raise for flags that do nothing, or cannot, before anything is loaded."""
+    if args.preview_dir is not None:
+        if others is not None:
+            raise Error("--preview-dir is for one machine, and mlx.launch started several.", "Leave it out.")
+        output.check_writable(args.preview_dir, "--preview-dir")
+    elif args.taesd is not None:
+        raise Error("--taesd draws previews, but there is no --preview-dir for them.", "Add --preview-dir DIR.")
+    if args.refine_at is not None and args.refiner is None:
+        raise Error("--refine-at says when a refiner begins, but there is no refiner.", "Add --refiner MODEL.")
+
+
+def _resolved(pipe: Pipeline, requests: list[Request], bar: Bar) -> list[Request]:
+    """The requests with all settings: a bad one is reported before the first picture is drawn."""
+    requests = _once([pipe.resolve(r) for r in requests], bar)
+    if any(r.reuse for r in requests):  # pictures drawn at once reuse the same steps, and differ with their number
+        requests = [single for r in requests for single in r.singles()]
+    return requests
+
+
+def _say_of_run(args: argparse.Namespace, pipe: Pipeline, request: Request, bar: Bar) -> None:
+    """Say what holds for all pictures. request: one of them."""
+    if args.taesd == "auto" and pipe.previews_by_vae:
+        bar.write(f"{pipe.name} draws previews with its VAE, which is small: no TAESD is needed.")
+    if args.verbose:
+        bar.write(f"model {pipe.name} in {pipe.networks.folder}, {pipe.description.recipe}")
+        bar.write(f"MLX {mx.__version__} on {mx.default_device()}, BLAS {BLAS or 'its own'}")
+        for fact in filter(None, (tune.summary(), tune.matrix_units())):
+            bar.write(fact)
+    for note in notes.of_run(pipe, request):
+        bar.write(note)
 
 
 def _same_everywhere(args: argparse.Namespace, model: str) -> dict:
@@ -251,7 +280,7 @@ def large(pipe: Pipeline) -> bool:
     return mx.default_device().type == mx.gpu and file.stat().st_size > _LARGE
 
 
-def _tune(bar: "Bar") -> None:
+def _tune(bar: Bar) -> None:
     """Measure this machine. If the choices cannot be kept, the picture is drawn all the same."""
     bar.write("Measuring which ways to compute are fastest on this machine: about 20 s, once. --no-tune skips it.")
     cases = len(tune.cases())
@@ -261,7 +290,7 @@ def _tune(bar: "Bar") -> None:
         bar.write(str(e))
 
 
-def _once(requests: list[Request], bar: "Bar") -> list[Request]:
+def _once(requests: list[Request], bar: Bar) -> list[Request]:
     """Keep every picture once: seeds that count up from a given seed may reach another given seed."""
     seen, kept, again = set(), [], {}
     for r in requests:
@@ -281,7 +310,7 @@ def _one(
     pipe: Pipeline,
     request: Request,
     write: Callable[..., Path | str],
-    bar: "Bar",
+    bar: Bar,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Draw a request and write its pictures. meanwhile: called after each event."""
@@ -323,7 +352,7 @@ def _share(
     pipe: Pipeline,
     requests: list[Request],
     write: Callable[..., Path | str],
-    bar: "Bar",
+    bar: Bar,
     others: machines.Machines,
 ) -> int:
     """Draw on several machines. Returns how much went wrong."""
@@ -386,16 +415,17 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
     if sum(g is not None for g in given) > 1:
         raise Error("More than one prompt was given.", "Use only one of PROMPT, --prompt and --prompt-file.")
     if args.prompt_file is not None:
+        fix = "Give a text file, one prompt a line."
         try:
-            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, "strerror", None) or "it is not UTF-8 text"
-            raise Error(f"{args.prompt_file} cannot be read: {why}.", "Give a text file, one prompt a line.") from None
+            with open(args.prompt_file, encoding="utf-8") as file:
+                lines = _text(file, str(args.prompt_file), fix).splitlines()
+        except (OSError, ValueError) as e:  # a NUL in the name is a ValueError
+            raise Error(f"{args.prompt_file} cannot be read: {getattr(e, 'strerror', None) or e}.", fix) from None
         prompts = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
         if not prompts:
             raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")
     elif given[0] == "-":
-        prompts = [sys.stdin.read().strip()]
+        prompts = [_text(sys.stdin, "Standard input", "Give a prompt as UTF-8 text.").strip()]
     else:
         prompts = [g for g in given[:2] if g is not None]
     if prompts:
@@ -405,76 +435,20 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
     return [base]
 
 
+def _text(file: TextIO, name: str, fix: str) -> str:
+    """What a file holds, or a pipe, which may never end."""
+    try:
+        text = file.read(foreign.MOST + 1)
+    except UnicodeDecodeError:
+        raise Error(f"{name} cannot be read: it is not UTF-8 text.", fix) from None
+    if len(text) > foreign.MOST:
+        raise Error(f"{name} cannot be read: it has more than {foreign.MOST:,} characters.", fix)
+    return text
+
+
 def _known(model: str | None) -> str:
     """The model that a picture names, if it can be opened here; else the default."""
     return model if model is not None and (model in MODELS or os.path.exists(model)) else DEFAULT
-
-
-class Bar:
-    """Shows one tqdm line for each stage, and prints one line for each picture to `out`; quiet: JSON lines instead."""
-
-    def __init__(self, quiet: bool, out: TextIO):
-        self.quiet, self.out, self.bar, self.stage = quiet, out, None, None
-        self.unreported: Error | BrokenPipeError | None = None  # why a report of a picture could not be printed
-        self.began = time.perf_counter()
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._close()
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """Show the bytes of a download or a conversion."""
-        self._open(stage, total, unit="B", unit_scale=True)
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
-
-    def show(self, event: Event) -> None:
-        self.count(event.stage, event.step, event.steps)
-
-    def count(self, stage: str, done: int, total: int) -> None:
-        self._open(stage, total, unit="step")
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
-
-    def done(
-        self, path: Path | str, request: Request, made: dict, seconds: float | None = None, peak: int | None = None
-    ) -> None:
-        """Report a picture. seconds, peak: of another machine that drew it."""
-        self._close()
-        seconds = time.perf_counter() - self.began if seconds is None else seconds
-        peak = mx.get_peak_memory() if peak is None else peak
-        if self.quiet:
-            facts = {"path": str(path), "seconds": round(seconds, 3), "peak_bytes": peak, **made}
-            self._report(say_json, facts | {"request": json.loads(request.to_json())})
-        else:
-            where = f", {made['reused']} steps reused" if "reused" in made else ""
-            where += f", on rank {made['rank']}" if "rank" in made else ""
-            self._report(say, f"{path}  seed {request.seed}, {seconds:.1f} s, {peak / 1e9:.2f} GB peak{where}")
-
-    def write(self, text: str) -> None:
-        warn(text)
-
-    def _report(self, print_it: Callable, what: str | dict) -> None:
-        """The picture is written by now, and others follow: a report that fails is told once they are drawn."""
-        try:
-            print_it(what, self.out)
-        except (Error, BrokenPipeError) as e:
-            self.unreported = e
-
-    def _open(self, stage: str, total: int, **style) -> None:
-        if not self.quiet and stage != self.stage and sys.stderr.isatty():
-            from tqdm import tqdm  # a tenth of what all imports take, and of no use in a pipe
-
-            self._close()
-            self.bar = tqdm(total=total, desc=f"{stage:8}", leave=False, dynamic_ncols=True, **style)
-            self.stage = stage
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        self.bar = self.stage = None
 
 
 if __name__ == "__main__":

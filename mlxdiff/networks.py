@@ -13,7 +13,6 @@ from .adapters import Adapter
 from .description import Description
 from .errors import Error
 from .models import ways
-from .models.layers import compile_kernels
 
 _LARGE = 64 * 2**20  # bytes; a larger network is worth all cores and compiled kernels
 
@@ -35,7 +34,7 @@ class Networks:
             self._held[name] = network = self.open(name)
             if sum(v.nbytes for _, v in tree_flatten(network.parameters())) > _LARGE:
                 blas.use_all_cores()
-                compile_kernels()
+                ways.compile_kernels()
         return self._held[name]
 
     def open(self, name: str) -> nn.Module:

@@ -1,5 +1,5 @@
-"""The pictures that a run takes: the start image or those to edit, and the mask. They are read, held against the
-fingerprints of a replay, and fitted to the size that is drawn; in the end, what the mask leaves out is pasted back.
+"""The pictures that a run takes: the start image or those to edit, and the mask. They are read, compared with
+the fingerprints of a replay, and fitted to the size that is drawn; in the end, what the mask leaves out is pasted back.
 
 A mask is white where the picture is drawn anew: from half of white on in the networks, in proportion to its grey in
 pasting."""

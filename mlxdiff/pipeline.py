@@ -232,7 +232,7 @@ class Pipeline:
         settings hold where no others are given."""
         start, drawn, reused = time.perf_counter(), [], 0
         request = self.resolve(prompt, **settings)
-        builtin.warn(self.name, request.prompt, self.attached.taught(request))
+        self._warn(request)
         mx.reset_peak_memory()
         for event in self.run(request):
             reused += event.reused
@@ -245,8 +245,13 @@ class Pipeline:
     def stream(self, prompt: str | Request, **settings: "Unpack[Settings]") -> Iterator[Event]:
         """The run, event by event. Leaving the loop stops the run; nothing continues in the background."""
         request = self.resolve(prompt, **settings)
-        builtin.warn(self.name, request.prompt, self.attached.taught(request))
+        self._warn(request)
         return self.run(request)
+
+    def _warn(self, request: Request) -> None:
+        """Warn of words that the model does not know, unless it is being taught."""
+        if not self.networks.trains(*self.description.components):
+            builtin.warn(self.name, request.prompt, self.attached.taught(request))
 
     def run(self, request: Request, given: np.ndarray | None = None) -> Iterator[Event]:
         """The run of a resolved request. given: standard noise (B, h, w, c) to use in place of the seed's first
@@ -398,27 +403,9 @@ class Pipeline:
         """The network under its conditions, with everything that does not depend on the latent already computed.
         visits: the sigmas at which it will be called; sigmas: those of the whole run, for intervals; start: what the
         run starts with; pictures: what IP-Adapters give; passes: what they keep, if steps are to be reused."""
-        model, name = self.description, self.description.family.denoiser
-        if name not in self.networks:
-            yield Event("load", 0, 1, 0.0)
-            begin = time.perf_counter()
-            net = self.networks.get(name)
-            if model.flow:
-                net.release_modulation()
-            mx.eval(net.parameters())
-            yield Event("load", 1, 1, time.perf_counter() - begin)
-        net = self.networks.get(name)
-        ts, both = [schedule.t(s) for s in visits], not self.low_memory
-        # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
-        source = self.networks.whole(name) if model.flow else net
-        references, beside = ((), None) if start is None else (start.references, start.beside)
-        conds = conditioning.prepare(model, source, request, ts, texts, both, references, pictures)
-        del source  # it would hold the modulation weights until all conditions are evaluated
-        # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
-        # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
-        # all of its conditions, not once for each layer.
-        for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
-            mx.eval(part)
+        model, ts = self.description, [schedule.t(s) for s in visits]
+        net = yield from self._loaded()
+        conds = self._conditions(net, request, ts, texts, start, pictures)
         for side, controls in (yield from self._controls(request, schedule, ts, texts, sigmas, start, conds)).items():
             conds[side]["controls"] = controls
         conds = {side: cond | passes.one() for side, cond in conds.items()}
@@ -428,7 +415,7 @@ class Pipeline:
             schedule,
             model.prediction,
             **conds,
-            beside=beside,
+            beside=None if start is None else start.beside,
             scale=model.cfg(request) if len(texts) == 2 else 1.0,
             rescale=request.rescale,
             interval=tuple(sigmas[round(f * request.steps)] for f in request.interval),
@@ -437,6 +424,36 @@ class Pipeline:
             skip_interval=(sigmas[min(math.floor(begin) + 1, request.steps)], sigmas[math.ceil(end)]),
             dtype=dtype_of(net),
         )
+
+    def _loaded(self) -> Iterator[Event]:
+        """The denoiser."""
+        name = self.description.family.denoiser
+        if name not in self.networks:
+            yield Event("load", 0, 1, 0.0)
+            begin = time.perf_counter()
+            net = self.networks.get(name)
+            if self.description.flow:
+                net.release_modulation()
+            mx.eval(net.parameters())
+            yield Event("load", 1, 1, time.perf_counter() - begin)
+        return self.networks.get(name)
+
+    def _conditions(
+        self, net: nn.Module, request: Request, ts: list[float], texts: list, start: Start | None, pictures: Sequence
+    ) -> dict[str, dict]:
+        """What the denoiser reads beside the latent, on each side of guidance, evaluated."""
+        model = self.description
+        # Modulation weights are needed only here: a transformer rereads them for each run and frees them afterwards.
+        source = self.networks.whole(model.family.denoiser) if model.flow else net
+        references = () if start is None else start.references
+        conds = conditioning.prepare(model, source, request, ts, texts, not self.low_memory, references, pictures)
+        del source  # it would hold the modulation weights until all conditions are evaluated
+        # A transformer's conditions are evaluated one by one. Otherwise all modulation weights are read before the
+        # first is used, which holds a quarter of FLUX once more. A U-Net holds its weights anyway: it waits once for
+        # all of its conditions, not once for each layer.
+        for part in [part for _, part in tree_flatten(conds)] if model.flow else [conds]:
+            mx.eval(part)
+        return conds
 
     def _controls(
         self,

@@ -54,10 +54,10 @@ def cut(net: nn.Module, chosen: Collection[int]) -> Iterator[None]:
 
 
 @contextmanager
-def misled(net: nn.Module, by: float, last: float = 999.0) -> Iterator[None]:
+def misled(net: nn.Module, by: float) -> Iterator[None]:
     """The network is told a time that is off by so many training steps; what it is shown stays as it is."""
     right = net.shifts_at
-    net.shifts_at = lambda t, times, *rest: right(min(max(t + by, 0.0), last), {}, *rest)
+    net.shifts_at = lambda t, times, *rest: right(min(max(t + by, 0.0), 999.0), {}, *rest)
     try:
         yield
     finally:

@@ -267,6 +267,19 @@ def test_unknown_words_are_told_once(pipe, unwarned, recwarn):
     assert len(recwarn) == 3
 
 
+def test_what_is_taught_and_other_machines_warn_of_no_words(pipe, unwarned, recwarn, monkeypatch):
+    net = {"unet": pipe.networks.get("unet")}
+    pipe.hold(net)
+    pipe("zzz", **QUICK)
+    pipe.release(net)
+    with monkeypatch.context() as patch:
+        patch.setenv("MLX_RANK", "1")
+        pipe("zzz", **QUICK)
+    assert not recwarn
+    pipe("zzz", **QUICK)
+    assert len(recwarn) == 1
+
+
 def test_the_command_line_tells_unknown_words_itself(unwarned, tmp_path, recwarn, capsys):
     typed = ["--steps", "1", "-W", "64", "-H", "64", "-o", str(tmp_path / "a.png")]
     assert generate.main(["a red hause", *typed]) == 0

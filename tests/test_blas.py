@@ -70,6 +70,18 @@ def test_without_the_wheel_the_system_serves():
     child(code)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX has its system's BLAS")
+def test_mlx_before_mlxdiff_is_told():
+    code = """
+    import warnings, mlx.core
+    with warnings.catch_warnings(record=True) as said:
+        import mlxdiff
+    assert mlxdiff.BLAS is None
+    print(said[0].message, Path(said[0].filename).name)
+    """
+    assert "Import mlxdiff first" in child(code)
+
+
 def test_with_neither_mlx_runs_on_its_own():
     code = """
     refuse("openblas")

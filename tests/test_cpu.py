@@ -36,8 +36,10 @@ def off(ours: mx.array, theirs) -> float:
     return float(np.abs(np.array(ours, np.float64) - theirs).max() / np.abs(theirs).max())
 
 
-def test_exp_is_as_exact_as_that_of_mlx():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_exp_is_as_exact_as_that_of_mlx(compiling, monkeypatch):
     """x log2(e) is rounded in float32, which costs |x| 6e-8 of the result; MLX's own loses the same."""
+    monkeypatch.setattr(ways, "_compiling", compiling)
     x = np.linspace(-87, 88, 100_001).astype(np.float32)
     true = np.exp(x.astype(np.float64))
     ours, theirs = (np.abs(np.array(f(mx.array(x))) / true - 1) for f in (cpu.exp, mx.exp))
@@ -108,6 +110,52 @@ def test_peaked_attention(plain):
     """Scores of hundreds, whose softmax is nearly one of the values: 2^-24 of their size remains as an error."""
     q, k, v = 40 * normal(1, 2, 64, 40), normal(1, 2, 80, 40, seed=1), normal(1, 2, 80, 40, seed=2)
     assert off(layers.attention(q, k, v), plain(layers.attention, q, k, v)) < 1e-4
+
+
+def exact(q: mx.array, k: mx.array, v: mx.array) -> np.ndarray:
+    """Attention in float64, (B, N, heads * d)."""
+    q, k, v = (np.array(x, np.float64) for x in (q, k, v))
+    scores = q @ k.swapaxes(2, 3) / math.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    y = (weights / weights.sum(-1, keepdims=True)) @ v
+    return y.swapaxes(1, 2).reshape(*y.shape[::2], -1)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("keys", [77, 1024])
+def test_attention_equals_float64(compiling, keys, monkeypatch):
+    """A weight has an error of some 3e-7, and the score of one number, 2^-24 of its size."""
+    monkeypatch.setattr(ways, "_compiling", compiling)
+    monkeypatch.setattr(cpu, "PART", 1 << 15)
+    q, k, v = normal(1, 2, 128, 40), normal(1, 2, keys, 40, seed=1), normal(1, 2, keys, 40, seed=2)
+    assert off(layers.attention(q, k, v), exact(q, k, v)) < 2e-6
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_attention_to_scores_beyond_any_weight(compiling, monkeypatch):
+    """A row of scores that are 1e6, 1e15 or 1e30 lower than the largest reads one value; equal ones, their mean."""
+    monkeypatch.setattr(ways, "_compiling", compiling)
+    monkeypatch.setattr(cpu, "_FEW", 0)
+    k, v = mx.zeros((1, 1, 40, 8)), normal(1, 1, 40, 8, seed=1)
+    k[:, :, 1:, 0] = -1
+    q = mx.zeros((1, 1, 4, 8))
+    q[0, 0, :, 0] = mx.array([0, 1e6, 1e15, 1e30])
+    y = layers.attention(q, k, v)[0]
+    assert off(y[0], v[0, 0].mean(0)) < 1e-6
+    for row in y[1:]:
+        assert off(row, v[0, 0, 0]) < 1e-6
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+def test_attention_shows_what_is_no_number(which, compiling, monkeypatch):
+    monkeypatch.setattr(ways, "_compiling", compiling)
+    monkeypatch.setattr(cpu, "_FEW", 0)
+    arrays = [normal(1, 1, 20, 8, seed=i) for i in range(3)]
+    arrays[which][0, 0, 3, 2] = math.nan
+    y = np.isnan(np.array(layers.attention(*arrays)))[0]
+    assert y[3].all() if which == 0 else y[:, 2].all()
+    assert which == 1 or not y.all()
 
 
 def test_few_scores_are_left_to_mlx(monkeypatch):

@@ -44,6 +44,7 @@ from mlxdiff.widgets.explain import (
     Negative,
     Nudge,
     Obedience,
+    PictureAsPrompt,
     RoundTrip,
     SamplerRace,
     SeedGrid,
@@ -63,6 +64,7 @@ from mlxdiff.widgets.explain import (
     whole,
     words,
 )
+from mlxdiff.widgets.explain.guidance import changes
 from mlxdiff.widgets.explain.lesson import Lesson, played
 from mlxdiff.widgets.explain.lesson import png as lesson_png
 from tests import notebooks
@@ -618,6 +620,27 @@ def test_word_maps_add_up_the_tokens_of_a_word(pipe):
 def test_contrast_by_hand():
     """10 of 100 places at 6, the rest at 2."""
     assert words.contrast(np.where(np.arange(100).reshape(10, 10) % 10 == 3, 6.0, 2.0)) == 3
+
+
+def test_a_fitted_map_finds_a_linear_relation():
+    g = np.random.default_rng(0)
+    seen, a, b = g.normal(size=(60, 5)) + 3, g.normal(size=(5, 7)), g.normal(size=7)
+    found = words.fitted_map(seen, seen @ a + b, least=1e-9)
+    np.testing.assert_allclose(found[0], a, atol=1e-6)
+    np.testing.assert_allclose(found[1], b, atol=1e-6)
+    assert np.abs(words.fitted_map(seen, seen @ a + b, least=1.0)[0]).sum() < 0.7 * np.abs(a).sum()  # half of it
+
+
+def test_a_picture_stands_in_the_place_of_words(pipe, monkeypatch):
+    """Another picture gives another result from the same noise, and what is counted is what the judge sees."""
+    monkeypatch.setattr(words, "FITTED", 40)
+    lesson = PictureAsPrompt(count=2).ready()
+    d = lesson.data
+    assert changes(*d.drawn).mean() > 5
+    seen = judge.read(judge.load(judge.shipped()), judging.read(d.drawn))
+    assert d.right == (seen == judge.asked(d.captions)).sum(1).tolist()
+    assert f"{d.right[1]} of “{d.captions[1]}”" in lesson.words()
+    assert stands(lesson)
 
 
 # ---- lesson 8, training. References: the measures behind it, held elsewhere (test_builtin.py, test_train.py)

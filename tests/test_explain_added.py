@@ -97,7 +97,8 @@ def test_the_adapters_lesson_says_what_the_judge_sees(pipe, monkeypatch):
 def test_a_scale_of_0_is_the_model_with_as_few_steps(pipe):
     lesson = worked(Scale("a red house", scale=0.0), pipe)
     d = lesson.data
-    bare = pipe("a red house", seed=5, steps=d.calls[0], guidance=1.0, sampler="ddim", loras=[]).image
+    same = {"seed": 5, "steps": d.calls[0], "guidance": 1.0, "sampler": "ddim", "schedule": "trailing"}
+    bare = pipe("a red house", loras=[], **same).image
     assert d.bare.tobytes() == d.drawn.tobytes() == bare.tobytes()
     assert d.calls[1] == 2 * adapters.STEPS  # guided
     lesson = worked(Scale("a red house"), pipe)

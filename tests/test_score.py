@@ -13,7 +13,7 @@ from mlxdiff import images
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 from mlxdiff.score import __main__ as command
-from mlxdiff.score import distances, folder, measure
+from mlxdiff.score import distances, folder, measure, report
 from mlxdiff.score.folder import BROKEN, LARGE, OTHER, Skipped
 from mlxdiff.train import judge
 from mlxdiff.train import storybook as sb
@@ -48,7 +48,7 @@ def test_frechet_of_covariances_that_do_not_commute():
     assert distances.frechet(x, y) == pytest.approx(want, rel=1e-9)
 
 
-def test_mmd_is_the_mean_of_its_kernels(monkeypatch):
+def test_cmmd_is_the_mean_of_its_kernels(monkeypatch):
     """Against the definition, pair by pair, in blocks that do not divide the sets."""
     monkeypatch.setattr(distances, "_BLOCK", 7)
     x, y = distances.unit(RNG.standard_normal((20, 5))), distances.unit(RNG.standard_normal((13, 5)))
@@ -57,7 +57,6 @@ def test_mmd_is_the_mean_of_its_kernels(monkeypatch):
         return np.mean([np.exp(-np.square(u - v).sum() / 200) for u in a for v in b])
 
     want = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
-    assert distances.mmd(x, y) == pytest.approx(want, rel=1e-9)
     assert distances.cmmd(x, y).value == pytest.approx(want, rel=1e-9)
 
 
@@ -157,6 +156,14 @@ def test_the_judge_joins_by_itself_and_sees_a_wrong_word(story, capsys):
     assert "rest on 12 pictures, fewer than 30" in said
     assert "12 pictures to learn a 128 x 128 covariance" in said
     assert "shows no difference" in said
+
+
+@pytest.mark.parametrize(("without", "says"), [(5, "No picture carries"), (2, "3 of the pictures carries"), (0, "")])
+def test_pictures_without_a_prompt_are_counted(without, says):
+    facts = {"pictures": 5, "without_prompt": without, "skipped": {}, "clip": {}, "clip_score": None, "distances": {}}
+    said = report.notes(facts, {})
+    assert len(said) == bool(without)
+    assert "".join(said).startswith(says)
 
 
 def test_the_table_of_the_judge(story, capsys):

@@ -284,7 +284,7 @@ def test_weights_and_memory_are_options_and_fit_sets_them(studio, monkeypatch):
     monkeypatch.setattr(settings, "this_machine", lambda: advice.mac(16))
     studio.model = "flux-dev"
     studio.negative = "fog"  # which this model does not take: its run says so, the estimate goes on
-    assert re.fullmatch(r"about \d\d\.\d of 11\.5 GB", memory.need.value)
+    assert re.fullmatch(r"Memory: about \d\d\.\d of 11\.5 GB", memory.need.value)
     memory.fit.click()
     assert studio.error is None
     assert (studio.options["low_memory"], c.memory.bits.value in (8, 6, 5, 4)) == (True, True)
@@ -662,7 +662,7 @@ def test_restore_all_or_the_seed_alone(studio):
 
 def test_reuse_has_a_control_and_comes_back_with_a_picture(studio):
     """Its value is not one of the control's steps, and comes back to the last digit."""
-    studio.controls.reuse.value = 0.12345
+    studio.reuse = 0.12345
     first = draw(studio, steps=8, sampler="euler").request
     assert first.reuse == 0.12345
     studio.reuse = 0.0

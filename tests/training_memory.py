@@ -7,6 +7,7 @@ import gc
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def filled(model: Description) -> nn.Module:
     return net
 
 
+def peak_of_step(steps: Iterator[fit.Report], weights: int) -> tuple[int, fit.Report]:
+    """The peak of the next step, by MLX's own count, and its report. weights: the bytes of the networks at work; what
+    else this process holds is no part of the peak."""
+    gc.collect()
+    mx.clear_cache()
+    besides = mx.get_active_memory() - weights
+    mx.reset_peak_memory()
+    report = next(steps)
+    return mx.get_peak_memory() - besides, report
+
+
 def main() -> int:
     p = argparse.ArgumentParser()
     p.add_argument("model", choices=FEW)
@@ -78,17 +90,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         steps = fit.fit(net, batches.loss, batch, plan, Path(folder) / "run")
         for _ in range(tuning.steps):
-            gc.collect()
-            mx.clear_cache()
-            besides = mx.get_active_memory() - told.weights
-            mx.reset_peak_memory()
             began, cpu = time.perf_counter(), time.process_time()
-            report = next(steps)
-            seen = mx.get_peak_memory()
+            seen, report = peak_of_step(steps, told.weights)
             print(
                 f"{args.model} {args.size} {model.recipe}{' low' * args.low_memory}: {len(made)} layers changed,"
-                f" seen {(seen - besides) / 1e9:.3f} GB, told {told.peak / 1e9:.3f}"
-                f" ({told.peak / (seen - besides):.2f}); weights {told.weights / 1e9:.3f}; loss"
+                f" seen {seen / 1e9:.3f} GB, told {told.peak / 1e9:.3f}"
+                f" ({told.peak / seen:.2f}); weights {told.weights / 1e9:.3f}; loss"
                 f" {report.loss:.3g}; {time.process_time() - cpu:.1f} CPU s, {time.perf_counter() - began:.1f} s",
                 flush=True,
             )

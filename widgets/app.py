@@ -18,14 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     where = "where pictures are kept (default pictures)"
     p.add_argument("-o", "--output", "--out", dest="out", metavar="DIR", help=where)  # --out: its first name
     p.add_argument("--lora-dir", metavar="DIR", help="where your LoRAs are ($MLXDIFF_LORAS)")
-    p.add_argument(
-        "--lab",
-        nargs="?",
-        type=Path,
-        const=Path("studio.ipynb"),
-        metavar="NOTEBOOK",
-        help="the studio in a notebook, in JupyterLab (default studio.ipynb); it is created if it does not exist",
-    )
+    what = "the studio in a notebook, in JupyterLab (default studio.ipynb); it is created if it does not exist"
+    p.add_argument("--lab", nargs="?", type=Path, const=Path("studio.ipynb"), metavar="NOTEBOOK", help=what)
     p.add_argument("--sign", action="store_true", help="add Content Credentials to every picture, as generate does")
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     args = p.parse_args(argv)
@@ -62,9 +56,8 @@ def studio(model: str | None, folder: str | None, browser: bool, sign: bool = Fa
             say(f"The studio is at {address}\nCtrl-C here ends it.")
             if browser:
                 page = stack.enter_context(lab.private_page(address))
-                Thread(
-                    target=webbrowser.open, args=[page], daemon=True
-                ).start()  # a browser in the terminal would block
+                # In a thread: a browser in the terminal would block.
+                Thread(target=webbrowser.open, args=[page], daemon=True).start()
 
         def make() -> Studio:
             made = Studio(**settings)

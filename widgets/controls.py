@@ -18,6 +18,8 @@ from .settings import FIELDS, GUIDES, ignored, presets
 from .start_picture import StartPicture
 
 _ANOTHER = ""
+_WIDE = {"width": "auto"}  # of a control's layout
+_REUSE = [("off", 0.0), ("0.05: a little faster", 0.05), ("0.1: faster", 0.1), ("0.2: fast, less exact", 0.2)]
 
 
 def values(name: str, text: str) -> list:
@@ -38,19 +40,31 @@ class Controls(w.VBox):
     """One control for each setting. `bind` ties it to the studio's trait of the same name, which holds the truth."""
 
     def __init__(self, model: str):
-        wide = w.Layout(width="auto")
-        self.prompt = w.Textarea(description="Prompt", rows=3, layout=wide, placeholder="What to draw")
+        ask, settings = self._asked(), self._settings(model)
+        super().__init__([ask, settings])  # in a narrow window the picture comes between the two
+        self.add_class("mlxdiff-controls")
+
+    def _asked(self) -> w.Widget:
+        """What to draw, the pictures that lead it, and the buttons that start and stop."""
+        self.prompt = w.Textarea(description="Prompt", rows=3, layout=_WIDE, placeholder="What to draw")
         self.prompt.add_class("mlxdiff-prompt")
-        self.negative = w.Textarea(description="Negative prompt", rows=2, layout=wide, placeholder="What to keep away")
+        self.negative = w.Textarea(description="Negative prompt", rows=2, layout=_WIDE, placeholder="What to keep away")
         self.why = w.HTML().add_class("mlxdiff-why")
         self.words = Words()
         self.start_picture = StartPicture()
         self.strength = self.start_picture.strength
         self.guides = {what: GuideRows(what) for what in GUIDES}
         self.generate = w.Button(description="Generate", tooltip="Draw this (Ctrl+Enter)", button_style="primary")
+        self.generate.add_class("mlxdiff-generate")
         self.cancel = w.Button(description="Cancel", tooltip="Stop the running picture (Esc)", disabled=True)
         self.clear = w.Button(description="Cancel all", tooltip="Stop the running picture and empty the queue")
-        self.model = w.Dropdown(description="Model", options=_models(model), layout=wide)
+        go = w.HBox([self.generate, self.cancel, self.clear]).add_class("mlxdiff-go")
+        pictures = [self.start_picture, *self.guides.values()]
+        return w.VBox([self.prompt, self.words, self.negative, self.why, *pictures, go]).add_class("mlxdiff-ask")
+
+    def _settings(self, model: str) -> w.Widget:
+        """With which model and how."""
+        self.model = w.Dropdown(description="Model", options=_models(model), layout=_WIDE).add_class("mlxdiff-beside")
         self.other = w.Text(
             description="Another model",
             continuous_update=False,
@@ -59,67 +73,70 @@ class Controls(w.VBox):
         )
         names = ("quick", "standard", "fine")
         self.presets = {n: w.Button(description=n.title(), tooltip=f"Set the {n} steps and sampler") for n in names}
-        self.steps = w.IntSlider(description="Steps", min=1, max=60, layout=wide)
+        self.more = w.HTML().add_class("mlxdiff-why")
+        self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
+        rows = [
+            self.model,
+            self.other,
+            w.HBox([*self.presets.values()]).add_class("mlxdiff-presets"),
+            self._more_settings(),
+            self._seeds(),
+            w.HBox([self.more, self.forget]),
+            self._panels(),
+        ]
+        return w.VBox(rows).add_class("mlxdiff-settings")
+
+    def _more_settings(self) -> w.Widget:
+        self.steps = w.IntSlider(description="Steps", min=1, max=60, layout=_WIDE)
         self.guidance = w.FloatSlider(
-            description="Guidance", min=0, max=15, step=0.5, readout_format=".1f", layout=wide
+            description="Guidance", min=0, max=15, step=0.5, readout_format=".1f", layout=_WIDE
         )
-        self.sampler = w.Dropdown(description="Sampler", layout=wide)
-        self.schedule = w.Dropdown(description="Schedule", layout=wide)
+        self.sampler = w.Dropdown(description="Sampler", layout=_WIDE).add_class("mlxdiff-beside")
+        self.schedule = w.Dropdown(description="Schedule", layout=_WIDE).add_class("mlxdiff-beside")
         self.offer(flow=False)
-        what = "0.1 skips most of a step where little changed: faster, slightly different; 0 skips nothing"
-        self.reuse = w.BoundedFloatText(description="Reuse", min=0, max=1, step=0.05, tooltip=what, layout=wide)
-        self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=MULTIPLE, layout=wide)
-        self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=MULTIPLE, layout=wide)
-        self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=wide)
+        what = "Reuse the last step's work where less than this share has changed: faster, and slightly different"
+        self.reuse = w.Dropdown(description="Reuse", options=_REUSE, tooltip=what, layout=_WIDE)
+        self.reuse.add_class("mlxdiff-beside")
         self.shapes = {
             n: w.Button(description=n, tooltip=f"Set a {n.lower()} size that suits the model") for n in SHAPES
         }
+        self.width = w.BoundedIntText(description="Width", min=8, max=16384, step=MULTIPLE, layout=_WIDE)
+        self.height = w.BoundedIntText(description="Height", min=8, max=16384, step=MULTIPLE, layout=_WIDE)
+        self.count = w.BoundedIntText(description="Pictures", min=1, max=1000, layout=_WIDE)
         self.memory = Memory()
-        for control in (self.model, self.sampler, self.schedule, self.memory.bits):
-            control.add_class("mlxdiff-beside")
-        self.bits, self.low_memory = self.memory.bits, self.memory.low_memory
+        self.bits, self.low_memory = self.memory.bits.add_class("mlxdiff-beside"), self.memory.low_memory
+        return _fold(
+            "More settings",
+            "Steps, guidance, sampler, size, memory",
+            self.steps,
+            self.guidance,
+            w.HBox([self.sampler, self.schedule]).add_class("mlxdiff-two"),
+            self.reuse,
+            w.HBox([*self.shapes.values()]).add_class("mlxdiff-presets"),
+            w.HBox([self.width, self.height, self.count]).add_class("mlxdiff-three"),
+            self.memory,
+        ).add_class("mlxdiff-roomy")
+
+    def _seeds(self) -> w.Widget:
         # A text field, because a browser's numbers lose the last digits of large seeds.
-        self.seed = w.Text(description="Seed", continuous_update=False, layout=wide)
+        self.seed = w.Text(description="Seed", continuous_update=False, layout=_WIDE)
         self.locked = w.ToggleButton(description="Keep", tooltip="Keep this seed for every picture")
         self.dice = w.Button(description="New", tooltip="Another seed")
         self.last = w.Button(description="Last", tooltip="Reuse the last picture's seed, and keep it", disabled=True)
-        self.more = w.HTML().add_class("mlxdiff-why")
-        self.forget = w.Button(description="Forget these", layout=w.Layout(display="none")).add_class("mlxdiff-link")
-        self.loras, self.compare = Loras(), Compare()
-        self.enlarging = Enlarging()
+        return w.HBox([self.seed, self.locked, self.dice, self.last]).add_class("mlxdiff-seed")
+
+    def _panels(self) -> w.Widget:
+        """LoRAs and words, enlarging and comparing: unfolded beside the other controls."""
+        self.loras, self.enlarging, self.compare = Loras(), Enlarging(), Compare()
         self.upscaler = self.enlarging.upscaler
-        folds = [_fold(TITLE, self.loras, panel=True)]
-        folds += [_fold("Enlarge", self.enlarging, panel=True), _fold("Compare", self.compare, panel=True)]
-        self.loras_shown = folds[0].children[0]
-        go = w.HBox([self.generate, self.cancel, self.clear]).add_class("mlxdiff-go")
-        pictures = [self.start_picture, *self.guides.values()]
-        ask = w.VBox([self.prompt, self.words, self.negative, self.why, *pictures, go]).add_class("mlxdiff-ask")
-        settings = w.VBox(
-            [
-                self.model,
-                self.other,
-                w.HBox([*self.presets.values()]).add_class("mlxdiff-presets"),
-                _fold(
-                    "More settings",
-                    self.steps,
-                    self.guidance,
-                    w.HBox([self.sampler, self.schedule]).add_class("mlxdiff-two"),
-                    self.reuse,
-                    w.HBox([*self.shapes.values()]).add_class("mlxdiff-presets"),
-                    w.HBox([self.width, self.height, self.count]).add_class("mlxdiff-three"),
-                    self.memory,
-                ).add_class("mlxdiff-roomy"),
-                w.HBox([self.seed, self.locked, self.dice, self.last]).add_class("mlxdiff-seed"),
-                w.HBox([self.more, self.forget]),
-                w.HBox(folds).add_class("mlxdiff-folds"),
-            ]
-        ).add_class("mlxdiff-settings")
-        super().__init__(
-            [ask.add_class("mlxdiff-ask"), settings]
-        )  # in a narrow window the picture comes between the two
-        self.add_class("mlxdiff-controls")
-        self.generate.add_class("mlxdiff-generate")
         self.compare.draw.add_class("mlxdiff-compare")
+        folds = [
+            _fold(TITLE, "Files that change what the model draws, or teach it a word", self.loras, panel=True),
+            _fold("Enlarge", "With what the button Enlarge 2× enlarges", self.enlarging, panel=True),
+            _fold("Compare", "A grid of pictures over one or two settings", self.compare, panel=True),
+        ]
+        self.loras_shown = folds[0].children[0]
+        return w.HBox(folds).add_class("mlxdiff-folds")
 
     def entries(self) -> dict[str, w.Widget]:
         """All controls that a run or a comparison reads."""
@@ -196,7 +213,8 @@ class Words(w.VBox):
         kinds = builtin.vocabulary().items()
         chips = "".join(f"<p>{kind.title()}</p><div>{''.join(map(_chip, words))}</div>" for kind, words in kinds)
         self.surprise = w.Button(description="Surprise me", tooltip="A prompt of random words that the model knows")
-        unfold = w.ToggleButton(description="Its words").add_class("mlxdiff-unfold")
+        what = "Every word that this model was taught. A click adds one to the prompt"
+        unfold = w.ToggleButton(description="Known words", tooltip=what).add_class("mlxdiff-unfold")
         head = w.HBox([unfold, self.surprise]).add_class("mlxdiff-words-head")
         super().__init__([head, w.HTML(chips).add_class("mlxdiff-chips").add_class("mlxdiff-panel")])
         self.add_class("mlxdiff-words-known").add_class("mlxdiff-fold")
@@ -206,8 +224,10 @@ class Memory(w.VBox):
     """How the weights are held, and how much memory the next picture takes."""
 
     def __init__(self):
-        ways = [("all bits", ""), *((f"{n} bits" if isinstance(n, int) else n, n) for n in BITS)]
-        self.bits = w.Dropdown(description="Weights", options=ways, tooltip="Fewer bits are smaller, not faster")
+        gains = {8: ": half the size", 4: ": a quarter"}
+        ways = [(f"{n} bits{gains.get(n, '')}" if isinstance(n, int) else n, n) for n in BITS]
+        what = "The model's numbers. With fewer bits they need less memory, and are a little less exact; not faster"
+        self.bits = w.Dropdown(description="Weights", options=[("full precision", ""), *ways], tooltip=what)
         self.low_memory = w.ToggleButton(description="Low memory", tooltip="Slower, but in less memory")
         self.fit = w.Button(
             description="Fit it to this machine", tooltip="Change settings until the next picture fits this machine"
@@ -262,8 +282,10 @@ class Compare(w.VBox):
         self.columns = w.Dropdown(description="Columns", options=two, value="guidance")
         self.column_values = w.Text(description="Column values", value="1, 3, 7")
         self.draw = w.Button(description="Draw the grid", tooltip="Draw a picture for every pair and one labelled PNG")
+        what = "One setting changes from row to row, another from column to column. All else stays as it is."
         super().__init__(
             [
+                w.HTML(what).add_class("mlxdiff-why"),
                 w.HBox([self.rows, self.row_values]).add_class("mlxdiff-axis"),
                 w.HBox([self.columns, self.column_values]).add_class("mlxdiff-axis"),
                 self.draw,
@@ -314,9 +336,10 @@ def _seed(text: str) -> int:
 
 
 def _models(extra: str) -> list[tuple[str, str]]:
-    rows = [
-        (row.title if row.repo is None else f"{row.title}, {row.download:.1f} GB", name) for name, row in MODELS.items()
-    ]
+    rows = []
+    for name, row in MODELS.items():
+        short = f"{row.title.partition(':')[0]}, built in"  # the list is narrow
+        rows.append((short if row.repo is None else f"{row.title}, {row.download:.1f} GB", name))
     return [*rows, *([] if extra in MODELS else [(extra, extra)]), ("Another …", _ANOTHER)]
 
 
@@ -337,10 +360,10 @@ def _mark(button: w.Button, chosen: bool) -> None:
     (button.add_class if chosen else button.remove_class)("mlxdiff-chosen")
 
 
-def _fold(title: str, *children: w.Widget, panel: bool = False) -> w.VBox:
-    """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion. panel: on a
-    page of its own they are shown beside the other controls, not between them."""
-    button = w.ToggleButton(description=title).add_class("mlxdiff-unfold")
+def _fold(title: str, what: str, *children: w.Widget, panel: bool = False) -> w.VBox:
+    """A button that unfolds its children; the page does it. No key would reach the titles of an Accordion. what: its
+    tooltip. panel: on a page of its own they are shown beside the other controls, not between them."""
+    button = w.ToggleButton(description=title, tooltip=what).add_class("mlxdiff-unfold")
     content = w.VBox(children)
     if panel:
         content.add_class("mlxdiff-panel")

@@ -118,7 +118,7 @@ class Known:
 
 
 def estimate(workload: Workload, machine: Machine) -> str:
-    return f"about {peak(workload, machine.gpu) / 1e9:.1f} of {machine.budget / 1e9:.1f} GB"
+    return f"Memory: about {peak(workload, machine.gpu) / 1e9:.1f} of {machine.budget / 1e9:.1f} GB"
 
 
 def fit(workload: Workload, machine: Machine) -> dict | None:

@@ -32,6 +32,9 @@ async function meet(app, panel, met) {
 
 function activate(app) {
   const met = new WeakSet();
+  const style = document.createElement("style"); // lines that an eye finds its way back from
+  style.textContent = ".jp-MarkdownCell .jp-RenderedHTMLCommon > :not(table, pre) { max-width: 680px; }";
+  document.head.append(style);
   app.shell.currentChanged.connect((_, { newValue }) => meet(app, newValue, met));
   app.restored.then(() => meet(app, app.shell.currentWidget, met));
 }

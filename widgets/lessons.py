@@ -18,9 +18,8 @@ FIRST = "00_start.ipynb"
 
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="mlxdiff lessons", description="See live what diffusion does: opens JupyterLab on the lessons.")
-    p.add_argument(
-        "folder", nargs="?", type=Path, default=Path("lessons"), help="where your copies go (default lessons)"
-    )
+    what = "where your copies go (default lessons)"
+    p.add_argument("folder", nargs="?", type=Path, default=Path("lessons"), metavar="FOLDER", help=what)
     p.add_argument("--no-browser", action="store_true", help="only print the address")
     args = p.parse_args(argv)
     return run("mlxdiff lessons", lambda: lessons(args.folder.resolve(), not args.no_browser))

@@ -149,7 +149,7 @@ function render({ model, el }) {
     enlarge.title = it.unenlargeable || "Draw it again, and then on at twice its size";
     empty.hidden = true;
     paint(it.png, "image/png", it.title).then(() => { if (current !== null) sharp.draw(); });
-    words.replaceChildren(...it.words.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text, copier(text))]));
+    words.replaceChildren(...it.words.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, h("span", { title: text }, text), copier(text))]));
     caption.textContent = it.caption;
     path.textContent = it.path;
     if (url) URL.revokeObjectURL(url);
@@ -375,9 +375,11 @@ function render({ model, el }) {
     send(action, { settings: await settings(), turn });
   }
 
-  // A list cuts off a long entry: its tooltip shows all of it.
+  // A list cuts off a long entry: its tooltip shows all of it, and what the list is for.
   function entitle({ target }) {
-    if (target instanceof HTMLSelectElement) target.title = target.selectedOptions[0]?.text ?? "";
+    if (!(target instanceof HTMLSelectElement)) return;
+    target.dataset.what ??= target.title || target.closest(".widget-dropdown")?.title || "";
+    target.title = [target.selectedOptions[0]?.text, target.dataset.what].filter(Boolean).join(". ");
   }
 
   async function settings() {

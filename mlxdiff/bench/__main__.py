@@ -37,23 +37,14 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("what to measure")
     which = g.add_mutually_exclusive_group()
     which.add_argument("-m", "--model", default=DEFAULT, help=f"a name, hub id, folder or file ({DEFAULT})")
-    which.add_argument(
-        "--random", choices=MODELS, metavar="NAME", help="a named model's networks with random weights; needs no file"
-    )
-    which.add_argument(
-        "--graph",
-        choices=MODELS,
-        metavar="NAME",
-        help="count a named model's kernels and traffic on a Mac; runs nothing",
-    )
+    what = "a named model's networks with random weights; needs no file"
+    which.add_argument("--random", choices=MODELS, metavar="NAME", help=what)
+    what = "count a named model's kernels and traffic on a Mac; runs nothing"
+    which.add_argument("--graph", choices=MODELS, metavar="NAME", help=what)
     which.add_argument("--quality", nargs="?", const=DEFAULT, metavar="MODEL", help=f"{_QUALITY} ({DEFAULT})")
     which.add_argument("--table", nargs="+", metavar="FILE", help="make one table of files that --report wrote")
-    g.add_argument(
-        "--blocks",
-        type=int,
-        metavar="N",
-        help="with --random or --graph: keep N blocks of each kind in SD3, FLUX and T5",
-    )
+    what = "with --random or --graph: keep N blocks of each kind in SD3, FLUX and T5"
+    g.add_argument("--blocks", type=int, metavar="N", help=what)
     g.add_argument("--steps", type=int, metavar="N", help="steps of a run (4; with --report the model's)")
     g.add_argument("-W", "--width", type=int, metavar="PX", help="width of the picture (default: the model's size)")
     g.add_argument("-H", "--height", type=int, metavar="PX", help="height; multiples of 8, of 16 from SD3 on")
@@ -66,16 +57,15 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--repeat", type=int, metavar="N", help="runs to measure, after one warm-up run (3)")
     g.add_argument("--against", choices=("torch",), help="time diffusers' network alternately with ours")
     g.add_argument("--install", metavar="PATH", help="also time a fresh install of this wheel or checkout")
-    g.add_argument(
-        "--report", nargs="?", const="-", metavar="FILE", help="write the figures as JSON and Markdown to send"
-    )
+    what = "write the figures as JSON and Markdown to send"
+    g.add_argument("--report", nargs="?", const="-", metavar="FILE", help=what)
     g.add_argument("--note", default="", metavar="TEXT", help="with --report: what else matters, such as 'on battery'")
     g.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     g = p.add_argument_group("with --quality")
     what = "steps=4,8 sampler=ddim bits=8,none reuse=0,0.1: all combinations (default: the first three, each alone)"
     g.add_argument("--over", nargs="+", default=(), metavar="NAME=VALUES", help=what)
     g.add_argument("--prompts", metavar="N|FILE", help="how many, or a text file with one a line")
-    g.add_argument("--clip", metavar="CLIP", help="what scores pictures of other models; see mlxdiff score --help")
+    g.add_argument("--clip", metavar="CLIP", help="judges pictures of other models than storybook; see mlxdiff score")
     g = p.add_argument_group("also")
     g.add_argument("-h", "--help", action="help", help="show this and stop")
     return p

@@ -26,9 +26,9 @@ T = 500.0  # any training time would do
 def check(pipe: Pipeline) -> None:
     """Refuse, before anything is measured, a model that torch has no network for."""
     if pipe.description.family.denoiser != "unet":
-        raise Error(f"--against torch only knows U-Nets; {pipe.name} has none.", "Leave it out.")
+        raise Error(f"{pipe.name} has no U-Net, and torch is timed with no other network.", "Leave out `against`.")
     if pipe.description.recipe.bits is not None:
-        raise Error(f"{pipe.name} is quantized, which torch cannot read.", "Leave --against out, or do not quantize.")
+        raise Error(f"{pipe.name} is quantized, which torch cannot read.", "Leave out `against`, or `bits`.")
 
 
 def compare(pipe: Pipeline, request: Request, batch: int, repeat: int) -> dict:
@@ -99,7 +99,7 @@ def process(job: dict) -> Iterator[Iterator[dict]]:
             if not line:
                 errors.seek(0)
                 said = errors.read().strip().splitlines() or ["it printed nothing"]
-                raise Error(f"torch stopped: {said[-1]}.", "Leave --against out.")
+                raise Error(f"torch stopped: {said[-1]}.", "Leave out `against`.")
             yield json.loads(line)
             with suppress(BrokenPipeError):  # it died: reading the next line reports that
                 torch.stdin.write("\n")

@@ -18,14 +18,14 @@ from mlx.utils import tree_map
 
 from .. import __version__, conditioning, memory
 from ..conditioning import Text
-from ..models import layers
+from ..models import layers, ways
 from ..networks import dtype_of
 from ..pipeline import Pipeline
 from ..recipe import Recipe, component_dtype
 from ..request import Request
+from ..train.tape import order
 
 LARGE = 4096  # numbers; a smaller array costs a launch, but no memory worth counting
-_WIDTH = 20  # of MLX's walk through a graph (MLX_BFS_MAX_WIDTH)
 _TIME = 0.5  # any time would do
 
 
@@ -94,7 +94,7 @@ def _as_on_a_gpu(marks: _Marks) -> Iterator[None]:
         (mx.fast, "layer_norm", marks.norm("LayerNorm")),
         (mx.fast, "rms_norm", marks.norm("RMSNorm")),
         (mx.fast, "scaled_dot_product_attention", marks.attention),
-        (layers, "run_chain", marks.chain),
+        (ways, "run_chain", marks.chain),
         *((mx, name, marks.wait(getattr(mx, name))) for name in ("eval", "async_eval", "synchronize")),
         *((mx.array, name, marks.wait(getattr(mx.array, name))) for name in ("item", "tolist")),
     ]
@@ -134,33 +134,10 @@ def graph(f: Callable, tree) -> Graph:
 
 
 def _ordered(nodes: list[Node], returned: list[Array]) -> list[Node]:
-    """The nodes that lead to what is returned, in the order of MLX's eval: from the end, breadth first, but down to the
-    inputs where more than _WIDTH nodes wait."""
+    """The nodes that lead to what is returned, as MLX runs them."""
     maker = {a.id: i for i, node in enumerate(nodes) for a in node.outputs}
-    sources = [[maker[a.id] for a in node.inputs if a.id in maker] for node in nodes]
-    sources.append([maker[a.id] for a in returned])  # at -1
-    readers, seen, todo = Counter(), {-1}, [-1]
-    while todo:
-        for i in sources[todo.pop()]:
-            readers[i] += 1
-            if i not in seen:
-                seen.add(i)
-                todo.append(i)
-    tape, waiting, at = [-1], [], 0
-    while at < len(tape) or waiting:
-        if at < len(tape):
-            node, first = tape[at], 0
-            at += 1
-        else:
-            node, first = waiting.pop()
-        for j, i in list(enumerate(sources[node]))[first:]:
-            if len(tape) - at >= _WIDTH:
-                waiting.append((node, j))
-                break
-            readers[i] -= 1
-            if readers[i] == 0:
-                tape.append(i)
-    return [nodes[i] for i in reversed(tape[1:])]
+    inputs = [[maker[a.id] for a in node.inputs if a.id in maker] for node in nodes]
+    return [nodes[i] for i in order(inputs, [maker[a.id] for a in returned])]
 
 
 # ---- memory: views, copies, what is held

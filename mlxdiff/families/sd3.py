@@ -110,6 +110,25 @@ _STORYBOOK = {
     "text_encoder_2": replace(CLIP_STORYBOOK, projection=128),
     "vae": VAE_STORYBOOK,
 }
+_LICENCE = "Stability AI Community"
+_SD3_MEDIUM = Model(
+    SD3,
+    repo="stabilityai/stable-diffusion-3-medium-diffusers",
+    title="Stable Diffusion 3 medium",
+    licence=_LICENCE,
+    download=15.50,
+    networks={"transformer": _NETWORK, **_REST},
+    defaults=_DEFAULTS,
+    gated=True,
+)
+_SD35_LARGE = replace(
+    _SD3_MEDIUM,
+    repo="stabilityai/stable-diffusion-3.5-large",
+    title="Stable Diffusion 3.5 large",
+    download=27.62,
+    networks={"transformer": _LARGE, **_REST},
+    defaults=replace(_DEFAULTS, guidance=3.5),
+)
 MODELS = {
     "storybook-flow": Model(
         SD3,
@@ -120,49 +139,24 @@ MODELS = {
         networks=_STORYBOOK,
         defaults=Defaults(size=256, steps=28, guidance=4.0),
     ),
-    "sd3-medium": Model(
-        SD3,
-        repo="stabilityai/stable-diffusion-3-medium-diffusers",
-        title="Stable Diffusion 3 medium",
-        licence="Stability AI Community",
-        download=15.50,
-        networks={"transformer": _NETWORK, **_REST},
-        defaults=_DEFAULTS,
-        gated=True,
-    ),
-    "sd3.5-medium": Model(
-        SD3,
+    "sd3-medium": _SD3_MEDIUM,
+    "sd3.5-medium": replace(
+        _SD3_MEDIUM,
         repo="stabilityai/stable-diffusion-3.5-medium",
         title="Stable Diffusion 3.5 medium",
-        licence="Stability AI Community",
         download=16.27,
         networks={"transformer": _MEDIUM35, **_REST},
         defaults=replace(_DEFAULTS, steps=40, guidance=4.5),
-        gated=True,
     ),
-    "sd3.5-large": Model(
-        SD3,
-        repo="stabilityai/stable-diffusion-3.5-large",
-        title="Stable Diffusion 3.5 large",
-        licence="Stability AI Community",
-        download=27.62,
-        networks={"transformer": _LARGE, **_REST},
-        defaults=replace(_DEFAULTS, guidance=3.5),
-        gated=True,
-    ),
-    "sd3.5-large-turbo": Model(
-        SD3,
+    "sd3.5-large": _SD35_LARGE,
+    "sd3.5-large-turbo": replace(
+        _SD35_LARGE,
         repo="stabilityai/stable-diffusion-3.5-large-turbo",
         title="Stable Diffusion 3.5 large turbo: four steps",
-        licence="Stability AI Community",
-        download=27.62,
-        networks={"transformer": _LARGE, **_REST},
         defaults=replace(_DEFAULTS, steps=4, guidance=0.0),
-        gated=True,
     ),
 }
 
-_LICENCE = "Stability AI Community"
 _STABILITY = "stabilityai/stable-diffusion-3.5-large-controlnet-"
 _MEDIUM = "ControlNet for SD3 medium"
 ADAPTERS = {

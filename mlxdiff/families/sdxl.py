@@ -88,42 +88,37 @@ _UNET_REFINER = replace(
 )
 _VAE = replace(VAE, scale=0.13025)
 _NETWORKS = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "unet": _UNET, "vae": _VAE}
+_SDXL_BASE = Model(
+    SDXL,
+    repo="stabilityai/stable-diffusion-xl-base-1.0",
+    title="Stable Diffusion XL 1.0",
+    licence="CreativeML OpenRAIL++-M",
+    download=6.94,
+    networks=_NETWORKS,
+    defaults=_DEFAULTS,
+)
 MODELS = {
-    "sdxl": Model(
-        SDXL,
-        repo="stabilityai/stable-diffusion-xl-base-1.0",
-        title="Stable Diffusion XL 1.0",
-        licence="CreativeML OpenRAIL++-M",
-        download=6.94,
-        networks=_NETWORKS,
-        defaults=_DEFAULTS,
-    ),
-    "sdxl-inpaint": Model(
-        SDXL,
+    "sdxl": _SDXL_BASE,
+    "sdxl-inpaint": replace(
+        _SDXL_BASE,
         repo="diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
         title="Stable Diffusion XL for inpainting: needs a picture and a mask",
-        licence="CreativeML OpenRAIL++-M",
-        download=6.94,
         networks=_NETWORKS | {"unet": replace(_UNET, in_channels=9)},
-        defaults=_DEFAULTS,
         variant="inpaint",
     ),
-    "sdxl-refiner": Model(
-        REFINER,
+    "sdxl-refiner": replace(
+        _SDXL_BASE,
+        family=REFINER,
         repo="stabilityai/stable-diffusion-xl-refiner-1.0",
-        title="Stable Diffusion XL 1.0 refiner (with sdxl: --refiner sdxl-refiner)",
-        licence="CreativeML OpenRAIL++-M",
+        title="Stable Diffusion XL 1.0 refiner: finishes what sdxl begins",
         download=6.08,
         networks={"text_encoder_2": CLIP_G, "unet": _UNET_REFINER, "vae": _VAE},
-        defaults=_DEFAULTS,
     ),
-    "sdxl-turbo": Model(
-        SDXL,
+    "sdxl-turbo": replace(
+        _SDXL_BASE,
         repo="stabilityai/sdxl-turbo",
         title="SDXL-Turbo: one to four steps",
         licence="Stability AI Community",
-        download=6.94,
-        networks=_NETWORKS,
         defaults=Defaults(size=512, steps=1, guidance=0.0, sampler="euler_ancestral", schedule="trailing"),
     ),
 }

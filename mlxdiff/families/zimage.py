@@ -68,27 +68,25 @@ _NETWORKS = {
     ),
     "vae": VAE_FLUX,
 }
-_PARTS = {"text_encoder": 8.04, "vae": 0.17}
+_TURBO_MODEL = Model(
+    ZIMAGE,
+    repo="Tongyi-MAI/Z-Image-Turbo",
+    title="Z-Image-Turbo: eight steps",
+    licence="Apache 2.0",
+    download=32.83,
+    networks=_NETWORKS,
+    defaults=_TURBO,
+    variant="turbo",
+    parts={"text_encoder": 8.04, "vae": 0.17},
+)
 MODELS = {
-    "z-image-turbo": Model(
-        ZIMAGE,
-        repo="Tongyi-MAI/Z-Image-Turbo",
-        title="Z-Image-Turbo: eight steps",
-        licence="Apache 2.0",
-        download=32.83,
-        networks=_NETWORKS,
-        defaults=_TURBO,
-        variant="turbo",
-        parts=_PARTS,
-    ),
-    "z-image": Model(
-        ZIMAGE,
+    "z-image-turbo": _TURBO_MODEL,
+    "z-image": replace(
+        _TURBO_MODEL,
         repo="Tongyi-MAI/Z-Image",
         title="Z-Image",
-        licence="Apache 2.0",
         download=20.52,
-        networks=_NETWORKS,
         defaults=_DEFAULTS,
-        parts=_PARTS,
+        variant="base",
     ),
 }

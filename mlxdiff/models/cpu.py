@@ -14,6 +14,7 @@ from functools import wraps
 import mlx.core as mx
 
 from . import ways
+from .ways import fused
 
 PART = 1 << 18  # numbers worked on at a time: 1 MB, for the cache
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -138,18 +139,52 @@ _SHIFT = 1.5 * 2.0**23  # added to a number, it leaves the nearest integer in th
 
 @mx.custom_function
 def power(z: mx.array) -> mx.array:
-    """2^z = 2^n 2^f: n goes into the exponent's bits. It stays between 1e-38 and 3e38: it is never 0 or infinite."""
-    z = mx.clip(z, -126.0, 127.9)
+    """2^z. It stays between 1e-38 and 3e38: it is never 0 or infinite."""
+    return _power(mx.clip(z, -126.0, 127.9))
+
+
+@mx.custom_function
+def power_of_negative(z: mx.array) -> mx.array:
+    """2^z of z up to 0, with one operation less."""
+    return _power(mx.maximum(z, -126.0))
+
+
+def _slope(z: mx.array, gradient: mx.array, y: mx.array) -> mx.array:
+    return gradient * y * math.log(2)
+
+
+power.vjp(_slope)
+power_of_negative.vjp(_slope)
+
+
+def _power(z: mx.array) -> mx.array:
+    """2^z = 2^n 2^f: n goes into the exponent's bits."""
+    n, f = _divided(z)
+    return _with_exponent(_polynomial(f).view(mx.int32), n.view(mx.int32)).view(mx.float32)
+
+
+# Three chains, since MLX compiles at most 11 operations in a row. The clipping is in none of them: g++ vectorises no
+# maximum, since MLX's looks for NaN.
+
+
+@fused
+def _divided(z: mx.array) -> tuple[mx.array, mx.array]:
+    """n, as the lowest bits of a number, and f."""
     n = z + _SHIFT
-    f, p = z - (n - _SHIFT), _POWER[-1]
+    return n, z - (n - _SHIFT)
+
+
+@fused
+def _polynomial(f: mx.array) -> mx.array:
+    p = _POWER[-1]
     for c in _POWER[-2::-1]:
         p = p * f + c
-    return (p.view(mx.int32) + mx.left_shift(n.view(mx.int32), 23)).view(mx.float32)
+    return p
 
 
-@power.vjp
-def _(z: mx.array, gradient: mx.array, y: mx.array) -> mx.array:
-    return gradient * y * math.log(2)
+@fused
+def _with_exponent(p: mx.array, n: mx.array) -> mx.array:
+    return p + mx.left_shift(n, 23)
 
 
 def exp(x: mx.array) -> mx.array:
@@ -238,7 +273,8 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """softmax(q k^T / sqrt(d)) v, as `layers.attention`: a head, or some rows of it, at a time."""
+    """softmax(q k^T / sqrt(d)) v, as `layers.attention`: a head, or some rows of it, at a time. Scores lie transposed:
+    MLX takes a maximum or a sum over columns side by side, but over rows one number after the other."""
     B, heads, N, d = q.shape
     M = k.shape[2]
     if B * heads * N * M <= _FEW:
@@ -250,18 +286,22 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     if B * heads * N * M >= _SCORES:
         at_once = min(at_once, -(-B * heads // 2))
 
+    ones = mx.ones((1, M))
+
     def of_heads(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         def attend(part: mx.array) -> mx.array:
-            scores = part @ k.swapaxes(1, 2)
-            weights = power(scores - mx.stop_gradient(scores.max(-1, keepdims=True)))
-            return (weights @ v) / weights.sum(-1, keepdims=True)
+            scores = k @ part.swapaxes(1, 2)  # (heads, M, rows)
+            weights = power_of_negative(scores - mx.stop_gradient(scores.max(1, keepdims=True)))
+            return (v.swapaxes(1, 2) @ weights) / (ones @ weights)
 
-        parts = in_parts(attend, [q], 1, rows)
-        return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        return _joined(in_parts(attend, [q], 1, rows), 2)
 
-    parts = in_parts(of_heads, [q, k, v], 0, at_once)
-    y = mx.concatenate(parts, axis=0) if len(parts) > 1 else parts[0]
-    return y.reshape(B, heads, N, d).swapaxes(1, 2).reshape(B, N, heads * d)
+    y = _joined(in_parts(of_heads, [q, k, v], 0, at_once), 0)  # (B heads, d, N)
+    return y.reshape(B, heads * d, N).swapaxes(1, 2)
+
+
+def _joined(parts: list[mx.array], axis: int) -> mx.array:
+    return mx.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
 
 
 @mx.custom_function

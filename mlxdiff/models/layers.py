@@ -5,7 +5,7 @@ elementwise kernels compute in float32 inside."""
 import math
 from collections.abc import Callable
 from copy import copy
-from functools import partial, wraps
+from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
@@ -13,39 +13,13 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from . import cpu, metal, ways
+from .ways import fused
 
 FUSED = (64, 72, 80, 96, 128)  # head widths of Metal's fused attention kernel
 SCORES = 1 << 24  # bytes of attention scores per piece if no fused kernel runs; MLX queues about ten pieces
 GPU_SCORES = 1 << 28  # the same on a GPU, which runs one piece after the other
 PARTS = 16  # of a map that one kernel of a group norm adds up on a GPU; MLX fuses at most 24 arrays
 FEW = 4096  # pixels of such a sum that a GPU adds up together with a group's channels
-
-
-_compiling = False  # on a CPU too
-
-
-def compile_kernels() -> None:
-    """Let a CPU compile fused chains from now on, for large networks. MLX starts g++ for each, which takes seconds:
-    longer than a picture of a small network, and the kernels are no faster."""
-    global _compiling
-    _compiling = True
-
-
-run_chain: Callable | None = None  # set by `bench.graph`, which counts a chain as one kernel: called with it and arrays
-
-
-def fused(chain: Callable) -> Callable:
-    """Compile a chain of elementwise operations to one kernel. It is retraced for each new shape: with shapeless=True,
-    MLX keeps broadcasts separate and makes two kernels."""
-    compiled = mx.compile(chain)
-
-    @wraps(chain)
-    def call(*arrays):
-        if run_chain is not None:
-            return run_chain(chain, *arrays)
-        return (compiled if _compiling or mx.default_device().type == mx.gpu else chain)(*arrays)
-
-    return call
 
 
 @cpu.rather(cpu.silu)

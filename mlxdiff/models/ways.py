@@ -2,8 +2,9 @@
 Where nothing was measured, it is as it stands in STANDARD."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,6 +60,33 @@ def chosen(way: str, *sizes: int) -> bool:
 def _standard(way: str) -> bool:
     on = STANDARD[way]
     return on if isinstance(on, bool) else mx.default_device().type == on
+
+
+_compiling = False  # on a CPU too
+
+
+def compile_kernels() -> None:
+    """Let a CPU compile fused chains from now on, for large networks. MLX starts g++ for each, which takes seconds:
+    longer than a picture of a small network, and the kernels are no faster."""
+    global _compiling
+    _compiling = True
+
+
+run_chain: Callable | None = None  # set by `bench.graph`, which counts a chain as one kernel: called with it and arrays
+
+
+def fused(chain: Callable) -> Callable:
+    """Compile a chain of elementwise operations to one kernel. It is retraced for each new shape: with shapeless=True,
+    MLX keeps broadcasts separate and makes two kernels."""
+    compiled = mx.compile(chain)
+
+    @wraps(chain)
+    def call(*arrays):
+        if run_chain is not None:
+            return run_chain(chain, *arrays)
+        return (compiled if _compiling or mx.default_device().type == mx.gpu else chain)(*arrays)
+
+    return call
 
 
 def unfold(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import foreign
+from ..bar import Bar
 from ..console import Parser, run, say, say_json
 from ..errors import Error
-from ..generate import Bar
 from ..result import Event
 from ..store import clip as store
 from ..train import judge
@@ -38,9 +38,8 @@ def parser() -> argparse.ArgumentParser:
     what = "name, folder or hub id, fetched once; none: the judge of the built-in model alone"
     p.add_argument("--clip", metavar="CLIP", help=f"{what} ({store.DEFAULT})")
     p.add_argument("--offline", action="store_true", help="never use the network")
-    p.add_argument(
-        "--json", action="store_true", help="one JSON object instead of a table, with a score of each picture"
-    )
+    what = "one JSON object instead of a table, with a score of each picture"
+    p.add_argument("--json", action="store_true", help=what)
     return p
 
 

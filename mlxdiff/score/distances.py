@@ -55,14 +55,7 @@ def mean_interval(values: np.ndarray, groups: np.ndarray, top: float | None = No
     return Interval(*np.quantile(drawn @ sums / (drawn @ counts), (0.025, 0.975)).tolist())
 
 
-def mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """CMMD, where x and y are CLIP embeddings of length 1: the squared maximum mean discrepancy with a Gaussian kernel,
-    times SCALE, by the estimator that counts a picture's kernel with itself (Jayasumana et al. 2024)."""
-    weights = np.concatenate([np.full(len(x), 1 / len(x)), np.full(len(y), -1 / len(y))])
-    return float(_quadratic(np.concatenate([x, y]), weights[None])[0])
-
-
-def _quadratic(z: np.ndarray, weights: np.ndarray, progress: Progress | None = None) -> np.ndarray:
+def _quadratic(z: np.ndarray, weights: np.ndarray, progress: Progress | None) -> np.ndarray:
     """SCALE * w k w for each row w of `weights` (R, N), where k is the kernel matrix of z (N, d). Since each w sums up
     to 0, k - 1 gives the same, without losing digits."""
     squares, total = (z * z).sum(1), np.zeros(len(weights))
@@ -91,7 +84,9 @@ def _centred(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cmmd(x: np.ndarray, y: np.ndarray, seed: int = 0, progress: Progress | None = None) -> Distance:
-    """`mmd` with its interval and what chance gives, all from one pass over the kernel matrix."""
+    """CMMD, where x and y are CLIP embeddings of length 1: the squared maximum mean discrepancy with a Gaussian kernel,
+    times SCALE, by the estimator that counts a picture's kernel with itself (Jayasumana et al. 2024). Its interval and
+    what chance gives come from the same pass over the kernel matrix."""
     n, m, rng = len(x), len(y), np.random.default_rng(seed)
     value = np.concatenate([np.full(n, 1 / n), np.full(m, -1 / m)])
     drawn = [rng.multinomial(k, np.full(k, 1 / k), RESAMPLES) / k for k in (n, m)]

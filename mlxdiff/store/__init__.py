@@ -1,5 +1,5 @@
 """Name, hub id, folder or file -> a model folder ready to read. A checkpoint is converted once, into the cache. A
-converted model never needs the network again, and its original may be deleted. Only this module calls convert."""
+converted model never needs the network again, and its original may be deleted. Only this package calls convert."""
 
 import hashlib
 import os
@@ -366,7 +366,7 @@ _ALONE = {
 }  # what people call such a network -> its component
 
 
-def network_file(name: str | Path, what: str, fix: str, *, offline: bool, progress: Progress | None = None) -> Path:
+def network_file(name: str | Path, what: str, fix: str, *, offline: bool, progress: Progress | None) -> Path:
     """The file or folder of a small network, fetched once if it is on the hub. what: what people call it. fix: what to
     do if there is none of this name."""
     path = local(name)

@@ -1,5 +1,5 @@
 """The networks that guide a model: what names mean for controls and references, and the networks of controls, which are
-held against the model that draws and read where they are."""
+checked against the model that draws and read where they are."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def locate(name: str | Path, model: Description, role: str) -> Path | tuple[str,
     raise Error(f"There is no {role} network, file or folder {str(name)!r}.", fix)
 
 
-def control_folder(name: str | Path, model: Description, offline: bool, progress: Progress | None = None) -> Path:
+def control_folder(name: str | Path, model: Description, offline: bool, progress: Progress | None) -> Path:
     """Where a control's network is. From the hub it is fetched once."""
     found = locate(name, model, "control")
     if isinstance(found, Path):

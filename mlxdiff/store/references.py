@@ -1,5 +1,5 @@
-"""The networks that read a reference picture, an adapter and its vision model: found, held against the model that
-draws, and read where they are."""
+"""The networks that read a reference picture, an adapter and its vision model: found, checked against the model
+that draws, and read where they are."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

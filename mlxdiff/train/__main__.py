@@ -31,8 +31,10 @@ def parser() -> argparse.ArgumentParser:
         prog="mlxdiff train", description="Train a LoRA or a word, or the built-in model from nothing, or measure it."
     )
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
-    _lora(kinds.add_parser("lora", help="a LoRA: teach a model a thing or a style from pictures"))
-    _embedding(kinds.add_parser("embedding", help="a new word (textual inversion), in a file of a few kilobytes"))
+    what = "a LoRA: teach a model a thing or a style from pictures"
+    _lora(kinds.add_parser("lora", help=what, description=f"Train {what}."))
+    what = "a new word (textual inversion), in a file of a few kilobytes"
+    _embedding(kinds.add_parser("embedding", help=what, description=f"Train {what}."))
     s = kinds.add_parser("storybook", help="pictures, VAE, text encoder and U-Net, from nothing to a model folder")
     _output(s, "DIR", "folder; an unfinished run continues")
     s.add_argument("--pictures", type=int, default=60000, metavar="N", help="how many renders to learn from (60000)")
@@ -42,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--batch", type=int, default=64, metavar="N", help="pictures a step; the VAE takes a quarter (64)")
     s.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="for the inner matrices (muon)")
     s.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the U-Net learns to predict")
-    s.add_argument("--min-snr", type=float, metavar="GAMMA", help="weight the losses by min-SNR; 5 is usual")
+    what = "weight the losses by min-SNR; 5 is usual"
+    s.add_argument("--min-snr", dest="gamma", type=float, metavar="GAMMA", help=what)
     s.add_argument("--seed", type=int, default=0, help="seed of pictures, weights and order (0)")
     s = kinds.add_parser("judge", help="measure how well a storybook model follows its prompts")
     s.add_argument("model", metavar="MODEL", help="a name or a folder")
@@ -70,24 +73,23 @@ def _output(s: argparse.ArgumentParser, what: str, about: str) -> None:
 def _lora(s: argparse.ArgumentParser) -> None:
     _common(s)
     s.add_argument("--trigger", metavar="TEXT", help="the words that prompts need later; they are noted in the file")
-    s.add_argument("--class-images", metavar="DIR", help="pictures of such things, which it goes on drawing as before")
-    s.add_argument("--class-prompt", metavar="TEXT", help="their caption, such as 'a photo of a dog' (DreamBooth)")
-    s.add_argument("--prior", type=float, metavar="W", help="weight of their loss (1)")
-    s.add_argument("--rank", type=int, metavar="R", help="of the change of each layer; more learns more details (16)")
+    s.add_argument("--class-images", metavar="DIR", help="other such things, to be kept as they were (DreamBooth)")
+    s.add_argument("--class-prompt", metavar="TEXT", help="caption of --class-images, such as 'a photo of a dog'")
+    s.add_argument("--prior", type=float, metavar="W", help="weight of the loss of --class-images (1)")
+    s.add_argument("--rank", type=int, metavar="R", help="size of each layer's change; more learns more details (16)")
     s.add_argument("--alpha", type=float, metavar="A", help="the change is scaled by alpha / rank (default: the rank)")
     what = "which layers, by the ends of diffusers' names; 'all' takes every one, convolutions too (attention)"
     s.add_argument("--layers", nargs="+", metavar="NAME", help=what)
-    what = "train so many of the pictures without their captions, as guidance wants it (0; 0.1 is usual)"
+    what = "share of captions to leave out, for a style that guidance should not exaggerate (0; 0.1 is usual)"
     s.add_argument("--caption-dropout", type=float, metavar="SHARE", help=what)
-    what = "train the CLIP encoders along, for new words (SD 1.x, 2.x, XL)"
+    what = "also train CLIP, for new words (SD 1.x, 2.x, XL)"
     s.add_argument("--text-encoder", action="store_true", default=None, help=what)
 
 
 def _embedding(s: argparse.ArgumentParser) -> None:
     _common(s)
-    s.add_argument(
-        "--word", required=True, metavar="WORD", help="a new word that will mean the thing, such as '<moss>'"
-    )
+    what = "a new word that will mean the thing, such as '<moss>'"
+    s.add_argument("--word", required=True, metavar="WORD", help=what)
     s.add_argument("--initial", required=True, metavar="WORDS", help="known words that it begins as, such as 'plant'")
     s.add_argument("--vectors", type=int, metavar="N", help="how many tokens the word has (1)")
 
@@ -98,19 +100,19 @@ def _common(s: argparse.ArgumentParser) -> None:
     s.add_argument("-i", "--images", required=True, metavar="DIR", help=what)
     s.add_argument("-p", "--prompt", metavar="TEXT", help="caption of the pictures that have no .txt file")
     _output(s, "DIR", "folder; an unfinished run continues")
-    s.add_argument("--steps", type=int, metavar="N", help="(1000)")
+    s.add_argument("--steps", type=int, metavar="N", help="steps of the training (1000)")
     s.add_argument("--batch", type=int, metavar="N", help="pictures a step (1)")
     s.add_argument("--accumulate", type=int, metavar="N", help="batches a step, one after the other (1)")
-    s.add_argument("--low-memory", action="store_true", default=None, help="compute twice what need not be kept then")
-    s.add_argument("--rate", type=float, metavar="R", help="learning rate")
-    s.add_argument("--warmup", type=int, metavar="N", help="steps until the rate is reached (0)")
-    what = "the share of the steps after which the rate falls to nothing, for calm last ones (1: it stays)"
+    s.add_argument("--low-memory", action="store_true", default=None, help="slower, but in less memory")
+    s.add_argument("--rate", type=float, metavar="R", help="learning rate (a LoRA 1e-4, a word 5e-4)")
+    s.add_argument("--warmup", type=int, metavar="N", help="steps in which the rate rises to its value (0)")
+    what = "the share of the steps after which the rate falls to nothing (1: it stays)"
     s.add_argument("--decay-after", type=float, metavar="SHARE", help=what)
     s.add_argument("--size", type=int, metavar="PX", help="edge of a square with as many pixels (the model's size)")
     s.add_argument("--crop", action="store_true", default=None, help="crop all to that square (default: keep shapes)")
     s.add_argument("--flip", action="store_true", default=None, help="also learn from mirrored pictures")
-    s.add_argument("--seed", type=int, metavar="N", help="of first values, noise and order (0)")
-    s.add_argument("--save-every", type=int, metavar="N", help="steps (100)")
+    s.add_argument("--seed", type=int, metavar="N", help="seed of first values, noise and order (0)")
+    s.add_argument("--save-every", type=int, metavar="N", help="steps from one save to the next (100)")
     s.add_argument("--sample", nargs="+", metavar="PROMPT", help="pictures to draw whenever it saves; see samples.png")
     s.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help="train over a smaller model")
     s.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model (bfloat16; on a CPU float32)")
@@ -124,12 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(sys.argv[1:] if argv is None else argv)
     if args.what != "lora" and machines.started():
         p.error("Of all that this trains, only a LoRA is trained on several machines")
-    return run(
-        "mlxdiff train",
-        lambda: {"lora": lora, "embedding": embedding, "storybook": train, "judge": judge, "scenes": scenes}[args.what](
-            args
-        ),
-    )
+    kinds = {"lora": lora, "embedding": embedding, "storybook": train, "judge": judge, "scenes": scenes}
+    return run("mlxdiff train", lambda: kinds[args.what](args))
 
 
 def _edge(size: int) -> int:
@@ -140,17 +138,8 @@ def _edge(size: int) -> int:
 
 
 def train(args) -> int:
-    recipe = Recipe(
-        args.pictures,
-        _edge(args.size),
-        args.vae_steps,
-        args.steps,
-        args.batch,
-        args.optimizer,
-        args.prediction,
-        args.min_snr,
-        args.seed,
-    )
+    settings = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    recipe = Recipe(**settings | {"size": _edge(args.size)})
     same_run(args.out, vars(recipe))
     blas.use_all_cores()  # the networks are small, but a batch is not
     if (args.out / "scenes.json").exists():

@@ -131,35 +131,35 @@ def again(graph: Graph) -> Graph:
 def ordered(graph: Graph) -> list[Op]:
     """The operations as MLX computes them."""
     makes = {name: i for i, op in enumerate(graph.ops) for name in op.makes}
-    inputs_of = [[makes[name] for name in op.reads if name in makes] for op in graph.ops]
-    asked = [makes[name] for name in graph.outputs if name in makes]
-    uses, seen, todo = Counter(asked), set(asked), [*set(asked)]
+    inputs = [[makes[name] for name in op.reads if name in makes] for op in graph.ops]
+    return [graph.ops[i] for i in order(inputs, [makes[name] for name in graph.outputs if name in makes])]
+
+
+def order(inputs: list[list[int]], asked: list[int]) -> list[int]:
+    """The operations that lead to those that are asked for, in the order of MLX's eval: from the end, breadth first,
+    but down to the inputs where _OPEN operations wait. inputs: the operations that each reads from."""
+    readers, seen, todo = Counter(), set(), [asked]
     while todo:
-        for i in inputs_of[todo.pop()]:
-            uses[i] += 1
+        for i in todo.pop():
+            readers[i] += 1
             if i not in seen:
                 seen.add(i)
-                todo.append(i)
-    backwards, put_off, at = [], [], 0
-    first = (asked, 0)
-    while first is not None or at < len(backwards) or put_off:
-        if first is not None:
-            inputs, k = first
-            first = None
-        elif at < len(backwards):
-            inputs, k = inputs_of[backwards[at]], 0
+                todo.append(inputs[i])
+    backwards, at, put_off = [], 0, [(asked, 0)]
+    while at < len(backwards) or put_off:
+        if at < len(backwards):
+            now, first = inputs[backwards[at]], 0
             at += 1
         else:
-            inputs, k = put_off.pop()
-        while k < len(inputs):
+            now, first = put_off.pop()
+        for k, i in list(enumerate(now))[first:]:
             if len(backwards) - at >= _OPEN:
-                put_off.append((inputs, k))
+                put_off.append((now, k))
                 break
-            uses[inputs[k]] -= 1
-            if uses[inputs[k]] == 0:
-                backwards.append(inputs[k])
-            k += 1
-    return [graph.ops[i] for i in reversed(backwards)]
+            readers[i] -= 1
+            if readers[i] == 0:
+                backwards.append(i)
+    return backwards[::-1]
 
 
 def peak(graph: Graph, gpu: bool) -> int:

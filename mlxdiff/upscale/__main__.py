@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from .. import images, metadata
+from ..bar import Bar
 from ..console import Parser, run, say, say_json
 from ..errors import Error
 from ..foreign import lines
 from ..foreign import path as expanded
-from ..generate import Bar
 from ..output import check_writable
 from ..recipe import DTYPES
 from ..result import Event

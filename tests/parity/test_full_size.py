@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlxdiff import memory
 from mlxdiff.families import FAMILIES, MODELS
 from mlxdiff.families.published import QWEN3_4B
-from mlxdiff.models import flux, flux2, layers, qwen3, sd3, t5, unet, vae, ways
+from mlxdiff.models import flux, flux2, qwen3, sd3, t5, unet, vae, ways
 
 from . import test_unet, test_vae
 from .oracle import error, nchw, nhwc
@@ -29,7 +29,7 @@ EXTRA = {"sd15": {}, "sdxl": {"transformer_layers_per_block": (1, 2, 10)}}
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
     """As `Networks` does for networks of this size; what a step takes depends on it."""
-    monkeypatch.setattr(layers, "_compiling", True)
+    monkeypatch.setattr(ways, "_compiling", True)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from .tokens import Tokens
 from .training import Loss, TwoMoons
 from .trial import Trial, verdicts
 from .whole import Map, here
-from .words import WordMaps
+from .words import PictureAsPrompt, WordMaps
 
 __all__ = [
     "COUNTING",
@@ -63,6 +63,7 @@ __all__ = [
     "Nudge",
     "Obedience",
     "OnlyAPart",
+    "PictureAsPrompt",
     "Rivals",
     "RoundTrip",
     "SamplerRace",

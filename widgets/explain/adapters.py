@@ -14,20 +14,20 @@ from PIL import Image
 
 from ... import surgery
 from ...errors import Error
-from ...families import ADAPTERS, QUICK
+from ...families import QUICK
 from ...train import judge, swap
 from ...train import storybook as sb
 from .editing import seen
 from .guidance import changes
 from .judging import read
 from .latent import psnr
-from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Report, seed_box
+from .lesson import BLUE, GREEN, GREY, RED, Lesson, Report, seed_box
 from .seeds import show
 
 # ---- a LoRA that has a formula
 
 
-SCALES = (-1.0, 0.0, 0.5, 1.0, 1.5)
+SCALES = (0.0, 0.5, 1.0, 1.5)
 THINGS = ("house", "castle", "balloon", "tent", "mushroom", "tree")
 
 
@@ -46,9 +46,7 @@ class Adapter(Lesson):
         "A LoRA is a small change of some weights. This one is so small that it need not be trained: it makes the "
         "model read one colour as another. Its scale says how much of the change is added."
     )
-    trying = (
-        "Other colours. Is a scale below 0 the opposite? Does the lower picture, with another colour, stay the same?"
-    )
+    trying = "Other colours. What lies beyond scale 1? Does the lower picture, with another colour, stay the same?"
 
     def __init__(self, word: str = "red", becomes: str = "blue", seed: int = 3, **options):
         self.word = w.Dropdown(options=sb.COLOURS, value=word, description="Read")
@@ -80,7 +78,7 @@ class Adapter(Lesson):
 
     def figure(self) -> Figure:
         d = self.data
-        fig = Figure(figsize=(9, 4.2), layout="constrained")
+        fig = Figure(figsize=(7.6, 4.3), layout="constrained")
         for row, pictures, read_ in zip(
             fig.subplots(2, len(SCALES)), (d.drawn, d.others), (d.read, d.read_others), strict=True
         ):
@@ -128,12 +126,12 @@ class Scale(Lesson):
         super().__init__(*asks.values(), asks=asks, **options)
 
     def work(self, pipe, report: Report, prompt: str, scale: float, seed: int) -> Turned:
-        bare, drawn = (quick(pipe, prompt, each, seed).image for each in (0.0, scale))
+        bare, drawn = (quick(pipe, prompt, each, seed) for each in (0.0, scale))
         report(1, 2)
-        result = pipe(prompt, seed=seed, steps=STEPS, loras=[])
+        whole = pipe(prompt, seed=seed, steps=STEPS, loras=[])
         report(2, 2)
-        calls = result.request.steps * pipe.description.passes(result.request)
-        return Turned(bare, drawn, result.image, (quick_steps(), calls))
+        calls = tuple(r.request.steps * pipe.description.passes(r.request) for r in (drawn, whole))
+        return Turned(bare.image, drawn.image, whole.image, calls)
 
     def figure(self) -> Figure:
         d = self.data
@@ -158,8 +156,8 @@ class Scale(Lesson):
         )
 
 
-TURNS = (0.0, 0.5, 1.0, 2.0)
-SHADES = (GREY, GREEN, ORANGE, RED)  # of TURNS, in the titles and the bars
+TURNS = (0.0, 1.0, 2.0)
+SHADES = (GREY, GREEN, RED)  # of TURNS, in the titles and the bars
 OPEN = ("time", "terrain", "sky", "colour")  # kinds of words that the prompt leaves open
 
 
@@ -169,17 +167,12 @@ class Drifted(NamedTuple):
     counts: list[dict[str, np.ndarray]]  # how often it sees each word of a kind
     drift: list[float]  # the share of words that differ from those at scale 0, as counts
     chance: list[float]  # what two sets would reach that differ by chance alone, in 19 of 20 cases
-
-
-def quick_steps() -> int:
-    (steps,) = {row.steps for (_, name), row in ADAPTERS.items() if name == QUICK}
-    return steps
+    steps: int  # of each picture
 
 
 def quick(pipe, prompt: str, scale: float, seed: int, count: int = 1):
-    """Pictures with the LoRA at a scale, and with the settings that it was made for."""
-    few = {"steps": quick_steps(), "guidance": 1.0, "sampler": "ddim"}
-    return pipe(prompt, seed=seed, count=count, loras=[f"{QUICK}:{scale:g}"], **few)
+    """Pictures with the LoRA at a scale, and with the settings that its row brings."""
+    return pipe(prompt, seed=seed, count=count, loras=[f"{QUICK}:{scale:g}"])
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -220,7 +213,8 @@ class Drift(Lesson):
         for scale in TURNS:
             images.append([])
             for first in range(seed, seed + count, 3):
-                images[-1] += quick(pipe, f"a {thing}", scale, first, 3).images
+                result = quick(pipe, f"a {thing}", scale, first, 3)
+                images[-1] += result.images
                 report(sum(map(len, images)), count * len(TURNS))
             found.append(judge.read(referee, read(images[-1])))
         open_ = [each[:, [kinds.index(kind) for kind in OPEN]] for each in found]
@@ -233,11 +227,12 @@ class Drift(Lesson):
             ],
             [apart(open_[0], each) for each in open_],
             [by_chance(open_[0], each) for each in open_],
+            result.request.steps,
         )
 
     def figure(self) -> Figure:
         d, shown = self.data, min(6, len(self.data.images[0]))
-        fig = Figure(figsize=(10, 4.9), layout="constrained")
+        fig = Figure(figsize=(10, 4.3), layout="constrained")
         left, right = fig.subfigures(1, 2, width_ratios=(1.35, 1))
         for row, images, scale, named, shade in zip(
             left.subplots(len(TURNS), shown), d.images, TURNS, d.named, SHADES, strict=False
@@ -249,7 +244,7 @@ class Drift(Lesson):
         for ax, kind in zip(right.subplots(2, 2).flat, OPEN, strict=True):
             y = np.arange(len(judge.WORDS[kind]))
             for i, (shade, counts) in enumerate(zip(SHADES, d.counts, strict=False)):
-                ax.barh(y + (i - 1.5) * tall, counts[kind], tall, color=shade)
+                ax.barh(y + (i - (len(TURNS) - 1) / 2) * tall, counts[kind], tall, color=shade)
             ax.set_yticks(y, judge.WORDS[kind], fontsize=7)
             ax.invert_yaxis()
             ax.set_title(kind)
@@ -263,6 +258,6 @@ class Drift(Lesson):
             for scale, named, drift, chance in zip(TURNS[1:], d.named[1:], d.drift[1:], d.chance[1:], strict=True)
         )
         return (
-            f"“a {self.asked['thing']}”, {len(d.images[0])} pictures a scale from the same seeds, {quick_steps()} "
+            f"“a {self.asked['thing']}”, {len(d.images[0])} pictures a scale from the same seeds, {d.steps} "
             f"steps without guidance. At scale 0 the judge sees a {self.asked['thing']} in {d.named[0]:.0%}; {said}."
         )

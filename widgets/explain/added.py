@@ -110,8 +110,8 @@ class FromLines(Lesson):
 # ---- a learned word
 
 
-LENGTHS = (0.0, 0.5, 1.0, 1.5, 2.5)  # of the vector, as multiples of its own
-PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)  # on the way to another word
+LENGTHS = (0.0, 0.5, 1.0, 2.5)  # of the vector, as multiples of its own
+PLACES = (0.0, 0.5, 0.75, 1.0)  # on the way to another word
 TEAL = next(row for (_, name), row in ADAPTERS.items() if name == "teal")
 TAUGHT = TEAL.word
 
@@ -188,8 +188,8 @@ class LearnedWord(Lesson):
 
     def figure(self) -> Figure:
         d = self.data
-        fig = Figure(figsize=(10, 3.8), layout="constrained")
-        left, right = fig.subfigures(1, 2, width_ratios=(1, 3.4))
+        fig = Figure(figsize=(9, 4.2), layout="constrained")
+        left, right = fig.subfigures(1, 2, width_ratios=(1, 2.7))
         ax = left.subplots()
         names, cosines = zip(*d.near, strict=True)
         ax.barh(names, cosines, color=[ORANGE if name in sb.COLOURS else GREY for name in names])

@@ -211,11 +211,12 @@ def extra_fingers(pipe, seed: int) -> Evidence:
     images = [drawn(negative) for negative in negatives]
     by, seen = [float(changes(image, first).mean()) for image in images], grounds(images)
     said = "; ".join(f"“{n}” {b:.0f}, {s}" for n, b, s in zip(negatives, by, seen, strict=True))
+    names = [f"“{n}”: {s}".replace(", ", ",\n") for n, s in zip(negatives, seen, strict=True)]
     return Evidence(
         seen[2] != ground and max(by[:2]) < by[2],
         f"Without a negative prompt the judge sees {ground} as the ground. By how much of 255 each negative prompt "
         f"changes the picture, and the ground then: {said}. Of the words of the first two the model knows none.",
-        [(first, f"without: {ground}"), *((i, f"“{n}”\n{s}") for i, n, s in zip(images, negatives, seen, strict=True))],
+        [(first, f"without: {ground}"), *zip(images, names, strict=True)],
     )
 
 
@@ -288,7 +289,7 @@ COUNTING = Claim(
     counting,
 )
 EXTRA_FINGERS = Claim(
-    "“Extra fingers” as a negative prompt takes them away",
+    "‘Extra fingers’ as a negative prompt takes them away",
     "imprecise",
     "Guidance leads away from what words mean to the model. Words that no caption gave a meaning lead anywhere.",
     _LOOK,

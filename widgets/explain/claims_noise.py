@@ -62,7 +62,7 @@ def drawn_from(pipe, noise: np.ndarray, prompt: str, **settings) -> np.ndarray:
 def grain(pipe, seed: int) -> Evidence:
     clean = Image.fromarray(measure.renders(measure.scenes(3)[1:2])[0])
     x, rng, share = to_pixels(clean), np.random.default_rng(seed), 0.5
-    noisy = [q_sample(x, rng.standard_normal(x.shape), share) for _ in range(COPIES)]
+    noisy = [q_sample(x, rng.standard_normal(x.shape, np.float32), share) for _ in range(COPIES)]
     blurred = clean.filter(ImageFilter.GaussianBlur(clean.width / 40))
     mean = to_image(np.clip(np.mean(noisy, 0) / share**0.5, -1, 1).astype(np.float32))
     one = to_image(np.clip(noisy[0], -1, 1).astype(np.float32))

@@ -145,6 +145,7 @@ class ThereAndBack(Lesson):
 
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
+STEPS = 5
 
 
 class Begun(NamedTuple):
@@ -172,7 +173,7 @@ class Strength(Lesson):
     def work(self, pipe, report: Report, scene: int, kind: str, seed: int) -> Begun:
         it, drawn = case(pipe, scene, kind), []
         for strength in STRENGTHS:
-            drawn.append(pipe(it.other, image=it.picture, strength=strength, seed=seed, steps=8).image)
+            drawn.append(pipe(it.other, image=it.picture, strength=strength, seed=seed, steps=STEPS).image)
             report(len(drawn), len(STRENGTHS))
         return Begun(it, drawn, seen(drawn, kind))
 
@@ -237,7 +238,7 @@ class OnlyAPart(Lesson):
         size = it.picture.width
         mask = Image.new("L", it.picture.size)
         mask.paste(255, tuple(round(part * size) for part in AREAS[area]))
-        settings = {"image": it.picture, "strength": 1.0, "seed": seed, "steps": 8}
+        settings = {"image": it.picture, "strength": 1.0, "seed": seed, "steps": STEPS}
         masked = pipe(it.other, mask=mask, **settings).image
         report(1, 2)
         whole = pipe(it.other, **settings).image

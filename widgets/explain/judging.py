@@ -101,7 +101,7 @@ class Obedience(Lesson):
     idea = "A judge, a network that was taught to name what is in such pictures, reads each: six words, right or wrong."
     trying = "Ask for more prompts. How many would you need to tell 90 % from 95 %?"
 
-    def __init__(self, count: int = 4, **options):
+    def __init__(self, count: int = 3, **options):
         self.count = w.IntSlider(count, min=3, max=24, description="Prompts", continuous_update=False)
         super().__init__(self.count, asks={"count": self.count}, **options)
 
@@ -160,7 +160,7 @@ class Bias(Lesson):
     idea = "The prompt says what, but no colour. A model has to choose; does it choose as its training pictures do?"
     trying = "Draw 64, then another thing. Is one colour preferred, or was that chance?"
 
-    def __init__(self, thing: str = "house", count: int = 16, seed: int = 100, **options):
+    def __init__(self, thing: str = "house", count: int = 8, seed: int = 100, **options):
         self.thing = w.Dropdown(options=sb.OBJECTS, value=thing, description="Thing")
         self.count = w.IntSlider(count, min=8, max=96, step=8, description="Pictures", continuous_update=False)
         self.seed = seed_box(seed, "First seed")

@@ -63,6 +63,7 @@ class Lesson(w.VBox):
         self.asked = self.settings()  # the settings that `data` belong to: the controls may have moved since
         self._showing = threading.RLock()  # data arrive on one thread while controls move on another
         self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="auto", height="6px", visibility="hidden"))
+        self.bar.add_class("mlxdiff-lesson-bar")
         self.said = w.HTML().add_class("mlxdiff-lesson-status")
         self.image = Sheet()
         self.caption = w.HTML().add_class("mlxdiff-lesson-caption")

@@ -286,7 +286,7 @@ class Strip:
 
     def _figure(self) -> Figure:
         n = len(self._pictures)
-        fig = Figure(figsize=(min(8.4, 2.1 * n), 0.35 + min(8.4, 2.1 * n) / n), layout="constrained")
+        fig = Figure(figsize=(min(8.4, 2.1 * n), 0.18 + min(8.4, 2.1 * n) / n), layout="constrained")
         for ax, (name, image) in zip(fig.subplots(1, n, squeeze=False)[0], self._pictures.items(), strict=True):
             ax.imshow(image)
             ax.set_title(name)

@@ -47,7 +47,7 @@ class Memory(Lesson):
     idea = "Both have seen the same few points. One gives the best answer every time. The other, a small network, errs."
     trying = "Give them 1000 points: is the perfect one better now? Then 10: does the network repeat too?"
 
-    def __init__(self, points: int = 60, steps: int = 1500, **options):
+    def __init__(self, points: int = 60, steps: int = 900, **options):
         self.points = w.SelectionSlider(options=(10, 30, 60, 200, 1000), value=points, description="Points")
         self.steps = w.IntSlider(steps, min=100, max=4000, step=100, description="Learn", continuous_update=False)
         self.points.continuous_update = False

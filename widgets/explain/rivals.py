@@ -141,7 +141,7 @@ class Scores(Lesson):
     )
     trying = "More seeds: do the dots of one rival lie closer than those of another? Then other worlds."
 
-    def __init__(self, seeds: int = 3, blobs: int = 8, **options):
+    def __init__(self, seeds: int = 2, blobs: int = 8, **options):
         self.seeds = w.IntSlider(seeds, min=1, max=6, description="Seeds", continuous_update=False)
         self.blobs = w.SelectionSlider(options=BLOBS, value=blobs, description="Blobs", continuous_update=False)
         asks = {"seeds": self.seeds, "blobs": self.blobs}

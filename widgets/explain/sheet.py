@@ -18,14 +18,24 @@ class Sheet(anywidget.AnyWidget):
         if (url) URL.revokeObjectURL(url);
         url = URL.createObjectURL(new Blob([model.get("value")], { type: "image/png" }));
         if (model.get("value").byteLength) image.src = url;
-        image.style.maxWidth = `min(100%, ${model.get("width")}px)`;
+        image.style.setProperty("--wide", `${model.get("width")}px`);
       }
       const name = () => { image.alt = model.get("alt"); };
       el.classList.add("mlxdiff-figure");
       model.on("change:value", draw);
       model.on("change:alt", name);
       draw(); name();
+      const arrival = new ResizeObserver(() => {
+        const lesson = el.closest(".mlxdiff-lesson");
+        if (!lesson) return;
+        arrival.disconnect();
+        for (const play of lesson.querySelectorAll(".widget-play")) {
+          ["Play, pause", "Stop", "Play again and again"].forEach((does, i) => { play.children[i].title ||= does; });
+        }
+      });
+      arrival.observe(el);
       return () => {
+        arrival.disconnect();
         URL.revokeObjectURL(url);
         model.off("change:value", draw);
         model.off("change:alt", name);

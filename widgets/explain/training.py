@@ -12,6 +12,7 @@ from ...probe import encode, sides
 from ...schedules import Discrete
 from ...train import measure, storybook, toy
 from ...train.recipe import ALPHA_BAR
+from .latent import to_colours
 from .lesson import BLUE, GREEN, GREY, ORANGE, RED, Lesson, Report, seed_box
 
 TIMES = (50, 200, 400, 600, 800, 950)  # some of the 1000 time steps of training
@@ -25,7 +26,7 @@ class Losses(NamedTuple):
     right: np.ndarray  # (times,): the mean over the scenes
     raised: dict[str, np.ndarray]  # kind of word -> what a wrong one adds
     caption: str  # the prompt of the pictures
-    noisy: list[Image.Image]
+    noisy: list[np.ndarray]  # latents as colours
     expected: list[Image.Image]
 
 
@@ -37,7 +38,7 @@ class Loss(Lesson):
     )
     trying = "Measure more scenes. Which words matter while there is mostly noise, and which to the end?"
 
-    def __init__(self, scenes: int = 3, **options):
+    def __init__(self, scenes: int = 2, **options):
         self.scenes = w.IntSlider(scenes, min=1, max=12, description="Scenes", continuous_update=False)
         super().__init__(self.scenes, asks={"count": self.scenes}, **options)
 
@@ -50,13 +51,15 @@ class Loss(Lesson):
         added = {kind: [m[kind] - m["right"] for m in measured if kind in m] for kind in WORDS}
         raised = {kind: np.mean(values, axis=0) for kind, values in added.items() if values}
         caption = storybook.plain(scenes[0])
-        x0 = encode(pipe, Image.fromarray(measure.renders(scenes[:1], pipe.description.defaults.size)[0]))
+        picture = Image.fromarray(measure.renders(scenes[:1], pipe.description.defaults.size)[0])
+        x0 = encode(pipe, picture)
         noise = np.random.default_rng(0).standard_normal(x0.shape).astype(np.float32)
         _, look = sides(pipe, caption, negative="", guidance=2.0)
         expected = np.concatenate([look(x0 + s * noise, float(s)) for s in SIGMAS])
-        noisy = np.concatenate([(x0 + s * noise) / np.sqrt(1 + s**2) for s in SIGMAS])
+        colours = to_colours(x0[0], picture)
+        noisy = [colours((x0 + s * noise)[0] / np.sqrt(1 + s**2)) for s in SIGMAS]
         report(count + 1, count + 1)
-        return Losses(right, raised, caption, pipe.decode(noisy.astype(np.float32)), pipe.decode(expected))
+        return Losses(right, raised, caption, noisy, pipe.decode(expected))
 
     def figure(self) -> Figure:
         fig = Figure(figsize=(8.4, 6), layout="constrained")
@@ -118,7 +121,7 @@ class TwoMoons(Lesson):
         "Then let them learn for 200 steps, and for 3000."
     )
 
-    def __init__(self, steps: int = 1000, seed: int = 0, **options):
+    def __init__(self, steps: int = 500, seed: int = 0, **options):
         self.steps = w.IntSlider(steps, min=100, max=5000, step=100, description="Steps", continuous_update=False)
         self.seed = seed_box(seed)
         self.ratio = w.SelectionSlider(options=RATIOS, value=0.3, description="Noise")

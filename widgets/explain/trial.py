@@ -57,7 +57,7 @@ class Trial(Lesson):
         panels = self.data.panels
         alone, lines = not panels, max((title.count("\n") for _, title in panels), default=0)
         wide = [1.55] * len(panels) + [5.4 if alone else 3.4] * (self.data.plot is not None)
-        high = 1.85 + 0.13 * lines if self.data.plot is None else 2.4 if alone else 2.1
+        high = 1.69 + 0.13 * lines if self.data.plot is None else 2.4 if alone else 2.1
         fig = Figure(figsize=(sum(wide), high), layout="constrained")
         axes = fig.subplots(1, len(wide), width_ratios=wide, squeeze=False)[0]
         for ax, (image, title) in zip(axes, panels, strict=False):

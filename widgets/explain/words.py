@@ -1,16 +1,22 @@
-"""Lesson 7, text: where in the picture each word is read, step by step."""
+"""Lesson 7, text: where in the picture each word is read, step by step, and a picture in the place of words."""
 
 import math
 from typing import NamedTuple
 
 import ipywidgets as w
+import mlx.core as mx
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ... import surgery
 from ...probe import Token, attention, tokens
+from ...train import judge, swap
+from ...train import storybook as sb
+from .judging import read
 from .lesson import ORANGE, Lesson, Report, played, seed_box
+from .seeds import show
 from .tokens import WIDTH, shown
 
 PANELS = 9  # maps in a row
@@ -120,3 +126,77 @@ def panel(ax: Axes, image, title: str, colour: str) -> None:
     ax.imshow(image, cmap="magma", vmin=0 if isinstance(image, np.ndarray) else None)
     ax.set_title(title, color=colour, size=8)
     ax.axis("off")
+
+
+# ---- a picture in the place of words
+
+
+FITTED, SIDE = 320, 128  # pictures with captions from which the map is fitted; pixels of those that it is tried with
+
+
+class Borrowed(NamedTuple):
+    captions: list[str]  # of the pictures; the network that draws never hears them
+    pictures: list[Image.Image]
+    drawn: list[Image.Image]
+    right: list[int]  # of the six words of each caption, those that the judge sees in what was drawn
+
+
+def fitted_map(seen: np.ndarray, said: np.ndarray, least: float = 0.03) -> tuple[np.ndarray, np.ndarray]:
+    """A and b for which seen A + b is nearest to said, (n, d) to (n, e). least: how far A is held small, as a share of
+    the mean square of what is seen, for pictures that are not among these."""
+    middle, goal = seen.mean(0), said.mean(0)
+    square = (seen - middle).T @ (seen - middle)
+    square += least * np.trace(square) / len(square) * np.eye(len(square))
+    a = np.linalg.solve(square, (seen - middle).T @ (said - goal))
+    return a, goal - middle @ a
+
+
+class PictureAsPrompt(Lesson):
+    title = "A picture as a prompt"
+    idea = (
+        "A linear map is fitted now, from what the judge sees in pictures to what the text encoder says of their "
+        "captions. Then a picture can stand in the place of the words."
+    )
+    trying = "Other pictures. What is taken over of each, and what is new? Then another seed: what stays?"
+
+    def __init__(self, first: int = 0, count: int = 3, seed: int = 5, **options):
+        self.first, self.seed = seed_box(first, "Pictures"), seed_box(seed)
+        self.count = w.IntSlider(count, min=1, max=5, description="How many", continuous_update=False)
+        asks = {"first": self.first, "count": self.count, "seed": self.seed}
+        super().__init__(*asks.values(), asks=asks, **options)
+
+    def work(self, pipe, report: Report, first: int, count: int, seed: int) -> Borrowed:
+        referee, rng, own = judge.load(judge.shipped()), np.random.default_rng(18), np.random.default_rng([first, 18])
+        scenes = [sb.sample(rng) for _ in range(FITTED)]
+        said = swap.contexts(pipe, [sb.plain(scene) for scene in scenes])  # (n, N, d)
+        seen = judge.features(referee, np.stack([sb.render(scene, rng, judge.SIDE) for scene in scenes]))
+        a, b = fitted_map(seen, said.reshape(FITTED, -1))
+        tried = [sb.sample(own) for _ in range(count)]
+        pictures = np.stack([sb.render(scene, own, SIDE) for scene in tried])
+        texts = (judge.features(referee, pictures) @ a + b).reshape(count, *said.shape[1:])
+        net, drawn = surgery.unet(pipe), []
+        for text in texts.astype(np.float32):
+            with surgery.reading(net, surgery.readers(net), mx.array(text[None])):
+                drawn.append(pipe("", seed=seed, steps=6).image)
+            report(len(drawn), count)
+        right = (judge.read(referee, read(drawn)) == judge.labels(tried)).sum(1)
+        return Borrowed([sb.plain(scene) for scene in tried], [*map(Image.fromarray, pictures)], drawn, right.tolist())
+
+    def figure(self) -> Figure:
+        d = self.data
+        fig = Figure(figsize=(1.9 * max(3, len(d.drawn)), 4.1), layout="constrained")
+        for column, picture, image, right in zip(
+            fig.subplots(2, max(3, len(d.drawn))).T, d.pictures, d.drawn, d.right, strict=False
+        ):
+            show(column[0], picture, "the picture")
+            show(column[1], image, f"drawn from it: {right} of 6")
+        for ax in fig.axes:
+            ax.axis("off")
+        return fig
+
+    def words(self) -> str:
+        said = "; ".join(f"{n} of “{caption}”" for n, caption in zip(self.data.right, self.data.captions, strict=True))
+        return (
+            f"The map was fitted from {FITTED} pictures and captions; these are others. No word was given. Of the six "
+            f"words of each picture's caption, the judge sees in what was drawn: {said}."
+        )
