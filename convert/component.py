@@ -20,6 +20,9 @@ from .settings import Settings
 KNOWN = f"Use a checkpoint of {', '.join(family.title for family in FAMILIES.values())}."
 # Only one part of these is read, which shapes describe.
 _WIDER = ("CLIPModel", "SiglipModel", "T5ForConditionalGeneration")
+# Of a table, which has rows for each numbered block in some families: Python keeps 512 patterns compiled, and each row
+# looks at each name. Those of published files have about 100 rows for 1,700 names.
+_MOST_ROWS, _MOST_LOOKS = 500, 3_000_000
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,23 @@ def configured(name: str, settings: Settings, cls: str, tensors: rules.Named, li
     module = MODULES[CLASSES[cls]]
     config = module.from_json(settings, cls)
     if hasattr(module, "corrected"):
-        config = module.corrected(config, rules.shapes(tensors, module.table([n for n, _ in tensors], config)))
+        config = module.corrected(config, rules.shapes(tensors, _table(module, tensors, config)))
     try:
         build.check_size(config, len(tensors))
     except Error as e:
         raise Error(f"{settings.path}: {e.problem}", e.fix) from None
     if hasattr(module, "kept"):
         config = module.kept(config, like)
-    return _fill(
-        name, module, config, tensors, module.table([n for n, _ in tensors], config), "Use another checkpoint."
-    )
+    return _fill(name, module, config, tensors, _table(module, tensors, config), "Use another checkpoint.")
+
+
+def _table(module: ModuleType, tensors: rules.Named, like: Config | None) -> list[rules.Row]:
+    """The rows for the names of a file. Raises if it has so many blocks that reading the names would take minutes."""
+    rows = module.table([n for n, _ in tensors], like)
+    if len(rows) > _MOST_ROWS or len(rows) * len(tensors) > _MOST_LOOKS:
+        problem = f"{tensors[0][1].file} holds {len(tensors):,} tensors of one network in more blocks than any model."
+        raise Error(problem, "Use a sound copy of it.")
+    return rows
 
 
 def by_itself(name: str, layout: Layout, path: Path, tensors: rules.Named) -> Component:
@@ -71,7 +81,7 @@ def by_itself(name: str, layout: Layout, path: Path, tensors: rules.Named) -> Co
 def measured(name: str, layout: Layout, tensors: rules.Named) -> Component:
     """A network whose shapes give its Config."""
     module, like = MODULES[layout.networks[name]], layout.published.get(name)
-    table = module.table([n for n, _ in tensors], like)
+    table = _table(module, tensors, like)
     try:
         config = module.config(rules.shapes(tensors, table), like)
     except rules.Lacking as e:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -81,13 +82,29 @@ class NoPlace(Error):
     """Tensors have no place in a model."""
 
 
+class _File(NamedTuple):
+    """What a file holds, and what each of its keys says: `_split`, which is slow, is done once for all models."""
+
+    held: source.Weights
+    keys: dict[str, tuple[str, str | None]]
+
+
+def _open(path: Path) -> _File:
+    held = source.read(path)
+    return _File(held, {key: _split(key) for key in held.tensors})
+
+
 def read(path: Path, model: Description) -> Adapter:
     """The changes that a file makes to a model. Raises unless every tensor of the file has a place in it."""
-    file, places = source.read(path), _places(model)
+    return _read(path, _open(path), model)
+
+
+def _read(path: Path, file: _File, model: Description) -> Adapter:
+    places = _places(model)
     stored: dict[str, dict[str, source.Tensor]] = {}  # layer -> what is stored of it
     strange = []
-    for key, tensor in file.tensors.items():
-        name, kind = _split(key)
+    for key, tensor in file.held.tensors.items():
+        name, kind = file.keys[key]
         if name not in places:
             strange.append(key)
         elif not tensor.floating:
@@ -97,8 +114,8 @@ def read(path: Path, model: Description) -> Adapter:
         else:
             stored[name][kind] = tensor
     if strange or not stored:
-        raise _no_place(path, model, strange, file.tensors)
-    alphas = _Alphas(path, file.metadata)
+        raise _no_place(path, model, strange, file.keys)
+    alphas = _Alphas(path, file.held.metadata)
     changes: dict[str, dict[str, list[Change]]] = {}
     layers: dict[str, int] = {}
     ranks = set()
@@ -114,7 +131,7 @@ def read(path: Path, model: Description) -> Adapter:
     if not moves:
         raise Error(f"{path} changes nothing: all of its numbers are 0.", _AGAIN)
     numbers = sum(math.prod(t.shape) for tensors in stored.values() for t in tensors.values())
-    phrase = file.metadata.get(_TRIGGER)
+    phrase = file.held.metadata.get(_TRIGGER)
     words = (phrase,) if phrase else ()
     return Adapter(path.stem, changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size, words)
 
@@ -126,10 +143,10 @@ def recognise(path: Path) -> bool:
 
 def describe(path: Path) -> dict:
     """What a file is: the named models that it fits, what it changes in them, and the words that it was trained on."""
-    fits, adapter, wrong = [], None, None
+    fits, adapter, wrong, file = [], None, None, _open(path)
     for name in MODELS:
         try:
-            adapter = read(path, description.published(name, Recipe("float32", None)))
+            adapter = _read(path, file, description.published(name, Recipe("float32", None)))
         except Error as e:
             wrong = e if wrong is None or isinstance(wrong, NoPlace) else wrong
         else:
@@ -242,7 +259,7 @@ def _layers(component: str, config: build.Config) -> dict[str, _Place]:
     return layers
 
 
-def _no_place(path: Path, model: Description, strange: list[str], keys) -> NoPlace:
+def _no_place(path: Path, model: Description, strange: list[str], keys: dict[str, tuple[str, str | None]]) -> NoPlace:
     """The error for keys without a place. It names the family in which most of the keys have one."""
     what = f"{len(strange)} of the {len(keys)} tensors of {path} have no place in {model.name}"
     example = f" (such as {strange[0]!r})" if strange else ""
@@ -250,7 +267,7 @@ def _no_place(path: Path, model: Description, strange: list[str], keys) -> NoPla
     for name, row in MODELS.items():
         if row.family is not model.family and row.family.title not in fits:
             places = _places(description.published(name, Recipe("float32", None)))
-            fits[row.family.title] = sum(_split(key)[0] in places for key in keys)
+            fits[row.family.title] = sum(name in places for name, _ in keys.values())
     best = max(fits, key=fits.get, default=None)
     if best is not None and fits[best] > len(keys) - len(strange):
         return NoPlace(f"{what}{example}.", f"It seems to be made for {best}: use it with such a model.")
@@ -411,6 +428,8 @@ class _Layer:
 
         def product() -> mx.array:
             one, two = (make() for make in factors)
+            if max(one.shape) * max(two.shape) >= 2**31:  # which MLX cannot make
+                raise self.wrong("has factors whose product is too large")
             return scale * mx.kron(one.reshape(*one.shape, *[1] * (two.ndim - one.ndim)), two)
 
         return used, product
@@ -448,8 +467,9 @@ class _Layer:
             return left @ flat if right.ndim == 2 else (left @ flat).reshape(left.shape[0], *right.shape[1:])
         middle = self.values[t]
         fits = left.ndim == right.ndim == 2 and middle.ndim == 4
+        self._agree(fits, a, b, t)
         if t == "lokr_t2" or left.shape[0] == middle.shape[1]:  # a (r, out), b (r, in)
-            self._agree(fits and middle.shape[:2] == (left.shape[0], right.shape[0]), a, b, t)
+            self._agree(middle.shape[:2] == (left.shape[0], right.shape[0]), a, b, t)
             return mx.einsum("ijhw,jq,ip->pqhw", middle, right, left)
         raise self.wrong(f"has {a} of shape {self.shapes[a]}, which does not fit {t} {self.shapes[t]}")
 

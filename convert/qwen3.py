@@ -34,7 +34,7 @@ def recognise(keys: Shapes) -> str | None:
 
 def table(names: list[str], like: Config) -> list[Row]:
     """TABLE and a row for the layers that are not read."""
-    layers = {int(m[1]) for name in names if (m := re.match(r"(?:model\.)?layers\.(\d+)\.", name))}
+    layers = {int(m[1]) for name in names if (m := re.match(r"(?:model\.)?layers\.(\d{1,3})\.", name))}
     unread = [k for k in sorted(layers) if k >= _read(like, len(layers))]
     return [(rf"^(model\.)?layers\.({'|'.join(map(str, unread))})\.", None), *TABLE] if unread else TABLE
 

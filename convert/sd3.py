@@ -52,7 +52,7 @@ def recognise(keys: Shapes) -> str | None:
 
 def table(names: list[str], like: Config | None) -> list[Row]:
     """TABLE and rows for the last block, whose text is only scaled and shifted."""
-    last = max((int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d+)\.", n))), default=0)
+    last = max((int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d{1,3})\.", n))), default=0)
     swap = tuple(rf"transformer_blocks.{last}.norm1_context.linear.\1+{i}" for i in (1, 0))
     return [
         (rf"^joint_blocks\.{last}\.context_block\.adaLN_modulation\.1{_END}", swap),

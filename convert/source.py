@@ -46,6 +46,7 @@ _SCALE = re.compile(r"\.(scale_weight|weight_scale)$")
 _MAX_HEADER = (
     2**25
 )  # bytes. The format allows three times as much; the largest published headers have about one million
+_MOST_TENSORS = 50_000  # of a file: the largest published ones have under 5,000, and their names are looked at often
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _VARIANTS = ("fp16", "bf16")
 _AGAIN = "Download it again."
@@ -236,6 +237,7 @@ def _file(path: Path) -> Weights:
             start = f.read(512)
             if start.startswith(gguf.MAGIC):
                 entries, metadata = gguf.read(path, f, size)
+                _check_number(path, len(entries))
                 return Weights({e.name: Tensor(path, e.name, e.dtype, e.shape, e.offset) for e in entries}, metadata)
             _recognise(path, size, start)
             length = int.from_bytes(start[:8], "little")
@@ -277,6 +279,11 @@ def _recognise(path: Path, size: int, start: bytes) -> None:
         raise Error(f"{path} is cut short: {size} bytes are no safetensors file.", _AGAIN)
 
 
+def _check_number(path: Path, tensors: int) -> None:
+    if tensors > _MOST_TENSORS:
+        raise Error(f"{path} lists {tensors:,} tensors; {_MOST_TENSORS:,} are the most that are read.", _AGAIN)
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     entries = dict(pairs)
     if len(entries) != len(pairs):
@@ -293,6 +300,7 @@ def _parse(path: Path, text: bytes, begin: int, size: int) -> Weights:
         raise Error(f"The header of {path} is not valid JSON: {e}.", _AGAIN) from None
     if not isinstance(entries, dict):
         raise Error(f"The header of {path} is not a JSON object.", _AGAIN)
+    _check_number(path, len(entries))
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # mx.save_safetensors writes null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -30,13 +30,13 @@ def recognise(keys: Shapes) -> str | None:
 
 def table(names: list[str], like: Config | None) -> list[Row]:
     """The original's layer 0 keeps the latents in range, so all others are numbered one higher."""
-    numbers = sorted({int(m[1]) for n in names if (m := re.match(r"(\d+)\.", n))})
+    numbers = sorted({int(m[1]) for n in names if (m := re.match(r"(\d{1,4})\.", n))})
     return [*TABLE, *((rf"^{i}\.", f"layers.{i - 1}.") for i in numbers)]
 
 
 def config(shapes: Shapes, like: Config | None) -> Config:
     """A level is its blocks and, in all but the last, an enlargement and a convolution."""
-    layers = sorted({int(m[1]) for n in shapes if (m := re.match(r"layers\.(\d+)\.", n))})
+    layers = sorted({int(m[1]) for n in shapes if (m := re.match(r"layers\.(\d{1,4})\.", n))})
     kinds = ["block" if f"layers.{i}.conv.0.weight" in shapes else "conv" for i in layers[1:]]
     return Config(
         latent_channels=shapes.size("layers.0.weight", 1),

@@ -79,7 +79,8 @@ class Attached:
 
         notes = []
         for name, _ in map(lora, request.loras or ()):
-            if (row := store.published(name, self.model, self.lora_dir)) is not None:
+            row = store.published(name, self.model, self.lora_dir)
+            if row is not None and row.wants:
                 wants = ", ".join(f"{key} {_short(value)}" for key, value in row.wants.items())
                 others = [k for k, v in row.wants.items() if getattr(request, k) != v]
                 differs = ", ".join(f"{key} {_short(getattr(request, key))}" for key in others)
@@ -327,7 +328,7 @@ def settled(
         store.check(name, "LoRA", model, folder)
     rows = [store.published(name, model, folder) for name in names]
     scales = [store.scale(row, scale) for row, (_, scale) in zip(rows, loras, strict=True)]
-    wants = next((row.wants for row in rows if row is not None), {})
+    wants = next((row.wants for row in rows if row is not None and row.wants), {})
     if request.sampler is not None:
         wants.pop("schedule", None)  # that one belongs to its sampler
     open_ones = {key: value for key, value in wants.items() if getattr(request, key) is None}

@@ -7,7 +7,7 @@ import textwrap
 from . import advice, builtin, memory
 from .console import Parser, run, say
 from .errors import Error, did_you_mean
-from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Model, Word
+from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Fast, Model, Word
 from .guides import MASKED
 from .recipe import WHOLE, default_dtype, recipe
 
@@ -53,7 +53,7 @@ def adapters(name: str | None) -> int:
         say("\nThese were taught, and count where the prompt has their word:")
         for name, row in words.items():
             say(f"{name:27} {row.word:20} --embedding {name}")
-    fast = {key: row for key, row in ADAPTERS.items() if row.role == "lora" and family in (None, key[0])}
+    fast = {key: row for key, row in ADAPTERS.items() if isinstance(row, Fast) and family in (None, key[0])}
     if fast:
         say("\nThese LoRAs bring settings, which are used where you give no others; most draw in few steps:")
     for (of, called), row in fast.items():

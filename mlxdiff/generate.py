@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import mlx.core as mx
 from PIL.Image import Image
 
-from . import BLAS, images, machines, notes, output, samplers, schedules, tune
+from . import BLAS, foreign, images, machines, notes, output, samplers, schedules, tune
 from .bar import Bar
 from .console import Parser, run, warn
 from .errors import Error
@@ -414,16 +415,17 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
     if sum(g is not None for g in given) > 1:
         raise Error("More than one prompt was given.", "Use only one of PROMPT, --prompt and --prompt-file.")
     if args.prompt_file is not None:
+        fix = "Give a text file, one prompt a line."
         try:
-            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, "strerror", None) or "it is not UTF-8 text"
-            raise Error(f"{args.prompt_file} cannot be read: {why}.", "Give a text file, one prompt a line.") from None
+            with open(args.prompt_file, encoding="utf-8") as file:
+                lines = _text(file, str(args.prompt_file), fix).splitlines()
+        except (OSError, ValueError) as e:  # a NUL in the name is a ValueError
+            raise Error(f"{args.prompt_file} cannot be read: {getattr(e, 'strerror', None) or e}.", fix) from None
         prompts = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
         if not prompts:
             raise Error(f"{args.prompt_file} holds no prompt.", "Write one prompt a line.")
     elif given[0] == "-":
-        prompts = [sys.stdin.read().strip()]
+        prompts = [_text(sys.stdin, "Standard input", "Give a prompt as UTF-8 text.").strip()]
     else:
         prompts = [g for g in given[:2] if g is not None]
     if prompts:
@@ -431,6 +433,17 @@ def _prompts(args: argparse.Namespace, base: Request | None) -> list[Request]:
     if base is None:
         raise Error("There is no prompt.", 'Say what to draw: mlxdiff generate "a red house under a full moon".')
     return [base]
+
+
+def _text(file: TextIO, name: str, fix: str) -> str:
+    """What a file holds, or a pipe, which may never end."""
+    try:
+        text = file.read(foreign.MOST + 1)
+    except UnicodeDecodeError:
+        raise Error(f"{name} cannot be read: it is not UTF-8 text.", fix) from None
+    if len(text) > foreign.MOST:
+        raise Error(f"{name} cannot be read: it has more than {foreign.MOST:,} characters.", fix)
+    return text
 
 
 def _known(model: str | None) -> str:

@@ -27,6 +27,8 @@ MOST_EDGE = {"JPEG": 65500, "WEBP": 16383}  # pixels
 MOST_PIXELS = 10**8  # of a picture that is read: half a gigabyte; only a few cameras make larger ones
 _MOST_WORK = 2**32  # scans times pixels of a JPEG: some seconds
 _MOST_PARTS, _LARGE = 64, 2**24  # of EXIF in a JPEG; bytes of a file in which more could be
+_MOST_BYTES = 10**9  # of a JPEG: of so many pixels, one of the best quality has a third of that
+_PIECE = 2**20  # bytes of a file that are looked at together
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
 _MOST_NAME = 255  # bytes of a file name, on every common file system
 _STRIP = 256  # rows
@@ -137,30 +139,34 @@ def open_file(file: Path | io.BytesIO) -> Image.Image:
     Raises OSError if decoding it would take far more work or memory than its pixels are worth."""
     if isinstance(file, Path):
         foreign.check_regular(file)
-    _check_exif(file)
+    large = (file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes) > _LARGE
+    parts, scans = _marks(file) if large else (0, None)
+    if parts > _MOST_PARTS:  # joining them takes Pillow a time that grows with their square: minutes for 130 MB
+        raise OSError(0, f"it is a JPEG whose EXIF has more than {_MOST_PARTS} parts")
     image = Image.open(file, formats=FORMATS)
     pixels = image.width * image.height
     if pixels > MOST_PIXELS:
         raise OSError(0, f"it has {pixels // 10**6} megapixels, and {MOST_PIXELS // 10**6} are the most")
-    if "progressive" in image.info and pixels * _scans(file) > _MOST_WORK:
+    if "progressive" in image.info and pixels * (_marks(file)[1] if scans is None else scans) > _MOST_WORK:
         raise OSError(0, "it is a JPEG in more scans than its pixels need")
     return image
 
 
-def _check_exif(file: Path | io.BytesIO) -> None:
-    """Refuse a large JPEG whose EXIF is in many parts: joining them takes Pillow a time that grows with their square,
-    minutes for a file of 130 MB. Pictures have one."""
-    size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
-    if size > _LARGE:
-        with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.getvalue()) as f:
-            if f.read(2) == b"\xff\xd8" and f.read().count(b"Exif\0\0") > _MOST_PARTS:
-                raise OSError(0, f"it is a JPEG whose EXIF has more than {_MOST_PARTS} parts")
-
-
-def _scans(file: Path | io.BytesIO) -> int:
-    """How often a progressive JPEG goes over its pixels: ten times usually, and a file of a megabyte could do it ten
-    thousand times. Thumbnails within it count too."""
-    return (file.read_bytes() if isinstance(file, Path) else file.getbuffer().tobytes()).count(b"\xff\xda")
+def _marks(file: Path | io.BytesIO) -> tuple[int, int]:
+    """Of a JPEG: in how many parts its EXIF is, which is one in pictures, and how often it goes over its pixels: ten
+    times usually, and a file of a megabyte could do it ten thousand times. Thumbnails within it count too."""
+    counts, before = [0, 0], b""
+    with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.getbuffer()) as f:
+        if f.read(2) != b"\xff\xd8":
+            return 0, 0
+        if f.seek(0, os.SEEK_END) > _MOST_BYTES:
+            raise OSError(0, f"it is a JPEG of more than {_MOST_BYTES / 1e9:.0f} GB")
+        f.seek(2)
+        while piece := f.read(_PIECE):
+            for i, mark in enumerate((b"Exif\0\0", b"\xff\xda")):
+                counts[i] += (before[1 - len(mark) :] + piece).count(mark)  # also one that two pieces share
+            before = piece[-8:]
+    return tuple(counts)
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:

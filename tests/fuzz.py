@@ -10,8 +10,10 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -297,24 +299,22 @@ def _peak() -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _work(args: argparse.Namespace, at: Synchronized) -> None:
-    """Try one input after the other, in a process of its own. at: the number of the one at hand."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MLXDIFF_CACHE"] = f"{folder}/cache"
-        models = args.models or Path(folder, "models")
-        fuzz, number = Fuzz(Path(folder), True, models, args.only), args.first
-        stop = time.monotonic() + 60 * args.minutes
-        while time.monotonic() < stop and number - args.first != args.count:
-            at.value = number
-            try:
-                fuzz.one(number)
-            except Exception:
-                print(
-                    f"Input {number} failed: repeat it with --first {number} --count 1 and the same kinds.", flush=True
-                )
-                traceback.print_exc(limit=-6)
-                fuzz.ends["failed"] += 1
-            number += 1
+def _work(args: argparse.Namespace, folder: Path, at: Synchronized) -> None:
+    """Try one input after the other, in a process of its own, which ends with its parent. at: the number of the one at
+    hand."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    os.environ["MLXDIFF_CACHE"] = f"{folder}/cache"
+    fuzz, number = Fuzz(folder, True, args.models or folder / "models", args.only), args.first
+    stop = time.monotonic() + 60 * args.minutes
+    while time.monotonic() < stop and number - args.first != args.count:
+        at.value = number
+        try:
+            fuzz.one(number)
+        except Exception:
+            print(f"Input {number} failed: repeat it with --first {number} --count 1 and the same kinds.", flush=True)
+            traceback.print_exc(limit=-6)
+            fuzz.ends["failed"] += 1
+        number += 1
     at.value = -1
     print(f"{number - args.first} inputs: {', '.join(f'{n} {end}' for end, n in sorted(fuzz.ends.items()))}.")
     if fuzz.ends["failed"]:
@@ -329,20 +329,31 @@ def main() -> None:
     p.add_argument("--only", default="", metavar="KINDS", help="such as flux,sd3; a failed input needs the same ones")
     p.add_argument("--models", type=Path, metavar="DIR", help="keep the tiny models there: they take long to make")
     args = p.parse_args()
-    spawn = multiprocessing.get_context("spawn")  # a signal or a hang ends the child alone
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the folder is removed
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(_watched(args, Path(folder)))
+
+
+def _watched(args: argparse.Namespace, folder: Path) -> int:
+    """Let a child do the work: a signal or a hang ends it alone. Returns its exit code."""
+    spawn = multiprocessing.get_context("spawn")
     at = spawn.Value("q", -1)
-    child = spawn.Process(target=_work, args=(args, at), daemon=True)
+    child = spawn.Process(target=_work, args=(args, folder, at), daemon=True)
     child.start()
     number, seen = -1, 0.0
-    while child.is_alive():
-        child.join(1.0)
-        if at.value != number:
-            number, seen = at.value, time.monotonic()
-        if number >= 0 and time.monotonic() - seen > HANGS:
-            child.kill()
+    try:
+        while child.is_alive():
+            child.join(1.0)
+            if at.value != number:
+                number, seen = at.value, time.monotonic()
+            if number >= 0 and time.monotonic() - seen > HANGS:
+                child.kill()
+    finally:
+        child.kill()
+        child.join()
     if at.value >= 0:
         print(f"Input {at.value} ended the process or hung: repeat it with --first {at.value} --count 1.")
-    sys.exit(child.exitcode)
+    return child.exitcode
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 and continues them, `python -m tests.stops interrupt convert 10` sends what Ctrl-C sends. A line for each; the exit code
 says whether all went well."""
 
+import math
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["-m", "storybook", "--dtype", "float32", "--size", "64", "--steps", "12", "--save-every", "3"]
+STEPS = 12
+SMALL = ["-m", "storybook", "--dtype", "float32", "--size", "64", "--steps", str(STEPS), "--save-every", "3"]
 LORA = ["train", "lora", *SMALL, "--rank", "2", "-i", "pictures", "-p", "a zork"]
 TRAININGS = {
     "lora": LORA,
@@ -53,9 +56,14 @@ class Place:
         call = [sys.executable, "-m", "mlxdiff", *words]
         return subprocess.Popen(call, cwd=self.here, env=self.env, preexec_fn=heard, **pipes)
 
-    def run(self, words: list[str], stop: float | None = None, by: int = signal.SIGINT) -> tuple[int, str, float]:
-        """The exit code, what was said, and the seconds. stop: send a signal after so many."""
+    def run(
+        self, words: list[str], stop: float | None = None, by: int = signal.SIGINT, after: Callable | None = None
+    ) -> tuple[int, str, float]:
+        """The exit code, what was said, and the seconds. stop: send a signal after so many. after: counted from when
+        this is so."""
         began, process = time.monotonic(), self.begin(words)
+        while after is not None and process.poll() is None and not after():
+            time.sleep(0.005)
         try:
             said, _ = process.communicate(timeout=stop)
         except subprocess.TimeoutExpired:
@@ -68,8 +76,8 @@ class Place:
 
 
 def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
-    """Stop a training so often in one folder, each time at a random moment, and then let it end. Its weights, its state
-    and the losses of its log are those of a run that was left alone."""
+    """Stop a training so often in one folder, each time at a random moment, one of four before its first step, and then
+    let it end. Its weights, its state and the losses of its log are those of a run that was left alone."""
     place, rng = Place(place), random.Random(f"{name} {seed}")
     words, whole, parts = [*TRAININGS[name], "-o"], place.here / "whole", place.here / "parts"
     began = time.time()
@@ -77,14 +85,17 @@ def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
     assert code == 0, said
     before, start = place.files(), (whole / "recipe.json").stat().st_mtime - began
     well, names = True, files(whole)
-    for _ in range(count):
-        wait = rng.uniform(0.7 * start, start + 3 * (seconds - start) / count)
-        code, said, _ = place.run([*words, "parts"], wait, by)
+    for moment in sorted(rng.uniform(0, STEPS) for _ in range(count)):
+        began, early = time.time(), rng.uniform(0.2, 1) * start if rng.random() < 0.25 else math.inf
+        reached = lambda until=began + early, began=began, step=int(moment): (  # noqa: E731
+            time.time() > until or (written(parts) > began and len(log(parts)) >= step)
+        )
+        code, said, seen = place.run([*words, "parts"], moment % 1 * (seconds - start) / STEPS, by, reached)
         bad = wrong(code, said, by)
         if by == signal.SIGINT:  # a process that is killed cleans nothing up
             bad += [f"left {f}" for f in place.files() - before if not f.startswith("parts/")]
             bad += [f"left {f}" for f in files(parts) - names]
-        print(f"{name}: after {wait:.2f} s: {code}, {len(log(parts))} steps{told(bad)}", flush=True)
+        print(f"{name}: after {seen:.2f} s: {code}, {len(log(parts))} steps{told(bad)}", flush=True)
         well &= not bad
     code, said, _ = place.run([*words, "parts"])
     same = code == 0 and equal(whole, parts)
@@ -107,6 +118,12 @@ def log(out: Path) -> list[list[str]]:
     """Steps, losses and rates."""
     file = out / "run" / "log.csv"
     return [line.split(",")[:3] for line in file.read_text().splitlines()[1:]] if file.exists() else []
+
+
+def written(out: Path) -> float:
+    """When the log was written last."""
+    file = out / "run" / "log.csv"
+    return file.stat().st_mtime if file.exists() else 0.0
 
 
 def equal(one: Path, other: Path) -> bool:

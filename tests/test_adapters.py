@@ -4,6 +4,7 @@ files mean what they mean elsewhere is parity/test_lora.py's."""
 import json
 import math
 import re
+import time
 import warnings
 from dataclasses import replace
 
@@ -76,7 +77,9 @@ def test_a_prompt_names_loras_of_a_folder(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("MLXDIFF_LORAS", str(tmp_path))
     request = pipe.resolve("a red house <lora:style:0.5>", seed=1)
     assert (request.prompt, request.loras) == ("a red house", ("style:0.5",))
-    with pytest.raises(Error, match=r"There is no LoRA 'styl'\. storybook has quick; or give a .safetensors file"):
+    with pytest.raises(
+        Error, match=r"There is no LoRA 'styl'\. storybook has quick, paper; or give a .safetensors file"
+    ):
         pipe.resolve("a red house <lora:styl:0.5>")
 
 
@@ -192,7 +195,7 @@ def test_a_name_that_does_not_fit_is_refused_before_any_download(model, name, sa
 def test_named_loras_fit_the_models_that_they_were_made_for():
     """With settings that those models can draw with."""
     rows = {key: row for key, row in ADAPTERS.items() if row.role == "lora"}
-    assert len(rows) == 21
+    assert len(rows) == 22
     for (family, name), row in rows.items():
         fit = [n for n, m in MODELS.items() if row.fits(m.networks[m.family.denoiser]) and m.family.name == family]
         model = published(fit[0], Recipe("float32", None))
@@ -455,6 +458,17 @@ BAD = {
     ),
     "an alpha beyond all": (changed(f"{LAYER}.alpha", np.array(3e38)), r"alpha of 3e\+38, which cannot be"),
     "an alpha of nothing": (changed(f"{LAYER}.alpha", np.array(0.0)), "changes nothing: all of its numbers are 0"),
+    "factors of a product beyond all": (
+        lambda s: {f"{LAYER}.lokr_w{n}": np.ones((2**16, 1)) for n in (1, 2)},
+        "has factors whose product is too large",
+    ),
+    "a core that is no convolution": (
+        lambda s: (
+            {f"{LAYER}.hada_{n}": np.ones((2, 2)) for n in ("w1_a", "w1_b", "w2_a", "w2_b")}
+            | {f"{LAYER}.hada_t1": np.ones(2)}
+        ),
+        r"hada_t1 of shape \(2,\), which do not fit",
+    ),
     "lengths of another layer": (changed(f"{LAYER}.dora_scale", np.ones(3)), r"change of shape \(3,\)"),
 }
 
@@ -493,6 +507,18 @@ def test_many_patterns_cost_nothing(pipe, tmp_path):
     file = raw(tmp_path / "a.safetensors", entries, body=b"".join(v.tobytes() for v in state.values()))
     (change,) = lora.read(file, pipe.description).changes["unet"][f"{name}.weight"]
     assert np.allclose(np.array(change.low[1]), 2 * state[UP], atol=1e-6)  # alpha 8 over rank 4
+
+
+def test_many_tensors_cost_little(tmp_path, capsys):
+    """A name is taken apart once, not once for each of the models that a LoRA may fit: that took minutes."""
+    entries = header({f"unet.x.{i}.lora_A.weight": (1,) for i in range(5000)})
+    file, begin = raw(tmp_path / "a.safetensors", entries), time.process_time()
+    assert inspect.main([str(file)]) == 1
+    assert "5000 of the 5000 tensors" in capsys.readouterr().err
+    assert time.process_time() - begin < 10  # 1 s; without it, 100 s
+    raw(file, header({f"unet.x.{i}.lora_A.weight": (1,) for i in range(50_001)}))
+    assert inspect.main([str(file)]) == 1
+    assert "lists 50,001 tensors; 50,000 are the most" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kinds", [("lora_A.weight", "lora_B.weight"), ("lokr_w1", "lokr_w2"), ("dora_scale", "diff")])

@@ -604,6 +604,23 @@ def run(argv: list[str], **limits) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ([f"model.diffusion_model.input_blocks.{i}.0.weight" for i in range(600)], "more blocks than any model"),
+        ([f"decoder.up.{i}.block.0.weight" for i in range(600)], "more blocks than any model"),
+        ([f"body.{i}.block1.weight" for i in range(600)], "more blocks than any model"),
+        ([f"{'1' * 5000}.conv.0.weight"], "a TAESD decoder"),  # Python makes no number of so many digits
+        ([f"joint_blocks.{'1' * 5000}.x_block.attn.qkv.weight", "x_embedder.proj.weight"], "Stable Diffusion 3"),
+    ],
+)
+def test_numbers_in_names_make_no_work(tmp_path, names, says, capsys):
+    """A row of the table for each block, and each row looked at each name: a file of a megabyte took minutes."""
+    file = sparse(tmp_path / "a.safetensors", dict.fromkeys(names, (1,)))
+    assert inspect.main([str(file)]) == 1
+    assert says in "".join(capsys.readouterr())
+
+
 def test_as_a_command(place):
     """One of the above in a process of its own, where code and lines are what a shell sees."""
     prepare, named = BAD["NaN"]

@@ -1,8 +1,9 @@
-"""The word in the package, which tests/recipes/word.py teaches anew for each new built-in model: nothing here depends
-on the weights. References: the header, the bare picture, and diffusers with the same file."""
+"""The word and the style in the package, which word.py and style.py of tests/recipes teach anew for each new built-in
+model: nothing here depends on the weights. References: the header, the bare picture, diffusers with the same file."""
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mlxdiff import builtin, catalogue, generate
@@ -11,6 +12,7 @@ from mlxdiff.families import ADAPTERS, Word
 from mlxdiff.store import adapters, hub
 
 ((TEAL, FILE),) = [(row, builtin.FOLDER.parent / row.file) for row in ADAPTERS.values() if isinstance(row, Word)]
+PAPER = builtin.FOLDER.parent / ADAPTERS["sd1", "paper"].file
 SMALL = {"seed": 1, "width": 128, "height": 128, "steps": 4, "guidance": 4.0, "sampler": "ddim"}
 PROMPT = "a <teal> house in the snow at night"
 
@@ -30,6 +32,47 @@ def test_it_is_small_and_its_header_says_what_its_row_says(pipe):
     assert adapters.look([FILE], pipe.description)[FILE].word == TEAL.word == "<teal>"
     text = FILE.read_bytes()[:4000]
     assert not any(place in text for place in (b"/home", b"/tmp", b"/work"))  # no place of the machine that made it
+
+
+def test_the_style_is_small_and_names_no_place():
+    assert PAPER.stat().st_size < 1_200_000
+    with safe_open(PAPER, "np") as file:
+        header = file.metadata()
+    assert header["modelspec.title"] == "paper"
+    assert not any(place in str(header) for place in ("/home", "/tmp", "/work", "mlxdiff"))
+
+
+def test_the_style_is_a_lora_that_leaves_the_settings_as_they_are(pipe, tmp_path, capsys):
+    """Known by its name, for storybook alone, and nothing is told of settings. Above 0 it is another picture."""
+    bare, both = pipe.resolve("a house"), pipe.resolve("a house", loras=["paper"])
+    assert both.loras == ("paper:1",)
+    assert (both.steps, both.guidance, both.sampler) == (bare.steps, bare.guidance, bare.sampler)
+    few = pipe.resolve("a house", loras=["paper", "quick"])
+    assert (few.steps, few.guidance) == (4, 1.0)
+    typed = ["a red house", "-W", "64", "-H", "64", "--steps", "1", "--dtype", "float32", "--offline"]
+    assert generate.main([*typed, "--lora", "paper", "-o", str(tmp_path / "a.png")]) == 0
+    assert "made for" not in capsys.readouterr().err
+    assert generate.main([*typed, "-m", "sd15", "--lora", "paper", "-o", str(tmp_path / "b.png")]) != 0
+    assert "made for storybook: it does not fit sd15" in capsys.readouterr().err
+    assert catalogue.main(["storybook", "--adapters"]) == 0
+    fast, told = capsys.readouterr().out.split("These LoRAs bring settings")[::-1]
+    assert "paper" in told
+    assert "paper" not in fast
+
+
+def test_diffusers_draws_the_same_with_the_style(pipe):
+    """In float32 from the same float16 file: above 40 dB. Without it, it is another picture."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(builtin.FOLDER, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.load_lora_weights(PAPER.parent, weight_name=PAPER.name)
+    g = torch.Generator().manual_seed(1)
+    said = PROMPT.replace("<teal>", "red")
+    want = theirs(said, 128, 128, 4, guidance_scale=4.0, generator=g, output_type="np").images[0] * 255
+    assert psnr(pipe(said, loras=["paper"], **SMALL).image, want) > 40
+    assert psnr(pipe(said, **SMALL).image, want) < 30
 
 
 def test_diffusers_draws_the_same_with_it(pipe):

@@ -226,3 +226,8 @@ def test_sigmas_descend_for_every_spacing():
             assert levels[0] == pytest.approx(1)
             assert levels[-1] == 0
             assert all(a > b for a, b in pairwise(levels))
+
+
+def test_a_start_image_is_noised_along_a_line():
+    flow = Flow()
+    assert [flow.noised(8.0, 4.0, sigma) for sigma in (0.0, 0.25, 1.0)] == [8.0, 7.0, 4.0]

@@ -172,6 +172,18 @@ def test_prompts_from_a_file_and_from_standard_input(here, model, monkeypatch, c
     assert images.read_settings(here / "stdin.png")[0].prompt == "a cat\n\n  a dog"
 
 
+def test_a_prompt_that_never_ends_or_is_no_text_is_one_line(here, capsys, monkeypatch):
+    Path("a.txt").write_bytes(b"\xff")
+    monkeypatch.setattr("sys.stdin", open("a.txt", encoding="utf-8"))  # noqa: SIM115
+    endless = "cannot be read: it has more than"
+    cases = {"-": "Standard input cannot be read: it is not UTF-8", "--prompt-file=/dev/zero": f"/dev/zero {endless}"}
+    for typed, says in (cases | {"--prompt-file=a.txt": "a.txt cannot be read: it is not UTF-8"}).items():
+        assert main([typed]) == 1
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
+
+
 def test_settings_that_do_nothing_are_told(here, model, capsys):
     said = ["--preview-dir", "steps", "--taesd", "auto", "-n", "blue", "-g", "1"]
     assert main(quick(model, "a fox", "-o", "a.png", *said)) == 0

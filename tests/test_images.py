@@ -1,6 +1,8 @@
 """Pictures and their settings. References: PIL reads back what was written."""
 
 import io
+import os
+import tracemalloc
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -320,8 +322,25 @@ def test_a_jpeg_with_exif_in_many_parts_is_refused(tmp_path, monkeypatch):
                     images.read_metadata(source)
             else:
                 images.read_metadata(source)
+    monkeypatch.setattr(images, "_PIECE", 100)  # marks across two pieces count too
+    assert images._marks(tmp_path / "a.jpg") == (65, 1)
     monkeypatch.setattr(images, "_LARGE", 10**6)  # a small file cannot take long
     images.read_metadata(tmp_path / "a.jpg")
+
+
+def test_a_large_jpeg_is_looked_through_in_pieces(tmp_path):
+    """Of a sparse file, which takes no room on a disk."""
+    Image.new("L", (8, 8)).save(tmp_path / "a.jpg", progressive=True)
+    for size in (10**8, 10**9 + 1):
+        os.truncate(tmp_path / "a.jpg", size)
+        tracemalloc.start()
+        if size > 10**9:
+            with pytest.raises(Error, match="a JPEG of more than 1 GB"):
+                images.read(tmp_path / "a.jpg")
+        else:
+            assert images.read(tmp_path / "a.jpg").size == (8, 8)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,13 @@ def pair():
     theirs.close()
 
 
+def test_messages_that_arrive_together_are_read_one_by_one(pair):
+    first, theirs = pair
+    for n in (1, 2):
+        theirs.send({"n": n}, bytes([n]) * 5)
+    assert [first.links[1].receive() for _ in (1, 2)] == [({"n": n}, bytes([n]) * 5) for n in (1, 2)]
+
+
 def shared(first: Machines, theirs: Link, first_word: dict, facts: dict, body: bytes) -> tuple[list, list, list[int]]:
     """What rank 0 gets, misses and draws itself, if the other begins with a word, and answers each picture alike."""
     kept, drawn = [], []

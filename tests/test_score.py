@@ -13,7 +13,7 @@ from mlxdiff import images
 from mlxdiff.errors import Error
 from mlxdiff.request import Request
 from mlxdiff.score import __main__ as command
-from mlxdiff.score import distances, folder, measure
+from mlxdiff.score import distances, folder, measure, report
 from mlxdiff.score.folder import BROKEN, LARGE, OTHER, Skipped
 from mlxdiff.train import judge
 from mlxdiff.train import storybook as sb
@@ -156,6 +156,14 @@ def test_the_judge_joins_by_itself_and_sees_a_wrong_word(story, capsys):
     assert "rest on 12 pictures, fewer than 30" in said
     assert "12 pictures to learn a 128 x 128 covariance" in said
     assert "shows no difference" in said
+
+
+@pytest.mark.parametrize(("without", "says"), [(5, "No picture carries"), (2, "3 of the pictures carries"), (0, "")])
+def test_pictures_without_a_prompt_are_counted(without, says):
+    facts = {"pictures": 5, "without_prompt": without, "skipped": {}, "clip": {}, "clip_score": None, "distances": {}}
+    said = report.notes(facts, {})
+    assert len(said) == bool(without)
+    assert "".join(said).startswith(says)
 
 
 def test_the_table_of_the_judge(story, capsys):

@@ -1088,19 +1088,21 @@ def test_a_published_lora_is_chosen_by_its_name_and_brings_its_settings(studio, 
     assert looked(studio)._named.children == ()
 
 
-def test_a_word_of_the_package_is_chosen_by_its_name(studio, monkeypatch):
-    """Without a folder. It changes no setting, and is there to click on, and known. (The studio's model is a fake, so
-    what fits it is said here.)"""
+def test_a_word_and_a_style_of_the_package_are_chosen_by_their_names(studio, monkeypatch):
+    """Without a folder. They change no setting; the word is there to click on, and known. (The studio's model is a
+    fake, so what fits it is said here.)"""
     monkeypatch.delenv("MLXDIFF_LORAS", raising=False)
-    monkeypatch.setattr(adapters, "offered", lambda model: {"teal": families.ADAPTERS["sd1", "teal"]})
+    monkeypatch.setattr(adapters, "offered", lambda model: {n: families.ADAPTERS["sd1", n] for n in ("teal", "paper")})
     draw(studio)
     before = studio.request()
     studio.controls.loras_shown.value = True
     entries = {entry.description: entry for entry in looked(studio)._named.children[1:]}
     assert entries["teal"].tooltip == "learned word; built in; licence MIT."
+    assert entries["paper"].tooltip == "style LoRA; built in; licence MIT."
     entries["teal"].click()
+    entries["paper"].click()
     request = studio.request()
-    assert request.embeddings == ("teal",)
+    assert (request.embeddings, request.loras) == (("teal",), ("paper:1",))
     for name in ("steps", "guidance", "sampler", "schedule"):
         assert getattr(request, name) == getattr(before, name)
     shown = looked(studio)

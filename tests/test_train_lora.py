@@ -102,7 +102,7 @@ def test_a_resumed_run_is_the_same_run(pipe, rings, tmp_path):
         assert mx.array_equal(value, changes(second.net)[path]), path
     assert mx.load(str(second.file)).keys() == mx.load(str(whole.file)).keys()
     with pytest.raises(Error, match="holds a run with steps 5"):
-        tune.LoraRun(pipe, tuning(rings, steps=6, save_every=2, crop=True), tmp_path / "parts")
+        tune.LoraRun(pipe, tuning(rings, steps=4, save_every=2, crop=True), tmp_path / "parts")
 
 
 def test_a_killed_run_leaves_its_last_save(pipe, rings, tmp_path, monkeypatch):
@@ -237,6 +237,26 @@ def test_only_the_changes_move(pipe, rings, tmp_path):
     assert all(".attn1.to_q." in k or ".attn1.to_k." in k for k in still)
     state = mx.load(str(run.out / tune.RUN / "state.safetensors"))
     assert {k.removeprefix("model.") for k in state if k.startswith("model.")} == before.keys()  # nothing frozen
+
+
+def test_a_run_that_ended_goes_on_with_more_steps(pipe, rings, tmp_path):
+    """To the weights of a run that was longer from the start. Fewer steps, or another rate with them, are refused."""
+    few = {"batch": 1, "rank": 2, "rate": 1e-2}
+    at = {}
+    for name, steps in (("parts", 2), ("parts", 4), ("whole", 4)):
+        run = tune.LoraRun(pipe, tuning(rings, steps=steps, **few), tmp_path / name)
+        at[name, steps] = [report.step for report in run.steps()]
+    assert at == {("parts", 2): [1, 2], ("parts", 4): [3, 4], ("whole", 4): [1, 2, 3, 4]}
+    one, two = (mx.load(str(tmp_path / name / lora.FILE)) for name in ("parts", "whole"))
+    assert all(mx.array_equal(one[k], two[k]) for k in two)
+    for steps, rate, named in ((3, 1e-2, "steps 4"), (6, 2e-2, "steps 4, rate 0.01")):
+        with pytest.raises(Error, match=f"holds a run with {named}\\."):
+            tune.LoraRun(pipe, tuning(rings, steps=steps, **few | {"rate": rate}), tmp_path / "parts")
+
+
+def test_the_rate_falls_to_nothing_if_asked(pipe, rings, tmp_path):
+    run = tune.LoraRun(pipe, tuning(rings, steps=4, batch=1, rank=2, rate=1e-2, decay_after=0.5), tmp_path / "run")
+    assert [report.rate for report in run.steps()] == [1e-2, 1e-2, 1e-2, 5e-3]
 
 
 def test_it_trains_over_four_bits(rings, tmp_path):
@@ -398,6 +418,7 @@ def refused(capsys, *args: str) -> str:
         ("--images", "~nosuchuser/x"): "names a home folder that does not exist.",
         ("--sample", "a <lora:nowhere:1>"): "There is no LoRA 'nowhere'.",
         ("--caption-dropout", "1"): "caption_dropout must be a number from 0.0 to 0.9; 1.0 was given.",
+        ("--decay-after", "2"): "decay_after must be a number from 0.0 to 1.0; 2.0 was given.",
         ("--rate", "nan"): "Rate must be a number from 1e-09 to 1.0; nan was given.",
         ("--size", "60"): "Size 60 is not a multiple of 8",
         ("--accumulate", "0"): "Accumulate must be a whole number from 1",

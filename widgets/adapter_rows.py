@@ -7,7 +7,7 @@ import ipywidgets as w
 
 from .. import foreign
 from ..errors import Error
-from ..families import Beside, Fast
+from ..families import Beside, Lora
 
 _MOST = 2.0  # of a slider, in both directions
 _WORDS, _WORD = 8, 40  # trigger words of a LoRA, and characters of one
@@ -40,7 +40,7 @@ class LoraRow(_Row):
         self.scale = w.FloatSlider(
             description="Scale", min=-most, max=most, step=0.05, value=scale, readout_format=".2f"
         )
-        what = _UNSEEN if look is None else about(look) if isinstance(look, Fast) else str(look)
+        what = _UNSEEN if look is None else about(look) if isinstance(look, Lora) else str(look)
         super().__init__(name, look, what, getattr(look, "words", ()), self.scale)
 
 
@@ -55,7 +55,7 @@ class WordRow(_Row):
 
 def about(row: Beside) -> str:
     """What people should know of a LoRA or an embedding that has a name, before they take it."""
-    wants = row.wants if isinstance(row, Fast) else {}
+    wants = row.wants if isinstance(row, Lora) else {}
     made = f", made for {wants['steps']} steps at guidance {wants['guidance']:g}" if wants else ""
     place = "built in" if row.repo is None else f"{row.size * 1000:.0f} MB from the hub, once"
     return f"{row.kind}{made}; {place}; licence {row.licence}."

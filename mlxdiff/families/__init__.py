@@ -1,7 +1,7 @@
 """The families of models, and the named models. A family's file holds everything that is true of this family alone."""
 
 from . import flux, flux2, sd, sd3, sdxl, zimage
-from .base import PARTS, QUICK, Beside, Config, Defaults, Family, Fast, Model, Word
+from .base import PARTS, QUICK, Beside, Config, Defaults, Family, Fast, Lora, Model, Word
 
 _FILES = (sd, sdxl, sd3, flux, flux2, zimage)  # a new family's file goes here
 
@@ -24,6 +24,7 @@ __all__ = [
     "Defaults",
     "Family",
     "Fast",
+    "Lora",
     "Model",
     "Word",
     "find",

@@ -186,14 +186,10 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Fast(Beside):
-    """A published LoRA that has a name here, and changes the defaults: most let a model draw in few steps."""
+class Lora(Beside):
+    """A published LoRA that has a name here."""
 
     scale: float = 1.0
-    steps: int = 4
-    guidance: float = 0.0
-    sampler: str = "euler"
-    schedule: str = "trailing"
 
     def fits(self, net: Config) -> bool:
         """Whether a denoiser has the layers of that which it was made for. None of these changes a U-Net's first layer,
@@ -207,7 +203,21 @@ class Fast(Beside):
 
     @property
     def wants(self) -> dict[str, int | float | str]:
-        """The settings of a request that it was made for."""
+        """The settings of a request that it was made for, if it was made for some."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Fast(Lora):
+    """A LoRA that changes the defaults: most let a model draw in few steps."""
+
+    steps: int = 4
+    guidance: float = 0.0
+    sampler: str = "euler"
+    schedule: str = "trailing"
+
+    @property
+    def wants(self) -> dict[str, int | float | str]:
         return {name: getattr(self, name) for name in ("steps", "guidance", "sampler", "schedule")}
 
 

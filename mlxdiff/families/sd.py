@@ -3,7 +3,7 @@ This file holds everything that is true of these families alone."""
 
 from dataclasses import replace
 
-from .base import QUICK, Beside, Defaults, Family, Fast, Model, TextPlan, Word
+from .base import QUICK, Beside, Defaults, Family, Fast, Lora, Model, TextPlan, Word
 from .published import (
     CLIP_H,
     CLIP_L,
@@ -175,4 +175,5 @@ ADAPTERS |= {(SD1.name, f"hyper-{steps}"): hyper(f"SD15-{steps}steps-lora", 0.27
 ADAPTERS[SD1.name, QUICK] = Fast(
     "Quick LoRA", size=0.002, file="quick.safetensors", guidance=1.0, sampler="ddim", **_OURS
 )
+ADAPTERS[SD1.name, "paper"] = Lora("style LoRA", size=0.001, file="paper.safetensors", **_OURS)
 ADAPTERS[SD1.name, "teal"] = Word("learned word", size=0.000001, file="teal.safetensors", word="<teal>", **_OURS)

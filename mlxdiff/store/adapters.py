@@ -10,7 +10,7 @@ from .. import builtin, foreign
 from ..adapters import Adapter, Rows, Taught, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import ADAPTERS, FAMILIES, Beside, Fast, fitting
+from ..families import ADAPTERS, FAMILIES, Beside, Lora, fitting
 from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, guides, local
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def published(name: str | Path, model: Description, folder: Path | None = None, 
     return None if here(name, folder) is not None else named(name, model, what)
 
 
-def scale(row: Fast | None, said: float | None) -> float:
+def scale(row: Lora | None, said: float | None) -> float:
     """The scale of a LoRA, published or not, of which a user says one or none."""
     return said if said is not None else 1.0 if row is None else row.scale
 

@@ -106,6 +106,8 @@ def _common(s: argparse.ArgumentParser) -> None:
     s.add_argument("--low-memory", action="store_true", default=None, help="slower, but in less memory")
     s.add_argument("--rate", type=float, metavar="R", help="learning rate (a LoRA 1e-4, a word 5e-4)")
     s.add_argument("--warmup", type=int, metavar="N", help="steps in which the rate rises to its value (0)")
+    what = "the share of the steps after which the rate falls to nothing (1: it stays)"
+    s.add_argument("--decay-after", type=float, metavar="SHARE", help=what)
     s.add_argument("--size", type=int, metavar="PX", help="edge of a square with as many pixels (the model's size)")
     s.add_argument("--crop", action="store_true", default=None, help="crop all to that square (default: keep shapes)")
     s.add_argument("--flip", action="store_true", default=None, help="also learn from mirrored pictures")

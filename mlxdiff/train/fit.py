@@ -162,16 +162,17 @@ def check_shares(accumulate: int, machines: int) -> None:
         raise Error(problem, f"Use `accumulate={machines}`, or a multiple of it: each machine takes its share.")
 
 
-def same_run(folder: Path, settings: dict) -> None:
+def same_run(folder: Path, settings: dict, longer: bool = False) -> None:
     """Raise unless the folder is empty or holds a run with the same settings: other settings would mix two runs. Then
-    note them there."""
+    note them there. longer: it may have more steps now."""
     file = folder / "recipe.json"
     with writing(folder):
         str(folder).encode()  # MLX writes no other names
         if file.exists():
             before = foreign.read_json(file, "Give a new folder.")
             stored = {k: before.get(k) for k in settings if settings[k] != before.get(k)}
-            if stored:
+            grown = longer and [*stored] == ["steps"] and type(stored["steps"]) is int
+            if stored and not (grown and stored["steps"] < settings["steps"]):
                 # A list of fingerprints would say nothing.
                 named = [
                     f"{k} {v}" if k != "pictures" or type(v) is int else "other pictures" for k, v in stored.items()

@@ -101,7 +101,7 @@ class WordRun:
         for encoder in encoders.values():
             encoder.embeddings.token_embedding.unfreeze(keys="rows", recurse=False)
         self.notes = tune.notes("embedding", pipe, tuning, [self.pictures])
-        same_run(out, self.notes)
+        same_run(out, self.notes, longer=True)
 
     @property
     def word(self) -> Word:

@@ -46,6 +46,7 @@ class Tuning:
     low_memory: bool = False  # keep less of each block and compute it twice
     rate: float = 1e-4
     warmup: int = 0
+    decay_after: float = 1.0  # the share of the steps after which the rate falls to 0; 1: it stays
     seed: int = 0
     save_every: int = 100
 
@@ -56,6 +57,7 @@ class Tuning:
         values.whole("warmup", self.warmup, 0, self.steps)
         values.whole("seed", self.seed, 0, MAX_SEED)
         values.number("rate", self.rate, 1e-9, 1.0)
+        values.number("decay_after", self.decay_after, 0.0, 1.0)
         for name in ("prompt", "trigger", "class_prompt", "word", "initial"):
             if (value := getattr(self, name, None)) is not None:
                 values.text(name, value)
@@ -209,7 +211,7 @@ class LoraRun:
         self.notes = notes("lora", pipe, tuning, self.sets)
         if others is not None:
             agree(self.notes, others)
-        same_run(out, self.notes)
+        same_run(out, self.notes, longer=True)
 
     @property
     def file(self) -> Path:
@@ -327,7 +329,7 @@ def trained(
         tuning.rate,
         "adamw",
         tuning.warmup,
-        decay=1.0,
+        decay=tuning.decay_after,
         clip=1.0,
         ema=0.0,
         save_every=tuning.save_every,

@@ -3,7 +3,7 @@
     python -m tests.recipes.readme                        all of them
     python -m tests.recipes.readme sheet masks            some: sheet, masks, lines, style, studio, painting, lesson
 
-studio, painting and lesson need Chromium, as the tests in a browser do. `style` trains a LoRA first: see style.py."""
+studio, painting and lesson need Chromium, as the tests in a browser do."""
 
 import os
 import re
@@ -67,19 +67,10 @@ def lines() -> None:
 
 
 def style() -> None:
-    """As style.py says: pictures, a training of two minutes on an idle core, and a sheet of what was learned."""
-    with TemporaryDirectory() as place:
-        pictures, lora = Path(place, "pictures"), Path(place, "lora")
-        train = f"mlxdiff train lora -m storybook -i {pictures} -o {lora} --steps 240 --batch 2 --rank 8 --rate 2e-3"
-        for command in (
-            f"tests.recipes.style pictures {pictures}",
-            train,
-            f"tests.recipes.style judge {lora} --count 16",
-        ):
-            subprocess.run([sys.executable, "-m", *command.split()], check=True, cwd=ROOT)
-        edge = mlxdiff.load("storybook").resolve("").width
-        rows = np.asarray(Image.open(Path(place, "style.png")))[: 2 * edge]
-        few_bits(Image.fromarray(rows)).save(DATA / "style.png", optimize=True)
+    """The first six scenes that `mlxdiff train judge` draws, without and with the LoRA of style.py."""
+    pipe, scenes = mlxdiff.load("storybook"), measure.scenes(6)
+    rows = [np.concatenate(list(measure.draw(pipe, scenes, loras=loras)), 1) for loras in ([], ["paper"])]
+    few_bits(Image.fromarray(np.concatenate(rows))).save(DATA / "style.png", optimize=True)
 
 
 @contextmanager
