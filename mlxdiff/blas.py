@@ -14,6 +14,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -67,12 +68,23 @@ def _wheel() -> str | None:
 
 
 def use_all_cores() -> None:
-    """Call this for large networks. Small ones gain little from threads, and since 0.3.27 OpenBLAS's threads wait for
-    each other without yielding: while other programs kept the cores busy, the built-in model took six times as long
-    with two threads."""
+    """Give OpenBLAS a thread for each core. Only where one product follows another, as in training: its threads wait
+    for each other without yielding, so that two products at once take four times as long as one after another."""
     for library in _loaded:
         if _THREADS not in os.environ and hasattr(library, "openblas_set_num_threads"):
-            library.openblas_set_num_threads(len(os.sched_getaffinity(0)))
+            library.openblas_set_num_threads(cores())
+    divides.cache_clear()
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+@cache
+def divides() -> bool:
+    """Whether OpenBLAS divides a product over threads of its own, and wants no others beside it."""
+    return any(x.openblas_get_num_threads() > 1 for x in _loaded if hasattr(x, "openblas_get_num_threads"))
 
 
 def _files(package: str, pattern: str) -> Iterator[Path]:

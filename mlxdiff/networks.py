@@ -34,7 +34,9 @@ class Networks:
         if name not in self._held:
             self._held[name] = network = self.open(name)
             if sum(v.nbytes for _, v in tree_flatten(network.parameters())) > _LARGE:
-                blas.use_all_cores()
+                # A U-Net divides its work by samples and parts over two cores. A transformer is mostly matrix products.
+                if self.description.flow or blas.cores() > 2:
+                    blas.use_all_cores()
                 ways.compile_kernels()
             else:
                 in_order(network)

@@ -119,6 +119,7 @@ def test_its_threads_are_one_until_a_large_network_comes_or_as_many_as_asked_for
     before = threads()
     mlxdiff.blas.use_all_cores(); square(1024)
     print(before, threads(), os.environ.get("OPENBLAS_NUM_THREADS"))
+    assert mlxdiff.blas.divides() == (threads() > 1)
     """
     cores = len(os.sched_getaffinity(0))
     assert child(code, OPENBLAS_NUM_THREADS=None) == f"1 {cores} None"
@@ -154,7 +155,7 @@ def test_float32_stays_whole_on_a_mac(monkeypatch):
     assert os.environ["MLX_ENABLE_TF32"] == "1"
 
 
-def test_a_large_network_asks_for_all_cores(monkeypatch):
+def test_a_large_network_asks_for_more_than_two_cores(monkeypatch):
     asked = []
     monkeypatch.setattr(blas, "use_all_cores", lambda: asked.append(True))
     pipe = mlxdiff.load("storybook")
@@ -164,6 +165,11 @@ def test_a_large_network_asks_for_all_cores(monkeypatch):
     pipe.networks.get("vae")
     assert not asked
     pipe.networks.release("unet")
+    monkeypatch.setattr(blas, "cores", lambda: 2)
+    pipe.networks.get("unet")
+    assert not asked
+    pipe.networks.release("unet")
+    monkeypatch.setattr(blas, "cores", lambda: 8)
     pipe.networks.get("unet")
     assert asked
 

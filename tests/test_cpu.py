@@ -2,12 +2,13 @@
 functions, for values and for gradients."""
 
 import math
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxdiff.models import cpu, layers, ways
+from mlxdiff.models import cpu, layers, unet, ways
 
 pytestmark = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU computes with MLX's own functions")
 
@@ -171,10 +172,10 @@ def test_two_halves_of_a_batch_on_a_core_each(shared, monkeypatch):
     block, x, shift = layers.ResBlock(64, 32, 8, 1e-5, time=16), normal(2, 32, 32, 64), normal(1 if shared else 2, 32)
     block.eval()
     slope = mx.grad(lambda x: (block(x, shift) * normal(2, 32, 32, 32, seed=5)).sum())
-    monkeypatch.setattr(cpu, "_CORES", 1)
+    monkeypatch.setattr(cpu, "_both", lambda: False)
     whole, steep = block(x, shift), slope(x)
     mx.eval(whole, steep)
-    monkeypatch.setattr(cpu, "_CORES", 2)
+    monkeypatch.setattr(cpu, "_both", lambda: True)
     halves, taken = cpu._halves, []
     monkeypatch.setattr(cpu, "_halves", lambda *a: taken.append(a) or halves(*a))
     assert off(block(x, shift), whole) < 1e-6
@@ -224,7 +225,7 @@ def test_kernels_of_a_small_network_are_only_put_in_order(tmp_path):
 def turns(monkeypatch):
     """How many parts each call was divided into, on a machine of two cores."""
     seen, in_turns = [], cpu.in_turns
-    monkeypatch.setattr(cpu, "_CORES", 2)
+    monkeypatch.setattr(cpu, "_both", lambda: True)
     monkeypatch.setattr(cpu, "in_turns", lambda f, calls: seen.append(len(calls)) or in_turns(f, calls))
     return seen
 
@@ -233,13 +234,40 @@ def test_a_convolution_on_two_cores_is_that_on_one(turns, monkeypatch):
     """Reference: the whole map at once. Each row is the sum of the same products."""
     x, weight = normal(1, 33, 40, 16), normal(16, 3, 3, 16, seed=1)
     whole = cpu.conv3x3(x, weight)
-    monkeypatch.setattr(cpu, "_PRODUCTS", range(1, 1 << 30))
+    monkeypatch.setattr(cpu, "_PRODUCTS", 1)
     assert off(cpu.conv3x3(x, weight), whole) < 1e-6
     assert turns == [1, 2]
 
 
+def test_a_transformer_of_a_u_net_on_two_cores_is_that_on_one(monkeypatch):
+    """Reference: the whole batch at once. A wrapper of an attention, as lessons use, still sees all of the batch."""
+    config = SimpleNamespace(groups=8, context=16)
+    net, x = unet.Transformer(config, 64, 2, 1), normal(2, 32, 32, 64)
+    net.eval()
+    layer = net.transformer_blocks[0]
+    kv = layer.attn2.kv(normal(2, 7, 16, seed=1))
+    halves, taken, seen, own = cpu._halves, [], [], layer.attn2
+    monkeypatch.setattr(cpu, "_halves", lambda *a: taken.append(a) or halves(*a))
+    monkeypatch.setattr(cpu, "_both", lambda: False)
+    whole = net(x, iter([kv]))
+    assert not taken
+    monkeypatch.setattr(cpu, "_both", lambda: True)
+    layer.attn2 = lambda x, kv: seen.append(x.shape) or own(x, kv)
+    assert off(net(x, iter([kv])), whole) < 1e-6
+    assert taken
+    assert seen == [(2, 32 * 32, 64)]
+
+
+def test_where_openblas_has_threads_of_its_own_nothing_is_handed_to_a_second_core(monkeypatch):
+    monkeypatch.setattr(cpu.blas, "cores", lambda: 2)
+    monkeypatch.setattr(cpu.blas, "divides", lambda: False)
+    assert cpu._both()
+    monkeypatch.setattr(cpu.blas, "divides", lambda: True)
+    assert not cpu._both()
+
+
 def test_what_has_a_core_already_is_not_handed_to_both(turns, monkeypatch):
-    monkeypatch.setattr(cpu, "_PRODUCTS", range(1, 1 << 30))
+    monkeypatch.setattr(cpu, "_PRODUCTS", 1)
     second, handed = cpu._second_core, []
     monkeypatch.setattr(cpu, "_second_core", lambda: handed.append(1) or second())
     conv = layers.Conv3x3(16, 16)

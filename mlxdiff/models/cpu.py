@@ -5,7 +5,6 @@ function is a polynomial, a large map is taken in parts, and a convolution is ni
 The results equal MLX's own within a few roundings, and gradients pass."""
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,11 +13,11 @@ from functools import wraps
 import mlx.core as mx
 import numpy as np
 
+from .. import blas
 from . import ways
 from .ways import fused
 
 PART = 1 << 18  # numbers worked on at a time: 1 MB, for the cache
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 _FEW = 1 << 13  # up to so many numbers, MLX's own function is as fast: twenty operations have a fixed cost
 # Pixels of a map; in smaller ones a convolution's copies cost less than its nine products. With many channels they cost
 # less also in larger ones: 5 % less at 32 x 32 and 320.
@@ -57,7 +56,7 @@ def in_parts(f: Callable, arrays: Sequence[mx.array], axis: int, rows: int) -> l
 def in_turns(f: Callable, calls: Sequence[Sequence]) -> list[mx.array]:
     """f of the arguments of each call, on two cores in turns. On each, a call waits for the previous one: MLX would
     begin several, and their arrays would not stay in the cache. What f itself divides stays on one core."""
-    results, cores = [], min(_CORES, 2) if len(calls) > 1 and not _shared() else 1
+    results, cores = [], 2 if len(calls) > 1 and not _shared() and _both() else 1
     for n, (first, *rest) in enumerate(calls):
         with _second_core() if n % cores else nullcontext(), _sharing(cores > 1):
             results.append(f(mx.depends(first, results[-cores]) if n >= cores else first, *rest))
@@ -83,11 +82,10 @@ def _elementwise(f: Callable) -> Callable:
 
 # --- two cores
 
-# Numbers of a map whose samples are worth a core each. Handing an operation to a core costs as much as it does with
-# 2^15 numbers; and of more than 2^20, matrix products are a network's largest part, which have threads of their own.
-_SHARED = range(1 << 16, 1 << 40)
+# Numbers of a map whose samples are worth a core each. Handing an operation to a core costs as much as 2^15 numbers do.
+_SHARED = 1 << 16
 _SCORES = 1 << 17  # of an attention, the same
-_PRODUCTS = range(1 << 24, 1 << 50)  # multiplications of a convolution, the same
+_PRODUCTS = 1 << 24  # multiplications of a convolution, the same
 _here = threading.local()  # of each thread, the stream beside its default one
 
 
@@ -96,6 +94,11 @@ def _second_core() -> AbstractContextManager:
     if not hasattr(_here, "beside"):
         _here.beside = mx.new_stream(mx.cpu)
     return mx.stream(_here.beside)
+
+
+def _both() -> bool:
+    """Whether a second core is there, and OpenBLAS does not use it already."""
+    return blas.cores() > 1 and not blas.divides()
 
 
 def _shared() -> bool:
@@ -117,8 +120,8 @@ def by_sample(layer: Callable) -> Callable:
 
     @wraps(layer)
     def call(self, x: mx.array, *arrays: mx.array) -> mx.array:
-        alone = self.training or x.shape[0] % 2 or x.size not in _SHARED or not suits("convolution", x)
-        if alone or _CORES < 2 or _shared():
+        alone = self.training or x.shape[0] % 2 or x.size < _SHARED or not suits("convolution", x)
+        if alone or _shared() or not _both():
             return layer(self, x, *arrays)
         first, second = zip(*(_halves(a, x.shape[0]) for a in (x, *arrays)), strict=True)
         with _sharing(True):
@@ -338,7 +341,7 @@ def _bordered(x: mx.array) -> mx.array:
 
 def _worth_both(x: mx.array, weight: mx.array) -> bool:
     """Whether a convolution of this map is worth two cores. The products of a larger one have threads of their own."""
-    return x.size * weight.size // x.shape[-1] in _PRODUCTS
+    return x.size * weight.size // x.shape[-1] >= _PRODUCTS
 
 
 @_nine.vjp

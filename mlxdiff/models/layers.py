@@ -180,6 +180,11 @@ def shows(span: Span, t: float | mx.array) -> bool:
     return isinstance(t, mx.array) or span[0] >= t > span[1]
 
 
+@cpu.by_sample
+def by_sample(layer: nn.Module, x: mx.array) -> mx.array:
+    return layer(x)
+
+
 class Attention(nn.Module):
     """Multi-head attention. `kv` is separate from the call, so that a constant text needs them only once."""
 
@@ -192,13 +197,17 @@ class Attention(nn.Module):
         self.heads = heads
 
     def kv(self, context: mx.array) -> tuple[mx.array, mx.array]:
-        return self.of_heads(self.to_k(context), self.to_v(context))
+        return self.of_heads(by_sample(self.to_k, context), by_sample(self.to_v, context))
 
     def of_heads(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         return pad_heads(split_heads(k, self.heads)), pad_heads(split_heads(v, self.heads))
 
     def __call__(self, x: mx.array, kv: tuple[mx.array, ...]) -> mx.array:
         """kv: keys and values of the text, then those of each IP-Adapter; each has a softmax of its own."""
+        return self.of_keys(x, *kv)
+
+    @cpu.by_sample
+    def of_keys(self, x: mx.array, *kv: mx.array) -> mx.array:
         q = split_heads(self.to_q(x), self.heads)
         y = attention(q, *kv[:2])
         for k, v in zip(kv[2::2], kv[3::2], strict=True):

@@ -19,6 +19,7 @@ from .layers import (
     Span,
     TimeEmbedding,
     Upsample,
+    by_sample,
     geglu,
     of_time,
     shows,
@@ -88,6 +89,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = [GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)]  # the file's net.1 is a dropout
 
+    @cpu.by_sample
     def __call__(self, x: mx.array) -> mx.array:
         return self.net[2](self.net[0](x))
 
@@ -118,17 +120,11 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(c, c)
 
     def __call__(self, x: mx.array, kv: Iterator) -> mx.array:
-        kvs = [next(kv) for _ in self.transformer_blocks]
-        return self.of(x, *[a for pair in kvs for a in pair])
-
-    @cpu.by_sample
-    def of(self, x, *flat):
         B, h, w, c = x.shape
-        y = self.proj_in(self.norm(x).reshape(B, h * w, c))  # (B, N, c)
-        n = len(flat) // len(self.transformer_blocks)
-        for i, layer in enumerate(self.transformer_blocks):
-            y = layer(y, flat[i * n : (i + 1) * n])
-        return x + self.proj_out(y).reshape(B, h, w, c)
+        y = by_sample(self.proj_in, self.norm(x).reshape(B, h * w, c))  # (B, N, c)
+        for layer in self.transformer_blocks:
+            y = layer(y, next(kv))
+        return x + by_sample(self.proj_out, y).reshape(B, h, w, c)
 
 
 class Block(nn.Module):
