@@ -8,7 +8,6 @@ from itertools import zip_longest
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import cpu
 from .layers import (
     Attention,
     Conv3x3,
@@ -89,7 +88,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = [GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)]  # the file's net.1 is a dropout
 
-    @cpu.by_sample
     def __call__(self, x: mx.array) -> mx.array:
         return self.net[2](self.net[0](x))
 
@@ -108,7 +106,7 @@ class TransformerLayer(nn.Module):
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.kv(y))
         x = x + self.attn2(self.norm2(x), kv)
-        return x + self.ff(self.norm3(x))
+        return x + by_sample(self.ff, self.norm3(x))
 
 
 class Transformer(nn.Module):
