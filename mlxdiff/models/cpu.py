@@ -340,7 +340,7 @@ def _bordered(x: mx.array) -> mx.array:
 
 
 def _worth_both(x: mx.array, weight: mx.array) -> bool:
-    """Whether a convolution of this map is worth two cores. The products of a larger one have threads of their own."""
+    """Whether a convolution of this map is worth two cores."""
     return x.size * weight.size // x.shape[-1] >= _PRODUCTS
 
 
