@@ -360,6 +360,6 @@ def test_a_real_model_draws_the_same_through_the_worker():
     job.cancel()
     with pytest.raises(Cancelled):
         job.result(WAIT)
-    # What the worker keeps is the model and the last prompt's texts, as before: a run's latents alone are 32 KiB. Of two
-    # scalars, 32 bytes, it is not known why they were there once in many runs.
+    # What the worker keeps is the model and the last prompt's texts, as before: a run's latents alone are 32 KiB. Two
+    # scalars, 32 bytes, were there once in many runs, and it is not known why.
     assert mx.get_active_memory() - before < 1024
