@@ -1,6 +1,7 @@
 """Converts arrays to pictures and writes pictures to files that carry their settings (see `metadata`): the text that
 other programs read (`dialects`) and the whole Request as JSON. No file is ever overwritten or half-written."""
 
+import ctypes
 import hashlib
 import io
 import math
@@ -8,7 +9,8 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -144,12 +146,23 @@ def open_file(file: Path | io.BytesIO) -> Image.Image:
     if parts > _MOST_PARTS:  # joining them takes Pillow a time that grows with their square: minutes for 130 MB
         raise OSError(0, f"it is a JPEG whose EXIF has more than {_MOST_PARTS} parts")
     image = Image.open(file, formats=FORMATS)
+    if image.format == "TIFF":
+        _quiet_libtiff()
     pixels = image.width * image.height
     if pixels > MOST_PIXELS:
         raise OSError(0, f"it has {pixels // 10**6} megapixels, and {MOST_PIXELS // 10**6} are the most")
     if "progressive" in image.info and pixels * (_marks(file)[1] if scans is None else scans) > _MOST_WORK:
         raise OSError(0, "it is a JPEG in more scans than its pixels need")
     return image
+
+
+@cache
+def _quiet_libtiff() -> None:
+    """libtiff tells standard error what is wrong with a file. Pillow raises for it, and we say it in one line."""
+    folder = Path(Image.__file__).parent
+    for library in (*folder.parent.glob("pillow.libs/libtiff*"), *folder.glob(".dylibs/libtiff*")):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
 
 
 def _marks(file: Path | io.BytesIO) -> tuple[int, int]:
@@ -357,7 +370,7 @@ def check_name(path: Path) -> None:
     try:
         path.lstat()
     except FileNotFoundError:
-        pass
+        _quiet_libtiff()
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         raise Error(f"{path} cannot be written: {why}.", "Choose another place with `output`.") from None

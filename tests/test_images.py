@@ -426,3 +426,15 @@ def test_a_tall_picture_is_read_in_strips_as_at_once(tmp_path):
     assert images.read(tmp_path / "turned.jpg").size == (600, 9)
     given = Image.open(tmp_path / "turned.jpg")
     assert (images.read(given).size, given.size) == ((600, 9), (9, 600))  # a caller's picture stays as it is
+
+
+def test_libtiff_says_nothing_by_itself(tmp_path, capfd):
+    """Without `_quiet_libtiff` it writes "tempfile.tif: Using code not yet in table." for this file."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    noise.save(tmp_path / "a.tif", compression="tiff_lzw")
+    damaged = bytearray((tmp_path / "a.tif").read_bytes())
+    damaged[40:400] = bytes(255 - b for b in damaged[40:400])
+    (tmp_path / "a.tif").write_bytes(damaged)
+    with pytest.raises(Error, match="cannot be read"):
+        images.read(tmp_path / "a.tif")
+    assert capfd.readouterr().err == ""
