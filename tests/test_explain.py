@@ -706,6 +706,8 @@ def test_a_verdict_is_only_given_on_figures_that_bear_it_out():
 
 def test_all_twenty_claims_have_their_verdict_in_what_is_committed():
     cells = [c for n in ("13_claims_on_trial", "14_claims_on_the_model") for c in notebooks.read(n).cells]
+    for cell in cells:
+        cell.metadata["tags"] = []  # a volatile cell's figures differ from run to run, its claim does not
     said = "\n".join(notebooks.texts(SimpleNamespace(cells=cells)))
     claims = (*NOISE, *MODEL)
     assert len({claim.quote for claim in claims}) == 20
