@@ -69,7 +69,7 @@ def _wheel() -> str | None:
 
 def use_all_cores() -> None:
     """Give OpenBLAS a thread for each core. Only where one product follows another, as in training: its threads wait
-    for each other without yielding, so that two products at once take four times as long as one after another."""
+    for each other without yielding, so that two products at once cost four times the processor time."""
     for library in _loaded:
         if _THREADS not in os.environ and hasattr(library, "openblas_set_num_threads"):
             library.openblas_set_num_threads(cores())
