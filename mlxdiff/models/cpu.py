@@ -115,7 +115,7 @@ def _sharing(on: bool) -> Iterator[None]:
         _here.shared = before
 
 
-def by_sample(layer: Callable) -> Callable:
+def on_two_cores(layer: Callable) -> Callable:
     """A layer's call, (self, x, ...), that computes two halves of a batch beside each other, on a core each."""
 
     @wraps(layer)

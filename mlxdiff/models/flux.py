@@ -18,7 +18,6 @@ from .layers import (
     fused,
     gated,
     gelu_tanh,
-    in_parts,
     modulation,
     pack,
     shows,
@@ -26,6 +25,7 @@ from .layers import (
     silu,
     sinusoids,
     split_heads,
+    split_linear,
     unpack,
 )
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array) -> tuple[mx.array, ...]:
         """q and k as `QKNorm` gives them, and v, (B, heads, N, d)."""
         d = x.shape[-1]
-        qk, v = in_parts(self.qkv, x, 2 * d)
+        qk, v = split_linear(self.qkv, x, 2 * d)
         return *self.norm(qk), split_heads(v, self.norm.heads)
 
 
@@ -171,7 +171,7 @@ class SingleBlock(nn.Module):
     def __call__(self, x: mx.array, mods: list, pe: Pair) -> mx.array:
         norm, gate = mods
         d = x.shape[-1]
-        qk, v, hidden = in_parts(self.linear1, adaptive_norm(x, *norm), 2 * d, 3 * d)
+        qk, v, hidden = split_linear(self.linear1, adaptive_norm(x, *norm), 2 * d, 3 * d)
         q, k = self.norm.rotated(*self.norm(qk), pe)
         y = attention(q, k, split_heads(v, self.norm.heads))
         return gated(x, gate, side_by_side(self.linear2, y, self.act(hidden)))
