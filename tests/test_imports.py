@@ -76,6 +76,7 @@ MAY = {
     "mlxdiff.provenance": {
         "mlxdiff.errors",
         "mlxdiff.foreign",
+        "mlxdiff.guides",
         "mlxdiff.images",
         "mlxdiff.metadata",
         "mlxdiff.signing",
