@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 import mlxdiff  # noqa: E402
+from mlxdiff.train import measure  # noqa: E402
 from tests.recipes import cpu, flow_torch, student_torch, vae_torch  # noqa: E402
 from tests.recipes import storybook_torch as st  # noqa: E402
 
@@ -71,8 +72,9 @@ def test_measures_by_hand():
     picture[:, :, 16:] = 100
     blurred = picture.copy()
     blurred[:, :, 16] = 50
-    assert vae_torch.steepness(picture) == pytest.approx(100, abs=1e-3)
-    assert vae_torch.steepness(blurred) == pytest.approx(50, abs=1e-3)
+    for turned in ((0, 1, 2, 3), (0, 2, 1, 3)):  # steep sideways, and upwards
+        assert measure.steepness(picture.transpose(turned)) == pytest.approx(100, abs=1e-3)
+        assert measure.steepness(blurred.transpose(turned)) == pytest.approx(50, abs=1e-3)
 
     class Off:
         def encode(self, x):
