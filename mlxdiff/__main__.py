@@ -42,6 +42,7 @@ def _main(argv: list[str]) -> int:
         for name, (_, text) in COMMANDS.items():
             say(f"  {name:10} {text}")
         say("\nmlxdiff PROMPT is short for mlxdiff generate PROMPT. mlxdiff COMMAND --help says more.")
+        say("mlxdiff --version says which version this is.")
         return 0 if argv else 2
     if word in COMMANDS:
         return importlib.import_module(COMMANDS[word][0]).main(rest)

@@ -110,7 +110,8 @@ def _settings(found: dict) -> str:
         return found.get("damaged", "none that mlxdiff reads")
     prompt = _cut(s["prompt"], _WORDS)
     size = None if s["width"] is None else f"{s['width']} x {s['height']}"
-    shown = {"seed": s["seed"], "steps": s["steps"], "sampler": s["sampler"], "guidance": s["guidance"], "size": size}
+    guidance = None if s["guidance"] is None else f"{s['guidance']:g}"
+    shown = {"seed": s["seed"], "steps": s["steps"], "sampler": s["sampler"], "guidance": guidance, "size": size}
     return ", ".join([f"“{prompt}”", *(f"{k} {v}" for k, v in shown.items() if v is not None)])
 
 
@@ -118,9 +119,16 @@ def _networks(settings: dict) -> list[str]:
     """What it was drawn with beside the model, a line for each kind."""
     kinds = {"LoRA": settings.get("loras"), "words": settings.get("embeddings")}
     for kind in ("control", "reference"):
-        kinds[kind] = [f"{(g := Guide(**held))} at {g.scale:g}" for held in settings.get(f"{kind}s", ())]
+        kinds[kind] = [_guide(Guide(**held)) for held in settings.get(f"{kind}s", ())]
     kinds["enlarged by"] = [settings["upscaler"]] if settings.get("upscaler") else []
     return [f"  {kind:11} {_cut(', '.join(names), _NAMES)}" for kind, names in kinds.items() if names]
+
+
+def _guide(guide: Guide) -> str:
+    made = "" if guide.detect is None else f" ({guide.detect} of it)"
+    steps = " to ".join(f"{share:g}" for share in guide.interval)
+    part = "" if guide.interval == (0, 1) else f" from {steps} of the steps"
+    return f"{guide}{made} at {guide.scale:g}{part}"
 
 
 def _cut(text: str, most: int) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from mlxdiff import images, metadata, provenance, signing
 from mlxdiff.convert.inspect import main as inspect
 from mlxdiff.errors import Error
 from mlxdiff.generate import main as generate
+from mlxdiff.guides import Guide
 from mlxdiff.request import Request
 
 from .test_metadata import A1111, ENDINGS, FULL, exif, picture, put, source_of
@@ -333,6 +335,11 @@ def test_inspect_says_where_a_picture_comes_from(tmp_path, capsys, monkeypatch):
     assert "seed 7, steps 20, sampler dpmpp_2m" in lines[2]
     assert lines[3:5] == ["  LoRA        a.safetensors:0.8", "  reference   ip-adapter b.png at 0.5"]
     assert "IPTC trainedAlgorithmicMedia (made by a model)" in lines[5]
+    guided = Guide("photo.png", "canny", 0.8, (0, 0.5), detect="canny")
+    images.save(picture(), Path("c.png"), replace(FULL, controls=(guided,)), "storybook", "float32")
+    assert inspect(["c.png"]) == 0
+    told = "  control     canny photo.png (canny of it) at 0.8 from 0 to 0.5 of the steps\n"
+    assert told in capsys.readouterr().out
 
 
 def test_inspect_of_pictures_of_others(tmp_path, capsys, monkeypatch):
