@@ -473,7 +473,7 @@ COMMANDS = {
     "judge": train_judge,
     "export": export,
     "decoder": decoder,
-    "measure": lambda args: measure(args, shipped_sampling(args.folder), 15),
+    "measure": lambda args: measure(args, shipped_sampling(args.folder), 12),
 }
 
 
