@@ -251,7 +251,7 @@ MAY = {
         "mlxdiff.store.adapters",
         "mlxdiff.store.tokenizer",
     },
-    "mlxdiff.store.hub": {"mlxdiff.errors"},
+    "mlxdiff.store.hub": {"mlxdiff.errors", "mlxdiff.foreign"},
     "mlxdiff.store.cache": {
         "mlxdiff.description",
         "mlxdiff.errors",
