@@ -57,9 +57,9 @@ def whole_float32() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Linux: let the process keep up to 256 MB of what it frees. MLX has no store of arrays there: each is asked of the C
-    library, which would give much of them back to the system at once, and a page that comes back costs a fault, a sixth
-    of the time of a small picture's decoding. An array of over 32 MB still goes back."""
+    """Linux: let the process keep up to 256 MB of what it frees. MLX has no store of arrays there: each is asked of the
+    C library, which would give much of them back to the system at once, and a page that comes back costs a fault, a
+    sixth of the time of a small picture's decoding. An array of over 32 MB still goes back."""
     if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         library = ctypes.CDLL(None)
         if hasattr(library, "mallopt"):  # not in musl

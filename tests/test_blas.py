@@ -222,8 +222,8 @@ def test_nobody_else_in_the_process_sees_it():
 
 @pytest.mark.skipif("MALLOC_TRIM_THRESHOLD_" in os.environ, reason="the C library is set already")
 def test_freed_memory_is_kept_unless_the_user_says_otherwise():
-    """Page faults of ten rounds of four arrays of 20 MB, 5,120 pages each. A setting of the user's, here the C library's
-    own figure, is left alone."""
+    """Page faults of ten rounds of four arrays of 20 MB, 5,120 pages each. A setting of the user's, here the C
+    library's own figure, is left alone."""
     code = """
     import mlxdiff, resource
     import mlx.core as mx
