@@ -53,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--size", type=int, metavar="PX", help="edge of each picture (the model's)")
     s.add_argument("--scenes", type=int, default=192, metavar="N", help="how many prompts (192)")
     s.add_argument("--unseen", action="store_true", help="use pairs of words that were held out of training")
-    s.add_argument("-g", "--guidance", type=float, nargs="+", metavar="G", default=[4.0], help="one or several (4)")
-    s.add_argument("--steps", type=int, nargs="+", metavar="N", default=[25], help="of a picture; one or several (25)")
-    s.add_argument("--sampler", nargs="+", metavar="NAME", default=["ddim"], help="one or several (ddim)")
+    s.add_argument("-g", "--guidance", type=float, nargs="+", metavar="G", help="one or several (the model's)")
+    s.add_argument("--steps", type=int, nargs="+", metavar="N", help="of a picture; one or several (the model's)")
+    s.add_argument("--sampler", nargs="+", metavar="NAME", help="one or several (the model's)")
     s.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help="quantize the model")
     s.add_argument("--dtype", choices=DTYPES, help="default: the dtype that suits this machine")
     s = kinds.add_parser("scenes", help="draw some training pictures, with their captions")
@@ -278,7 +278,9 @@ def judge(args) -> int:
     chosen = measure.scenes(args.scenes, args.unseen)
     size = _edge(pipe.description.defaults.size if args.size is None else args.size)
     _line("renders", judges.adherence(referee, measure.renders(chosen, size), chosen))
-    for guidance, steps, sampler in product(args.guidance, args.steps, args.sampler):
+    own = pipe.description.defaults
+    each = args.guidance or [own.guidance], args.steps or [own.steps], args.sampler or [own.sampler]
+    for guidance, steps, sampler in product(*each):
         shares = measure.measure(
             pipe, referee, chosen, guidance=guidance, steps=steps, sampler=sampler, width=size, height=size
         )
