@@ -356,7 +356,7 @@ class Request:
                 values.text("LoRA" if name == "loras" else "embedding", text)
         for text in self.loras or ():
             if (scale := dialects.lora(text)[1]) is not None:
-                values.number("lora scale", scale, -MAX_SCALE, MAX_SCALE)
+                values.number("LoRA scale", scale, -MAX_SCALE, MAX_SCALE)
 
     def check_guides(self) -> None:
         """Raise unless the guides have pictures and numbers in range, before their files are read."""

@@ -29,7 +29,7 @@ def number(name: str, value, low: float, high: float) -> None:
 
 def _title(name: str) -> str:
     """A setting's name at the start of a sentence; a name of two words stays as it is in Python."""
-    return name if "_" in name else name.capitalize()
+    return name if "_" in name else name[0].upper() + name[1:]
 
 
 def span(name: str, value) -> None:

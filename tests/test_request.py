@@ -197,7 +197,7 @@ BAD = [
     ({"noise": "torhc"}, "Did you mean torch?"),
     ({"true_cfg": 100.5}, "true_cfg must be a number from 0 to 100; 100.5 was given"),
     ({"loras": "style.safetensors"}, "is not a list"),
-    ({"loras": ("style.safetensors:11",)}, "Lora scale must be a number from -10 to 10; 11.0 was given"),
+    ({"loras": ("style.safetensors:11",)}, "LoRA scale must be a number from -10 to 10; 11.0 was given"),
     ({"loras": (5,)}, "The LoRA is int, not text"),
     ({"skip_interval": (0.5, 0.1)}, "ends before it begins"),
     ({"skip_scale": math.inf}, "skip_scale must be a number from 0 to 100; inf was given"),
