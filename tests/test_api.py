@@ -298,3 +298,5 @@ def test_short_words_are_near_nothing():
     assert builtin.notice("storybook-flow", "a gren house") == "storybook-flow does not know: gren (green?)."
     assert builtin.notice("sd15", "a gren house") == ""
     assert builtin.notice("storybook", "the red house and a tre") == "storybook does not know: and, tre."
+    assert builtin.notice("storybook", "a teal house", ["<teal>"]) == "storybook does not know: teal (<teal>?)."
+    assert builtin.notice("storybook", "a <teal> house", ["<teal>"]) == ""

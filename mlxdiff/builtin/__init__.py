@@ -53,11 +53,12 @@ def notice(model: str, prompt: str, taught: Iterable[str] = ()) -> str:
     "" if it knows all words, and for other models. taught: words that it was taught."""
     if model not in NAMES:
         return ""
-    words = []
+    words, taught = [], list(taught)
     for word in taught:
         prompt = prompt.replace(word, "")
     for word in unknown_words(prompt):
         close = near(word, [w for w in sorted(known_words()) if len(w) >= _LONG], 0.75) if len(word) >= _LONG else ""
+        close = f"<{word}>" if f"<{word}>" in taught else close
         words.append(f"{word} ({close}?)" if close else word)
     return f"{model} does not know: {', '.join(words)}." if words else ""
 
