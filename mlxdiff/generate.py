@@ -114,11 +114,13 @@ def _how_to_draw(g: argparse._ArgumentGroup) -> None:
 
 def _with_which_model(g: argparse._ArgumentGroup) -> None:
     g.add_argument("-m", "--model", metavar="MODEL", help=f"name, hub id, folder, .safetensors or .gguf ({DEFAULT})")
-    many = "a file or name (lcm, ...) that changes the model, at a scale if it is not 1; may be given several times"
+    many = "a file or name (quick, paper, lcm, ...) that changes the model, at a scale if it is not 1; may be given"
+    many += " several times"
     g.add_argument("--lora", dest="loras", action="append", metavar="FILE[:SCALE]", help=many)
     where = "where --lora, --embedding and <lora:NAME> in a prompt find names ($MLXDIFF_LORAS)"
     g.add_argument("--lora-dir", type=Path, metavar="DIR", help=where)
-    many = "a word that is taught to CLIP (textual inversion); may be given several times"
+    many = "a file or name (teal) of a word that is taught to CLIP (textual inversion); the prompt says <teal>; may"
+    many += " be given several times"
     g.add_argument("--embedding", dest="embeddings", action="append", metavar="FILE[=WORD]", help=many)
     g.add_argument("--refiner", metavar="MODEL", help="a second model that finishes the picture, such as sdxl-refiner")
     g.add_argument("--refine-at", type=float, metavar="F", help="fraction of the steps before the refiner begins (0.8)")

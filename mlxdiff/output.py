@@ -19,7 +19,8 @@ STDOUT = Path("-")
 
 
 def add_arguments(g: argparse._ArgumentGroup) -> None:
-    where = "file or folder; never overwrites; each of several pictures adds its seed to FILE; - is standard output"
+    where = "file or folder (default: this folder, where files get the prompt and the seed as their name); never"
+    where += " overwrites; each of several pictures adds its seed to FILE; - is standard output"
     g.add_argument("-o", "--output", type=Path, metavar="FILE", help=where)
     g.add_argument("--format", choices=images.ENDINGS, help="of pictures that FILE does not name (png)")
     what = f"of a JPEG or WebP, 1 to {metadata.LOSSLESS} ({metadata.QUALITY}); a WebP of {metadata.LOSSLESS} loses"
