@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,9 @@ class Place:
         self.env |= {"TMPDIR": str(folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder)}
 
     def begin(self, words: list[str]) -> subprocess.Popen:
-        # A shell that starts this in its background ignores SIGINT and hands that down; a user's shell does not.
-        heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         call = [sys.executable, "-m", "mlxdiff", *words]
-        return subprocess.Popen(call, cwd=self.here, env=self.env, preexec_fn=heard, **pipes)
+        return subprocess.Popen(call, cwd=self.here, env=self.env, preexec_fn=hear_interrupts, **pipes)
 
     def run(
         self, words: list[str], stop: float | None = None, by: int = signal.SIGINT, after: Callable | None = None
@@ -112,6 +111,11 @@ def _processor() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def hear_interrupts() -> None:
+    """A shell that starts this in its background ignores SIGINT and hands that down; a user's shell does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
     """Stop a training so often in one folder, each time at a random moment, one of four before its first step, and then
     let it end. Its weights, its state and the losses of its log are those of a run that was left alone."""
@@ -123,9 +127,7 @@ def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
     well, names = True, files(whole)
     for moment in sorted(rng.uniform(0, STEPS) for _ in range(count)):
         began, early = time.time(), rng.uniform(0.2, 1) * start if rng.random() < 0.25 else math.inf
-        reached = lambda until=began + early, began=began, step=int(moment): (  # noqa: E731
-            time.time() > until or (written(parts) > began and len(log(parts)) >= step)
-        )
+        reached = partial(is_reached, parts, int(moment), began, began + early)
         code, said, seen, late = place.run([*words, "parts"], moment % 1 * (seconds - start) / STEPS, by, reached)
         bad = wrong(code, said, by, late, most)
         if by != signal.SIGKILL:  # a process that is killed cleans nothing up
@@ -137,6 +139,11 @@ def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
     same = code == 0 and equal(whole, parts)
     print(f"{name}: {'the same as a run that was left alone' if same else f'ANOTHER RUN {code} {said}'}", flush=True)
     return well and same
+
+
+def is_reached(out: Path, step: int, began: float, until: float) -> bool:
+    """Whether a training that began at that time has logged so many steps, or that time has come."""
+    return time.time() > until or (written(out) > began and len(log(out)) >= step)
 
 
 def wrong(code: int, said: str, by: int, late: float, most: float) -> list[str]:
@@ -180,19 +187,18 @@ def interrupted(place: Path, name: str, count: int, by: int, seed: int = 0) -> b
     does, without a traceback, and leaves nothing but its output, which is whole."""
     place, rng, well, slowest = Place(place), random.Random(f"{name} {seed}"), True, 0.0
     if name == "score":
-        place.whole([word.replace("OUT", "drawn") for word in COMMANDS["generate"]])
-    named = lambda out: [word.replace("OUT", out) for word in COMMANDS[name]]  # noqa: E731
-    seconds, most = place.whole(named("whole"))
+        place.whole(words_of("generate", "drawn"))
+    seconds, most = place.whole(words_of(name, "whole"))
     before, whole = place.files(), place.outputs("whole")
     for i in range(count):
         wait = rng.uniform(0, 1) * seconds
-        code, said, _, late = place.run(named(f"parts{i}-"), wait, by)
+        code, said, _, late = place.run(words_of(name, f"parts{i}-"), wait, by)
         parts = place.outputs(f"parts{i}-")
         bad = wrong(code, said, by, late, most)
         bad += [f"left {f}" for f in place.files() - before if not f.startswith(f"parts{i}-")]
         if name == "generate":  # of two pictures, the first may be there
             parts |= {f: data for f, data in whole.items() if f not in parts}
-        if parts and not same(whole, parts):
+        if parts and not alike(whole, parts):
             bad.append(f"half of it: {sorted(parts)}")
         slowest = max(slowest, late)
         print(f"{name}: after {wait:.2f} of {seconds:.2f} s: {code}, {late:.2f} s late{told(bad)}", flush=True)
@@ -202,7 +208,11 @@ def interrupted(place: Path, name: str, count: int, by: int, seed: int = 0) -> b
     return well
 
 
-def same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
+def words_of(name: str, out: str) -> list[str]:
+    return [word.replace("OUT", out) for word in COMMANDS[name]]
+
+
+def alike(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
     """Whether two runs wrote the same: files, and bytes, or of JSON, in which times differ, names."""
     return one.keys() == other.keys() and all(
         json.loads(data).keys() == json.loads(other[f]).keys() if f == ".json" else data == other[f]

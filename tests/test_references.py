@@ -403,7 +403,7 @@ def test_a_vision_model_may_be_in_another_repository(pipe, file, style, tmp_path
     adapter.write_bytes(file.read_bytes())
     row = replace(ADAPTERS["flux", "ip-adapter"], net=pipe.description.net)
     monkeypatch.setitem(ADAPTERS, ("sd1", "eyes"), row)
-    monkeypatch.setattr(store_references, "_one_file", lambda repo, *_: adapter if repo == row.repo else None)
+    monkeypatch.setattr(store_references, "one_file", lambda repo, *_: adapter if repo == row.repo else None)
     monkeypatch.setattr(store_references, "one_network", lambda repo, *_: {row.sees: tmp_path / "eyes"}[repo])
     found, beside = (pipe.resolve("x", references=[(name, style)], **SAME).references[0] for name in ("eyes", file))
     assert found.model_hash == beside.model_hash

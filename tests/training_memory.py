@@ -17,7 +17,7 @@ from mlxdiff import recipe, weights  # before MLX, whose own matrix products are
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlxdiff.description import Description, published
 from mlxdiff.models import build
@@ -55,8 +55,8 @@ def filled(model: Description) -> nn.Module:
 
 
 def peak_of_step(steps: Iterator[fit.Report], weights: int) -> tuple[int, fit.Report]:
-    """The peak of the next step, by MLX's own count, and its report. weights: the bytes of the networks at work; what
-    else this process holds is no part of the peak."""
+    """The peak of the next step, by MLX's own count, and its report. weights: the bytes of the networks at work, with what
+    is trained; what else this process holds is no part of the peak."""
     gc.collect()
     mx.clear_cache()
     besides = mx.get_active_memory() - weights
@@ -89,16 +89,17 @@ def main() -> int:
     plan = fit.Plan(tuning.steps, tuning.rate, "adamw", 0, 1.0, 1.0, 0.0, 100, 1e-2, 1)
     with tempfile.TemporaryDirectory() as folder:
         steps = fit.fit(net, batches.loss, batch, plan, Path(folder) / "run")
-        for _ in range(tuning.steps):
-            began, cpu = time.perf_counter(), time.process_time()
-            seen, report = peak_of_step(steps, told.weights)
-            print(
-                f"{args.model} {args.size} {model.recipe}{' low' * args.low_memory}: {len(made)} layers changed,"
-                f" seen {seen / 1e9:.3f} GB, told {told.peak / 1e9:.3f}"
-                f" ({told.peak / seen:.2f}); weights {told.weights / 1e9:.3f}; loss"
-                f" {report.loss:.3g}; {time.process_time() - cpu:.1f} CPU s, {time.perf_counter() - began:.1f} s",
-                flush=True,
-            )
+        trained = sum(v.nbytes for _, v in tree_flatten(net.trainable_parameters()))
+        began, cpu = time.perf_counter(), time.process_time()
+        seen, report = peak_of_step(steps, told.weights + trained)
+        print(
+            f"{args.model} {args.size} {model.recipe}{' low' * args.low_memory}: {len(made)} layers changed,"
+            f" seen {seen / 1e9:.3f} GB, told {told.peak / 1e9:.3f} ({told.peak / seen:.2f});"
+            f" weights {told.weights / 1e9:.3f}, trained {trained / 1e9:.3f}; loss {report.loss:.3g};"
+            f" {time.process_time() - cpu:.1f} CPU s, {time.perf_counter() - began:.1f} s",
+            flush=True,
+        )
+        steps.close()
     return 0
 
 

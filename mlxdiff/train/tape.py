@@ -169,6 +169,7 @@ def peak(graph: Graph, gpu: bool) -> int:
     size, inputs = graph.sizes, set(graph.inputs)
     kept = inputs | set(graph.constants) | {buffer[name] for name in graph.outputs}
     tasks, held, read_last = _tasks(graph, ops, gpu), set(inputs), {}
+    turned = {name for op in ops if op.kind == "Transpose" for name in op.makes}
     most = alive = sum(size[b] for b in inputs)
     ending, ended = [], 0  # (task, bytes) in order, and how many of these are over
     for i, op in enumerate(ops):
@@ -188,9 +189,9 @@ def peak(graph: Graph, gpu: bool) -> int:
                 held.discard(place)
             if b not in last and b not in kept:
                 over.add(b)
-        beside = 0 if gpu else _unfolded(graph, op)
+        beside, copies = (0, 0) if gpu else _of_convolution(graph, op, turned)
         alive += beside
-        most = max(most, alive)
+        most = max(most, alive + copies)  # those of two convolutions at once were not seen
         over &= held
         held -= over
         read_last |= dict.fromkeys(reads, tasks[i])
@@ -228,10 +229,12 @@ def _tasks(graph: Graph, ops: list[Op], gpu: bool) -> list[int]:
     return numbers
 
 
-def _unfolded(graph: Graph, op: Op) -> int:
-    """Bytes that a convolution takes beside its output on a CPU: its input, once for each number of the kernel."""
+def _of_convolution(graph: Graph, op: Op, turned: set[str]) -> tuple[int, int]:
+    """Bytes that a convolution takes beside its output on a CPU, which computes it in float32: its input, once for each
+    number of the kernel; and copies of its kernel, if that is in 16 bits or turned, as for the gradient of an input."""
     if op.kind != "Convolution":
-        return 0
-    (*_, c), (_, kh, kw, _) = (graph.shapes[name] for name in op.reads[:2])
-    n, h, w, channels = graph.shapes[op.makes[0]]
-    return n * h * w * kh * kw * c * graph.sizes[op.makes[0]] // (n * h * w * channels)
+        return 0, 0
+    (*_, c), (o, kh, kw, _) = (graph.shapes[name] for name in op.reads[:2])
+    n, h, w, _ = graph.shapes[op.makes[0]]
+    copies = 2 if op.reads[1] in turned else graph.sizes[op.reads[1]] < 4 * o * kh * kw * c
+    return 4 * n * h * w * kh * kw * c, 4 * copies * o * kh * kw * c
