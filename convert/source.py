@@ -43,9 +43,8 @@ _SIZES = {tag: np.dtype(kind).itemsize for tag, (kind, _) in FLOATS.items()} | {
 _SIZES["BOOL"] = 1
 
 _SCALE = re.compile(r"\.(scale_weight|weight_scale)$")
-_MAX_HEADER = (
-    2**25
-)  # bytes. The format allows three times as much; the largest published headers have about one million
+# Bytes. The format allows three times as much; the largest published headers have about one million.
+_MAX_HEADER = 2**25
 _MOST_TENSORS = 50_000  # of a file: the largest published ones have under 5,000, and their names are looked at often
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _VARIANTS = ("fp16", "bf16")

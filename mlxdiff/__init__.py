@@ -19,6 +19,7 @@ from . import blas as _blas  # noqa: E402
 
 BLAS = _blas.preload()
 _blas.whole_float32()
+_blas.keep_freed_memory()
 
 if TYPE_CHECKING:
     from .errors import Error

@@ -33,6 +33,8 @@ def _main(argv: list[str]) -> int:
     if argv[:1] == ["--version"]:
         say(f"mlxdiff {__version__}")
         return 0
+    if len(argv) == 2 and argv[1] in ("-h", "--help") and " " not in argv[0]:
+        argv = ["help", argv[0]]  # a word that is no command would show the help of generate
     helps = argv[:1] == ["help"]
     word, rest = (argv[1], ["--help"]) if helps and len(argv) > 1 else ("".join(argv[:1]), argv[1:])
     if word in ("", "help", "-h", "--help"):
@@ -40,6 +42,7 @@ def _main(argv: list[str]) -> int:
         for name, (_, text) in COMMANDS.items():
             say(f"  {name:10} {text}")
         say("\nmlxdiff PROMPT is short for mlxdiff generate PROMPT. mlxdiff COMMAND --help says more.")
+        say("mlxdiff --version says which version this is.")
         return 0 if argv else 2
     if word in COMMANDS:
         return importlib.import_module(COMMANDS[word][0]).main(rest)

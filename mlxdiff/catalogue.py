@@ -33,27 +33,27 @@ def chosen(name: str | None) -> int:
 
 def adapters(name: str | None) -> int:
     """List the networks that guide or change a named model, or all models."""
-    family = None if name is None else _model(name).family.name
+    model = None if name is None else _model(name)
+    rows = {key: row for key, row in ADAPTERS.items() if model is None or _fits(*key, model)}
     say(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'licence':27} hub id")
-    for (of, called), row in ADAPTERS.items():
-        if family in (None, of):
-            place = row.repo if row.file is None else f"{row.repo}/{row.file}"
-            size = f"{row.size + row.encoder:.2f} GB"
-            if row.repo is None:
-                size, place = "none", "in the package"
-            say(f"{FAMILIES[of].title:22} {called:20} {row.kind:12} {size:>10}  {row.licence:27} {place}")
+    for (of, called), row in rows.items():
+        place = row.repo if row.file is None else f"{row.repo}/{row.file}"
+        size = f"{row.size + row.encoder:.2f} GB"
+        if row.repo is None:
+            size, place = "none", "in the package"
+        say(f"{FAMILIES[of].title:22} {called:20} {row.kind:12} {size:>10}  {row.licence:27} {place}")
     say('\nTo use one: mlxdiff generate "a lighthouse" -m sd15 --control canny edges.png 0.8')
     say('or, with the built-in model: mlxdiff generate "a red house" --control sketch drawing.png')
     say(f"inpaint reads the start image and its mask: -i photo.png --mask door.png --control inpaint {MASKED}")
     say('or, if it reads a picture: mlxdiff generate "a lighthouse" -m sd15 --reference ip-adapter photo.png 0.6')
     say('or, if it is a LoRA: mlxdiff generate "a lighthouse" -m sd15 --lora lcm')
     say('or, with a word of the package: mlxdiff generate "a <teal> house" --embedding teal')
-    words = {name: row for (of, name), row in ADAPTERS.items() if family in (None, of) and isinstance(row, Word)}
+    words = {called: row for (_, called), row in rows.items() if isinstance(row, Word)}
     if words:
         say("\nThese were taught, and count where the prompt has their word:")
-        for name, row in words.items():
-            say(f"{name:27} {row.word:20} --embedding {name}")
-    fast = {key: row for key, row in ADAPTERS.items() if isinstance(row, Fast) and family in (None, key[0])}
+        for called, row in words.items():
+            say(f"{called:27} {row.word:20} --embedding {called}")
+    fast = {key: row for key, row in rows.items() if isinstance(row, Fast)}
     if fast:
         say("\nThese LoRAs bring settings, which are used where you give no others; most draw in few steps:")
     for (of, called), row in fast.items():
@@ -61,6 +61,12 @@ def adapters(name: str | None) -> int:
         wants = f"{row.steps:2} steps, guidance {row.guidance:<3g} {row.sampler:15} {row.schedule}{scale}"
         say(f"{FAMILIES[of].title:27} {called:12} {wants}")
     return 0
+
+
+def _fits(family: str, called: str, model: Model) -> bool:
+    """Whether a network with a name was made for models like this one."""
+    row = ADAPTERS[family, called]
+    return family == model.family.name and row.fits(model.networks[model.family.denoiser])
 
 
 def everything() -> int:

@@ -15,14 +15,10 @@ from .description import Description
 from .errors import Error
 from .families.base import EMBEDDED, INPUT, PROMPT, TextPlan, tokenizer_of
 from .guides import Guide
-from .models import flux_controlnet, sd3_controlnet
 from .models.clip import CLIPText
-from .models.controlnet import Control, Union
-from .models.flux_controlnet import FluxControlNet
+from .models.controlnet import Guiding
 from .models.layers import Shown, Span, sinusoids
 from .models.qwen3 import Qwen3
-from .models.sd3_controlnet import SD3ControlNet
-from .models.t2i import Features, T2IAdapter
 from .models.t5 import T5Encoder
 from .request import Request
 from .tokenizers import Chunk, ClipTokenizer, QwenTokenizer, T5Tokenizer
@@ -259,41 +255,26 @@ def control(
     sides: dict[str, dict],
     times: tuple[float, float],
     base: nn.Module,
-) -> dict[str, Control | Features | flux_controlnet.Control | sd3_controlnet.Control]:
-    """What a control adds to each of the conditions that `prepare` made: a ControlNet reads the same text, a
-    T2I-Adapter none. guides: one, or several of a union. pictures: theirs, (1, H, W, 3) in [0, 1] each, or latents
-    where the network reads them. sides: the conditions. times: it is on from the first down to the second. base: the
-    denoiser."""
-    scale, config = guides[0].scale, net.config
-    if isinstance(net, T2IAdapter):
-        features, on = [scale * f for f in net(pictures[0])], [s for s in sides if s != "uncond" or not request.guess]
-        return {side: Features(features, times, request.guess and side == "both") for side in on}
-    if isinstance(net, FluxControlNet):
-        fixed = {"task": config.modes.index(guides[0].mode)} if config.modes else {}
-        if config.guidance and model.guidance != INPUT:  # the denoiser is distilled, but this was not
-            fixed["guidance"] = request.guidance
-        pixels = 2 * pictures[0] - 1 if config.hint else pictures[0]
-        cond = prepare(model, net, request, ts, texts[-1:], False, **fixed)["cond"] | {"hint": net.hint(pixels)}
-        blocks = model.net.double, model.net.single
-        return {s: flux_controlnet.Control(net, cond, scale, times, s == "both", blocks) for s in sides}
-    if isinstance(net, SD3ControlNet):
-        vae, own = model.components["vae"], (base.pos_embed, sides["cond"]["pos"])
-        hint = net.hint(pictures[0], vae.scale, vae.shift)
-        conds = prepare(model, net, request, ts, texts, "both" in sides, base=own)
-        held = {side: cond | {"hint": hint} for side, cond in conds.items()}
-        return {s: sd3_controlnet.Control(net, cond, scale, times, model.net.layers) for s, cond in held.items()}
-    if isinstance(net, Union):
-        tasks, scales = [net.config.modes.index(g.mode) for g in guides], [g.scale for g in guides]
-        hint, fixed = net.hints(pictures, tasks, [1.0] if len(guides) == 1 else scales), net.emphasis(tasks)
-        scale, fixed = scale if len(guides) == 1 else 1.0, {"emphasis": fixed}
-    else:
-        hint, fixed = net.hint(pictures[0]), {}
-    conds = prepare(model, net, request, ts, texts, "both" in sides, **fixed)
-    half = request.guess or net.config.pooled
-    graded = request.guess and not net.config.pooled
-    if half and len(conds) == 2:  # the negative prompt's pass stays as it is
-        conds = {side: conds["cond"] for side in conds if side != "uncond"}
-    return {
-        side: Control(net, cond | {"hint": hint}, scale, times, half and side == "both", graded)
-        for side, cond in conds.items()
-    }
+) -> dict:
+    """What a control adds to each of the conditions that `prepare` made, as its network says. guides: one, or several
+    of a union. pictures: theirs, (1, H, W, 3) in [0, 1] each, or latents where the network reads them. sides: the
+    conditions. times: it is on from the first down to the second. base: the denoiser."""
+
+    def prepared(alone: bool = False, **fixed) -> dict[str, dict]:
+        return prepare(model, net, request, ts, texts[-1:] if alone else texts, "both" in sides, **fixed)
+
+    modes = net.config.modes
+    return net.controls(
+        Guiding(
+            pictures,
+            tasks=[modes.index(guide.mode) for guide in guides] if modes else [],
+            scales=[guide.scale for guide in guides],
+            times=times,
+            guess=request.guess,
+            guidance=None if model.guidance == INPUT else request.guidance,
+            sides=sides,
+            prepared=prepared,
+            base=base,
+            vae=model.components["vae"],
+        )
+    )

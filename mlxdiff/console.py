@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
             sys.exit(code)
 
     def error(self, message: str):
-        stop = "" if message.endswith("?") else "."
+        stop = "" if message.endswith((".", "?")) else "."
         warn(f"{self.prog}: {message}{stop} See {self.prog} --help.")
         sys.exit(2)
 

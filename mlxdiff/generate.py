@@ -129,7 +129,7 @@ def _with_which_model(g: argparse._ArgumentGroup) -> None:
     for kind, what in PARTS.items():
         flag = f"--{kind.replace('_', '-')}"
         g.add_argument(flag, dest=f"part_{kind}", type=Path, metavar="FILE", help=f"{what}, for a single file")
-    g.add_argument("--prediction", choices=("eps", "v"), help="what a single file predicts")
+    g.add_argument("--prediction", choices=("eps", "v"), help="what the network predicts, if the file does not say it")
     g.add_argument("--offline", action="store_true", help="never use the network")
     what = "keep nothing of what text encoders made of the prompt, and use nothing that was kept"
     g.add_argument("--no-prompt-cache", dest="prompt_cache", action="store_false", help=what)

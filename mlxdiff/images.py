@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -31,7 +32,20 @@ _MOST_WORK = 2**32  # scans times pixels of a JPEG: some seconds
 _MOST_PARTS, _LARGE = 64, 2**24  # of EXIF in a JPEG; bytes of a file in which more could be
 _MOST_BYTES = 10**9  # of a JPEG: of so many pixels, one of the best quality has a third of that
 _PIECE = 2**20  # bytes of a file that are looked at together
-_ORIENTATION = 0x0112  # of EXIF; from 5 on the camera lay on its side
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)  # of EXIF; what it is if the camera lay on its side
+# What Pillow raises for damaged files, by what it happens to trip over.
+_DAMAGED = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    SyntaxError,
+    struct.error,
+    MemoryError,
+    AssertionError,
+    TypeError,
+    KeyError,
+)
+_DAMAGED += (Image.DecompressionBombError,)
 _MOST_NAME = 255  # bytes of a file name, on every common file system
 _STRIP = 256  # rows
 _MOST = 100_000  # pictures of one name in a folder
@@ -113,7 +127,7 @@ def size(source: str | Path | Image.Image) -> tuple[int, int]:
     """Width and height that `read` gives, without reading the pixels; of a PNG before it is turned, since its EXIF may
     stand behind them."""
     with _readable(source) as (_, image):
-        lying = image.format != "PNG" and image.getexif().get(_ORIENTATION, 1) >= 5
+        lying = image.format != "PNG" and image.getexif().get(_ORIENTATION) in _LYING
         return image.size[::-1] if lying else image.size
 
 
@@ -129,8 +143,8 @@ def _readable(source: str | Path | io.BytesIO | Image.Image) -> Iterator[tuple[s
         yield name, file if isinstance(file, Image.Image) else open_file(file)
     except FileNotFoundError:
         raise Error(f"There is no picture at {name}.", "Check the path.") from None
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        why = getattr(e, "strerror", None) or e
+    except _DAMAGED as e:
+        why = getattr(e, "strerror", None) or str(e) or f"it is damaged ({type(e).__name__})"
         why = "its format is not known" if isinstance(e, UnidentifiedImageError) else why  # else a buffer's address
         fix = f"Give one of {', '.join(FORMATS)}."
         raise Error(f"{name} cannot be read as a picture: {why}.", fix) from None

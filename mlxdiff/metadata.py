@@ -37,9 +37,8 @@ _SPACES = {"Iptc4xmpExt": _IPTC, "xmp": _XMP, "mlxdiff": _OURS}
 _PROPERTIES = {REQUEST: "request", MODEL: "model", RECIPE: "recipe", ENLARGED: "upscale"}  # of texts, in _OURS
 _SOURCE, _TOOL = f"{_IPTC} DigitalSourceType", f"{_XMP} CreatorTool"
 QUALITY, LOSSLESS = 95, 100  # of WebP, 100 loses nothing
-_FULL_COLOUR = (
-    90  # of JPEG: from here on colours keep every pixel; measured at 95: 46 dB, not 40, for a quarter more bytes
-)
+# Quality of a JPEG: from here on colours keep every pixel; measured at 95: 46 dB, not 40, for a quarter more bytes.
+_FULL_COLOUR = 90
 _EFFORT = 50  # of 100: how hard to look for a smaller file that loses nothing
 
 _PNG_XMP = "XML:com.adobe.xmp"

@@ -13,7 +13,7 @@ from .adapters import Adapter
 from .description import Description
 from .errors import Error
 from .models import ways
-from .models.layers import in_order
+from .models.layers import order_kernels
 
 _LARGE = 64 * 2**20  # bytes; a larger network is worth all cores and compiled kernels
 
@@ -39,7 +39,7 @@ class Networks:
                     blas.use_all_cores()
                 ways.compile_kernels()
             else:
-                in_order(network)
+                order_kernels(network)
         return self._held[name]
 
     def open(self, name: str) -> nn.Module:

@@ -104,18 +104,8 @@ def load(
         warnings.warn(note, stacklevel=2)
 
     lora_dir = adapters.folder_of(lora_dir)
-
-    def check(model: description.Description, **others) -> None:
-        bare, model = model, attached.under(loras, request, model, lora_dir)
-        others |= {"beside": attached.beside(request, model), "readers": attached.readers(request, model)}
-        others |= {"loras": attached.changes(loras, request, bare, lora_dir)}
-        full = None if request is None else attached.settled(request, loras, bare, lora_dir)[0]
-        advice.check_request(model, request=full, low_memory=low_memory, force=force, t5=t5, **others)
-        attached.check(embeddings, request, bare, lora_dir)
-        pictures.check(request, model)
-        if request is not None and request.upscaler is not None:
-            upscale.check(request.upscaler)
-
+    asked_for = {"request": request, "loras": loras, "embeddings": embeddings, "lora_dir": lora_dir}
+    check = partial(_check, **asked_for, low_memory=low_memory, force=force, t5=t5)
     absent = [None if m is None or store.local(m) is not None else str(m) for m in (model, refiner)]
     advice.check_named(absent, recipe(bits, dtype, text_bits=text_bits), check)
     options = {"bits": bits, "text_bits": text_bits, "dtype": dtype, "prediction": prediction, "parts": parts, "t5": t5}
@@ -136,6 +126,31 @@ def load(
         name = pipe.description.taesd if taesd == "auto" else taesd
         pipe.attach_taesd(store.taesd(name, dtype=pipe.description.recipe.dtype, offline=offline, progress=progress))
     return pipe
+
+
+def _check(
+    model: description.Description,
+    *,
+    request: Request | None,
+    loras: Sequence[str],
+    embeddings: Sequence[str],
+    lora_dir: Path | None,
+    low_memory: bool,
+    force: bool,
+    t5: bool,
+    refiner: description.Description | None = None,
+) -> None:
+    """Raise for what a model, which may not be here yet, cannot draw on this machine. request, loras and so on: those
+    of `load`. refiner: the second model, if it is known."""
+    changed = attached.under(loras, request, model, lora_dir)
+    others = {"beside": attached.beside(request, changed), "readers": attached.readers(request, changed)}
+    others |= {"loras": attached.changes(loras, request, model, lora_dir), "refiner": refiner}
+    full = None if request is None else attached.settled(request, loras, model, lora_dir)[0]
+    advice.check_request(changed, request=full, low_memory=low_memory, force=force, t5=t5, **others)
+    attached.check(embeddings, request, model, lora_dir)
+    pictures.check(request, changed)
+    if request is not None and request.upscaler is not None:
+        upscale.check(request.upscaler)
 
 
 @takes_settings

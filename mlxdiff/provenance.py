@@ -10,6 +10,7 @@ import numpy as np
 
 from . import foreign, images, metadata, signing
 from .errors import Error
+from .guides import Guide
 from .metadata import Metadata
 
 _MEANINGS = {
@@ -23,6 +24,7 @@ _MEANINGS = {
 _MAGIC = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _WEIGHTS = (".safetensors", ".gguf")  # the first begins with a number, which may look like any letters
 _WORDS = 60  # characters of a prompt that are shown
+_NAMES = 200  # of the networks that a picture was drawn with
 
 
 def is_picture(path: Path) -> bool:
@@ -92,6 +94,7 @@ def describe(found: dict) -> str:
     model = "" if found["model"] is None else f", model {found['model']}"
     lines.append(f"  program     {found['program'] or 'says nothing'}{model}")
     lines.append(f"  settings    {_settings(found)}")
+    lines += _networks(found["settings"] or {})
     source = found["source"]
     meaning = f" ({_MEANINGS[source]})" if source in _MEANINGS else ""
     lines.append(f"  mark        {'none' if source is None else f'IPTC {source}{meaning}'}")
@@ -105,10 +108,31 @@ def _settings(found: dict) -> str:
     s = found["settings"]
     if s is None:
         return found.get("damaged", "none that mlxdiff reads")
-    prompt = s["prompt"] if len(s["prompt"]) <= _WORDS else f"{s['prompt'][:_WORDS]}…"
+    prompt = _cut(s["prompt"], _WORDS)
     size = None if s["width"] is None else f"{s['width']} x {s['height']}"
-    shown = {"seed": s["seed"], "steps": s["steps"], "sampler": s["sampler"], "guidance": s["guidance"], "size": size}
+    guidance = None if s["guidance"] is None else f"{s['guidance']:g}"
+    shown = {"seed": s["seed"], "steps": s["steps"], "sampler": s["sampler"], "guidance": guidance, "size": size}
     return ", ".join([f"“{prompt}”", *(f"{k} {v}" for k, v in shown.items() if v is not None)])
+
+
+def _networks(settings: dict) -> list[str]:
+    """What it was drawn with beside the model, a line for each kind."""
+    kinds = {"LoRA": settings.get("loras"), "words": settings.get("embeddings")}
+    for kind in ("control", "reference"):
+        kinds[kind] = [_guide(Guide(**held)) for held in settings.get(f"{kind}s", ())]
+    kinds["enlarged by"] = [settings["upscaler"]] if settings.get("upscaler") else []
+    return [f"  {kind:11} {_cut(', '.join(names), _NAMES)}" for kind, names in kinds.items() if names]
+
+
+def _guide(guide: Guide) -> str:
+    made = "" if guide.detect is None else f" ({guide.detect} of it)"
+    steps = " to ".join(f"{share:g}" for share in guide.interval)
+    part = "" if guide.interval == (0, 1) else f" from {steps} of the steps"
+    return f"{guide}{made} at {guide.scale:g}{part}"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _signature(held: dict | None) -> list[str]:

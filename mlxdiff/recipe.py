@@ -13,8 +13,8 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # The ways to quantize -> bits per number. A whole number means integers: every group of numbers has a scale and a
 # shift. The other ways are MLX's small floats: a group has a scale only.
 BITS: dict[int | str, int] = {3: 3, 4: 4, 5: 5, 6: 6, 8: 8, "mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
-SMALLER = f"{', '.join(map(str, BITS))}: smaller, not faster"
-OF_TEXT = "those of T5 and Qwen3; 16 is all (default: as -q; without it 8 on a GPU with less than 32 GB, else 16)"
+SMALLER = f"quantize the weights, for less memory, not for speed: {', '.join(map(str, BITS))}"
+OF_TEXT = "bits of T5 and Qwen3; 16: all (default: as -q; without it 8 on a GPU with less than 32 GB, else 16)"
 _GROUPS = {"mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 _TEXT = Careful(whole=("text_projection", "embeddings"))
 WHOLE = 16  # `text_bits` of text encoders that are not quantized

@@ -57,6 +57,7 @@ class Repo:
     silent: bool = False  # the list of files is never sent
     ranges: str = "sent"  # "ignored": the whole file comes instead; "refused": an error
     reset: dict[str, int] = field(default_factory=dict)  # file -> bytes after which the connection is reset, once
+    busy: str | None = None  # this file is not sent, but in an hour
     etag: str | None = None  # of every file; "" for none
 
 
@@ -147,6 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"ETag": f'"{repo.etag}"'} if repo.etag else {}
             headers = headers if repo.etag else {"X-Repo-Commit": commit}
             return self.send(200, data, headers, body)
+        if body and name == repo.busy:
+            return self.send(429, b"{}", {"Retry-After": "3600", "RateLimit": '"resolvers";r=0;t=3600'}, body)
         if body and (on_cdn or not large):
             data = repo.instead.pop(name, data)
         if large and not on_cdn:

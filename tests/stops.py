@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,9 @@ class Place:
         self.env |= {"TMPDIR": str(folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder)}
 
     def begin(self, words: list[str]) -> subprocess.Popen:
-        # A shell that starts this in its background ignores SIGINT and hands that down; a user's shell does not.
-        heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         call = [sys.executable, "-m", "mlxdiff", *words]
-        return subprocess.Popen(call, cwd=self.here, env=self.env, preexec_fn=heard, **pipes)
+        return subprocess.Popen(call, cwd=self.here, env=self.env, preexec_fn=hear_interrupts, **pipes)
 
     def run(
         self, words: list[str], stop: float | None = None, by: int = signal.SIGINT, after: Callable | None = None
@@ -75,6 +74,11 @@ class Place:
         return files(self.here)
 
 
+def hear_interrupts() -> None:
+    """A shell that starts this in its background ignores SIGINT and hands that down; a user's shell does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
     """Stop a training so often in one folder, each time at a random moment, one of four before its first step, and then
     let it end. Its weights, its state and the losses of its log are those of a run that was left alone."""
@@ -87,9 +91,7 @@ def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
     well, names = True, files(whole)
     for moment in sorted(rng.uniform(0, STEPS) for _ in range(count)):
         began, early = time.time(), rng.uniform(0.2, 1) * start if rng.random() < 0.25 else math.inf
-        reached = lambda until=began + early, began=began, step=int(moment): (  # noqa: E731
-            time.time() > until or (written(parts) > began and len(log(parts)) >= step)
-        )
+        reached = partial(is_reached, parts, int(moment), began, began + early)
         code, said, seen = place.run([*words, "parts"], moment % 1 * (seconds - start) / STEPS, by, reached)
         bad = wrong(code, said, by)
         if by == signal.SIGINT:  # a process that is killed cleans nothing up
@@ -101,6 +103,11 @@ def trained(place: Path, name: str, count: int, by: int, seed: int = 0) -> bool:
     same = code == 0 and equal(whole, parts)
     print(f"{name}: {'the same as a run that was left alone' if same else f'ANOTHER RUN {code} {said}'}", flush=True)
     return well and same
+
+
+def is_reached(out: Path, step: int, began: float, until: float) -> bool:
+    """Whether a training that began at that time has logged so many steps, or that time has come."""
+    return time.time() > until or (written(out) > began and len(log(out)) >= step)
 
 
 def wrong(code: int, said: str, by: int) -> list[str]:

@@ -218,3 +218,23 @@ def test_nobody_else_in_the_process_sees_it():
     assert not hasattr(REAL(None), "openblas_get_num_threads")
     """
     child(code)
+
+
+@pytest.mark.skipif("MALLOC_TRIM_THRESHOLD_" in os.environ, reason="the C library is set already")
+def test_freed_memory_is_kept_unless_the_user_says_otherwise():
+    """Page faults of ten rounds of four arrays of 20 MB, 5,120 pages each. A setting of the user's, here the C
+    library's own figure, is left alone."""
+    code = """
+    import mlxdiff, resource
+    import mlx.core as mx
+    x = mx.zeros(5 << 20)
+    def round():
+        with mx.stream(mx.cpu):
+            mx.eval(((x + 1) * (x + 2)) * ((x + 3) * (x + 4)))
+    round(); round()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10): round()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    kept, given_back = int(child(code)), int(child(code, MALLOC_TRIM_THRESHOLD_="131072"))
+    assert kept < 10 * 5_120 < given_back

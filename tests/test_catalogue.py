@@ -25,6 +25,8 @@ def test_every_command_says_what_it_is(capsys):
         (["generat"], "'generat' is not a command. Did you mean generate? To draw it: mlxdiff generate generat\n"),
         (["Models", "sdxl"], "'Models' is not a command. Did you mean models? To draw it: mlxdiff generate Models\n"),
         (["help", "generat"], "'generat' is not a command. Did you mean generate? Use one of generate, upscale, "),
+        (["verify", "--help"], "'verify' is not a command. Use one of generate, upscale, "),
+        (["verify", "-h"], "'verify' is not a command. Use one of generate, upscale, "),
         (["help", "a red house"], "'a red house' is not a command. Use one of generate, upscale, "),
         (["-m", "sdxl"], "'-m' is not a command. To draw: mlxdiff generate -m ..., or "),
     ],

@@ -70,6 +70,14 @@ def test_a_misspelt_flag_is_one_line_that_names_the_nearest(capsys, words, says)
     assert capsys.readouterr().err == says + "\n"
 
 
+@pytest.mark.parametrize("message", ["It cannot be", "It cannot be.", "Can it be?"])
+def test_wrong_usage_ends_with_one_stop(capsys, message):
+    with pytest.raises(SystemExit):
+        Parser(prog="prog").error(message)
+    stop = "" if message.endswith("?") else "."
+    assert capsys.readouterr().err == f"prog: {message.rstrip('.')}{stop} See prog --help.\n"
+
+
 def test_flags_that_are_known_are_taken():
     assert vars(typed("--steps", "3", "-q4")) == {"steps": 3, "quantize": 4}
     assert typed("draw", "--seed", "5").seed == 5

@@ -282,6 +282,13 @@ def test_named_networks_are_of_families_and_the_command_lists_them(capsys):
     out = capsys.readouterr().out
     assert "sdxl-1.0" in out
     assert "sd15_canny" not in out
+    assert catalogue.main(["storybook", "--adapters"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("in the package")]
+    assert {row.split()[3] for row in rows} == {"edges", "sketch", "quick", "paper", "teal"}
+    assert catalogue.main(["sd15", "--adapters"]) == 0
+    out = capsys.readouterr().out
+    assert "sd15_canny" in out
+    assert "in the package" not in out
 
 
 def test_the_files_of_a_network_are_chosen():

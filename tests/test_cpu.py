@@ -213,7 +213,7 @@ def test_kernels_of_a_small_network_are_only_put_in_order(tmp_path):
     """Reference: the same network before. A file of its weights holds what it held."""
     up, x = layers.Upsample(16), normal(2, 16, 16, 16)
     before, weight = up(x, 32, 32), np.array(up.conv.weight)
-    layers.in_order(up)
+    layers.order_kernels(up)
     mx.eval(up.parameters())
     assert memoryview(up.conv.weight).strides == (4, 3 * 16 * 16 * 4, 16 * 16 * 4, 16 * 4)  # outputs are innermost
     assert off(up(x, 32, 32), before) < 1e-6

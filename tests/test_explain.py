@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import itertools
 import math
 import re
 import threading
@@ -815,7 +816,6 @@ def test_a_saved_lesson_has_its_words_above_and_below_the_picture():
 
 class Growing(Lesson):
     def work(self, pipe, report):
-        time.sleep(1.1)  # looks begin after a second
         report(1, 2, lambda: 1)
         report(2, 2, lambda: 2)  # too soon after the other
         return 3
@@ -907,7 +907,10 @@ def test_a_reader_s_own_style_changes_no_lesson_and_no_lesson_changes_it(noise):
         assert mpl.rcParams["lines.linewidth"] == 7.0
 
 
-def test_work_can_be_watched():
+def test_work_can_be_watched(monkeypatch):
+    """By a clock that goes on by more than a second, after which looks begin, whenever it is read."""
+    clock = itertools.count(step=1.1)
+    monkeypatch.setattr("mlxdiff.widgets.explain.lesson.time", SimpleNamespace(monotonic=lambda: next(clock)))
     lesson, seen = Growing(), []
     lesson.observe(lambda change: seen.append(change.new), "data")
     lesson.ready()

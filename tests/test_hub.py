@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mlxdiff import description
 from mlxdiff.families import MODELS
+from mlxdiff.foreign import MOST
 from tests import clip_vocab
 from tests.loopback_hub import COMMIT, Hub, Repo, diffusers_repo, noise
 
@@ -575,16 +577,26 @@ def test_a_taesd_is_fetched_once(hub, start, tmp_path):
 # A hub that is damaged or is none.
 
 
-def test_bytes_of_another_sha256_are_refused_and_deleted(hub, worker):
-    files = diffusers_repo()
+@pytest.mark.parametrize("more", [0, 100_000])
+def test_bytes_of_another_sha256_or_too_many_are_refused_and_deleted(hub, worker, more):
+    files, repo = diffusers_repo(), f"org/exchanged-{more}"
     name = "unet/diffusion_pytorch_model.fp16.safetensors"
-    other = noise(len(files[name]), 99)
-    hub.repos["org/exchanged"] = Repo(files, instead={name: other})
-    answer = worker("org/exchanged", dtype="float16")
+    other = noise(len(files[name]) + more, 99)
+    hub.repos[repo] = Repo(files, instead={name: other})
+    answer = worker(repo, dtype="float16")
     assert "was damaged during the download" in answer["problem"]
+    assert ("it has more than the 300000 bytes" in answer["problem"]) == bool(more)
     blobs = (worker.home / "hf").rglob("*")
-    assert not any(f.is_file() and f.read_bytes() == other for f in blobs)
-    assert content(worker("org/exchanged", dtype="float16"))  # the next run fetches it again
+    assert not any(f.is_file() and f.read_bytes()[:1000] == other[:1000] for f in blobs)
+    assert content(worker(repo, dtype="float16"))  # the next run fetches it again
+
+
+def test_a_hub_that_is_busy_is_not_waited_for(hub, worker):
+    """It asks for an hour, which huggingface_hub would sleep."""
+    hub.repos["org/busy"] = Repo(diffusers_repo(), busy="unet/diffusion_pytorch_model.fp16.safetensors")
+    began = time.monotonic()
+    assert "answered 429 for org/busy" in worker("org/busy", dtype="float16")["problem"]
+    assert time.monotonic() - began < 60
 
 
 _FILES = b'[{"rfilename": "model_index.json", "size": 2}]'
@@ -598,6 +610,13 @@ STRANGE = {
         diffusers_repo(), info=b'{"id": "a", "sha": "c0ffee", "siblings": [{"rfilename": "vae/../../x", "size": 2}]}'
     ),
     "no ETag": Repo(diffusers_repo(), etag=""),
+    "a list without end": Repo(diffusers_repo(), info=b" " * (MOST + 1)),
+    "deep lists": Repo(diffusers_repo(), info=b"[" * 200_000),
+    "no letters": Repo(diffusers_repo(), info=b'{"sha": "c0ffee", "siblings": [{"rfilename": "a\\ud800", "size": 2}]}'),
+    "a backslash": Repo(diffusers_repo(), info=b'{"sha": "c0", "siblings": [{"rfilename": "a\\\\..", "size": 2}]}'),
+    "a commit that climbs later": Repo(
+        {"model_index.json": b"{}"}, "../../x", ("c0ffee",), info=b'{"sha": "c0ffee", "siblings": %s}' % _FILES
+    ),
     "an ETag that climbs": Repo(diffusers_repo(), etag="../../../x"),
 }
 

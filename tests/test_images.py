@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import tracemalloc
+import zlib
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -350,7 +352,10 @@ def test_a_large_jpeg_is_looked_through_in_pieces(tmp_path):
         (".", "cannot be read"),
         ("text.png", "cannot be read"),
         ("cut.png", "cannot be read"),
+        ("exif.webp", "cannot be read as a picture: unpack requires"),
+        ("palette.png", r"cannot be read as a picture: it is damaged \(AssertionError\)"),
         ("deep.tiff", "more than 16 bits"),
+        ("long.tiff", "more than 16 bits"),
         (np.zeros((8, 8, 3), np.uint8), "is ndarray"),
         (Image.new("RGB", (0, 5)), "no pixels: it is 0 x 5"),
     ],
@@ -360,7 +365,12 @@ def test_what_cannot_be_begun_with_is_one_error(tmp_path, monkeypatch, given, sa
     (tmp_path / "text.png").write_bytes(b"hello")
     whole = images.save(picture(), tmp_path / "whole.png", FULL, "m", "float32").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) * 2 // 3])
+    Image.new("RGB", (8, 8)).save(tmp_path / "exif.webp", exif=b"Exif\0\0II*\0")
+    chunks = [(b"IHDR", b"\0\0\0\x08" * 2 + b"\2\3\0\0\0"), (b"IDAT", zlib.compress(bytes(24)))]  # without its colours
+    data = b"".join(struct.pack(">I", len(b)) + t + b + struct.pack(">I", zlib.crc32(t + b)) for t, b in chunks)
+    (tmp_path / "palette.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
     Image.new("F", (8, 8), 0.5).save(tmp_path / "deep.tiff")
+    Image.new("I", (8, 8), 257).save(tmp_path / "long.tiff")
     with pytest.raises(Error, match=says) as e:
         images.read(given)
     assert len(str(e.value).splitlines()) == 1
@@ -370,10 +380,10 @@ def test_what_cannot_be_begun_with_is_one_error(tmp_path, monkeypatch, given, sa
 # ---- start pictures
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [*range(10), "up"])
 def test_the_size_of_a_picture_is_that_of_its_pixels_read(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+    held = (2, 4, b"up\0\0") if orientation == "up" else (3, 1, struct.pack("<I", orientation))  # text, or a number
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI4sI", 8, 1, 0x0112, *held, 0)
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert images.size(tmp_path / "a.jpg") == images.read(tmp_path / "a.jpg").size
 

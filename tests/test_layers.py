@@ -309,7 +309,7 @@ def test_a_linear_layer_in_parts_is_the_layer(bias):
     """Bare, in 4 bits, and as a module of another kind, such as one that an adapter changes."""
     x, layer = mx.array(normal((2, 3, 64), 0)), nn.Linear(64, 96, bias=bias)
     for kind in (layer, nn.QuantizedLinear.from_linear(layer, 32, 4), nn.Sequential(layer)):
-        parts = layers.in_parts(kind, x, 32, 80)
+        parts = layers.split_linear(kind, x, 32, 80)
         assert [p.shape[-1] for p in parts] == [32, 48, 16]
         assert distance(mx.concatenate(parts, axis=-1), np.array(kind(x))) < 1e-6
         y = layers.side_by_side(kind, x[..., :40], x[..., 40:])

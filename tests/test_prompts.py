@@ -154,12 +154,15 @@ def test_a_cache_that_cannot_be_written_stops_no_picture(opened, tmp_path, tiny_
 
 
 def test_small_encoders_are_not_worth_it(opened, tmp_path, tiny_flux, monkeypatch):
-    monkeypatch.setattr(prompts, "WORTH", 64 * 2**20)
-    drawn(tiny_flux, opened)
-    assert not files(tmp_path)
+    seal = mlxdiff.load(tiny_flux).description.seal
+    size = sum(seal[f"{name}.safetensors"].size for name in ENCODERS["flux"])
+    for worth, kept in ((size + 1, 0), (size, 1)):
+        monkeypatch.setattr(prompts, "WORTH", worth)
+        drawn(tiny_flux, opened)
+        assert len(files(tmp_path)) == kept
 
 
-def test_the_commands_show_and_clear_them(opened, tmp_path, tiny_flux, capsys):
+def test_the_commands_show_and_clear_them(opened, tmp_path, tiny_flux, capsys, monkeypatch):
     typed = ["a red fox", "-m", str(tiny_flux), "--steps", "1", "-W", "32", "-H", "32", "-o", str(tmp_path / "a.png")]
     assert main([*typed, "--no-prompt-cache"]) == 0
     assert not files(tmp_path)
@@ -171,3 +174,14 @@ def test_the_commands_show_and_clear_them(opened, tmp_path, tiny_flux, capsys):
     assert not files(tmp_path)
     assert cache([]) == 0
     assert "encoded prompt" not in capsys.readouterr().out
+    assert cache(["--clean", "prompts"]) == 0
+    assert "Removed 0 encoded prompts, " in capsys.readouterr().out
+    monkeypatch.setenv("MLXDIFF_CACHE", str(tmp_path / "cache"))  # of other tests' models nothing goes
+    for kept in (["1", "2"], []):
+        for name in kept:
+            (tmp_path / "prompts").mkdir(exist_ok=True)
+            (tmp_path / "prompts" / f"{name}.safetensors").write_bytes(b"12")
+        assert cache(["--clean", "all"]) == 0
+        said = capsys.readouterr().out
+        assert ("Removed 2 encoded prompts, 0.0 MB." in said) == bool(kept)
+        assert ("encoded" in said) == bool(kept)

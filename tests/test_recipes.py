@@ -10,7 +10,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 import mlxdiff  # noqa: E402
-from tests.recipes import cpu, flow_torch, student_torch, vae_torch  # noqa: E402
+from mlxdiff.train import __main__ as train  # noqa: E402
+from mlxdiff.train import measure  # noqa: E402
+from mlxdiff.train.tune import LoraTuning  # noqa: E402
+from tests.recipes import cpu, flow_torch, student_torch, style, vae_torch  # noqa: E402
 from tests.recipes import storybook_torch as st  # noqa: E402
 
 TINY = vae_torch.Settings(latents=2, channels=(8, 8), attention=False, size=32, steps=8)
@@ -71,8 +74,9 @@ def test_measures_by_hand():
     picture[:, :, 16:] = 100
     blurred = picture.copy()
     blurred[:, :, 16] = 50
-    assert vae_torch.steepness(picture) == pytest.approx(100, abs=1e-3)
-    assert vae_torch.steepness(blurred) == pytest.approx(50, abs=1e-3)
+    for turned in ((0, 1, 2, 3), (0, 2, 1, 3)):  # steep sideways, and upwards
+        assert measure.steepness(picture.transpose(turned)) == pytest.approx(100, abs=1e-3)
+        assert measure.steepness(blurred.transpose(turned)) == pytest.approx(50, abs=1e-3)
 
     class Off:
         def encode(self, x):
@@ -178,3 +182,22 @@ def test_the_flow_sibling_is_a_public_folder_that_diffusers_and_we_draw_alike_wi
         whole = net(x, torch.nn.functional.pad(context, (0, 0, 0, flow_torch.LEFT_OUT - 1)), pooled, t).sample
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flow_torch.attention)
         torch.testing.assert_close(net(x, context, pooled, t).sample, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_the_style_is_trained_by_two_commands_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    """The commands are such as `mlxdiff train` takes, and a run that is past the first is not asked to go back."""
+    calls = []
+    monkeypatch.setattr(style, "COUNT", 1)
+    monkeypatch.setattr(style, "ship", lambda folder: calls.append(folder))
+    monkeypatch.setattr(style.subprocess, "run", lambda call, **how: calls.append(call[4:]))
+    style.make(tmp_path)
+    *trainings, shipped = calls
+    asked = [train._settings(train.parser().parse_args(words), LoraTuning) for words in trainings]
+    assert [(tuning.steps, tuning.layers) for tuning in asked] == [(600, ("all",)), (1000, ("all",))]
+    assert shipped == tmp_path
+    assert {f.suffix for f in (tmp_path / "pictures").iterdir()} == {".png", ".txt"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text('{"steps": 1000}')
+    calls.clear()
+    style.make(tmp_path)
+    assert calls == [trainings[1], tmp_path]

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import mlxdiff
-from mlxdiff import Guide, advice, generate, images, memory
+from mlxdiff import Guide, advice, generate, images, memory, references
 from mlxdiff.errors import Error
 from mlxdiff.families import ADAPTERS
 from mlxdiff.families.published import CLIP_VIT_BIGG, CLIP_VIT_H, SIGLIP
@@ -190,6 +190,17 @@ def test_a_part_of_the_steps_and_of_the_picture_is_kept_and_said(pipe, file, sty
 def test_a_scale_of_zero_draws_as_without(pipe, file, style):
     bare, nothing = (pipe("a red house", references=r, **SAME) for r in ([], [(file, style, 0)]))
     assert (pixels(bare) == pixels(nothing)).all()
+
+
+def test_pixels_are_those_that_clip_was_trained_on():
+    """By the numbers that OpenAI published; of a very long picture only the middle counts."""
+    mean, spread = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    long = Image.new("RGB", (8, 9000), "red")
+    long.paste((10, 128, 255), (0, 4000, 8, 5000))
+    seen = np.asarray(references.pixels(long, SEES))
+    want = [(c / 255 - m) / s for c, m, s in zip((10, 128, 255), mean, spread, strict=True)]
+    assert seen.shape == (1, SEES.size, SEES.size, 3)
+    assert np.abs(seen - np.array(want)).max() < 1e-5  # float32
 
 
 # ---- where the vision model is
@@ -392,7 +403,7 @@ def test_a_vision_model_may_be_in_another_repository(pipe, file, style, tmp_path
     adapter.write_bytes(file.read_bytes())
     row = replace(ADAPTERS["flux", "ip-adapter"], net=pipe.description.net)
     monkeypatch.setitem(ADAPTERS, ("sd1", "eyes"), row)
-    monkeypatch.setattr(store_references, "_one_file", lambda repo, *_: adapter if repo == row.repo else None)
+    monkeypatch.setattr(store_references, "one_file", lambda repo, *_: adapter if repo == row.repo else None)
     monkeypatch.setattr(store_references, "one_network", lambda repo, *_: {row.sees: tmp_path / "eyes"}[repo])
     found, beside = (pipe.resolve("x", references=[(name, style)], **SAME).references[0] for name in ("eyes", file))
     assert found.model_hash == beside.model_hash

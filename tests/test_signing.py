@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from mlxdiff import images, metadata, provenance, signing
 from mlxdiff.convert.inspect import main as inspect
 from mlxdiff.errors import Error
 from mlxdiff.generate import main as generate
+from mlxdiff.guides import Guide
 from mlxdiff.request import Request
 
 from .test_metadata import A1111, ENDINGS, FULL, exif, picture, put, source_of
@@ -328,9 +330,16 @@ def test_inspect_says_where_a_picture_comes_from(tmp_path, capsys, monkeypatch):
     assert found["as_jpeg"]["decibels"] == round(10 * np.log10(255**2 / (apart**2).mean()), 1)
     assert inspect(["a.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["program", "settings", "mark", "signature", "as"]
-    assert "IPTC trainedAlgorithmicMedia (made by a model)" in lines[3]
+    named = ["program", "settings", "LoRA", "reference", "mark", "signature", "as"]
+    assert [line.split()[0] for line in lines[1:]] == named
     assert "seed 7, steps 20, sampler dpmpp_2m" in lines[2]
+    assert lines[3:5] == ["  LoRA        a.safetensors:0.8", "  reference   ip-adapter b.png at 0.5"]
+    assert "IPTC trainedAlgorithmicMedia (made by a model)" in lines[5]
+    guided = Guide("photo.png", "canny", 0.8, (0, 0.5), detect="canny")
+    images.save(picture(), Path("c.png"), replace(FULL, controls=(guided,)), "storybook", "float32")
+    assert inspect(["c.png"]) == 0
+    told = "  control     canny photo.png (canny of it) at 0.8 from 0 to 0.5 of the steps\n"
+    assert told in capsys.readouterr().out
 
 
 def test_inspect_of_pictures_of_others(tmp_path, capsys, monkeypatch):
@@ -377,7 +386,7 @@ def test_damaged_credentials_are_told_in_one_line(tmp_path):
         (tmp_path / "bad.jpg").write_bytes(data)
         found = provenance.facts(tmp_path / "bad.jpg")
         states.append(found["credentials"] and found["credentials"]["state"])
-        assert provenance.describe(found).count("\n") == 5 + (states[-1] == signing.HOLDS)
+        assert provenance.describe(found).count("\n") == 7 + (states[-1] == signing.HOLDS)
     assert states.count(signing.CHANGED) > 90  # the others lie where nothing is said
 
 

@@ -95,9 +95,9 @@ MODELS = {
         licence="MIT",
         download=0,
         networks=_STORYBOOK,
-        # Nearer to its limit of many steps than 25 of DDIM: 44 against 42 dB, over ten prompts with the model of 128
-        # pixels that was here before.
-        defaults=Defaults(size=256, steps=15, guidance=4.0, sampler="dpmpp_2m", schedule="karras"),
+        # Ten prompts were 1.4 of 255 from what many steps give; 15 steps, which take a quarter more, 1.1. None of the
+        # words of 48 prompts was lost.
+        defaults=Defaults(size=256, steps=12, guidance=4.0, sampler="dpmpp_2m", schedule="karras"),
     ),
     "sd15": _SD15_MODEL,
     "sd15-inpaint": replace(

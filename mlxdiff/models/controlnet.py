@@ -1,14 +1,16 @@
 """ControlNets (Zhang et al. 2023): the way down of a denoiser once more, which reads a picture and adds to the maps of
-the denoiser. net(x, t, **net.prepare(...), hint=net.hint(picture)) -> residuals. Names as in diffusers."""
+the denoiser. net(x, t, **net.prepare(...), hint=net.hint(picture)) -> residuals. Names as in diffusers. And what all
+networks that guide have in common: a Config that `Reads`, and `net.controls(Guiding)` -> a Control for each side."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import unet
+from . import unet, vae
 from .layers import Conv3x3, TimeEmbedding, quick_gelu
 
 
@@ -21,6 +23,21 @@ class Reads:
     draws: bool = False  # whether it reads a sample of the latents, for which a seed draws noise, or their mean
     multiple: int = 1  # a picture's edges must be multiples of this
     hole: float | None = None  # what the pixels of MASKED are where the mask is white; None if it reads no such picture
+
+
+class Guiding(NamedTuple):
+    """A control of a run, for the network that reads it: one picture, or several of a union."""
+
+    pictures: list[mx.array]  # (1, H, W, 3) in [0, 1] each, or latents where the network reads them
+    tasks: list[int]  # the numbers of their kinds, for a network that must be told them
+    scales: list[float]
+    times: tuple[float, float]  # it is on from the first time down to the second, which is excluded
+    guess: bool  # whether it guides the prompt's pass alone
+    guidance: float | None  # for a network that takes it as an input; None if the denoiser takes it too
+    sides: dict[str, dict]  # the denoiser's conditions, by the names that `guidance.denoiser` has for its passes
+    prepared: Callable[..., dict[str, dict]]  # the network's own for these sides; alone: for the prompt only
+    base: nn.Module  # the denoiser
+    vae: vae.Config
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,22 @@ class ControlNet(unet.HalfUNet):
         """What it reads of a picture (1, H, W, 3) in [0, 1]; made once."""
         pixels = pixels[..., : self.config.hint_channels].astype(self.conv_in.weight.dtype)
         return self.controlnet_cond_embedding(pixels)
+
+    def controls(self, given: Guiding) -> dict[str, "Control"]:
+        hint, scale, more = self.read(given)
+        conds = given.prepared(**more)
+        half = given.guess or self.config.pooled
+        graded = given.guess and not self.config.pooled
+        if half and len(conds) == 2:  # the negative prompt's pass stays as it is
+            conds = {side: conds["cond"] for side in conds if side != "uncond"}
+        return {
+            side: Control(self, cond | {"hint": hint}, scale, given.times, half and side == "both", graded)
+            for side, cond in conds.items()
+        }
+
+    def read(self, given: Guiding) -> tuple[mx.array, float, dict]:
+        """The hint, the scale of the residuals, and what else `prepare` takes."""
+        return self.hint(given.pictures[0]), given.scales[0], {}
 
     def __call__(
         self,
@@ -175,6 +208,11 @@ class Union(ControlNet):
         self.transformer_layes = [Mixer(c) for _ in range(config.mixers)]  # so it is spelt in the files
         self.spatial_ch_projs = nn.Linear(c, c)
         self.control_add_embedding = TimeEmbedding(config.added_time * config.tasks, 4 * c)
+
+    def read(self, given: Guiding) -> tuple[mx.array, float, dict]:
+        one, more = len(given.pictures) == 1, {"emphasis": self.emphasis(given.tasks)}
+        hint = self.hints(given.pictures, given.tasks, [1.0] if one else given.scales)
+        return hint, given.scales[0] if one else 1.0, more
 
     def emphasis(self, tasks: list[int]) -> mx.array:
         """What the kinds of pictures add to the time's embedding, (1, c)."""

@@ -8,7 +8,9 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import cache, reduce, wraps
+from itertools import pairwise
+from operator import add
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +25,7 @@ _FEW = 1 << 13  # up to so many numbers, MLX's own function is as fast: twenty o
 # less also in larger ones: 5 % less at 32 x 32 and 320.
 _PIXELS, _MANY, _PIXELS_OF_MANY = 1 << 10, 256, 1 << 12
 _KERNEL = 1 << 18  # numbers of a kernel; a smaller one costs little to put in order, so that it suits all maps
-_FEW_PIXELS = 1 << 8  # of a map: in smaller ones, one product of copies costs less than nine
+_FEW_PIXELS = 1 << 9  # of a map: in smaller ones, one product of copies costs less than nine
 _DOUBLED = 1 << 8  # pixels of a map, before they are doubled
 
 
@@ -83,7 +85,7 @@ def _elementwise(f: Callable) -> Callable:
 # --- two cores
 
 # Numbers of a map whose samples are worth a core each. Handing an operation to a core costs as much as 2^15 numbers do.
-_SHARED = 1 << 16
+_SHARED = 1 << 15
 _SCORES = 1 << 17  # of an attention, the same
 _PRODUCTS = 1 << 24  # multiplications of a convolution, the same
 _here = threading.local()  # of each thread, the stream beside its default one
@@ -115,7 +117,7 @@ def _sharing(on: bool) -> Iterator[None]:
         _here.shared = before
 
 
-def by_sample(layer: Callable) -> Callable:
+def on_two_cores(layer: Callable) -> Callable:
     """A layer's call, (self, x, ...), that computes two halves of a batch beside each other, on a core each."""
 
     @wraps(layer)
@@ -139,16 +141,18 @@ def _halves(x: mx.array, B: int) -> list[mx.array]:
 
 # --- exp, and what follows from it
 
-# 2^f for f in -1/2 to 1/2, the lowest power first: fitted to the least greatest relative error, which is 7.5e-8.
-_POWER = (1.000000072, 0.6931469671, 0.2402211974, 0.0555071331, 0.009675540363, 0.001327645459)
+# 2^f = (t + f) / (t - f) for f in -1/2 to 1/2, with t a polynomial of f^2, the lowest power first: fitted to the least
+# greatest relative error, which is 3e-10.
+_HALF = (2.88539010, 0.115523954, -9.20455849e-4)
 _OF_E = 1 / math.log(2)  # e^x = 2^(x times this)
-_SHIFT = 1.5 * 2.0**23  # added to a number, it leaves the nearest integer in the lowest bits
+# Added to a number, it leaves in the lowest bits the nearest integer and 127, which is what an exponent's bits hold.
+_SHIFT = 1.5 * 2.0**23 + 127
 
 
 @mx.custom_function
 def power(z: mx.array) -> mx.array:
     """2^z. It stays between 1e-38 and 3e38: it is never 0 or infinite."""
-    return _power(mx.clip(z, -126.0, 127.9))
+    return _power(mx.clip(z, -126.0, 127.4))
 
 
 @mx.custom_function
@@ -166,12 +170,25 @@ power_of_negative.vjp(_slope)
 
 
 def _power(z: mx.array) -> mx.array:
-    """2^z = 2^n 2^f: n goes into the exponent's bits."""
+    """2^z = 2^n 2^f."""
     n, f = _divided(z)
-    return _with_exponent(_polynomial(f).view(mx.int32), n.view(mx.int32)).view(mx.float32)
+    return _raised(f, _exponent(n))
 
 
-# Three chains, since MLX compiles at most 11 operations in a row. The clipping is in none of them: g++ vectorises no
+@mx.custom_function
+def gated(x: mx.array, y: mx.array) -> mx.array:
+    """x sigmoid(y), which is x / (1 + 2^z)."""
+    n, f = _divided(mx.clip(y * -_OF_E, -126.0, 127.4))
+    return _over(x, f, _exponent(n))
+
+
+@gated.vjp
+def _(inputs: tuple[mx.array, ...], gradient: mx.array, result: mx.array) -> tuple[mx.array, ...]:
+    s = sigmoid(inputs[1])
+    return gradient * s, gradient * result * (1 - s)
+
+
+# Chains of few operations, since MLX compiles at most 11 in a row. The clipping is in none of them: g++ vectorises no
 # maximum, since MLX's looks for NaN.
 
 
@@ -182,17 +199,28 @@ def _divided(z: mx.array) -> tuple[mx.array, mx.array]:
     return n, z - (n - _SHIFT)
 
 
-@fused
-def _polynomial(f: mx.array) -> mx.array:
-    p = _POWER[-1]
-    for c in _POWER[-2::-1]:
-        p = p * f + c
-    return p
+def _exponent(n: mx.array) -> mx.array:
+    """2^n, of these bits."""
+    return mx.left_shift(n.view(mx.int32), 23).view(mx.float32)
+
+
+def _fraction(f: mx.array) -> tuple[mx.array, mx.array]:
+    """2^f, as what is above and below the line."""
+    s = f * f
+    t = (s * _HALF[2] + _HALF[1]) * s + _HALF[0]
+    return t + f, t - f
 
 
 @fused
-def _with_exponent(p: mx.array, n: mx.array) -> mx.array:
-    return p + mx.left_shift(n, 23)
+def _raised(f: mx.array, power: mx.array) -> mx.array:
+    above, below = _fraction(f)
+    return above / below * power
+
+
+@fused
+def _over(x: mx.array, f: mx.array, power: mx.array) -> mx.array:
+    above, below = _fraction(f)
+    return x * below / (below + above * power)
 
 
 def exp(x: mx.array) -> mx.array:
@@ -203,17 +231,13 @@ def sigmoid(x: mx.array) -> mx.array:
     return 1 / (1 + exp(-x))
 
 
-def _silu(x: mx.array) -> mx.array:
-    return x / (1 + exp(-x))
-
-
-silu = _elementwise(_silu)
-quick_gelu = _elementwise(lambda x: x / (1 + exp(-1.702 * x)))
+silu = _elementwise(lambda x: gated(x, x))
+quick_gelu = _elementwise(lambda x: gated(x, 1.702 * x))
 
 
 @_elementwise
 def gelu_tanh(x: mx.array) -> mx.array:
-    return x / (1 + exp(-math.sqrt(8 / math.pi) * x * (1 + 0.044715 * x * x)))
+    return gated(x, math.sqrt(8 / math.pi) * x * (1 + 0.044715 * x * x))
 
 
 # --- erf: x p(x^2) / q(x^2), Eigen's coefficients
@@ -251,33 +275,43 @@ geglu = _elementwise(lambda x, gate: x * _gelu(gate))
 # --- norm, attention, convolution
 
 
+@cache
+def _of_groups(c: int, groups: int, eps: float) -> tuple[mx.array, ...]:
+    """Matrices of zeros and ones that add up the channels of each group, (1, c, groups), and that give each channel
+    what is its group's, (1, groups, c); 0 and eps for each group."""
+    member = np.repeat(np.eye(groups, dtype=np.float32), c // groups, axis=0)
+    start = [np.full((1, 1, groups), value, np.float32) for value in (0, eps)]
+    return tuple(mx.array(np.ascontiguousarray(a)) for a in (member[None], member.T[None], *start))
+
+
 def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: float, silu: bool) -> mx.array:
     """Group norm over (B, ..., c), then SiLU if `silu`: three passes over the map, with numbers for each channel, which
     the last pass only multiplies and adds."""
     B, c = x.shape[0], x.shape[-1]
     y = x.reshape(B, -1, c)  # (B, N, c)
-    rows, N = max(1, PART // (B * c)), y.shape[1]
+    rows, n = max(1, PART // (B * c)), y.shape[1] * (c // groups)
+    to_groups, to_channels, nothing, eps = _of_groups(c, groups, eps)
 
-    def mean(f: Callable) -> mx.array:
-        """The mean of f over pixels and a group's channels, for each channel, (B, 1, c)."""
-        total = sum(in_parts(lambda part: f(part).sum(1, keepdims=True), [y], 1, rows))
-        of_group = total.reshape(B, groups, -1).sum(2, keepdims=True) * (groups / (N * c))
-        return mx.broadcast_to(of_group, (B, groups, c // groups)).reshape(B, 1, c)
+    def mean(f: Callable, more: mx.array) -> mx.array:
+        """The mean of f over pixels and a group's channels, and `more`, (B, 1, groups)."""
+        total = reduce(add, in_parts(lambda part: f(part).sum(1, keepdims=True), [y], 1, rows))
+        return mx.addmm(more, total, to_groups, alpha=1 / n)
 
-    centre = mean(lambda part: part)
-    scale = weight * mx.rsqrt(mean(lambda part: mx.square(part - centre)) + eps)
-    shift, few = bias - centre * scale, x.size <= _FEW
-    to_power = scale * -_OF_E, shift * -_OF_E  # z, with 2^z = e^-y of the norm's result y
+    centre = mean(lambda part: part, nothing) @ to_channels  # (B, 1, c)
+    whole = y.shape[1] <= rows
+    if whole:  # it stays in the cache
+        y = y - centre
+    spread = mean(mx.square if whole else lambda part: mx.square(part - centre), eps)
+    scale = weight * (mx.rsqrt(spread) @ to_channels)
+    shift = bias if whole else bias - centre * scale
 
     def apply(part: mx.array) -> mx.array:
-        if few or not silu:
-            part = part * scale + shift
-            return part * mx.sigmoid(part) if silu else part
-        z = part * to_power[0] + to_power[1]
-        return z * (-1 / _OF_E) / (1 + power(z))
+        part = part * scale + shift
+        if not silu:
+            return part
+        return part * mx.sigmoid(part) if x.size <= _FEW else gated(part, part)
 
-    parts = in_parts(apply, [y], 1, rows)
-    return (mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]).reshape(x.shape)
+    return _joined(in_parts(apply, [y], 1, rows), 1).reshape(x.shape)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -316,27 +350,44 @@ def _joined(parts: list[mx.array], axis: int) -> mx.array:
 def _nine(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     B, h, w, c = x.shape
     row, o = w + 2, weight.shape[0]
-    kernel = weight.transpose(1, 2, 3, 0).reshape(9, c, o)  # a view, of weights that lie `in_order`
+    kernel = weight.transpose(1, 2, 3, 0).reshape(9 * c, o)  # a view, of weights that lie `in_order`
     if h * w < _FEW_PIXELS:
-        return mx.addmm(bias, ways.patches(x), kernel.reshape(9 * c, o)).reshape(B, h, w, o)
-    flat, taps = _bordered(x), mx.split(kernel, 9)
+        return mx.addmm(bias, ways.patches(x).reshape(-1, 9 * c), kernel).reshape(B, h, w, o)
+    flat, taps, pixels = _bordered(x), mx.split(kernel, 9), _met(x)
 
-    def of_rows(flat: mx.array, first: int, last: int) -> mx.array:
+    def of_pixels(flat: mx.array, first: int, last: int) -> mx.array:
         y = bias
         for i, tap in enumerate(taps):
             at = i // 3 * row + i % 3  # where the map begins that this tap of the kernel meets
-            y = mx.addmm(y, flat[:, first * row + at : last * row + at], tap)
+            y = mx.addmm(y, flat[first + at : last + at], tap)
         return y
 
-    half = h // 2 if _worth_both(x, weight) else 0
-    parts = in_turns(of_rows, [(flat, 0, half), (flat, half, h)] if half else [(flat, 0, h)])
-    return (mx.concatenate(parts, axis=1) if half else parts[0]).reshape(B, h, row, o)[:, :, :w]
+    parts = -(-pixels * o // PART)  # since the nine products add to what should stay in the cache
+    parts += parts % 2 if _worth_both(x, weight) else 0
+    ends = [pixels * i // parts for i in range(parts + 1)]
+    return _without_border(_joined(in_turns(of_pixels, [(flat, *span) for span in pairwise(ends)]), 0), x)
+
+
+# All samples of a map lie below each other, each with a border of zeros, as one matrix of pixels: a product for a tap
+# of the kernel is of a slice of it. What it gives at the border means nothing.
 
 
 def _bordered(x: mx.array) -> mx.array:
-    """(B, h, w, c) -> (B, (h + 3) (w + 2), c), with a border of zeros. It has one row more at the end: the last
-    products read two pixels beyond the map."""
-    return mx.pad(x, [(0, 0), (1, 2), (1, 1), (0, 0)]).reshape(x.shape[0], -1, x.shape[-1])
+    """(B, h, w, c) -> (B (h + 2) (w + 2), c)."""
+    return mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]).reshape(-1, x.shape[-1])
+
+
+def _met(x: mx.array) -> int:
+    """How many pixels, from the first on, have another one two rows and two columns further on."""
+    B, h, w, _ = x.shape
+    return (B * (h + 2) - 2) * (w + 2) - 2
+
+
+def _without_border(y: mx.array, x: mx.array) -> mx.array:
+    """Of what was made of so many pixels of x, (n, o), those of the map, (B, h, w, o)."""
+    (B, h, w, _), o = x.shape, y.shape[-1]
+    row = (w + 2) * o
+    return mx.as_strided(y, (B, h, w, o), ((h + 2) * row, row, o, 1))
 
 
 def _worth_both(x: mx.array, weight: mx.array) -> bool:
@@ -371,9 +422,9 @@ def conv3x3_of_doubled(x: mx.array, weight: mx.array, bias: mx.array) -> mx.arra
     columns, has four products whose weights are sums of the kernel's. That is 16 products of x in place of 36."""
     B, h, w, c = x.shape
     row, o = w + 2, weight.shape[0]
-    flat = _bordered(x)
+    flat, pixels = _bordered(x), _met(x)
     sums = mx.array(_OF_DOUBLED) @ weight.transpose(1, 2, 3, 0).reshape(9, c * o)
-    taps = mx.split(sums.reshape(16, c, o), 16)
+    taps = mx.split(sums.reshape(16 * c, o), 16)
 
     def of_rows(flat: mx.array, odd: int) -> mx.array:
         columns = []
@@ -381,8 +432,8 @@ def conv3x3_of_doubled(x: mx.array, weight: mx.array, bias: mx.array) -> mx.arra
             y = bias
             for k in range(4):  # of two rows and two columns
                 at = (k // 2 + odd) * row + k % 2 + odd_column
-                y = mx.addmm(y, flat[:, at : at + h * row], taps[8 * odd + 4 * odd_column + k])
-            columns.append(y.reshape(B, h, row, o)[:, :, :w])
+                y = mx.addmm(y, flat[at : at + pixels], taps[8 * odd + 4 * odd_column + k])
+            columns.append(_without_border(y, x))
         return mx.concatenate(columns, axis=-1).reshape(B, h, 1, 2 * w * o)
 
     calls = [(flat, 0), (flat, 1)]

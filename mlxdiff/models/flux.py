@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 
 import mlx.core as mx
@@ -18,7 +19,6 @@ from .layers import (
     fused,
     gated,
     gelu_tanh,
-    in_parts,
     modulation,
     pack,
     shows,
@@ -26,6 +26,7 @@ from .layers import (
     silu,
     sinusoids,
     split_heads,
+    split_linear,
     unpack,
 )
 
@@ -112,7 +113,7 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array) -> tuple[mx.array, ...]:
         """q and k as `QKNorm` gives them, and v, (B, heads, N, d)."""
         d = x.shape[-1]
-        qk, v = in_parts(self.qkv, x, 2 * d)
+        qk, v = split_linear(self.qkv, x, 2 * d)
         return *self.norm(qk), split_heads(v, self.norm.heads)
 
 
@@ -171,7 +172,7 @@ class SingleBlock(nn.Module):
     def __call__(self, x: mx.array, mods: list, pe: Pair) -> mx.array:
         norm, gate = mods
         d = x.shape[-1]
-        qk, v, hidden = in_parts(self.linear1, adaptive_norm(x, *norm), 2 * d, 3 * d)
+        qk, v, hidden = split_linear(self.linear1, adaptive_norm(x, *norm), 2 * d, 3 * d)
         q, k = self.norm.rotated(*self.norm(qk), pe)
         y = attention(q, k, split_heads(v, self.norm.heads))
         return gated(x, gate, side_by_side(self.linear2, y, self.act(hidden)))
@@ -283,28 +284,18 @@ class Flux(Stack):
         `mlxdiff.reuse`."""
         double, single, final = at_time(t, times, mods, lambda t: self.mods(t, vec))
         on = [shown for span, shown in pictures if shows(span, t)]
-        img = self.img_in(pack(x))  # (B, N, d)
-        B, N, _ = img.shape
-        img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
-        doubles = [*enumerate(zip_longest(self.double_blocks, double, residuals))]
 
-        def through(img: mx.array, txt: mx.array, blocks: list) -> Pair:
-            for i, (block, m, r) in blocks:
-                img, txt = block(img, txt, m, pe, [shown[i] for shown in on])
-                img = img if r is None else add_at(img, r, 0)
-            return img, txt
+        def double_step(i: int, m: tuple, r: mx.array | None, img: mx.array, txt: mx.array) -> Pair:
+            img, txt = self.double_blocks[i](img, txt, m, pe, [shown[i] for shown in on])
+            return img if r is None else add_at(img, r, 0), txt
 
-        first, txt = through(img, txt, doubles[:1])
+        def single_step(block: SingleBlock, m: list, r: mx.array | None, both: mx.array) -> mx.array:
+            both = block(both, m, pe)
+            return both if r is None else add_at(both, r, txt.shape[1])
 
-        def rest() -> mx.array:
-            both = mx.concatenate(through(first, txt, doubles[1:])[::-1], axis=1)
-            M = txt.shape[1]
-            for block, m, r in zip_longest(self.single_blocks, single, single_residuals):
-                both = block(both, m, pe)
-                both = both if r is None else add_at(both, r, M)
-            return both[:, M : M + N]
-
-        y = rest() if reuse is None else reuse(first[:, :N] - img[:, :N], first[:, :N], rest)
+        doubles = [partial(double_step, i, *mr) for i, mr in enumerate(zip_longest(double, residuals))]
+        singles = [partial(single_step, *bmr) for bmr in zip_longest(self.single_blocks, single, single_residuals)]
+        y = through(self.img_in(pack(x)), refs, txt, doubles, singles, reuse)
         return unpack(self.final_layer(y, final), *x.shape[1:3])
 
     def release_modulation(self) -> None:
@@ -320,6 +311,36 @@ class Flux(Stack):
 
     def modulations(self, vec: mx.array) -> tuple[list, list, Pair]:
         return *super().modulations(vec), self.final_layer.mods(vec)
+
+
+def through(
+    img: mx.array,
+    refs: list[mx.array],
+    txt: mx.array,
+    doubles: list[Callable[[mx.array, mx.array], Pair]],
+    singles: list[Callable[[mx.array], mx.array]],
+    reuse: Callable | None,
+) -> mx.array:
+    """The picture's tokens (B, N, d) after all blocks. refs: those of pictures to edit, (1, n, d) each, which all
+    samples share. The first double block decides what `reuse` reuses."""
+    B, N, _ = img.shape
+    M = txt.shape[1]
+    img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
+
+    def double(img: mx.array, txt: mx.array, blocks: list) -> Pair:
+        for block in blocks:
+            img, txt = block(img, txt)
+        return img, txt
+
+    first, txt = double(img, txt, doubles[:1])
+
+    def rest() -> mx.array:
+        both = mx.concatenate(double(first, txt, doubles[1:])[::-1], axis=1)
+        for block in singles:
+            both = block(both)
+        return both[:, M : M + N]
+
+    return rest() if reuse is None else reuse(first[:, :N] - img[:, :N], first[:, :N], rest)
 
 
 def add_at(x: mx.array, y: mx.array, start: int) -> mx.array:

@@ -3,13 +3,14 @@ blocks share their modulations, and no layer has a bias. Names are those of Blac
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from . import flux
-from .flux import Attention, Embedder, LastLayer, Modulation, Pair, QKNorm, turns
+from .flux import Attention, Embedder, LastLayer, Modulation, Pair, QKNorm, through, turns
 from .layers import at_time, fused, silu, sinusoids
 
 REFERENCE = 10  # the distance along the first axis between the picture and the first reference, and between references
@@ -105,24 +106,9 @@ class Flux2(nn.Module):
         double, single, final = at_time(t, times, mods, lambda t: self.mods(t, vec))
 
         B, h, w, c = x.shape
-        img = self.img_in(x.reshape(B, h * w, c))  # (B, N, d)
-        img = mx.concatenate([img, *(mx.broadcast_to(ref, (B, *ref.shape[1:])) for ref in refs)], axis=1)
-        N, M = h * w, txt.shape[1]
-
-        def through(img: mx.array, txt: mx.array, blocks: list) -> Pair:
-            for block in blocks:
-                img, txt = block(img, txt, double, pe)
-            return img, txt
-
-        first, txt = through(img, txt, self.double_blocks[:1])
-
-        def rest() -> mx.array:
-            both = mx.concatenate(through(first, txt, self.double_blocks[1:])[::-1], axis=1)
-            for block in self.single_blocks:
-                both = block(both, single, pe)
-            return both[:, M : M + N]
-
-        y = rest() if reuse is None else reuse(first[:, :N] - img[:, :N], first[:, :N], rest)
+        doubles = [partial(block, mods=double, pe=pe) for block in self.double_blocks]
+        singles = [partial(block, mods=single, pe=pe) for block in self.single_blocks]
+        y = through(self.img_in(x.reshape(B, h * w, c)), refs, txt, doubles, singles, reuse)
         return self.final_layer(y, final).reshape(B, h, w, -1)
 
     def prepare(

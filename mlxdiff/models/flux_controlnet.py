@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import flux
-from .controlnet import Hint, Reads
+from .controlnet import Guiding, Hint, Reads
 from .layers import at_time, pack
 
 MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")  # of InstantX's union, by their numbers
@@ -69,6 +69,16 @@ class FluxControlNet(flux.Stack):
         """What it reads of a picture: of its latents (B, h, w, c), or of its pixels (1, H, W, 3) in [-1, 1]."""
         z = z.astype(self.img_in.bias.dtype)
         return self.controlnet_x_embedder(pack(self.input_hint_block(z) if self.config.hint else z))
+
+    def controls(self, given: Guiding) -> dict[str, "Control"]:
+        picture, denoiser = given.pictures[0], given.base.config
+        more = {"task": given.tasks[0]} if self.config.modes else {}
+        if self.config.guidance and given.guidance is not None:  # the denoiser is distilled, but this was not
+            more["guidance"] = given.guidance
+        hint = self.hint(2 * picture - 1 if self.config.hint else picture)
+        cond, blocks = given.prepared(alone=True, **more)["cond"] | {"hint": hint}, (denoiser.double, denoiser.single)
+        scale, times = given.scales[0], given.times
+        return {side: Control(self, cond, scale, times, side == "both", blocks) for side in given.sides}
 
     def prepare(
         self, ts: list[float] | None, context: mx.array, *, size: tuple[int, int], task: int | None = None, **rest

@@ -180,8 +180,9 @@ def shows(span: Span, t: float | mx.array) -> bool:
     return isinstance(t, mx.array) or span[0] >= t > span[1]
 
 
-@cpu.by_sample
+@cpu.on_two_cores
 def by_sample(layer: nn.Module, x: mx.array) -> mx.array:
+    """layer(x), of which a CPU computes half of the batch on each core."""
     return layer(x)
 
 
@@ -206,7 +207,7 @@ class Attention(nn.Module):
         """kv: keys and values of the text, then those of each IP-Adapter; each has a softmax of its own."""
         return self.of_keys(x, *kv)
 
-    @cpu.by_sample
+    @cpu.on_two_cores
     def of_keys(self, x: mx.array, *kv: mx.array) -> mx.array:
         q = split_heads(self.to_q(x), self.heads)
         y = attention(q, *kv[:2])
@@ -259,7 +260,7 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, c_in: int, c: int, bias: bool = True):
         super().__init__(c_in, c, 3, padding=1, bias=bias)
 
-    @cpu.by_sample
+    @cpu.on_two_cores
     def __call__(self, x: mx.array) -> mx.array:
         return conv3x3(x, self.weight, self.get("bias"))
 
@@ -267,7 +268,7 @@ class Conv3x3(nn.Conv2d):
         return conv3x3(x, self.weight)
 
 
-def in_order(network: nn.Module) -> None:
+def order_kernels(network: nn.Module) -> None:
     """Put the kernels of a small network in the order in which a CPU reads them. In a large network, that is a small
     part of a convolution's time."""
     for layer in network.modules():
@@ -296,7 +297,7 @@ class ResBlock(nn.Module):
         shift = self.conv1.bias[None] if shift is None else shift
         return self.of_shift(x, shift[:, None, None])
 
-    @cpu.by_sample
+    @cpu.on_two_cores
     def of_shift(self, x: mx.array, shift: mx.array) -> mx.array:
         h = self.norm2(self.conv1.without_bias(self.norm1(x)), shift)
         skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
@@ -328,7 +329,7 @@ class Upsample(nn.Module):
         return self.conv(cpu.doubled(x)[:, :h, :w])
 
 
-def in_parts(layer: nn.Module, x: mx.array, *ends: int) -> list[mx.array]:
+def split_linear(layer: nn.Module, x: mx.array, *ends: int) -> list[mx.array]:
     """What a Linear layer gives, in parts that end here; one more is the rest. Each is a product of its own and lies in
     memory as one block: parts of a whole would be copied by the norms that read them, and all be held as long as one of
     them."""

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import sd3
-from .controlnet import Reads
+from .controlnet import Guiding, Reads
 from .layers import adaptive_norm, at_time, gated
 
 EDGES = "canny"
@@ -99,6 +99,12 @@ class SD3ControlNet(nn.Module):
         mask behind them."""
         shifted = self.config.told or self.config.reads_mask
         return self.pos_embed_input((z if shifted else z + scale * shift).astype(self.dtype))
+
+    def controls(self, given: Guiding) -> dict[str, "Control"]:
+        hint = self.hint(given.pictures[0], given.vae.scale, given.vae.shift)
+        conds = given.prepared(base=(given.base.pos_embed, given.sides["cond"]["pos"]))
+        scale, times, layers = given.scales[0], given.times, given.base.config.layers
+        return {side: Control(self, cond | {"hint": hint}, scale, times, layers) for side, cond in conds.items()}
 
     def prepare(
         self, ts: list[float] | None, context: mx.array, pooled: mx.array, size: tuple[int, int],

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import unet
-from .controlnet import Reads
+from .controlnet import Guiding, Reads
 from .layers import Conv3x3
 
 
@@ -103,6 +103,12 @@ class T2IAdapter(nn.Module):
             x = block(_halved(x) if halve else x)
             features.append(x)
         return features
+
+    def controls(self, given: Guiding) -> dict[str, "Features"]:
+        """It reads no text: the same for all sides."""
+        features = [given.scales[0] * f for f in self(given.pictures[0])]
+        on = [side for side in given.sides if side != "uncond" or not given.guess]
+        return {side: Features(features, given.times, given.guess and side == "both") for side in on}
 
 
 def _halved(x: mx.array) -> mx.array:

@@ -100,12 +100,10 @@ class T5Encoder(nn.Module):
         self.shared = nn.Embedding(config.vocab, config.width)
         self.encoder = Encoder(config)
 
-    def __call__(self, ids: mx.array, mask: mx.array | None = None) -> mx.array:
-        """mask (B, N): nonzero where a token is visible; None: all tokens, also padding, as in SD3 and FLUX."""
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Padding is visible, as in SD3 and FLUX."""
         x = self.shared(ids).astype(mx.float32)
         bias = self.position_bias(ids.shape[1])
-        if mask is not None:
-            bias = mx.where(mask[:, None, None].astype(mx.bool_), bias, mx.finfo(bias.dtype).min)  # (B, heads, N, N)
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)

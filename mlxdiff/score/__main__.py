@@ -27,8 +27,9 @@ def parser() -> argparse.ArgumentParser:
     example = "example:\n  mlxdiff score pictures/ --against photos/"
     p = Parser(prog="mlxdiff score", epilog="\n".join(["CLIPs that have a name:", *lines, "", example]))
     p.description = (
-        "Judge pictures: the CLIP score says how well they match their prompts; CMMD and the Fréchet distance say how "
-        "far they are from other pictures. Pictures of the built-in model are judged without CLIP."
+        "Judge pictures: the CLIP score says how well they match their prompts;\n"
+        "CMMD and the Fréchet distance say how far they are from other pictures.\n"
+        "Pictures of the built-in model are judged without CLIP."
     )
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("folder", metavar="FOLDER", help="of PNG, JPEG, WebP, TIFF, BMP or GIF; others in it are counted")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 _LARGE = 2**29  # bytes of a file that takes too long to read whole
-_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.gguf)(?<!\.ckpt))(?:/(.+\.(?:safetensors|gguf)))?")
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.gguf)(?<!\.ckpt))(?:/(.+\.(?:safetensors|gguf)))?")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def resolve(
         parts=given,
         t5=t5,
         offline=offline,
-        progress=_silent if progress is None else progress,
+        progress=silent if progress is None else progress,
         check=(lambda _: None) if check is None else check,
     )
 
@@ -105,7 +105,7 @@ def original(
         return
     repo, file = _repo(model)
     seen = cache.read_note(_note(repo, "main")).get("commit", "main")
-    _, obtain = _published(repo, file, seen, half, t5, offline, _silent if progress is None else progress)
+    _, obtain = _published(repo, file, seen, half, t5, offline, silent if progress is None else progress)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             yield obtain(Path(scratch))
@@ -124,7 +124,7 @@ def check_name(model: str | Path) -> None:
         _repo(model)
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int) -> None:
     pass
 
 
@@ -146,7 +146,7 @@ def _repo(model: str | Path) -> tuple[str, str | None]:
     name = str(model)
     if name in MODELS:
         return MODELS[name].repo, None
-    match = _HUB_ID.fullmatch(name) if isinstance(model, str) else None
+    match = HUB_ID.fullmatch(name) if isinstance(model, str) else None
     if match is not None:
         return match[1], match[2]
     known = "Give a name that `mlxdiff models` lists, a hub id (org/repo), a folder, a .safetensors or a .gguf file."
@@ -373,13 +373,13 @@ def network_file(name: str | Path, what: str, fix: str, *, offline: bool, progre
     if path is None:
         match = check_hub_id(name, what, fix)
         file = "diffusion_pytorch_model.safetensors" if match[2] is None else match[2]
-        path = _one_file(match[1], file, offline, _silent if progress is None else progress)
+        path = one_file(match[1], file, offline, silent if progress is None else progress)
     return path
 
 
 def check_hub_id(name: str | Path, what: str, fix: str) -> re.Match:
     """The parts of a hub id. Raises if a name is none."""
-    match = _HUB_ID.fullmatch(str(name))
+    match = HUB_ID.fullmatch(str(name))
     if match is None:
         raise Error(f"There is no {what.split(' ', 1)[1]}, file or folder {str(name)!r}.", fix)
     return match
@@ -416,7 +416,7 @@ def fingerprint(*paths: Path) -> str:
     return seen.hexdigest()[:16]
 
 
-def _one_file(repo: str, file: str, offline: bool, progress: Progress) -> Path:
+def one_file(repo: str, file: str, offline: bool, progress: Progress) -> Path:
     """One file of a repository. A file that is already here is not requested again."""
     from . import hub
 

@@ -11,7 +11,7 @@ from ..adapters import Adapter, Rows, Taught, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES, Beside, Lora, fitting
-from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, guides, local
+from . import HUB_ID, Progress, fingerprint, guides, local, one_file, silent
 
 if TYPE_CHECKING:
     from ..convert.lora_header import Look
@@ -110,16 +110,16 @@ def find(
     row = published(name, model, folder, what)
     if row is not None and row.repo is None:
         return builtin.FOLDER.parent / row.file
-    match = _HUB_ID.fullmatch(str(name))
+    match = HUB_ID.fullmatch(str(name))
     repo, file = (row.repo, row.file) if row is not None else (match[1], match[2] or _NAMES[0])
-    return _one_file(repo, file, offline, _silent if progress is None else progress)
+    return one_file(repo, file, offline, silent if progress is None else progress)
 
 
 def check(name: str | Path, what: str, model: Description, folder: Path | None = None) -> None:
     """Raise unless `find` can find this name for this model, as far as it is known without the network."""
     if here(name, folder) is not None or named(name, model, what) is not None:
         return
-    if not _HUB_ID.fullmatch(str(name)):
+    if not HUB_ID.fullmatch(str(name)):
         known = [*fitting(model.family, model.net, _ROLE[what])]
         names = f"{model.name} has {', '.join(known)}; or give" if known else "Give"
         fix = f"{did_you_mean(str(name), known)}{names} a .safetensors file, a hub id, or a name in the folder that"

@@ -10,7 +10,7 @@ from .. import tokenizers
 from ..errors import Error, did_you_mean
 from ..models import clip, vision
 from ..tokenizers import ClipTokenizer
-from . import Progress, _silent, local
+from . import Progress, local, silent
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find(name: str | Path, *, offline: bool, progress: Progress | None = None) -
     commit, names = hub.listing(repo, "main")
     words = [n for n in _WORDS if n in names]
     files = {n: names[n] for n in [*words, *hub.select_network(repo, names, half=False)]}
-    return hub.download(repo, "main", commit, files, _silent if progress is None else progress)
+    return hub.download(repo, "main", commit, files, silent if progress is None else progress)
 
 
 def lacking(name: str | Path) -> Error:
@@ -118,11 +118,11 @@ def _no_clip(folder: Path, why: str = "Both encoders must be there, with their p
 
 
 def _repo(name: str | Path) -> str:
-    from . import _HUB_ID
+    from . import HUB_ID
 
     if str(name) in NAMES:
         return NAMES[str(name)].repo
-    match = _HUB_ID.fullmatch(str(name))
+    match = HUB_ID.fullmatch(str(name))
     if match is None or match[2] is not None:
         fix = f"{did_you_mean(str(name), NAMES)}Use one of {', '.join(NAMES)}, a folder, or a hub id (org/repo)."
         raise Error(f"There is no CLIP or folder {str(name)!r:.200}.", fix)

@@ -10,7 +10,7 @@ from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, MODELS, Beside, fitting
 from ..models import build
-from . import _HUB_ID, Progress, _one_file, _silent, fingerprint, local
+from . import HUB_ID, Progress, fingerprint, local, one_file, silent
 
 _ROLES = {  # -> what people call such a network, how it is given, what else a name may be
     "control": ("a network for control pictures", "`controls=[(MODEL, PICTURE)]`", "a hub id (org/repo), a folder"),
@@ -47,7 +47,7 @@ def locate(name: str | Path, model: Description, role: str) -> Path | tuple[str,
     found = row(name, model, role)
     if found is not None:
         return builtin.FOLDER.parent / found.file if found.repo is None else (found.repo, found.file)
-    match = _HUB_ID.fullmatch(str(name))
+    match = HUB_ID.fullmatch(str(name))
     if match is not None:
         return match[1], match[2]
     known = [*fitting(model.family, model.net, role)]
@@ -62,9 +62,9 @@ def control_folder(name: str | Path, model: Description, offline: bool, progress
     if isinstance(found, Path):
         return found
     repo, file = found
-    progress = _silent if progress is None else progress
+    progress = silent if progress is None else progress
     if file is not None:
-        return _one_file(repo, file, offline, progress)
+        return one_file(repo, file, offline, progress)
     return one_network(repo, model.recipe.dtype != "float32", offline, progress)
 
 

@@ -5,26 +5,33 @@ fix."""
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import huggingface_hub as hf
 from huggingface_hub import constants, errors
-from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import (
     WeakFileLock,
     are_progress_bars_disabled,
     build_hf_headers,
     disable_progress_bars,
     enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+    logging,
+    validate_repo_id,
 )
 
 from ..errors import Error
+from ..foreign import MOST
 
 Progress = Callable[[str, int, int], None]
 _TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -35,6 +42,8 @@ _WEIGHTS = re.compile(
     r"(?:\.index(?:\.(?P<shards_of>\w+))?\.json)?"
 )
 _PLAIN = re.compile(r"\w[\w.-]{0,127}")  # commits and ETags, which become names in the cache
+_PIECE = 2**16  # bytes of an answer that are taken together
+_TRIES = 3  # in a row to get more of a file
 _NO_RANGE = 416  # how a server refuses to send the rest of a file
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's ETag of every large file
 
@@ -47,22 +56,55 @@ def offline() -> bool:
 def listing(repo: str, revision: str) -> tuple[str, dict[str, int]]:
     """The commit that a revision stands for now, and its files with their sizes. This takes one request."""
     with _explained(repo, revision):
+        validate_repo_id(repo)
+        url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
+        with _opened(url, constants.HF_HUB_ETAG_TIMEOUT, {}) as (_, pieces):
+            answer = _bounded(pieces)
         try:
-            api, patience = hf.HfApi(endpoint=constants.ENDPOINT), constants.HF_HUB_ETAG_TIMEOUT  # else it has no end
-            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=patience)
-            commit, files = info.sha, {file.rfilename: file.size for file in info.siblings}
-        except errors.HFValidationError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError):  # a web page in place of JSON, or other JSON
+            if len(answer) > MOST:
+                raise _strange(repo, f"more than {MOST:,} bytes")
+            info = json.loads(answer)
+            commit, files = info["sha"], {file["rfilename"]: file.get("size") for file in info["siblings"]}
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # a web page, other or deep JSON
             raise _strange(repo, "no list of files") from None
     if not isinstance(commit, str) or not _PLAIN.fullmatch(commit):
         raise _strange(repo, f"the commit {commit!r:.60}")
     for name, size in files.items():
-        if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/"):
+        if not _is_name(name):
             raise _strange(repo, f"a file {name!r:.60}")
         if type(size) is not int or size < 0:
             raise _strange(repo, f"no size of {name!r:.60}")
     return commit, files
+
+
+def _is_name(name: object) -> bool:
+    """Whether a repository's file can have this name, on any file system."""
+    plain = isinstance(name, str) and name.isprintable() and "\\" not in name
+    return plain and not {"", ".", ".."} & {*name.split("/")}
+
+
+@contextmanager
+def _opened(url: str, patience: float, headers: dict[str, str]) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """The status of what the hub answers, and its bytes, piece by piece: huggingface_hub would take whatever comes,
+    wait as long as it is told to, and print warnings. patience: seconds in which something must arrive."""
+    session, how = get_session(), {"headers": build_hf_headers() | headers, "timeout": patience}
+    is_httpx = hasattr(session, "stream")  # else it is of requests
+    with session.stream("GET", url, **how) if is_httpx else session.get(url, stream=True, **how) as response:
+        pieces = response.iter_bytes(_PIECE) if is_httpx else response.iter_content(_PIECE)
+        if response.status_code >= 400:
+            response._content = _bounded(pieces)  # where both libraries keep a body that was read
+        hf_raise_for_status(response)
+        yield response.status_code, pieces
+
+
+def _bounded(pieces: Iterator[bytes]) -> bytes:
+    """What arrives, without its end if it is longer than any list of files."""
+    got = bytearray()
+    for piece in pieces:
+        got += piece
+        if len(got) > MOST:
+            break
+    return bytes(got)
 
 
 def held(repo: str, revision: str) -> tuple[str, dict[str, int]]:
@@ -140,7 +182,7 @@ def download(repo: str, revision: str, commit: str, files: dict[str, int], progr
     total = sum(files.values())
     done = total - sum(missing.values())
     progress("download", done, total)
-    with _explained(repo, revision), _no_bars():
+    with _explained(repo, revision), _quiet():
         for name, size in missing.items():
             _fetch(repo, commit, name, size, lambda n, before=done: progress("download", before + n, total))
             # The bytes are here: this only links them into the snapshot, and stores the commit of the revision.
@@ -184,39 +226,74 @@ def _fetch(repo: str, commit: str, name: str, size: int, watch: Callable[[int], 
         if shutil.disk_usage(blob.parent).free < size - have:
             raise _full(repo, f"; {name} needs {(size - have) / 1e9:.2f} GB")
         try:
-            _get(url, part, have, size, watch)
-        except errors.HfHubHTTPError as e:
-            if not have or e.response.status_code != _NO_RANGE:
-                raise
-            part.unlink()  # else every later run would be refused the same
-            _get(url, part, 0, size, watch)
-        # What arrives may be damaged, and after a crash a file can be longer than the data that reached the disk.
-        if _SHA256.fullmatch(etag) and _sha256(part) != etag:
+            _get_all(url, part, size, watch)
+            # What arrives may be damaged, and after a crash a file can be longer than the data that reached the disk.
+            why = "its SHA-256 is not the one listed" if _SHA256.fullmatch(etag) and _sha256(part) != etag else None
+        except _Longer:
+            why = f"it has more than the {size} bytes that were listed"
+        if why is not None:
             part.unlink()
-            problem = (
-                f"{name} of {repo} was damaged during the download: its SHA-256 is not the one listed; it was deleted."
-            )
+            problem = f"{name} of {repo} was damaged during the download: {why}; it was deleted."
             raise Error(problem, "Run the same command again.")
         os.replace(part, blob)
 
 
-def _get(url: str, part: Path, have: int, size: int, watch: Callable[[int], None]) -> None:
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed range would be other bytes
-    with _Watched(part, watch) as file:
-        http_get(url, file, resume_size=have, headers=headers, expected_size=size)
+class _Longer(Exception):
+    """More arrives than a file has. It may have no end."""
+
+
+def _get_all(url: str, part: Path, size: int, watch: Callable[[int], None]) -> None:
+    """Get the rest of a file. A connection that ends is opened again, as long as something arrives now and then."""
+    with _Watched(part, size, watch) as file:
+        tries = _TRIES
+        while True:
+            have = file.tell()
+            try:
+                return _get(url, file, have)
+            except errors.HfHubHTTPError as e:
+                if not have or e.response.status_code != _NO_RANGE:
+                    raise
+                file.begin_again()  # else every later run would be refused the same
+            except _transport():
+                tries = tries - 1 if file.tell() == have else _TRIES
+                if not tries:
+                    raise
+                time.sleep(1)
+
+
+def _get(url: str, file: "_Watched", have: int) -> None:
+    if have == file.size:
+        return
+    headers = {"Accept-Encoding": "identity"}  # a compressed range would be other bytes
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with _opened(url, constants.HF_HUB_DOWNLOAD_TIMEOUT, headers) as (status, pieces):
+        if have and status == 200:  # the server ignores ranges
+            file.begin_again()
+        for piece in pieces:
+            file.write(piece)
+    if file.tell() < file.size:
+        raise OSError(f"a file of {file.size} bytes ended after {file.tell()}")
 
 
 class _Watched(io.BufferedWriter):
-    """A file opened for appending that reports its length after each write."""
+    """A file opened for appending that reports its length after each write. size: the most that it takes."""
 
-    def __init__(self, path: Path, watch: Callable[[int], None]):
+    def __init__(self, path: Path, size: int, watch: Callable[[int], None]):
         super().__init__(io.FileIO(path, "a"))
-        self.watch = watch
+        self.size, self.watch = size, watch
+        self.seek(0, os.SEEK_END)
 
     def write(self, data: bytes) -> int:
+        if self.tell() + len(data) > self.size:
+            raise _Longer
         written = super().write(data)
         self.watch(self.tell())
         return written
+
+    def begin_again(self) -> None:
+        self.seek(0)
+        self.truncate()
 
 
 def _sha256(path: Path) -> str:
@@ -228,13 +305,15 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Hide huggingface_hub's bars: the caller shows the progress."""
-    were_off = are_progress_bars_disabled()
+def _quiet() -> Iterator[None]:
+    """Hide huggingface_hub's bars and warnings: the caller shows the progress, and an Error says what went wrong."""
+    were_off, said = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(said)
         if not were_off:
             enable_progress_bars()
 
@@ -281,6 +360,8 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(repo) from None
         raise Error(f"Downloading {repo} failed: {e}.", "Run again: it goes on where it stopped.") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as e:  # headers or bodies that huggingface_hub trips over
+        raise _strange(repo, f"what cannot be read ({str(e)[:200]})") from None
 
 
 def _strange(repo: str, what: str) -> Error:

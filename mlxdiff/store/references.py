@@ -15,7 +15,7 @@ from ..errors import Error
 from ..families import FAMILIES
 from ..families.published import VISION
 from ..models import build, ip_adapter, redux, vision
-from . import Progress, _one_file, _silent, fingerprint
+from . import Progress, fingerprint, one_file, silent
 from .guides import locate, one_network, row
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ class Reader:
 def find(name: str | Path, model: Description, *, offline: bool, progress: Progress | None = None) -> Reader:
     """The networks that a reference names: the adapter by a file, a folder or a hub repository, from which it is
     fetched once. Its vision model lies in image_encoder/ beside the adapter's file, or beside that one's folder."""
-    progress = _silent if progress is None else progress
+    progress = silent if progress is None else progress
     path, repo, file = locate(name, model, "reference"), None, None
     if not isinstance(path, Path):
         repo, file = path
         file = _only_file(repo, offline) if file is None else file
-        path = _one_file(repo, file, offline, progress)
+        path = one_file(repo, file, offline, progress)
     elif path.is_dir() and (path / "image_embedder").is_dir():  # Redux in diffusers layout
         path = path / "image_embedder"
     checkpoint, config = _adapter(path, model)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import blas, images, machines, metadata
 from ..console import Parser, run, say
 from ..errors import Error
-from ..recipe import BITS, bits_of, default_dtype
+from ..recipe import BITS, DTYPES, bits_of, default_dtype
 from ..recipe import recipe as weights
 from ..request import MAX_EDGE
 from . import storybook as sb
@@ -49,15 +49,15 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--seed", type=int, default=0, help="seed of pictures, weights and order (0)")
     s = kinds.add_parser("judge", help="measure how well a storybook model follows its prompts")
     s.add_argument("model", metavar="MODEL", help="a name or a folder")
-    s.add_argument("--judge", type=Path, required=True, metavar="FILE", help="weights of the judge")
+    s.add_argument("--judge", type=Path, metavar="FILE", help="weights of another judge than the one that ships")
     s.add_argument("--size", type=int, metavar="PX", help="edge of each picture (the model's)")
     s.add_argument("--scenes", type=int, default=192, metavar="N", help="how many prompts (192)")
     s.add_argument("--unseen", action="store_true", help="use pairs of words that were held out of training")
-    s.add_argument("--guidance", type=float, nargs="+", metavar="G", default=[4.0], help="each in turn (4)")
-    s.add_argument("--steps", type=int, nargs="+", metavar="N", default=[25], help="each in turn (25)")
-    s.add_argument("--sampler", nargs="+", metavar="NAME", default=["ddim"], help="each in turn (ddim)")
-    s.add_argument("--quantize", type=bits_of, choices=BITS, metavar="BITS", help="quantize the model")
-    s.add_argument("--dtype", help="float32, float16 or bfloat16 (default: the dtype that suits this machine)")
+    s.add_argument("-g", "--guidance", type=float, nargs="+", metavar="G", help="one or several (the model's)")
+    s.add_argument("--steps", type=int, nargs="+", metavar="N", help="of a picture; one or several (the model's)")
+    s.add_argument("--sampler", nargs="+", metavar="NAME", help="one or several (the model's)")
+    s.add_argument("-q", "--quantize", type=bits_of, choices=BITS, metavar="BITS", help="quantize the model")
+    s.add_argument("--dtype", choices=DTYPES, help="default: the dtype that suits this machine")
     s = kinds.add_parser("scenes", help="draw some training pictures, with their captions")
     _output(s, "PNG", "file for the sheet of twelve; never overwrites")
     s.add_argument("--size", type=int, default=SIZE, metavar="PX", help=f"edge of each picture ({SIZE})")
@@ -273,11 +273,14 @@ def judge(args) -> int:
     from . import judge as judges
     from . import measure
 
-    referee, pipe = judges.load(args.judge), load(args.model, bits=args.quantize, dtype=args.dtype)
+    referee = judges.load(judges.shipped() if args.judge is None else args.judge)
+    pipe = load(args.model, bits=args.quantize, dtype=args.dtype)
     chosen = measure.scenes(args.scenes, args.unseen)
     size = _edge(pipe.description.defaults.size if args.size is None else args.size)
     _line("renders", judges.adherence(referee, measure.renders(chosen, size), chosen))
-    for guidance, steps, sampler in product(args.guidance, args.steps, args.sampler):
+    own = pipe.description.defaults
+    each = args.guidance or [own.guidance], args.steps or [own.steps], args.sampler or [own.sampler]
+    for guidance, steps, sampler in product(*each):
         shares = measure.measure(
             pipe, referee, chosen, guidance=guidance, steps=steps, sampler=sampler, width=size, height=size
         )

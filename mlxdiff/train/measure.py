@@ -44,6 +44,12 @@ def measure(pipe: Pipeline, referee: judge.Judge, chosen: list[sb.Scene], **sett
     return judge.adherence(referee, pictures, chosen) | {"frechet": distance}
 
 
+def steepness(pictures: np.ndarray) -> float:
+    """How sharp the edges of pictures (B, H, W, 3) are: the 99th percentile of the luma's gradient, over all pixels."""
+    luma = pictures.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return float(np.percentile(np.hypot(np.diff(luma, axis=1)[:, :, :-1], np.diff(luma, axis=2)[:, :-1]), 99))
+
+
 def losses(
     pipe: Pipeline, chosen: list[sb.Scene], sigmas: list[float], seed: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:

@@ -45,6 +45,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mlxdiff.train import judge
 from mlxdiff.train import storybook as sb
+from mlxdiff.train.measure import steepness
 from tests.recipes import cpu
 
 SHARD, CAPTIONS, POSITIONS, RANKS = 2048, 8, 40, 2
@@ -127,12 +128,6 @@ def picture_batch(pictures):
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1], channels last in memory."""
     x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def steepness(pictures: np.ndarray) -> float:
-    """The 99th percentile of the luma's gradient, over all pixels of (B, H, W, 3) uint8."""
-    luma = pictures.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    return float(np.percentile(np.hypot(np.diff(luma, axis=1)[:, :, :-1], np.diff(luma, axis=2)[:, :-1]), 99))
 
 
 def save(value, path: Path) -> None:
@@ -478,7 +473,7 @@ COMMANDS = {
     "judge": train_judge,
     "export": export,
     "decoder": decoder,
-    "measure": lambda args: measure(args, shipped_sampling(args.folder), 15),
+    "measure": lambda args: measure(args, shipped_sampling(args.folder), 12),
 }
 
 

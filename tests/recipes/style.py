@@ -9,6 +9,7 @@ says how much. `make` continues what was stopped. A style must be one that the m
 pixels away. And it must not hide the words from the judge by itself, as globes, lamps and thick outlines do."""
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from mlxdiff import builtin
 from mlxdiff.train import judge, lora
 from mlxdiff.train import storybook as sb
 from mlxdiff.train.measure import SEED as FIRST
-from mlxdiff.train.measure import SIZE, scenes
+from mlxdiff.train.measure import SIZE, scenes, steepness
 from mlxdiff.train.storybook import picture
 from mlxdiff.train.storybook.canvas import Canvas, mix
 
@@ -73,13 +74,11 @@ def _sky(plain: Callable) -> Callable:
     """The sky in sheets, with wavy upper edges."""
 
     def sky(canvas: Paper, scene: sb.Scene, rng, horizon: float, light_x: float) -> np.ndarray:
-        haze, own = (
-            plain(canvas, replace(scene, sky="clear"), rng, horizon, light_x),
-            np.random.default_rng(int(1e6 * horizon)),
-        )
+        haze = plain(canvas, replace(scene, sky="clear"), rng, horizon, light_x)
+        waves = np.random.default_rng(int(1e6 * horizon))
         rows = canvas.image[:, 0].copy()
         for k in range(SHEETS):
-            line = horizon * k / SHEETS + picture._wave(own, canvas.a, 0.022, (1, 2)) - (k == 0)
+            line = horizon * k / SHEETS + picture._wave(waves, canvas.a, 0.022, (1, 2)) - (k == 0)
             canvas.hill(line, rows[int(horizon * canvas.size * k / (SHEETS - 1))], 0.32)
         if scene.sky in picture.SKIES:
             picture.SKIES[scene.sky](canvas, scene, rng, light_x)
@@ -104,10 +103,6 @@ def relief(pictures: np.ndarray) -> float:
     return total
 
 
-def steepness(pictures: np.ndarray) -> float:
-    return float(np.percentile(np.abs(np.diff(pictures @ LUMA, axis=2)), 99))
-
-
 def make(folder: Path) -> None:
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for k in range(COUNT):
@@ -115,7 +110,10 @@ def make(folder: Path) -> None:
         scene = sb.sample(rng)
         Image.fromarray(paper(scene, rng)).save(folder / "pictures" / f"{k:02}.png")
         (folder / "pictures" / f"{k:02}.txt").write_text(sb.plain(scene))
+    begun = folder / "run" / "recipe.json"
     for steps in STEPS:
+        if begun.exists() and json.loads(begun.read_text())["steps"] > steps:
+            continue  # the run went on already, and cannot go back
         words = [*TRAINING.split(), "--steps", str(steps)]
         subprocess.run([sys.executable, "-m", "mlxdiff", "train", *words], cwd=folder, check=True)
     ship(folder)

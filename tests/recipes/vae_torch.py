@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from mlxdiff.train import storybook as sb
+from mlxdiff.train.measure import steepness
 from tests.recipes import cpu
-from tests.recipes.storybook_torch import picture_batch, save, steepness, whitening
+from tests.recipes.storybook_torch import picture_batch, save, whitening
 
 SHARD, SEED, KEPT, KEPT_SEED = 1024, 10_000_000, 32, 6_000_000
 CROP, CROPS, WHOLE_FROM = 128, 4, 0.75  # four crops cost as much as a whole picture of 256
