@@ -181,7 +181,19 @@ def test_a_help_in_a_locale_without_its_letters(capsys, monkeypatch):
     assert ended.value.code == 0
 
 
-@pytest.mark.parametrize("words", [["mlxdiff.generate", "x"], ["mlxdiff", "models"], ["mlxdiff.convert", "x"]])
+_COMMANDS = (
+    "generate x",
+    "convert x",
+    "train storybook -o x",
+    "score x",
+    "upscale x",
+    "detect x canny",
+    "bench",
+    "tune",
+)
+
+
+@pytest.mark.parametrize("words", [*(f"mlxdiff.{command}".split() for command in _COMMANDS), ["mlxdiff", "models"]])
 def test_ctrl_c_while_modules_load_is_quiet(tmp_path, words):
     """numpy is the one that takes long, here: it sends what Ctrl-C sends, and then loads on for a minute."""
     (tmp_path / "numpy.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")

@@ -55,8 +55,8 @@ def filled(model: Description) -> nn.Module:
 
 
 def peak_of_step(steps: Iterator[fit.Report], weights: int) -> tuple[int, fit.Report]:
-    """The peak of the next step, by MLX's own count, and its report. weights: the bytes of the networks at work, with what
-    is trained; what else this process holds is no part of the peak."""
+    """The peak of the next step, by MLX's own count, and its report. weights: the bytes of the networks at work, with
+    what is trained; what else this process holds is no part of the peak."""
     gc.collect()
     mx.clear_cache()
     besides = mx.get_active_memory() - weights

@@ -88,7 +88,7 @@ def _opened(url: str, patience: float, headers: dict[str, str]) -> Iterator[tupl
     """The status of what the hub answers, and its bytes, piece by piece: huggingface_hub would take whatever comes,
     wait as long as it is told to, and print warnings. patience: seconds in which something must arrive."""
     session, how = get_session(), {"headers": build_hf_headers() | headers, "timeout": patience}
-    is_httpx = hasattr(session, "stream")  # else it is of requests
+    is_httpx = callable(session.stream)  # in requests it is a flag
     with session.stream("GET", url, **how) if is_httpx else session.get(url, stream=True, **how) as response:
         pieces = response.iter_bytes(_PIECE) if is_httpx else response.iter_content(_PIECE)
         if response.status_code >= 400:
@@ -361,7 +361,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
             raise _full(repo) from None
         raise Error(f"Downloading {repo} failed: {e}.", "Run again: it goes on where it stopped.") from None
     except (AttributeError, KeyError, TypeError, ValueError) as e:  # headers or bodies that huggingface_hub trips over
-        raise _strange(repo, f"what cannot be read ({str(e)[:200]})") from None
+        raise _strange(repo, f"what cannot be read ({str(e)[:200]})") from e
 
 
 def _strange(repo: str, what: str) -> Error:
