@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import description
-from ..adapters import Adapter, Change, Rows
+from ..adapters import UNNAMED, Adapter, Change, Rows
 from ..description import Description
 from ..errors import Error
 from ..families import MODELS
@@ -133,7 +133,15 @@ def _read(path: Path, file: _File, model: Description) -> Adapter:
     numbers = sum(math.prod(t.shape) for tensors in stored.values() for t in tensors.values())
     phrase = file.held.metadata.get(_TRIGGER)
     words = (phrase,) if phrase else ()
-    return Adapter(path.stem, changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size, words)
+    return Adapter(_called(path), changes, layers, tuple(sorted(ranks)), numbers * mx.float32.size, words)
+
+
+def _called(path: Path) -> str:
+    """The file's name or, where every file has the same, its folder's."""
+    if path.name not in UNNAMED:
+        return path.stem
+    folder = path.absolute().parent
+    return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name  # the hub's
 
 
 def recognise(path: Path) -> bool:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 Pair = tuple[mx.array, mx.array]
+UNNAMED = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what trainers call all LoRAs
 
 
 class Rows(NamedTuple):

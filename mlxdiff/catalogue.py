@@ -105,6 +105,10 @@ def one(name: str) -> int:
         say(f"{'needs':10} a picture and a mask: -i FILE --mask FILE, or -i FILE --outpaint LEFT TOP RIGHT BOTTOM")
     if "control" in row.reads:
         say(f"{'needs':10} a control picture: --control FILE")
+    others = [called for of, called in ADAPTERS if _fits(of, called, m)]
+    if others:
+        listed = ", ".join(others) if len(others) <= 8 else f"{len(others)} networks and LoRAs"
+        say(f"{'beside it':10} {listed}: mlxdiff models --adapters {name}")
     if name in builtin.NAMES:
         for kind, words in builtin.vocabulary().items():
             say(f"{kind:10} {', '.join(words)}")

@@ -35,7 +35,12 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             typed = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
             if typed is None:
-                self.error(f"{unknown[0]!r} is not expected here")
+                again = (
+                    "; repeat a flag for each value: --lora A --lora B"
+                    if "--lora" in self._option_string_actions
+                    else ""
+                )
+                self.error(f"{unknown[0]!r} is not expected here{again}")
             self.error(f"There is no flag {typed}. {self._advice(typed)}".rstrip(" ."))
         return parsed, unknown
 

@@ -262,7 +262,8 @@ class Request:
         if self.strength is not None:
             values.number("strength", self.strength, 0, 1)
         if self.image is None and (self.strength is not None or self.image_hash is not None):
-            raise Error("These settings need a start image, and none was given.", "Give it as `image=FILE`.")
+            what = "`strength` needs" if self.image_hash is None else "These settings need"
+            raise Error(f"{what} a start image, and none was given.", "Give it as `image=FILE`.")
         if not isinstance(self.t5, bool):
             raise Error(f"t5 {self.t5!r} is neither true nor false.", "Use `t5=False` to leave T5 out.")
         if self.eta is not None:

@@ -42,6 +42,9 @@ class Passes:
         self._made: list[Reuse] = []
         self._calls = 0  # that were computed in full, up to the last `step`
 
+    def __repr__(self) -> str:
+        return f"Passes({self.threshold:g})"
+
     def one(self) -> dict:
         """The argument of the network for one more pass: none if the run reuses nothing."""
         if self.threshold == 0:

@@ -7,6 +7,7 @@ import re
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -613,3 +614,10 @@ def test_a_bad_embedding_is_one_line(width, tmp_path, case, capsys):
     assert re.search(message, said)
     assert said.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_file_that_is_named_as_all_are_is_called_as_its_folder():
+    """Those of peft and diffusers, in a folder of one's own and in the hub's cache."""
+    held = Path("hub/models--org--moss/snapshots/1f")
+    files = Path("my-moss/moss_v2.safetensors"), *(p / "adapter_model.safetensors" for p in (Path("my-moss"), held))
+    assert [lora._called(p) for p in files] == ["moss_v2", "my-moss", "moss"]

@@ -253,7 +253,7 @@ BAD = {
     "a time for no refiner": (["x", "--refine-at", "0.5"], "Add --refiner"),
     "image absent": (["x", "-i", "absent.png"], "absent.png"),
     "image is no picture": (["x", "-i", "binary.txt"], "binary.txt"),
-    "strength without an image": (["x", "--strength", "0.5"], "need a start image"),
+    "strength without an image": (["x", "--strength", "0.5"], "--strength needs a start image"),
     "strength out of range": (
         ["x", "-i", "begin.png", "--strength", "2"],
         "Strength must be a number from 0 to 1; 2.0 was given",

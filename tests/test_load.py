@@ -26,7 +26,7 @@ BEFORE = {
     "a size": ("flux-dev", {"width": 1000}, "width 1000 is not a multiple of 16"),
     "a size beyond the positions": ("sd3-medium", {"height": 4096}, "positions for at most 3072 pixels"),
     "shift for diffusion": ("sdxl", {"shift": 3.0}, "shift is for Stable Diffusion 3 and 3.5 and FLUX.1"),
-    "strength without a picture": ("sdxl", {"strength": 0.5}, "need a start image"),
+    "strength without a picture": ("sdxl", {"strength": 0.5}, "needs a start image"),
     "skipped layers for another family": ("flux-dev", {"skip_layers": (7,)}, "skip_layers is for Stable Diffusion 3"),
     "a skipped layer that is not there": ("sd3.5-medium", {"skip_layers": (99,)}, "layers 0 to 23"),
     "guidance of a model without": ("flux-schnell", {"guidance": 3.0}, "takes no guidance"),

@@ -202,7 +202,7 @@ BAD = [
     ({"skip_interval": (0.5, 0.1)}, "ends before it begins"),
     ({"skip_scale": math.inf}, "skip_scale must be a number from 0 to 100; inf was given"),
     ({"skip_layers": 7}, "skip_layers 7"),
-    ({"strength": 0.5}, "need a start image"),
+    ({"strength": 0.5}, "needs a start image"),
     ({"strength": 1.5, "image": "a.png"}, "Strength must be a number from 0 to 1; 1.5 was given"),
     ({"strength": math.nan, "image": "a.png"}, "Strength must be a number from 0 to 1; nan was given"),
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import builtin, foreign
-from ..adapters import Adapter, Rows, Taught, Word
+from ..adapters import UNNAMED, Adapter, Rows, Taught, Word
 from ..description import Description
 from ..errors import Error, did_you_mean
 from ..families import ADAPTERS, FAMILIES, Beside, Lora, fitting
@@ -16,7 +16,6 @@ from . import HUB_ID, Progress, fingerprint, guides, local, one_file, silent
 if TYPE_CHECKING:
     from ..convert.lora_header import Look
 
-_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _MOST = 500  # files of a list
 _ROLE = {"LoRA": "lora", "embedding": "word"}
 FOLDER = "MLXDIFF_LORAS"  # an environment variable: where names are looked up
@@ -111,7 +110,7 @@ def find(
     if row is not None and row.repo is None:
         return builtin.FOLDER.parent / row.file
     match = HUB_ID.fullmatch(str(name))
-    repo, file = (row.repo, row.file) if row is not None else (match[1], match[2] or _NAMES[0])
+    repo, file = (row.repo, row.file) if row is not None else (match[1], match[2] or UNNAMED[0])
     return one_file(repo, file, offline, silent if progress is None else progress)
 
 
@@ -128,7 +127,7 @@ def check(name: str | Path, what: str, model: Description, folder: Path | None =
 
 def usual_loras(folder: Path) -> list[Path]:
     """The files in a folder that are called as a LoRA usually is."""
-    return [folder / name for name in _NAMES if (folder / name).is_file()]
+    return [folder / name for name in UNNAMED if (folder / name).is_file()]
 
 
 def lora(path: Path, model: Description, called: str | None = None) -> tuple[Adapter, str]:
