@@ -153,6 +153,7 @@ def measure(folder: Path, count: int) -> None:
         drawn = [np.asarray(pipe(sb.plain(s), seed=k, **how).image) for s, k in zip(chosen, seeds, strict=True)]
         tell(f"scale {scale}", np.stack(drawn))
         rows.append(np.concatenate(drawn[:6], 1))
+    folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(folder / "style.png")
 
 
