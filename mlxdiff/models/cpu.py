@@ -26,6 +26,7 @@ _FEW = 1 << 13  # up to so many numbers, MLX's own function is as fast: twenty o
 _PIXELS, _MANY, _PIXELS_OF_MANY = 1 << 10, 256, 1 << 12
 _KERNEL = 1 << 18  # numbers of a kernel; a smaller one costs little to put in order, so that it suits all maps
 _FEW_PIXELS = 1 << 9  # of a map: in smaller ones, one product of copies costs less than nine
+_LARGEST = float(np.finfo(np.float32).max)
 _DOUBLED = 1 << 8  # pixels of a map, before they are doubled
 
 
@@ -292,16 +293,17 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
     rows, n = max(1, PART // (B * c)), y.shape[1] * (c // groups)
     to_groups, to_channels, nothing, eps = _of_groups(c, groups, eps)
 
-    def mean(f: Callable, more: mx.array) -> mx.array:
-        """The mean of f over pixels and a group's channels, and `more`, (B, 1, groups)."""
-        total = reduce(add, in_parts(lambda part: f(part).sum(1, keepdims=True), [y], 1, rows))
-        return mx.addmm(more, total, to_groups, alpha=1 / n)
+    def total(f: Callable) -> mx.array:
+        """The sum of f over pixels, (B, 1, c)."""
+        return reduce(add, in_parts(lambda part: f(part).sum(1, keepdims=True), [y], 1, rows))
 
-    centre = mean(lambda part: part, nothing) @ to_channels  # (B, 1, c)
+    centre = mx.addmm(nothing, total(lambda part: part), to_groups, alpha=1 / n) @ to_channels
     whole = y.shape[1] <= rows
     if whole:  # it stays in the cache
         y = y - centre
-    spread = mean(mx.square if whole else lambda part: mx.square(part - centre), eps)
+    squares = total(mx.square if whole else lambda part: mx.square(part - centre))
+    # Infinity times the zeros of other groups would be no number.
+    spread = mx.addmm(eps, mx.minimum(squares, _LARGEST), to_groups, alpha=1 / n)  # (B, 1, groups)
     scale = weight * (mx.rsqrt(spread) @ to_channels)
     shift = bias if whole else bias - centre * scale
 
