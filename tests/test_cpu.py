@@ -96,6 +96,14 @@ def test_group_norm_equals_that_of_mlx(silu, part, few, monkeypatch, plain):
     assert off(slope(x), plain(slope, x)) < 1e-5  # differences of sums of 252 terms
 
 
+def test_a_group_too_large_for_its_variance_spoils_no_other(plain):
+    """Its squares are infinite: MLX's own norm gives its bias, and the other groups are what they were."""
+    norm, x = layers.GroupNorm(3, 12, 1e-5), normal(1, 9, 7, 12)
+    norm.weight, norm.bias = normal(12, seed=1), normal(12, seed=2)
+    x[..., 4:8] *= 1e25
+    assert off(norm(x), plain(norm, x)) < 1e-6
+
+
 @pytest.mark.parametrize("part", [50, 700, 4000, 1 << 18], ids=["rows", "a head", "two heads", "whole"])
 def test_attention_in_parts_equals_that_of_mlx(part, monkeypatch, plain):
     monkeypatch.setattr(cpu, "PART", part)

@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from ..models import cpu
 
-# The functions whose calls are recorded. An attention is one call; its inner work is not recorded again.
+# The functions whose calls are recorded. An attention is one call; its inner work is not recorded again, and that of
+# a norm, of no kind, not at all: it adds up by thin products.
 CAUGHT = (
     (mx, "matmul", "matmul"),
     (mx, "addmm", "matmul"),
@@ -23,6 +24,7 @@ CAUGHT = (
     (mx.fast, "scaled_dot_product_attention", "attention"),
     (cpu, "attention", "attention"),
     (cpu, "conv3x3", "convolution"),
+    (cpu, "group_norm", None),
 )
 KINDS = ("matmul", "convolution", "attention")
 _MOST = 8  # calls timed in one evaluation, so many that its fixed cost does not matter
@@ -94,14 +96,15 @@ class Trace:
         self._kept.append((owner, name, function))
         setattr(owner, name, wrap(function))
 
-    def _caught(self, kind: str, function: Callable) -> Callable:
+    def _caught(self, kind: str | None, function: Callable) -> Callable:
         def called(*args, **options):
             if self._inside:
                 return function(*args, **options)
-            shapes = tuple(map(_shape, args)), {k: _shape(v) for k, v in options.items()}
-            key = f"{kind} {function.__name__} {shapes}"
-            self.calls.setdefault(key, Call(kind, function, *shapes))
-            self.counts[key] += 1
+            if kind is not None:
+                shapes = tuple(map(_shape, args)), {k: _shape(v) for k, v in options.items()}
+                key = f"{kind} {function.__name__} {shapes}"
+                self.calls.setdefault(key, Call(kind, function, *shapes))
+                self.counts[key] += 1
             self._inside = True
             try:
                 return function(*args, **options)
