@@ -63,6 +63,7 @@ def test_names(here):
 
 # what was typed -> what the error says
 BAD = {
+    "the kind first": (["canny", "photo.png"], "comes after the picture"),
     "no such kind": (["photo.png", "cany"], "no control picture 'cany'. Did you mean canny?"),
     "no such picture": (["absent.png", "grey"], "no picture at absent.png"),
     "no picture": (["text.png", "grey"], "text.png cannot be read as a picture"),

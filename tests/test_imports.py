@@ -394,6 +394,7 @@ MAY = {
     "mlxdiff.detect.__main__": {
         "mlxdiff.console",
         "mlxdiff.detect",
+        "mlxdiff.errors",
         "mlxdiff.foreign",
         "mlxdiff.bar",
         "mlxdiff.images",

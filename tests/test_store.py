@@ -382,6 +382,7 @@ def test_a_named_model_wins_over_what_is_no_model(cache, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says", "fix"),
     [
+        ("paper", "paper is no model, but goes beside one", "models --adapters"),
         ("sdx", "no model, file or folder 'sdx'", "Did you mean sdxl?"),
         ("", "no model, file or folder ''", "`mlxdiff models` lists"),
         ("missing.safetensors", "no model, file or folder", "`mlxdiff models` lists"),

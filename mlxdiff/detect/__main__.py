@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import images, metadata
 from ..bar import Bar
 from ..console import Parser, run, say
+from ..errors import Error
 from ..foreign import lines
 from ..foreign import path as expanded
 from ..output import check_writable
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make(args: argparse.Namespace) -> int:
+    if args.picture in KINDS and args.kind not in KINDS:
+        raise Error(f"{args.picture} is a kind, which comes after the picture.", "Write mlxdiff detect PICTURE KIND.")
     check(args.kind, args.model)
     picture, target, begin = expanded(args.picture), args.output, time.perf_counter()
     images.size(picture)

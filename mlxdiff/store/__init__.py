@@ -16,7 +16,7 @@ import mlx.nn as nn
 from .. import builtin, description, foreign, recipe, seal
 from ..description import Description
 from ..errors import Error, did_you_mean
-from ..families import FAMILIES, MODELS
+from ..families import ADAPTERS, FAMILIES, MODELS
 from ..recipe import Recipe
 from . import cache
 from .tokenizer import tokenizer_for
@@ -150,6 +150,8 @@ def _repo(model: str | Path) -> tuple[str, str | None]:
     if match is not None:
         return match[1], match[2]
     known = "Give a name that `mlxdiff models` lists, a hub id (org/repo), a folder, a .safetensors or a .gguf file."
+    if any(name == called for _, called in ADAPTERS):
+        raise Error(f"{name} is no model, but goes beside one.", "`mlxdiff models --adapters` says how it is used.")
     raise Error(f"There is no model, file or folder {name!r}.", did_you_mean(name, MODELS, 3) + known)
 
 
