@@ -23,6 +23,9 @@ from dataclasses import replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
+from mlxdiff import builtin, convert, description, images, load, metadata, samplers, tokenizers  # before MLX
+
+# isort: split
 import gguf
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +33,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlxdiff import builtin, convert, description, images, load, metadata, samplers, tokenizers
 from mlxdiff.convert import embedding, lora, scheduler, source, write
 from mlxdiff.convert import settings as reading
 from mlxdiff.convert import tokenizer as copying

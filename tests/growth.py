@@ -9,10 +9,12 @@ import sys
 import time
 from contextlib import suppress
 
+from mlxdiff import Pipeline, builtin, load, samplers  # before MLX, whose own BLAS is far slower
+
+# isort: split
 import mlx.core as mx
 import psutil
 
-from mlxdiff import Pipeline, builtin, load, samplers
 from mlxdiff.request import Request
 
 MOST = 10 * 2**20  # bytes

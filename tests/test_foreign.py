@@ -21,9 +21,9 @@ from mlxdiff import builtin, console, convert, description, foreign, images, met
 from mlxdiff.convert import source
 from mlxdiff.convert import union as union_names
 from mlxdiff.errors import Error
-from mlxdiff.families import MODELS
+from mlxdiff.families import MODELS, published
 from mlxdiff.generate import main as draw
-from mlxdiff.models import build
+from mlxdiff.models import build, ip_adapter
 from mlxdiff.request import Request
 from tests import checkpoints
 from tests.test_imports import ROOT
@@ -151,6 +151,18 @@ def test_a_damaged_model_json_is_an_error_before_a_network_is_built(converted, t
 def test_every_published_network_passes_the_checks(model):
     for config in MODELS[model].networks.values():
         assert build.config(json.loads(json.dumps(build.settings(config)))) == config
+
+
+IP_ADAPTER = ip_adapter.Config("plain", 8, 8, 4, None, None, 1, None, (8,))
+
+
+@pytest.mark.parametrize(
+    ("config", "key"), [(published.CLIP_L, "act"), (published.CLIP_VIT_H, "act"), (IP_ADAPTER, "kind")]
+)
+def test_a_word_that_a_network_does_not_know(config, key):
+    """It was a KeyError where the network was built."""
+    with pytest.raises(Error, match=f"has {key} 'quic', which is none of"):
+        build.config(json.loads(json.dumps(build.settings(config) | {key: "quic"})))
 
 
 def test_no_network_of_too_many_layers_is_built():

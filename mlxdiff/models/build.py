@@ -74,6 +74,8 @@ _LAYERS = ("layers", "depth", "up_depth", "mid_depth", "double", "single", "refi
 _LAYERS += ("mixers",)
 _MAY_BE_0 = (*_LAYERS, "dual", "eos", "freq_shift")
 _MOST = 2**24  # of any number of a Config
+# The field of a network's Config that is one of these words.
+_WORDS = {"clip": ("act", clip.ACTS), "vision": ("act", clip.ACTS), "ip_adapter": ("kind", ip_adapter.PROJECTIONS)}
 _NAMES = {kind: name for name, (kind, _) in NETWORKS.items()}
 
 
@@ -142,6 +144,9 @@ def _mismatch(config: Config) -> str:
     """What in a Config contradicts itself, so that its network could be built but would not run; "" if all fits."""
     values = vars(config)
     channels, heads, groups = (values.get(key) for key in ("channels", "heads", "groups"))
+    key, known = _WORDS.get(name_of(config), ("", ()))
+    if key and values[key] not in known:
+        return f"{key} {values[key]!r:.60}, which is none of {', '.join(known)}"
     levels = {key: len(values[key]) for key in ("channels", "layers", "depth", "up_depth", "heads", "blocks")
               if isinstance(values.get(key), tuple)}  # fmt: skip
     if len({*levels.values()}) > 1 or 0 in levels.values():
