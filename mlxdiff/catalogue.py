@@ -7,7 +7,7 @@ import textwrap
 from . import advice, builtin, memory
 from .console import Parser, run, say
 from .errors import Error, did_you_mean
-from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Fast, Model, Word
+from .families import ADAPTERS, DEFAULT, FAMILIES, MODELS, Beside, Fast, Model, Word, fitting
 from .guides import MASKED
 from .recipe import WHOLE, default_dtype, recipe
 
@@ -34,7 +34,7 @@ def chosen(name: str | None) -> int:
 def adapters(name: str | None) -> int:
     """List the networks that guide or change a named model, or all models."""
     model = None if name is None else _model(name)
-    rows = {key: row for key, row in ADAPTERS.items() if model is None or _fits(*key, model)}
+    rows = ADAPTERS if model is None else {(model.family.name, n): row for n, row in _beside(model).items()}
     say(f"{'for':22} {'name':20} {'kind':12} {'download':>10}  {'licence':27} hub id")
     for (of, called), row in rows.items():
         place = row.repo if row.file is None else f"{row.repo}/{row.file}"
@@ -63,10 +63,9 @@ def adapters(name: str | None) -> int:
     return 0
 
 
-def _fits(family: str, called: str, model: Model) -> bool:
-    """Whether a network with a name was made for models like this one."""
-    row = ADAPTERS[family, called]
-    return family == model.family.name and row.fits(model.networks[model.family.denoiser])
+def _beside(model: Model) -> dict[str, Beside]:
+    """The networks with names that were made for models like this one."""
+    return fitting(model.family, model.networks[model.family.denoiser])
 
 
 def everything() -> int:
@@ -105,7 +104,7 @@ def one(name: str) -> int:
         say(f"{'needs':10} a picture and a mask: -i FILE --mask FILE, or -i FILE --outpaint LEFT TOP RIGHT BOTTOM")
     if "control" in row.reads:
         say(f"{'needs':10} a control picture: --control FILE")
-    others = [called for of, called in ADAPTERS if _fits(of, called, m)]
+    others = _beside(m)
     if others:
         listed = ", ".join(others) if len(others) <= 8 else f"{len(others)} networks and LoRAs"
         say(f"{'beside it':10} {listed}: mlxdiff models --adapters {name}")

@@ -35,11 +35,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             typed = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
             if typed is None:
-                again = (
-                    "; repeat a flag for each value: --lora A --lora B"
-                    if "--lora" in self._option_string_actions
-                    else ""
-                )
+                again = ""
+                if "--lora" in self._option_string_actions:
+                    again = "; repeat a flag for each value: --lora A --lora B"
                 self.error(f"{unknown[0]!r} is not expected here{again}")
             self.error(f"There is no flag {typed}. {self._advice(typed)}".rstrip(" ."))
         return parsed, unknown

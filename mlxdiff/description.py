@@ -219,8 +219,9 @@ class Description:
         """Raise if the controls cannot guide this model, as far as their files do not show it."""
         own = [guide for guide in request.controls if guide.model is None]  # those that no network of their own reads
         if own and "control" not in self.row.reads:
-            fix = "Name the network that reads it: `controls=[(MODEL, PICTURE)]`. `mlxdiff models --adapters` lists"
-            raise Error(f"{self.name} itself reads no control picture.", f"{fix} some.")
+            fix = "Name the network that reads it: `controls=[(MODEL, PICTURE)]`. "
+            fix += "`mlxdiff models --adapters` lists some."
+            raise Error(f"{self.name} itself reads no control picture.", fix)
         if "control" in self.row.reads and len(own) != 1:
             problem = f"{self.name} reads one control picture; {len(own) or 'none'} {'were' if own else 'was'} given."
             raise Error(problem, "Give it as `controls=[PICTURE]`.")

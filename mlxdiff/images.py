@@ -44,8 +44,8 @@ _DAMAGED = (
     AssertionError,
     TypeError,
     KeyError,
+    Image.DecompressionBombError,
 )
-_DAMAGED += (Image.DecompressionBombError,)
 _MOST_NAME = 255  # bytes of a file name, on every common file system
 _STRIP = 256  # rows
 _MOST = 100_000  # pictures of one name in a folder

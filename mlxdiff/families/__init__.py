@@ -33,9 +33,10 @@ __all__ = [
 ]
 
 
-def fitting(family: Family, net: Config, role: str) -> dict[str, Beside]:
-    """The networks with names and this role ("control", "reference", "lora", "word") that fit a family's denoiser."""
-    rows = ((called, row) for (of, called), row in ADAPTERS.items() if (of, row.role) == (family.name, role))
+def fitting(family: Family, net: Config, role: str | None = None) -> dict[str, Beside]:
+    """The networks with names that fit a family's denoiser. role: those with this one alone, "control", "reference",
+    "lora" or "word"."""
+    rows = ((called, row) for (of, called), row in ADAPTERS.items() if of == family.name and role in (None, row.role))
     return {called: row for called, row in rows if row.fits(net)}
 
 

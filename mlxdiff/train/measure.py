@@ -16,6 +16,7 @@ from . import storybook as sb
 from .recipe import SIZE
 
 SEED = 1000  # the first picture's seed; it was fixed before any picture was seen
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue
 
 
 def scenes(count: int, unseen: bool = False) -> list[sb.Scene]:
@@ -46,7 +47,7 @@ def measure(pipe: Pipeline, referee: judge.Judge, chosen: list[sb.Scene], **sett
 
 def steepness(pictures: np.ndarray) -> float:
     """How sharp the edges of pictures (B, H, W, 3) are: the 99th percentile of the luma's gradient, over all pixels."""
-    luma = pictures.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    luma = pictures.astype(np.float32) @ LUMA
     return float(np.percentile(np.hypot(np.diff(luma, axis=1)[:, :, :-1], np.diff(luma, axis=2)[:, :-1]), 99))
 
 

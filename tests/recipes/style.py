@@ -26,8 +26,8 @@ import mlxdiff
 from mlxdiff import builtin
 from mlxdiff.train import judge, lora
 from mlxdiff.train import storybook as sb
+from mlxdiff.train.measure import LUMA, SIZE, scenes, steepness
 from mlxdiff.train.measure import SEED as FIRST
-from mlxdiff.train.measure import SIZE, scenes, steepness
 from mlxdiff.train.storybook import picture
 from mlxdiff.train.storybook.canvas import Canvas, mix
 
@@ -36,7 +36,6 @@ TRAINING = "lora -m storybook -i pictures -o run --layers all --rank 6 --batch 2
 TRAINING += " --save-every 50"
 STEPS = 600, 1000  # it was looked at, and trained on: the rate rises again
 EDGE, SHEETS = 24, 4  # pixels around a picture in which shadows begin; sheets of the sky
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class Paper(Canvas):
